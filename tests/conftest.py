@@ -1,0 +1,176 @@
+"""What every test can ask for: a shared mount, a directory of one's own in it, mounts with other options."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+from tests.mirror import Mirror, Tree
+from tests.watchdog import Watchdog
+
+DEFAULT_TIMEOUT = 60.0
+MARKERS = (
+    "root: needs to be root",
+    "user: of interest as an ordinary user too",
+    "mounted: says nothing about a plain directory, left out with --via native",
+    "own_loop: only llloop's own request loop can do it",
+    "slow: takes many seconds",
+)
+
+
+class Serve(Protocol):
+    def __call__(
+        self,
+        *arguments: str,
+        source: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        command: list[str] | None = None,
+    ) -> Mirror: ...
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--via",
+        choices=["own", "llfuse", "native"],
+        default="own",
+        help="own: llloop as it is; llfuse: its fallback through llfuse.main(); native: no mount, the tests themselves",
+    )
+    parser.addoption(
+        "--serve-option", action="append", default=[], metavar="STR", help="a further argument of every llloop serve"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for marker in MARKERS:
+        config.addinivalue_line("markers", marker)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    via = config.getoption("--via")
+    for item in items:
+        if item.get_closest_marker("root") and os.geteuid() != 0:
+            item.add_marker(pytest.mark.skip(reason="needs root"))
+        if item.get_closest_marker("own_loop") and via == "llfuse":
+            item.add_marker(pytest.mark.skip(reason="only llloop's own loop can do this"))
+        if item.get_closest_marker("mounted") and via == "native":
+            item.add_marker(pytest.mark.skip(reason="says nothing about a plain directory"))
+
+
+def timeout_of(item: pytest.Item) -> float:
+    marker = item.get_closest_marker("timeout")
+    if marker:
+        value = marker.args[0] if marker.args else marker.kwargs.get("timeout")
+    else:
+        value = item.config.getoption("timeout", None)
+        if value is None and item.config.pluginmanager.hasplugin("timeout"):
+            value = item.config.getini("timeout")
+    return float(value) if value else DEFAULT_TIMEOUT
+
+
+WATCHDOG = pytest.StashKey[Watchdog]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if WATCHDOG in item.config.stash:
+        item.config.stash[WATCHDOG].expect_within(timeout_of(item) + 2)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    if WATCHDOG in item.config.stash:
+        item.config.stash[WATCHDOG].expect_within(DEFAULT_TIMEOUT)
+
+
+@pytest.fixture(scope="session")
+def watchdog(request: pytest.FixtureRequest) -> Iterator[Watchdog]:
+    dog = Watchdog()
+    request.config.stash[WATCHDOG] = dog
+    dog.expect_within(DEFAULT_TIMEOUT)
+    try:
+        yield dog
+    finally:
+        del request.config.stash[WATCHDOG]
+        dog.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def common_umask() -> Iterator[None]:
+    previous = os.umask(0o022)
+    yield
+    os.umask(previous)
+
+
+@pytest.fixture(scope="session")
+def via(request: pytest.FixtureRequest) -> str:
+    return str(request.config.getoption("--via"))
+
+
+@pytest.fixture(scope="session")
+def serve_options(request: pytest.FixtureRequest) -> list[str]:
+    return list(request.config.getoption("--serve-option"))
+
+
+@pytest.fixture(scope="session")
+def mirror(via: str, serve_options: list[str], watchdog: Watchdog) -> Iterator[Mirror]:
+    """The mount that most tests share."""
+    shared = Mirror.prepare(via, watchdog, serve_options)
+    try:
+        shared.start()
+        yield shared
+        shared.stop()
+    finally:
+        shared.clean_up()
+        shared.forget_files()
+
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture
+def tree(mirror: Mirror, request: pytest.FixtureRequest) -> Iterator[Tree]:
+    """A fresh directory of the shared mount."""
+    if not mirror.alive():
+        # Another test ended it, and has failed for that; this one is not to fail with it.
+        mirror.clean_up()
+        mirror.start()
+    name = f"{re.sub('[^A-Za-z0-9_]+', '-', request.node.name)[:80]}-{next(_numbers)}"
+    own = Tree(mirror.source / name, mirror.mountpoint / name, mirror)
+    own.src.mkdir(mode=0o755)
+    yield own
+    assert mirror.alive(), f"the server ended during the test\n{mirror.all_output()}"
+    shutil.rmtree(own.src, ignore_errors=True)
+    mirror.check_log()
+
+
+@pytest.fixture
+def serve(via: str, serve_options: list[str], watchdog: Watchdog) -> Iterator[Serve]:
+    """Starts mounts of the test's own, stopped and checked at its end."""
+    started: list[Mirror] = []
+
+    def start(
+        *arguments: str,
+        source: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        command: list[str] | None = None,
+    ) -> Mirror:
+        own = Mirror.prepare(via, watchdog, [*serve_options, *arguments], source, command, env)
+        started.append(own)
+        own.start()
+        return own
+
+    try:
+        yield start
+        for own in started:
+            own.stop()
+    finally:
+        for own in started:
+            own.clean_up()
+            own.forget_files()
