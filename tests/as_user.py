@@ -1,0 +1,102 @@
+"""Run functions in child processes, as another user if asked, and bring back what they returned or raised."""
+
+import os
+import pickle
+import traceback
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who makes a system call; None for an identity leaves it what it is in the test itself."""
+
+    uid: int | None = None
+    gid: int | None = None
+    groups: tuple[int, ...] = ()
+    umask: int = 0o022
+
+    def with_umask(self, umask: int) -> "Caller":
+        return replace(self, umask=umask)
+
+    def become(self) -> None:
+        os.umask(self.umask)
+        # Groups first: after setuid the right to change them is gone.
+        if self.gid is not None:
+            os.setgroups(self.groups)
+            os.setresgid(self.gid, self.gid, self.gid)
+        if self.uid is not None:
+            os.setresuid(self.uid, self.uid, self.uid)
+
+
+MYSELF = Caller()
+
+
+class Child(Generic[T]):
+    """A forked process that runs one function; `result` waits for it."""
+
+    def __init__(self, function: Callable[..., T], *args: Any, caller: Caller = MYSELF) -> None:
+        self._receiving, sending = os.pipe()
+        with warnings.catch_warnings():
+            # Python >= 3.12 warns of fork beside threads (pytest's watchdogs); the child takes none of their locks.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self.pid = os.fork()
+        if self.pid == 0:
+            status = 1
+            try:
+                os.close(self._receiving)
+                message = pickle.dumps(_outcome(function, args, caller))
+                with open(sending, "wb") as pipe:
+                    pipe.write(message)
+                status = 0
+            finally:
+                os._exit(status)
+        os.close(sending)
+
+    def result(self) -> T:
+        with open(self._receiving, "rb") as pipe:
+            message = pipe.read()
+        _, status = os.waitpid(self.pid, 0)
+        if not message:
+            raise AssertionError(f"the child ended without a result, wait status {status:#x}")
+        value: T
+        value, error, trace = pickle.loads(message)
+        if isinstance(error, OSError):
+            raise error
+        if trace:
+            raise AssertionError(f"the child failed:\n{trace}")
+        return value
+
+
+def _outcome(function: Callable[..., Any], args: tuple[Any, ...], caller: Caller) -> tuple[Any, Any, str]:
+    try:
+        caller.become()
+        return function(*args), None, ""
+    except OSError as error:
+        return None, error, traceback.format_exc()
+    except BaseException:
+        return None, None, traceback.format_exc()
+
+
+def run_as(caller: Caller, function: Callable[..., T], *args: Any) -> T:
+    return Child(function, *args, caller=caller).result()
+
+
+def run_together(calls: Iterable[tuple[Callable[..., T], tuple[Any, ...]]]) -> list[T]:
+    """All at the same time, each in its own process; the results in the order of the calls."""
+    children = [Child(function, *args) for function, args in calls]
+    results: list[T] = []
+    errors: list[Exception] = []
+    # Every child is waited for, whatever the others did, so that a failing test leaves no process behind.
+    for child in children:
+        try:
+            results.append(child.result())
+        except Exception as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+    return results

@@ -1,0 +1,63 @@
+"""Small file systems of a test's own, so that a full, read-only or broken source is real."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+
+def _run(*command: str | Path) -> None:
+    # mkfs and losetup live in sbin, which is not on every PATH.
+    environment = os.environ | {"PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 0, f"{command}: {done.stderr or done.stdout}"
+
+
+def _need(program: str) -> None:
+    if shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin") is None:
+        pytest.skip(f"{program} is not installed")
+
+
+@contextmanager
+def mounted(what: str | Path, where: Path, *arguments: str) -> Iterator[Path]:
+    where.mkdir(exist_ok=True)
+    _run("mount", *arguments, what, where)
+    try:
+        os.chmod(where, 0o755) if "ro" not in arguments else None
+        yield where
+    finally:
+        try:
+            _run("umount", where)
+        except AssertionError:
+            # A server that a failing test left behind may still hold it; nothing may stay mounted all the same.
+            _run("umount", "-l", where)
+            raise
+
+
+@contextmanager
+def tmpfs(where: Path, options: str) -> Iterator[Path]:
+    with mounted("llloop-test", where, "-t", "tmpfs", "-o", options) as path:
+        yield path
+
+
+def make_image(image: Path, size: int, kind: str = "ext4", *arguments: str) -> Path:
+    _need(f"mkfs.{kind}")
+    with open(image, "wb") as file:
+        file.truncate(size)
+    _run(f"mkfs.{kind}", "-q", *arguments, image)
+    return image
+
+
+@contextmanager
+def ext4(directory: Path, size: int = 32 << 20, *arguments: str) -> Iterator[Path]:
+    """An ext4 of its own below `directory`: small, and it gives a freed inode number to the very next file."""
+    image = make_image(directory / "ext4.image", size, "ext4", "-F", "-m", "0", *arguments)
+    try:
+        with mounted(image, directory / "ext4", "-o", "loop") as path:
+            yield path
+    finally:
+        image.unlink()

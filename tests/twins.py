@@ -1,0 +1,93 @@
+"""The same calls in the mount and in a plain directory of the same file system; all that can be seen must be equal."""
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.as_user import MYSELF, Caller, run_as
+from tests.mirror import Tree
+
+# Names outside these (security.selinux, system.nfs4_acl ...) depend on the machine, not on what the test did.
+_XATTRS = ("user.", "system.posix_acl_", "security.capability")
+
+
+@dataclass(frozen=True)
+class Twins:
+    native: Path
+    behind: Path
+    mounted: Path
+
+    @classmethod
+    def of(cls, tree: Tree) -> "Twins":
+        """Two empty directories in a `tree`, one of them also reached through the mount."""
+        os.mkdir(tree.src / "native")
+        os.mkdir(tree.mnt / "mounted")
+        for directory in (tree.src / "native", tree.src / "mounted"):
+            os.chmod(directory, 0o755)
+        return cls(tree.src / "native", tree.src / "mounted", tree.mnt / "mounted")
+
+    def prepare(self, action: Callable[[Path], Any]) -> None:
+        """Done as the test's own user, through the mount on that side: the kernel then knows the attributes."""
+        action(self.native)
+        action(self.mounted)
+        self.compare()
+
+    def both(self, action: Callable[..., Any], *args: Any, caller: Caller = MYSELF) -> Any:
+        """Let `caller` do it in both, demand the same outcome and the same trees after it, return the outcome."""
+        expected = run_as(caller, outcome_of, action, self.native, *args)
+        actual = run_as(caller, outcome_of, action, self.mounted, *args)
+        assert actual == expected, f"as {caller}"
+        self.compare()
+        return expected
+
+    def compare(self) -> None:
+        expected = describe(self.native)
+        assert describe(self.behind) == expected, "the source differs from the native twin"
+        assert describe(self.mounted) == expected, "the mount shows another tree than the native twin"
+
+
+def outcome_of(action: Callable[..., Any], *args: Any) -> Any:
+    """What a call returned, or the name of the error it raised."""
+    try:
+        return action(*args)
+    except OSError as error:
+        return errno.errorcode.get(error.errno or 0, str(error))
+
+
+def outcomes(actions: dict[Any, Callable[[], Any]]) -> dict[Any, Any]:
+    return {name: outcome_of(action) for name, action in actions.items()}
+
+
+def describe(root: Path) -> dict[str, dict[str, Any]]:
+    """Everything about a tree that does not differ from one run to the next."""
+    found = {".": describe_one(root)}
+    for directory, names, files in os.walk(root):
+        for name in names + files:
+            path = Path(directory, name)
+            found[str(path.relative_to(root))] = describe_one(path)
+    return found
+
+
+def describe_one(path: Path) -> dict[str, Any]:
+    attributes = os.lstat(path)
+    found: dict[str, Any] = {
+        "mode": oct(attributes.st_mode),
+        "owner": (attributes.st_uid, attributes.st_gid),
+        "links": attributes.st_nlink,
+        "device": attributes.st_rdev,
+        "xattrs": {
+            name: os.getxattr(path, name, follow_symlinks=False)
+            for name in sorted(os.listxattr(path, follow_symlinks=False))
+            if name.startswith(_XATTRS)
+        },
+    }
+    if stat.S_ISLNK(attributes.st_mode):
+        found["target"] = os.readlink(path)
+    elif stat.S_ISREG(attributes.st_mode):
+        found["size"] = attributes.st_size
+        found["bytes"] = path.read_bytes()[:4096]
+    return found
