@@ -1,0 +1,590 @@
+"""What others change in the source is seen through the mount: at once with --cache never, after 1 s by default."""
+
+import itertools
+import os
+import random
+import shutil
+import stat
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Serve
+from tests.expect import outcome
+from tests.mirror import Mirror, Tree
+from tests.watchdog import Watchdog
+
+# `auto` with its timeouts cut down from 1 s, as nearly every test waits for them.
+SHORT_SECONDS = 0.2
+AUTO = ["--cache", "auto"]
+for _option in ("--attr-timeout", "--entry-timeout", "--negative-timeout"):
+    AUTO += [_option, str(SHORT_SECONDS)]
+
+# A busy machine may let that long pass between the server's look at the source and the kernel's note of it.
+SLACK = 0.4
+
+OLD, NEW = b"old content", b"NEW CONTENT"
+assert len(OLD) == len(NEW)
+
+_numbers = itertools.count(1)
+
+
+@dataclass(frozen=True)
+class View:
+    src: Path
+    mnt: Path
+    seconds: float
+
+    def settle(self) -> None:
+        time.sleep(self.seconds)
+
+
+@pytest.fixture(scope="module", params=["never", "auto"])
+def patient(request: pytest.FixtureRequest, via: str, serve_options: list[str], watchdog: Watchdog) -> Iterator[Mirror]:
+    """One mount for all tests with the same --cache."""
+    options = AUTO if request.param == "auto" else ["--cache", request.param]
+    mirror = Mirror.prepare(via, watchdog, [*serve_options, *options])
+    try:
+        mirror.start()
+        yield mirror
+        mirror.stop()
+    finally:
+        mirror.clean_up()
+        mirror.forget_files()
+
+
+@pytest.fixture
+def view(patient: Mirror) -> Iterator[View]:
+    if not patient.alive():
+        # Another test ended it, and has failed for that; this one is not to fail with it.
+        patient.clean_up()
+        patient.start()
+    name = f"{next(_numbers)}"
+    (patient.source / name).mkdir()
+    # A little more than the timeout, for the clock's ticks.
+    seconds = SHORT_SECONDS + 0.05 if "auto" in patient.arguments else 0.0
+    yield View(patient.source / name, patient.mountpoint / name, seconds)
+    assert patient.alive(), f"the server ended during the test\n{patient.all_output()}"
+    patient.check_log()
+
+
+def overwrite(path: Path, content: bytes, offset: int = 0) -> None:
+    """In place: the same inode, and no truncation on the way."""
+    fd = os.open(path, os.O_WRONLY)
+    try:
+        os.pwrite(fd, content, offset)
+    finally:
+        os.close(fd)
+
+
+def test_an_overwrite_of_the_same_size_is_seen(view: View) -> None:
+    (view.src / "file").write_bytes(OLD)
+    assert (view.mnt / "file").read_bytes() == OLD
+    overwrite(view.src / "file", NEW)
+    view.settle()
+    assert (view.mnt / "file").read_bytes() == NEW
+
+
+def test_an_overwrite_of_a_page_in_the_middle_is_seen(view: View) -> None:
+    (view.src / "file").write_bytes(b"o" * 3_000_000)
+    assert (view.mnt / "file").read_bytes() == b"o" * 3_000_000
+    overwrite(view.src / "file", b"new", 1_999_999)
+    view.settle()
+    content = (view.mnt / "file").read_bytes()
+    assert content == b"o" * 1_999_999 + b"new" + b"o" * 999_998
+
+
+def test_an_overwrite_that_hides_its_time_is_seen(view: View) -> None:
+    """rsync, tar and touch -r set mtime back; ctime tells all the same."""
+    path = view.src / "file"
+    path.write_bytes(OLD)
+    assert (view.mnt / "file").read_bytes() == OLD
+    before = path.stat()
+    overwrite(path, NEW)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    view.settle()
+    assert (view.mnt / "file").read_bytes() == NEW
+
+
+def test_an_overwrite_is_seen_by_a_new_open_while_an_old_one_lasts(view: View) -> None:
+    (view.src / "file").write_bytes(OLD)
+    with open(view.mnt / "file", "rb", buffering=0) as lasting:
+        assert lasting.read() == OLD
+        overwrite(view.src / "file", NEW)
+        view.settle()
+        assert (view.mnt / "file").read_bytes() == NEW
+        lasting.seek(0)
+        assert lasting.read() == NEW
+
+
+def test_bytes_are_never_older_than_the_attributes(view: View) -> None:
+    """Whoever sees the new time in fstat must not be given the old bytes, timeout or not."""
+    (view.src / "file").write_bytes(OLD)
+    assert (view.mnt / "file").read_bytes() == OLD
+    time.sleep(0.02)
+    overwrite(view.src / "file", NEW)
+    expected = (view.src / "file").stat().st_mtime_ns
+    for _ in range(3):
+        fd = os.open(view.mnt / "file", os.O_RDONLY)
+        try:
+            if os.fstat(fd).st_mtime_ns == expected:
+                assert os.read(fd, 100) == NEW
+        finally:
+            os.close(fd)
+
+
+@pytest.mark.parametrize("patient", ["never"], indirect=True)
+def test_many_quick_overwrites_are_all_seen(view: View) -> None:
+    """Quicker than the clock ticks: the same size and, on an old kernel, the same times."""
+    (view.src / "file").write_bytes(b"%08d" % 0)
+    for number in range(500):
+        content = b"%08d" % number
+        overwrite(view.src / "file", content)
+        assert (view.mnt / "file").read_bytes() == content
+
+
+def test_a_truncation_is_seen(view: View) -> None:
+    (view.src / "file").write_bytes(b"x" * 100_000)
+    assert len((view.mnt / "file").read_bytes()) == 100_000
+    os.truncate(view.src / "file", 5_000)
+    view.settle()
+    assert (view.mnt / "file").stat().st_size == 5_000
+    assert (view.mnt / "file").read_bytes() == b"x" * 5_000
+
+
+def test_a_growth_is_seen(view: View) -> None:
+    (view.src / "file").write_bytes(b"x" * 5_000)
+    assert len((view.mnt / "file").read_bytes()) == 5_000
+    with open(view.src / "file", "ab") as file:
+        file.write(b"y" * 95_000)
+    view.settle()
+    assert (view.mnt / "file").stat().st_size == 100_000
+    assert (view.mnt / "file").read_bytes() == b"x" * 5_000 + b"y" * 95_000
+
+
+def test_a_truncation_followed_by_a_growth_leaves_zeros(view: View) -> None:
+    (view.src / "file").write_bytes(b"secret" * 2000)
+    assert (view.mnt / "file").read_bytes() == b"secret" * 2000
+    os.truncate(view.src / "file", 0)
+    os.truncate(view.src / "file", 12_000)
+    view.settle()
+    assert (view.mnt / "file").read_bytes() == bytes(12_000)
+
+
+def test_a_tail_is_followed(view: View) -> None:
+    """tail -f: one descriptor, and a file that only others let grow."""
+    (view.src / "log").write_bytes(b"")
+    with open(view.mnt / "log", "rb", buffering=0) as reader:
+        followed = b""
+        for number in range(3):
+            with open(view.src / "log", "ab") as writer:
+                writer.write(b"line %d\n" % number)
+            view.settle()
+            followed += reader.read()
+    assert followed == b"line 0\nline 1\nline 2\n"
+
+
+def test_an_append_never_overwrites_what_the_source_got_meanwhile(view: View) -> None:
+    """No waiting here: O_APPEND means the true end of the file, not the one that the kernel remembers."""
+    (view.src / "log").write_bytes(b"one\n")
+    fd = os.open(view.mnt / "log", os.O_WRONLY | os.O_APPEND)
+    try:
+        assert os.fstat(fd).st_size == 4
+        with open(view.src / "log", "ab") as other:
+            other.write(b"two\n")
+        os.write(fd, b"three\n")
+        with open(view.src / "log", "ab") as other:
+            other.write(b"four\n")
+        os.write(fd, b"five\n")
+    finally:
+        os.close(fd)
+    assert (view.src / "log").read_bytes() == b"one\ntwo\nthree\nfour\nfive\n"
+    view.settle()
+    assert (view.mnt / "log").read_bytes() == b"one\ntwo\nthree\nfour\nfive\n"
+
+
+def test_changed_attributes_are_seen(view: View) -> None:
+    path = view.src / "file"
+    path.write_bytes(b"")
+    (view.mnt / "file").stat()
+    path.chmod(0o640)
+    os.utime(path, ns=(1_000_000_001, 2_000_000_002))
+    os.link(path, view.src / "second")
+    if os.geteuid() == 0:
+        os.chown(path, 4001, 4002)
+    view.settle()
+    expected, found = path.stat(), (view.mnt / "file").stat()
+    for field in ("st_mode", "st_uid", "st_gid", "st_nlink", "st_atime_ns", "st_mtime_ns", "st_ctime_ns", "st_ino"):
+        assert getattr(found, field) == getattr(expected, field), field
+
+
+def test_changed_xattrs_are_seen(view: View) -> None:
+    os.mknod(view.src / "file")
+    os.setxattr(view.src / "file", "user.key", b"old")
+    assert os.getxattr(view.mnt / "file", "user.key") == b"old"
+    os.setxattr(view.src / "file", "user.key", b"new and longer")
+    os.setxattr(view.src / "file", "user.second", b"")
+    view.settle()
+    assert os.getxattr(view.mnt / "file", "user.key") == b"new and longer"
+    assert set(os.listxattr(view.mnt / "file")) >= {"user.key", "user.second"}
+
+
+def test_a_deletion_is_seen_and_an_open_file_lives_on(view: View) -> None:
+    (view.src / "file").write_bytes(OLD)
+    with open(view.mnt / "file", "r+b", buffering=0) as file:
+        (view.src / "file").unlink()
+        view.settle()
+        assert outcome((view.mnt / "file").stat) == "ENOENT"
+        assert outcome((view.mnt / "file").read_bytes) == "ENOENT"
+        assert os.listdir(view.mnt) == []
+        assert file.read() == OLD
+        file.write(b" goes on")
+        assert os.pread(file.fileno(), 100, 0) == OLD + b" goes on"
+        assert os.fstat(file.fileno()).st_nlink == 0
+
+
+def test_a_new_file_is_seen_after_it_was_missing(view: View) -> None:
+    assert outcome((view.mnt / "file").stat) == "ENOENT"
+    assert os.listdir(view.mnt) == []
+    (view.src / "file").write_bytes(NEW)
+    view.settle()
+    assert (view.mnt / "file").read_bytes() == NEW
+    assert os.listdir(view.mnt) == ["file"]
+
+
+def test_an_exclusive_creation_finds_the_file_that_came_meanwhile(view: View) -> None:
+    """Not even the time of the negative entry may let two programs both believe that they made the lock file."""
+    assert outcome((view.mnt / "lock").stat) == "ENOENT"
+    (view.src / "lock").write_bytes(b"theirs")
+    assert outcome(lambda: os.open(view.mnt / "lock", os.O_CREAT | os.O_EXCL | os.O_WRONLY)) == "EEXIST"
+    assert outcome(lambda: os.mkdir(view.mnt / "lock")) == "EEXIST"
+    assert (view.src / "lock").read_bytes() == b"theirs"
+
+
+def test_a_creation_opens_the_file_that_came_meanwhile(view: View) -> None:
+    assert outcome((view.mnt / "file").stat) == "ENOENT"
+    (view.src / "file").write_bytes(b"theirs")
+    with open(view.mnt / "file", "ab") as file:
+        file.write(b" and ours")
+    assert (view.src / "file").read_bytes() == b"theirs and ours"
+
+
+def test_a_rename_is_seen(view: View) -> None:
+    (view.src / "before").write_bytes(OLD)
+    (view.mnt / "before").read_bytes()
+    assert outcome((view.mnt / "after").stat) == "ENOENT"
+    os.rename(view.src / "before", view.src / "after")
+    view.settle()
+    assert outcome((view.mnt / "before").stat) == "ENOENT"
+    assert (view.mnt / "after").read_bytes() == OLD
+    assert os.listdir(view.mnt) == ["after"]
+
+
+def test_a_rename_over_a_file_is_seen(view: View) -> None:
+    """How editors and package managers write: a new inode under an old name, of the same size."""
+    for content in (b"version 1", b"version 2", b"version 3"):
+        (view.src / "new").write_bytes(content)
+        os.rename(view.src / "new", view.src / "file")
+        view.settle()
+        assert (view.mnt / "file").read_bytes() == content
+        assert (view.mnt / "file").stat().st_ino == (view.src / "file").stat().st_ino
+
+
+def test_an_open_file_follows_its_rename(view: View) -> None:
+    (view.src / "before").write_bytes(OLD)
+    with open(view.mnt / "before", "r+b", buffering=0) as file:
+        os.rename(view.src / "before", view.src / "after")
+        (view.src / "before").write_bytes(b"another")
+        file.write(NEW)
+        os.fsync(file.fileno())
+        os.fchmod(file.fileno(), 0o600)
+        os.ftruncate(file.fileno(), 3)
+        assert os.fstat(file.fileno()).st_size == 3
+    assert (view.src / "after").read_bytes() == NEW[:3]
+    assert (view.src / "before").read_bytes() == b"another"
+    assert stat.S_IMODE((view.src / "after").stat().st_mode) == 0o600
+    assert stat.S_IMODE((view.src / "before").stat().st_mode) == 0o644
+
+
+def test_two_swapped_files_are_never_mixed_up(view: View) -> None:
+    """Within the timeout either answer is right, but name, number and bytes must belong together."""
+    (view.src / "a").write_bytes(b"content of a")
+    (view.src / "b").write_bytes(b"content of b")
+    contents = {(view.src / name).stat().st_ino: (view.src / name).read_bytes() for name in "ab"}
+    for name in "ab":
+        (view.mnt / name).read_bytes()
+    for _ in range(20):
+        os.rename(view.src / "a", view.src / "spare")
+        os.rename(view.src / "b", view.src / "a")
+        os.rename(view.src / "spare", view.src / "b")
+        for name in "ab":
+            fd = os.open(view.mnt / name, os.O_RDONLY)
+            try:
+                assert os.read(fd, 100) == contents[os.fstat(fd).st_ino]
+            finally:
+                os.close(fd)
+    view.settle()
+    for name in "ab":
+        assert (view.mnt / name).read_bytes() == (view.src / name).read_bytes()
+
+
+def test_a_renamed_directory_is_seen_with_all_below_it(view: View) -> None:
+    (view.src / "before" / "deep").mkdir(parents=True)
+    (view.src / "before" / "deep" / "file").write_bytes(OLD)
+    assert (view.mnt / "before" / "deep" / "file").read_bytes() == OLD
+    os.rename(view.src / "before", view.src / "after")
+    view.settle()
+    assert outcome((view.mnt / "before" / "deep" / "file").read_bytes) == "ENOENT"
+    assert (view.mnt / "after" / "deep" / "file").read_bytes() == OLD
+
+
+def test_a_replaced_directory_is_seen(view: View) -> None:
+    (view.src / "directory").mkdir()
+    (view.src / "directory" / "file").write_bytes(OLD)
+    (view.src / "directory" / "gone").write_bytes(b"")
+    assert (view.mnt / "directory" / "file").read_bytes() == OLD
+    (view.mnt / "directory" / "gone").stat()
+    shutil.rmtree(view.src / "directory")
+    (view.src / "directory").mkdir()
+    (view.src / "directory" / "file").write_bytes(NEW)
+    (view.src / "directory" / "more").write_bytes(b"")
+    view.settle()
+    assert sorted(os.listdir(view.mnt / "directory")) == ["file", "more"]
+    assert (view.mnt / "directory" / "file").read_bytes() == NEW
+    assert outcome((view.mnt / "directory" / "gone").stat) == "ENOENT"
+
+
+def test_a_write_never_goes_into_a_directory_that_was_moved_away(view: View) -> None:
+    (view.src / "release").mkdir()
+    (view.src / "release" / "file").write_bytes(b"1")
+    (view.mnt / "release" / "file").read_bytes()
+    os.rename(view.src / "release", view.src / "backup")
+    (view.src / "release").mkdir()
+    view.settle()
+    (view.mnt / "release" / "new").write_bytes(b"2")
+    assert os.listdir(view.src / "release") == ["new"]
+    assert os.listdir(view.src / "backup") == ["file"]
+
+
+def test_a_working_directory_follows_its_rename(view: View) -> None:
+    (view.src / "before").mkdir()
+    fd = os.open(view.mnt / "before", os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.rename(view.src / "before", view.src / "after")
+        (view.src / "before").mkdir()
+        view.settle()
+        # Within the directory that was opened, or refused: never in the namesake.
+        result = outcome(lambda: os.close(os.open("made", os.O_CREAT | os.O_WRONLY, 0o600, dir_fd=fd)))
+    finally:
+        os.close(fd)
+    assert result in (None, "ESTALE", "ENOENT")
+    assert os.listdir(view.src / "before") == []
+    assert os.listdir(view.src / "after") == (["made"] if result is None else [])
+
+
+def test_a_replaced_symlink_is_seen(view: View) -> None:
+    (view.src / "one").write_bytes(b"1")
+    (view.src / "two").write_bytes(b"2")
+    os.symlink("one", view.src / "link")
+    assert (os.readlink(view.mnt / "link"), (view.mnt / "link").read_bytes()) == ("one", b"1")
+    os.symlink("two", view.src / "new")
+    os.rename(view.src / "new", view.src / "link")
+    view.settle()
+    assert (os.readlink(view.mnt / "link"), (view.mnt / "link").read_bytes()) == ("two", b"2")
+
+
+KINDS = ("file", "directory", "symlink", "fifo")
+
+
+def make_thing(path: Path, kind: str, content: bytes) -> None:
+    if kind == "file":
+        path.write_bytes(content)
+    elif kind == "directory":
+        path.mkdir()
+        (path / "inside").write_bytes(content)
+    elif kind == "symlink":
+        os.symlink(content, path)
+    else:
+        os.mkfifo(path)
+
+
+def look_at_thing(path: Path) -> tuple[int, int, object]:
+    found = os.lstat(path)
+    content: object = None
+    if stat.S_ISREG(found.st_mode):
+        content = path.read_bytes()
+    elif stat.S_ISDIR(found.st_mode):
+        content = (os.listdir(path), (path / "inside").read_bytes())
+    elif stat.S_ISLNK(found.st_mode):
+        content = os.readlink(path)
+    return stat.S_IFMT(found.st_mode), found.st_ino, content
+
+
+def test_a_name_that_became_another_kind_of_thing_is_seen(view: View) -> None:
+    pairs = [(f"{before} to {after}", before, after) for before in KINDS for after in KINDS]
+    for name, before, _ in pairs:
+        make_thing(view.src / name, before, OLD)
+        look_at_thing(view.mnt / name)
+    os.listdir(view.mnt)
+    for name, before, after in pairs:
+        if before == "directory":
+            shutil.rmtree(view.src / name)
+        else:
+            (view.src / name).unlink()
+        make_thing(view.src / name, after, NEW)
+    view.settle()
+    for name, _, _ in pairs:
+        assert look_at_thing(view.mnt / name) == look_at_thing(view.src / name), name
+
+
+def test_a_listing_is_fresh(view: View) -> None:
+    (view.src / "directory").mkdir()
+    for number in range(50):
+        (view.src / "directory" / f"old{number}").write_bytes(b"")
+    for _ in range(2):
+        assert len(list(os.scandir(view.mnt / "directory"))) == 50
+    for number in range(25):
+        (view.src / "directory" / f"old{number}").unlink()
+        (view.src / "directory" / f"new{number}").write_bytes(b"x")
+    view.settle()
+    expected = sorted(os.listdir(view.src / "directory"))
+    assert sorted(os.listdir(view.mnt / "directory")) == expected
+    # What a listing brings along of each file must be as fresh as the listing.
+    sizes = {entry.name: entry.stat().st_size for entry in os.scandir(view.mnt / "directory")}
+    assert sizes == {name: (1 if name.startswith("new") else 0) for name in expected}
+
+
+def test_a_write_through_the_mount_is_in_the_source_when_it_returns(tree: Tree) -> None:
+    with open(tree.mnt / "file", "wb", buffering=0) as file:
+        for number in range(20):
+            file.write(b"%d" % number)
+            assert (tree.src / "file").read_bytes().endswith(b"%d" % number)
+    os.truncate(tree.mnt / "file", 2)
+    assert (tree.src / "file").read_bytes() == b"01"
+    os.rename(tree.mnt / "file", tree.mnt / "renamed")
+    assert os.listdir(tree.src) == ["renamed"]
+
+
+def test_both_sides_write_different_parts_of_one_page(view: View) -> None:
+    """Neither side's bytes may come back from an older copy of the page."""
+    (view.src / "file").write_bytes(b"." * 4096)
+    (view.mnt / "file").read_bytes()
+    choice = random.Random(1)
+    expected = bytearray(b"." * 4096)
+    with open(view.mnt / "file", "r+b", buffering=0) as file:
+        for number in range(200):
+            offset = choice.randrange(4080)
+            piece = b"%08d" % number
+            if number % 2:
+                overwrite(view.src / "file", piece, offset)
+            else:
+                os.pwrite(file.fileno(), piece, offset)
+            expected[offset : offset + 8] = piece
+    assert (view.src / "file").read_bytes() == expected
+    view.settle()
+    assert (view.mnt / "file").read_bytes() == expected
+
+
+def test_one_second_is_enough_by_default(tree: Tree) -> None:
+    for name in ("overwritten", "deleted", "replaced", "shortened", "renamed"):
+        (tree.src / name).write_bytes(OLD)
+        assert (tree.mnt / name).read_bytes() == OLD
+    assert outcome((tree.mnt / "made").stat) == "ENOENT"
+    overwrite(tree.src / "overwritten", NEW)
+    (tree.src / "deleted").unlink()
+    (tree.src / "made").write_bytes(NEW)
+    os.rename(tree.src / "made", tree.src / "replaced")
+    (tree.src / "made").write_bytes(NEW)
+    os.truncate(tree.src / "shortened", 3)
+    os.rename(tree.src / "renamed", tree.src / "moved")
+    time.sleep(1.05)
+    found = {name: (tree.mnt / name).read_bytes() for name in os.listdir(tree.mnt)}
+    assert found == {"overwritten": NEW, "made": NEW, "replaced": NEW, "shortened": OLD[:3], "moved": OLD}
+    for name in ("deleted", "renamed"):
+        assert outcome((tree.mnt / name).stat) == "ENOENT"
+
+
+@pytest.mark.mounted
+def test_the_timeouts_are_options(serve: Serve) -> None:
+    """Long ones keep, so that the other tests prove more than a server that never lets the kernel cache."""
+    mirror = serve("--attr-timeout", "30", "--entry-timeout", "30", "--negative-timeout", "30")
+    (mirror.source / "file").write_bytes(b"12345")
+    (mirror.source / "gone").write_bytes(b"")
+    assert (mirror.mountpoint / "file").stat().st_size == 5
+    assert (mirror.mountpoint / "gone").stat().st_size == 0
+    assert outcome((mirror.mountpoint / "missing").stat) == "ENOENT"
+    (mirror.source / "missing").write_bytes(b"")
+    (mirror.source / "gone").unlink()
+    (mirror.source / "file").write_bytes(b"123456789")
+    time.sleep(1.2)
+    assert (mirror.mountpoint / "file").stat().st_size == 5
+    assert (mirror.mountpoint / "gone").stat().st_size == 0
+    assert outcome((mirror.mountpoint / "missing").stat) == "ENOENT"
+
+
+@pytest.mark.timeout(90)
+def test_no_read_is_older_than_the_timeout(view: View) -> None:
+    """Another process changes eight files in every way at once; each read must be of a content not long replaced."""
+    names = [f"file{number}" for number in range(8)]
+    ended: dict[bytes, float] = {}
+    current: dict[str, bytes] = {}
+    lock = threading.Lock()
+    stop = threading.Event()
+    problems: list[str] = []
+
+    def change() -> None:
+        choice = random.Random(7)
+        serial = 0
+        while not stop.is_set():
+            name = choice.choice(names)
+            serial += 1
+            content = b"%s %08d" % (name.encode(), serial)
+            path = view.src / name
+            how = choice.randrange(4)
+            with lock:
+                # Held while it changes, so that every content has one moment at which it ended.
+                if how == 0 and path.exists():
+                    overwrite(path, content)
+                elif how == 1:
+                    path.unlink(missing_ok=True)
+                    path.write_bytes(content)
+                elif how == 2:
+                    (view.src / "new").write_bytes(content)
+                    os.rename(view.src / "new", path)
+                else:
+                    path.write_bytes(content)
+                if name in current:
+                    ended[current[name]] = time.monotonic()
+                current[name] = content
+            time.sleep(0.001)
+
+    for name in names:
+        (view.src / name).write_bytes(b"%s %08d" % (name.encode(), 0))
+        current[name] = b"%s %08d" % (name.encode(), 0)
+    changer = threading.Thread(target=change)
+    changer.start()
+    reads = 0
+    try:
+        until = time.monotonic() + (1.5 if view.seconds == 0 else 3)
+        choice = random.Random(8)
+        while time.monotonic() < until:
+            name = choice.choice(names)
+            began = time.monotonic()
+            content = outcome((view.mnt / name).read_bytes)
+            reads += 1
+            if content in ("ENOENT", "ESTALE", b""):
+                continue  # caught between unlink and creation, or between O_TRUNC and write
+            with lock:
+                if not content.startswith(name.encode()):
+                    problems.append(f"{name} gave {content!r}")
+                elif content in ended and began - ended[content] > view.seconds + SLACK:
+                    problems.append(f"{name} gave {content!r} {began - ended[content]:.3f} s after its end")
+    finally:
+        stop.set()
+        changer.join()
+    assert problems == []
+    assert reads > 100
