@@ -1,4 +1,4 @@
-"""Programs that people keep their data with, at work in the mount; what they wrote is checked by themselves, on both sides."""
+"""Programs that people keep their data with, at work in the mount; what they wrote they check on both sides."""
 
 from __future__ import annotations
 
