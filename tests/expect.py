@@ -1,0 +1,84 @@
+"""Precise expectations of system calls, and comparison with what the source's own file system does."""
+
+from __future__ import annotations
+
+import errno as errno_module
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def fails(*errnos: int) -> Iterator[None]:
+    """The block must fail with one of these errnos, by its very number."""
+    wanted = " or ".join(errno_module.errorcode[number] for number in errnos)
+    try:
+        yield
+    except OSError as error:
+        assert error.errno in errnos, f"{wanted} expected, got {error!r}"
+    else:
+        raise AssertionError(f"{wanted} expected, but it succeeded")
+
+
+def outcome(action: Callable[[], Any]) -> Any:
+    """What a call returns, or the name of the error it fails with: to be compared with another's outcome."""
+    try:
+        return action()
+    except OSError as error:
+        return errno_module.errorcode.get(error.errno or 0, error.errno)
+
+
+STAT_FIELDS = (
+    "st_mode",
+    "st_nlink",
+    "st_uid",
+    "st_gid",
+    "st_rdev",
+    "st_size",
+    "st_blocks",
+    "st_blksize",
+    "st_atime_ns",
+    "st_mtime_ns",
+    "st_ctime_ns",
+)
+
+
+def fields_of(status: os.stat_result) -> dict[str, int]:
+    return {name: getattr(status, name) for name in STAT_FIELDS}
+
+
+def same_status(mnt: Path, src: Path) -> None:
+    """Both sides must tell the same of a file, down to the nanosecond."""
+    assert fields_of(os.lstat(mnt)) == fields_of(os.lstat(src))
+
+
+def pattern(size: int, seed: int = 0) -> bytes:
+    """Bytes in which no two pages are alike, so that a misplaced one shows."""
+    words = ((seed * 0x9E3779B1 + index) & 0xFFFFFFFFFFFFFFFF for index in range((size + 7) // 8))
+    return b"".join(word.to_bytes(8, "little") for word in words)[:size]
+
+
+def python(
+    script: str, *arguments: str | Path, timeout: float = 30, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Runs a script in another process and waits for its success."""
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, **options
+    )
+    assert done.returncode == 0, f"the script ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+    return done
+
+
+def start_python(script: str, *arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
+    """A script in another process, spoken to by its stdin and stdout."""
+    return subprocess.Popen(
+        [sys.executable, "-u", "-c", script, *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        **options,
+    )
