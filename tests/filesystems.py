@@ -27,7 +27,6 @@ def mounted(what: str | Path, where: Path, *arguments: str) -> Iterator[Path]:
     where.mkdir(exist_ok=True)
     _run("mount", *arguments, what, where)
     try:
-        os.chmod(where, 0o755) if "ro" not in arguments else None
         yield where
     finally:
         try:

@@ -1,0 +1,411 @@
+"""What goes wrong in the source arrives as the error that it is: each made real by a small file system."""
+
+import errno
+import fcntl
+import mmap
+import os
+import resource
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.as_user import Caller, run_as
+from tests.conftest import Serve
+from tests.expect import outcome, pattern
+from tests.filesystems import ext4, make_image, mounted, tmpfs
+from tests.mirror import Mirror, Tree, reachable_directory
+from tests.syscalls import FALLOC_FL_KEEP_SIZE, fallocate, opened
+from tests.twins import outcomes
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    directory = reachable_directory("llloop-small-")
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory)
+
+
+@pytest.fixture
+def serving(serve: Serve) -> Callable[..., Any]:
+    """A mount that ends with the block, before the file system below it is unmounted."""
+
+    @contextmanager
+    def over(source: Path, *arguments: str) -> Iterator[Mirror]:
+        mirror = serve(*arguments, source=source)
+        try:
+            yield mirror
+        finally:
+            mirror.stop()
+
+    return over
+
+
+def write_until_it_fails(path: Path, piece: int, limit: int = 64 * MIB, flags: int = 0) -> tuple[int, Any]:
+    """How many bytes write(2) said it took, and why it took no more."""
+    content = pattern(piece)
+    taken = 0
+    with opened(path, os.O_WRONLY | os.O_CREAT | flags) as fd:
+        while taken < limit:
+            try:
+                taken += os.write(fd, content[taken % piece :])
+            except OSError as error:
+                return taken, errno.errorcode[error.errno or 0]
+    return taken, None
+
+
+def holds_pattern(path: Path, piece: int, size: int) -> bool:
+    expected = (pattern(piece) * (size // piece + 1))[:size]
+    return path.read_bytes() == expected
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("piece", [100, 4096, 65_536, 3 * MIB], ids=["100", "4k", "64k", "3m"])
+def test_a_full_source_says_so_and_keeps_what_it_took(scratch: Path, serving: Callable[..., Any], piece: int) -> None:
+    with tmpfs(scratch / "full", "size=2m") as source, serving(source) as mirror:
+        path = mirror.mountpoint / "file"
+        taken, why = write_until_it_fails(path, piece)
+        assert why == "ENOSPC"
+        assert MIB < taken <= 2 * MIB
+        for side in (path, source / "file"):
+            assert side.stat().st_size == taken
+            assert holds_pattern(side, piece, taken)
+        # Once there is room again it goes on where it stood.
+        path.unlink()
+        assert write_until_it_fails(path, piece, limit=MIB)[1] is None
+
+
+@pytest.mark.root
+def test_a_full_source_refuses_every_way_to_fill_it(scratch: Path, serving: Callable[..., Any]) -> None:
+    def try_all(directory: Path) -> dict[str, Any]:
+        def mapped_hole() -> None:
+            with opened(directory / "hole", os.O_RDWR) as fd:
+                os.posix_fallocate(fd, 0, MIB)
+
+        def allocate(mode: int) -> None:
+            with opened(directory / "hole", os.O_RDWR) as fd:
+                fallocate(fd, mode, 0, 4 * MIB)
+
+        def copy() -> None:
+            with opened(directory / "filler", os.O_RDONLY) as one, opened(directory / "hole", os.O_WRONLY) as other:
+                os.copy_file_range(one, other, MIB, 0, 0)
+
+        def write(flags: int) -> None:
+            with opened(directory / "hole", os.O_WRONLY | flags) as fd:
+                os.pwrite(fd, b"x" * 5000, 100_000)
+
+        return outcomes(
+            {
+                "posix_fallocate": mapped_hole,
+                "fallocate": lambda: allocate(0),
+                "fallocate keeping the size": lambda: allocate(FALLOC_FL_KEEP_SIZE),
+                "copy_file_range": copy,
+                "write": lambda: write(0),
+                "write synchronously": lambda: write(os.O_SYNC),
+                "append": lambda: write(os.O_APPEND),
+                "grow by truncate": lambda: os.truncate(directory / "hole", 100 * MIB),
+                "symlink": lambda: os.symlink("x" * 3000, directory / "symlink"),
+                "overwrite in place": lambda: write_at(directory / "filler", b"in place"),
+            }
+        )
+
+    def write_at(path: Path, content: bytes) -> int:
+        with opened(path, os.O_WRONLY) as fd:
+            return os.pwrite(fd, content, 0)
+
+    found = {}
+    for side in ("native", "mounted"):
+        with tmpfs(scratch / side, "size=2m") as source, serving(source) as mirror:
+            directory = source if side == "native" else mirror.mountpoint
+            (source / "hole").touch()
+            write_until_it_fails(directory / "filler", 4096)
+            found[side] = try_all(directory)
+            assert os.statvfs(mirror.mountpoint).f_bavail == os.statvfs(source).f_bavail == 0
+    if mirror.via == "llfuse":
+        for name in ("posix_fallocate", "fallocate", "fallocate keeping the size", "copy_file_range"):
+            del found["native"][name], found["mounted"][name]
+    assert found["mounted"] == found["native"]
+    assert found["native"]["write"] == "ENOSPC"
+
+
+@pytest.mark.root
+def test_a_source_without_inodes_refuses_new_files(scratch: Path, serving: Callable[..., Any]) -> None:
+    def try_all(directory: Path) -> dict[str, Any]:
+        return outcomes(
+            {
+                "create": lambda: os.close(os.open(directory / "a", os.O_CREAT | os.O_WRONLY)),
+                "mkdir": lambda: os.mkdir(directory / "b"),
+                "mknod": lambda: os.mknod(directory / "c"),
+                "mkfifo": lambda: os.mkfifo(directory / "d"),
+                "symlink": lambda: os.symlink("x", directory / "e"),
+                "rename": lambda: os.rename(directory / "0", directory / "f"),
+            }
+        )
+
+    with tmpfs(scratch / "full", "size=2m,nr_inodes=20") as source, serving(source) as mirror:
+        for number in range(30):
+            if outcome((mirror.mountpoint / f"{number}").touch) == "ENOSPC":
+                break
+        found = try_all(mirror.mountpoint)
+        assert found.pop("rename") is None
+        assert set(found.values()) == {"ENOSPC"}
+        assert sorted(os.listdir(source)) == sorted([*(str(n) for n in range(1, number)), "f"])
+        (mirror.mountpoint / "1").unlink()
+        (mirror.mountpoint / "again").touch()
+
+
+@pytest.mark.root
+def test_the_part_reserved_for_root_is_not_for_users(scratch: Path, serving: Callable[..., Any]) -> None:
+    """Whoever writes on a user's behalf as root must not eat what ext4 keeps back for root."""
+    user = Caller(4001, 4001)
+    taken = {}
+    for side in ("native", "mounted"):
+        image = make_image(scratch / f"{side}.image", 16 * MIB, "ext4", "-F", "-m", "20", "-O", "^has_journal")
+        with mounted(image, scratch / side, "-o", "loop,nodelalloc") as source, serving(source) as mirror:
+            source.chmod(0o777)
+            directory = source if side == "native" else mirror.mountpoint
+            taken[side], why = run_as(user, write_until_it_fails, directory / "file", 65_536)
+            assert why == "ENOSPC"
+    assert abs(taken["mounted"] - taken["native"]) < 256 * 1024
+
+
+@pytest.mark.root
+def test_an_exceeded_quota_says_so(scratch: Path, serving: Callable[..., Any]) -> None:
+    """btrfs counts for root too, and its limit is set by one command."""
+    image = make_image(scratch / "image", 128 * MIB, "btrfs")
+    with mounted(image, scratch / "limited", "-o", "loop") as source:
+        for command in (["quota", "enable"], ["qgroup", "limit", "2M"]):
+            subprocess.run(["btrfs", *command, source], check=True, capture_output=True, timeout=60)
+        with serving(source) as mirror:
+            path = mirror.mountpoint / "file"
+            taken, why = write_until_it_fails(path, 65_536)
+            assert why == "EDQUOT"
+            assert 0 < taken < 3 * MIB
+            for side in (path, source / "file"):
+                assert holds_pattern(side, 65_536, taken)
+            os.sync()
+            assert outcome(lambda: os.close(os.open(mirror.mountpoint / "more", os.O_CREAT))) == "EDQUOT"
+            assert outcome(lambda: os.mkdir(mirror.mountpoint / "more")) == "EDQUOT"
+
+
+@pytest.mark.root
+def test_a_file_beyond_the_sources_limit_is_too_big(scratch: Path, serving: Callable[..., Any]) -> None:
+    """ext4 ends at 16 TiB, long before the limit that FUSE knows of."""
+
+    def try_all(directory: Path) -> dict[str, Any]:
+        path = directory / "file"
+        path.write_bytes(b"content")
+
+        def use(action: Callable[[int], Any]) -> Any:
+            with opened(path, os.O_RDWR) as fd:
+                return action(fd)
+
+        return outcomes(
+            {
+                "write beyond": lambda: use(lambda fd: os.pwrite(fd, b"x", 1 << 45)),
+                "write at 8 EiB": lambda: use(lambda fd: os.pwrite(fd, b"x", (1 << 63) - 2)),
+                "truncate": lambda: os.truncate(path, 1 << 45),
+                "ftruncate": lambda: use(lambda fd: os.ftruncate(fd, 1 << 45)),
+                "just below": lambda: use(lambda fd: os.pwrite(fd, b"x", (1 << 43) - 1)),
+                "size": lambda: os.stat(path).st_size,
+                "read beyond": lambda: use(lambda fd: os.pread(fd, 1, 1 << 45)),
+                "blocks": lambda: os.stat(path).st_blocks < 1000,
+            }
+        )
+
+    with ext4(scratch, 32 * MIB, "-b", "4096") as source, serving(source) as mirror:
+        (source / "native").mkdir()
+        (source / "mounted").mkdir()
+        found = try_all(mirror.mountpoint / "mounted")
+        assert found == try_all(source / "native")
+        assert (found["write beyond"], found["ftruncate"], found["just below"]) == ("EFBIG", "EFBIG", 1)
+
+
+def test_the_callers_own_limit_of_file_size_holds(tree: Tree) -> None:
+    def limited(path: Path) -> list[Any]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        with opened(path, os.O_WRONLY | os.O_CREAT) as fd:
+            return [
+                outcome(lambda: os.pwrite(fd, b"x" * 5_000, 98_000)),
+                outcome(lambda: os.pwrite(fd, b"x", 100_000)),
+                outcome(lambda: os.ftruncate(fd, 100_001)),
+                outcome(lambda: os.pwrite(fd, b"x" * 300_000, 0)),
+                os.fstat(fd).st_size,
+            ]
+
+    expected = [2_000, "EFBIG", "EFBIG", 100_000, 100_000]
+    assert run_as(Caller(), limited, tree.src / "native") == expected
+    assert run_as(Caller(), limited, tree.mnt / "mounted") == expected
+
+
+def test_a_file_over_the_servers_limit_of_size_does_not_kill_it(tree: Tree) -> None:
+    """A write at the very end of what the source can hold is an error for the caller and for nobody else."""
+    with opened(tree.mnt / "file", os.O_RDWR | os.O_CREAT) as fd:
+        native = os.open(tree.src / "native", os.O_RDWR | os.O_CREAT)
+        try:
+            for offset in ((1 << 63) - 1, (1 << 63) - 4096, (1 << 62)):
+                expected = outcome(lambda at=offset: os.pwrite(native, b"x" * 8192, at))  # type: ignore[misc]
+                assert outcome(lambda at=offset: os.pwrite(fd, b"x" * 8192, at)) == expected  # type: ignore[misc]
+        finally:
+            os.close(native)
+    os.truncate(tree.mnt / "file", 0)
+    assert (tree.mnt / "file").read_bytes() == b""
+
+
+def change_everything(directory: Path) -> dict[str, Any]:
+    file, below = directory / "file", directory / "directory"
+    return outcomes(
+        {
+            "read": file.read_bytes,
+            "list": lambda: sorted(os.listdir(below)),
+            "open for writing": lambda: os.open(file, os.O_WRONLY),
+            "open for both": lambda: os.open(file, os.O_RDWR),
+            "open with O_TRUNC": lambda: os.open(file, os.O_RDONLY | os.O_TRUNC),
+            "create": lambda: os.open(directory / "new", os.O_WRONLY | os.O_CREAT),
+            "create what is there": lambda: os.close(os.open(file, os.O_RDONLY | os.O_CREAT)),
+            "mkdir": lambda: os.mkdir(directory / "new"),
+            "mknod": lambda: os.mkfifo(directory / "new"),
+            "symlink": lambda: os.symlink("x", directory / "new"),
+            "link": lambda: os.link(file, directory / "new"),
+            "rename": lambda: os.rename(file, directory / "new"),
+            "unlink": lambda: os.unlink(file),
+            "rmdir": lambda: os.rmdir(below),
+            "truncate": lambda: os.truncate(file, 1),
+            "chmod": lambda: os.chmod(file, 0o600),
+            "chown": lambda: os.chown(file, 1, 1),
+            "utime": lambda: os.utime(file, (1, 1)),
+            "setxattr": lambda: os.setxattr(file, "user.new", b"x"),
+            "removexattr": lambda: os.removexattr(file, "user.there"),
+            "getxattr": lambda: os.getxattr(file, "user.there"),
+            "unlink what is missing": lambda: os.unlink(directory / "missing"),
+            "mkdir what is there": lambda: os.mkdir(below),
+        }
+    )
+
+
+def fill(directory: Path) -> None:
+    (directory / "file").write_bytes(b"content")
+    os.setxattr(directory / "file", "user.there", b"value")
+    (directory / "directory").mkdir()
+    (directory / "directory" / "inside").write_bytes(b"")
+
+
+@pytest.mark.root
+def test_a_source_that_is_mounted_read_only(scratch: Path, serving: Callable[..., Any]) -> None:
+    image = make_image(scratch / "image", 16 * MIB, "ext4", "-F")
+    with mounted(image, scratch / "there", "-o", "loop") as source:
+        fill(source)
+    with mounted(image, scratch / "there", "-o", "loop,ro") as source, serving(source) as mirror:
+        expected = change_everything(source)
+        assert change_everything(mirror.mountpoint) == expected
+        assert list(expected.values()).count("EROFS") >= 15
+
+
+@pytest.mark.root
+def test_a_source_that_becomes_read_only_while_served(scratch: Path, serving: Callable[..., Any]) -> None:
+    """As ext4 does by itself after an error."""
+    with ext4(scratch, 16 * MIB) as source, serving(source) as mirror:
+        fill(source)
+        assert (mirror.mountpoint / "file").read_bytes() == b"content"
+        subprocess.run(["mount", "-o", "remount,ro", source], check=True, timeout=30)
+        assert change_everything(mirror.mountpoint) == change_everything(source)
+        subprocess.run(["mount", "-o", "remount,rw", source], check=True, timeout=30)
+        (mirror.mountpoint / "file").write_bytes(b"goes on")
+        assert (source / "file").read_bytes() == b"goes on"
+
+
+@pytest.mark.mounted
+def test_the_option_read_only(serving: Callable[..., Any], tmp_path: Path) -> None:
+    fill(tmp_path)
+    with serving(tmp_path, "--read-only") as mirror:
+        found = change_everything(mirror.mountpoint)
+        for name in ("read", "list", "getxattr", "create what is there", "mkdir what is there"):
+            assert found.pop(name) in (b"content", ["inside"], b"value", None, "EEXIST")
+        assert found.pop("unlink what is missing") in ("ENOENT", "EROFS")
+        assert set(found.values()) == {"EROFS"}
+        assert outcome(lambda: os.access(mirror.mountpoint / "file", os.W_OK)) is False
+    assert (tmp_path / "file").read_bytes() == b"content"
+
+
+@pytest.mark.root
+def test_an_unreadable_disk_gives_eio_and_the_mount_lives(scratch: Path, serving: Callable[..., Any]) -> None:
+    """The image's second half is cut off under the file system: blocks there cannot be read."""
+    image = scratch / "ext4.image"
+    with ext4(scratch, 64 * MIB, "-b", "4096") as source:
+        (source / "good").write_bytes(pattern(100_000))
+        (source / "bad").write_bytes(b"b" * (32 * MIB))
+        os.sync()
+        # Only what is not in the page cache is read from the disk.
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+        for name in ("good", "bad"):
+            os.stat(source / name)
+        with open(image, "r+b") as file:
+            file.truncate(9 * MIB)
+        assert outcome((source / "bad").read_bytes) == "EIO"
+        with serving(source) as mirror:
+            mnt = mirror.mountpoint
+            assert outcome((mnt / "bad").read_bytes) == "EIO"
+            with opened(mnt / "bad", os.O_RDONLY | os.O_DIRECT) as fd, mmap.mmap(-1, MIB) as memory:
+                assert outcome(lambda: os.preadv(fd, [memory], 24 * MIB)) == "EIO"
+            with opened(mnt / "bad", os.O_RDONLY) as fd:
+                assert outcome(lambda: os.pread(fd, 4096, 30 * MIB)) == "EIO"
+                # A small part that can be read can still be read, and so can other files.
+                readable = outcome(lambda: os.pread(fd, 4096, 0))
+                assert readable == outcome(lambda: read_at(source / "bad", 4096, 0))
+            assert (mnt / "good").stat().st_size == 100_000
+            assert (mnt / "bad").stat().st_size == 32 * MIB
+
+
+def read_at(path: Path, size: int, offset: int) -> bytes:
+    with opened(path, os.O_RDONLY) as fd:
+        return os.pread(fd, size, offset)
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("how", ["fsync", "fdatasync", "O_SYNC", "msync"])
+def test_a_disk_that_cannot_be_written_fails_fsync(scratch: Path, serving: Callable[..., Any], how: str) -> None:
+    """The image lies on a full tmpfs: write succeeds into the page cache, and only fsync can tell of the loss."""
+    with tmpfs(scratch / "backing", "size=6m") as backing:
+        image = make_image(backing / "image", 64 * MIB, "ext4", "-F", "-m", "0", "-O", "^has_journal", "-b", "4096")
+        with mounted(image, scratch / "there", "-o", "loop") as source, serving(source) as mirror:
+            (source / "small").write_bytes(b"before")
+            path = mirror.mountpoint / "file"
+
+            def write_and_sync() -> None:
+                flags = os.O_SYNC if how == "O_SYNC" else 0
+                with opened(path, os.O_RDWR | os.O_CREAT | flags) as fd:
+                    if how == "msync":
+                        os.ftruncate(fd, 12 * MIB)
+                        with mmap.mmap(fd, 12 * MIB) as view:
+                            view[:] = pattern(MIB) * 12
+                            view.flush()
+                        os.fsync(fd)
+                        return
+                    for number in range(12):
+                        os.pwrite(fd, pattern(MIB, number), number * MIB)
+                    if how == "fsync":
+                        os.fsync(fd)
+                    elif how == "fdatasync":
+                        os.fdatasync(fd)
+
+            assert outcome(write_and_sync) in ("EIO", "ENOSPC")
+            assert (mirror.mountpoint / "small").read_bytes() == b"before"
+            assert mirror.alive()
+
+
+def test_errors_of_devices_and_ioctls_are_the_usual_ones(tree: Tree) -> None:
+    """An ioctl that nobody knows must be refused, not answered with a broken mount."""
+    (tree.src / "file").write_bytes(b"content")
+    with opened(tree.mnt / "file", os.O_RDWR) as fd:
+        assert outcome(lambda: fcntl.ioctl(fd, 0x5401, bytes(64))) == "ENOTTY"
+        assert outcome(lambda: fcntl.ioctl(fd, 0x12345678, bytes(64))) == "ENOTTY"
