@@ -1,0 +1,13 @@
+"""llloop mirrors a directory at a mount point through FUSE.
+
+    with llloop.mount("/host/data", "/mnt/c", workers=2) as mounted:
+        ...
+
+The `llloop` command does the same for administrators: `llloop serve SRC MNT`.
+"""
+
+from .api import Mounted, mount, serve
+from .errors import LlloopError
+from .version import __version__
+
+__all__ = ["LlloopError", "Mounted", "__version__", "mount", "serve"]

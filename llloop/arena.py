@@ -1,0 +1,132 @@
+"""The shared memory between supervisor, front and workers: slots for requests, and counters.
+
+A *slot* is where one request lies from the moment the front reads it off /dev/fuse: its header
+and payload, so that a WRITE reaches its worker without being copied. Lending a slot to a worker
+also keeps the message that was sent about it, so that a request lives on when its worker dies:
+the successor finds the slot still lent to its shard and does the work again.
+
+The memory is one anonymous shared ``mmap``, made before the first fork. Nothing in it is locked:
+each byte has one writer at a time. The front marks a slot as lent (last, when all else is in
+place), the borrower marks it as free (last, when the answer is written).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from struct import Struct
+
+from . import wire
+
+# Shard numbers must fit the state byte, in which 0 means free.
+MAX_SHARDS = 254
+
+# Every request handed to a worker holds a slot until it is answered, so this bounds how many
+# can be under way; beyond it the front does the work itself. Memory is used only when touched.
+DEFAULT_SLOTS = 256
+
+_LENGTH = Struct("=H")
+_FREE = b"\0"
+
+
+class Arena:
+    """The shared memory.
+
+    Args:
+        slots: how many requests can be lent at a time.
+        payload: the largest WRITE payload in bytes (INIT's max_write).
+        shards: how many workers there are.
+    """
+
+    def __init__(self, slots: int, payload: int, shards: int) -> None:
+        self.slots = slots
+        self.payload_size = payload
+        pages = wire.PAGE_SIZE
+        # states, stages: a byte per slot; results: eight; counters: a line per shard
+        results = (2 * slots + 7) & ~7
+        counters = results + 8 * slots
+        front = counters + 8 * Counters.FIELDS * shards
+        first = (front + 8 + pages - 1) // pages * pages
+        # The request ends with its payload page-aligned, which O_DIRECT needs; the record lies in the rest of that page.
+        self._stride = pages + payload
+        self._records = first
+        self._requests = first + pages - wire.WRITE_HEADER_SIZE
+        self.memory = mmap.mmap(-1, first + slots * self._stride)
+        self.view = memoryview(self.memory)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+        self.states = self.view[:slots]
+        self.stages = self.view[slots : 2 * slots]
+        self.results = self.view[results:counters].cast("q")
+        self.counters = [
+            Counters(self.view[counters + 8 * Counters.FIELDS * shard :][: 8 * Counters.FIELDS].cast("Q"))
+            for shard in range(shards)
+        ]
+        self._front = self.view[front : front + 8].cast("q")
+        size = wire.WRITE_HEADER_SIZE + payload
+        starts = [self.request_offset(slot) for slot in range(slots)]
+        self.receive_buffers = [[self.view[start : start + size]] for start in starts]
+
+    @property
+    def front_pid(self) -> int:
+        """The process id of the front, from which workers pull descriptors; 0 while there is none."""
+        return self._front[0]
+
+    @front_pid.setter
+    def front_pid(self, pid: int) -> None:
+        self._front[0] = pid
+
+    def request_offset(self, slot: int) -> int:
+        """Return where in `memory` the request header of *slot* begins."""
+        return self._requests + slot * self._stride
+
+    def payload(self, slot: int, size: int) -> memoryview:
+        """Return *size* bytes of the payload of *slot*; they begin on a page."""
+        start = self._records + wire.PAGE_SIZE + slot * self._stride
+        return self.view[start : start + size]
+
+    def free_slot(self) -> int:
+        """Return the lowest free slot, which is the one most likely still in a cache, or -1."""
+        return self.memory.find(_FREE, 0, self.slots)
+
+    def lend(self, slot: int, shard: int, message: bytes) -> None:
+        """Lend *slot* to the worker of *shard*, with the *message* that tells it what to do."""
+        start = self._records + slot * self._stride
+        memory = self.memory
+        memory[start + 2 : start + 2 + len(message)] = message
+        _LENGTH.pack_into(memory, start, len(message))
+        self.stages[slot] = 0
+        self.states[slot] = shard + 1
+
+    def give_back(self, slot: int) -> None:
+        """Mark *slot* as free."""
+        self.states[slot] = 0
+
+    def lent_to(self, shard: int) -> list[tuple[int, bytes]]:
+        """Return the slots lent to *shard*, each with its message."""
+        found = []
+        for slot, state in enumerate(bytes(self.states)):
+            if state == shard + 1:
+                start = self._records + slot * self._stride
+                (length,) = _LENGTH.unpack_from(self.memory, start)
+                found.append((slot, self.memory[start + 2 : start + 2 + length]))
+        return found
+
+
+class Counters:
+    """What one worker has done so far; written by that worker, read by anybody.
+
+    Attributes are named after what they count since the mount began: `requests` answered, `errors`
+    among them, bytes `read` and `written`.
+    """
+
+    FIELDS = 4
+    REQUESTS, ERRORS, READ, WRITTEN = range(FIELDS)
+
+    __slots__ = ("cells",)
+
+    def __init__(self, cells: memoryview) -> None:
+        self.cells = cells
+
+    def snapshot(self) -> dict[str, int]:
+        """Return the counters by name."""
+        return dict(zip(("requests", "errors", "read", "written"), self.cells, strict=True))

@@ -1,0 +1,173 @@
+"""The `llloop` command: argument handling and messages, nothing else."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import log, mounting
+from .config import Cache, LoopKind, ServeConfig, help_text
+from .daemon import Daemon
+from .errors import HostError, LlloopError, MountpointError
+from .supervisor import Supervisor
+from .version import __version__
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "LLLOOP", "max_content_width": 120}
+
+_EXIT_CODES = """\b
+Exit codes:
+  0  stopped cleanly
+  1  the mount failed or ended unexpectedly
+  2  an option makes no sense
+  3  the source cannot be mirrored
+  4  the mount point cannot be used
+  5  this machine or user cannot mount with FUSE
+  6  a dead mount is in the way
+"""
+
+
+def _explained(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn errors into one line on standard error and their exit code."""
+
+    @functools.wraps(command)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except LlloopError as error:
+            click.echo(f"llloop: {error}", err=True)
+            sys.exit(error.exit_code)
+
+    return wrapper
+
+
+def _option(name: str, *more: str, **attributes: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Declare an option of `ServeConfig`, whose help text is that field's documentation."""
+    return click.option(*more, name, help=help_text(name), **attributes)
+
+
+@click.group(context_settings=_CONTEXT, epilog=_EXIT_CODES)
+@click.version_option(__version__, prog_name="llloop", message="%(prog)s %(version)s")
+def main() -> None:
+    """Mirror a directory at a mount point through FUSE, with its data I/O spread over worker processes.
+
+    Every option can also be given as an environment variable: LLLOOP_SERVE_WORKERS=8 for --workers 8 of serve.
+    """
+
+
+@main.command(epilog=_EXIT_CODES)
+@click.argument("source", type=click.Path())
+@click.argument("mountpoint", type=click.Path())
+@_option("workers", "--workers", "-w", type=click.IntRange(min=1), default=None, metavar="N")
+@_option("read_only", "--read-only", "--ro", is_flag=True)
+@_option("allow_other", "--allow-other/--no-allow-other", default=None)
+@_option("cache", "--cache", type=click.Choice([cache.value for cache in Cache]), default=Cache.AUTO.value)
+@_option("attr_timeout", "--attr-timeout", type=float, default=None, metavar="SECONDS")
+@_option("entry_timeout", "--entry-timeout", type=float, default=None, metavar="SECONDS")
+@_option("negative_timeout", "--negative-timeout", type=float, default=None, metavar="SECONDS")
+@_option("xattr", "--xattr/--no-xattr", default=True)
+@_option("options", "-o", "--options", multiple=True, metavar="OPTION[,OPTION...]")
+@_option("fsname", "--fsname", default=None, metavar="NAME")
+@_option("nonempty", "--nonempty", is_flag=True)
+@_option("replace_dead", "--replace-dead", is_flag=True)
+@_option(
+    "loop", "--loop", type=click.Choice([kind.value for kind in LoopKind]), default=LoopKind.AUTO.value, hidden=True
+)
+@_option("slots", "--slots", type=click.IntRange(2, 4096), default=256, hidden=True)
+@click.option(
+    "--daemon",
+    is_flag=True,
+    help="Go on in the background: return when the mount is ready, with a non-zero exit code if it never is. "
+    "Messages then go to --log-file or are lost. Default: stay in the foreground.",
+)
+@click.option(
+    "--pid-file",
+    type=click.Path(path_type=Path),
+    help="Write the supervisor's process id there when the mount is ready; removed at the end. Default: none.",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(log.LEVELS),
+    default="info",
+    help="Least severe messages to log. Nothing is logged for single requests, so this costs no speed. Default: info.",
+)
+@click.option(
+    "--log-file",
+    type=click.Path(path_type=Path),
+    help="Append log messages of all processes to this file. Default: standard error.",
+)
+@click.option("--lifeline", type=int, hidden=True, help="End when this inherited descriptor's other end is closed.")
+@_explained
+def serve(
+    source: str,
+    mountpoint: str,
+    daemon: bool,
+    pid_file: Path | None,
+    log_level: str,
+    log_file: Path | None,
+    lifeline: int | None,
+    **options: Any,
+) -> None:
+    """Mirror the directory SOURCE at MOUNTPOINT until it is unmounted.
+
+    Stop it with Ctrl-C, SIGTERM, or `llloop umount MOUNTPOINT`.
+    """
+    options["workers"] = options["workers"] or 0
+    options["cache"] = Cache(options["cache"])
+    options["loop"] = LoopKind(options["loop"])
+    options["options"] = tuple(part for option in options["options"] for part in option.split(",") if part)
+    config = ServeConfig(source=source, mountpoint=mountpoint, **options)
+    try:
+        log.configure(log_level, log_file and log_file.absolute())
+    except OSError as error:
+        raise HostError(f"log file {log_file}: {error.strerror}") from None
+    background = Daemon(pid_file)
+
+    def on_ready(line: str) -> None:
+        background.ready()
+        if not daemon:
+            click.echo(f"llloop: {line}")
+        else:
+            background.let_go()
+
+    supervisor = Supervisor(config, on_ready, lifeline=lifeline)
+    if daemon:
+        background.start()
+    try:
+        sys.exit(supervisor.run())
+    finally:
+        background.end()
+
+
+@main.command()
+@click.argument("mountpoint", type=click.Path())
+@click.option(
+    "--lazy",
+    is_flag=True,
+    help="Detach the mount at once even if it is busy; what has files open there keeps them until it closes them. "
+    "Also what removes a dead mount. Default: fail if it is busy.",
+)
+@_explained
+def umount(mountpoint: str, lazy: bool) -> None:
+    """End the llloop mount at MOUNTPOINT: its server stops cleanly."""
+    path = mounting.resolve_mountpoint(mountpoint)
+    entry = mounting.find_mount(path)
+    if entry is None:
+        raise MountpointError(f"{mountpoint}: nothing is mounted there")
+    if entry.type != "fuse.llloop":
+        raise MountpointError(
+            f"{mountpoint}: {entry.source} ({entry.type}) is mounted there, which is not llloop's; use umount"
+        )
+    try:
+        mounting.unmount(path, lazy=lazy)
+    except OSError as error:
+        hint = "; close what uses it, or detach it with --lazy" if not lazy else ""
+        raise MountpointError(f"{mountpoint}: {error.strerror}{hint}") from None
+
+
+if __name__ == "__main__":
+    main()

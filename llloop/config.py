@@ -1,0 +1,138 @@
+"""The options of a mount. Each field's documentation is also the command's help text."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from typing import Any
+
+from .arena import MAX_SHARDS
+from .errors import UsageError
+
+MAX_WORKERS = min(128, MAX_SHARDS)
+
+# virtiofsd and passthrough_ll take a day for "always" too: longer helps nobody.
+_DAY = 86400.0
+
+
+class Cache(str, Enum):
+    """How long the kernel may believe what it has been told."""
+
+    NEVER = "never"
+    AUTO = "auto"
+    ALWAYS = "always"
+
+
+class LoopKind(str, Enum):
+    """Who runs the request loop."""
+
+    AUTO = "auto"
+    OWN = "own"
+    LLFUSE = "llfuse"
+
+
+_TIMEOUTS = {Cache.NEVER: 0.0, Cache.AUTO: 1.0, Cache.ALWAYS: _DAY}
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+def usable_cpus() -> int:
+    """Return the number of CPUs this process may run on (sched_getaffinity(2))."""
+    return len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeConfig:
+    """Everything `llloop serve` and `llloop.mount` can be told about one mount.
+
+    Attributes with the value None get their default in `__post_init__`.
+    """
+
+    source: str
+    mountpoint: str
+    workers: int = _option(
+        0,
+        "Number of worker processes that do the data I/O; a file's I/O is always done by the same one. "
+        "Default: the number of usable CPUs. More than CPUs helps only where the source waits for disks or a network.",
+    )
+    read_only: bool = _option(False, "Mount read-only: every change is refused with EROFS by the kernel. Default: off.")
+    allow_other: bool | None = _option(
+        None,
+        "Let users other than the one who mounts use the mount; the kernel checks permissions as it does on the source. "
+        "Default: on for root. An ordinary user needs user_allow_other in /etc/fuse.conf, "
+        "and then others act with that user's rights on the source.",
+    )
+    cache: Cache = _option(
+        Cache.AUTO,
+        "What the kernel may keep. never: nothing, changes made directly in the source are seen at once, each access costs a request. "
+        "auto: names and attributes for 1 second, data until a fresh open or a refresh of the attributes shows another size or time. "
+        "always: everything for a day; only for a source that nobody else changes, else old data is shown. Default: auto.",
+    )
+    attr_timeout: float | None = _option(
+        None, "Seconds the kernel may keep attributes (size, mode, times) without asking. Default: as --cache says."
+    )
+    entry_timeout: float | None = _option(
+        None, "Seconds the kernel may keep what a name leads to. Default: as --cache says."
+    )
+    negative_timeout: float | None = _option(
+        None,
+        "Seconds the kernel may keep that a name does not exist; a file made directly in the source stays unseen that long. "
+        "Default: as --cache says.",
+    )
+    xattr: bool = _option(
+        True,
+        "Pass extended attributes and POSIX ACLs through. Without, programs are told they are not supported, and one request "
+        "for each access check is saved. Default: on.",
+    )
+    options: tuple[str, ...] = _option(
+        (),
+        "Further mount options for libfuse or the kernel, separated by commas, such as noatime,suid,dev. Default: none.",
+    )
+    fsname: str | None = _option(None, "Name of the file system shown by mount(8) and df(1). Default: the source.")
+    nonempty: bool = _option(
+        False, "Mount over a directory that is not empty; what it holds is hidden until the unmount. Default: off."
+    )
+    replace_dead: bool = _option(
+        False,
+        'If the mount point is a dead FUSE mount ("Transport endpoint is not connected"), detach it first. Default: off.',
+    )
+    loop: LoopKind = _option(
+        LoopKind.AUTO, "Who runs the request loop; for tests. own fails where auto would fall back to llfuse."
+    )
+    slots: int = _option(256, "How many requests may be with the workers at a time; for tests.")
+
+    def __post_init__(self) -> None:
+        defaults: dict[str, Any] = {}
+        if self.workers == 0:
+            defaults["workers"] = min(usable_cpus(), MAX_WORKERS)
+        if self.allow_other is None:
+            defaults["allow_other"] = os.geteuid() == 0
+        for name in ("attr_timeout", "entry_timeout", "negative_timeout"):
+            if getattr(self, name) is None:
+                defaults[name] = _TIMEOUTS[self.cache]
+        if self.fsname is None:
+            defaults["fsname"] = self.source
+        for name, value in defaults.items():
+            object.__setattr__(self, name, value)
+        self._check()
+
+    def _check(self) -> None:
+        if not 1 <= self.workers <= MAX_WORKERS:
+            raise UsageError(f"--workers must be from 1 to {MAX_WORKERS}, not {self.workers}")
+        for name in ("attr_timeout", "entry_timeout", "negative_timeout"):
+            seconds = getattr(self, name)
+            if not (math.isfinite(seconds) and 0 <= seconds <= 2**31):
+                option = "--" + name.replace("_", "-")
+                raise UsageError(f"{option} must be a number of seconds from 0 to {2**31}, not {seconds}")
+
+
+def help_text(name: str) -> str:
+    """Return the documentation of the option called *name*."""
+    for one in fields(ServeConfig):
+        if one.name == name:
+            return str(one.metadata["help"])
+    raise KeyError(name)

@@ -1,0 +1,68 @@
+"""Going into the background, and the pid file."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from .errors import HostError
+
+
+class Daemon:
+    """The background side of `llloop serve --daemon`, and the pid file of any `llloop serve`.
+
+    Args:
+        pid_file: where to write the process id, or None.
+    """
+
+    def __init__(self, pid_file: Path | None) -> None:
+        self._pid_file = pid_file.absolute() if pid_file else None
+        self._written = False
+        self._waiting: int | None = None
+
+    def start(self) -> None:
+        """Go on in a child; the calling process waits until `let_go` and then ends, with the child's exit code if that ends first."""
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+        child = os.fork()
+        if child:
+            os.close(writer)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the child is in the group still and will end by it
+            if os.read(reader, 1):
+                os._exit(0)
+            _, status = os.waitpid(child, 0)
+            os._exit(os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 1)
+        os.close(reader)
+        os.setsid()
+        self._waiting = writer
+
+    def ready(self) -> None:
+        """Write the pid file."""
+        if self._pid_file is not None:
+            try:
+                self._pid_file.write_text(f"{os.getpid()}\n")
+            except OSError as error:
+                raise HostError(f"pid file {self._pid_file}: {error.strerror}") from None
+            self._written = True
+
+    def let_go(self) -> None:
+        """Let the calling process end and leave its terminal."""
+        null = os.open(os.devnull, os.O_RDWR)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        os.close(null)
+        os.chdir("/")
+        if self._waiting is not None:
+            os.write(self._waiting, b"!")
+            os.close(self._waiting)
+            self._waiting = None
+
+    def end(self) -> None:
+        """Remove the pid file."""
+        if self._written and self._pid_file is not None:
+            with suppress(OSError):
+                self._pid_file.unlink()

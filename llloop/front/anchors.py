@@ -1,0 +1,185 @@
+"""How an inode is reached: through a directory's descriptor and one name, or through a pin.
+
+Directories are opened with O_PATH and kept, the least recently used are closed. Every access is one
+name relative to one of them, never followed if it is a symlink, so that nothing leads out of
+the source. An inode whose last known name goes while the kernel still knows it is *pinned* by
+an O_PATH descriptor until the kernel forgets it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ..syscalls import Attributes, fstatx, statx
+from .inodes import ROOT, Inode, Inodes, stale
+
+_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# What says that a name does not lead to the inode any more (ELOOP: a symlink stands there now).
+_MOVED = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ELOOP})
+_ANY = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class Anchors:
+    """The descriptors that lead to inodes.
+
+    Args:
+        inodes: the inode table.
+        root: an O_PATH descriptor of the source; stays the caller's.
+        capacity: how many directories are kept open.
+    """
+
+    def __init__(self, inodes: Inodes, root: int, capacity: int) -> None:
+        self._inodes = inodes
+        self._root = root
+        self._capacity = max(capacity, 2)
+        self._directories: OrderedDict[int, int] = OrderedDict()
+        self._pins: dict[int, int] = {}
+
+    def directory(self, nodeid: int) -> int:
+        """Return a descriptor of the directory *nodeid*, valid until the second next call.
+
+        Raises:
+            OSError: ESTALE if it is no longer where it was found, ENOTDIR, or what open(2) says.
+        """
+        fd = self._held_directory(nodeid)
+        if fd is not None:
+            return fd
+        # Only here, and before anything is opened, so that a path deeper than the capacity can be walked.
+        while len(self._directories) > self._capacity:
+            os.close(self._directories.popitem(last=False)[1])
+        missing = [nodeid]
+        while True:
+            parent = self._inodes.get(missing[-1]).parent
+            if parent == 0:
+                raise stale()
+            fd = self._held_directory(parent)
+            if fd is not None:
+                break
+            missing.append(parent)
+        for number in reversed(missing):
+            inode = self._inodes.get(number)
+            fd = self._open(fd, inode, _DIRECTORY)
+            self._directories[number] = fd
+        return fd
+
+    def _held_directory(self, nodeid: int) -> int | None:
+        fd = self._directories.get(nodeid)
+        if fd is not None:
+            self._directories.move_to_end(nodeid)
+            return fd
+        return self._root if nodeid == ROOT else self._pins.get(nodeid)
+
+    def held(self, nodeid: int) -> int | None:
+        """Return a descriptor that is kept for *nodeid* already, or None."""
+        fd = self._pins.get(nodeid)
+        if fd is None:
+            fd = self._directories.get(nodeid)
+        return self._root if fd is None and nodeid == ROOT else fd
+
+    @staticmethod
+    def _open(directory: int, inode: Inode, flags: int) -> int:
+        try:
+            fd = os.open(inode.name, flags, dir_fd=directory)
+        except OSError as error:
+            raise stale() if error.errno in _MOVED else error from None
+        if not inode.is_same(fstatx(fd)):
+            os.close(fd)
+            raise stale()
+        return fd
+
+    def places(self, nodeid: int) -> Iterator[tuple[int, bytes]]:
+        """Yield each (parent, name) under which *nodeid* was seen, the latest first."""
+        inode = self._inodes.get(nodeid)
+        if inode.parent:
+            yield inode.parent, inode.name
+        yield from self._inodes.other_names(nodeid)
+
+    def attributes(self, nodeid: int) -> Attributes:
+        """Return the attributes of *nodeid*.
+
+        Raises:
+            OSError: ESTALE if none of its names leads to it any more.
+        """
+        fd = self.held(nodeid)
+        if fd is not None:
+            return fstatx(fd)
+        inode = self._inodes.get(nodeid)
+        for parent, name in self.places(nodeid):
+            try:
+                attributes = statx(self.directory(parent), name)
+            except OSError:
+                continue
+            if inode.is_same(attributes):
+                return attributes
+        raise stale()
+
+    @contextmanager
+    def reach(self, nodeid: int) -> Iterator[int]:
+        """Provide an O_PATH descriptor of *nodeid* and no other file.
+
+        Raises:
+            OSError: ESTALE if none of its names leads to it any more.
+        """
+        held = self.held(nodeid)
+        if held is not None:
+            yield held
+            return
+        fd, _ = self.open(nodeid, _ANY)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def open(self, nodeid: int, flags: int) -> tuple[int, Attributes]:
+        """Open *nodeid* by one of its names with open(2) *flags*; a pinned one through /proc/self/fd.
+
+        Returns:
+            The new descriptor and the attributes of what it opened.
+
+        Raises:
+            OSError: ESTALE if none of its names leads to it any more, or what open(2) says.
+        """
+        inode = self._inodes.get(nodeid)
+        pin = self._pins.get(nodeid)
+        if pin is not None:
+            fd = os.open(f"/proc/self/fd/{pin}", flags & ~os.O_NOFOLLOW)
+            return fd, fstatx(fd)
+        if nodeid == ROOT:
+            fd = os.open(".", flags, dir_fd=self._root)
+            return fd, fstatx(fd)
+        for parent, name in self.places(nodeid):
+            try:
+                fd = os.open(name, flags, dir_fd=self.directory(parent))
+            except OSError as error:
+                if error.errno in _MOVED:
+                    continue
+                raise
+            attributes = fstatx(fd)
+            if inode.is_same(attributes):
+                return fd, attributes
+            os.close(fd)
+        raise stale()
+
+    def pin(self, nodeid: int, fd: int) -> None:
+        """Keep *fd*, an O_PATH descriptor of *nodeid*, until the kernel has forgotten it."""
+        old = self._pins.pop(nodeid, None)
+        if old is not None:
+            os.close(old)
+        self._pins[nodeid] = fd
+
+    def drop(self, nodeid: int) -> None:
+        """Close what is kept for *nodeid*: the kernel has forgotten it, or its number was given to another."""
+        for kept in (self._pins, self._directories):
+            fd = kept.pop(nodeid, None)
+            if fd is not None:
+                os.close(fd)
+
+    def shrink(self) -> None:
+        """Close all directories that can be opened again, for when descriptors run out."""
+        for fd in self._directories.values():
+            os.close(fd)
+        self._directories.clear()

@@ -1,0 +1,61 @@
+"""What the kernel may keep, and for how long: timeouts, and the page cache across opens."""
+
+from __future__ import annotations
+
+import time
+
+from .. import wire
+from ..config import Cache, ServeConfig
+from ..syscalls import Attributes
+from .inodes import Inode
+
+# Time stamps tick: two writes within one tick leave the same one. A stamp is trusted only when it was
+# already older than this, in seconds, at the moment it was looked at (4 ms on ext4, but clocks of servers differ).
+_SETTLED = 1.0
+
+
+def split(seconds: float) -> tuple[int, int]:
+    """Return a timeout as whole seconds and nanoseconds."""
+    whole = int(seconds)
+    return whole, int((seconds - whole) * 1_000_000_000)
+
+
+class CachePolicy:
+    """The cache options in the kernel's terms.
+
+    Args:
+        config: what the user asked for.
+        direct_mmap: whether the kernel can map files that bypass its page cache (DIRECT_IO_ALLOW_MMAP).
+    """
+
+    def __init__(self, config: ServeConfig, direct_mmap: bool) -> None:
+        self.entry = split(config.entry_timeout)
+        self.attributes = split(config.attr_timeout)
+        self.negative = split(config.negative_timeout)
+        self._always = config.cache is Cache.ALWAYS
+        self._never = config.cache is Cache.NEVER
+        self._direct = self._never and direct_mmap
+
+    def open_flags(self, inode: Inode, attributes: Attributes) -> int:
+        """Return the FOPEN_ flags for an open of *inode*, whose attributes are now *attributes*.
+
+        The pages cached from earlier opens are kept only if size and times are what they were when
+        they were last known to be right; never on the word of a stamp that could still stand for a later write.
+        """
+        if self._always:
+            return wire.FOPEN_KEEP_CACHE
+        if self._direct:
+            return wire.FOPEN_DIRECT_IO
+        if self._never:
+            return 0
+        stamp = (
+            attributes.size,
+            attributes.mtime,
+            attributes.mtime_nsec,
+            attributes.ctime,
+            attributes.ctime_nsec,
+        )
+        if inode.stamp == stamp:
+            return wire.FOPEN_KEEP_CACHE
+        inode.stamp = stamp if attributes.ctime + _SETTLED < time.time() else None
+        return 0

@@ -1,0 +1,162 @@
+"""Opening and closing: files and directories become handles here, and which worker gets them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from ..privilege import Caller, SetidGuard
+from ..syscalls import Attributes, DirectoryEntry, fstatx, read_directory
+from .anchors import Anchors
+from .handles import Handle, Handles
+from .inodes import ROOT
+from .router import Router
+from .tree import Requester, Tree
+
+# What of the caller's open(2) flags the source has to know. O_APPEND is not among them: each WRITE request says
+# whether to append, so that fcntl(F_SETFL) counts too. O_TRUNC must wait until the file is known to be the right one.
+_SOURCE_FLAGS = os.O_ACCMODE | os.O_SYNC | os.O_DSYNC | os.O_DIRECT | os.O_NOATIME
+# O_NONBLOCK has no meaning for regular files; should a fifo stand there now, the front must not wait for its other end.
+_ALWAYS = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+_OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class Files:
+    """Open files and directories.
+
+    Args:
+        tree: the tree they are opened in.
+        handles: where they are kept.
+        router: chooses their workers and tells them of a release.
+        caller: acts as the requester where a file is made.
+        setid: decides about set-ID bits on truncation.
+    """
+
+    def __init__(self, tree: Tree, handles: Handles, router: Router, caller: Caller, setid: SetidGuard) -> None:
+        self._tree = tree
+        self._anchors: Anchors = tree.anchors
+        self._handles = handles
+        self._router = router
+        self._caller = caller
+        self._setid = setid
+        self._root_handle: int | None = None
+
+    def open(self, nodeid: int, flags: int, clear_setid: bool) -> tuple[int, Attributes]:
+        """Open a file.
+
+        Args:
+            nodeid: its inode.
+            flags: the caller's open(2) flags.
+            clear_setid: whether O_TRUNC clears set-ID bits.
+
+        Returns:
+            The handle's number and the file's attributes.
+        """
+        descriptor, attributes = self._open(nodeid, flags & _SOURCE_FLAGS | _ALWAYS, flags)
+        if flags & os.O_TRUNC:
+            try:
+                self._setid.clear(clear_setid)
+                os.ftruncate(descriptor, 0)
+                attributes = fstatx(descriptor)
+            except BaseException:
+                os.close(descriptor)
+                raise
+        return self._add(descriptor, nodeid, flags), attributes
+
+    def _open(self, nodeid: int, flags: int, wanted: int) -> tuple[int, Attributes]:
+        try:
+            return self._reopen(nodeid, flags)
+        except OSError as error:
+            if error.errno == errno.EMFILE:
+                self._anchors.shrink()
+            elif error.errno != errno.EPERM:
+                raise
+            elif flags & os.O_NOATIME:  # only for the owner; the caller may be it where this process is not
+                flags &= ~os.O_NOATIME
+            elif wanted & os.O_APPEND:  # an append-only file (chattr +a) opens for writing only like this
+                flags |= os.O_APPEND
+            else:
+                raise
+        return self._reopen(nodeid, flags)
+
+    def _reopen(self, nodeid: int, flags: int) -> tuple[int, Attributes]:
+        """Open by name, or, if the inode has lost its names behind the mount, by a descriptor still open."""
+        try:
+            return self._anchors.open(nodeid, flags)
+        except OSError as error:
+            handles = self._handles.of_inode(nodeid)
+            if error.errno != errno.ESTALE or not handles:
+                raise
+        descriptor = os.open(f"/proc/self/fd/{handles[0].descriptor}", flags & ~os.O_NOFOLLOW)
+        return descriptor, fstatx(descriptor)
+
+    def _add(self, descriptor: int, nodeid: int, flags: int) -> int:
+        shard = self._router.shard_of(nodeid)
+        return self._handles.add(Handle(descriptor, nodeid, shard, bool(flags & os.O_DIRECT)))
+
+    def create(self, parent: int, name: bytes, mode: int, flags: int, who: Requester) -> tuple[int, int, Attributes]:
+        """Make and open a file that must not exist yet.
+
+        The kernel asks for it when a name does not exist as far as it knows, without checking the permissions of
+        what may stand there by now. So an existing file is never opened here: ESTALE makes the kernel look again.
+
+        Returns:
+            The handle's number, the inode's, and its attributes.
+        """
+        directory = self._anchors.directory(parent)
+        source_flags = flags & _SOURCE_FLAGS & ~os.O_NOATIME | _ALWAYS | os.O_CREAT | os.O_EXCL
+        try:
+            with self._caller(who.uid, who.gid, who.umask):
+                descriptor = os.open(name, source_flags, stat.S_IMODE(mode), dir_fd=directory)
+        except FileExistsError:
+            number = errno.EEXIST if flags & os.O_EXCL else errno.ESTALE
+            raise OSError(number, os.strerror(number)) from None
+        attributes = fstatx(descriptor)
+        nodeid = self._tree.enter(parent, name, attributes)
+        return self._add(descriptor, nodeid, flags), nodeid, attributes
+
+    def tmpfile(self, parent: int, mode: int, flags: int, who: Requester) -> tuple[int, int, Attributes]:
+        """Make and open a file without a name (open(2), O_TMPFILE); it can be given one by `Tree.link`.
+
+        Returns:
+            The handle's number, the inode's, and its attributes.
+        """
+        directory = self._anchors.directory(parent)
+        source_flags = flags & (_SOURCE_FLAGS | os.O_EXCL) | os.O_CLOEXEC | os.O_TMPFILE
+        with self._caller(who.uid, who.gid, who.umask):
+            descriptor = os.open(f"/proc/self/fd/{directory}", source_flags, stat.S_IMODE(mode))
+        attributes = fstatx(descriptor)
+        nodeid = self._tree.enter(0, b"", attributes)
+        self._anchors.pin(nodeid, os.open(f"/proc/self/fd/{descriptor}", os.O_PATH | os.O_CLOEXEC))
+        return self._add(descriptor, nodeid, flags), nodeid, attributes
+
+    def release(self, number: int) -> None:
+        """Close an open file; its worker is told if it may hold the descriptor too."""
+        handle = self._handles.remove(number)
+        if handle.lent or handle.shared:
+            self._router.release(number, handle)
+        os.close(handle.descriptor)
+
+    def root_handle(self) -> int:
+        """Return the number of a handle of the source directory that stays open, for what concerns all of it."""
+        if self._root_handle is None:
+            self._root_handle = self.opendir(ROOT)
+        return self._root_handle
+
+    def opendir(self, nodeid: int) -> int:
+        """Open a directory and return the handle's number."""
+        descriptor, _ = self._reopen(nodeid, _OPEN_DIRECTORY)
+        return self._add(descriptor, nodeid, 0)
+
+    def entries(self, number: int, offset: int) -> list[DirectoryEntry]:
+        """Return the entries of an open directory as they were when it was first read from its start.
+
+        Args:
+            number: the handle.
+            offset: how many of them the reader has had; at 0 the directory is read afresh (rewinddir(3)).
+        """
+        handle = self._handles.get(number)
+        if handle.entries is None or offset == 0:
+            handle.entries = list(read_directory(handle.descriptor))
+        return handle.entries

@@ -1,0 +1,83 @@
+"""Open files and directories: one descriptor per open(2), under a number that is never used again."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from ..syscalls import DirectoryEntry
+
+
+class Handle:
+    """One open file or directory.
+
+    Attributes:
+        descriptor: the front's descriptor of it.
+        nodeid: its inode.
+        shard: the worker that does its I/O.
+        direct: whether it was opened with O_DIRECT.
+        lent: whether that worker may hold the descriptor too and must be told of the release.
+        shared: whether any worker may, because the file was copied from.
+        entries: a directory's entries as they were when it was opened or rewound, or None.
+    """
+
+    __slots__ = ("descriptor", "direct", "entries", "lent", "nodeid", "shard", "shared")
+
+    def __init__(self, descriptor: int, nodeid: int, shard: int, direct: bool) -> None:
+        self.descriptor = descriptor
+        self.nodeid = nodeid
+        self.shard = shard
+        self.direct = direct
+        self.lent = False
+        self.shared = False
+        self.entries: list[DirectoryEntry] | None = None
+
+
+class Handles:
+    """All open files and directories by number."""
+
+    def __init__(self) -> None:
+        self._table: dict[int, Handle] = {}
+        self._of_inode: dict[int, list[Handle]] = {}
+        self._next = 1
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def add(self, handle: Handle) -> int:
+        """Take *handle* in and return its number."""
+        number = self._next
+        self._next = number + 1
+        self._table[number] = handle
+        self._of_inode.setdefault(handle.nodeid, []).append(handle)
+        return number
+
+    def get(self, number: int) -> Handle:
+        """Return the handle with that number.
+
+        Raises:
+            OSError: EBADF if there is none.
+        """
+        handle = self._table.get(number)
+        if handle is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return handle
+
+    def remove(self, number: int) -> Handle:
+        """Take the handle out; closing its descriptor is left to the caller.
+
+        Raises:
+            OSError: EBADF if there is none.
+        """
+        handle = self.get(number)
+        del self._table[number]
+        others = self._of_inode[handle.nodeid]
+        if len(others) == 1:
+            del self._of_inode[handle.nodeid]
+        else:
+            others.remove(handle)
+        return handle
+
+    def of_inode(self, nodeid: int) -> list[Handle]:
+        """Return the open handles of an inode."""
+        return self._of_inode.get(nodeid, [])

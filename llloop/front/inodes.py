@@ -1,0 +1,188 @@
+"""The inode table: what the kernel knows, by number, and under which names it can be found again.
+
+An inode costs no descriptor. It is one small object holding its parent's number, its name, how
+often the kernel has looked it up and what tells it from another file that gets the same number
+later. It goes when the kernel has forgotten it exactly as often as it was looked up.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from ..syscalls import Attributes
+
+ROOT = 1  # FUSE_ROOT_ID of <linux/fuse.h>
+_MASK = (1 << 64) - 1
+
+
+def mix(number: int) -> int:
+    """Return *number* with its bits well mixed (the finalizer of splitmix64), a bijection of 64-bit numbers."""
+    number = (number ^ number >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+    number = (number ^ number >> 27) * 0x94D049BB133111EB & _MASK
+    return number ^ number >> 31
+
+
+def stale() -> OSError:
+    """Return the error for an inode that is no longer where its names say; the kernel then looks it up afresh."""
+    return OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+
+class Inode:
+    """What is known of one inode.
+
+    Attributes:
+        parent: the number of the directory it was last found in; 0 if it has no name any more.
+        name: its name there.
+        lookups: how often the kernel has looked it up and not yet forgotten it.
+        device, number: st_dev and st_ino in the source.
+        birth: its birth time in nanoseconds, 0 where unknown; the generation told to the kernel.
+        stamp: the size and times at which the kernel's page cache was last known to be right, or None.
+    """
+
+    __slots__ = ("birth", "device", "lookups", "name", "number", "parent", "stamp")
+
+    def __init__(self, parent: int, name: bytes, attributes: Attributes) -> None:
+        self.parent = parent
+        self.name = name
+        self.lookups = 0
+        self.device = attributes.device
+        self.number = attributes.ino
+        self.birth = attributes.birth
+        self.stamp: tuple[int, ...] | None = None
+
+    def is_same(self, attributes: Attributes) -> bool:
+        """Whether *attributes* are those of this very file, not of one that got its number after it."""
+        return attributes.ino == self.number and attributes.device == self.device and attributes.birth == self.birth
+
+
+class Inodes:
+    """The table.
+
+    Args:
+        root: the attributes of the source directory.
+    """
+
+    def __init__(self, root: Attributes) -> None:
+        self._root_device = root.device
+        inode = Inode(0, b"", root)
+        inode.lookups = 1  # the kernel never forgets the root
+        self._table: dict[int, Inode] = {ROOT: inode}
+        # Further names of hard-linked inodes that the kernel has seen.
+        self._links: dict[int, set[tuple[int, bytes]]] = {}
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __contains__(self, nodeid: int) -> bool:
+        return nodeid in self._table
+
+    def get(self, nodeid: int) -> Inode:
+        """Return the inode numbered *nodeid*.
+
+        Raises:
+            OSError: ESTALE, if the kernel should not know it.
+        """
+        inode = self._table.get(nodeid)
+        if inode is None:
+            raise stale()
+        return inode
+
+    def nodeid(self, device: int, number: int) -> int:
+        """Return the number under which the kernel knows, or is to know, an inode of the source.
+
+        It is the inode's own number, so that tools see in the mount what they see in the source. Only an
+        inode on another file system below the source, one whose number is the root's, and one
+        whose number is taken get another.
+
+        Args:
+            device: st_dev in the source.
+            number: st_ino in the source.
+        """
+        root = self._table[ROOT]
+        if number == root.number and device == root.device:
+            return ROOT
+        nodeid = number if device == self._root_device else mix(number ^ mix(device))
+        while True:
+            if nodeid > ROOT:
+                taken = self._table.get(nodeid)
+                if taken is None or (taken.number == number and taken.device == device):
+                    return nodeid
+            nodeid = mix(nodeid + 0x9E3779B97F4A7C15 & _MASK)
+
+    def remember(self, parent: int, name: bytes, attributes: Attributes) -> int:
+        """Note that the kernel is being told of an inode, and return the number to tell it.
+
+        Args:
+            parent: the number of the directory it was found in, 0 if it has no name.
+            name: its name there.
+            attributes: what statx(2) says of it.
+        """
+        nodeid = self.nodeid(attributes.device, attributes.ino)
+        inode = self._table.get(nodeid)
+        if inode is None:
+            inode = self._table[nodeid] = Inode(parent, name, attributes)
+        elif inode.parent != parent or inode.name != name or inode.birth != attributes.birth:
+            self._found_elsewhere(nodeid, inode, parent, name, attributes)
+        inode.lookups += 1
+        return nodeid
+
+    def _found_elsewhere(self, nodeid: int, inode: Inode, parent: int, name: bytes, attributes: Attributes) -> None:
+        if inode.birth != attributes.birth:  # the number was given to another file
+            self._links.pop(nodeid, None)
+            inode.birth = attributes.birth
+            inode.stamp = None
+        elif attributes.nlink > 1 and inode.parent and attributes.mode & 0o170000 != 0o040000:
+            links = self._links.setdefault(nodeid, set())
+            links.add((inode.parent, inode.name))
+            links.discard((parent, name))
+        if nodeid != ROOT:
+            inode.parent, inode.name = parent, name
+
+    def forget(self, nodeid: int, lookups: int) -> bool:
+        """Take back *lookups* of an inode; return whether it is gone from the table."""
+        inode = self._table.get(nodeid)
+        if inode is None or nodeid == ROOT:
+            return False
+        inode.lookups -= lookups
+        if inode.lookups > 0:
+            return False
+        del self._table[nodeid]
+        self._links.pop(nodeid, None)
+        return True
+
+    def other_names(self, nodeid: int) -> list[tuple[int, bytes]]:
+        """Return the further names of a hard-linked inode that the kernel has seen, as (parent, name)."""
+        return list(self._links.get(nodeid, ()))
+
+    def linked(self, nodeid: int, parent: int, name: bytes) -> None:
+        """Note one more name of an inode."""
+        self._links.setdefault(nodeid, set()).add((parent, name))
+
+    def renamed(self, nodeid: int, old: tuple[int, bytes], new: tuple[int, bytes]) -> None:
+        """Note that the inode known as *old*, a (parent, name), is now known as *new*."""
+        inode = self._table.get(nodeid)
+        if inode is None:
+            return
+        if (inode.parent, inode.name) == old or not inode.parent:
+            inode.parent, inode.name = new
+            return
+        links = self._links.setdefault(nodeid, set())
+        links.discard(old)
+        links.add(new)
+
+    def unlinked(self, nodeid: int, parent: int, name: bytes) -> bool:
+        """Note that a name of an inode is gone; return whether another is known."""
+        inode = self._table.get(nodeid)
+        if inode is None:
+            return False
+        links = self._links.get(nodeid)
+        if (inode.parent, inode.name) != (parent, name):
+            if links:
+                links.discard((parent, name))
+            return bool(inode.parent)
+        if links:
+            inode.parent, inode.name = links.pop()
+            return True
+        inode.parent, inode.name = 0, b""
+        return False

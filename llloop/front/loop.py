@@ -1,0 +1,80 @@
+"""The request loop: one read per request, a table of handlers, and libfuse for the rest."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+
+from .. import wire
+from ..session import Session
+from ..wire import Opcode
+from .mirror import Mirror
+from .native import Handler, NativeRequests
+
+_log = logging.getLogger(__name__)
+
+# read(2) from /dev/fuse fails so when a request was withdrawn or a signal came: nothing is wrong.
+_AGAIN = frozenset({errno.EINTR, errno.ENOENT, errno.EAGAIN})
+
+
+class Loop:
+    """Takes requests off /dev/fuse until the file system is unmounted.
+
+    Args:
+        mirror: what is served.
+        session: llfuse's session, which takes the requests that have no handler here.
+        device: the descriptor of /dev/fuse.
+    """
+
+    def __init__(self, mirror: Mirror, session: Session, device: int) -> None:
+        self._mirror = mirror
+        self._device = device
+        self._process = session.processor()
+        self._table: list[Handler | None] = [None] * (max(Opcode) + 1)
+        for opcode, handler in NativeRequests(mirror, device).table().items():
+            self._table[opcode] = handler
+
+    def run(self) -> None:
+        """Serve until the file system is unmounted."""
+        router = self._mirror.router
+        arena = router.arena
+        buffers = arena.receive_buffers
+        offset_of = arena.request_offset
+        opcode_at = wire.OPCODE.unpack_from
+        memory = arena.memory
+        table = self._table
+        known = len(table)
+        device = self._device
+        readv = os.readv
+        while True:
+            slot = router.slot
+            try:
+                length = readv(device, buffers[slot])
+            except OSError as error:
+                if error.errno in _AGAIN:
+                    continue
+                if error.errno == errno.ENODEV:
+                    return
+                raise
+            base = offset_of(slot)
+            (opcode,) = opcode_at(memory, base)
+            handler = table[opcode] if opcode < known else None
+            if handler is None:
+                self._process(arena.address + base, length)
+                continue
+            try:
+                handler(base, length)
+            except OSError as error:
+                self._refuse(base, error.errno or errno.EIO)
+            except Exception:
+                _log.exception("%s failed", Opcode(opcode).name)
+                self._refuse(base, errno.EIO)
+
+    def _refuse(self, base: int, number: int) -> None:
+        """Answer a request with an errno."""
+        (unique,) = wire.UNIQUE.unpack_from(self._mirror.router.arena.memory, base)
+        try:
+            os.write(self._device, wire.error_reply(unique, number))
+        except FileNotFoundError:
+            pass  # it is answered already, or nobody waits for it any more

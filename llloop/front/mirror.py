@@ -1,0 +1,90 @@
+"""Everything the front serves from, put together once per front process."""
+
+from __future__ import annotations
+
+import os
+import resource
+from dataclasses import dataclass
+
+from ..arena import Arena
+from ..config import ServeConfig
+from ..negotiation import Capabilities, Feature
+from ..privilege import Caller, SetidGuard
+from ..syscalls import CLOSE_CAN_FAIL, RAM_FILE_SYSTEMS, file_system_type, fstatx
+from .anchors import Anchors
+from .caching import CachePolicy
+from .files import Files
+from .handles import Handles
+from .inodes import Inodes
+from .router import Router
+from .tree import Tree
+
+# Descriptors kept for directories: a share of what the process may open, most of which belongs to open files.
+_DIRECTORIES_SHARE = 8
+_DIRECTORIES_MOST = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Mirror:
+    """What handlers work on.
+
+    Attributes:
+        config: the mount's options.
+        capabilities: what was agreed with the kernel; None where llfuse runs the loop.
+        inodes, handles, tree, files, router, policy, setid: see their modules.
+        close_can_fail: whether close(2) on the source can report an error of an earlier write.
+        in_ram: whether the source is held in memory, where no read waits for a disk.
+    """
+
+    config: ServeConfig
+    capabilities: Capabilities | None
+    inodes: Inodes
+    handles: Handles
+    tree: Tree
+    files: Files
+    router: Router
+    policy: CachePolicy
+    setid: SetidGuard
+    close_can_fail: bool
+    in_ram: bool
+
+
+def build_mirror(
+    config: ServeConfig, capabilities: Capabilities | None, arena: Arena, pipes: list[int], root: int
+) -> Mirror:
+    """Put together what a front serves from.
+
+    Args:
+        config: the mount's options.
+        capabilities: what was agreed with the kernel, or None.
+        arena: the shared memory.
+        pipes: the write ends of the workers' request pipes.
+        root: an O_PATH descriptor of the source.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    inodes = Inodes(fstatx(root))
+    anchors = Anchors(inodes, root, min(_DIRECTORIES_MOST, limit // _DIRECTORIES_SHARE))
+    handles = Handles()
+    router = Router(arena, pipes)
+    caller = Caller()
+    setid = SetidGuard()
+    tree = Tree(root, inodes, anchors, handles, caller, setid)
+    readable = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root)
+    try:
+        kind = file_system_type(readable)
+    finally:
+        os.close(readable)
+    direct_mmap = capabilities is not None and Feature.DIRECT_IO_ALLOW_MMAP in capabilities.features
+    return Mirror(
+        config=config,
+        capabilities=capabilities,
+        inodes=inodes,
+        handles=handles,
+        tree=tree,
+        files=Files(tree, handles, router, caller, setid),
+        router=router,
+        policy=CachePolicy(config, direct_mmap),
+        setid=setid,
+        close_can_fail=kind in CLOSE_CAN_FAIL,
+        in_ram=kind in RAM_FILE_SYSTEMS,
+    )

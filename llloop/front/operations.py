@@ -1,0 +1,304 @@
+"""llfuse's handlers: the requests that libfuse decodes, one short method each.
+
+Under llloop's own loop these serve the requests that `native` does not answer itself; under
+``llfuse.main()`` (the fallback) they serve all. An exception other than FUSEError would end the
+mount, so `_answered` turns every other one into an errno.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import llfuse
+from llfuse import EntryAttributes, FUSEError, RequestContext, SetattrFields
+
+from .. import wire
+from ..protocol import DATA_ONLY, Operation
+from ..syscalls import Attributes
+from .inodes import ROOT
+from .mirror import Mirror
+from .router import Exchange
+from .tree import Changes, Requester
+
+_log = logging.getLogger(__name__)
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+_NS = 1_000_000_000
+
+
+def _answered(method: _Method) -> _Method:
+    """Let only FUSEError out of a handler; anything unexpected is logged and becomes EIO.
+
+    The error is raised afresh, outside the handler's own: one raised again would keep its traceback, and
+    with it every frame and payload, alive.
+    """
+
+    @functools.wraps(method)
+    def handler(self: Any, *args: Any) -> Any:
+        try:
+            return method(self, *args)
+        except FUSEError as error:
+            number = error.errno
+        except OSError as error:
+            number = error.errno or errno.EIO
+        except Exception:
+            _log.exception("%s%r failed", method.__name__, args)
+            number = errno.EIO
+        raise FUSEError(number)
+
+    return handler  # type: ignore[return-value]
+
+
+def _requester(context: RequestContext) -> Requester:
+    return Requester(context.uid, context.gid, context.umask)
+
+
+class Operations(llfuse.Operations):  # type: ignore[misc]
+    """The handlers.
+
+    llfuse wants the object before the mount exists; `attach` gives it what to serve in the front.
+    """
+
+    _mirror: Mirror
+    _exchange: Exchange | None
+
+    def attach(self, mirror: Mirror, exchange: Exchange | None) -> None:
+        """Serve *mirror*; with *exchange*, llfuse runs the loop and answers of workers are waited for."""
+        self._mirror = mirror
+        self._exchange = exchange
+
+    def init(self) -> None:
+        """Nothing is left to do: llloop has answered INIT before libfuse sees it."""
+
+    def destroy(self) -> None:
+        """Nothing is left to do: the supervisor ends the processes."""
+
+    def _entry(self, nodeid: int, attributes: Attributes) -> EntryAttributes:
+        entry = self._attributes(nodeid, attributes)
+        entry.generation = attributes.birth
+        entry.entry_timeout = self._mirror.config.entry_timeout
+        return entry
+
+    def _attributes(self, nodeid: int, attributes: Attributes) -> EntryAttributes:
+        entry = EntryAttributes()
+        entry.st_ino = nodeid
+        entry.attr_timeout = self._mirror.config.attr_timeout
+        entry.st_mode = attributes.mode
+        entry.st_nlink = attributes.nlink
+        entry.st_uid = attributes.uid
+        entry.st_gid = attributes.gid
+        entry.st_rdev = wire.encode_device(attributes.rdev_major, attributes.rdev_minor)
+        entry.st_size = attributes.size
+        entry.st_blksize = attributes.blksize
+        entry.st_blocks = attributes.blocks
+        entry.st_atime_ns = attributes.atime * _NS + attributes.atime_nsec
+        entry.st_mtime_ns = attributes.mtime * _NS + attributes.mtime_nsec
+        entry.st_ctime_ns = attributes.ctime * _NS + attributes.ctime_nsec
+        return entry
+
+    # Names
+
+    @_answered
+    def lookup(self, parent: int, name: bytes, context: RequestContext) -> EntryAttributes:
+        try:
+            return self._entry(*self._mirror.tree.lookup(parent, name))
+        except FileNotFoundError:
+            if not self._mirror.config.negative_timeout:
+                raise
+        negative = EntryAttributes()
+        negative.st_ino = 0
+        negative.entry_timeout = self._mirror.config.negative_timeout
+        return negative
+
+    @_answered
+    def forget(self, inodes: list[tuple[int, int]]) -> None:
+        for nodeid, lookups in inodes:
+            self._mirror.tree.forget(nodeid, lookups)
+
+    @_answered
+    def mknod(self, parent: int, name: bytes, mode: int, device: int, context: RequestContext) -> EntryAttributes:
+        return self._entry(*self._mirror.tree.mknod(parent, name, mode, device, _requester(context)))
+
+    @_answered
+    def mkdir(self, parent: int, name: bytes, mode: int, context: RequestContext) -> EntryAttributes:
+        return self._entry(*self._mirror.tree.mkdir(parent, name, mode, _requester(context)))
+
+    @_answered
+    def symlink(self, parent: int, name: bytes, target: bytes, context: RequestContext) -> EntryAttributes:
+        return self._entry(*self._mirror.tree.symlink(parent, name, target, _requester(context)))
+
+    @_answered
+    def link(self, nodeid: int, parent: int, name: bytes, context: RequestContext) -> EntryAttributes:
+        return self._entry(*self._mirror.tree.link(nodeid, parent, name))
+
+    @_answered
+    def unlink(self, parent: int, name: bytes, context: RequestContext) -> None:
+        self._mirror.tree.unlink(parent, name)
+
+    @_answered
+    def rmdir(self, parent: int, name: bytes, context: RequestContext) -> None:
+        self._mirror.tree.rmdir(parent, name)
+
+    @_answered
+    def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, context: RequestContext) -> None:
+        self._mirror.tree.rename(parent, name, new_parent, new_name, 0)
+
+    @_answered
+    def readlink(self, nodeid: int, context: RequestContext) -> bytes:
+        return self._mirror.tree.readlink(nodeid)
+
+    # Attributes
+
+    @_answered
+    def getattr(self, nodeid: int, context: RequestContext) -> EntryAttributes:
+        return self._attributes(nodeid, self._mirror.tree.getattr(nodeid))
+
+    @_answered
+    def setattr(
+        self, nodeid: int, values: EntryAttributes, fields: SetattrFields, handle: int | None, context: RequestContext
+    ) -> EntryAttributes:
+        valid = 0
+        for wanted, bit in (
+            (fields.update_mode, wire.FATTR_MODE),
+            (fields.update_uid, wire.FATTR_UID),
+            (fields.update_gid, wire.FATTR_GID),
+            (fields.update_size, wire.FATTR_SIZE),
+            (fields.update_atime, wire.FATTR_ATIME),
+            (fields.update_mtime, wire.FATTR_MTIME),
+        ):
+            valid |= bit if wanted else 0
+        changes = Changes(
+            valid=valid,
+            mode=values.st_mode,
+            uid=values.st_uid,
+            gid=values.st_gid,
+            size=values.st_size,
+            atime=divmod(values.st_atime_ns, _NS),
+            mtime=divmod(values.st_mtime_ns, _NS),
+        )
+        return self._attributes(nodeid, self._mirror.tree.setattr(nodeid, changes, handle))
+
+    @_answered
+    def access(self, nodeid: int, mode: int, context: RequestContext) -> bool:
+        """Grant it: with default_permissions, which is always on, the kernel has checked and does not ask."""
+        return True
+
+    @_answered
+    def statfs(self, context: RequestContext) -> llfuse.StatvfsData:
+        state = self._mirror.tree.statfs()
+        data = llfuse.StatvfsData()
+        for name in ("f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail", "f_files", "f_ffree", "f_favail"):
+            setattr(data, name, getattr(state, name))
+        data.f_namemax = state.f_namemax
+        return data
+
+    # Extended attributes
+
+    def _check_xattr(self) -> None:
+        if not self._mirror.config.xattr:
+            raise FUSEError(errno.ENOSYS)  # the kernel then stops asking and says EOPNOTSUPP itself
+
+    @_answered
+    def setxattr(self, nodeid: int, name: bytes, value: bytes, context: RequestContext) -> None:
+        self._check_xattr()
+        self._mirror.tree.setxattr(nodeid, name, value, 0, kill_sgid=False)
+
+    @_answered
+    def getxattr(self, nodeid: int, name: bytes, context: RequestContext | None = None) -> bytes:
+        """Return an attribute's value; llfuse calls this without a context for XATTR_CREATE and XATTR_REPLACE."""
+        self._check_xattr()
+        return self._mirror.tree.getxattr(nodeid, name)
+
+    @_answered
+    def listxattr(self, nodeid: int, context: RequestContext) -> list[bytes]:
+        self._check_xattr()
+        return self._mirror.tree.listxattr(nodeid, _requester(context))
+
+    @_answered
+    def removexattr(self, nodeid: int, name: bytes, context: RequestContext) -> None:
+        self._check_xattr()
+        self._mirror.tree.removexattr(nodeid, name)
+
+    # Directories
+
+    @_answered
+    def opendir(self, nodeid: int, context: RequestContext) -> int:
+        return self._mirror.files.opendir(nodeid)
+
+    def readdir(self, handle: int, offset: int) -> Iterator[tuple[bytes, EntryAttributes, int]]:
+        return iter(self._readdir(handle, offset))
+
+    @_answered
+    def _readdir(self, handle: int, offset: int) -> Iterator[tuple[bytes, EntryAttributes, int]]:
+        entries = self._mirror.files.entries(handle, offset)
+        return map(self._directory_entry, range(offset, len(entries)), entries[offset:])
+
+    def _directory_entry(self, position: int, entry: Any) -> tuple[bytes, EntryAttributes, int]:
+        attributes = EntryAttributes()
+        attributes.st_ino = entry.ino
+        attributes.st_mode = entry.type << 12  # IFTODT of <dirent.h>, backwards
+        return entry.name, attributes, position + 1
+
+    @_answered
+    def releasedir(self, handle: int) -> None:
+        self._mirror.files.release(handle)
+
+    # Files, where llfuse runs the loop
+
+    def _ask(self, number: int, operation: Operation, offset: int = 0, length: int = 0, flags: int = 0) -> Any:
+        if self._exchange is None:
+            raise FUSEError(errno.ENOSYS)
+        return self._exchange.call(self._mirror.handles.get(number), number, operation, offset, length, flags)
+
+    @_answered
+    def open(self, nodeid: int, flags: int, context: RequestContext) -> int:
+        handle, attributes = self._mirror.files.open(nodeid, flags, clear_setid=False)
+        inode = self._mirror.inodes.get(nodeid)
+        if not self._mirror.policy.open_flags(inode, attributes) & wire.FOPEN_KEEP_CACHE:
+            llfuse.invalidate_inode(nodeid)  # llfuse always keeps the page cache; this may come a moment late
+        return handle
+
+    @_answered
+    def create(
+        self, parent: int, name: bytes, mode: int, flags: int, context: RequestContext
+    ) -> tuple[int, EntryAttributes]:
+        handle, nodeid, attributes = self._mirror.files.create(parent, name, mode, flags, _requester(context))
+        return handle, self._entry(nodeid, attributes)
+
+    @_answered
+    def read(self, handle: int, offset: int, length: int) -> memoryview:
+        count, data = self._ask(handle, Operation.READ, offset, length)
+        return data[:count]
+
+    @_answered
+    def write(self, handle: int, offset: int, payload: bytes) -> int:
+        if self._exchange is None:
+            raise FUSEError(errno.ENOSYS)
+        open_file = self._mirror.handles.get(handle)
+        count, _ = self._exchange.call(open_file, handle, Operation.WRITE, offset, len(payload), 0, payload)
+        return count
+
+    @_answered
+    def flush(self, handle: int) -> None:
+        if not self._mirror.close_can_fail:
+            raise FUSEError(errno.ENOSYS)  # the kernel then stops asking
+        self._ask(handle, Operation.FLUSH)
+
+    @_answered
+    def fsync(self, handle: int, data_only: bool) -> None:
+        self._ask(handle, Operation.FSYNC, flags=DATA_ONLY if data_only else 0)
+
+    fsyncdir = fsync
+
+    @_answered
+    def release(self, handle: int) -> None:
+        self._mirror.files.release(handle)
+
+    def stacktrace(self) -> None:
+        """Nothing: llfuse offers it to whoever sets the attribute fuse_stacktrace on the root, which is not for users."""
+
+
+assert ROOT == llfuse.ROOT_INODE

@@ -1,0 +1,86 @@
+"""The front process, from its fork to its end."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+import llfuse
+
+from .. import syscalls
+from ..arena import Arena
+from ..config import ServeConfig
+from ..negotiation import Capabilities
+from ..session import Session
+from .loop import Loop
+from .mirror import build_mirror
+from .operations import Operations
+from .router import Exchange
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class FrontSetup:
+    """What a front inherits from the supervisor.
+
+    Attributes:
+        config: the mount's options.
+        arena: the shared memory.
+        pipes: the write ends of the workers' request pipes.
+        root: an O_PATH descriptor of the source.
+        device: the descriptor of /dev/fuse.
+        operations: the object given to ``llfuse.init()``.
+        session: llfuse's session if it was found, and
+        capabilities: what was agreed with the kernel then.
+        answers: the read end of the pipe by which workers answer where llfuse runs the loop.
+    """
+
+    config: ServeConfig
+    arena: Arena
+    pipes: list[int]
+    root: int
+    device: int
+    operations: Operations
+    session: Session | None
+    capabilities: Capabilities | None
+    answers: int
+
+
+def run_front(setup: FrontSetup, ready: Callable[[], None]) -> None:
+    """Serve until the file system is unmounted.
+
+    Args:
+        setup: see there.
+        ready: called when requests are about to be served.
+    """
+    arena = setup.arena
+    _let_workers_pull()
+    arena.front_pid = os.getpid()
+    mirror = build_mirror(setup.config, setup.capabilities, arena, setup.pipes, setup.root)
+    # Nothing here makes reference cycles, and passing over a million inodes to find none would stop every request.
+    gc.freeze()
+    gc.disable()
+    if setup.session is not None:
+        setup.operations.attach(mirror, None)
+        loop = Loop(mirror, setup.session, setup.device)
+        ready()
+        loop.run()
+    else:
+        setup.operations.attach(mirror, Exchange(mirror.router, setup.answers))
+        ready()
+        llfuse.main(workers=1, handle_signals=False)
+
+
+def _let_workers_pull() -> None:
+    """Allow the supervisor and its descendants to duplicate this process's descriptors.
+
+    Where the Yama security module restricts tracing to descendants, pidfd_getfd(2) is refused between
+    siblings unless this is said (prctl(2), PR_SET_PTRACER). Without Yama the call fails, and need not succeed.
+    """
+    with suppress(OSError):
+        syscalls.prctl(syscalls.PR_SET_PTRACER, os.getppid())

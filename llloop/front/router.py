@@ -1,0 +1,137 @@
+"""From inode to shard to pipe: how requests get from the front to the workers."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import deque
+
+from ..arena import Arena
+from ..protocol import MAX_MESSAGE, Operation, decode_answer, encode
+from .handles import Handle
+from .inodes import mix
+
+
+class Router:
+    """Lends slots to workers and tells them what to do; never waits for one.
+
+    The router always keeps one free slot, `slot`, in which the next request is received. If no
+    further slot is free, or a pipe is full, `submit` declines and the caller does the work itself.
+
+    Args:
+        arena: the shared memory.
+        pipes: the write ends of the workers' request pipes, not blocking.
+    """
+
+    def __init__(self, arena: Arena, pipes: list[int]) -> None:
+        self.arena = arena
+        self._pipes = pipes
+        self._shards = len(pipes)
+        # Releases that did not fit into a pipe; nothing may overtake them.
+        self._waiting: list[deque[bytes]] = [deque() for _ in pipes]
+        self.slot = arena.free_slot()
+
+    def shard_of(self, nodeid: int) -> int:
+        """Return the worker for an inode's data I/O, evenly spread also over consecutive numbers."""
+        return mix(nodeid) % self._shards
+
+    def submit(
+        self,
+        handle: Handle,
+        number: int,
+        operation: Operation,
+        unique: int,
+        offset: int = 0,
+        length: int = 0,
+        flags: int = 0,
+        extra: tuple[int, ...] = (),
+    ) -> bool:
+        """Lend the request in `slot` to the worker of *handle* and take another slot for the next one.
+
+        Args:
+            handle: the open file, *number* its number.
+            operation, unique, offset, length, flags, extra: see `llloop.protocol.Request`.
+
+        Returns:
+            False if the request could not be handed over and is the caller's to do.
+        """
+        shard = handle.shard
+        if self._waiting[shard] and not self._flush(shard):
+            return False
+        arena = self.arena
+        slot = self.slot
+        message = encode((operation, unique, slot, number, handle.descriptor, offset, length, flags, extra))
+        arena.lend(slot, shard, message)
+        following = arena.free_slot()
+        if following >= 0:
+            try:
+                os.write(self._pipes[shard], message)
+            except BlockingIOError:
+                pass
+            else:
+                self.slot = following
+                handle.lent = True
+                return True
+        arena.give_back(slot)
+        return False
+
+    def release(self, number: int, handle: Handle) -> None:
+        """Tell the worker of *handle*, or all of them where it is shared, to let go of its descriptor."""
+        message = encode((Operation.RELEASE, 0, -1, number, -1))
+        for shard in range(self._shards) if handle.shared else (handle.shard,):
+            self._waiting[shard].append(message)
+            self._flush(shard)
+
+    def _flush(self, shard: int) -> bool:
+        waiting = self._waiting[shard]
+        try:
+            while waiting:
+                os.write(self._pipes[shard], waiting[0])
+                waiting.popleft()
+        except BlockingIOError:
+            return False
+        return True
+
+
+class Exchange:
+    """Asks a worker and waits for its answer: what the front does where llfuse runs the loop.
+
+    Args:
+        router: lends the slot.
+        answers: the read end of the pipe the workers answer through.
+    """
+
+    def __init__(self, router: Router, answers: int) -> None:
+        self._router = router
+        self._answers = answers
+        self._unique = 0
+
+    def call(
+        self,
+        handle: Handle,
+        number: int,
+        operation: Operation,
+        offset: int = 0,
+        length: int = 0,
+        flags: int = 0,
+        payload: bytes = b"",
+    ) -> tuple[int, memoryview]:
+        """Have a worker do *operation* and return its count or offset, and the slot's payload.
+
+        Raises:
+            OSError: what the worker ran into.
+        """
+        router = self._router
+        self._unique += 1
+        slot = router.slot
+        data = router.arena.payload(slot, router.arena.payload_size)
+        data[: len(payload)] = payload
+        if not router.submit(handle, number, operation, self._unique, offset, length, flags):
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        while True:
+            answer = decode_answer(os.read(self._answers, MAX_MESSAGE))
+            if answer.unique == self._unique:  # anything else is a second answer after a worker's restart
+                break
+        if answer.result < 0:
+            raise OSError(-answer.result, os.strerror(-answer.result))
+        return answer.result, data

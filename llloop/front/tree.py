@@ -1,0 +1,316 @@
+"""The mirrored tree: every request on names and attributes, as system calls on the source.
+
+No FUSE struct and no llfuse type appears here; `operations` and `native` translate. Errors are
+`OSError` with the source's errno.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import sys
+from dataclasses import dataclass
+from typing import Protocol
+
+from .. import syscalls, wire
+from ..privilege import Caller, SetidGuard
+from ..syscalls import Attributes, fstatx, statx
+from .anchors import Anchors
+from .handles import Handles
+from .inodes import Inodes
+
+_PIN = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_NO_NAMES = frozenset({b"", b".", b".."})
+_TIMES = wire.FATTR_ATIME | wire.FATTR_ATIME_NOW | wire.FATTR_MTIME | wire.FATTR_MTIME_NOW
+
+
+class _Remove(Protocol):
+    """os.unlink or os.rmdir."""
+
+    def __call__(self, path: bytes, /, *, dir_fd: int) -> None: ...
+
+
+def _check_name(name: bytes) -> bytes:
+    """Refuse a name that could lead elsewhere; no kernel sends one, but nothing may depend on that."""
+    if name in _NO_NAMES or b"/" in name:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    return name
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What a SETATTR request asks for, in its own terms.
+
+    Attributes:
+        valid: the FATTR_ bits that say which of the others count.
+        mode, uid, gid, size: the new values.
+        atime, mtime: seconds and nanoseconds.
+    """
+
+    valid: int
+    mode: int = 0
+    uid: int = 0
+    gid: int = 0
+    size: int = 0
+    atime: tuple[int, int] = (0, 0)
+    mtime: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Requester:
+    """Who makes a request: the file system ids and the umask of the calling process."""
+
+    uid: int
+    gid: int
+    umask: int = 0
+
+
+class Tree:
+    """The namespace and the attributes of the source.
+
+    Args:
+        root: an O_PATH descriptor of the source directory.
+        inodes: the inode table.
+        anchors: how inodes are reached.
+        handles: the open files, through which an inode can be reached that lost its name behind the mount.
+        caller: acts as the requester where something is created.
+        setid: decides about set-ID bits.
+    """
+
+    def __init__(
+        self, root: int, inodes: Inodes, anchors: Anchors, handles: Handles, caller: Caller, setid: SetidGuard
+    ) -> None:
+        self._root = root
+        self.inodes = inodes
+        self.anchors = anchors
+        self._handles = handles
+        self._caller = caller
+        self._setid = setid
+
+    # Names
+
+    def lookup(self, parent: int, name: bytes) -> tuple[int, Attributes]:
+        """Return number and attributes of *name* in *parent*, counting one lookup."""
+        attributes = statx(self.anchors.directory(parent), _check_name(name))
+        return self.enter(parent, name, attributes), attributes
+
+    def enter(self, parent: int, name: bytes, attributes: Attributes) -> int:
+        """Enter an inode that was found or made, counting one lookup, and return its number."""
+        inodes = self.inodes
+        nodeid = inodes.nodeid(attributes.device, attributes.ino)
+        if nodeid in inodes:
+            if inodes.get(nodeid).birth != attributes.birth:
+                self.anchors.drop(nodeid)
+        return inodes.remember(parent, name, attributes)
+
+    def forget(self, nodeid: int, lookups: int) -> None:
+        """Take back *lookups* of an inode."""
+        if self.inodes.forget(nodeid, lookups):
+            self.anchors.drop(nodeid)
+
+    def mknod(self, parent: int, name: bytes, mode: int, device: int, who: Requester) -> tuple[int, Attributes]:
+        """Make a file, fifo, socket or device (mknod(2)); *device* is as makedev(3) gives it."""
+        directory = self.anchors.directory(parent)
+        with self._caller(who.uid, who.gid, who.umask):
+            os.mknod(_check_name(name), mode, device, dir_fd=directory)
+        return self.lookup(parent, name)
+
+    def mkdir(self, parent: int, name: bytes, mode: int, who: Requester) -> tuple[int, Attributes]:
+        """Make a directory (mkdir(2))."""
+        directory = self.anchors.directory(parent)
+        with self._caller(who.uid, who.gid, who.umask):
+            os.mkdir(_check_name(name), stat.S_IMODE(mode), dir_fd=directory)
+        return self.lookup(parent, name)
+
+    def symlink(self, parent: int, name: bytes, target: bytes, who: Requester) -> tuple[int, Attributes]:
+        """Make a symlink (symlink(2))."""
+        directory = self.anchors.directory(parent)
+        with self._caller(who.uid, who.gid, who.umask):
+            os.symlink(target, _check_name(name), dir_fd=directory)
+        return self.lookup(parent, name)
+
+    def link(self, nodeid: int, parent: int, name: bytes) -> tuple[int, Attributes]:
+        """Give an inode one more name (linkat(2))."""
+        with self.anchors.reach(nodeid) as fd:
+            directory = self.anchors.directory(parent)
+            os.link(f"/proc/self/fd/{fd}", _check_name(name), dst_dir_fd=directory, follow_symlinks=True)
+            attributes = fstatx(fd)
+        return self.enter(parent, name, attributes), attributes
+
+    def unlink(self, parent: int, name: bytes) -> None:
+        """Remove a name of anything but a directory (unlink(2))."""
+        self._remove(parent, name, os.unlink)
+
+    def rmdir(self, parent: int, name: bytes) -> None:
+        """Remove an empty directory (rmdir(2))."""
+        self._remove(parent, name, os.rmdir)
+
+    def _remove(self, parent: int, name: bytes, remove: _Remove) -> None:
+        directory = self.anchors.directory(parent)
+        pin = os.open(_check_name(name), _PIN, dir_fd=directory)
+        try:
+            nodeid = self._nodeid(pin)
+            remove(name, dir_fd=directory)
+        except BaseException:
+            os.close(pin)
+            raise
+        self._lost_name(nodeid, parent, name, pin)
+
+    def _nodeid(self, fd: int) -> int:
+        attributes = fstatx(fd)
+        return self.inodes.nodeid(attributes.device, attributes.ino)
+
+    def _lost_name(self, nodeid: int, parent: int, name: bytes, pin: int) -> None:
+        """Note that *name* is gone; keep *pin* if the kernel knows the inode under no other name."""
+        if nodeid in self.inodes and not self.inodes.unlinked(nodeid, parent, name):
+            self.anchors.pin(nodeid, pin)
+        else:
+            os.close(pin)
+
+    def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int) -> None:
+        """Rename with RENAME_ flags (renameat2(2))."""
+        old_directory = self.anchors.directory(parent)
+        new_directory = self.anchors.directory(new_parent)
+        moved_attributes = statx(old_directory, _check_name(name))
+        moved = self.inodes.nodeid(moved_attributes.device, moved_attributes.ino)
+        victim = self._pin_if_there(new_directory, _check_name(new_name))
+        try:
+            target = None if victim is None else self._nodeid(victim)
+            if flags:
+                syscalls.renameat2(old_directory, name, new_directory, new_name, flags)
+            else:
+                os.rename(name, new_name, src_dir_fd=old_directory, dst_dir_fd=new_directory)
+        except BaseException:
+            if victim is not None:
+                os.close(victim)
+            raise
+        if target == moved:  # two names of one file: rename(2) leaves both
+            if victim is not None:
+                os.close(victim)
+            return
+        exchanged = flags & syscalls.RENAME_EXCHANGE
+        if victim is not None and target is not None:
+            if exchanged:
+                os.close(victim)
+                self.inodes.renamed(target, (new_parent, new_name), (parent, name))
+            else:
+                self._lost_name(target, new_parent, new_name, victim)
+        self.inodes.renamed(moved, (parent, name), (new_parent, new_name))
+
+    @staticmethod
+    def _pin_if_there(directory: int, name: bytes) -> int | None:
+        try:
+            return os.open(name, _PIN, dir_fd=directory)
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                return None
+            raise
+
+    # Attributes
+
+    def getattr(self, nodeid: int) -> Attributes:
+        """Return the attributes of an inode; of one that has only an open file left, those of the file."""
+        try:
+            return self.anchors.attributes(nodeid)
+        except OSError as error:
+            handles = self._handles.of_inode(nodeid)
+            if error.errno != errno.ESTALE or not handles:
+                raise
+        return fstatx(handles[0].descriptor)
+
+    def setattr(self, nodeid: int, changes: Changes, handle: int | None) -> Attributes:
+        """Change attributes of an inode and return what they are then.
+
+        Args:
+            nodeid: the inode.
+            changes: what to change.
+            handle: an open file to truncate through, or None.
+        """
+        handles = self._handles.of_inode(nodeid)
+        try:
+            with self.anchors.reach(nodeid) as fd:
+                return self._apply(fd, changes, handle)
+        except OSError as error:
+            if error.errno != errno.ESTALE or not handles:
+                raise
+        return self._apply(handles[0].descriptor, changes, handle)
+
+    def _apply(self, fd: int, changes: Changes, handle: int | None) -> Attributes:
+        valid = changes.valid
+        path = f"/proc/self/fd/{fd}"
+        if valid & (wire.FATTR_UID | wire.FATTR_GID):
+            uid = changes.uid if valid & wire.FATTR_UID else -1
+            gid = changes.gid if valid & wire.FATTR_GID else -1
+            syscalls.chown(fd, uid, gid)
+        if valid & wire.FATTR_MODE:
+            self._setid.clear(False)
+            os.chmod(path, stat.S_IMODE(changes.mode))
+        if valid & wire.FATTR_SIZE:
+            self._setid.clear(bool(valid & wire.FATTR_KILL_SUIDGID))
+            if handle is None:
+                os.truncate(path, changes.size)
+            else:
+                os.ftruncate(self._handles.get(handle).descriptor, changes.size)
+        if valid & _TIMES:
+            atime = _time(valid, wire.FATTR_ATIME, wire.FATTR_ATIME_NOW, changes.atime)
+            mtime = _time(valid, wire.FATTR_MTIME, wire.FATTR_MTIME_NOW, changes.mtime)
+            syscalls.utimens(fd, b"", atime, mtime, syscalls.AT_EMPTY_PATH)
+        return fstatx(fd)
+
+    def readlink(self, nodeid: int) -> bytes:
+        """Return where a symlink points (readlink(2))."""
+        with self.anchors.reach(nodeid) as fd:
+            return os.readlink(b"", dir_fd=fd)
+
+    def statfs(self) -> os.statvfs_result:
+        """Return the state of the file system that holds the source (statvfs(3))."""
+        return os.fstatvfs(self._root)
+
+    # Extended attributes
+
+    def setxattr(self, nodeid: int, name: bytes, value: bytes, flags: int, kill_sgid: bool) -> None:
+        """Set an extended attribute (setxattr(2)).
+
+        Args:
+            nodeid: the inode.
+            name: the attribute's name with its namespace.
+            value: its new value.
+            flags: XATTR_CREATE, XATTR_REPLACE or 0.
+            kill_sgid: whether a new access ACL clears the set-group-ID bit.
+        """
+        self._setid.clear(kill_sgid)
+        with self.anchors.reach(nodeid) as fd:
+            os.setxattr(f"/proc/self/fd/{fd}", name, value, flags)
+
+    def getxattr(self, nodeid: int, name: bytes) -> bytes:
+        """Return the value of an extended attribute (getxattr(2))."""
+        with self.anchors.reach(nodeid) as fd:
+            return os.getxattr(f"/proc/self/fd/{fd}", name)
+
+    def listxattr(self, nodeid: int, who: Requester) -> list[bytes]:
+        """Return the names of the extended attributes (listxattr(2)); trusted ones only to root, as natively."""
+        with self.anchors.reach(nodeid) as fd:
+            names = [os.fsencode(name) for name in os.listxattr(f"/proc/self/fd/{fd}")]
+        return names if who.uid == 0 else [name for name in names if not name.startswith(b"trusted.")]
+
+    def removexattr(self, nodeid: int, name: bytes) -> None:
+        """Remove an extended attribute (removexattr(2))."""
+        with self.anchors.reach(nodeid) as fd:
+            os.removexattr(f"/proc/self/fd/{fd}", name)
+
+    # What llloop's own requests add
+
+    def statx_raw(self, nodeid: int, mask: int, flags: int) -> bytearray:
+        """Return an inode's ``struct statx`` (statx(2)) with the inode number the mount shows."""
+        with self.anchors.reach(nodeid) as fd:
+            raw = syscalls.fstatx_raw(fd, mask, flags)
+        raw[syscalls.STATX_INO_OFFSET : syscalls.STATX_INO_OFFSET + 8] = nodeid.to_bytes(8, sys.byteorder)
+        return raw
+
+
+def _time(valid: int, given: int, now: int, value: tuple[int, int]) -> tuple[int, int]:
+    """Return a time as utimensat(2) takes it."""
+    if valid & now:
+        return 0, syscalls.UTIME_NOW
+    return value if valid & given else (0, syscalls.UTIME_OMIT)

@@ -1,0 +1,98 @@
+"""Acting with the caller's rights where the source must see them.
+
+Mounted by root for others, the kernel has checked permissions before a request arrives
+(default_permissions). Two things remain the server's: a new file belongs to who made it, and
+set-user-ID, set-group-ID and file capabilities go when somebody without CAP_FSETID writes.
+An ordinary user's server has no such powers, and its source needs none: all files become the user's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from types import TracebackType
+
+from . import syscalls
+
+_log = logging.getLogger(__name__)
+
+_SECBIT_NO_SETUID_FIXUP = 1 << 2  # <linux/securebits.h>
+
+
+class Caller:
+    """Makes new files the caller's: ``with caller(uid, gid, umask): os.mkdir(...)``.
+
+    The file system ids decide the owner (setfsuid(2)); the supplementary groups and the mode of the
+    directory play no part any more, since the kernel has checked them and this process keeps CAP_DAC_OVERRIDE.
+    The umask stays as the last caller's, because callers rarely differ.
+    """
+
+    def __init__(self) -> None:
+        self._able = os.geteuid() == 0
+        self._own = (os.geteuid(), os.getegid())
+        self._umask = os.umask(0)
+        os.umask(self._umask)
+        self._switched = False
+        if self._able:
+            self._keep_capabilities()
+
+    def _keep_capabilities(self) -> None:
+        try:
+            bits = syscalls.prctl(syscalls.PR_GET_SECUREBITS)
+            syscalls.prctl(syscalls.PR_SET_SECUREBITS, bits | _SECBIT_NO_SETUID_FIXUP)
+        except OSError as error:
+            _log.info(
+                "the source checks a caller's permission to create again, without supplementary groups: %s", error
+            )
+
+    def __call__(self, uid: int, gid: int, umask: int) -> Caller:
+        """Act as *uid* and *gid* with *umask* until the ``with`` block ends."""
+        if umask != self._umask:
+            os.umask(umask)
+            self._umask = umask
+        if self._able and (uid, gid) != self._own:
+            syscalls.setfsgid(gid)
+            syscalls.setfsuid(uid)
+            self._switched = True
+        return self
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._switched:
+            self._switched = False
+            uid, gid = self._own
+            syscalls.setfsuid(uid)
+            syscalls.setfsgid(gid)
+            # A change of fsuid makes a process undumpable (prctl(2)), and workers could no longer pull descriptors.
+            syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)
+
+
+class SetidGuard:
+    """Decides whether the next write, truncation or ACL change clears set-ID bits.
+
+    The kernel clears them for a process without CAP_FSETID (capabilities(7)), so the capability is
+    lowered and raised as the request says; in a stream of requests alike nothing is done.
+    """
+
+    def __init__(self) -> None:
+        self._effective, self._permitted, self._inheritable = syscalls.get_capabilities()
+        self._keeping = bool(self._effective & 1 << syscalls.CAP_FSETID)
+        self._able = self._keeping
+
+    def clear(self, clearing: bool) -> None:
+        """Make the next calls clear set-ID bits, or keep them."""
+        if clearing == self._keeping and self._able:
+            bit = 1 << syscalls.CAP_FSETID
+            effective = self._effective & ~bit if clearing else self._effective | bit
+            syscalls.set_capabilities(effective, self._permitted, self._inheritable)
+            self._keeping = not clearing
+
+
+def respect_quotas() -> None:
+    """Lower CAP_SYS_RESOURCE, with which writes would pass over quotas and reserved blocks (capabilities(7))."""
+    effective, permitted, inheritable = syscalls.get_capabilities()
+    syscalls.set_capabilities(effective & ~(1 << syscalls.CAP_SYS_RESOURCE), permitted, inheritable)

@@ -1,0 +1,113 @@
+"""The messages between the front and its workers, in one place for both sides.
+
+A message is one msgpack array in one packet of a pipe (pipe(7), O_DIRECT), at most `MAX_MESSAGE`
+bytes long. Payloads never travel in a message: they lie in a slot of the arena, or go between
+file and kernel without passing through here at all.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import msgpack
+
+MAX_MESSAGE = 4096  # PIPE_BUF (pipe(7)): the longest packet that is written whole
+
+
+class Operation(IntEnum):
+    """What a worker is asked to do."""
+
+    READ = 1
+    WRITE = 2
+    FSYNC = 3
+    FLUSH = 4
+    FALLOCATE = 5
+    LSEEK = 6
+    COPY_FILE_RANGE = 7
+    SYNCFS = 8
+    RELEASE = 9
+
+
+# Flags of a request: what WRITE, FALLOCATE and COPY_FILE_RANGE have in common ...
+KILL_PRIVILEGES = 1 << 0  # drop set-user-ID, set-group-ID and file capabilities: the caller lacks CAP_FSETID
+APPEND = 1 << 1  # write at the end of the file, wherever that is
+# ... and what tells fdatasync from fsync.
+DATA_ONLY = 1 << 2
+
+
+class Malformed(Exception):
+    """A message that is not one of ours; the text says why."""
+
+
+class Request(NamedTuple):
+    """One request from the front to a worker.
+
+    Attributes:
+        operation: an `Operation`.
+        unique: the kernel's number of the request, under which it is answered.
+        slot: the slot lent with it.
+        handle: the number of the open file.
+        descriptor: the front's descriptor of that file, to pull.
+        offset: a position in the file in bytes.
+        length: a length in bytes.
+        flags: the flags above; for FALLOCATE the mode lies in *extra*, for LSEEK the whence.
+        extra: COPY_FILE_RANGE: the source's handle, descriptor and offset; FALLOCATE, LSEEK: see *flags*.
+    """
+
+    operation: int
+    unique: int
+    slot: int
+    handle: int
+    descriptor: int
+    offset: int = 0
+    length: int = 0
+    flags: int = 0
+    extra: tuple[int, ...] = ()
+
+
+_packer = msgpack.Packer(use_bin_type=True)
+encode = _packer.pack
+
+
+def decode(data: bytes) -> Request:
+    """Return the request that *data* holds.
+
+    Raises:
+        Malformed: *data* is not a request. That its fields are numbers is left to their use, for this is the hot path.
+    """
+    fields = _unpack(data)
+    if type(fields) is not tuple or not 5 <= len(fields) <= 9:
+        raise Malformed("not a request")
+    return Request._make(fields) if len(fields) == 9 else Request(*fields)
+
+
+class Answer(NamedTuple):
+    """A worker's answer to a front that waits for it (only where llfuse runs the loop).
+
+    Attributes:
+        unique: the number of the request.
+        result: a count or an offset, or a negative errno.
+    """
+
+    unique: int
+    result: int
+
+
+def decode_answer(data: bytes) -> Answer:
+    """Return the answer that *data* holds.
+
+    Raises:
+        Malformed: *data* is not an answer.
+    """
+    fields = _unpack(data)
+    if not isinstance(fields, tuple) or len(fields) != 2 or not all(type(field) is int for field in fields):
+        raise Malformed("not an answer")
+    return Answer(*fields)
+
+
+def _unpack(data: bytes) -> Any:
+    try:
+        return msgpack.unpackb(data, use_list=False)
+    except (ValueError, msgpack.UnpackException) as error:
+        raise Malformed(str(error)) from None

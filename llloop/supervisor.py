@@ -1,0 +1,433 @@
+"""The supervisor: owns the mount, answers INIT, and keeps a front and the workers running.
+
+It makes everything the others share before the first fork (the mount, the arena, the pipes), so
+that any of them can be forked again at any time. It does no request itself, waits for nothing
+but the end of a child or a signal, and therefore is hard to kill by anything that happens in the mount.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from types import FrameType
+from typing import Any
+
+import llfuse
+from setproctitle import setproctitle
+
+from . import log, mounting, negotiation, syscalls, wire
+from .arena import Arena
+from .config import LoopKind, ServeConfig
+from .errors import HostError, LlloopError
+from .front.operations import Operations
+from .front.process import FrontSetup, run_front
+from .session import Session, SessionNotFound, find_session, fuse_devices
+from .workers.process import WorkerSetup, run_worker
+
+_log = logging.getLogger(__name__)
+_fork = multiprocessing.get_context("fork")
+
+_F_SETPIPE_SZ = 1031  # <linux/fcntl.h>
+_FUSE_NOTIFY_RESEND = 7  # enum fuse_notify_code
+_INIT_BUFFER = 1 << 21  # larger than any request: the kernel refuses a read into less than it might need
+
+# After a lazy unmount, how long in seconds those who still use the mount may go on.
+GRACE = 5.0
+# How long a process asked to end may take, in seconds.
+_PATIENCE = 5.0
+# A process that ran for less than this, in seconds, before it died is restarted after a pause that doubles up to the longest.
+_SHORT_LIFE = 10.0
+_FIRST_PAUSE = 0.05
+_LONGEST_PAUSE = 5.0
+
+
+@dataclass
+class _Child:
+    """A process of the tree and its successors.
+
+    Attributes:
+        name: its role, also its title in ps(1).
+        target: what it runs.
+        process: the one that runs now, or None in the pause before the next.
+        started: when it was started (monotonic clock).
+        due: when the next is to be started.
+        pause: how long to wait before the next if this one dies young.
+    """
+
+    name: str
+    target: Callable[[], None]
+    process: BaseProcess | None = None
+    started: float = 0.0
+    due: float = 0.0
+    pause: float = field(default=0.0)
+
+    def start(self) -> None:
+        """Fork the process."""
+        self.process = _fork.Process(target=_child_main, args=(self.name, self.target, os.getpid()), name=self.name)
+        self.started = time.monotonic()
+        self.process.start()
+
+    def schedule_restart(self) -> float:
+        """Note when the next one is due and return the pause until then, in seconds."""
+        now = time.monotonic()
+        if now - self.started > _SHORT_LIFE:
+            self.pause = 0.0
+        pause = self.pause
+        self.due = now + pause
+        self.pause = min(max(2 * pause, _FIRST_PAUSE), _LONGEST_PAUSE)
+        self.process = None
+        return pause
+
+
+def _child_main(name: str, target: Callable[[], None], supervisor: int) -> None:
+    """Run in a new child: leave the supervisor's signals behind, and do not outlive it."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the supervisor decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != supervisor:
+        os._exit(1)
+    setproctitle(name)
+    target()
+
+
+class Supervisor:
+    """One mount, from its making to its end.
+
+    Args:
+        config: the mount's options.
+        on_ready: called with a line that describes the mount when it answers requests.
+        lifeline: a descriptor to watch; the mount ends when its other end is closed.
+    """
+
+    def __init__(self, config: ServeConfig, on_ready: Callable[[str], None], lifeline: int | None = None) -> None:
+        self._config = config
+        self._on_ready = on_ready
+        self._lifeline = lifeline
+        self._source = mounting.check_source(config.source)
+        self._mountpoint = mounting.check_mountpoint(config, self._source)
+        mounting.check_host(config)
+        self._options = mounting.mount_options(config)
+        self._session: Session | None = None
+        self._capabilities: negotiation.Capabilities | None = None
+        self._fallback_reason = "asked for"
+        self._stop_signals = 0
+        self._deadline: float | None = None
+        self._unmounter: BaseProcess | None = None
+        self._lazy = False
+        self._device_number: tuple[int, int] | None = None
+        self._children: list[_Child] = []
+        self._ended = False
+        self._failed = False
+
+    def run(self) -> int:
+        """Mount, serve until unmounted or told to stop, and clean up.
+
+        Returns:
+            0 after a clean stop, 1 if the mount ended otherwise.
+
+        Raises:
+            LlloopError: the mount could not be made.
+        """
+        setproctitle("llloop-supervisor")
+        _raise_descriptor_limit()
+        root = os.open(self._source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        xattr_acl = self._config.xattr and _has_acls(self._source)
+        operations = Operations()
+        device = self._mount(operations)
+        signal_reader = self._catch_signals()
+        log.gather()
+        try:
+            entry = mounting.find_mount(self._mountpoint)
+            self._device_number = entry.device if entry else None
+            if self._config.loop is not LoopKind.LLFUSE:
+                self._open_session(device, xattr_acl)
+            self._make_children(root, device, operations)
+            for child in self._children:
+                child.start()
+            self._watch(signal_reader)
+            return 1 if self._failed else 0
+        finally:
+            self._clean_up()
+
+    # The mount
+
+    def _mount(self, operations: Operations) -> int:
+        before = fuse_devices()
+        try:
+            llfuse.init(operations, self._mountpoint, self._options)
+        except RuntimeError:
+            # libfuse, or fusermount, has said why on standard error already.
+            raise HostError(
+                f"{self._mountpoint} could not be mounted with the options {','.join(sorted(self._options))}"
+            ) from None
+        devices = fuse_devices() - before
+        if len(devices) != 1:
+            llfuse.close()
+            raise LlloopError("libfuse did not open /dev/fuse as expected")
+        return next(iter(devices))
+
+    def _open_session(self, device: int, posix_acl: bool) -> None:
+        """Find llfuse's session and answer INIT; without a session leave both to llfuse."""
+        try:
+            session = find_session(device)
+        except SessionNotFound as error:
+            if self._config.loop is LoopKind.OWN:
+                raise LlloopError(f"llfuse's session cannot be used: {error}") from None
+            self._fallback_reason = str(error)
+            _log.warning("falling back to llfuse's request loop, which is slower: %s", error)
+            return
+        buffer = bytearray(_INIT_BUFFER)
+        length = os.readv(device, [buffer])
+        request = bytes(buffer[:length])
+        try:
+            answer, self._capabilities = negotiation.negotiate(request, posix_acl=posix_acl)
+        except negotiation.UnsupportedProtocol as error:
+            raise HostError(str(error)) from None
+        os.write(device, answer)
+        # libfuse must see the request too, to be initialised; its own answer comes second and is dropped by the kernel.
+        session.processor().process_bytes(request)
+        self._session = session
+
+    # The children
+
+    def _make_children(self, root: int, device: int, operations: Operations) -> None:
+        config = self._config
+        arena = self._arena = Arena(config.slots, negotiation.MAX_WRITE, config.workers)
+        pipes = [_packet_pipe(config.slots) for _ in range(config.workers)]
+        self._ready_reader, ready_writer = os.pipe2(os.O_CLOEXEC)
+        answers_reader, answers_writer = os.pipe2(os.O_CLOEXEC | os.O_DIRECT)
+        setup = FrontSetup(
+            config=config,
+            arena=arena,
+            pipes=[writer for _, writer in pipes],
+            root=root,
+            device=device,
+            operations=operations,
+            session=self._session,
+            capabilities=self._capabilities,
+            answers=answers_reader,
+        )
+
+        def front() -> None:
+            run_front(setup, lambda: _tell(ready_writer))
+
+        def worker(shard: int) -> Callable[[], None]:
+            answers = None if self._session is not None else answers_writer
+            return lambda: run_worker(WorkerSetup(shard, arena, pipes[shard][0], device, answers))
+
+        self._front = _Child("llloop-front", front)
+        self._workers = [_Child(f"llloop-worker-{shard}", worker(shard)) for shard in range(config.workers)]
+        self._children = [*self._workers, self._front]
+        self._device = device
+
+    def _watch(self, signal_reader: int) -> None:
+        """Wait for children to end and signals to come until the mount has ended."""
+        announced = False
+        while not self._ended:
+            running = {child.process.sentinel: child for child in self._children if child.process is not None}
+            watched: list[Any] = [*running, signal_reader, self._ready_reader]
+            if self._unmounter is not None:
+                watched.append(self._unmounter.sentinel)
+            if self._lifeline is not None:
+                watched.append(self._lifeline)
+            for event in wait(watched, self._patience()):
+                if event == signal_reader:
+                    self._take_signals(signal_reader)
+                elif event == self._ready_reader:
+                    os.read(self._ready_reader, 1)
+                    if announced:
+                        self._resend()
+                    else:
+                        announced = True
+                        self._on_ready(self._describe())
+                elif event in running:
+                    self._child_ended(running[event])
+                elif event == self._lifeline:
+                    self._lifeline = None  # readable means closed: nothing is ever written to it
+                    self._request_stop()
+                elif self._unmounter is not None:
+                    self._unmount_ended(self._unmounter)
+            self._start_due_children()
+            if self._deadline is not None and time.monotonic() >= self._deadline:
+                _log.warning("%s is still in use after %g seconds; ending all the same", self._mountpoint, GRACE)
+                self._ended = True
+
+    def _patience(self) -> float | None:
+        """How long to wait for events, in seconds."""
+        times = [child.due for child in self._children if child.process is None]
+        if self._deadline is not None:
+            times.append(self._deadline)
+        return max(0.0, min(times) - time.monotonic()) if times else None
+
+    def _child_ended(self, child: _Child) -> None:
+        process = child.process
+        assert process is not None
+        process.join()
+        code = process.exitcode
+        if child is self._front and code == 0:
+            self._ended = True  # unmounted
+            return
+        how = f"killed by signal {-code}" if code is not None and code < 0 else f"ended with {code}"
+        if child is self._front and self._session is None:
+            _log.error("%s was %s; llfuse's own loop cannot be taken up again, so the mount ends", child.name, how)
+            self._failed = self._ended = True
+            return
+        pause = child.schedule_restart()
+        if pause < 1:
+            _log.warning("%s was %s; another takes over", child.name, how)
+        elif pause >= 1 and pause < _LONGEST_PAUSE:
+            _log.error("%s was %s again; the next try is in %g seconds", child.name, how, pause)
+
+    def _start_due_children(self) -> None:
+        now = time.monotonic()
+        for child in self._children:
+            if child.process is None and child.due <= now and not self._ended:
+                child.start()
+
+    def _resend(self) -> None:
+        """Have the kernel send again what the last front had taken and not answered (Linux 6.9, HAS_RESEND)."""
+        if self._capabilities is not None and negotiation.Feature.HAS_RESEND in self._capabilities.features:
+            os.write(self._device, wire.OUT_HEADER.pack(wire.OUT_HEADER_SIZE, _FUSE_NOTIFY_RESEND, 0))
+
+    def _describe(self) -> str:
+        if self._capabilities is None:
+            how = f"llfuse's loop ({self._fallback_reason})"
+        else:
+            how = f"own loop, {self._capabilities.describe()}"
+        count = self._config.workers
+        plural = "" if count == 1 else "s"
+        return f"serving {self._source} at {self._mountpoint} with {count} worker{plural}: {how}"
+
+    # Signals and the end
+
+    def _catch_signals(self) -> int:
+        reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._on_signal)
+        return reader
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._stop_signals += 1
+
+    def _take_signals(self, reader: int) -> None:
+        os.read(reader, 4096)
+        if self._stop_signals:
+            self._request_stop()
+
+    def _request_stop(self) -> None:
+        """Begin to unmount; if that is done and somebody still uses the mount, end all the same."""
+        if self._deadline is not None:
+            self._ended = True
+        elif self._unmounter is None:
+            self._start_unmounting(lazy=False)
+
+    def _start_unmounting(self, lazy: bool) -> None:
+        """Unmount in a process of its own: unmounting writes cached data back through this very mount."""
+        self._lazy = lazy
+        self._unmounter = _fork.Process(target=_unmount, args=(self._mountpoint, lazy), name="llloop-unmount")
+        self._unmounter.start()
+
+    def _unmount_ended(self, process: BaseProcess) -> None:
+        process.join()
+        self._unmounter = None
+        if process.exitcode == errno.EBUSY and not self._lazy:
+            _log.warning(
+                "%s is busy: detached lazily; who uses it now may go on for %g seconds", self._mountpoint, GRACE
+            )
+            print(f"llloop: {self._mountpoint} is busy, detaching it lazily", file=sys.stderr, flush=True)
+            self._start_unmounting(lazy=True)
+        elif process.exitcode != 0 and self._is_mounted():
+            _log.error("%s could not be unmounted", self._mountpoint)
+            self._failed = self._ended = True
+        else:
+            self._deadline = time.monotonic() + GRACE
+
+    def _is_mounted(self) -> bool:
+        entry = mounting.find_mount(self._mountpoint)
+        return entry is not None and entry.device == self._device_number
+
+    def _clean_up(self) -> None:
+        """End every process and what is left of the mount."""
+        for child in self._children:
+            _end(child.process)
+        _end(self._unmounter)
+        # Only if it is still ours: something else may be mounted in its place by now.
+        mounted = self._is_mounted()
+        if mounted:
+            try:
+                mounting.unmount(self._mountpoint, lazy=True)
+            except (OSError, LlloopError) as error:
+                _log.error("%s could not be detached: %s", self._mountpoint, error)
+        llfuse.close(unmount=False)
+        signal.set_wakeup_fd(-1)
+        log.release()
+
+
+def _unmount(mountpoint: str, lazy: bool) -> None:
+    """Run in a process of its own: unmount, and say by the exit code how that went."""
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        mounting.unmount(mountpoint, lazy=lazy)
+    except OSError as error:
+        os._exit(error.errno or 1)
+    except LlloopError as error:
+        _log.error("%s", error)
+        sys.exit(1)
+
+
+def _end(process: BaseProcess | None) -> None:
+    """End a process: politely, then not."""
+    if process is None:
+        return
+    process.terminate()
+    process.join(_PATIENCE)
+    if process.is_alive():
+        process.kill()
+        process.join(_PATIENCE)
+
+
+def _tell(writer: int) -> None:
+    os.write(writer, b"!")
+
+
+def _packet_pipe(messages: int) -> tuple[int, int]:
+    """Return a pipe in packet mode (pipe(7)) with room for that many messages, whose writer never waits."""
+    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_DIRECT)
+    try:
+        fcntl.fcntl(writer, _F_SETPIPE_SZ, messages * wire.PAGE_SIZE)
+    except PermissionError:  # the user's share of pipe pages is used up: fewer messages fit, the front does the rest
+        _log.info("request pipes hold fewer messages than usual; see pipe(7), pipe-user-pages-soft")
+    flags = fcntl.fcntl(writer, fcntl.F_GETFL)
+    fcntl.fcntl(writer, fcntl.F_SETFL, flags | os.O_NONBLOCK)
+    return reader, writer
+
+
+def _raise_descriptor_limit() -> None:
+    """Raise the soft limit of open files to the hard one: each open file of the mount needs a descriptor."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _has_acls(source: str) -> bool:
+    """Whether the source's file system has POSIX ACLs (acl(5))."""
+    try:
+        os.getxattr(source, b"system.posix_acl_access")
+    except OSError as error:
+        return error.errno == errno.ENODATA
+    return True

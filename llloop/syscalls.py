@@ -1,0 +1,315 @@
+"""The Linux system calls that llloop needs and Python's ``os`` module does not offer.
+
+Every function raises `OSError` with the call's errno. Numbers and structs are those of the
+Linux UAPI headers; the man page of each call is named where it is wrapped.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+AT_FDCWD = -100  # <linux/fcntl.h>, as the flags below
+AT_SYMLINK_NOFOLLOW = 0x100
+AT_NO_AUTOMOUNT = 0x800
+AT_EMPTY_PATH = 0x1000
+
+UTIME_NOW = (1 << 30) - 1  # <linux/stat.h>
+UTIME_OMIT = (1 << 30) - 2
+
+RENAME_NOREPLACE = 1  # <linux/fs.h>
+RENAME_EXCHANGE = 2
+
+_SYS_PIDFD_GETFD = 438  # the same number on every architecture, <asm-generic/unistd.h>
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _raise(path: bytes | None = None) -> OSError:
+    """Return the `OSError` for the errno that the last call left."""
+    number = ctypes.get_errno()
+    return OSError(number, os.strerror(number), path)
+
+
+class Attributes(NamedTuple):
+    """What statx(2) says of a file. Times are whole seconds and nanoseconds apart."""
+
+    mask: int
+    blksize: int
+    attributes: int
+    nlink: int
+    uid: int
+    gid: int
+    mode: int
+    ino: int
+    size: int
+    blocks: int
+    atime: int
+    atime_nsec: int
+    btime: int
+    btime_nsec: int
+    ctime: int
+    ctime_nsec: int
+    mtime: int
+    mtime_nsec: int
+    rdev_major: int
+    rdev_minor: int
+    dev_major: int
+    dev_minor: int
+
+    @property
+    def device(self) -> int:
+        """The device of the file system as one number, as makedev(3) would give it."""
+        return os.makedev(self.dev_major, self.dev_minor)
+
+    @property
+    def birth(self) -> int:
+        """The birth time in nanoseconds, 0 where the file system has none."""
+        return self.btime * 1_000_000_000 + self.btime_nsec if self.mask & STATX_BTIME else 0
+
+
+STATX_BASIC_STATS = 0x7FF  # <linux/stat.h>
+STATX_BTIME = 0x800
+STATX_SIZE = 256  # sizeof(struct statx)
+STATX_INO_OFFSET = 32  # offsetof(struct statx, stx_ino)
+_STATX = struct.Struct("=IIQIIIHxxQQQ8xqI4xqI4xqI4xqI4xIIII")
+_statx_buffer = ctypes.create_string_buffer(STATX_SIZE)
+_statx_address = ctypes.addressof(_statx_buffer)
+_statx_unpack = _STATX.unpack_from
+_statx = _libc.statx
+_statx.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p)
+
+
+def statx(directory: int, name: bytes) -> Attributes:
+    """Return the attributes of *name* in *directory*, of a symlink itself where it is one (statx(2)).
+
+    Args:
+        directory: a descriptor of the directory; O_PATH will do.
+        name: one path component.
+    """
+    if _statx(directory, name, AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT, STATX_BASIC_STATS | STATX_BTIME, _statx_address):
+        raise _raise(name)
+    return Attributes._make(_statx_unpack(_statx_buffer))
+
+
+def fstatx(fd: int) -> Attributes:
+    """Return the attributes of the open file *fd*; O_PATH will do (statx(2), AT_EMPTY_PATH)."""
+    if _statx(fd, b"", AT_EMPTY_PATH, STATX_BASIC_STATS | STATX_BTIME, _statx_address):
+        raise _raise()
+    return Attributes._make(_statx_unpack(_statx_buffer))
+
+
+def fstatx_raw(fd: int, mask: int, flags: int) -> bytearray:
+    """Return the ``struct statx`` of the open file *fd* as bytes (statx(2)).
+
+    Args:
+        fd: the file; O_PATH will do.
+        mask: the STATX_ fields asked for.
+        flags: the AT_STATX_ synchronisation flags.
+    """
+    if _statx(fd, b"", AT_EMPTY_PATH | flags, mask, _statx_address):
+        raise _raise()
+    return bytearray(_statx_buffer.raw)
+
+
+_renameat2 = _libc.renameat2
+_renameat2.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+
+
+def renameat2(old_directory: int, old: bytes, new_directory: int, new: bytes, flags: int) -> None:
+    """Rename with RENAME_ flags (renameat2(2))."""
+    if _renameat2(old_directory, old, new_directory, new, flags):
+        raise _raise(old)
+
+
+_fallocate = _libc.fallocate64
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """Allocate, punch or zero a range of *fd* in bytes, as the FALLOC_FL_ *mode* says (fallocate(2))."""
+    if _fallocate(fd, mode, offset, length):
+        raise _raise()
+
+
+_syncfs = _libc.syncfs
+_syncfs.argtypes = (ctypes.c_int,)
+
+
+def syncfs(fd: int) -> None:
+    """Write the whole file system that holds *fd* to its disk (syncfs(2))."""
+    if _syncfs(fd):
+        raise _raise()
+
+
+_fchownat = _libc.fchownat
+_fchownat.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_int)
+
+
+def chown(fd: int, uid: int, gid: int) -> None:
+    """Change the owner of the open file *fd*; O_PATH will do, also of a symlink (fchownat(2), AT_EMPTY_PATH).
+
+    Args:
+        fd: the file.
+        uid: the new owner, or -1 to leave it.
+        gid: the new group, or -1 to leave it.
+    """
+    if _fchownat(fd, b"", uid & 0xFFFFFFFF, gid & 0xFFFFFFFF, AT_EMPTY_PATH):
+        raise _raise()
+
+
+class _Timespec(ctypes.Structure):
+    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+
+
+_utimensat = _libc.utimensat
+_utimensat.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(_Timespec * 2), ctypes.c_int)
+
+
+def utimens(directory: int, name: bytes, atime: tuple[int, int], mtime: tuple[int, int], flags: int) -> None:
+    """Set access and modification time (utimensat(2)).
+
+    Args:
+        directory: the directory, or AT_FDCWD.
+        name: a path relative to it.
+        atime: seconds and nanoseconds, or UTIME_NOW or UTIME_OMIT for the nanoseconds.
+        mtime: the same for the modification time.
+        flags: AT_SYMLINK_NOFOLLOW or 0.
+    """
+    times = (_Timespec * 2)(atime, mtime)
+    if _utimensat(directory, name, times, flags):
+        raise _raise(name)
+
+
+_syscall = _libc.syscall
+
+
+def pidfd_getfd(pidfd: int, fd: int) -> int:
+    """Return a duplicate of descriptor *fd* of the process behind *pidfd* (pidfd_getfd(2), Linux 5.6)."""
+    result: int = _syscall(ctypes.c_long(_SYS_PIDFD_GETFD), ctypes.c_long(pidfd), ctypes.c_long(fd), ctypes.c_long(0))
+    if result < 0:
+        raise _raise()
+    return result
+
+
+class DirectoryEntry(NamedTuple):
+    """One entry as getdents64(2) reports it."""
+
+    ino: int
+    type: int
+    name: bytes
+
+
+_DIRENT = struct.Struct("=QqHB")
+_getdents64 = _libc.getdents64
+_getdents64.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)
+_getdents64.restype = ctypes.c_ssize_t
+_DIRENT_BUFFER_SIZE = 128 * 1024
+_dirent_buffer = ctypes.create_string_buffer(_DIRENT_BUFFER_SIZE)
+
+
+def read_directory(fd: int) -> Iterator[DirectoryEntry]:
+    """Yield the entries of the open directory *fd* from its start, "." and ".." among them (getdents64(2))."""
+    os.lseek(fd, 0, os.SEEK_SET)
+    while True:
+        length = _getdents64(fd, _dirent_buffer, _DIRENT_BUFFER_SIZE)
+        if length < 0:
+            raise _raise()
+        if length == 0:
+            return
+        data = _dirent_buffer.raw[:length]
+        position = 0
+        while position < length:
+            ino, _, record_length, kind = _DIRENT.unpack_from(data, position)
+            start = position + _DIRENT.size
+            position += record_length
+            yield DirectoryEntry(ino, kind, data[start : data.index(b"\0", start)])
+
+
+class _Statfs(ctypes.Structure):
+    """The beginning of ``struct statfs`` (statfs(2)); the rest is of no interest here."""
+
+    _fields_ = (("type", ctypes.c_long), ("rest", ctypes.c_long * 32))
+
+
+_fstatfs = _libc.fstatfs
+_fstatfs.argtypes = (ctypes.c_int, ctypes.c_void_p)
+
+# <linux/magic.h>: the file systems that live in RAM, where no read or write waits for a disk ...
+RAM_FILE_SYSTEMS = frozenset({0x01021994, 0x858458F6})
+# ... and those whose close(2) can report an error of an earlier write: NFS, SMB, CIFS, SMB2, FUSE, AFS, Ceph, Coda, 9p.
+CLOSE_CAN_FAIL = frozenset(
+    {0x6969, 0x517B, 0xFF534D42, 0xFE534D42, 0x65735546, 0x5346414F, 0x00C36400, 0x73757245, 0x01021997}
+)
+
+
+def file_system_type(fd: int) -> int:
+    """Return the magic number of the file system that holds *fd* (fstatfs(2), <linux/magic.h>)."""
+    result = _Statfs()
+    if _fstatfs(fd, ctypes.byref(result)):
+        raise _raise()
+    return int(result.type) & 0xFFFFFFFF
+
+
+MNT_DETACH = 2
+UMOUNT_NOFOLLOW = 8
+_umount2 = _libc.umount2
+_umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
+
+
+def umount(mountpoint: str, flags: int) -> None:
+    """Unmount *mountpoint* (umount2(2))."""
+    if _umount2(os.fsencode(mountpoint), flags):
+        raise _raise(os.fsencode(mountpoint))
+
+
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+PR_SET_DUMPABLE = 4
+PR_GET_SECUREBITS = 27
+PR_SET_SECUREBITS = 28
+PR_SET_PTRACER = 0x59616D61
+_prctl = _libc.prctl
+
+
+def prctl(option: int, argument: int = 0) -> int:
+    """Call prctl(2) with one argument and return its result."""
+    zero = ctypes.c_ulong(0)
+    result: int = _prctl(ctypes.c_int(option), ctypes.c_ulong(argument), zero, zero, zero)
+    if result < 0:
+        raise _raise()
+    return result
+
+
+setfsuid = _libc.setfsuid
+setfsgid = _libc.setfsgid
+setfsuid.argtypes = setfsgid.argtypes = (ctypes.c_uint,)
+
+_CAPABILITY_VERSION_3 = 0x20080522  # <linux/capability.h>
+_CAPABILITIES = struct.Struct("=IIIIII")
+CAP_DAC_OVERRIDE = 1
+CAP_FSETID = 4
+CAP_SYS_RESOURCE = 24
+_capget = _libc.capget
+_capset = _libc.capset
+
+
+def get_capabilities() -> tuple[int, int, int]:
+    """Return the calling thread's effective, permitted and inheritable capabilities as bit sets (capget(2))."""
+    header = ctypes.create_string_buffer(struct.pack("=Ii", _CAPABILITY_VERSION_3, 0), 8)
+    data = ctypes.create_string_buffer(_CAPABILITIES.size)
+    if _capget(header, data):
+        raise _raise()
+    low = _CAPABILITIES.unpack(data.raw)
+    return low[0] | low[3] << 32, low[1] | low[4] << 32, low[2] | low[5] << 32
+
+
+def set_capabilities(effective: int, permitted: int, inheritable: int) -> None:
+    """Set the calling thread's capabilities from three bit sets (capset(2))."""
+    header = ctypes.create_string_buffer(struct.pack("=Ii", _CAPABILITY_VERSION_3, 0), 8)
+    sets = (effective, permitted, inheritable)
+    words = [one & 0xFFFFFFFF for one in sets] + [one >> 32 for one in sets]
+    if _capset(header, _CAPABILITIES.pack(*words)):
+        raise _raise()

@@ -1,0 +1,161 @@
+"""The FUSE wire structs that llloop itself reads or writes.
+
+Names, layouts and numbers are those of ``<linux/fuse.h>``; each struct here is named after its
+C struct. Requests are decoded straight from the receive buffer: the *request* structs begin with
+``struct fuse_in_header`` and skip (``x``) the fields nobody asks for.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from struct import Struct
+
+IN_HEADER_SIZE = 40  # struct fuse_in_header
+OUT_HEADER_SIZE = 16  # struct fuse_out_header
+WRITE_HEADER_SIZE = IN_HEADER_SIZE + 40  # with struct fuse_write_in; the payload follows
+PAGE_SIZE = 4096
+
+
+class Opcode(IntEnum):
+    """``enum fuse_opcode``, all that a kernel may send up to protocol 7.45."""
+
+    LOOKUP = 1
+    FORGET = 2
+    GETATTR = 3
+    SETATTR = 4
+    READLINK = 5
+    SYMLINK = 6
+    MKNOD = 8
+    MKDIR = 9
+    UNLINK = 10
+    RMDIR = 11
+    RENAME = 12
+    LINK = 13
+    OPEN = 14
+    READ = 15
+    WRITE = 16
+    STATFS = 17
+    RELEASE = 18
+    FSYNC = 20
+    SETXATTR = 21
+    GETXATTR = 22
+    LISTXATTR = 23
+    REMOVEXATTR = 24
+    FLUSH = 25
+    INIT = 26
+    OPENDIR = 27
+    READDIR = 28
+    RELEASEDIR = 29
+    FSYNCDIR = 30
+    GETLK = 31
+    SETLK = 32
+    SETLKW = 33
+    ACCESS = 34
+    CREATE = 35
+    INTERRUPT = 36
+    BMAP = 37
+    DESTROY = 38
+    IOCTL = 39
+    POLL = 40
+    NOTIFY_REPLY = 41
+    BATCH_FORGET = 42
+    FALLOCATE = 43
+    READDIRPLUS = 44
+    RENAME2 = 45
+    LSEEK = 46
+    COPY_FILE_RANGE = 47
+    SETUPMAPPING = 48
+    REMOVEMAPPING = 49
+    SYNCFS = 50
+    TMPFILE = 51
+    STATX = 52
+    COPY_FILE_RANGE_64 = 53
+
+
+# FOPEN_ flags of the OPEN and OPENDIR replies
+FOPEN_DIRECT_IO = 1 << 0
+FOPEN_KEEP_CACHE = 1 << 1
+FOPEN_CACHE_DIR = 1 << 3
+
+# FATTR_ bits of struct fuse_setattr_in.valid
+FATTR_MODE = 1 << 0
+FATTR_UID = 1 << 1
+FATTR_GID = 1 << 2
+FATTR_SIZE = 1 << 3
+FATTR_ATIME = 1 << 4
+FATTR_MTIME = 1 << 5
+FATTR_FH = 1 << 6
+FATTR_ATIME_NOW = 1 << 7
+FATTR_MTIME_NOW = 1 << 8
+FATTR_KILL_SUIDGID = 1 << 11
+
+FUSE_OPEN_KILL_SUIDGID = 1 << 0  # struct fuse_open_in.open_flags
+FUSE_WRITE_CACHE = 1 << 0  # struct fuse_write_in.write_flags
+FUSE_WRITE_KILL_SUIDGID = 1 << 2
+FUSE_FSYNC_FDATASYNC = 1 << 0  # struct fuse_fsync_in.fsync_flags
+FUSE_GETATTR_FH = 1 << 0  # struct fuse_getattr_in.getattr_flags
+FUSE_SETXATTR_ACL_KILL_SGID = 1 << 0  # struct fuse_setxattr_in.setxattr_flags
+
+# Any request: length, opcode, unique, nodeid, uid, gid, pid
+IN_HEADER = Struct("=IIQQIII4x")
+OPCODE = Struct("=4xI")
+UNIQUE = Struct("=8xQ")
+
+# Requests, from the header on
+INIT_REQUEST = Struct("=8xQ24xIIIII")  # unique, major, minor, max_readahead, flags, flags2
+OPEN_REQUEST = Struct("=8xQQ16xII")  # unique, nodeid, flags, open_flags
+CREATE_REQUEST = Struct("=8xQQII8xIIII")  # unique, nodeid, uid, gid, flags, mode, umask, open_flags; then the name
+READ_REQUEST = Struct("=8xQ24xQQI")  # unique, fh, offset, size
+WRITE_REQUEST = Struct("=8xQ24xQQII8xI")  # unique, fh, offset, size, write_flags, flags
+RELEASE_REQUEST = Struct("=8xQ24xQ")  # unique, fh
+FSYNC_REQUEST = Struct("=8xQ24xQI")  # unique, fh, fsync_flags
+FLUSH_REQUEST = RELEASE_REQUEST
+READDIR_REQUEST = READ_REQUEST
+FALLOCATE_REQUEST = Struct("=8xQ24xQQQI")  # unique, fh, offset, length, mode
+LSEEK_REQUEST = Struct("=8xQ24xQQI")  # unique, fh, offset, whence
+COPY_FILE_RANGE_REQUEST = Struct("=8xQ24xQQQQQQQ")  # unique, fh_in, off_in, nodeid_out, fh_out, off_out, len, flags
+RENAME2_REQUEST = Struct("=8xQQ16xQI4x")  # unique, nodeid, newdir, flags; then both names
+SYNCFS_REQUEST = Struct("=8xQQ")  # unique, nodeid
+STATX_REQUEST = Struct("=8xQQ16xI4xQII")  # unique, nodeid, getattr_flags, fh, sx_flags, sx_mask
+# unique, nodeid, valid, fh, size, atime, mtime, atimensec, mtimensec, mode, uid, gid
+SETATTR_REQUEST = Struct("=8xQQ16xI4xQQ8xqq8xII4xI4xII")
+SETXATTR_REQUEST = Struct("=8xQQ16xIIII")  # unique, nodeid, size, flags, setxattr_flags, padding; then name, value
+
+# Replies, from struct fuse_out_header on
+OUT_HEADER = Struct("=IiQ")  # length, error (negative errno), unique
+INIT_OUT = Struct("=IIIIHHIIHHI28x")
+# struct fuse_attr: ino, size, blocks, atime, mtime, ctime, their nanoseconds, mode, nlink, uid, gid, rdev, blksize, flags
+ATTR = Struct("=QQQqqqIIIIIIIIII")
+ENTRY = Struct("=QQQQII")  # nodeid, generation, entry_valid, attr_valid, their nanoseconds; then struct fuse_attr
+ATTR_REPLY = Struct("=IiQQI4x")  # header, attr_valid, attr_valid_nsec; then struct fuse_attr
+OPEN_REPLY = Struct("=IiQQI4x")  # header, fh, open_flags
+OPEN_OUT = Struct("=QI4x")  # fh, open_flags, as in the CREATE reply
+WRITE_REPLY = Struct("=IiQI4x")  # header, size
+LSEEK_REPLY = Struct("=IiQQ")  # header, offset
+STATX_OUT = Struct("=QII16x")  # attr_valid, attr_valid_nsec, flags; then struct fuse_statx
+DIRENT = Struct("=QQII")  # struct fuse_dirent: ino, off, namelen, type; then the name, padded to 8 bytes
+
+
+def error_reply(unique: int, number: int) -> bytes:
+    """Return a reply without payload.
+
+    Args:
+        unique: the request's id.
+        number: an errno, or 0 for success.
+    """
+    return OUT_HEADER.pack(OUT_HEADER_SIZE, -number, unique)
+
+
+def reply(unique: int, payload: bytes) -> bytes:
+    """Return a successful reply with *payload*."""
+    return OUT_HEADER.pack(OUT_HEADER_SIZE + len(payload), 0, unique) + payload
+
+
+def encode_device(major: int, minor: int) -> int:
+    """Return a device number as FUSE carries it (``new_encode_dev`` of <linux/kdev_t.h>)."""
+    return (minor & 0xFF) | (major << 8) | ((minor & ~0xFF) << 12)
+
+
+def pad8(length: int) -> int:
+    """Return *length* rounded up to eight bytes (FUSE_REC_ALIGN)."""
+    return (length + 7) & ~7

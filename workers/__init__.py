@@ -1,0 +1,1 @@
+"""The worker processes, which hold the file descriptors and move the data."""

@@ -1,0 +1,93 @@
+"""The descriptors a worker holds: pulled from the front when first needed, kept until the release."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from llloop.arena import Arena
+from llloop.syscalls import pidfd_getfd
+
+_REFUSED = frozenset({errno.EPERM, errno.ENOSYS})
+_FULL = frozenset({errno.EMFILE, errno.ENFILE})
+_REOPEN = os.O_ACCMODE | os.O_SYNC | os.O_DSYNC | os.O_DIRECT
+
+
+class Leases:
+    """Descriptors by handle. Dropping one costs nothing but pulling it again.
+
+    Args:
+        arena: where the front's process id is.
+    """
+
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
+        self._held: dict[int, int] = {}
+        self._front = 0
+        self._pidfd = -1
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def get(self, handle: int, descriptor: int) -> int:
+        """Return this process's own descriptor of an open file.
+
+        Args:
+            handle: the number of the open file.
+            descriptor: the front's descriptor of it, open as long as a request for it is unanswered.
+
+        Raises:
+            OSError: it could not be pulled.
+        """
+        fd = self._held.get(handle)
+        if fd is None:
+            fd = self._held[handle] = self._pull(descriptor)
+        return fd
+
+    def _pull(self, descriptor: int) -> int:
+        front = self._arena.front_pid
+        if front != self._front:
+            if self._pidfd >= 0:
+                os.close(self._pidfd)
+            self._pidfd = os.pidfd_open(front)
+            self._front = front
+        try:
+            return self._duplicate(descriptor)
+        except OSError as error:
+            if error.errno not in _FULL or not self._held:
+                raise
+        self._drop_half()
+        return self._duplicate(descriptor)
+
+    def _duplicate(self, descriptor: int) -> int:
+        try:
+            return pidfd_getfd(self._pidfd, descriptor)
+        except OSError as error:
+            if error.errno not in _REFUSED:
+                raise
+        # Where tracing is forbidden (seccomp in containers) the file can still be opened again.
+        entry = f"/proc/{self._front}/fdinfo/{descriptor}"
+        with open(entry) as info:
+            flags = next(int(line.split()[1], 8) for line in info if line.startswith("flags:"))
+        return os.open(f"/proc/{self._front}/fd/{descriptor}", flags & _REOPEN | os.O_CLOEXEC)
+
+    def _drop_half(self) -> None:
+        for handle in list(self._held)[: len(self._held) // 2 + 1]:
+            self.release(handle)
+
+    def release(self, handle: int) -> None:
+        """Close the descriptor of an open file, if it is held."""
+        fd = self._held.pop(handle, None)
+        if fd is not None:
+            os.close(fd)
+
+
+class OwnDescriptors:
+    """What stands for `Leases` in the front itself: there a descriptor needs no pulling."""
+
+    def get(self, handle: int, descriptor: int) -> int:
+        """Return *descriptor*."""
+        return descriptor
+
+    def release(self, handle: int) -> None:
+        """Do nothing: the front closes its descriptors itself."""

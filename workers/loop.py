@@ -1,0 +1,68 @@
+"""A worker's life: take a message off the pipe, do what it says, again."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from llloop.arena import Arena
+from llloop.protocol import MAX_MESSAGE, Malformed, Request, decode
+
+from .transfers import Transfers
+
+_log = logging.getLogger(__name__)
+
+
+class Worker:
+    """One shard's worker.
+
+    Args:
+        shard: its number.
+        arena: the shared memory.
+        pipe: the read end of its request pipe.
+        transfers: does the work.
+    """
+
+    def __init__(self, shard: int, arena: Arena, pipe: int, transfers: Transfers) -> None:
+        self._shard = shard
+        self._arena = arena
+        self._pipe = pipe
+        self._transfers = transfers
+        # Requests done by `recover` whose messages may still lie in the pipe.
+        self._recovered: set[int] = set()
+
+    def recover(self) -> None:
+        """Do what a worker before this one had taken off the pipe, or may have, but not answered."""
+        requests = []
+        for _, message in self._arena.lent_to(self._shard):
+            try:
+                requests.append(decode(message))
+            except Malformed as error:
+                _log.error("a lent slot holds no request: %s", error)
+        for request in sorted(requests, key=_by_age):
+            self._recovered.add(request.unique)
+            self._transfers.resume(request)
+
+    def run(self) -> None:
+        """Serve until the pipe's last writer is gone."""
+        execute = self._transfers.execute
+        pipe = self._pipe
+        read = os.read
+        recovered = self._recovered
+        while True:
+            message = read(pipe, MAX_MESSAGE)
+            if not message:
+                return
+            try:
+                request = decode(message)
+            except Malformed as error:
+                _log.error("a message that is no request was dropped: %s", error)
+                continue
+            if recovered and request.unique in recovered:
+                recovered.discard(request.unique)
+                continue
+            execute(request)
+
+
+def _by_age(request: Request) -> int:
+    return request.unique

@@ -1,0 +1,47 @@
+"""A worker process, from its fork to its end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llloop.arena import Arena
+from llloop.privilege import SetidGuard, respect_quotas
+
+from .leases import Leases
+from .loop import Worker
+from .replies import FrontReplies, KernelReplies, Replies
+from .transfers import Transfers
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSetup:
+    """What a worker inherits from the supervisor.
+
+    Attributes:
+        shard: its number.
+        arena: the shared memory.
+        pipe: the read end of its request pipe.
+        device: the descriptor of /dev/fuse.
+        answers: the write end of the pipe to a front that waits for answers, or None where they go to the kernel.
+    """
+
+    shard: int
+    arena: Arena
+    pipe: int
+    device: int
+    answers: int | None
+
+
+def run_worker(setup: WorkerSetup) -> None:
+    """Serve one shard until the request pipe has no writer any more."""
+    arena = setup.arena
+    replies: Replies
+    if setup.answers is None:
+        replies = KernelReplies(setup.device, arena.payload_size)
+    else:
+        replies = FrontReplies(setup.answers, arena)
+    respect_quotas()
+    transfers = Transfers(arena, Leases(arena), replies, SetidGuard(), arena.counters[setup.shard])
+    worker = Worker(setup.shard, arena, setup.pipe, transfers)
+    worker.recover()
+    worker.run()

@@ -1,0 +1,187 @@
+"""Where a worker's answers go: straight into /dev/fuse, or to a front that waits for them."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+from contextlib import suppress
+from typing import Protocol
+
+from llloop import wire
+from llloop.arena import Arena
+from llloop.protocol import Request, encode
+
+# Up to this size, in bytes, copying through a buffer costs less than the system calls of a splice.
+COPY_LIMIT = 32 * 1024
+
+_F_SETPIPE_SZ = 1031  # <linux/fcntl.h>
+
+
+class Replies(Protocol):
+    """How requests are answered. An answer the kernel no longer waits for is dropped silently."""
+
+    def error(self, request: Request, number: int) -> None:
+        """Answer with an errno, or with 0 for success without a result."""
+
+    def count(self, request: Request, count: int) -> None:
+        """Answer with the number of bytes written."""
+
+    def position(self, request: Request, offset: int) -> None:
+        """Answer with a position in the file."""
+
+    def data(self, request: Request, fd: int) -> int:
+        """Answer with the bytes of *fd* that the request asks for; return how many there were."""
+
+
+def read_fully(fd: int, buffer: memoryview, offset: int) -> int:
+    """Fill *buffer* from *fd* at *offset* as far as the file goes, and return how many bytes that was.
+
+    A short answer means the end of the file to the kernel, so a short read is followed by another, unless the
+    first one ends where a read past a block's boundary could not go on anyway (O_DIRECT at the end of the file).
+    """
+    done = os.preadv(fd, [buffer], offset)
+    while 0 < done < len(buffer):
+        try:
+            more = os.preadv(fd, [buffer[done:]], offset + done)
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                break
+            raise
+        if more == 0:
+            break
+        done += more
+    return done
+
+
+class KernelReplies:
+    """Writes answers to /dev/fuse, data by splice: file -> pipe -> kernel, never through this process's memory.
+
+    Args:
+        device: a descriptor of /dev/fuse.
+        largest: the most bytes one request asks for.
+    """
+
+    def __init__(self, device: int, largest: int) -> None:
+        self._device = device
+        self._largest = largest
+        # A page before the data, so that the header ends where page-aligned data begins (O_DIRECT wants it aligned).
+        self._memory = memoryview(mmap.mmap(-1, wire.PAGE_SIZE + largest))
+        self._header = wire.PAGE_SIZE - wire.OUT_HEADER_SIZE
+        self._pipe: tuple[int, int] | None = None
+        self._room = 0
+
+    def error(self, request: Request, number: int) -> None:
+        self._send(wire.error_reply(request.unique, number))
+
+    def count(self, request: Request, count: int) -> None:
+        self._send(wire.WRITE_REPLY.pack(wire.WRITE_REPLY.size, 0, request.unique, count))
+
+    def position(self, request: Request, offset: int) -> None:
+        self._send(wire.LSEEK_REPLY.pack(wire.LSEEK_REPLY.size, 0, request.unique, offset))
+
+    def _send(self, reply: bytes | memoryview) -> None:
+        with suppress(FileNotFoundError):
+            os.write(self._device, reply)
+
+    def data(self, request: Request, fd: int) -> int:
+        size = request.length
+        if size <= COPY_LIMIT:
+            return self._copy(request, fd, 0)
+        return self._splice(request, fd)
+
+    def _copy(self, request: Request, fd: int, done: int) -> int:
+        """Answer through the buffer, in which the first *done* bytes are in place already."""
+        start = wire.PAGE_SIZE
+        rest = self._memory[start + done : start + request.length]
+        done += read_fully(fd, rest, request.offset + done)
+        length = wire.OUT_HEADER_SIZE + done
+        wire.OUT_HEADER.pack_into(self._memory, self._header, length, 0, request.unique)
+        self._send(self._memory[self._header : self._header + length])
+        return done
+
+    def _splice(self, request: Request, fd: int) -> int:
+        """Answer by splice if the whole range is there; what falls short is completed through the buffer.
+
+        The header must be in the pipe before the data and name the exact length. So the full length is
+        announced, and in the rare case that the file ends earlier the announcement is taken back.
+        """
+        size = request.length
+        reader, writer = self._open_pipe()
+        if size + 2 * wire.PAGE_SIZE > self._room:
+            return self._copy(request, fd, 0)
+        os.write(writer, wire.OUT_HEADER.pack(wire.OUT_HEADER_SIZE + size, 0, request.unique))
+        moved = 0
+        try:
+            while moved < size:
+                # Not blocking: an unaligned range may need a page more than the pipe has.
+                count = os.splice(fd, writer, size - moved, request.offset + moved, flags=os.SPLICE_F_NONBLOCK)
+                if count == 0:
+                    break
+                moved += count
+        except OSError as error:
+            # This source, or this range, cannot be spliced, or has an error to report that the read below reports too.
+            if error.errno not in (errno.EINVAL, errno.EAGAIN, errno.EIO):
+                self._close_pipe()
+                raise
+        if moved < size:
+            filled = os.readv(reader, [self._memory[self._header : self._header + wire.OUT_HEADER_SIZE + moved]])
+            if filled != wire.OUT_HEADER_SIZE + moved:
+                self._close_pipe()
+                moved = 0
+            return self._copy(request, fd, moved)
+        try:
+            os.splice(reader, self._device, wire.OUT_HEADER_SIZE + size, flags=os.SPLICE_F_MOVE)
+        except FileNotFoundError:
+            self._close_pipe()
+        except OSError:
+            self._close_pipe()
+            raise
+        return size
+
+    def _open_pipe(self) -> tuple[int, int]:
+        if self._pipe is None:
+            self._pipe = os.pipe2(os.O_CLOEXEC)
+            try:
+                self._room = fcntl.fcntl(self._pipe[1], _F_SETPIPE_SZ, self._largest + 2 * wire.PAGE_SIZE)
+            except PermissionError:  # the user's share of pipe pages is used up (pipe(7))
+                self._room = 0
+        return self._pipe
+
+    def _close_pipe(self) -> None:
+        """Throw away the pipe with whatever is left in it."""
+        if self._pipe is not None:
+            for end in self._pipe:
+                os.close(end)
+            self._pipe = None
+
+
+class FrontReplies:
+    """Answers a front that waits, through a pipe; data goes into the request's slot.
+
+    Args:
+        pipe: the write end of the pipe.
+        arena: where the slots are.
+    """
+
+    def __init__(self, pipe: int, arena: Arena) -> None:
+        self._pipe = pipe
+        self._arena = arena
+
+    def error(self, request: Request, number: int) -> None:
+        self._send(request, -number)
+
+    def count(self, request: Request, count: int) -> None:
+        self._send(request, count)
+
+    def position(self, request: Request, offset: int) -> None:
+        self._send(request, offset)
+
+    def data(self, request: Request, fd: int) -> int:
+        done = read_fully(fd, self._arena.payload(request.slot, request.length), request.offset)
+        self._send(request, done)
+        return done
+
+    def _send(self, request: Request, result: int) -> None:
+        os.write(self._pipe, encode((request.unique, result)))

@@ -1,0 +1,164 @@
+"""The data requests, as system calls on the files themselves."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from typing import Protocol
+
+from llloop import syscalls
+from llloop.arena import Arena, Counters
+from llloop.privilege import SetidGuard
+from llloop.protocol import APPEND, DATA_ONLY, KILL_PRIVILEGES, Operation, Request
+
+from .replies import Replies
+
+_log = logging.getLogger(__name__)
+
+# One reply cannot report more (struct fuse_write_out.size has 32 bits), and other files of the shard wait meanwhile.
+_COPY_AT_ONCE = 64 * 1024 * 1024
+
+# How far a WRITE had come, noted in its slot for a successor.
+_BEGUN, _APPENDING, _DONE = range(3)
+
+
+class Descriptors(Protocol):
+    """Where descriptors of open files come from: see `llloop.workers.leases`."""
+
+    def get(self, handle: int, descriptor: int) -> int: ...
+    def release(self, handle: int) -> None: ...
+
+
+class Transfers:
+    """Does what requests ask for, answers them and gives their slots back.
+
+    Args:
+        arena: the shared memory.
+        descriptors: the open files.
+        replies: where answers go.
+        setid: decides about set-ID bits.
+        counters: what has been done so far.
+    """
+
+    def __init__(
+        self, arena: Arena, descriptors: Descriptors, replies: Replies, setid: SetidGuard, counters: Counters
+    ) -> None:
+        self._arena = arena
+        self._descriptors = descriptors
+        self._replies = replies
+        self._setid = setid
+        self._counters = counters.cells
+        self._table = {
+            Operation.READ: self._read,
+            Operation.WRITE: self._write,
+            Operation.FSYNC: self._fsync,
+            Operation.FLUSH: self._flush,
+            Operation.FALLOCATE: self._fallocate,
+            Operation.LSEEK: self._lseek,
+            Operation.COPY_FILE_RANGE: self._copy_file_range,
+            Operation.SYNCFS: self._syncfs,
+        }
+
+    def execute(self, request: Request) -> None:
+        """Do one request. Whatever happens, it is answered and nothing is raised but the death of /dev/fuse."""
+        if request.operation == Operation.RELEASE:
+            self._descriptors.release(request.handle)
+            return
+        counters = self._counters
+        try:
+            self._table[request.operation](request)  # type: ignore[index]
+        except OSError as error:
+            counters[Counters.ERRORS] += 1
+            self._replies.error(request, error.errno or errno.EIO)
+        except Exception:
+            _log.exception("request %s failed", request)
+            counters[Counters.ERRORS] += 1
+            self._replies.error(request, errno.EIO)
+        counters[Counters.REQUESTS] += 1
+        if request.slot >= 0:
+            self._arena.give_back(request.slot)
+
+    def resume(self, request: Request) -> None:
+        """Do a request that a worker before this one left unanswered, without doing a write twice that counts once."""
+        stage = self._arena.stages[request.slot]
+        result = self._arena.results[request.slot]
+        if stage == _APPENDING and self._was_appended(request, result):
+            stage, result = _DONE, request.length
+        if stage == _DONE:
+            self._replies.count(request, result)
+            self._arena.give_back(request.slot)
+        else:
+            self.execute(request)
+
+    def _was_appended(self, request: Request, position: int) -> bool:
+        """Whether the payload of an append stands in the file at or after the position where its end was before."""
+        payload = bytes(self._arena.payload(request.slot, request.length))
+        try:
+            path = f"/proc/self/fd/{self._fd(request)}"
+            with open(path, "rb") as file:
+                file.seek(position)
+                return payload in file.read()
+        except OSError:
+            return False
+
+    def _fd(self, request: Request) -> int:
+        return self._descriptors.get(request.handle, request.descriptor)
+
+    def _read(self, request: Request) -> None:
+        self._counters[Counters.READ] += self._replies.data(request, self._fd(request))
+
+    def _write(self, request: Request) -> None:
+        fd = self._fd(request)
+        arena = self._arena
+        slot = request.slot
+        flags = request.flags
+        payload = arena.payload(slot, request.length)
+        self._setid.clear(bool(flags & KILL_PRIVILEGES))
+        if flags & APPEND:
+            arena.results[slot] = os.fstat(fd).st_size
+            arena.stages[slot] = _APPENDING
+            count = os.pwritev(fd, [payload], request.offset, os.RWF_APPEND)
+        else:
+            count = os.pwrite(fd, payload, request.offset)
+        arena.results[slot] = count
+        arena.stages[slot] = _DONE
+        self._counters[Counters.WRITTEN] += count
+        self._replies.count(request, count)
+
+    def _fsync(self, request: Request) -> None:
+        if request.flags & DATA_ONLY:
+            os.fdatasync(self._fd(request))
+        else:
+            os.fsync(self._fd(request))
+        self._replies.error(request, 0)
+
+    def _flush(self, request: Request) -> None:
+        os.close(os.dup(self._fd(request)))  # where the source reports late write errors, it is at close(2)
+        self._replies.error(request, 0)
+
+    def _fallocate(self, request: Request) -> None:
+        self._setid.clear(bool(request.flags & KILL_PRIVILEGES))
+        syscalls.fallocate(self._fd(request), request.extra[0], request.offset, request.length)
+        self._replies.error(request, 0)
+
+    def _lseek(self, request: Request) -> None:
+        self._replies.position(request, os.lseek(self._fd(request), request.offset, request.extra[0]))
+
+    def _copy_file_range(self, request: Request) -> None:
+        handle, descriptor, offset = request.extra
+        source = self._descriptors.get(handle, descriptor)
+        self._setid.clear(bool(request.flags & KILL_PRIVILEGES))
+        length = min(request.length, _COPY_AT_ONCE)
+        try:
+            count = os.copy_file_range(source, self._fd(request), length, offset, request.offset)
+        except OSError as error:
+            # The kernel then copies through its page cache itself (fs/fuse/file.c, fuse_copy_file_range()).
+            if error.errno in (errno.EXDEV, errno.ENOSYS):
+                error.errno = errno.EOPNOTSUPP
+            raise
+        self._replies.count(request, count)
+
+    def _syncfs(self, request: Request) -> None:
+        syscalls.syncfs(self._fd(request))
+        self._replies.error(request, 0)
