@@ -1,0 +1,122 @@
+"""Every file's data I/O goes to one worker, different files' to different ones, and an administrator can see it."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Serve
+from tests.mirror import Mirror
+from tests.server_processes import bytes_moved, descriptors, titles, wait_until, workers
+from tests.syscalls import opened
+
+pytestmark = pytest.mark.mounted
+
+# Too large for the front to do in passing.
+PIECE = b"x" * 300_000
+
+
+def holders(mirror: Mirror, path: Path) -> set[str]:
+    """The workers that hold a descriptor of this file of the source."""
+    return {title for title, pid in workers(mirror).items() if str(path) in descriptors(pid)}
+
+
+def test_processes_are_named_in_ps(serve: Serve) -> None:
+    mirror = serve("--workers", "3")
+    found = titles(mirror)
+    assert set(found) == {"llloop-supervisor", "llloop-front", *(f"llloop-worker-{n}" for n in range(3))}
+    assert found["llloop-supervisor"] == mirror.pid
+    shown = subprocess.run(["ps", "-o", "pid=,args="], capture_output=True, text=True, check=False)
+    if shown.returncode == 0:
+        for title, pid in found.items():
+            line = subprocess.run(["ps", "-o", "args=", "-p", str(pid)], capture_output=True, text=True, check=True)
+            assert line.stdout.startswith(title)
+    for title, pid in found.items():
+        # The kernel cuts this one, which top shows, at 15 bytes.
+        assert Path(f"/proc/{pid}/comm").read_text().rstrip("\n") == title[:15]
+
+
+def test_an_open_file_is_held_by_exactly_one_worker(serve: Serve) -> None:
+    mirror = serve("--workers", "4")
+    for number in range(8):
+        name = f"file{number}"
+        with opened(mirror.mountpoint / name, os.O_RDWR | os.O_CREAT) as fd:
+            os.pwrite(fd, PIECE, 0)
+            first = holders(mirror, mirror.source / name)
+            assert len(first) == 1
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            assert os.pread(fd, len(PIECE), 0) == PIECE
+            os.fsync(fd)
+            assert holders(mirror, mirror.source / name) == first
+            # Flags may differ, the file is the same.
+            with opened(mirror.mountpoint / name, os.O_WRONLY | os.O_APPEND) as second:
+                os.write(second, PIECE)
+                os.fsync(second)
+                assert holders(mirror, mirror.source / name) == first
+        with opened(mirror.mountpoint / name, os.O_RDWR) as fd:
+            os.pwrite(fd, PIECE, 0)
+            assert holders(mirror, mirror.source / name) == first, "another worker after a fresh open"
+
+
+def test_io_of_many_files_is_spread_over_the_workers(serve: Serve) -> None:
+    count, shards = 240, 4
+    mirror = serve("--workers", str(shards))
+    files = [os.open(mirror.mountpoint / f"file{number}", os.O_RDWR | os.O_CREAT) for number in range(count)]
+    try:
+        for fd in files:
+            os.pwrite(fd, PIECE[:100_000], 0)
+        held = {
+            title: {path for path in descriptors(pid) if path.startswith(str(mirror.source / "file"))}
+            for title, pid in workers(mirror).items()
+        }
+    finally:
+        for fd in files:
+            os.close(fd)
+    assert len(held) == shards
+    # No file in two hands, and none in no hand.
+    assert sum(len(paths) for paths in held.values()) == len(set().union(*held.values())) == count
+    # 60 are expected of each; 30 are four and a half standard deviations away.
+    assert min(len(paths) for paths in held.values()) >= 30, {title: len(paths) for title, paths in held.items()}
+
+
+def test_descriptors_are_given_back_after_close(serve: Serve) -> None:
+    mirror = serve("--workers", "2")
+    (mirror.mountpoint / "first").write_bytes(PIECE)
+    processes = titles(mirror)
+
+    def counts() -> dict[str, int]:
+        return {title: len(descriptors(pid)) for title, pid in processes.items()}
+
+    assert wait_until(lambda: not holders(mirror, mirror.source / "first"))
+    before = counts()
+    files = [os.open(mirror.mountpoint / f"file{number}", os.O_RDWR | os.O_CREAT) for number in range(100)]
+    for fd in files:
+        os.pwrite(fd, PIECE, 0)
+        os.pread(fd, 100, 0)
+    assert counts()["llloop-front"] >= before["llloop-front"] + 100
+    for fd in files:
+        os.close(fd)
+    assert wait_until(lambda: counts() == before), f"before {before}, after {counts()}"
+
+
+@pytest.mark.own_loop
+def test_the_front_never_touches_the_bytes_of_a_large_read(serve: Serve) -> None:
+    """The worker moves them from the file to the kernel; the front reads the request and no more."""
+    mirror = serve("--workers", "2")
+    size = 64 << 20
+    with open(mirror.source / "file", "wb") as file:
+        file.truncate(size)
+    front = titles(mirror)["llloop-front"]
+    before = bytes_moved(front)
+    with opened(mirror.mountpoint / "file", os.O_RDONLY) as fd:
+        while os.read(fd, 1 << 20):
+            pass
+    assert bytes_moved(front) - before < size // 32
+
+
+def test_one_worker_is_enough(serve: Serve) -> None:
+    mirror = serve("--workers", "1")
+    (mirror.mountpoint / "file").write_bytes(PIECE)
+    assert (mirror.mountpoint / "file").read_bytes() == PIECE
+    assert set(workers(mirror)) == {"llloop-worker-0"}

@@ -1,0 +1,58 @@
+"""The server's processes as /proc shows them to an administrator."""
+
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.mirror import Mirror
+
+
+def titles(mirror: Mirror) -> dict[str, int]:
+    """Process ids by the names that `ps` shows, such as llloop-worker-0."""
+    found: dict[str, int] = {}
+    for pid in mirror.processes():
+        title = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()
+        match = re.match(r"llloop-(supervisor|front|worker-\d+)\b", title)
+        assert match, f"process {pid} of the server is called {title!r}"
+        assert match[0] not in found, f"two processes are called {match[0]}"
+        found[match[0]] = pid
+    return found
+
+
+def workers(mirror: Mirror) -> dict[str, int]:
+    return {title: pid for title, pid in titles(mirror).items() if title.startswith("llloop-worker-")}
+
+
+def descriptors(pid: int) -> list[str]:
+    """What the process's descriptors lead to."""
+    found = []
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            found.append(os.readlink(f"/proc/{pid}/fd/{name}"))
+        except FileNotFoundError:
+            continue
+    return found
+
+
+def private_memory(pid: int) -> int:
+    """Bytes that are this process's alone: what it shares with its siblings since the fork is not counted."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return 1024 * sum(int(kib) for kib in re.findall(r"^Private_(?:Dirty|Clean): +(\d+) kB", text, re.MULTILINE))
+
+
+def bytes_moved(pid: int) -> int:
+    """Bytes that went through the process's own read and write calls, to whatever file."""
+    text = Path(f"/proc/{pid}/io").read_text()
+    return sum(int(count) for count in re.findall(r"^[rw]char: (\d+)", text, re.MULTILINE))
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+    """For what the kernel tells the server after the caller's own call has returned: RELEASE, FORGET."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
