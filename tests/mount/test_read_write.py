@@ -28,8 +28,8 @@ def test_written_through_the_mount(tree: Tree, size: int) -> None:
     content = pattern(size, size)
     with opened(tree.mnt / "file", os.O_CREAT | os.O_WRONLY) as descriptor:
         assert os.write(descriptor, content) == size
-    assert (tree.src / "file").read_bytes() == content
     same_status(tree.mnt / "file", tree.src / "file")
+    assert (tree.src / "file").read_bytes() == content
     assert (tree.mnt / "file").read_bytes() == content
 
 

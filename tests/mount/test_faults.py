@@ -1,0 +1,207 @@
+"""Whatever fails in a handler: EIO for who asked, a traceback in the log, and a mount that lives."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.expect import fails, pattern
+from tests.mirror import Mirror, reachable_directory
+from tests.syscalls import RENAME_NOREPLACE, fallocate, opened, renameat2, statx
+from tests.watchdog import Watchdog
+
+pytestmark = pytest.mark.mounted
+
+LARGE = 3 * 1024 * 1024
+
+
+@dataclass
+class Faulty:
+    """A mount whose handlers fail on demand, and an empty directory of its own for each test."""
+
+    mirror: Mirror
+    trigger: Path
+    src: Path
+    mnt: Path
+
+    @contextmanager
+    def fault(self, method: str) -> Iterator[None]:
+        """While in the block this method fails; afterwards the log tells of it, and the mount serves as before."""
+        pattern_of_it = rf"Traceback.*RuntimeError: injected into {re.escape(method)}\b"
+        self.mirror.expect_log(pattern_of_it)
+        processes = self.mirror.processes()
+        self.trigger.write_text(method)
+        try:
+            yield
+            self.mirror.wait_for_log(pattern_of_it)
+        finally:
+            self.trigger.write_text("")
+        assert self.mirror.alive()
+        # Nobody died and was replaced.
+        assert self.mirror.processes() == processes
+        probe = self.mnt / "probe"
+        probe.write_bytes(b"alive")
+        assert probe.read_bytes() == (self.src / "probe").read_bytes() == b"alive"
+        os.unlink(probe)
+
+
+@pytest.fixture(scope="module")
+def faulty_server(via: str, serve_options: list[str], watchdog: Watchdog) -> Iterator[tuple[Mirror, Path]]:
+    directory = reachable_directory("llloop-faults-")
+    trigger = directory / "trigger"
+    trigger.touch()
+    server = [sys.executable, str(Path(__file__).with_name("faulty_server.py")), str(trigger), "serve"]
+    # Without caches every call reaches its handler.
+    timeouts = ["--attr-timeout", "0", "--entry-timeout", "0"]
+    mirror = Mirror.prepare(via, watchdog, [*serve_options, *timeouts], command=server)
+    try:
+        mirror.start()
+        yield mirror, trigger
+        mirror.stop()
+    finally:
+        mirror.clean_up()
+        mirror.forget_files()
+        trigger.unlink()
+        directory.rmdir()
+
+
+@pytest.fixture
+def faulty(faulty_server: tuple[Mirror, Path], request: pytest.FixtureRequest) -> Iterator[Faulty]:
+    mirror, trigger = faulty_server
+    name = re.sub("[^A-Za-z0-9_]+", "-", request.node.name)
+    own = Faulty(mirror, trigger, mirror.source / name, mirror.mountpoint / name)
+    own.src.mkdir()
+    (own.src / "file").write_bytes(pattern(LARGE))
+    (own.src / "directory").mkdir()
+    (own.src / "symlink").symlink_to("file")
+    os.setxattr(own.src / "file", "user.there", b"value")
+    yield own
+    assert mirror.alive()
+    mirror.check_log()
+
+
+REQUESTS: dict[str, Callable[[Path], object]] = {
+    "Tree.lookup": lambda mnt: os.stat(mnt / "file"),
+    "Tree.setattr": lambda mnt: os.chmod(mnt / "file", 0o600),
+    "Tree.readlink": lambda mnt: os.readlink(mnt / "symlink"),
+    "Tree.mknod": lambda mnt: os.mkfifo(mnt / "new"),
+    "Tree.mkdir": lambda mnt: os.mkdir(mnt / "new"),
+    "Tree.symlink": lambda mnt: os.symlink("x", mnt / "new"),
+    "Tree.link": lambda mnt: os.link(mnt / "file", mnt / "new"),
+    "Tree.unlink": lambda mnt: os.unlink(mnt / "file"),
+    "Tree.rmdir": lambda mnt: os.rmdir(mnt / "directory"),
+    "Tree.rename": lambda mnt: os.rename(mnt / "file", mnt / "new"),
+    "Tree.statfs": lambda mnt: os.statvfs(mnt),
+    "Tree.setxattr": lambda mnt: os.setxattr(mnt / "file", "user.new", b"v"),
+    "Tree.getxattr": lambda mnt: os.getxattr(mnt / "file", "user.there"),
+    "Tree.listxattr": lambda mnt: os.listxattr(mnt / "file"),
+    "Tree.removexattr": lambda mnt: os.removexattr(mnt / "file", "user.there"),
+    "Files.open": lambda mnt: os.open(mnt / "file", os.O_RDONLY),
+    "Files.create": lambda mnt: os.open(mnt / "new", os.O_CREAT | os.O_WRONLY),
+    "Files.opendir": lambda mnt: os.listdir(mnt / "directory"),
+    "Files.entries": lambda mnt: os.listdir(mnt / "directory"),
+}
+
+OWN_REQUESTS: dict[str, Callable[[Path], object]] = {
+    "Tree.rename": lambda mnt: renameat2(mnt / "file", mnt / "new", RENAME_NOREPLACE),
+    "Tree.statx_raw": lambda mnt: statx(mnt / "file"),
+    "Files.tmpfile": lambda mnt: os.open(mnt, os.O_TMPFILE | os.O_RDWR),
+}
+
+
+@pytest.mark.parametrize("method", REQUESTS)
+def test_a_fault_in_a_handler(faulty: Faulty, method: str) -> None:
+    before = sorted(os.listdir(faulty.src))
+    with faulty.fault(method), fails(errno.EIO):
+        REQUESTS[method](faulty.mnt)
+    assert sorted(os.listdir(faulty.src)) == before
+    assert (faulty.mnt / "file").read_bytes() == pattern(LARGE)
+
+
+@pytest.mark.own_loop
+@pytest.mark.parametrize("method", OWN_REQUESTS)
+def test_a_fault_in_a_handler_of_the_own_loop(faulty: Faulty, method: str) -> None:
+    before = sorted(os.listdir(faulty.src))
+    with faulty.fault(method), fails(errno.EIO):
+        OWN_REQUESTS[method](faulty.mnt)
+    assert sorted(os.listdir(faulty.src)) == before
+
+
+def test_a_fault_in_getattr(faulty: Faulty) -> None:
+    with opened(faulty.mnt / "file", os.O_RDONLY) as descriptor:
+        os.fstat(descriptor)
+        with faulty.fault("Tree.getattr"), fails(errno.EIO):
+            os.fstat(descriptor)
+        assert os.fstat(descriptor).st_size == LARGE
+
+
+def test_a_fault_that_nobody_is_told_of(faulty: Faulty) -> None:
+    """release has no caller that could be given an error."""
+    with faulty.fault("Files.release"):
+        os.close(os.open(faulty.mnt / "file", os.O_RDONLY))
+
+
+@pytest.mark.root
+def test_a_fault_in_forget(faulty: Faulty) -> None:
+    for number in range(50):
+        (faulty.mnt / f"{number}").touch()
+    with faulty.fault("Tree.forget"):
+        Path("/proc/sys/vm/drop_caches").write_text("2")
+
+
+def test_a_fault_in_a_worker_s_read(faulty: Faulty) -> None:
+    with opened(faulty.mnt / "file", os.O_RDONLY) as descriptor:
+        with faulty.fault("Transfers._read"), fails(errno.EIO):
+            os.pread(descriptor, LARGE, 0)
+        assert os.pread(descriptor, LARGE, 0) == pattern(LARGE)
+
+
+def test_a_fault_in_a_worker_s_write(faulty: Faulty) -> None:
+    with opened(faulty.mnt / "file", os.O_RDWR) as descriptor:
+        with faulty.fault("Transfers._write"), fails(errno.EIO):
+            os.pwrite(descriptor, b"x" * 100_000, 0)
+        assert (faulty.src / "file").read_bytes() == pattern(LARGE)
+        assert os.pwrite(descriptor, b"x" * 100_000, 0) == 100_000
+    assert (faulty.src / "file").read_bytes() == b"x" * 100_000 + pattern(LARGE)[100_000:]
+
+
+def test_a_fault_in_a_worker_s_fsync(faulty: Faulty) -> None:
+    with opened(faulty.mnt / "file", os.O_RDWR) as descriptor:
+        os.pwrite(descriptor, b"x", 0)
+        with faulty.fault("Transfers._fsync"), fails(errno.EIO):
+            os.fsync(descriptor)
+        os.fsync(descriptor)
+
+
+@pytest.mark.own_loop
+@pytest.mark.parametrize("method", ["Transfers._fallocate", "Transfers._lseek", "Transfers._copy_file_range"])
+def test_a_fault_in_a_worker_s_other_requests(faulty: Faulty, method: str) -> None:
+    with (
+        opened(faulty.mnt / "file", os.O_RDWR) as descriptor,
+        opened(faulty.mnt / "copy", os.O_CREAT | os.O_RDWR) as copy,
+    ):
+        actions: dict[str, Callable[[], object]] = {
+            "Transfers._fallocate": lambda: fallocate(descriptor, 0, LARGE, 4096),
+            "Transfers._lseek": lambda: os.lseek(descriptor, 0, os.SEEK_HOLE),
+            "Transfers._copy_file_range": lambda: os.copy_file_range(descriptor, copy, 1000, 0, 0),
+        }
+        with faulty.fault(method), fails(errno.EIO):
+            actions[method]()
+        actions[method]()
+
+
+def test_a_hundred_faults_in_a_row(faulty: Faulty) -> None:
+    with faulty.fault("Tree.mkdir"):
+        for _ in range(100):
+            with fails(errno.EIO):
+                os.mkdir(faulty.mnt / "new")
+    os.mkdir(faulty.mnt / "new")
+    assert (faulty.src / "new").is_dir()
