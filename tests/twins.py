@@ -40,14 +40,31 @@ class Twins:
         """Let `caller` do it in both, demand the same outcome and the same trees after it, return the outcome."""
         expected = run_as(caller, outcome_of, action, self.native, *args)
         actual = run_as(caller, outcome_of, action, self.mounted, *args)
-        assert actual == expected, f"as {caller}"
+        demand_equal(actual, expected, f"another outcome as {caller}")
         self.compare()
         return expected
 
     def compare(self) -> None:
         expected = describe(self.native)
-        assert describe(self.behind) == expected, "the source differs from the native twin"
-        assert describe(self.mounted) == expected, "the mount shows another tree than the native twin"
+        demand_equal(describe(self.behind), expected, "the source differs from the native twin")
+        demand_equal(describe(self.mounted), expected, "the mount shows another tree than the native twin")
+
+
+def demand_equal(found: Any, expected: Any, problem: str) -> None:
+    lines = differences({"result": found}, {"result": expected})
+    assert not lines, "\n".join([f"{problem}, {len(lines)} times:", *lines[:20]])
+
+
+def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """Only what differs: pytest's own comparison of two large trees is slow and unreadable."""
+    lines = []
+    for name in sorted(found.keys() | expected.keys(), key=str):
+        one, other = found.get(name), expected.get(name)
+        if isinstance(one, dict) and isinstance(other, dict):
+            lines += [f"{name}: {line}" for line in differences(one, other)]
+        elif one != other:
+            lines.append(f"{name} is {one!r}, natively {other!r}")
+    return lines
 
 
 def outcome_of(action: Callable[..., Any], *args: Any) -> Any:

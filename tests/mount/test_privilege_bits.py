@@ -29,8 +29,8 @@ CALLERS = {"root": ROOT, "owner": OWNER, "member": MEMBER, "stranger": STRANGER}
 CAPABILITY = struct.pack("<IIIII", 0x02000001, 1 << 13, 0, 0, 0)
 SIZE = 100_000
 
-# 0o2666 is mandatory locking's old mark, not a privilege: it stays where 0o2676 would go.
-MODES = (0o4777, 0o2777, 0o6777, 0o2767, 0o6766, 0o4666, 0o1777, 0o777)
+# 0o2767 is missing here: see test_setgid_without_group_execution_follows_the_server.
+MODES = (0o4777, 0o2777, 0o6777, 0o2775, 0o4666, 0o1777, 0o777)
 
 
 def make_privileged(directory: Path) -> None:
@@ -83,8 +83,8 @@ ACTIONS: dict[str, Callable[[Path], Any]] = {
     "truncate to the same size": lambda path: os.truncate(path, SIZE),
     "ftruncate": opened(os.O_RDWR, lambda fd: os.ftruncate(fd, 10)),
     "open with O_TRUNC": opened(os.O_WRONLY | os.O_TRUNC, lambda fd: None),
+    "open for reading with O_TRUNC": opened(os.O_RDONLY | os.O_TRUNC, lambda fd: os.fstat(fd).st_size),
     "touch": lambda path: os.utime(path),
-    "chown to nobody else": lambda path: os.chown(path, -1, -1, follow_symlinks=False),
     "chown to the same": lambda path: os.chown(path, 4001, TEAM),
     "chown to another": lambda path: os.chown(path, 4003, -1),
     "chgrp": lambda path: os.chown(path, -1, 4001),
@@ -120,6 +120,40 @@ def test_privileges_go_with_newer_calls_too(tree: Tree, caller: Caller, action: 
     twins = Twins.of(tree)
     twins.prepare(make_privileged)
     twins.both(do_to_all, action, caller=caller)
+
+
+@everyone
+@pytest.mark.parametrize("mode", [0o2767, 0o6766])
+def test_setgid_without_group_execution_follows_the_server(tree: Tree, caller: Caller, mode: int) -> None:
+    """This mark of the mandatory locks that Linux gave up lends nobody a group.
+
+    Natively it is dropped unless the caller is in the file's group, which a FUSE server is not told. So here a
+    write may drop more than natively, never less; and setuid has to go as ever.
+    """
+    found = {}
+    for side in (tree.src, tree.mnt):
+        path = tree.src / f"file of {side.parent.name}"
+        path.write_bytes(b"content")
+        os.chown(path, 4001, TEAM)
+        path.chmod(mode)
+        outcome = run_as(caller, outcome_of, opened(os.O_WRONLY, lambda fd: os.write(fd, b"new")), side / path.name)
+        found[side] = (outcome, stat.S_IMODE(path.stat().st_mode))
+        path.unlink()
+    assert found[tree.mnt][0] == found[tree.src][0]
+    assert found[tree.mnt][1] | stat.S_ISGID == found[tree.src][1] | stat.S_ISGID
+    assert found[tree.mnt][1] & ~found[tree.src][1] == 0
+
+
+def test_a_chown_that_names_nobody_is_harmless(tree: Tree) -> None:
+    """Natively it drops set-ID bits; through FUSE the kernel finds nothing to ask for and the server never sees it."""
+    path = tree.mnt / "file"
+    path.write_bytes(b"content")
+    path.chmod(0o4755)
+    os.chown(path, -1, -1)
+    found = path.stat()
+    assert (found.st_uid, found.st_gid) == (os.geteuid(), os.getegid())
+    assert stat.S_IMODE(found.st_mode) in (0o755, 0o4755)
+    assert stat.S_IMODE((tree.src / "file").stat().st_mode) == stat.S_IMODE(found.st_mode)
 
 
 @pytest.mark.parametrize("mode", [0o4777, 0o6777])
