@@ -1,0 +1,545 @@
+"""What a user gets from the command: options that have their effect, and clean stops."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from llloop.version import __version__
+from tests.as_user import Caller, run_as
+from tests.conftest import Serve
+from tests.mirror import READY, Mirror
+from tests.mount.command_line import (
+    Ground,
+    check_complaint,
+    environment,
+    ground,
+    llloop,
+    process_titles,
+    stopped,
+    wait_until,
+)
+from tests.watchdog import Watchdog, kill_session, mount_entry, processes_of_session, unmount_lazily
+
+pytestmark = [pytest.mark.mounted, pytest.mark.user]
+
+NOBODY = Caller(uid=65534, gid=65534)
+
+
+@pytest.fixture
+def place(via: str, watchdog: Watchdog) -> Iterator[Ground]:
+    with ground(Mirror.prepare(via, watchdog), via) as prepared:
+        yield prepared
+
+
+def ready_line(server: Mirror) -> str:
+    (line,) = [line for line in server.output.read_text().splitlines() if line.startswith(READY)]
+    return line
+
+
+# Starting
+
+
+def test_the_ready_line_says_what_where_and_how(serve: Serve, via: str) -> None:
+    server = serve("--workers", "3")
+    line = ready_line(server)
+    assert str(server.source) in line and str(server.mountpoint) in line
+    assert "3 workers" in line
+    assert ("own loop" in line) == (via == "own")
+    assert ("fallback" in line) == (via == "llfuse")
+
+
+def test_the_processes_are_named(serve: Serve) -> None:
+    server = serve("--workers", "3")
+    titles = process_titles(server.pid)
+    assert [title for title in titles if title.startswith("llloop-worker-")] == [f"llloop-worker-{n}" for n in range(3)]
+    assert "llloop-supervisor" in titles and "llloop-front" in titles
+
+
+def test_as_many_workers_as_usable_cpus(serve: Serve) -> None:
+    one_cpu = str(min(os.sched_getaffinity(0)))
+    server = serve(command=["taskset", "-c", one_cpu, sys.executable, "-m", "llloop", "serve"])
+    assert [title for title in process_titles(server.pid) if "worker" in title] == ["llloop-worker-0"]
+
+
+def test_read_only(serve: Serve) -> None:
+    server = serve("--read-only")
+    (server.source / "file").write_text("content")
+    assert (server.mountpoint / "file").read_text() == "content"
+    for change in (
+        lambda: (server.mountpoint / "file").write_text("other"),
+        lambda: (server.mountpoint / "new").mkdir(),
+        lambda: (server.mountpoint / "file").unlink(),
+        lambda: (server.mountpoint / "file").chmod(0o600),
+    ):
+        with pytest.raises(OSError) as raised:
+            change()
+        assert raised.value.errno == errno.EROFS
+    assert os.statvfs(server.mountpoint).f_flag & os.ST_RDONLY
+    assert (server.source / "file").read_text() == "content"
+
+
+def test_no_xattr(serve: Serve) -> None:
+    server = serve("--no-xattr")
+    (server.mountpoint / "file").write_text("content")
+    for call in (
+        lambda: os.setxattr(server.mountpoint / "file", "user.llloop", b"value"),
+        lambda: os.getxattr(server.mountpoint / "file", "user.llloop"),
+        lambda: os.listxattr(server.mountpoint / "file"),
+    ):
+        with pytest.raises(OSError) as raised:
+            call()
+        assert raised.value.errno == errno.EOPNOTSUPP
+    assert (server.mountpoint / "file").read_text() == "content"
+
+
+def test_further_mount_options(serve: Serve) -> None:
+    server = serve("-o", "noexec,noatime", "-o", "nodev")
+    entry = mount_entry(str(server.mountpoint))
+    assert entry
+    assert {"noexec", "noatime", "nodev"} <= set(entry[5].split(","))
+    program = server.mountpoint / "program"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    with pytest.raises(PermissionError):
+        subprocess.run([program], check=False)
+
+
+@pytest.mark.parametrize("name", ["plain", "with, a comma", "two  blanks", "back\\slash"])
+def test_fsname(serve: Serve, name: str) -> None:
+    server = serve("--fsname", name)
+    listed = subprocess.run(
+        ["findmnt", "--noheadings", "--raw", "--output", "SOURCE", server.mountpoint], capture_output=True, check=True
+    )
+    # findmnt --raw escapes blanks and the like as \x20.
+    assert listed.stdout.decode("unicode_escape").encode("latin-1").decode().rstrip("\n") == name
+    assert (server.mountpoint / "..").exists()
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("allowed", [True, False, None])
+def test_allow_other(serve: Serve, allowed: bool | None) -> None:
+    server = serve(*{True: ["--allow-other"], False: ["--no-allow-other"], None: []}[allowed])
+    (server.source / "file").write_text("content")
+    read = (server.mountpoint / "file").read_text
+    if allowed is False:
+        with pytest.raises(PermissionError):
+            run_as(NOBODY, read)
+    else:
+        assert run_as(NOBODY, read) == "content"
+    assert read() == "content"
+
+
+@pytest.mark.parametrize("option", ["--entry-timeout", "--attr-timeout"])
+def test_timeouts_of_zero_show_changes_at_once(serve: Serve, option: str) -> None:
+    server = serve("--cache", "always", option, "0")
+    (server.source / "file").write_text("one")
+    assert (server.mountpoint / "file").stat().st_size == 3
+    if option == "--entry-timeout":
+        (server.source / "file").rename(server.source / "renamed")
+        assert not (server.mountpoint / "file").exists()
+        assert (server.mountpoint / "renamed").exists()
+    else:
+        (server.source / "file").write_text("three")
+        assert (server.mountpoint / "file").stat().st_size == 5
+
+
+def test_a_negative_timeout_hides_a_new_file_that_long(serve: Serve) -> None:
+    server = serve("--negative-timeout", "1.5")
+    assert not (server.mountpoint / "file").exists()
+    (server.source / "file").touch()
+    assert not (server.mountpoint / "file").exists()
+    time.sleep(1.7)
+    assert (server.mountpoint / "file").exists()
+
+
+def test_environment_variables_stand_for_options(serve: Serve) -> None:
+    server = serve(env={"LLLOOP_SERVE_WORKERS": "1", "LLLOOP_SERVE_READ_ONLY": "1", "LLLOOP_SERVE_FSNAME": "named"})
+    assert "1 worker" in ready_line(server)
+    entry = mount_entry(str(server.mountpoint))
+    assert entry and "ro" in entry[5].split(",") and entry[entry.index("-") + 2] == "named"
+
+
+def test_an_option_wins_over_its_environment_variable(serve: Serve) -> None:
+    server = serve("--workers", "2", env={"LLLOOP_SERVE_WORKERS": "1"})
+    assert "2 workers" in ready_line(server)
+
+
+def test_nonempty_mounts_over_files_and_gives_them_back(place: Ground, serve: Serve) -> None:
+    hidden = place.mountpoint / "hidden"
+    hidden.write_text("under the mount")
+    (place.source / "shown").write_text("in the source")
+    arguments = [*place.loop, str(place.source), str(place.mountpoint), "--nonempty"]
+    with running("serve", *arguments, mountpoint=place.mountpoint) as server:
+        assert os.listdir(place.mountpoint) == ["shown"]
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(30) == 0
+    assert os.listdir(place.mountpoint) == ["hidden"]
+
+
+class running:
+    """A server that is not the `serve` fixture's: its command line is the test's own."""
+
+    def __init__(self, *arguments: str, mountpoint: Path, cwd: Path | str = "/") -> None:
+        self.mountpoint = mountpoint
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "llloop", *arguments],
+            cwd=cwd,
+            env=environment({"PYTHONUNBUFFERED": "1"}),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def __enter__(self) -> subprocess.Popen[str]:
+        assert self.process.stdout and self.process.stderr
+        line = self.process.stdout.readline()
+        if not line.startswith(READY):
+            self.__exit__()
+            raise AssertionError(f"not ready: {line!r}")
+        return self.process
+
+    def __exit__(self, *_: object) -> None:
+        kill_session(self.process.pid)
+        self.process.communicate()
+        # Unasked, since a name's escapes in mountinfo may hide it; where nothing is mounted this does nothing.
+        unmount_lazily(str(self.mountpoint))
+
+
+def test_relative_paths_and_links(place: Ground) -> None:
+    (place.source / "file").write_text("content")
+    (place.state / "link-to-source").symlink_to(place.source)
+    (place.state / "link-to-mnt").symlink_to("mnt")
+    arguments = [*place.loop, "link-to-source", "./link-to-mnt/../mnt"]
+    with running("serve", *arguments, mountpoint=place.mountpoint, cwd=place.state) as server:
+        assert (place.mountpoint / "file").read_text() == "content"
+        assert llloop("umount", "link-to-mnt", cwd=place.state).code == 0
+        assert server.wait(30) == 0
+
+
+@pytest.mark.parametrize("name", ["with blank", "com,ma", "back\\slash", "new\nline", "grün", "\udcff not UTF-8"])
+def test_mount_points_with_odd_names(place: Ground, name: str) -> None:
+    odd = place.state / name
+    odd.mkdir()
+    (place.source / "file").write_text("content")
+    with running("serve", *place.loop, str(place.source), str(odd), mountpoint=odd) as server:
+        assert (odd / "file").read_text() == "content"
+        ended = llloop("umount", str(odd))
+        assert ended.code == 0, ended.stderr
+        assert server.wait(30) == 0
+    assert os.listdir(odd) == []
+
+
+@pytest.mark.parametrize("name", ["with blank", "com,ma", "new\nline", "\udcff not UTF-8"])
+def test_sources_with_odd_names(serve: Serve, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "file").write_text("content")
+    server = serve(source=tmp_path / name)
+    assert (server.mountpoint / "file").read_text() == "content"
+
+
+# Logging
+
+
+def test_log_level(serve: Serve) -> None:
+    talkative, silent = serve("--log-level", "debug"), serve("--log-level", "error")
+    for server in (talkative, silent):
+        os.listdir(server.mountpoint)
+    talkative.wait_for_log("DEBUG")
+    assert silent.log.read_text() == ""
+
+
+def test_the_log_goes_to_stderr_unless_told_otherwise(place: Ground) -> None:
+    arguments = [*place.loop, str(place.source), str(place.mountpoint), "--log-level", "debug"]
+    with running("serve", *arguments, mountpoint=place.mountpoint) as server:
+        server.send_signal(signal.SIGTERM)
+        stdout, stderr = server.communicate(timeout=30)
+    assert stdout == "", "only the ready line goes to stdout"
+    assert "DEBUG" in stderr
+
+
+# The daemon
+
+
+def daemon_stopped(pid: int, session: int, mountpoint: Path) -> None:
+    wait_until(lambda: not processes_of_session(session), "the daemon's processes are gone")
+    assert not Path(f"/proc/{pid}").exists()
+    assert mount_entry(str(mountpoint)) is None
+
+
+def test_a_daemon_returns_when_ready_and_leaves_a_pid_file(place: Ground) -> None:
+    (place.source / "file").write_text("content")
+    pid_file, log = place.state / "pid", place.state / "log"
+    session = None
+    try:
+        # All its output is read to the end: a daemon that kept the terminal open would hang this.
+        ended = place.serve("--daemon", "--pid-file", pid_file, "--log-file", log)
+        assert ended.code == 0, ended.stderr
+        assert (place.mountpoint / "file").read_text() == "content"
+        pid = int(pid_file.read_text())
+        session = os.getsid(pid)
+        assert session != os.getsid(0)
+        assert os.readlink(f"/proc/{pid}/cwd") == "/"
+        assert "llloop-supervisor" in process_titles(session)
+        os.kill(pid, signal.SIGTERM)
+        daemon_stopped(pid, session, place.mountpoint)
+        assert not pid_file.exists()
+        assert "Traceback" not in log.read_text()
+    finally:
+        if session:
+            kill_session(session)
+        unmount_lazily(str(place.mountpoint))
+
+
+def test_a_daemon_with_relative_paths(place: Ground) -> None:
+    session = None
+    try:
+        source = os.path.relpath(place.source, place.state)
+        arguments = ["--daemon", "--pid-file", "pid", "--log-file", "relative-log"]
+        ended = llloop("serve", *place.loop, source, "mnt", *arguments, cwd=place.state)
+        assert ended.code == 0, ended.stderr
+        pid = int((place.state / "pid").read_text())
+        session = os.getsid(pid)
+        assert (place.state / "relative-log").exists()
+        ended = llloop("umount", "mnt", cwd=place.state)
+        assert ended.code == 0, ended.stderr
+        daemon_stopped(pid, session, place.mountpoint)
+        assert not (place.state / "pid").exists()
+    finally:
+        if session:
+            kill_session(session)
+        unmount_lazily(str(place.mountpoint))
+
+
+def test_a_daemon_that_cannot_serve_says_so_and_fails(place: Ground) -> None:
+    (place.mountpoint / "file").touch()
+    pid_file = place.state / "pid"
+    place.refused(4, "not empty", "--daemon", "--pid-file", pid_file)
+    assert not pid_file.exists()
+
+
+def test_without_daemon_the_pid_file_is_written_too(serve: Serve, tmp_path: Path) -> None:
+    server = serve("--pid-file", str(tmp_path / "pid"))
+    assert int((tmp_path / "pid").read_text()) == server.pid
+    server.stop()
+    assert not (tmp_path / "pid").exists()
+
+
+# Stopping
+
+
+STOPS = {
+    "SIGINT": lambda server: os.kill(server.pid, signal.SIGINT),
+    "SIGTERM": lambda server: os.kill(server.pid, signal.SIGTERM),
+    "Ctrl-C in a terminal": lambda server: os.killpg(server.pid, signal.SIGINT),
+    "SIGTERM to all processes": lambda server: os.killpg(server.pid, signal.SIGTERM),
+    "SIGTERM twice": lambda server: [os.kill(server.pid, signal.SIGTERM) for _ in range(2)],
+    "umount": lambda server: subprocess.run(["umount", server.mountpoint], check=True, timeout=30),
+    "fusermount -u": lambda server: subprocess.run(["fusermount", "-u", server.mountpoint], check=True, timeout=30),
+    "umount -l": lambda server: unmount_lazily(str(server.mountpoint)),
+    "llloop umount": lambda server: umount_succeeds(server.mountpoint),
+    "llloop umount --lazy": lambda server: umount_succeeds(server.mountpoint, "--lazy"),
+}
+
+
+def umount_succeeds(*arguments: str | Path) -> None:
+    ended = llloop("umount", *arguments)
+    assert (ended.code, ended.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("how", STOPS)
+def test_a_clean_stop(serve: Serve, how: str) -> None:
+    if how == "umount" and os.geteuid() != 0:
+        pytest.skip("umount(8) is for root; users have fusermount -u")
+    server = serve()
+    (server.mountpoint / "file").write_text("content")
+    STOPS[how](server)
+    stopped(server)
+    assert (server.source / "file").read_text() == "content"
+    assert os.listdir(server.mountpoint) == []
+    server.check_log()
+
+
+def test_what_was_written_before_a_stop_is_in_the_source(serve: Serve) -> None:
+    server = serve("--workers", "4")
+    content = os.urandom(1 << 20)
+    for number in range(20):
+        (server.mountpoint / f"file-{number}").write_bytes(content)
+    os.kill(server.pid, signal.SIGTERM)
+    stopped(server)
+    assert {path.read_bytes() == content for path in server.source.iterdir()} == {True}
+    assert len(os.listdir(server.source)) == 20
+
+
+def test_a_busy_mount_point_is_detached_lazily_and_said_so(serve: Serve) -> None:
+    server = serve()
+    # The message may be a warning; it is the point of the test, not a fault.
+    server.expect_log("(?i)busy|lazi", required=False)
+    with open(server.mountpoint / "file", "w") as held:
+        held.write("content")
+        held.flush()
+        os.kill(server.pid, signal.SIGTERM)
+        stopped(server)
+        assert os.listdir(server.mountpoint) == []
+    server.wait_for_log("(?i)busy|lazi")
+
+
+def test_a_stop_under_load_leaves_nobody_waiting(serve: Serve) -> None:
+    server = serve("--workers", "2")
+    server.expect_log("(?i)busy|lazi", required=False)
+    errors: list[int | None] = []
+
+    def write_on(path: Path) -> None:
+        try:
+            while True:
+                path.write_bytes(bytes(300_000))
+                path.read_bytes()
+        except OSError as error:
+            errors.append(error.errno)
+
+    # The mount point itself goes back to an empty directory: a directory below it cannot be written any more.
+    (server.mountpoint / "busy").mkdir()
+    threads = [threading.Thread(target=write_on, args=(server.mountpoint / "busy" / f"{n}",)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.5)
+    os.kill(server.pid, signal.SIGTERM)
+    stopped(server)
+    for thread in threads:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in threads)
+    assert len(errors) == 4 and set(errors) <= {errno.ENOTCONN, errno.ECONNABORTED, errno.ENOENT, errno.EIO}
+
+
+# llloop umount
+
+
+def test_umount_of_a_busy_mount_fails_and_leaves_it_serving(serve: Serve) -> None:
+    server = serve()
+    (server.source / "file").write_text("content")
+    with open(server.mountpoint / "file"):
+        complaint = check_complaint(llloop("umount", server.mountpoint), 4, "busy")
+        assert "--lazy" in complaint
+        assert (server.mountpoint / "file").read_text() == "content"
+        assert server.alive()
+
+
+def test_lazy_umount_of_a_busy_mount_serves_the_open_file_to_its_end(serve: Serve) -> None:
+    server = serve()
+    (server.source / "file").write_text("content")
+    with open(server.mountpoint / "file") as held:
+        umount_succeeds(server.mountpoint, "--lazy")
+        assert not server.mounted()
+        assert held.read() == "content"
+        assert server.process and server.process.poll() is None
+    stopped(server)
+
+
+def test_umount_of_what_is_not_mounted(place: Ground) -> None:
+    check_complaint(llloop("umount", place.mountpoint), 4, "not")
+    check_complaint(llloop("umount", place.mountpoint / "missing"), 4, "not|no such")
+
+
+@pytest.mark.root
+def test_umount_leaves_other_file_systems_alone(place: Ground) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "llloop-test", place.mountpoint], check=True)
+    try:
+        check_complaint(llloop("umount", place.mountpoint), 4, "not")
+        assert mount_entry(str(place.mountpoint)) is not None
+    finally:
+        subprocess.run(["umount", place.mountpoint], check=True)
+
+
+def test_umount_clears_a_dead_mount(serve: Serve) -> None:
+    server = serve()
+    kill_session(server.pid)
+    assert server.process
+    server.process.wait(10)
+    umount_succeeds(server.mountpoint)
+    assert not server.mounted()
+    server.clean_up()
+
+
+# What needs no mount
+
+
+def test_version() -> None:
+    installed = subprocess.run(
+        [Path(sys.executable).parent / "llloop", "--version"], capture_output=True, text=True, check=True
+    )
+    assert installed.stdout == llloop("--version").stdout
+    assert __version__ in installed.stdout.split()
+
+
+def test_help_shows_every_option_and_no_test_switch() -> None:
+    text = llloop("serve", "--help").stdout
+    options = {
+        *(
+            "--workers",
+            "--read-only",
+            "--allow-other",
+            "--no-allow-other",
+            "--cache",
+            "--attr-timeout",
+            "--entry-timeout",
+        ),
+        *("--negative-timeout", "--xattr", "--no-xattr", "-o", "--fsname", "--nonempty", "--daemon", "--pid-file"),
+        *("--log-level", "--log-file", "--replace-dead"),
+    }
+    for option in options:
+        assert option in text
+    assert "--loop" not in text
+    assert "LLLOOP_SERVE_WORKERS" in text, "the environment variables are documented"
+    assert {"serve", "umount"} <= set(llloop("--help").stdout.split())
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shell_completion(shell: str) -> None:
+    command = [Path(sys.executable).parent / "llloop"]
+    source = subprocess.run(
+        command, env=environment({"_LLLOOP_COMPLETE": f"{shell}_source"}), capture_output=True, text=True, timeout=30
+    )
+    assert source.returncode == 0, source.stderr
+    assert "_LLLOOP_COMPLETE" in source.stdout
+    words = {"_LLLOOP_COMPLETE": f"{shell}_complete", "COMP_WORDS": "llloop serve --work", "COMP_CWORD": "2"}
+    if shell == "fish":
+        words["COMP_CWORD"] = "--work"
+    completed = subprocess.run(command, env=environment(words), capture_output=True, text=True, timeout=30)
+    assert "--workers" in completed.stdout
+
+
+def test_a_full_pipe_of_the_ready_line_is_no_reason_to_die(place: Ground) -> None:
+    """stdout may be closed or broken (`llloop serve ... | head -0`); the mount serves all the same."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llloop", "serve", *place.loop, place.source, place.mountpoint],
+        stdin=subprocess.DEVNULL,
+        stdout=writing,
+        stderr=subprocess.DEVNULL,
+        env=environment(),
+        cwd="/",
+        start_new_session=True,
+    )
+    os.close(writing)
+    try:
+        wait_until(lambda: mount_entry(str(place.mountpoint)) is not None, "mounted")
+        (place.mountpoint / "file").write_text("content")
+        assert (place.source / "file").read_text() == "content"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    finally:
+        kill_session(process.pid)
+        process.wait()
+        unmount_lazily(str(place.mountpoint))
