@@ -47,7 +47,7 @@ class Arena:
         counters = results + 8 * slots
         front = counters + 8 * Counters.FIELDS * shards
         first = (front + 8 + pages - 1) // pages * pages
-        # The request ends with its payload page-aligned, which O_DIRECT needs; the record lies in the rest of that page.
+        # The payload is page-aligned, which O_DIRECT needs; the record lies in the page before it, ahead of the header.
         self._stride = pages + payload
         self._records = first
         self._requests = first + pages - wire.WRITE_HEADER_SIZE

@@ -49,7 +49,7 @@ def usable_cpus() -> int:
 class ServeConfig:
     """Everything `llloop serve` and `llloop.mount` can be told about one mount.
 
-    Attributes with the value None get their default in `__post_init__`.
+    An attribute given as None gets its default, which may depend on others, in `__post_init__`: none stays None.
     """
 
     source: str
@@ -60,45 +60,46 @@ class ServeConfig:
         "Default: the number of usable CPUs. More than CPUs helps only where the source waits for disks or a network.",
     )
     read_only: bool = _option(False, "Mount read-only: every change is refused with EROFS by the kernel. Default: off.")
-    allow_other: bool | None = _option(
+    allow_other: bool = _option(
         None,
-        "Let users other than the one who mounts use the mount; the kernel checks permissions as it does on the source. "
-        "Default: on for root. An ordinary user needs user_allow_other in /etc/fuse.conf, "
+        "Let users other than the one who mounts use the mount; the kernel checks permissions as it does on the "
+        "source. Default: on for root. An ordinary user needs user_allow_other in /etc/fuse.conf, "
         "and then others act with that user's rights on the source.",
     )
     cache: Cache = _option(
         Cache.AUTO,
-        "What the kernel may keep. never: nothing, changes made directly in the source are seen at once, each access costs a request. "
-        "auto: names and attributes for 1 second, data until a fresh open or a refresh of the attributes shows another size or time. "
-        "always: everything for a day; only for a source that nobody else changes, else old data is shown. Default: auto.",
+        "What the kernel may keep. never: nothing; changes made directly in the source are seen at once, and each "
+        "access costs a request. auto: names and attributes for 1 second, data until a fresh open or a refresh of the "
+        "attributes shows another size or time. always: everything for a day; only for a source that nobody else "
+        "changes, else old data is shown. Default: auto.",
     )
-    attr_timeout: float | None = _option(
+    attr_timeout: float = _option(
         None, "Seconds the kernel may keep attributes (size, mode, times) without asking. Default: as --cache says."
     )
-    entry_timeout: float | None = _option(
-        None, "Seconds the kernel may keep what a name leads to. Default: as --cache says."
-    )
-    negative_timeout: float | None = _option(
+    entry_timeout: float = _option(None, "Seconds the kernel may keep what a name leads to. Default: as --cache says.")
+    negative_timeout: float = _option(
         None,
-        "Seconds the kernel may keep that a name does not exist; a file made directly in the source stays unseen that long. "
-        "Default: as --cache says.",
+        "Seconds the kernel may keep that a name does not exist; a file made directly in the source stays unseen that "
+        "long. Default: as --cache says.",
     )
     xattr: bool = _option(
         True,
-        "Pass extended attributes and POSIX ACLs through. Without, programs are told they are not supported, and one request "
-        "for each access check is saved. Default: on.",
+        "Pass extended attributes and POSIX ACLs through. Without, programs are told they are not supported, and one "
+        "request for each access check is saved. Default: on.",
     )
     options: tuple[str, ...] = _option(
         (),
-        "Further mount options for libfuse or the kernel, separated by commas, such as noatime,suid,dev. Default: none.",
+        "Further mount options for libfuse or the kernel, separated by commas, such as noatime,suid,dev. Default: "
+        "none.",
     )
-    fsname: str | None = _option(None, "Name of the file system shown by mount(8) and df(1). Default: the source.")
+    fsname: str = _option(None, "Name of the file system shown by mount(8) and df(1). Default: the source.")
     nonempty: bool = _option(
         False, "Mount over a directory that is not empty; what it holds is hidden until the unmount. Default: off."
     )
     replace_dead: bool = _option(
         False,
-        'If the mount point is a dead FUSE mount ("Transport endpoint is not connected"), detach it first. Default: off.',
+        'If the mount point is a dead FUSE mount ("Transport endpoint is not connected"), detach it first. '
+        "Default: off.",
     )
     loop: LoopKind = _option(
         LoopKind.AUTO, "Who runs the request loop; for tests. own fails where auto would fall back to llfuse."

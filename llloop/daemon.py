@@ -24,7 +24,7 @@ class Daemon:
         self._waiting: int | None = None
 
     def start(self) -> None:
-        """Go on in a child; the calling process waits until `let_go` and then ends, with the child's exit code if that ends first."""
+        """Go on in a child; the calling process ends when that calls `let_go`, or with its exit code."""
         reader, writer = os.pipe2(os.O_CLOEXEC)
         child = os.fork()
         if child:

@@ -22,6 +22,8 @@ _DEVICE = "/dev/fuse"
 _FUSE_CONF = Path("/etc/fuse.conf")
 # How long fusermount may take, in seconds, before it is taken to hang.
 _FUSERMOUNT_PATIENCE = 30
+# What a FUSE mount without a server says; the second one to who was waiting when it went.
+_DEAD = frozenset({errno.ENOTCONN, errno.ECONNABORTED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,7 @@ def find_mount(mountpoint: str) -> MountEntry | None:
 
 
 def resolve_mountpoint(mountpoint: str) -> str:
-    """Return *mountpoint* as an absolute path without symlinks, without touching the directory itself (it may be dead)."""
+    """Return *mountpoint* as an absolute path without symlinks, not touching the directory itself: it may be dead."""
     path = os.path.abspath(mountpoint)
     parent, name = os.path.split(path)
     if name and not os.path.islink(path):
@@ -119,10 +121,10 @@ def check_mountpoint(config: ServeConfig, source: str) -> str:
     except FileNotFoundError:
         raise MountpointError(f"mount point {shown}: there is no such directory; make it first: mkdir {path}") from None
     except OSError as error:
-        if error.errno == errno.ENOTCONN and config.replace_dead:
+        if error.errno in _DEAD and config.replace_dead:
             unmount(path, lazy=True)
             return check_mountpoint(config, source)
-        if error.errno == errno.ENOTCONN:
+        if error.errno in _DEAD:
             raise DeadMountError(
                 f"mount point {shown}: a FUSE mount whose server died is in the way ({error.strerror}); "
                 f"detach it with: llloop umount --lazy {path} (or serve with --replace-dead)"
@@ -143,7 +145,8 @@ def check_mountpoint(config: ServeConfig, source: str) -> str:
         raise MountpointError(f"mount point {shown}: {error.strerror}") from None
     if filled and not config.nonempty:
         raise MountpointError(
-            f"mount point {shown}: the directory is not empty; a mount would hide its files (--nonempty mounts all the same)"
+            f"mount point {shown}: the directory is not empty; a mount would hide its files "
+            "(--nonempty mounts all the same)"
         )
     if os.geteuid() != 0 and not os.access(path, os.W_OK):
         raise MountpointError(
@@ -203,7 +206,8 @@ def check_host(config: ServeConfig) -> None:
         raise HostError("fusermount is missing, which lets users mount: install Debian's package fuse3 (or fuse)")
     if config.allow_other and not _user_allow_other():
         raise HostError(
-            f"--allow-other needs the line user_allow_other in {_FUSE_CONF}, which root can add; or serve with --no-allow-other"
+            f"--allow-other needs the line user_allow_other in {_FUSE_CONF}, which root can add; "
+            "or serve with --no-allow-other"
         )
 
 
@@ -221,7 +225,6 @@ def mount_options(config: ServeConfig) -> set[str]:
     Raises:
         UsageError: an option is not ASCII, which llfuse cannot pass on.
     """
-    assert config.fsname is not None
     # libfuse splits options at commas unless they are escaped, and llfuse passes only ASCII.
     name = config.fsname.encode("ascii", "replace").decode().replace("\\", "\\\\").replace(",", "\\,")
     options = {"default_permissions", "subtype=llloop", f"fsname={name}"}

@@ -19,6 +19,16 @@ _log = logging.getLogger(__name__)
 _SECBIT_NO_SETUID_FIXUP = 1 << 2  # <linux/securebits.h>
 
 
+def _keep_capabilities() -> bool:
+    """Have a change of the file system ids leave the capabilities alone (capabilities(7)); return whether it will."""
+    try:
+        bits = syscalls.prctl(syscalls.PR_GET_SECUREBITS)
+        syscalls.prctl(syscalls.PR_SET_SECUREBITS, bits | _SECBIT_NO_SETUID_FIXUP)
+    except OSError:
+        return False
+    return True
+
+
 class Caller:
     """Makes new files the caller's: ``with caller(uid, gid, umask): os.mkdir(...)``.
 
@@ -33,17 +43,8 @@ class Caller:
         self._umask = os.umask(0)
         os.umask(self._umask)
         self._switched = False
-        if self._able:
-            self._keep_capabilities()
-
-    def _keep_capabilities(self) -> None:
-        try:
-            bits = syscalls.prctl(syscalls.PR_GET_SECUREBITS)
-            syscalls.prctl(syscalls.PR_SET_SECUREBITS, bits | _SECBIT_NO_SETUID_FIXUP)
-        except OSError as error:
-            _log.info(
-                "the source checks a caller's permission to create again, without supplementary groups: %s", error
-            )
+        if self._able and not _keep_capabilities():
+            _log.info("the source checks a caller's permission to create again, without supplementary groups")
 
     def __call__(self, uid: int, gid: int, umask: int) -> Caller:
         """Act as *uid* and *gid* with *umask* until the ``with`` block ends."""
@@ -69,6 +70,31 @@ class Caller:
             syscalls.setfsgid(gid)
             # A change of fsuid makes a process undumpable (prctl(2)), and workers could no longer pull descriptors.
             syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)
+
+
+class Writer:
+    """Lets the source see who writes, for quotas and for the blocks that file systems reserve for root.
+
+    The identity stays until another comes, for a stream of requests mostly has one writer.
+    """
+
+    def __init__(self) -> None:
+        self._able = os.geteuid() == 0 and _keep_capabilities()
+        self._current = (os.geteuid(), os.getegid())
+
+    def assume(self, uid: int, gid: int) -> None:
+        """Make the next writes count as those of *uid* and *gid* (setfsuid(2))."""
+        if self._able and (uid, gid) != self._current:
+            syscalls.setfsgid(gid)
+            syscalls.setfsuid(uid)
+            self._current = (uid, gid)
+
+
+class OwnIdentity(Writer):
+    """A writer that always stays itself."""
+
+    def assume(self, uid: int, gid: int) -> None:
+        """Change nothing."""
 
 
 class SetidGuard:

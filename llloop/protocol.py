@@ -51,8 +51,9 @@ class Request(NamedTuple):
         descriptor: the front's descriptor of that file, to pull.
         offset: a position in the file in bytes.
         length: a length in bytes.
-        flags: the flags above; for FALLOCATE the mode lies in *extra*, for LSEEK the whence.
-        extra: COPY_FILE_RANGE: the source's handle, descriptor and offset; FALLOCATE, LSEEK: see *flags*.
+        flags: the flags above.
+        uid, gid: the file system ids of who writes, for quotas and reserved blocks.
+        extra: COPY_FILE_RANGE: the source's handle, descriptor and offset; FALLOCATE: the mode; LSEEK: the whence.
     """
 
     operation: int
@@ -63,6 +64,8 @@ class Request(NamedTuple):
     offset: int = 0
     length: int = 0
     flags: int = 0
+    uid: int = 0
+    gid: int = 0
     extra: tuple[int, ...] = ()
 
 
@@ -77,9 +80,9 @@ def decode(data: bytes) -> Request:
         Malformed: *data* is not a request. That its fields are numbers is left to their use, for this is the hot path.
     """
     fields = _unpack(data)
-    if type(fields) is not tuple or not 5 <= len(fields) <= 9:
+    if type(fields) is not tuple or not 5 <= len(fields) <= 11:
         raise Malformed("not a request")
-    return Request._make(fields) if len(fields) == 9 else Request(*fields)
+    return Request._make(fields) if len(fields) == 11 else Request(*fields)
 
 
 class Answer(NamedTuple):

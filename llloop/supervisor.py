@@ -29,9 +29,10 @@ from setproctitle import setproctitle
 from . import log, mounting, negotiation, syscalls, wire
 from .arena import Arena
 from .config import LoopKind, ServeConfig
-from .errors import HostError, LlloopError
+from .errors import HostError, LlloopError, UsageError
 from .front.operations import Operations
 from .front.process import FrontSetup, run_front
+from .redirect import CapturedStderr
 from .session import Session, SessionNotFound, find_session, fuse_devices
 from .workers.process import WorkerSetup, run_worker
 
@@ -46,7 +47,7 @@ _INIT_BUFFER = 1 << 21  # larger than any request: the kernel refuses a read int
 GRACE = 5.0
 # How long a process asked to end may take, in seconds.
 _PATIENCE = 5.0
-# A process that ran for less than this, in seconds, before it died is restarted after a pause that doubles up to the longest.
+# A process that died after less than this, in seconds, is restarted after a pause that doubles up to the longest.
 _SHORT_LIFE = 10.0
 _FIRST_PAUSE = 0.05
 _LONGEST_PAUSE = 5.0
@@ -166,13 +167,16 @@ class Supervisor:
 
     def _mount(self, operations: Operations) -> int:
         before = fuse_devices()
+        complaints = CapturedStderr()
         try:
-            llfuse.init(operations, self._mountpoint, self._options)
-        except RuntimeError:
-            # libfuse, or fusermount, has said why on standard error already.
-            raise HostError(
-                f"{self._mountpoint} could not be mounted with the options {','.join(sorted(self._options))}"
-            ) from None
+            with complaints:
+                llfuse.init(operations, self._mountpoint, self._options)
+        except RuntimeError as error:
+            # Only libfuse itself, or fusermount, knows why, and says so on standard error.
+            reason = complaints.text() or str(error)
+            if "fuse_lowlevel_new" in str(error) or "option" in reason:
+                raise UsageError(f"mount options {','.join(sorted(self._options))}: {reason}") from None
+            raise HostError(f"mount point {self._mountpoint}: it could not be mounted: {reason}") from None
         devices = fuse_devices() - before
         if len(devices) != 1:
             llfuse.close()

@@ -179,7 +179,7 @@ def utimens(directory: int, name: bytes, atime: tuple[int, int], mtime: tuple[in
         mtime: the same for the modification time.
         flags: AT_SYMLINK_NOFOLLOW or 0.
     """
-    times = (_Timespec * 2)(atime, mtime)
+    times = (_Timespec * 2)(_Timespec(*atime), _Timespec(*mtime))
     if _utimensat(directory, name, times, flags):
         raise _raise(name)
 

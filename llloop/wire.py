@@ -106,25 +106,26 @@ INIT_REQUEST = Struct("=8xQ24xIIIII")  # unique, major, minor, max_readahead, fl
 OPEN_REQUEST = Struct("=8xQQ16xII")  # unique, nodeid, flags, open_flags
 CREATE_REQUEST = Struct("=8xQQII8xIIII")  # unique, nodeid, uid, gid, flags, mode, umask, open_flags; then the name
 READ_REQUEST = Struct("=8xQ24xQQI")  # unique, fh, offset, size
-WRITE_REQUEST = Struct("=8xQ24xQQII8xI")  # unique, fh, offset, size, write_flags, flags
+WRITE_REQUEST = Struct("=8xQ8xII8xQQII8xI")  # unique, uid, gid, fh, offset, size, write_flags, flags
 RELEASE_REQUEST = Struct("=8xQ24xQ")  # unique, fh
 FSYNC_REQUEST = Struct("=8xQ24xQI")  # unique, fh, fsync_flags
 FLUSH_REQUEST = RELEASE_REQUEST
 READDIR_REQUEST = READ_REQUEST
-FALLOCATE_REQUEST = Struct("=8xQ24xQQQI")  # unique, fh, offset, length, mode
-LSEEK_REQUEST = Struct("=8xQ24xQQI")  # unique, fh, offset, whence
-COPY_FILE_RANGE_REQUEST = Struct("=8xQ24xQQQQQQQ")  # unique, fh_in, off_in, nodeid_out, fh_out, off_out, len, flags
+FALLOCATE_REQUEST = Struct("=8xQ8xII8xQQQI")  # unique, uid, gid, fh, offset, length, mode
+LSEEK_REQUEST = Struct("=8xQ24xQqI")  # unique, fh, offset, whence
+COPY_FILE_RANGE_REQUEST = Struct("=8xQ8xII8xQQ8xQQQ8x")  # unique, uid, gid, fh_in, off_in, fh_out, off_out, len
 RENAME2_REQUEST = Struct("=8xQQ16xQI4x")  # unique, nodeid, newdir, flags; then both names
 SYNCFS_REQUEST = Struct("=8xQQ")  # unique, nodeid
 STATX_REQUEST = Struct("=8xQQ16xI4xQII")  # unique, nodeid, getattr_flags, fh, sx_flags, sx_mask
-# unique, nodeid, valid, fh, size, atime, mtime, atimensec, mtimensec, mode, uid, gid
-SETATTR_REQUEST = Struct("=8xQQ16xI4xQQ8xqq8xII4xI4xII")
+# unique, nodeid, the caller's uid, valid, fh, size, atime, mtime, atimensec, mtimensec, mode, uid, gid
+SETATTR_REQUEST = Struct("=8xQQI12xI4xQQ8xqq8xII4xI4xII")
 SETXATTR_REQUEST = Struct("=8xQQ16xIIII")  # unique, nodeid, size, flags, setxattr_flags, padding; then name, value
 
 # Replies, from struct fuse_out_header on
 OUT_HEADER = Struct("=IiQ")  # length, error (negative errno), unique
 INIT_OUT = Struct("=IIIIHHIIHHI28x")
-# struct fuse_attr: ino, size, blocks, atime, mtime, ctime, their nanoseconds, mode, nlink, uid, gid, rdev, blksize, flags
+# struct fuse_attr: ino, size, blocks, atime, mtime, ctime, their nanoseconds, mode, nlink, uid, gid, rdev, blksize,
+# flags
 ATTR = Struct("=QQQqqqIIIIIIIIII")
 ENTRY = Struct("=QQQQII")  # nodeid, generation, entry_valid, attr_valid, their nanoseconds; then struct fuse_attr
 ATTR_REPLY = Struct("=IiQQI4x")  # header, attr_valid, attr_valid_nsec; then struct fuse_attr

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llloop.arena import Arena
-from llloop.privilege import SetidGuard, respect_quotas
+from llloop.privilege import SetidGuard, Writer, respect_quotas
 
 from .leases import Leases
 from .loop import Worker
@@ -41,7 +41,7 @@ def run_worker(setup: WorkerSetup) -> None:
     else:
         replies = FrontReplies(setup.answers, arena)
     respect_quotas()
-    transfers = Transfers(arena, Leases(arena), replies, SetidGuard(), arena.counters[setup.shard])
+    transfers = Transfers(arena, Leases(arena), replies, SetidGuard(), Writer(), arena.counters[setup.shard])
     worker = Worker(setup.shard, arena, setup.pipe, transfers)
     worker.recover()
     worker.run()

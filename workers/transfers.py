@@ -9,7 +9,7 @@ from typing import Protocol
 
 from llloop import syscalls
 from llloop.arena import Arena, Counters
-from llloop.privilege import SetidGuard
+from llloop.privilege import SetidGuard, Writer
 from llloop.protocol import APPEND, DATA_ONLY, KILL_PRIVILEGES, Operation, Request
 
 from .replies import Replies
@@ -38,16 +38,24 @@ class Transfers:
         descriptors: the open files.
         replies: where answers go.
         setid: decides about set-ID bits.
+        writer: shows the source who writes.
         counters: what has been done so far.
     """
 
     def __init__(
-        self, arena: Arena, descriptors: Descriptors, replies: Replies, setid: SetidGuard, counters: Counters
+        self,
+        arena: Arena,
+        descriptors: Descriptors,
+        replies: Replies,
+        setid: SetidGuard,
+        writer: Writer,
+        counters: Counters,
     ) -> None:
         self._arena = arena
         self._descriptors = descriptors
         self._replies = replies
         self._setid = setid
+        self._writer = writer
         self._counters = counters.cells
         self._table = {
             Operation.READ: self._read,
@@ -108,13 +116,17 @@ class Transfers:
     def _read(self, request: Request) -> None:
         self._counters[Counters.READ] += self._replies.data(request, self._fd(request))
 
+    def _act_for(self, request: Request) -> None:
+        self._setid.clear(bool(request.flags & KILL_PRIVILEGES))
+        self._writer.assume(request.uid, request.gid)
+
     def _write(self, request: Request) -> None:
         fd = self._fd(request)
         arena = self._arena
         slot = request.slot
         flags = request.flags
         payload = arena.payload(slot, request.length)
-        self._setid.clear(bool(flags & KILL_PRIVILEGES))
+        self._act_for(request)
         if flags & APPEND:
             arena.results[slot] = os.fstat(fd).st_size
             arena.stages[slot] = _APPENDING
@@ -138,7 +150,7 @@ class Transfers:
         self._replies.error(request, 0)
 
     def _fallocate(self, request: Request) -> None:
-        self._setid.clear(bool(request.flags & KILL_PRIVILEGES))
+        self._act_for(request)
         syscalls.fallocate(self._fd(request), request.extra[0], request.offset, request.length)
         self._replies.error(request, 0)
 
@@ -148,7 +160,7 @@ class Transfers:
     def _copy_file_range(self, request: Request) -> None:
         handle, descriptor, offset = request.extra
         source = self._descriptors.get(handle, descriptor)
-        self._setid.clear(bool(request.flags & KILL_PRIVILEGES))
+        self._act_for(request)
         length = min(request.length, _COPY_AT_ONCE)
         try:
             count = os.copy_file_range(source, self._fd(request), length, offset, request.offset)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 
 from ..syscalls import Attributes, fstatx, statx
@@ -170,6 +170,22 @@ class Anchors:
         if old is not None:
             os.close(old)
         self._pins[nodeid] = fd
+
+    def release_unused_pins(self, used: Container[int]) -> bool:
+        """Let go of files that were removed and are not open, so that their space is free.
+
+        The kernel tells a moment after a removal that it has forgotten the inode, sometimes after the next request.
+
+        Args:
+            used: the inodes that are open.
+
+        Returns:
+            Whether there were any.
+        """
+        unused = [nodeid for nodeid in self._pins if nodeid not in used]
+        for nodeid in unused:
+            os.close(self._pins.pop(nodeid))
+        return bool(unused)
 
     def drop(self, nodeid: int) -> None:
         """Close what is kept for *nodeid*: the kernel has forgotten it, or its number was given to another."""

@@ -6,13 +6,13 @@ import errno
 import os
 import stat
 
-from ..privilege import Caller, SetidGuard
+from ..privilege import SetidGuard
 from ..syscalls import Attributes, DirectoryEntry, fstatx, read_directory
 from .anchors import Anchors
 from .handles import Handle, Handles
-from .inodes import ROOT
+from .inodes import ROOT, Inodes
 from .router import Router
-from .tree import Requester, Tree
+from .tree import Requester, Tree, check_name
 
 # What of the caller's open(2) flags the source has to know. O_APPEND is not among them: each WRITE request says
 # whether to append, so that fcntl(F_SETFL) counts too. O_TRUNC must wait until the file is known to be the right one.
@@ -29,16 +29,15 @@ class Files:
         tree: the tree they are opened in.
         handles: where they are kept.
         router: chooses their workers and tells them of a release.
-        caller: acts as the requester where a file is made.
         setid: decides about set-ID bits on truncation.
     """
 
-    def __init__(self, tree: Tree, handles: Handles, router: Router, caller: Caller, setid: SetidGuard) -> None:
+    def __init__(self, tree: Tree, handles: Handles, router: Router, setid: SetidGuard) -> None:
         self._tree = tree
         self._anchors: Anchors = tree.anchors
+        self._inodes: Inodes = tree.inodes
         self._handles = handles
         self._router = router
-        self._caller = caller
         self._setid = setid
         self._root_handle: int | None = None
 
@@ -57,7 +56,10 @@ class Files:
         if flags & os.O_TRUNC:
             try:
                 self._setid.clear(clear_setid)
-                os.ftruncate(descriptor, 0)
+                if flags & os.O_ACCMODE == os.O_RDONLY:  # odd, but Linux truncates then too
+                    os.truncate(f"/proc/self/fd/{descriptor}", 0)
+                else:
+                    os.ftruncate(descriptor, 0)
                 attributes = fstatx(descriptor)
             except BaseException:
                 os.close(descriptor)
@@ -104,11 +106,13 @@ class Files:
         Returns:
             The handle's number, the inode's, and its attributes.
         """
-        directory = self._anchors.directory(parent)
         source_flags = flags & _SOURCE_FLAGS & ~os.O_NOATIME | _ALWAYS | os.O_CREAT | os.O_EXCL
+        permissions = stat.S_IMODE(mode)
+        check_name(name)
         try:
-            with self._caller(who.uid, who.gid, who.umask):
-                descriptor = os.open(name, source_flags, stat.S_IMODE(mode), dir_fd=directory)
+            descriptor = self._tree.as_requester(
+                parent, who, lambda directory: os.open(name, source_flags, permissions, dir_fd=directory)
+            )
         except FileExistsError:
             number = errno.EEXIST if flags & os.O_EXCL else errno.ESTALE
             raise OSError(number, os.strerror(number)) from None
@@ -122,10 +126,11 @@ class Files:
         Returns:
             The handle's number, the inode's, and its attributes.
         """
-        directory = self._anchors.directory(parent)
         source_flags = flags & (_SOURCE_FLAGS | os.O_EXCL) | os.O_CLOEXEC | os.O_TMPFILE
-        with self._caller(who.uid, who.gid, who.umask):
-            descriptor = os.open(f"/proc/self/fd/{directory}", source_flags, stat.S_IMODE(mode))
+        permissions = stat.S_IMODE(mode)
+        descriptor = self._tree.as_requester(
+            parent, who, lambda directory: os.open(f"/proc/self/fd/{directory}", source_flags, permissions)
+        )
         attributes = fstatx(descriptor)
         nodeid = self._tree.enter(0, b"", attributes)
         self._anchors.pin(nodeid, os.open(f"/proc/self/fd/{descriptor}", os.O_PATH | os.O_CLOEXEC))
@@ -158,5 +163,10 @@ class Files:
         """
         handle = self._handles.get(number)
         if handle.entries is None or offset == 0:
-            handle.entries = list(read_directory(handle.descriptor))
+            device = self._inodes.get(handle.nodeid).device
+            nodeid = self._inodes.shown_number
+            handle.entries = [
+                entry._replace(ino=shown) if (shown := nodeid(device, entry.ino)) != entry.ino else entry
+                for entry in read_directory(handle.descriptor)
+            ]
         return handle.entries

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Container
 
 from ..syscalls import DirectoryEntry
 
@@ -43,6 +44,10 @@ class Handles:
 
     def __len__(self) -> int:
         return len(self._table)
+
+    def open_inodes(self) -> Container[int]:
+        """Return the inodes that are open."""
+        return self._of_inode
 
     def add(self, handle: Handle) -> int:
         """Take *handle* in and return its number."""

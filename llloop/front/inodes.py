@@ -65,6 +65,7 @@ class Inodes:
 
     def __init__(self, root: Attributes) -> None:
         self._root_device = root.device
+        self._root_number = root.ino
         inode = Inode(0, b"", root)
         inode.lookups = 1  # the kernel never forgets the root
         self._table: dict[int, Inode] = {ROOT: inode}
@@ -88,6 +89,12 @@ class Inodes:
             raise stale()
         return inode
 
+    def shown_number(self, device: int, number: int) -> int:
+        """Return the number a directory listing shows for an inode: that of `nodeid`, unless that one is taken."""
+        if device != self._root_device:
+            return self.nodeid(device, number)
+        return ROOT if number == self._root_number else number
+
     def nodeid(self, device: int, number: int) -> int:
         """Return the number under which the kernel knows, or is to know, an inode of the source.
 
@@ -99,8 +106,7 @@ class Inodes:
             device: st_dev in the source.
             number: st_ino in the source.
         """
-        root = self._table[ROOT]
-        if number == root.number and device == root.device:
+        if number == self._root_number and device == self._root_device:
             return ROOT
         nodeid = number if device == self._root_device else mix(number ^ mix(device))
         while True:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+from contextlib import suppress
 
 from .. import wire
 from ..session import Session
@@ -74,7 +75,5 @@ class Loop:
     def _refuse(self, base: int, number: int) -> None:
         """Answer a request with an errno."""
         (unique,) = wire.UNIQUE.unpack_from(self._mirror.router.arena.memory, base)
-        try:
+        with suppress(FileNotFoundError):  # it is answered already, or nobody waits for it any more
             os.write(self._device, wire.error_reply(unique, number))
-        except FileNotFoundError:
-            pass  # it is answered already, or nobody waits for it any more

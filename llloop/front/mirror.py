@@ -81,7 +81,7 @@ def build_mirror(
         inodes=inodes,
         handles=handles,
         tree=tree,
-        files=Files(tree, handles, router, caller, setid),
+        files=Files(tree, handles, router, setid),
         router=router,
         policy=CachePolicy(config, direct_mmap),
         setid=setid,

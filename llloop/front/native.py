@@ -25,6 +25,7 @@ from llloop.workers.transfers import Transfers
 from .. import wire
 from ..arena import Counters
 from ..negotiation import Feature
+from ..privilege import OwnIdentity
 from ..protocol import APPEND, DATA_ONLY, KILL_PRIVILEGES, Operation, Request
 from ..syscalls import Attributes
 from ..wire import Opcode
@@ -58,6 +59,7 @@ class NativeRequests:
             OwnDescriptors(),
             KernelReplies(device, arena.payload_size),
             mirror.setid,
+            OwnIdentity(),
             Counters(memoryview(bytearray(8 * Counters.FIELDS)).cast("Q")),
         )
 
@@ -147,13 +149,15 @@ class NativeRequests:
         offset: int = 0,
         length: int = 0,
         flags: int = 0,
+        uid: int = 0,
+        gid: int = 0,
         extra: tuple[int, ...] = (),
     ) -> None:
         handle = self._handles.get(number)
-        if not self._router.submit(handle, number, operation, unique, offset, length, flags, extra):
+        if not self._router.submit(handle, number, operation, unique, offset, length, flags, uid, gid, extra):
             slot = self._router.slot
             self._local.execute(
-                Request(operation, unique, slot, number, handle.descriptor, offset, length, flags, extra)
+                Request(operation, unique, slot, number, handle.descriptor, offset, length, flags, uid, gid, extra)
             )
 
     def read(self, base: int, length: int) -> None:
@@ -163,11 +167,13 @@ class NativeRequests:
 
     def write(self, base: int, length: int) -> None:
         """FUSE_WRITE: the payload stays where it is, in the slot."""
-        unique, number, offset, size, write_flags, open_flags = wire.WRITE_REQUEST.unpack_from(self._memory, base)
+        unique, uid, gid, number, offset, size, write_flags, open_flags = wire.WRITE_REQUEST.unpack_from(
+            self._memory, base
+        )
         flags = KILL_PRIVILEGES if write_flags & wire.FUSE_WRITE_KILL_SUIDGID else 0
         if open_flags & os.O_APPEND and not write_flags & wire.FUSE_WRITE_CACHE:
             flags |= APPEND
-        self._submit(number, Operation.WRITE, unique, offset, size, flags)
+        self._submit(number, Operation.WRITE, unique, offset, size, flags, uid, gid)
 
     def flush(self, base: int, length: int) -> None:
         """FUSE_FLUSH: ENOSYS, after which the kernel stops asking, unless the source's close(2) can fail."""
@@ -185,8 +191,8 @@ class NativeRequests:
 
     def fallocate(self, base: int, length: int) -> None:
         """FUSE_FALLOCATE."""
-        unique, number, offset, size, mode = wire.FALLOCATE_REQUEST.unpack_from(self._memory, base)
-        self._submit(number, Operation.FALLOCATE, unique, offset, size, self._kill_flag(base), (mode,))
+        unique, uid, gid, number, offset, size, mode = wire.FALLOCATE_REQUEST.unpack_from(self._memory, base)
+        self._submit(number, Operation.FALLOCATE, unique, offset, size, _kill_flag(uid), uid, gid, (mode,))
 
     def lseek(self, base: int, length: int) -> None:
         """FUSE_LSEEK: only SEEK_HOLE and SEEK_DATA are sent."""
@@ -195,33 +201,29 @@ class NativeRequests:
 
     def copy_file_range(self, base: int, length: int) -> None:
         """FUSE_COPY_FILE_RANGE: the worker of the file written to does it."""
-        unique, source, source_offset, _, number, offset, size, _ = wire.COPY_FILE_RANGE_REQUEST.unpack_from(
+        unique, uid, gid, source, source_offset, number, offset, size = wire.COPY_FILE_RANGE_REQUEST.unpack_from(
             self._memory, base
         )
         source_handle = self._handles.get(source)
         source_handle.shared = True
         extra = (source, source_handle.descriptor, source_offset)
-        self._submit(number, Operation.COPY_FILE_RANGE, unique, offset, size, self._kill_flag(base), extra)
+        self._submit(number, Operation.COPY_FILE_RANGE, unique, offset, size, _kill_flag(uid), uid, gid, extra)
 
     def syncfs(self, base: int, length: int) -> None:
         """FUSE_SYNCFS: answered by a worker through a descriptor of the root."""
         unique, _ = wire.SYNCFS_REQUEST.unpack_from(self._memory, base)
         self._submit(self._files.root_handle(), Operation.SYNCFS, unique)
 
-    def _kill_flag(self, base: int) -> int:
-        """Guess from the user id what these requests do not say: whether the caller lacks CAP_FSETID."""
-        _, _, _, _, uid, _, _ = wire.IN_HEADER.unpack_from(self._memory, base)
-        return KILL_PRIVILEGES if uid else 0
-
     # Names and attributes
 
     def setattr(self, base: int, length: int) -> None:
         """FUSE_SETATTR."""
-        unique, nodeid, valid, number, size, atime, mtime, atime_nsec, mtime_nsec, mode, uid, gid = (
+        unique, nodeid, caller, valid, number, size, atime, mtime, atime_nsec, mtime_nsec, mode, uid, gid = (
             wire.SETATTR_REQUEST.unpack_from(self._memory, base)
         )
         changes = Changes(valid, mode, uid, gid, size, (atime, atime_nsec), (mtime, mtime_nsec))
-        attributes = self._tree.setattr(nodeid, changes, number if valid & wire.FATTR_FH else None)
+        handle = number if valid & wire.FATTR_FH else None
+        attributes = self._tree.setattr(nodeid, changes, handle, privileged=caller == 0)
         header = wire.ATTR_REPLY.pack(wire.ATTR_REPLY.size + wire.ATTR.size, 0, unique, *self._attr_timeout)
         self._send(header + encode_attributes(nodeid, attributes))
 
@@ -290,6 +292,11 @@ class NativeRequests:
         valid, valid_nsec = policy.attributes
         head = wire.ENTRY.pack(nodeid, attributes.birth, entry, valid, entry_nsec, valid_nsec)
         return head + encode_attributes(nodeid, attributes)
+
+
+def _kill_flag(uid: int) -> int:
+    """Guess from the user id what some requests do not say: whether the caller lacks CAP_FSETID."""
+    return KILL_PRIVILEGES if uid else 0
 
 
 def encode_attributes(nodeid: int, attributes: Attributes) -> bytes:

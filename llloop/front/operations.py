@@ -179,7 +179,7 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
             atime=divmod(values.st_atime_ns, _NS),
             mtime=divmod(values.st_mtime_ns, _NS),
         )
-        return self._attributes(nodeid, self._mirror.tree.setattr(nodeid, changes, handle))
+        return self._attributes(nodeid, self._mirror.tree.setattr(nodeid, changes, handle, privileged=context.uid == 0))
 
     @_answered
     def access(self, nodeid: int, mode: int, context: RequestContext) -> bool:
@@ -271,7 +271,7 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
     @_answered
     def read(self, handle: int, offset: int, length: int) -> memoryview:
         count, data = self._ask(handle, Operation.READ, offset, length)
-        return data[:count]
+        return memoryview(data)[:count]
 
     @_answered
     def write(self, handle: int, offset: int, payload: bytes) -> int:
@@ -298,7 +298,7 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
         self._mirror.files.release(handle)
 
     def stacktrace(self) -> None:
-        """Nothing: llfuse offers it to whoever sets the attribute fuse_stacktrace on the root, which is not for users."""
+        """Nothing: llfuse would print stacks for whoever sets the attribute fuse_stacktrace on the root."""
 
 
 assert ROOT == llfuse.ROOT_INODE

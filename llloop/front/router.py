@@ -44,13 +44,15 @@ class Router:
         offset: int = 0,
         length: int = 0,
         flags: int = 0,
+        uid: int = 0,
+        gid: int = 0,
         extra: tuple[int, ...] = (),
     ) -> bool:
         """Lend the request in `slot` to the worker of *handle* and take another slot for the next one.
 
         Args:
             handle: the open file, *number* its number.
-            operation, unique, offset, length, flags, extra: see `llloop.protocol.Request`.
+            operation, unique, offset, length, flags, uid, gid, extra: see `llloop.protocol.Request`.
 
         Returns:
             False if the request could not be handed over and is the caller's to do.
@@ -60,7 +62,7 @@ class Router:
             return False
         arena = self.arena
         slot = self.slot
-        message = encode((operation, unique, slot, number, handle.descriptor, offset, length, flags, extra))
+        message = encode((operation, unique, slot, number, handle.descriptor, offset, length, flags, uid, gid, extra))
         arena.lend(slot, shard, message)
         following = arena.free_slot()
         if following >= 0:

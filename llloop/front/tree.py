@@ -10,8 +10,9 @@ import errno
 import os
 import stat
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from .. import syscalls, wire
 from ..privilege import Caller, SetidGuard
@@ -25,13 +26,17 @@ _NO_NAMES = frozenset({b"", b".", b".."})
 _TIMES = wire.FATTR_ATIME | wire.FATTR_ATIME_NOW | wire.FATTR_MTIME | wire.FATTR_MTIME_NOW
 
 
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_Made = TypeVar("_Made")
+
+
 class _Remove(Protocol):
     """os.unlink or os.rmdir."""
 
     def __call__(self, path: bytes, /, *, dir_fd: int) -> None: ...
 
 
-def _check_name(name: bytes) -> bytes:
+def check_name(name: bytes) -> bytes:
     """Refuse a name that could lead elsewhere; no kernel sends one, but nothing may depend on that."""
     if name in _NO_NAMES or b"/" in name:
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
@@ -92,16 +97,15 @@ class Tree:
 
     def lookup(self, parent: int, name: bytes) -> tuple[int, Attributes]:
         """Return number and attributes of *name* in *parent*, counting one lookup."""
-        attributes = statx(self.anchors.directory(parent), _check_name(name))
+        attributes = statx(self.anchors.directory(parent), check_name(name))
         return self.enter(parent, name, attributes), attributes
 
     def enter(self, parent: int, name: bytes, attributes: Attributes) -> int:
         """Enter an inode that was found or made, counting one lookup, and return its number."""
         inodes = self.inodes
         nodeid = inodes.nodeid(attributes.device, attributes.ino)
-        if nodeid in inodes:
-            if inodes.get(nodeid).birth != attributes.birth:
-                self.anchors.drop(nodeid)
+        if nodeid in inodes and inodes.get(nodeid).birth != attributes.birth:
+            self.anchors.drop(nodeid)
         return inodes.remember(parent, name, attributes)
 
     def forget(self, nodeid: int, lookups: int) -> None:
@@ -111,30 +115,37 @@ class Tree:
 
     def mknod(self, parent: int, name: bytes, mode: int, device: int, who: Requester) -> tuple[int, Attributes]:
         """Make a file, fifo, socket or device (mknod(2)); *device* is as makedev(3) gives it."""
-        directory = self.anchors.directory(parent)
-        with self._caller(who.uid, who.gid, who.umask):
-            os.mknod(_check_name(name), mode, device, dir_fd=directory)
-        return self.lookup(parent, name)
+        return self._make(parent, name, who, lambda directory: os.mknod(name, mode, device, dir_fd=directory))
 
     def mkdir(self, parent: int, name: bytes, mode: int, who: Requester) -> tuple[int, Attributes]:
         """Make a directory (mkdir(2))."""
-        directory = self.anchors.directory(parent)
-        with self._caller(who.uid, who.gid, who.umask):
-            os.mkdir(_check_name(name), stat.S_IMODE(mode), dir_fd=directory)
-        return self.lookup(parent, name)
+        return self._make(parent, name, who, lambda directory: os.mkdir(name, stat.S_IMODE(mode), dir_fd=directory))
 
     def symlink(self, parent: int, name: bytes, target: bytes, who: Requester) -> tuple[int, Attributes]:
         """Make a symlink (symlink(2))."""
+        return self._make(parent, name, who, lambda directory: os.symlink(target, name, dir_fd=directory))
+
+    def _make(self, parent: int, name: bytes, who: Requester, make: Callable[[int], None]) -> tuple[int, Attributes]:
+        check_name(name)
+        self.as_requester(parent, who, make)
+        return self.lookup(parent, name)
+
+    def as_requester(self, parent: int, who: Requester, make: Callable[[int], _Made]) -> _Made:
+        """Make something in the directory *parent* that belongs to *who*; *make* gets the directory's descriptor."""
         directory = self.anchors.directory(parent)
         with self._caller(who.uid, who.gid, who.umask):
-            os.symlink(target, _check_name(name), dir_fd=directory)
-        return self.lookup(parent, name)
+            try:
+                return make(directory)
+            except OSError as error:
+                if error.errno not in _FULL or not self.anchors.release_unused_pins(self._handles.open_inodes()):
+                    raise
+            return make(directory)
 
     def link(self, nodeid: int, parent: int, name: bytes) -> tuple[int, Attributes]:
         """Give an inode one more name (linkat(2))."""
         with self.anchors.reach(nodeid) as fd:
             directory = self.anchors.directory(parent)
-            os.link(f"/proc/self/fd/{fd}", _check_name(name), dst_dir_fd=directory, follow_symlinks=True)
+            os.link(f"/proc/self/fd/{fd}", check_name(name), dst_dir_fd=directory, follow_symlinks=True)
             attributes = fstatx(fd)
         return self.enter(parent, name, attributes), attributes
 
@@ -148,7 +159,7 @@ class Tree:
 
     def _remove(self, parent: int, name: bytes, remove: _Remove) -> None:
         directory = self.anchors.directory(parent)
-        pin = os.open(_check_name(name), _PIN, dir_fd=directory)
+        pin = os.open(check_name(name), _PIN, dir_fd=directory)
         try:
             nodeid = self._nodeid(pin)
             remove(name, dir_fd=directory)
@@ -172,9 +183,9 @@ class Tree:
         """Rename with RENAME_ flags (renameat2(2))."""
         old_directory = self.anchors.directory(parent)
         new_directory = self.anchors.directory(new_parent)
-        moved_attributes = statx(old_directory, _check_name(name))
+        moved_attributes = statx(old_directory, check_name(name))
         moved = self.inodes.nodeid(moved_attributes.device, moved_attributes.ino)
-        victim = self._pin_if_there(new_directory, _check_name(new_name))
+        victim = self._pin_if_there(new_directory, check_name(new_name))
         try:
             target = None if victim is None else self._nodeid(victim)
             if flags:
@@ -219,29 +230,31 @@ class Tree:
                 raise
         return fstatx(handles[0].descriptor)
 
-    def setattr(self, nodeid: int, changes: Changes, handle: int | None) -> Attributes:
+    def setattr(self, nodeid: int, changes: Changes, handle: int | None, *, privileged: bool) -> Attributes:
         """Change attributes of an inode and return what they are then.
 
         Args:
             nodeid: the inode.
             changes: what to change.
             handle: an open file to truncate through, or None.
+            privileged: whether the caller is root, whose chown leaves set-group-ID on a file no group executes.
         """
         handles = self._handles.of_inode(nodeid)
         try:
             with self.anchors.reach(nodeid) as fd:
-                return self._apply(fd, changes, handle)
+                return self._apply(fd, changes, handle, privileged)
         except OSError as error:
             if error.errno != errno.ESTALE or not handles:
                 raise
-        return self._apply(handles[0].descriptor, changes, handle)
+        return self._apply(handles[0].descriptor, changes, handle, privileged)
 
-    def _apply(self, fd: int, changes: Changes, handle: int | None) -> Attributes:
+    def _apply(self, fd: int, changes: Changes, handle: int | None, privileged: bool) -> Attributes:
         valid = changes.valid
         path = f"/proc/self/fd/{fd}"
         if valid & (wire.FATTR_UID | wire.FATTR_GID):
             uid = changes.uid if valid & wire.FATTR_UID else -1
             gid = changes.gid if valid & wire.FATTR_GID else -1
+            self._setid.clear(not privileged)
             syscalls.chown(fd, uid, gid)
         if valid & wire.FATTR_MODE:
             self._setid.clear(False)
