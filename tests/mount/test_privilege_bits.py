@@ -122,13 +122,15 @@ def test_privileges_go_with_newer_calls_too(tree: Tree, caller: Caller, action: 
     twins.both(do_to_all, action, caller=caller)
 
 
+@pytest.mark.own_loop
 @everyone
 @pytest.mark.parametrize("mode", [0o2767, 0o6766])
 def test_setgid_without_group_execution_follows_the_server(tree: Tree, caller: Caller, mode: int) -> None:
     """This mark of the mandatory locks that Linux gave up lends nobody a group.
 
     Natively it is dropped unless the caller is in the file's group, which a FUSE server is not told. So here a
-    write may drop more than natively, never less; and setuid has to go as ever.
+    write may drop more than natively, never less; and setuid has to go as ever. (Through the fallback the kernel
+    itself decides, and never drops the mark.)
     """
     found = {}
     for side in (tree.src, tree.mnt):

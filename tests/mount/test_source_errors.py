@@ -20,6 +20,7 @@ from tests.conftest import Serve
 from tests.expect import outcome, pattern
 from tests.filesystems import ext4, make_image, mounted, tmpfs
 from tests.mirror import Mirror, Tree, reachable_directory
+from tests.server_processes import wait_until
 from tests.syscalls import FALLOC_FL_KEEP_SIZE, fallocate, opened
 from tests.twins import outcomes
 
@@ -81,6 +82,7 @@ def test_a_full_source_says_so_and_keeps_what_it_took(scratch: Path, serving: Ca
             assert holds_pattern(side, piece, taken)
         # Once there is room again it goes on where it stood.
         path.unlink()
+        assert wait_until(lambda: os.statvfs(source).f_bavail * os.statvfs(source).f_bsize > MIB)
         assert write_until_it_fails(path, piece, limit=MIB)[1] is None
 
 
@@ -160,7 +162,8 @@ def test_a_source_without_inodes_refuses_new_files(scratch: Path, serving: Calla
         assert set(found.values()) == {"ENOSPC"}
         assert sorted(os.listdir(source)) == sorted([*(str(n) for n in range(1, number)), "f"])
         (mirror.mountpoint / "1").unlink()
-        (mirror.mountpoint / "again").touch()
+        # The server may hold on to what was removed until the kernel's FORGET, which comes a moment later.
+        assert wait_until(lambda: outcome((mirror.mountpoint / "again").touch) is None)
 
 
 @pytest.mark.root
