@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
 import pytest
 
-from tests.mirror import Mirror, Tree
+from tests.mirror import Mirror, Tree, remove_tree
 from tests.watchdog import Watchdog
 
 DEFAULT_TIMEOUT = 60.0
@@ -84,6 +83,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    # Again, since the first test's setup has only just started the watchdog.
+    if WATCHDOG in item.config.stash:
+        item.config.stash[WATCHDOG].expect_within(timeout_of(item) + 2)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_teardown(item: pytest.Item) -> None:
     if WATCHDOG in item.config.stash:
         item.config.stash[WATCHDOG].expect_within(DEFAULT_TIMEOUT)
@@ -146,7 +152,7 @@ def tree(mirror: Mirror, request: pytest.FixtureRequest) -> Iterator[Tree]:
     own.src.mkdir(mode=0o755)
     yield own
     assert mirror.alive(), f"the server ended during the test\n{mirror.all_output()}"
-    shutil.rmtree(own.src, ignore_errors=True)
+    remove_tree(own.src)
     mirror.check_log()
 
 

@@ -24,10 +24,10 @@ def fails(*errnos: int) -> Iterator[None]:
         raise AssertionError(f"{wanted} expected, but it succeeded")
 
 
-def outcome(action: Callable[[], Any]) -> Any:
+def outcome(action: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """What a call returns, or the name of the error it fails with: to be compared with another's outcome."""
     try:
-        return action()
+        return action(*arguments, **options)
     except OSError as error:
         return errno_module.errorcode.get(error.errno or 0, error.errno)
 

@@ -33,6 +33,18 @@ def reachable_directory(prefix: str, parent: str | None = None) -> Path:
     return path
 
 
+def remove_tree(path: Path) -> None:
+    """Removes it all, even directories whose mode forbids their owner to look into them."""
+    shutil.rmtree(path, ignore_errors=True)
+    if path.exists():
+        for directory, names, _ in os.walk(path):
+            for name in names:
+                below = os.path.join(directory, name)
+                if not os.path.islink(below):
+                    os.chmod(below, 0o700)
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def source_parent() -> str | None:
     chosen = os.environ.get("LLLOOP_TEST_SOURCE")
     if chosen:
@@ -239,7 +251,7 @@ class Mirror:
         """Removes the temporary directories, but never through a mount."""
         if not self.mounted() or self.via == "native":
             for path in self.owned:
-                shutil.rmtree(path, ignore_errors=True)
+                remove_tree(path)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import signal
 import subprocess
@@ -36,11 +37,16 @@ def kill_session(session: int) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
+def unescaped(field: str) -> str:
+    """A path as mountinfo writes it, without the octal escapes for blanks and the like."""
+    return re.sub(r"\\([0-7]{3})", lambda escape: chr(int(escape[1], 8)), field)
+
+
 def mount_entry(mountpoint: str) -> list[str] | None:
     """The mountinfo fields of what is mounted there, if anything; asking stat instead would hang with the server."""
     for line in reversed(Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()):
         fields = line.split(" ")
-        if fields[4].replace("\\040", " ") == mountpoint:
+        if unescaped(fields[4]) == mountpoint:
             return fields
     return None
 

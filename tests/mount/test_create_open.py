@@ -386,6 +386,10 @@ def test_a_program_runs_from_the_mount(tree: Tree) -> None:
         os.execv(tree.mnt / "script", ["script"])
 
 
+def rewrite(path: Path) -> None:
+    os.close(os.open(path, os.O_WRONLY))
+
+
 def test_a_running_program_is_protected_as_natively(tree: Tree) -> None:
     outcomes = []
     for side, name in ((tree.src, "reference"), (tree.mnt, "program")):
@@ -393,7 +397,7 @@ def test_a_running_program_is_protected_as_natively(tree: Tree) -> None:
         (side / name).chmod(0o755)
         running = os.posix_spawn(side / name, ["sleep", "60"], {})
         try:
-            outcomes.append(outcome(lambda path=side / name: os.close(os.open(path, os.O_WRONLY))))
+            outcomes.append(outcome(rewrite, side / name))
         finally:
             os.kill(running, 9)
             os.waitpid(running, 0)

@@ -66,8 +66,8 @@ def test_unaligned_as_the_source_allows(tree: Tree, size: int, offset: int) -> N
     for path in (tree.src / "reference", tree.mnt / "file"):
         path.write_bytes(content)
         with opened(path, os.O_RDWR | os.O_DIRECT) as descriptor:
-            read = outcome(lambda fd=descriptor: direct_read(fd, size, offset))
-            written = outcome(lambda fd=descriptor: direct_write(fd, b"n" * size, offset))
+            read = outcome(direct_read, descriptor, size, offset)
+            written = outcome(direct_write, descriptor, b"n" * size, offset)
         outcomes.append((read, written))
     assert outcomes[1] == outcomes[0]
     assert (tree.src / "file").read_bytes() == (tree.src / "reference").read_bytes()
@@ -81,7 +81,7 @@ def test_the_end_of_a_file_of_odd_size(tree: Tree) -> None:
         with opened(path, os.O_RDONLY | os.O_DIRECT) as descriptor:
             outcomes.append(
                 [
-                    outcome(lambda fd=descriptor, at=at, size=size: direct_read(fd, size, at))
+                    outcome(direct_read, descriptor, size, at)
                     for size, at in ((4096, 8192), (16_384, 0), (8192, 8192), (4096, 12_288))
                 ]
             )
@@ -116,6 +116,18 @@ def test_mixed_with_a_mapping(tree: Tree) -> None:
         assert direct_read(direct, 4096, 0)[:6] == b"MMAPaa"
         direct_write(direct, b"d" * 4096, 4096)
         assert mapped[4090:4100] == b"a" * 6 + b"d" * 4
+
+
+def test_mapped_by_its_own_descriptor(tree: Tree) -> None:
+    """What the kernel writes back for a mapping ends where the file ends, not where a block does."""
+    (tree.mnt / "file").write_bytes(b"a" * 10_001)
+    with opened(tree.mnt / "file", os.O_RDWR | os.O_DIRECT) as descriptor:
+        with mmap.mmap(descriptor, 10_001) as mapped:
+            mapped[10_000] = ord("z")
+            mapped[0] = ord("A")
+            mapped.flush()
+        os.fsync(descriptor)
+    assert (tree.src / "file").read_bytes() == b"A" + b"a" * 9999 + b"z"
 
 
 def test_appending(tree: Tree) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,7 @@ def on_both(tree: Tree, action: Callable[[int], object], content: bytes = b"", f
     for path in (tree.src / "reference", tree.mnt / "file"):
         path.write_bytes(content)
         with opened(path, flags) as descriptor:
-            outcomes.append(outcome(lambda fd=descriptor: action(fd)))
+            outcomes.append(outcome(action, descriptor))
     assert outcomes[1] == outcomes[0]
     reference, file = os.stat(tree.src / "reference"), os.stat(tree.mnt / "file")
     assert file.st_size == reference.st_size
@@ -89,10 +90,8 @@ def test_fallocate_that_is_refused(tree: Tree) -> None:
         (FALLOC_FL_PUNCH_HOLE, 0, 4096),
         (0, 2**63 - 2, 10),
     ):
-        result = on_both(
-            tree, lambda fd, mode=mode, offset=offset, length=length: fallocate(fd, mode, offset, length), b"x" * 5000
-        )
-        assert result is not None
+        refused = functools.partial(fallocate, mode=mode, offset=offset, length=length)
+        assert on_both(tree, refused, b"x" * 5000) is not None
     assert on_both(tree, lambda descriptor: fallocate(descriptor, 0, 0, 4096), b"x", os.O_RDONLY) == "EBADF"
 
 
@@ -130,7 +129,7 @@ def test_posix_fallocate(tree: Tree) -> None:
 
 def segments(descriptor: int) -> list[tuple[int, int]]:
     """Where there is data, found as cp and tar find it."""
-    found = []
+    found: list[tuple[int, int]] = []
     end = 0
     while True:
         try:
@@ -158,9 +157,7 @@ def test_holes_and_data_are_where_the_source_has_them(tree: Tree) -> None:
         assert len(segments(native)) == 3
         for offset in (0, 1, 70_000, MIB, 2 * MIB + 5, 5 * GIB - 1, 5 * GIB + 80_000, 6 * GIB - 1, 6 * GIB, 7 * GIB):
             for whence in (os.SEEK_DATA, os.SEEK_HOLE):
-                assert outcome(lambda at=offset, how=whence: os.lseek(mounted, at, how)) == outcome(
-                    lambda at=offset, how=whence: os.lseek(native, at, how)
-                )
+                assert outcome(os.lseek, mounted, offset, whence) == outcome(os.lseek, native, offset, whence)
         assert os.lseek(mounted, 2 * MIB, os.SEEK_DATA) == 2 * MIB
         assert os.read(mounted, 3) == b"xxx"
 
@@ -290,7 +287,7 @@ def test_copy_into_the_mount_and_out_of_it(tree: Tree) -> None:
     (tree.src / "outside").write_bytes(content)
     for source_path, target_path in ((tree.src / "outside", tree.mnt / "in"), (tree.mnt / "in", tree.src / "out")):
         with opened(source_path, os.O_RDONLY) as source, opened(target_path, os.O_CREAT | os.O_WRONLY) as target:
-            result = outcome(lambda s=source, t=target: copy_all(s, t, 300_000, 0, 0))
+            result = outcome(copy_all, source, target, 300_000, 0, 0)
         # Two kinds of file system: the kernel copies itself or says EXDEV; it never copies something else.
         assert result in (300_000, "EXDEV")
         if result == "EXDEV":

@@ -105,8 +105,8 @@ def test_values_of_any_size(tree: Tree, size: int) -> None:
     (tree.src / "reference").touch()
     (tree.mnt / "file").touch()
     value = os.urandom(size)
-    expected = outcome(lambda: os.setxattr(tree.src / "reference", "user.large", value))
-    assert outcome(lambda: os.setxattr(tree.mnt / "file", "user.large", value)) == expected
+    expected = outcome(os.setxattr, tree.src / "reference", "user.large", value)
+    assert outcome(os.setxattr, tree.mnt / "file", "user.large", value) == expected
     if expected is None:
         assert os.getxattr(tree.mnt / "file", "user.large") == value
         assert os.getxattr(tree.src / "file", "user.large") == value
@@ -133,10 +133,10 @@ def test_names_that_are_odd(tree: Tree) -> None:
         for path in (tree.src / "reference", tree.mnt / "file"):
             outcomes.append(
                 (
-                    outcome(lambda path=path, name=name: os.getxattr(path, name)),
-                    outcome(lambda path=path, name=name: os.setxattr(path, name, b"v")),
-                    outcome(lambda path=path, name=name: os.getxattr(path, name)),
-                    outcome(lambda path=path, name=name: os.removexattr(path, name)),
+                    outcome(os.getxattr, path, name),
+                    outcome(os.setxattr, path, name, b"v"),
+                    outcome(os.getxattr, path, name),
+                    outcome(os.removexattr, path, name),
                 )
             )
         assert outcomes[0] == outcomes[1], name
@@ -188,7 +188,7 @@ def test_on_symlinks(tree: Tree) -> None:
         os.setxattr(tree.mnt / "symlink", "user.x", b"x", follow_symlinks=False)
     os.symlink("file", tree.src / "reference")
     reading = [
-        outcome(lambda path=path: os.getxattr(path, "user.x", follow_symlinks=False))
+        outcome(os.getxattr, path, "user.x", follow_symlinks=False)
         for path in (tree.src / "reference", tree.mnt / "symlink")
     ]
     assert reading[0] == reading[1]
