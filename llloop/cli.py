@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import click
 
 from . import log, mounting
-from .config import Cache, LoopKind, ServeConfig, help_text
+from .config import MAX_WORKERS, Cache, LoopKind, ServeConfig, help_text
 from .daemon import Daemon
 from .errors import HostError, LlloopError, MountpointError
 from .supervisor import Supervisor
@@ -62,7 +63,7 @@ def main() -> None:
 @main.command(epilog=_EXIT_CODES)
 @click.argument("source", type=click.Path())
 @click.argument("mountpoint", type=click.Path())
-@_option("workers", "--workers", "-w", type=click.IntRange(min=1), default=None, metavar="N")
+@_option("workers", "--workers", "-w", type=click.IntRange(1, MAX_WORKERS), default=None, metavar="N")
 @_option("read_only", "--read-only", "--ro", is_flag=True)
 @_option("allow_other", "--allow-other/--no-allow-other", default=None)
 @_option("cache", "--cache", type=click.Choice([cache.value for cache in Cache]), default=Cache.AUTO.value)
@@ -116,7 +117,6 @@ def serve(
 
     Stop it with Ctrl-C, SIGTERM, or `llloop umount MOUNTPOINT`.
     """
-    options["workers"] = options["workers"] or 0
     options["cache"] = Cache(options["cache"])
     options["loop"] = LoopKind(options["loop"])
     options["options"] = tuple(part for option in options["options"] for part in option.split(",") if part)
@@ -130,11 +130,12 @@ def serve(
     def on_ready(line: str) -> None:
         background.ready()
         if not daemon:
-            click.echo(f"llloop: {line}")
+            with suppress(OSError):  # nobody reads it, which is no reason not to serve
+                click.echo(f"llloop: {line}")
         else:
             background.let_go()
 
-    supervisor = Supervisor(config, on_ready, lifeline=lifeline)
+    supervisor = Supervisor(config, on_ready, lifeline=lifeline, detached=daemon)
     if daemon:
         background.start()
     try:

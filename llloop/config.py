@@ -55,7 +55,7 @@ class ServeConfig:
     source: str
     mountpoint: str
     workers: int = _option(
-        0,
+        None,
         "Number of worker processes that do the data I/O; a file's I/O is always done by the same one. "
         "Default: the number of usable CPUs. More than CPUs helps only where the source waits for disks or a network.",
     )
@@ -107,18 +107,17 @@ class ServeConfig:
     slots: int = _option(256, "How many requests may be with the workers at a time; for tests.")
 
     def __post_init__(self) -> None:
-        defaults: dict[str, Any] = {}
-        if self.workers == 0:
-            defaults["workers"] = min(usable_cpus(), MAX_WORKERS)
-        if self.allow_other is None:
-            defaults["allow_other"] = os.geteuid() == 0
-        for name in ("attr_timeout", "entry_timeout", "negative_timeout"):
-            if getattr(self, name) is None:
-                defaults[name] = _TIMEOUTS[self.cache]
-        if self.fsname is None:
-            defaults["fsname"] = self.source
+        defaults = {
+            "workers": min(usable_cpus(), MAX_WORKERS),
+            "allow_other": os.geteuid() == 0,
+            "attr_timeout": _TIMEOUTS[self.cache],
+            "entry_timeout": _TIMEOUTS[self.cache],
+            "negative_timeout": _TIMEOUTS[self.cache],
+            "fsname": os.path.abspath(self.source),
+        }
         for name, value in defaults.items():
-            object.__setattr__(self, name, value)
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         self._check()
 
     def _check(self) -> None:

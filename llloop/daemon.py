@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from contextlib import suppress
 from pathlib import Path
 
 from .errors import HostError
+from .redirect import let_go_of_standard_descriptors
 
 
 class Daemon:
@@ -49,12 +49,7 @@ class Daemon:
 
     def let_go(self) -> None:
         """Let the calling process end and leave its terminal."""
-        null = os.open(os.devnull, os.O_RDWR)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for fd in (0, 1, 2):
-            os.dup2(null, fd)
-        os.close(null)
+        let_go_of_standard_descriptors()
         os.chdir("/")
         if self._waiting is not None:
             os.write(self._waiting, b"!")

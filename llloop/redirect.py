@@ -1,8 +1,9 @@
-"""What C libraries write to standard error, caught so that it can be said in a sentence of ours."""
+"""The standard descriptors: what C libraries write to them is caught, and daemons let go of them."""
 
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from types import TracebackType
 
@@ -27,3 +28,13 @@ class CapturedStderr:
         self._file.seek(0)
         lines = self._file.read().decode(errors="replace").splitlines()
         return "; ".join(line.strip() for line in lines if line.strip())
+
+
+def let_go_of_standard_descriptors() -> None:
+    """Connect standard input, output and error to /dev/null, so that nobody waits for this process to close them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    os.close(null)

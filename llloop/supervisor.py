@@ -32,7 +32,7 @@ from .config import LoopKind, ServeConfig
 from .errors import HostError, LlloopError, UsageError
 from .front.operations import Operations
 from .front.process import FrontSetup, run_front
-from .redirect import CapturedStderr
+from .redirect import CapturedStderr, let_go_of_standard_descriptors
 from .session import Session, SessionNotFound, find_session, fuse_devices
 from .workers.process import WorkerSetup, run_worker
 
@@ -43,9 +43,11 @@ _F_SETPIPE_SZ = 1031  # <linux/fcntl.h>
 _FUSE_NOTIFY_RESEND = 7  # enum fuse_notify_code
 _INIT_BUFFER = 1 << 21  # larger than any request: the kernel refuses a read into less than it might need
 
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
 # After a lazy unmount, how long in seconds those who still use the mount may go on.
 GRACE = 5.0
-# How long a process asked to end may take, in seconds.
+# How long the kernel may take to end a killed process, in seconds; longer only if the source hangs.
 _PATIENCE = 5.0
 # A process that died after less than this, in seconds, is restarted after a pause that doubles up to the longest.
 _SHORT_LIFE = 10.0
@@ -73,9 +75,10 @@ class _Child:
     due: float = 0.0
     pause: float = field(default=0.0)
 
-    def start(self) -> None:
+    def start(self, *, detached: bool) -> None:
         """Fork the process."""
-        self.process = _fork.Process(target=_child_main, args=(self.name, self.target, os.getpid()), name=self.name)
+        arguments = (self.name, self.target, os.getpid(), detached)
+        self.process = _fork.Process(target=_child_main, args=arguments, name=self.name)
         self.started = time.monotonic()
         self.process.start()
 
@@ -91,15 +94,17 @@ class _Child:
         return pause
 
 
-def _child_main(name: str, target: Callable[[], None], supervisor: int) -> None:
+def _child_main(name: str, target: Callable[[], None], supervisor: int, detached: bool) -> None:
     """Run in a new child: leave the supervisor's signals behind, and do not outlive it."""
     signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the supervisor decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # They may reach the whole group (Ctrl-C, a service manager); the supervisor decides and ends the others by SIGKILL.
+    for number in _STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != supervisor:
         os._exit(1)
+    if detached:
+        let_go_of_standard_descriptors()
     setproctitle(name)
     target()
 
@@ -111,12 +116,21 @@ class Supervisor:
         config: the mount's options.
         on_ready: called with a line that describes the mount when it answers requests.
         lifeline: a descriptor to watch; the mount ends when its other end is closed.
+        detached: whether the processes of the tree let go of the standard descriptors.
     """
 
-    def __init__(self, config: ServeConfig, on_ready: Callable[[str], None], lifeline: int | None = None) -> None:
+    def __init__(
+        self,
+        config: ServeConfig,
+        on_ready: Callable[[str], None],
+        *,
+        lifeline: int | None = None,
+        detached: bool = False,
+    ) -> None:
         self._config = config
         self._on_ready = on_ready
         self._lifeline = lifeline
+        self._detached = detached
         self._source = mounting.check_source(config.source)
         self._mountpoint = mounting.check_mountpoint(config, self._source)
         mounting.check_host(config)
@@ -143,6 +157,7 @@ class Supervisor:
             LlloopError: the mount could not be made.
         """
         setproctitle("llloop-supervisor")
+        multiprocessing.current_process().name = "llloop-supervisor"
         _raise_descriptor_limit()
         root = os.open(self._source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         xattr_acl = self._config.xattr and _has_acls(self._source)
@@ -157,7 +172,7 @@ class Supervisor:
                 self._open_session(device, xattr_acl)
             self._make_children(root, device, operations)
             for child in self._children:
-                child.start()
+                child.start(detached=self._detached)
             self._watch(signal_reader)
             return 1 if self._failed else 0
         finally:
@@ -168,6 +183,7 @@ class Supervisor:
     def _mount(self, operations: Operations) -> int:
         before = fuse_devices()
         complaints = CapturedStderr()
+        _log.debug("mounting %s at %s with %s", self._source, self._mountpoint, self._options)
         try:
             with complaints:
                 llfuse.init(operations, self._mountpoint, self._options)
@@ -299,7 +315,7 @@ class Supervisor:
         now = time.monotonic()
         for child in self._children:
             if child.process is None and child.due <= now and not self._ended:
-                child.start()
+                child.start(detached=self._detached)
 
     def _resend(self) -> None:
         """Have the kernel send again what the last front had taken and not answered (Linux 6.9, HAS_RESEND)."""
@@ -320,7 +336,7 @@ class Supervisor:
     def _catch_signals(self) -> int:
         reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in _STOP_SIGNALS:
             signal.signal(number, self._on_signal)
         return reader
 
@@ -384,7 +400,7 @@ class Supervisor:
 def _unmount(mountpoint: str, lazy: bool) -> None:
     """Run in a process of its own: unmount, and say by the exit code how that went."""
     signal.set_wakeup_fd(-1)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in _STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     try:
         mounting.unmount(mountpoint, lazy=lazy)
@@ -396,12 +412,8 @@ def _unmount(mountpoint: str, lazy: bool) -> None:
 
 
 def _end(process: BaseProcess | None) -> None:
-    """End a process: politely, then not."""
-    if process is None:
-        return
-    process.terminate()
-    process.join(_PATIENCE)
-    if process.is_alive():
+    """End a process that has nothing left to do, or whose time is up."""
+    if process is not None:
         process.kill()
         process.join(_PATIENCE)
 

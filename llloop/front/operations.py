@@ -113,10 +113,13 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
         negative.entry_timeout = self._mirror.config.negative_timeout
         return negative
 
-    @_answered
     def forget(self, inodes: list[tuple[int, int]]) -> None:
+        """Forget without an answer: nothing may come out of here at all, for there is nobody to tell."""
         for nodeid, lookups in inodes:
-            self._mirror.tree.forget(nodeid, lookups)
+            try:
+                self._mirror.tree.forget(nodeid, lookups)
+            except Exception:
+                _log.exception("forget(%d, %d) failed", nodeid, lookups)
 
     @_answered
     def mknod(self, parent: int, name: bytes, mode: int, device: int, context: RequestContext) -> EntryAttributes:
