@@ -108,6 +108,10 @@ def test_tmpfiles_linked_in_belong_to_the_caller(tree: Tree) -> None:
 
 
 ALL_MODES = [owner << 6 | group << 3 | other for owner, group, other in itertools.product(range(8), repeat=3)]
+# Directories take more calls each: every class in all its modes, the others open or closed.
+CLASS_MODES = [
+    bits << shift | others & ~(7 << shift) for bits in range(8) for shift in (6, 3, 0) for others in (0o777, 0)
+]
 
 
 def make_files_of_all_modes(directory: Path) -> None:
@@ -151,7 +155,7 @@ def test_every_mode_admits_whom_it_admits_natively(tree: Tree, caller: Caller) -
 
 
 def make_directories_of_all_modes(directory: Path) -> None:
-    for mode in ALL_MODES:
+    for mode in sorted(set(CLASS_MODES)):
         path = directory / f"{mode:03o}"
         path.mkdir()
         (path / "inside").write_bytes(b"content")
@@ -183,7 +187,7 @@ def try_directory(path: Path) -> dict[str, Any]:
 
 
 def try_all_directories(directory: Path) -> dict[str, Any]:
-    return {f"{mode:03o}": try_directory(directory / f"{mode:03o}") for mode in ALL_MODES}
+    return {f"{mode:03o}": try_directory(directory / f"{mode:03o}") for mode in sorted(set(CLASS_MODES))}
 
 
 @everyone
