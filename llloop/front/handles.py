@@ -20,9 +20,11 @@ class Handle:
         lent: whether that worker may hold the descriptor too and must be told of the release.
         shared: whether any worker may, because the file was copied from.
         entries: a directory's entries as they were when it was opened or rewound, or None.
+        append, writer: whether it was opened with O_APPEND, and by which uid and gid; only used where llfuse runs
+            the loop, whose write handler says neither.
     """
 
-    __slots__ = ("descriptor", "direct", "entries", "lent", "nodeid", "shard", "shared")
+    __slots__ = ("append", "descriptor", "direct", "entries", "lent", "nodeid", "shard", "shared", "writer")
 
     def __init__(self, descriptor: int, nodeid: int, shard: int, direct: bool) -> None:
         self.descriptor = descriptor
@@ -31,6 +33,8 @@ class Handle:
         self.direct = direct
         self.lent = False
         self.shared = False
+        self.append = False
+        self.writer = (0, 0)
         self.entries: list[DirectoryEntry] | None = None
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import functools
 import logging
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ import llfuse
 from llfuse import EntryAttributes, FUSEError, RequestContext, SetattrFields
 
 from .. import wire
-from ..protocol import DATA_ONLY, Operation
+from ..protocol import APPEND, DATA_ONLY, Operation
 from ..syscalls import Attributes
 from .inodes import ROOT
 from .mirror import Mirror
@@ -256,9 +257,15 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
             raise FUSEError(errno.ENOSYS)
         return self._exchange.call(self._mirror.handles.get(number), number, operation, offset, length, flags)
 
+    def _note_writer(self, handle: int, flags: int, context: RequestContext) -> None:
+        open_file = self._mirror.handles.get(handle)
+        open_file.append = bool(flags & os.O_APPEND)
+        open_file.writer = (context.uid, context.gid)
+
     @_answered
     def open(self, nodeid: int, flags: int, context: RequestContext) -> int:
         handle, attributes = self._mirror.files.open(nodeid, flags, clear_setid=False)
+        self._note_writer(handle, flags, context)
         inode = self._mirror.inodes.get(nodeid)
         if not self._mirror.policy.open_flags(inode, attributes) & wire.FOPEN_KEEP_CACHE:
             llfuse.invalidate_inode(nodeid)  # llfuse always keeps the page cache; this may come a moment late
@@ -269,6 +276,7 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
         self, parent: int, name: bytes, mode: int, flags: int, context: RequestContext
     ) -> tuple[int, EntryAttributes]:
         handle, nodeid, attributes = self._mirror.files.create(parent, name, mode, flags, _requester(context))
+        self._note_writer(handle, flags, context)
         return handle, self._entry(nodeid, attributes)
 
     @_answered
@@ -281,7 +289,10 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
         if self._exchange is None:
             raise FUSEError(errno.ENOSYS)
         open_file = self._mirror.handles.get(handle)
-        count, _ = self._exchange.call(open_file, handle, Operation.WRITE, offset, len(payload), 0, payload)
+        flags = APPEND if open_file.append else 0
+        count, _ = self._exchange.call(
+            open_file, handle, Operation.WRITE, offset, len(payload), flags, *open_file.writer, payload
+        )
         return count
 
     @_answered

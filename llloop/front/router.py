@@ -116,6 +116,8 @@ class Exchange:
         offset: int = 0,
         length: int = 0,
         flags: int = 0,
+        uid: int = 0,
+        gid: int = 0,
         payload: bytes = b"",
     ) -> tuple[int, memoryview]:
         """Have a worker do *operation* and return its count or offset, and the slot's payload.
@@ -128,7 +130,7 @@ class Exchange:
         slot = router.slot
         data = router.arena.payload(slot, router.arena.payload_size)
         data[: len(payload)] = payload
-        if not router.submit(handle, number, operation, self._unique, offset, length, flags):
+        if not router.submit(handle, number, operation, self._unique, offset, length, flags, uid, gid):
             raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         while True:
             answer = decode_answer(os.read(self._answers, MAX_MESSAGE))

@@ -248,6 +248,7 @@ def test_append(tree: Tree) -> None:
     assert (tree.src / "file").read_bytes() == b"st!"
 
 
+@pytest.mark.own_loop  # llfuse does not pass on the flags that a WRITE request carries
 def test_append_switched_on_and_off_while_open(tree: Tree) -> None:
     with opened(tree.mnt / "file", os.O_CREAT | os.O_RDWR) as descriptor:
         plain = fcntl.fcntl(descriptor, fcntl.F_GETFL)
