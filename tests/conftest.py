@@ -6,12 +6,13 @@ import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 import pytest
 
-from tests.mirror import Mirror, Tree, remove_tree
+from tests.mirror import Mirror, Tree, reachable_directory, remove_tree
 from tests.watchdog import Watchdog
 
 DEFAULT_TIMEOUT = 60.0
@@ -124,36 +125,65 @@ def serve_options(request: pytest.FixtureRequest) -> list[str]:
     return list(request.config.getoption("--serve-option"))
 
 
+@contextmanager
+def running(mirror: Mirror) -> Iterator[Mirror]:
+    try:
+        mirror.start()
+        yield mirror
+        mirror.stop()
+    finally:
+        mirror.clean_up()
+        mirror.forget_files()
+
+
 @pytest.fixture(scope="session")
 def mirror(via: str, serve_options: list[str], watchdog: Watchdog) -> Iterator[Mirror]:
     """The mount that most tests share."""
-    shared = Mirror.prepare(via, watchdog, serve_options)
-    try:
-        shared.start()
+    with running(Mirror.prepare(via, watchdog, serve_options)) as shared:
         yield shared
-        shared.stop()
+
+
+@pytest.fixture(scope="session")
+def disk_mirror(via: str, serve_options: list[str], watchdog: Watchdog) -> Iterator[Mirror]:
+    """Another one, whose source is most likely no RAM file system and has a disk's demands (O_DIRECT, blocks)."""
+    holder = reachable_directory("llloop-source-", "/var/tmp")
+    try:
+        with running(Mirror.prepare(via, watchdog, serve_options, source=holder)) as shared:
+            yield shared
     finally:
-        shared.clean_up()
-        shared.forget_files()
+        remove_tree(holder)
 
 
 _numbers = itertools.count(1)
 
 
-@pytest.fixture
-def tree(mirror: Mirror, request: pytest.FixtureRequest) -> Iterator[Tree]:
-    """A fresh directory of the shared mount."""
+@contextmanager
+def fresh_directory(mirror: Mirror, test: str) -> Iterator[Tree]:
     if not mirror.alive():
         # Another test ended it, and has failed for that; this one is not to fail with it.
         mirror.clean_up()
         mirror.start()
-    name = f"{re.sub('[^A-Za-z0-9_]+', '-', request.node.name)[:80]}-{next(_numbers)}"
+    name = f"{re.sub('[^A-Za-z0-9_]+', '-', test)[:80]}-{next(_numbers)}"
     own = Tree(mirror.source / name, mirror.mountpoint / name, mirror)
     own.src.mkdir(mode=0o755)
     yield own
     assert mirror.alive(), f"the server ended during the test\n{mirror.all_output()}"
     remove_tree(own.src)
     mirror.check_log()
+
+
+@pytest.fixture
+def tree(mirror: Mirror, request: pytest.FixtureRequest) -> Iterator[Tree]:
+    """A fresh directory of the shared mount."""
+    with fresh_directory(mirror, request.node.name) as own:
+        yield own
+
+
+@pytest.fixture(params=["mirror", "disk_mirror"], ids=["shared", "disk"])
+def tree_of_each(request: pytest.FixtureRequest) -> Iterator[Tree]:
+    """A fresh directory of the shared mount, and in another run of the test of the one whose source is on a disk."""
+    with fresh_directory(request.getfixturevalue(request.param), request.node.name) as own:
+        yield own
 
 
 @pytest.fixture

@@ -32,6 +32,11 @@ def direct_read(descriptor: int, size: int, offset: int) -> bytes:
     return memory[:count]
 
 
+@pytest.fixture
+def tree(tree_of_each: Tree) -> Tree:
+    return tree_of_each
+
+
 @pytest.fixture(autouse=True)
 def source_with_direct_io(tree: Tree) -> None:
     try:

@@ -30,6 +30,11 @@ GIB = 1024 * MIB
 PUNCH = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 
 
+@pytest.fixture
+def tree(tree_of_each: Tree) -> Tree:
+    return tree_of_each
+
+
 def on_both(tree: Tree, action: Callable[[int], object], content: bytes = b"", flags: int = os.O_RDWR) -> object:
     """Does the same in the source and through the mount, and holds the mount to the source's outcome."""
     outcomes = []

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import running
 from tests.expect import fails, pattern
 from tests.mirror import Mirror, reachable_directory
 from tests.syscalls import RENAME_NOREPLACE, fallocate, opened, renameat2, statx
@@ -61,14 +62,10 @@ def faulty_server(via: str, serve_options: list[str], watchdog: Watchdog) -> Ite
     server = [sys.executable, str(Path(__file__).with_name("faulty_server.py")), str(trigger), "serve"]
     # Without caches every call reaches its handler.
     timeouts = ["--attr-timeout", "0", "--entry-timeout", "0"]
-    mirror = Mirror.prepare(via, watchdog, [*serve_options, *timeouts], command=server)
     try:
-        mirror.start()
-        yield mirror, trigger
-        mirror.stop()
+        with running(Mirror.prepare(via, watchdog, [*serve_options, *timeouts], command=server)) as mirror:
+            yield mirror, trigger
     finally:
-        mirror.clean_up()
-        mirror.forget_files()
         trigger.unlink()
         directory.rmdir()
 
