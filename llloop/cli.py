@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,14 @@ def _option(name: str, *more: str, **attributes: Any) -> Callable[[Callable[...,
     return click.option(*more, name, help=help_text(name), **attributes)
 
 
+def _say(line: str) -> None:
+    """Print a line; that nobody reads it is no reason not to serve."""
+    try:
+        click.echo(line)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 @click.group(context_settings=_CONTEXT, epilog=_EXIT_CODES)
 @click.version_option(__version__, prog_name="llloop", message="%(prog)s %(version)s")
 def main() -> None:
@@ -61,8 +69,8 @@ def main() -> None:
 
 
 @main.command(epilog=_EXIT_CODES)
-@click.argument("source", type=click.Path())
-@click.argument("mountpoint", type=click.Path())
+@click.argument("source", type=click.Path(readable=False))
+@click.argument("mountpoint", type=click.Path(readable=False))
 @_option("workers", "--workers", "-w", type=click.IntRange(1, MAX_WORKERS), default=None, metavar="N")
 @_option("read_only", "--read-only", "--ro", is_flag=True)
 @_option("allow_other", "--allow-other/--no-allow-other", default=None)
@@ -130,8 +138,7 @@ def serve(
     def on_ready(line: str) -> None:
         background.ready()
         if not daemon:
-            with suppress(OSError):  # nobody reads it, which is no reason not to serve
-                click.echo(f"llloop: {line}")
+            _say(f"llloop: {line}")
         else:
             background.let_go()
 
@@ -145,7 +152,7 @@ def serve(
 
 
 @main.command()
-@click.argument("mountpoint", type=click.Path())
+@click.argument("mountpoint", type=click.Path(readable=False))
 @click.option(
     "--lazy",
     is_flag=True,

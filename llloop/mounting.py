@@ -236,8 +236,8 @@ def mount_options(config: ServeConfig) -> set[str]:
         options.add("allow_other")
     if config.read_only:
         options.add("ro")
-    if config.nonempty and os.geteuid() == 0:
-        options.add("nonempty")  # fusermount 3 does not know it and does not check either
+    if config.nonempty:
+        options.add("nonempty")
     return options
 
 

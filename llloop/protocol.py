@@ -53,7 +53,8 @@ class Request(NamedTuple):
         length: a length in bytes.
         flags: the flags above.
         uid, gid: the file system ids of who writes, for quotas and reserved blocks.
-        extra: COPY_FILE_RANGE: the source's handle, descriptor and offset; FALLOCATE: the mode; LSEEK: the whence.
+        extra: COPY_FILE_RANGE: the source's handle, descriptor and offset; FALLOCATE: the mode; LSEEK: the whence;
+            RELEASE: the handles to let go of.
     """
 
     operation: int

@@ -71,7 +71,8 @@ class Transfers:
     def execute(self, request: Request) -> None:
         """Do one request. Whatever happens, it is answered and nothing is raised but the death of /dev/fuse."""
         if request.operation == Operation.RELEASE:
-            self._descriptors.release(request.handle)
+            for handle in request.extra:
+                self._descriptors.release(handle)
             return
         counters = self._counters
         try:

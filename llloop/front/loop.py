@@ -49,6 +49,8 @@ class Loop:
         device = self._device
         readv = os.readv
         while True:
+            if router.backlog:
+                router.wait(device)
             slot = router.slot
             try:
                 length = readv(device, buffers[slot])

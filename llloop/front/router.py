@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
-from collections import deque
+import select
 
 from ..arena import Arena
 from ..protocol import MAX_MESSAGE, Operation, decode_answer, encode
 from .handles import Handle
 from .inodes import mix
+
+# As many handles as surely fit into one message, each taking at most nine bytes.
+_RELEASES_AT_ONCE = MAX_MESSAGE // 10
 
 
 class Router:
@@ -27,9 +30,11 @@ class Router:
         self.arena = arena
         self._pipes = pipes
         self._shards = len(pipes)
-        # Releases that did not fit into a pipe; nothing may overtake them.
-        self._waiting: list[deque[bytes]] = [deque() for _ in pipes]
+        # Handles whose release did not fit into a pipe; nothing may overtake them.
+        self._waiting: list[list[int]] = [[] for _ in pipes]
         self.slot = arena.free_slot()
+        # Whether releases wait for room in a pipe: `wait` must be called before the next request is read.
+        self.backlog = False
 
     def shard_of(self, nodeid: int) -> int:
         """Return the worker for an inode's data I/O, evenly spread also over consecutive numbers."""
@@ -79,20 +84,36 @@ class Router:
 
     def release(self, number: int, handle: Handle) -> None:
         """Tell the worker of *handle*, or all of them where it is shared, to let go of its descriptor."""
-        message = encode((Operation.RELEASE, 0, -1, number, -1))
         for shard in range(self._shards) if handle.shared else (handle.shard,):
-            self._waiting[shard].append(message)
+            self._waiting[shard].append(number)
             self._flush(shard)
 
     def _flush(self, shard: int) -> bool:
         waiting = self._waiting[shard]
         try:
             while waiting:
-                os.write(self._pipes[shard], waiting[0])
-                waiting.popleft()
+                batch = waiting[:_RELEASES_AT_ONCE]
+                os.write(self._pipes[shard], encode((Operation.RELEASE, 0, -1, -1, -1, 0, 0, 0, 0, 0, batch)))
+                del waiting[: len(batch)]
         except BlockingIOError:
+            self.backlog = True
             return False
         return True
+
+    def wait(self, device: int) -> None:
+        """Wait for a request on *device*, and meanwhile deliver releases as soon as there is room for them."""
+        poll = select.poll()
+        poll.register(device, select.POLLIN)
+        for shard, waiting in enumerate(self._waiting):
+            if waiting:
+                poll.register(self._pipes[shard], select.POLLOUT)
+        ready = {fd for fd, _ in poll.poll()}
+        self.backlog = False
+        for shard, waiting in enumerate(self._waiting):
+            if waiting and self._pipes[shard] not in ready:
+                self.backlog = True
+            elif waiting:
+                self._flush(shard)
 
 
 class Exchange:
