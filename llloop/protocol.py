@@ -32,8 +32,11 @@ class Operation(IntEnum):
 # Flags of a request: what WRITE, FALLOCATE and COPY_FILE_RANGE have in common ...
 KILL_PRIVILEGES = 1 << 0  # drop set-user-ID, set-group-ID and file capabilities: the caller lacks CAP_FSETID
 APPEND = 1 << 1  # write at the end of the file, wherever that is
-# ... and what tells fdatasync from fsync.
+# ... what tells fdatasync from fsync ...
 DATA_ONLY = 1 << 2
+# ... and what READ and WRITE of a file opened with O_DIRECT say when they are not direct: the kernel writes a mapping
+# back through any descriptor, and fcntl(F_SETFL) can take O_DIRECT off.
+BUFFERED = 1 << 3
 
 
 class Malformed(Exception):

@@ -105,12 +105,12 @@ UNIQUE = Struct("=8xQ")
 INIT_REQUEST = Struct("=8xQ24xIIIII")  # unique, major, minor, max_readahead, flags, flags2
 OPEN_REQUEST = Struct("=8xQQ16xII")  # unique, nodeid, flags, open_flags
 CREATE_REQUEST = Struct("=8xQQII8xIIII")  # unique, nodeid, uid, gid, flags, mode, umask, open_flags; then the name
-READ_REQUEST = Struct("=8xQ24xQQI")  # unique, fh, offset, size
+READ_REQUEST = Struct("=8xQ24xQQI12xI")  # unique, fh, offset, size, flags
 WRITE_REQUEST = Struct("=8xQ8xII8xQQII8xI")  # unique, uid, gid, fh, offset, size, write_flags, flags
 RELEASE_REQUEST = Struct("=8xQ24xQ")  # unique, fh
 FSYNC_REQUEST = Struct("=8xQ24xQI")  # unique, fh, fsync_flags
 FLUSH_REQUEST = RELEASE_REQUEST
-READDIR_REQUEST = READ_REQUEST
+READDIR_REQUEST = Struct("=8xQ24xQQI")  # unique, fh, offset, size
 FALLOCATE_REQUEST = Struct("=8xQ8xII8xQQQI")  # unique, uid, gid, fh, offset, length, mode
 LSEEK_REQUEST = Struct("=8xQ24xQqI")  # unique, fh, offset, whence
 COPY_FILE_RANGE_REQUEST = Struct("=8xQ8xII8xQQ8xQQQ8x")  # unique, uid, gid, fh_in, off_in, fh_out, off_out, len

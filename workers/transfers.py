@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Protocol
 
 from llloop import syscalls
 from llloop.arena import Arena, Counters
 from llloop.privilege import SetidGuard, Writer
-from llloop.protocol import APPEND, DATA_ONLY, KILL_PRIVILEGES, Operation, Request
+from llloop.protocol import APPEND, BUFFERED, DATA_ONLY, KILL_PRIVILEGES, Operation, Request
 
 from .replies import Replies
 
@@ -21,6 +24,20 @@ _COPY_AT_ONCE = 64 * 1024 * 1024
 
 # How far a WRITE had come, noted in its slot for a successor.
 _BEGUN, _APPENDING, _DONE = range(3)
+
+
+_AS_IT_IS = nullcontext()
+
+
+@contextmanager
+def _buffered(fd: int) -> Iterator[None]:
+    """Take O_DIRECT off a descriptor for a while; all I/O of a file is this worker's, so nobody else is surprised."""
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+    try:
+        yield
+    finally:
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags)
 
 
 class Descriptors(Protocol):
@@ -115,7 +132,9 @@ class Transfers:
         return self._descriptors.get(request.handle, request.descriptor)
 
     def _read(self, request: Request) -> None:
-        self._counters[Counters.READ] += self._replies.data(request, self._fd(request))
+        fd = self._fd(request)
+        with _buffered(fd) if request.flags & BUFFERED else _AS_IT_IS:
+            self._counters[Counters.READ] += self._replies.data(request, fd)
 
     def _act_for(self, request: Request) -> None:
         self._setid.clear(bool(request.flags & KILL_PRIVILEGES))
@@ -133,7 +152,8 @@ class Transfers:
             arena.stages[slot] = _APPENDING
             count = os.pwritev(fd, [payload], request.offset, os.RWF_APPEND)
         else:
-            count = os.pwrite(fd, payload, request.offset)
+            with _buffered(fd) if flags & BUFFERED else _AS_IT_IS:
+                count = os.pwrite(fd, payload, request.offset)
         arena.results[slot] = count
         arena.stages[slot] = _DONE
         self._counters[Counters.WRITTEN] += count

@@ -26,7 +26,7 @@ from .. import wire
 from ..arena import Counters
 from ..negotiation import Feature
 from ..privilege import OwnIdentity
-from ..protocol import APPEND, DATA_ONLY, KILL_PRIVILEGES, Operation, Request
+from ..protocol import APPEND, BUFFERED, DATA_ONLY, KILL_PRIVILEGES, Operation, Request
 from ..syscalls import Attributes
 from ..wire import Opcode
 from .mirror import Mirror
@@ -162,8 +162,9 @@ class NativeRequests:
 
     def read(self, base: int, length: int) -> None:
         """FUSE_READ."""
-        unique, number, offset, size = wire.READ_REQUEST.unpack_from(self._memory, base)
-        self._submit(number, Operation.READ, unique, offset, size)
+        unique, number, offset, size, open_flags = wire.READ_REQUEST.unpack_from(self._memory, base)
+        buffered = self._handles.get(number).direct and not open_flags & os.O_DIRECT
+        self._submit(number, Operation.READ, unique, offset, size, BUFFERED if buffered else 0)
 
     def write(self, base: int, length: int) -> None:
         """FUSE_WRITE: the payload stays where it is, in the slot."""
@@ -171,8 +172,11 @@ class NativeRequests:
             self._memory, base
         )
         flags = KILL_PRIVILEGES if write_flags & wire.FUSE_WRITE_KILL_SUIDGID else 0
-        if open_flags & os.O_APPEND and not write_flags & wire.FUSE_WRITE_CACHE:
+        cached = write_flags & wire.FUSE_WRITE_CACHE
+        if open_flags & os.O_APPEND and not cached:
             flags |= APPEND
+        if self._handles.get(number).direct and (cached or not open_flags & os.O_DIRECT):
+            flags |= BUFFERED
         self._submit(number, Operation.WRITE, unique, offset, size, flags, uid, gid)
 
     def flush(self, base: int, length: int) -> None:

@@ -27,6 +27,9 @@ from .tree import Changes, Requester
 
 _log = logging.getLogger(__name__)
 _Method = TypeVar("_Method", bound=Callable[..., Any])
+# llfuse does not say which writes are direct, and what a mapping writes back must not be; the kernel's cache is passed
+# over all the same.
+_DIRECT = os.O_DIRECT
 _NS = 1_000_000_000
 
 
@@ -264,7 +267,7 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
 
     @_answered
     def open(self, nodeid: int, flags: int, context: RequestContext) -> int:
-        handle, attributes = self._mirror.files.open(nodeid, flags, clear_setid=False)
+        handle, attributes = self._mirror.files.open(nodeid, flags & ~_DIRECT, clear_setid=False)
         self._note_writer(handle, flags, context)
         inode = self._mirror.inodes.get(nodeid)
         if not self._mirror.policy.open_flags(inode, attributes) & wire.FOPEN_KEEP_CACHE:
@@ -275,7 +278,9 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
     def create(
         self, parent: int, name: bytes, mode: int, flags: int, context: RequestContext
     ) -> tuple[int, EntryAttributes]:
-        handle, nodeid, attributes = self._mirror.files.create(parent, name, mode, flags, _requester(context))
+        handle, nodeid, attributes = self._mirror.files.create(
+            parent, name, mode, flags & ~_DIRECT, _requester(context)
+        )
         self._note_writer(handle, flags, context)
         return handle, self._entry(nodeid, attributes)
 

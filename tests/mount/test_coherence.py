@@ -81,6 +81,7 @@ def overwrite(path: Path, content: bytes, offset: int = 0) -> None:
         os.close(fd)
 
 
+@pytest.mark.own_loop  # llfuse keeps the page cache at every open; what drops it may come a moment late
 def test_an_overwrite_of_the_same_size_is_seen(view: View) -> None:
     (view.src / "file").write_bytes(OLD)
     assert (view.mnt / "file").read_bytes() == OLD
@@ -114,6 +115,7 @@ def test_an_overwrite_that_hides_its_time_is_seen(view: View) -> None:
     assert (view.mnt / "file").read_bytes() == NEW
 
 
+@pytest.mark.own_loop  # llfuse keeps the page cache at every open; what drops it may come a moment late
 def test_an_overwrite_is_seen_by_a_new_open_while_an_old_one_lasts(view: View) -> None:
     (view.src / "file").write_bytes(OLD)
     with open(view.mnt / "file", "rb", buffering=0) as lasting:
@@ -141,6 +143,7 @@ def test_bytes_are_never_older_than_the_attributes(view: View) -> None:
             os.close(fd)
 
 
+@pytest.mark.own_loop  # llfuse keeps the page cache at every open; what drops it may come a moment late
 @pytest.mark.parametrize("patient", ["never"], indirect=True)
 def test_many_quick_overwrites_are_all_seen(view: View) -> None:
     """Quicker than the clock ticks: the same size and, on an old kernel, the same times."""
