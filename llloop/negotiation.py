@@ -55,6 +55,8 @@ _ALWAYS = (
     | Feature.BIG_WRITES
     | Feature.DONT_MASK
     | Feature.AUTO_INVAL_DATA
+    | Feature.DO_READDIRPLUS
+    | Feature.READDIRPLUS_AUTO
     | Feature.ASYNC_DIO
     | Feature.PARALLEL_DIROPS
     | Feature.MAX_PAGES

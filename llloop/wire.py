@@ -102,6 +102,11 @@ OPCODE = Struct("=4xI")
 UNIQUE = Struct("=8xQ")
 
 # Requests, from the header on
+NODE_REQUEST = Struct("=8xQQ")  # unique, nodeid
+FORGET_REQUEST = Struct("=16xQ16xQ")  # nodeid, nlookup
+BATCH_FORGET_REQUEST = Struct("=40xI4x")  # count; then struct fuse_forget_one
+FORGET_ONE = Struct("=QQ")  # nodeid, nlookup
+GETATTR_REQUEST = Struct("=8xQQ16xI4xQ")  # unique, nodeid, getattr_flags, fh
 INIT_REQUEST = Struct("=8xQ24xIIIII")  # unique, major, minor, max_readahead, flags, flags2
 OPEN_REQUEST = Struct("=8xQQ16xII")  # unique, nodeid, flags, open_flags
 CREATE_REQUEST = Struct("=8xQQII8xIIII")  # unique, nodeid, uid, gid, flags, mode, umask, open_flags; then the name
@@ -115,7 +120,6 @@ FALLOCATE_REQUEST = Struct("=8xQ8xII8xQQQI")  # unique, uid, gid, fh, offset, le
 LSEEK_REQUEST = Struct("=8xQ24xQqI")  # unique, fh, offset, whence
 COPY_FILE_RANGE_REQUEST = Struct("=8xQ8xII8xQQ8xQQQ8x")  # unique, uid, gid, fh_in, off_in, fh_out, off_out, len
 RENAME2_REQUEST = Struct("=8xQQ16xQI4x")  # unique, nodeid, newdir, flags; then both names
-SYNCFS_REQUEST = Struct("=8xQQ")  # unique, nodeid
 STATX_REQUEST = Struct("=8xQQ16xI4xQII")  # unique, nodeid, getattr_flags, fh, sx_flags, sx_mask
 # unique, nodeid, the caller's uid, valid, fh, size, atime, mtime, atimensec, mtimensec, mode, uid, gid
 SETATTR_REQUEST = Struct("=8xQQI12xI4xQQ8xqq8xII4xI4xII")
@@ -127,8 +131,9 @@ INIT_OUT = Struct("=IIIIHHIIHHI28x")
 # struct fuse_attr: ino, size, blocks, atime, mtime, ctime, their nanoseconds, mode, nlink, uid, gid, rdev, blksize,
 # flags
 ATTR = Struct("=QQQqqqIIIIIIIIII")
-ENTRY = Struct("=QQQQII")  # nodeid, generation, entry_valid, attr_valid, their nanoseconds; then struct fuse_attr
-ATTR_REPLY = Struct("=IiQQI4x")  # header, attr_valid, attr_valid_nsec; then struct fuse_attr
+ENTRY_HEAD = Struct("=QqQQII")  # nodeid, generation, entry_valid, attr_valid, their nanoseconds; then struct fuse_attr
+ENTRY = Struct("=QqQQIIQQQqqqIIIIIIIIII")  # both
+ATTR_REPLY = Struct("=IiQQI4xQQQqqqIIIIIIIIII")  # header, attr_valid, attr_valid_nsec, struct fuse_attr
 OPEN_REPLY = Struct("=IiQQI4x")  # header, fh, open_flags
 OPEN_OUT = Struct("=QI4x")  # fh, open_flags, as in the CREATE reply
 WRITE_REPLY = Struct("=IiQI4x")  # header, size

@@ -38,6 +38,7 @@ class Anchors:
         self._capacity = max(capacity, 2)
         self._directories: OrderedDict[int, int] = OrderedDict()
         self._pins: dict[int, int] = {}
+        inodes.on_reuse = self.drop
 
     def directory(self, nodeid: int) -> int:
         """Return a descriptor of the directory *nodeid*, valid until the second next call.

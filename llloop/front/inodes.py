@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 
 from ..syscalls import Attributes
 
@@ -26,6 +27,11 @@ def mix(number: int) -> int:
 def stale() -> OSError:
     """Return the error for an inode that is no longer where its names say; the kernel then looks it up afresh."""
     return OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+
+def birth_of(attributes: Attributes) -> int:
+    """Return a file's birth time in nanoseconds, 0 where its file system keeps none."""
+    return attributes.btime * 1_000_000_000 + attributes.btime_nsec
 
 
 class Inode:
@@ -48,12 +54,20 @@ class Inode:
         self.lookups = 0
         self.device = attributes.device
         self.number = attributes.ino
-        self.birth = attributes.birth
+        self.birth = birth_of(attributes)
         self.stamp: tuple[int, ...] | None = None
 
     def is_same(self, attributes: Attributes) -> bool:
         """Whether *attributes* are those of this very file, not of one that got its number after it."""
-        return attributes.ino == self.number and attributes.device == self.device and attributes.birth == self.birth
+        return (
+            attributes.ino == self.number
+            and attributes.device == self.device
+            and attributes.btime * 1_000_000_000 + attributes.btime_nsec == self.birth
+        )
+
+
+def _nothing(nodeid: int) -> None:
+    """Nobody keeps anything."""
 
 
 class Inodes:
@@ -69,6 +83,8 @@ class Inodes:
         inode = Inode(0, b"", root)
         inode.lookups = 1  # the kernel never forgets the root
         self._table: dict[int, Inode] = {ROOT: inode}
+        # Called with a number that was given to another file, so that nothing kept for the old one is used for it.
+        self.on_reuse: Callable[[int], None] = _nothing
         # Further names of hard-linked inodes that the kernel has seen.
         self._links: dict[int, set[tuple[int, bytes]]] = {}
 
@@ -124,20 +140,26 @@ class Inodes:
             name: its name there.
             attributes: what statx(2) says of it.
         """
-        nodeid = self.nodeid(attributes.device, attributes.ino)
+        nodeid = attributes.ino
         inode = self._table.get(nodeid)
-        if inode is None:
-            inode = self._table[nodeid] = Inode(parent, name, attributes)
-        elif inode.parent != parent or inode.name != name or inode.birth != attributes.birth:
+        # Mostly the number is the source's own, and known as such; all else takes the long way.
+        if inode is None or inode.number != nodeid or attributes.device != inode.device or nodeid <= ROOT:
+            nodeid = self.nodeid(attributes.device, nodeid)
+            inode = self._table.get(nodeid)
+            if inode is None:
+                inode = self._table[nodeid] = Inode(parent, name, attributes)
+        if inode.name != name or inode.parent != parent or inode.birth != birth_of(attributes):
             self._found_elsewhere(nodeid, inode, parent, name, attributes)
         inode.lookups += 1
         return nodeid
 
     def _found_elsewhere(self, nodeid: int, inode: Inode, parent: int, name: bytes, attributes: Attributes) -> None:
-        if inode.birth != attributes.birth:  # the number was given to another file
+        birth = birth_of(attributes)
+        if inode.birth != birth:  # the number was given to another file
             self._links.pop(nodeid, None)
-            inode.birth = attributes.birth
+            inode.birth = birth
             inode.stamp = None
+            self.on_reuse(nodeid)
         elif attributes.nlink > 1 and inode.parent and attributes.mode & 0o170000 != 0o040000:
             links = self._links.setdefault(nodeid, set())
             links.add((inode.parent, inode.name))

@@ -11,7 +11,7 @@ from .. import wire
 from ..session import Session
 from ..wire import Opcode
 from .mirror import Mirror
-from .native import Handler, NativeRequests
+from .native import Handler, native_table
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class Loop:
         self._device = device
         self._process = session.processor()
         self._table: list[Handler | None] = [None] * (max(Opcode) + 1)
-        for opcode, handler in NativeRequests(mirror, device).table().items():
+        for opcode, handler in native_table(mirror, device).items():
             self._table[opcode] = handler
 
     def run(self) -> None:

@@ -20,7 +20,7 @@ from llfuse import EntryAttributes, FUSEError, RequestContext, SetattrFields
 from .. import wire
 from ..protocol import APPEND, DATA_ONLY, Operation
 from ..syscalls import Attributes
-from .inodes import ROOT
+from .inodes import ROOT, birth_of
 from .mirror import Mirror
 from .router import Exchange
 from .tree import Changes, Requester
@@ -82,7 +82,7 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
 
     def _entry(self, nodeid: int, attributes: Attributes) -> EntryAttributes:
         entry = self._attributes(nodeid, attributes)
-        entry.generation = attributes.birth
+        entry.generation = birth_of(attributes) & 0xFFFFFFFFFFFFFFFF
         entry.entry_timeout = self._mirror.config.entry_timeout
         return entry
 

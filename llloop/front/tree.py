@@ -102,11 +102,7 @@ class Tree:
 
     def enter(self, parent: int, name: bytes, attributes: Attributes) -> int:
         """Enter an inode that was found or made, counting one lookup, and return its number."""
-        inodes = self.inodes
-        nodeid = inodes.nodeid(attributes.device, attributes.ino)
-        if nodeid in inodes and inodes.get(nodeid).birth != attributes.birth:
-            self.anchors.drop(nodeid)
-        return inodes.remember(parent, name, attributes)
+        return self.inodes.remember(parent, name, attributes)
 
     def forget(self, nodeid: int, lookups: int) -> None:
         """Take back *lookups* of an inode."""

@@ -1,0 +1,157 @@
+"""Open files: opening, closing, and everything that moves or waits for data."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from llloop.workers.leases import OwnDescriptors
+from llloop.workers.replies import KernelReplies
+from llloop.workers.transfers import Transfers
+
+from ... import wire
+from ...arena import Counters
+from ...privilege import OwnIdentity
+from ...protocol import APPEND, BUFFERED, DATA_ONLY, KILL_PRIVILEGES, Operation, Request
+from ...syscalls import Attributes
+from ..mirror import Mirror
+from ..tree import Requester
+from .base import Responder
+
+
+class FileRequests(Responder):
+    """The handlers; see `Responder`. A request that goes to a worker is answered by that worker."""
+
+    def __init__(self, mirror: Mirror, device: int) -> None:
+        super().__init__(mirror, device)
+        self._router = mirror.router
+        arena = mirror.router.arena
+        # For the requests that find no free slot or a full pipe.
+        self._local = Transfers(
+            arena,
+            OwnDescriptors(),
+            KernelReplies(device, arena.payload_size),
+            mirror.setid,
+            OwnIdentity(),
+            Counters(memoryview(bytearray(8 * Counters.FIELDS)).cast("Q")),
+        )
+
+    def open(self, base: int, length: int) -> None:
+        """FUSE_OPEN: reply with a handle and whether the kernel may keep the pages it has."""
+        unique, nodeid, flags, open_flags = wire.OPEN_REQUEST.unpack_from(self._memory, base)
+        clear_setid = bool(open_flags & wire.FUSE_OPEN_KILL_SUIDGID)
+        number, attributes = self._files.open(nodeid, flags, clear_setid)
+        mirror = self._mirror
+        keep = mirror.policy.open_flags(mirror.inodes.get(nodeid), attributes)
+        if not self._send(wire.OPEN_REPLY.pack(wire.OPEN_REPLY.size, 0, unique, number, keep)):
+            self._files.release(number)
+
+    def create(self, base: int, length: int) -> None:
+        """FUSE_CREATE: reply with an entry and a handle."""
+        request = wire.CREATE_REQUEST
+        unique, parent, uid, gid, flags, mode, umask, _ = request.unpack_from(self._memory, base)
+        name = self._string(base + request.size, base + length)
+        created = self._files.create(parent, name, mode, flags, Requester(uid, gid, umask))
+        self._reply_created(unique, *created)
+
+    def tmpfile(self, base: int, length: int) -> None:
+        """FUSE_TMPFILE: as CREATE; the name is only the kernel's."""
+        unique, parent, uid, gid, flags, mode, umask, _ = wire.CREATE_REQUEST.unpack_from(self._memory, base)
+        created = self._files.tmpfile(parent, mode, flags, Requester(uid, gid, umask))
+        self._reply_created(unique, *created)
+
+    def _reply_created(self, unique: int, number: int, nodeid: int, attributes: Attributes) -> None:
+        mirror = self._mirror
+        flags = mirror.policy.open_flags(mirror.inodes.get(nodeid), attributes)
+        payload = self._entry(nodeid, attributes) + wire.OPEN_OUT.pack(number, flags)
+        if not self._send(wire.reply(unique, payload)):
+            self._files.release(number)
+            self._tree.forget(nodeid, 1)
+
+    def release(self, base: int, length: int) -> None:
+        """FUSE_RELEASE and FUSE_RELEASEDIR."""
+        unique, number = wire.RELEASE_REQUEST.unpack_from(self._memory, base)
+        self._files.release(number)
+        self._send(wire.error_reply(unique, 0))
+
+    def _submit(
+        self,
+        number: int,
+        operation: Operation,
+        unique: int,
+        offset: int = 0,
+        length: int = 0,
+        flags: int = 0,
+        uid: int = 0,
+        gid: int = 0,
+        extra: tuple[int, ...] = (),
+    ) -> None:
+        handle = self._handles.get(number)
+        if not self._router.submit(handle, number, operation, unique, offset, length, flags, uid, gid, extra):
+            slot = self._router.slot
+            self._local.execute(
+                Request(operation, unique, slot, number, handle.descriptor, offset, length, flags, uid, gid, extra)
+            )
+
+    def read(self, base: int, length: int) -> None:
+        """FUSE_READ."""
+        unique, number, offset, size, open_flags = wire.READ_REQUEST.unpack_from(self._memory, base)
+        buffered = self._handles.get(number).direct and not open_flags & os.O_DIRECT
+        self._submit(number, Operation.READ, unique, offset, size, BUFFERED if buffered else 0)
+
+    def write(self, base: int, length: int) -> None:
+        """FUSE_WRITE: the payload stays where it is, in the slot."""
+        unique, uid, gid, number, offset, size, write_flags, open_flags = wire.WRITE_REQUEST.unpack_from(
+            self._memory, base
+        )
+        flags = KILL_PRIVILEGES if write_flags & wire.FUSE_WRITE_KILL_SUIDGID else 0
+        cached = write_flags & wire.FUSE_WRITE_CACHE
+        if open_flags & os.O_APPEND and not cached:
+            flags |= APPEND
+        if self._handles.get(number).direct and (cached or not open_flags & os.O_DIRECT):
+            flags |= BUFFERED
+        self._submit(number, Operation.WRITE, unique, offset, size, flags, uid, gid)
+
+    def flush(self, base: int, length: int) -> None:
+        """FUSE_FLUSH: ENOSYS, after which the kernel stops asking, unless the source's close(2) can fail."""
+        unique, number = wire.FLUSH_REQUEST.unpack_from(self._memory, base)
+        if self._mirror.close_can_fail:
+            self._submit(number, Operation.FLUSH, unique)
+        else:
+            self._send(wire.error_reply(unique, errno.ENOSYS))
+
+    def fsync(self, base: int, length: int) -> None:
+        """FUSE_FSYNC and FUSE_FSYNCDIR."""
+        unique, number, fsync_flags = wire.FSYNC_REQUEST.unpack_from(self._memory, base)
+        flags = DATA_ONLY if fsync_flags & wire.FUSE_FSYNC_FDATASYNC else 0
+        self._submit(number, Operation.FSYNC, unique, flags=flags)
+
+    def fallocate(self, base: int, length: int) -> None:
+        """FUSE_FALLOCATE."""
+        unique, uid, gid, number, offset, size, mode = wire.FALLOCATE_REQUEST.unpack_from(self._memory, base)
+        self._submit(number, Operation.FALLOCATE, unique, offset, size, _kill_flag(uid), uid, gid, (mode,))
+
+    def lseek(self, base: int, length: int) -> None:
+        """FUSE_LSEEK: only SEEK_HOLE and SEEK_DATA are sent."""
+        unique, number, offset, whence = wire.LSEEK_REQUEST.unpack_from(self._memory, base)
+        self._submit(number, Operation.LSEEK, unique, offset, extra=(whence,))
+
+    def copy_file_range(self, base: int, length: int) -> None:
+        """FUSE_COPY_FILE_RANGE: the worker of the file written to does it."""
+        unique, uid, gid, source, source_offset, number, offset, size = wire.COPY_FILE_RANGE_REQUEST.unpack_from(
+            self._memory, base
+        )
+        source_handle = self._handles.get(source)
+        source_handle.shared = True
+        extra = (source, source_handle.descriptor, source_offset)
+        self._submit(number, Operation.COPY_FILE_RANGE, unique, offset, size, _kill_flag(uid), uid, gid, extra)
+
+    def syncfs(self, base: int, length: int) -> None:
+        """FUSE_SYNCFS: answered by a worker through a descriptor of the root."""
+        unique, _ = wire.NODE_REQUEST.unpack_from(self._memory, base)
+        self._submit(self._files.root_handle(), Operation.SYNCFS, unique)
+
+
+def _kill_flag(uid: int) -> int:
+    """Guess from the user id what some requests do not say: whether the caller lacks CAP_FSETID."""
+    return KILL_PRIVILEGES if uid else 0

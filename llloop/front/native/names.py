@@ -1,0 +1,141 @@
+"""Names and attributes: what `find`, builds and `git status` are made of."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from ... import wire
+from ...syscalls import Attributes, fstatx, statx
+from ..mirror import Mirror
+from ..tree import Changes, check_name
+from .base import Responder
+
+
+class NameRequests(Responder):
+    """The handlers; see `Responder`."""
+
+    def __init__(self, mirror: Mirror, device: int) -> None:
+        super().__init__(mirror, device)
+        self._attr_timeout = mirror.policy.attributes
+        seconds, nanoseconds = mirror.policy.negative
+        # struct fuse_entry_out of a name that does not exist; empty where the kernel is not to remember that.
+        self._negative = wire.ENTRY_HEAD.pack(0, 0, seconds, 0, nanoseconds, 0) + bytes(wire.ATTR.size)
+        if not seconds and not nanoseconds:
+            self._negative = b""
+
+    def lookup(self, base: int, length: int) -> None:
+        """FUSE_LOOKUP."""
+        unique, parent = wire.NODE_REQUEST.unpack_from(self._memory, base)
+        name = check_name(self._memory[base + wire.IN_HEADER_SIZE : base + length - 1])
+        tree = self._tree
+        try:
+            attributes = statx(tree.anchors.directory(parent), name)
+        except FileNotFoundError:
+            if not self._negative:
+                raise
+            self._send(wire.reply(unique, self._negative))
+            return
+        nodeid = tree.inodes.remember(parent, name, attributes)
+        self._reply_entry(unique, nodeid, attributes)
+
+    def _reply_entry(self, unique: int, nodeid: int, attributes: Attributes) -> None:
+        if not self._send(wire.reply(unique, self._entry(nodeid, attributes))):
+            self._tree.forget(nodeid, 1)
+
+    def forget(self, base: int, length: int) -> None:
+        """FUSE_FORGET: has no reply."""
+        self._tree.forget(*wire.FORGET_REQUEST.unpack_from(self._memory, base))
+
+    def batch_forget(self, base: int, length: int) -> None:
+        """FUSE_BATCH_FORGET: has no reply."""
+        request = wire.BATCH_FORGET_REQUEST
+        (count,) = request.unpack_from(self._memory, base)
+        start = base + request.size
+        forget = self._tree.forget
+        for nodeid, lookups in wire.FORGET_ONE.iter_unpack(self._memory[start : start + count * wire.FORGET_ONE.size]):
+            forget(nodeid, lookups)
+
+    def getattr(self, base: int, length: int) -> None:
+        """FUSE_GETATTR."""
+        unique, nodeid, flags, number = wire.GETATTR_REQUEST.unpack_from(self._memory, base)
+        if flags & wire.FUSE_GETATTR_FH:
+            attributes = fstatx(self._handles.get(number).descriptor)
+        else:
+            attributes = self._tree.getattr(nodeid)
+        self._reply_attributes(unique, nodeid, attributes)
+
+    def _reply_attributes(self, unique: int, nodeid: int, a: Attributes) -> None:
+        attr_reply = wire.ATTR_REPLY
+        self._send(
+            attr_reply.pack(
+                attr_reply.size,
+                0,
+                unique,
+                *self._attr_timeout,
+                nodeid,
+                a.size,
+                a.blocks,
+                a.atime,
+                a.mtime,
+                a.ctime,
+                a.atime_nsec,
+                a.mtime_nsec,
+                a.ctime_nsec,
+                a.mode,
+                a.nlink,
+                a.uid,
+                a.gid,
+                wire.encode_device(a.rdev_major, a.rdev_minor),
+                a.blksize,
+                0,
+            )
+        )
+
+    def unlink(self, base: int, length: int) -> None:
+        """FUSE_UNLINK."""
+        unique, parent = wire.NODE_REQUEST.unpack_from(self._memory, base)
+        self._tree.unlink(parent, self._memory[base + wire.IN_HEADER_SIZE : base + length - 1])
+        self._send(wire.error_reply(unique, 0))
+
+    def setattr(self, base: int, length: int) -> None:
+        """FUSE_SETATTR."""
+        unique, nodeid, caller, valid, number, size, atime, mtime, atime_nsec, mtime_nsec, mode, uid, gid = (
+            wire.SETATTR_REQUEST.unpack_from(self._memory, base)
+        )
+        changes = Changes(valid, mode, uid, gid, size, (atime, atime_nsec), (mtime, mtime_nsec))
+        handle = number if valid & wire.FATTR_FH else None
+        attributes = self._tree.setattr(nodeid, changes, handle, privileged=caller == 0)
+        self._reply_attributes(unique, nodeid, attributes)
+
+    def statx(self, base: int, length: int) -> None:
+        """FUSE_STATX: sent where somebody asks for the birth time."""
+        unique, nodeid, _, _, flags, mask = wire.STATX_REQUEST.unpack_from(self._memory, base)
+        raw = self._tree.statx_raw(nodeid, mask, flags)
+        self._send(wire.reply(unique, wire.STATX_OUT.pack(*self._attr_timeout, 0) + bytes(raw)))
+
+    def rename2(self, base: int, length: int) -> None:
+        """FUSE_RENAME2: rename with flags."""
+        request = wire.RENAME2_REQUEST
+        unique, parent, new_parent, flags = request.unpack_from(self._memory, base)
+        name = self._string(base + request.size, base + length)
+        new_name = self._string(base + request.size + len(name) + 1, base + length)
+        self._tree.rename(parent, name, new_parent, new_name, flags)
+        self._send(wire.error_reply(unique, 0))
+
+    def setxattr(self, base: int, length: int) -> None:
+        """FUSE_SETXATTR in its extended form (SETXATTR_EXT)."""
+        request = wire.SETXATTR_REQUEST
+        unique, nodeid, size, flags, xattr_flags, _ = request.unpack_from(self._memory, base)
+        if not self._mirror.config.xattr:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        name = self._string(base + request.size, base + length)
+        start = base + request.size + len(name) + 1
+        value = self._memory[start : start + size]
+        self._tree.setxattr(nodeid, name, value, flags, bool(xattr_flags & wire.FUSE_SETXATTR_ACL_KILL_SGID))
+        self._send(wire.error_reply(unique, 0))
+
+    def interrupt(self, base: int, length: int) -> None:
+        """FUSE_INTERRUPT: not supported, as said once."""
+        (unique,) = wire.UNIQUE.unpack_from(self._memory, base)
+        self._send(wire.error_reply(unique, errno.ENOSYS))
