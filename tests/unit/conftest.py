@@ -1,0 +1,25 @@
+"""What tests without a mount share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from llloop.arena import Arena
+from tests.unit.support import Device
+
+# As large as in a mount, so that what is spliced is; only what is touched takes memory.
+PAYLOAD = 128 * 4096
+
+
+@pytest.fixture
+def arena() -> Arena:
+    return Arena(4, PAYLOAD, 2)
+
+
+@pytest.fixture
+def device() -> Iterator[Device]:
+    stand_in = Device()
+    yield stand_in
+    stand_in.close()

@@ -1,0 +1,185 @@
+"""The shared memory: slots are lent and come back, and nothing of one lies in another."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from llloop import wire
+from llloop.arena import DEFAULT_SLOTS, MAX_SHARDS, Arena, Counters
+from llloop.protocol import Operation, encode
+from tests.as_user import Child
+
+LONGEST = encode(
+    (9, 2**64 - 1, 4095, 2**64 - 1, 2**31, 2**64 - 1, 2**64 - 1, 7, 2**32 - 1, 2**32 - 1, (2**64 - 1,) * 3)
+)
+
+
+def test_all_slots_are_free_at_first(arena: Arena) -> None:
+    assert arena.free_slot() == 0
+    assert [arena.lent_to(shard) for shard in range(2)] == [[], []]
+
+
+def test_the_lowest_free_slot_comes_first(arena: Arena) -> None:
+    for slot in range(4):
+        assert arena.free_slot() == slot
+        arena.lend(slot, 0, b"x")
+    assert arena.free_slot() == -1
+    arena.give_back(2)
+    arena.give_back(1)
+    assert arena.free_slot() == 1
+
+
+def test_a_lent_slot_keeps_its_message(arena: Arena) -> None:
+    arena.lend(1, 0, b"one")
+    arena.lend(3, 1, LONGEST)
+    arena.lend(2, 0, b"")
+    assert arena.lent_to(0) == [(1, b"one"), (2, b"")]
+    assert arena.lent_to(1) == [(3, LONGEST)]
+    arena.give_back(1)
+    assert arena.lent_to(0) == [(2, b"")]
+
+
+def test_the_highest_shard_is_not_taken_for_a_free_slot() -> None:
+    arena = Arena(2, wire.PAGE_SIZE, MAX_SHARDS)
+    arena.lend(0, MAX_SHARDS - 1, b"message")
+    assert arena.free_slot() == 1
+    assert arena.lent_to(MAX_SHARDS - 1) == [(0, b"message")]
+
+
+def test_lending_forgets_how_far_the_last_request_had_come(arena: Arena) -> None:
+    arena.stages[0] = 2
+    arena.lend(0, 1, b"x")
+    assert arena.stages[0] == 0
+
+
+def test_payloads_begin_on_a_page(arena: Arena) -> None:
+    """A WRITE is received where it is written from, and O_DIRECT wants it aligned."""
+    for slot in range(arena.slots):
+        assert (arena.address + arena.request_offset(slot) + wire.WRITE_HEADER_SIZE) % wire.PAGE_SIZE == 0
+
+
+def test_a_request_and_its_payload_are_received_in_one_piece(arena: Arena) -> None:
+    reader, writer = os.pipe()
+    try:
+        for slot in range(arena.slots):
+            header = bytes([slot + 1]) * wire.WRITE_HEADER_SIZE
+            payload = bytes([slot + 101]) * 5000
+            os.write(writer, header + payload)
+            assert os.readv(reader, arena.receive_buffers[slot]) == len(header) + len(payload)
+            start = arena.request_offset(slot)
+            assert arena.memory[start : start + len(header)] == header
+            assert arena.payload(slot, 5000) == payload
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def test_a_receive_buffer_takes_the_largest_write(arena: Arena) -> None:
+    for (buffer,) in arena.receive_buffers:
+        assert len(buffer) == wire.WRITE_HEADER_SIZE + arena.payload_size
+    assert arena.receive_buffers[0][0].nbytes >= 8192, "FUSE_MIN_READ_BUFFER: the kernel refuses to read into less"
+
+
+def test_nothing_of_a_slot_lies_in_another(arena: Arena) -> None:
+    messages = [bytes([65 + slot]) * len(LONGEST) for slot in range(arena.slots)]
+    for slot, message in enumerate(messages):
+        arena.lend(slot, slot % 2, message)
+        (buffer,) = arena.receive_buffers[slot]
+        buffer[:] = bytes([slot + 1]) * len(buffer)
+        arena.results[slot] = -slot
+        arena.stages[slot] = slot
+    for counters in arena.counters:
+        counters.cells[:] = memoryview(b"\xff" * 8 * Counters.FIELDS).cast("Q")
+    arena.front_pid = 2**31 - 1
+    for slot, message in enumerate(messages):
+        assert (slot, message) in arena.lent_to(slot % 2)
+        assert bytes(arena.payload(slot, arena.payload_size)) == bytes([slot + 1]) * arena.payload_size
+        assert arena.results[slot] == -slot
+        assert arena.stages[slot] == slot
+    assert arena.front_pid == 2**31 - 1
+
+
+def test_results_hold_any_count_and_position(arena: Arena) -> None:
+    arena.results[3] = 2**63 - 1
+    assert arena.results[3] == 2**63 - 1
+
+
+def test_counters_are_counted_per_worker(arena: Arena) -> None:
+    first, second = arena.counters
+    first.cells[Counters.REQUESTS] += 3
+    first.cells[Counters.ERRORS] += 1
+    first.cells[Counters.READ] += 2**40
+    second.cells[Counters.WRITTEN] = 2**63
+    assert first.snapshot() == {"requests": 3, "errors": 1, "read": 2**40, "written": 0}
+    assert second.snapshot() == {"requests": 0, "errors": 0, "read": 0, "written": 2**63}
+
+
+def test_what_a_child_does_is_seen(arena: Arena) -> None:
+    def work() -> None:
+        arena.counters[1].cells[Counters.READ] = 7
+        arena.payload(0, 3)[:] = b"abc"
+        arena.give_back(0)
+
+    arena.lend(0, 1, b"x")
+    Child(work).result()
+    assert arena.free_slot() == 0
+    assert arena.payload(0, 3) == b"abc"
+    assert arena.counters[1].snapshot()["read"] == 7
+
+
+@pytest.mark.parametrize("slots", [1, 2, 5, 7, 9, DEFAULT_SLOTS, 4096])
+def test_any_number_of_slots(slots: int) -> None:
+    arena = Arena(slots, 4 * wire.PAGE_SIZE, 3)
+    last = slots - 1
+    arena.lend(last, 2, b"last")
+    arena.results[last] = 5
+    arena.counters[2].cells[Counters.WRITTEN] = 6
+    arena.front_pid = 7
+    (buffer,) = arena.receive_buffers[last]
+    buffer[:] = b"\xff" * len(buffer)
+    assert arena.lent_to(2) == [(last, b"last")]
+    assert (arena.results[last], arena.counters[2].snapshot()["written"], arena.front_pid) == (5, 6, 7)
+    assert arena.free_slot() == (0 if last else -1)
+
+
+class SlotMachine(RuleBasedStateMachine):
+    """Random lending and giving back against a dictionary."""
+
+    SLOTS, SHARDS = 5, 3
+
+    @initialize()
+    def start(self) -> None:
+        self.arena = Arena(self.SLOTS, wire.PAGE_SIZE, self.SHARDS)
+        self.lent: dict[int, tuple[int, bytes]] = {}
+
+    @precondition(lambda self: len(self.lent) < self.SLOTS)
+    @rule(shard=st.integers(0, SHARDS - 1), unique=st.integers(0, 2**64 - 1))
+    def lend(self, shard: int, unique: int) -> None:
+        slot = self.arena.free_slot()
+        message = encode((Operation.READ, unique, slot, 1, 2))
+        self.arena.lend(slot, shard, message)
+        self.lent[slot] = (shard, message)
+
+    @precondition(lambda self: self.lent)
+    @rule(data=st.data())
+    def give_back(self, data: st.DataObject) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.lent)))
+        self.arena.give_back(slot)
+        del self.lent[slot]
+
+    @invariant()
+    def as_the_model(self) -> None:
+        free = set(range(self.SLOTS)) - set(self.lent)
+        assert self.arena.free_slot() == min(free, default=-1)
+        for shard in range(self.SHARDS):
+            expected = [(slot, message) for slot, (lent, message) in sorted(self.lent.items()) if lent == shard]
+            assert self.arena.lent_to(shard) == expected
+
+
+TestSlots = SlotMachine.TestCase
+TestSlots.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)

@@ -1,0 +1,262 @@
+"""The inode table against a simple model, in random sequences of what a mount asks of it."""
+
+from __future__ import annotations
+
+import errno
+import stat
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from llloop.front.inodes import ROOT, Inodes, mix
+from tests.expect import fails
+from tests.unit.support import attributes
+
+ROOT_DEVICE, OTHER_DEVICE, THIRD_DEVICE = 0x801, 0x2A, 0x100005
+ROOT_NUMBER = 2
+_MASK = 2**64 - 1
+
+
+def numbers_that_collide() -> list[tuple[int, int]]:
+    """Files (device, number) many of which want the same nodeid as another."""
+    plain = [(device, number) for device in (OTHER_DEVICE, THIRD_DEVICE) for number in (1, 2, 100)]
+    mixed = [(ROOT_DEVICE, mix(number ^ mix(device))) for device, number in plain]
+    rehashed = [(ROOT_DEVICE, mix(number + 0x9E3779B97F4A7C15 & _MASK)) for _, number in [*mixed, (0, 1)]]
+    own = [(ROOT_DEVICE, number) for number in (0, 1, 100, 101, _MASK)]
+    return plain + mixed + rehashed + own
+
+
+FILES = numbers_that_collide()
+
+
+@dataclass
+class File:
+    """A file of the source, from its creation to the removal of its last name."""
+
+    birth: int
+    names: set[tuple[int, bytes]] = field(default_factory=set)
+
+
+@dataclass
+class Known:
+    """What the kernel knows under one nodeid."""
+
+    file: tuple[int, int]
+    lookups: int = 0
+    names: set[tuple[int, bytes]] = field(default_factory=set)
+
+
+class TableMachine(RuleBasedStateMachine):
+    """Everything is done through the mount, so the table is told of every name that comes and goes."""
+
+    @initialize()
+    def start(self) -> None:
+        self.table = Inodes(attributes(ROOT_NUMBER, device=ROOT_DEVICE, mode=stat.S_IFDIR | 0o755))
+        self.source: dict[tuple[int, int], File] = {}
+        self.known: dict[int, Known] = {}
+        self.births = 0
+        self.last_name = 0
+
+    def new_name(self) -> tuple[int, bytes]:
+        self.last_name += 1
+        return ROOT, b"name-%d" % self.last_name
+
+    def look_up(self, key: tuple[int, int], name: tuple[int, bytes]) -> None:
+        file = self.source[key]
+        found = attributes(key[1], device=key[0], birth=file.birth, nlink=len(file.names))
+        nodeid = self.table.remember(*name, found)
+        assert nodeid > ROOT
+        known = self.known.setdefault(nodeid, Known(key))
+        assert known.file == key, "two files have the same number"
+        known.lookups += 1
+        known.names.add(name)
+        assert self.table.get(nodeid).is_same(found)
+
+    def nodeid(self, key: tuple[int, int]) -> int:
+        return self.table.nodeid(*key)
+
+    @rule(key=st.sampled_from(FILES))
+    def create(self, key: tuple[int, int]) -> None:
+        """A new file; its number may be that of one which is removed and still known."""
+        if key in self.source:
+            return
+        self.births += 1
+        name = self.new_name()
+        self.source[key] = File(self.births, {name})
+        if self.nodeid(key) in self.known:
+            self.known[self.nodeid(key)].names.clear()
+        self.look_up(key, name)
+
+    @precondition(lambda self: self.source)
+    @rule(data=st.data())
+    def link(self, data: st.DataObject) -> None:
+        key = data.draw(st.sampled_from(sorted(self.source)))
+        name = self.new_name()
+        self.source[key].names.add(name)
+        self.look_up(key, name)
+
+    @precondition(lambda self: self.source)
+    @rule(data=st.data())
+    def look_up_again(self, data: st.DataObject) -> None:
+        key = data.draw(st.sampled_from(sorted(self.source)))
+        self.look_up(key, data.draw(st.sampled_from(sorted(self.source[key].names))))
+
+    @precondition(lambda self: self.source)
+    @rule(data=st.data())
+    def rename(self, data: st.DataObject) -> None:
+        key = data.draw(st.sampled_from(sorted(self.source)))
+        old = data.draw(st.sampled_from(sorted(self.source[key].names)))
+        self.look_up(key, old)
+        new = self.new_name()
+        self.table.renamed(self.nodeid(key), old, new)
+        for names in (self.source[key].names, self.known[self.nodeid(key)].names):
+            names.remove(old)
+            names.add(new)
+
+    @precondition(lambda self: self.source)
+    @rule(data=st.data())
+    def unlink(self, data: st.DataObject) -> None:
+        key = data.draw(st.sampled_from(sorted(self.source)))
+        name = data.draw(st.sampled_from(sorted(self.source[key].names)))
+        self.look_up(key, name)
+        known = self.known[self.nodeid(key)]
+        known.names.remove(name)
+        assert self.table.unlinked(self.nodeid(key), *name) is bool(known.names)
+        self.source[key].names.remove(name)
+        if not self.source[key].names:
+            del self.source[key]
+
+    @precondition(lambda self: self.known)
+    @rule(data=st.data())
+    def forget(self, data: st.DataObject) -> None:
+        nodeid = data.draw(st.sampled_from(sorted(self.known)))
+        known = self.known[nodeid]
+        count = data.draw(st.integers(1, known.lookups))
+        known.lookups -= count
+        assert self.table.forget(nodeid, count) is (known.lookups == 0)
+        if known.lookups == 0:
+            del self.known[nodeid]
+
+    @rule(nodeid=st.sampled_from([2, 77, _MASK]), count=st.integers(1, 5))
+    def forget_what_is_not_known(self, nodeid: int, count: int) -> None:
+        if nodeid not in self.known:
+            assert self.table.forget(nodeid, count) is False
+
+    @rule(count=st.integers(1, 10))
+    def forget_the_root(self, count: int) -> None:
+        assert self.table.forget(ROOT, count) is False
+
+    @invariant()
+    def as_the_model(self) -> None:
+        table = self.table
+        assert len(table) == 1 + len(self.known)
+        assert ROOT in table
+        for nodeid, known in self.known.items():
+            inode = table.get(nodeid)
+            assert (inode.device, inode.number, inode.lookups) == (*known.file, known.lookups)
+            others = table.other_names(nodeid)
+            names = ([(inode.parent, inode.name)] if inode.parent else []) + others
+            assert len(names) == len(set(names)), "a name is kept twice"
+            assert set(names) == known.names
+
+    def teardown(self) -> None:
+        if not hasattr(self, "table"):
+            return
+        for nodeid, known in self.known.items():
+            assert self.table.forget(nodeid, known.lookups)
+            assert self.table.other_names(nodeid) == []
+        assert len(self.table) == 1
+        assert not self.table._links
+
+
+TestTable = TableMachine.TestCase
+TestTable.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+@pytest.fixture
+def table() -> Inodes:
+    return Inodes(attributes(ROOT_NUMBER, device=ROOT_DEVICE, mode=stat.S_IFDIR | 0o755))
+
+
+def test_an_inode_keeps_its_own_number(table: Inodes) -> None:
+    assert table.remember(ROOT, b"a", attributes(4711, device=ROOT_DEVICE)) == 4711
+
+
+def test_the_source_itself_is_the_root(table: Inodes) -> None:
+    root = attributes(ROOT_NUMBER, device=ROOT_DEVICE, mode=stat.S_IFDIR | 0o755)
+    assert table.nodeid(ROOT_DEVICE, ROOT_NUMBER) == ROOT
+    assert table.shown_number(ROOT_DEVICE, ROOT_NUMBER) == ROOT
+    # ".." of a directory below is the root by another way; that must not give it a parent.
+    assert table.remember(700, b"x", root) == ROOT
+    assert table.get(ROOT).parent == 0
+
+
+@pytest.mark.parametrize("device", [ROOT_DEVICE, OTHER_DEVICE])
+def test_an_inode_numbered_one_is_not_the_root(table: Inodes, device: int) -> None:
+    nodeid = table.remember(ROOT, b"one", attributes(1, device=device))
+    assert nodeid > ROOT
+    assert table.get(nodeid).number == 1
+
+
+def test_the_roots_number_on_another_device_is_not_the_root(table: Inodes) -> None:
+    assert table.remember(ROOT, b"other", attributes(ROOT_NUMBER, device=OTHER_DEVICE)) != ROOT
+
+
+def test_equal_numbers_on_several_devices_are_several_inodes(table: Inodes) -> None:
+    devices = (ROOT_DEVICE, OTHER_DEVICE, THIRD_DEVICE)
+    numbers = {table.remember(ROOT, b"%d" % device, attributes(100, device=device)) for device in devices}
+    assert len(numbers) == 3
+    assert table.shown_number(OTHER_DEVICE, 100) in numbers
+
+
+def test_what_the_kernel_does_not_know_is_stale(table: Inodes) -> None:
+    assert 5 not in table
+    with fails(errno.ESTALE):
+        table.get(5)
+
+
+def test_a_number_given_to_another_file_starts_afresh(table: Inodes) -> None:
+    first = attributes(100, birth=1, nlink=2)
+    nodeid = table.remember(ROOT, b"a", first)
+    table.remember(ROOT, b"b", first)
+    table.get(nodeid).stamp = (1, 2, 3)
+    second = attributes(100, birth=2)
+    assert table.remember(ROOT, b"c", second) == nodeid
+    inode = table.get(nodeid)
+    assert inode.is_same(second) and not inode.is_same(first)
+    assert (inode.parent, inode.name, inode.stamp, inode.lookups) == (ROOT, b"c", None, 3)
+    assert table.other_names(nodeid) == []
+
+
+def test_a_directory_has_one_name(table: Inodes) -> None:
+    """Its links are its subdirectories, and a second place means that it was moved behind the mount's back."""
+    directory = attributes(300, nlink=5, mode=stat.S_IFDIR | 0o755)
+    table.remember(ROOT, b"old", directory)
+    table.remember(ROOT, b"new", directory)
+    assert table.get(300).name == b"new"
+    assert table.other_names(300) == []
+
+
+def test_a_file_made_without_a_name_gets_one(table: Inodes) -> None:
+    nodeid = table.remember(0, b"", attributes(100, nlink=0))
+    assert table.remember(ROOT, b"named", attributes(100)) == nodeid
+    assert (table.get(nodeid).parent, table.get(nodeid).name) == (ROOT, b"named")
+    assert table.other_names(nodeid) == []
+    assert table.unlinked(nodeid, ROOT, b"named") is False
+
+
+def test_names_of_what_is_not_known_change_nothing(table: Inodes) -> None:
+    table.renamed(5, (ROOT, b"a"), (ROOT, b"b"))
+    assert table.unlinked(5, ROOT, b"a") is False
+    assert len(table) == 1
+
+
+def test_a_file_that_lost_its_last_name_gets_the_next_one(table: Inodes) -> None:
+    """linkat(2) by way of /proc/self/fd."""
+    nodeid = table.remember(ROOT, b"a", attributes(100))
+    assert table.unlinked(nodeid, ROOT, b"a") is False
+    table.renamed(nodeid, (ROOT, b"?"), (ROOT, b"b"))
+    assert table.get(nodeid).name == b"b"

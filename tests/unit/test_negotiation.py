@@ -1,0 +1,142 @@
+"""INIT: llloop agrees to what the kernel offers and it can use itself, and to nothing else."""
+
+from __future__ import annotations
+
+import struct
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from llloop import wire
+from llloop.negotiation import (
+    MAX_BACKGROUND,
+    MAX_PAGES,
+    MAX_WRITE,
+    PROTOCOL_MINOR,
+    Capabilities,
+    Feature,
+    UnsupportedProtocol,
+    negotiate,
+)
+
+U32, U64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
+EVERYTHING = 2**64 - 1
+
+
+def init_request(offered: int, minor: int = 41, major: int = 7, readahead: int = 131072, unique: int = 2) -> bytes:
+    """FUSE_INIT as kernels since 5.17 send it."""
+    body = struct.pack("=IIIII44x", major, minor, readahead, offered & 0xFFFFFFFF, offered >> 32)
+    return struct.pack("=IIQQIIII", 40 + len(body), 26, unique, 0, 0, 0, 0, 0) + body
+
+
+def parse(reply: bytes) -> dict[str, int]:
+    length, error, unique = struct.unpack_from("=IiQ", reply)
+    assert length == len(reply) == 16 + 64
+    assert error == 0
+    names = (
+        *("major", "minor", "readahead", "flags", "background", "congestion", "max_write", "time_gran"),
+        *("max_pages", "map_alignment", "flags2", "stack_depth", "timeout"),
+    )
+    values = dict(zip(names, struct.unpack_from("=IIIIHHIIHHIIH", reply, 16), strict=True))
+    assert not any(reply[16 + 42 :]), "bytes that are reserved"
+    return {**values, "unique": unique, "agreed": values["flags"] | values["flags2"] << 32}
+
+
+@given(offered=U64, posix_acl=st.booleans(), minor=st.integers(23, 60), readahead=U32, unique=U64)
+def test_only_what_was_offered_is_agreed_to(
+    offered: int, posix_acl: bool, minor: int, readahead: int, unique: int
+) -> None:
+    request = init_request(offered, minor, readahead=readahead, unique=unique)
+    reply, capabilities = negotiate(request, posix_acl=posix_acl)
+    answer = parse(reply)
+    assert answer["agreed"] & ~offered == 0
+    assert answer["agreed"] == int(capabilities.features)
+    assert answer["unique"] == unique
+    assert answer["major"] == 7
+    assert answer["minor"] == capabilities.minor == min(minor, PROTOCOL_MINOR)
+    assert answer["readahead"] <= readahead
+    if not offered & Feature.INIT_EXT:
+        assert answer["flags2"] == 0, "the kernel does not look there, and never offered it"
+    if not posix_acl:
+        assert not answer["agreed"] & Feature.POSIX_ACL
+    assert not answer["agreed"] & ~int(sum(Feature)), "a bit that llloop has no name for"
+
+
+def test_what_is_worth_having_is_asked_for() -> None:
+    _, capabilities = negotiate(init_request(EVERYTHING), posix_acl=True)
+    wanted = (
+        "async_read atomic_o_trunc big_writes dont_mask auto_inval_data async_dio parallel_dirops posix_acl max_pages "
+        "cache_symlinks handle_killpriv_v2 setxattr_ext init_ext has_resend"
+    )
+    agreed = capabilities.describe().partition(", ")[2].split(", ")
+    assert not set(wanted.split()) - set(agreed)
+
+
+def test_what_has_no_code_yet_is_not_asked_for() -> None:
+    """With the writeback cache the kernel would trust its own times and sizes, with passthrough bypass the workers."""
+    _, capabilities = negotiate(init_request(EVERYTHING), posix_acl=True)
+    assert not capabilities.features & (Feature.WRITEBACK_CACHE | Feature.PASSTHROUGH)
+
+
+def test_sizes_fit_the_pipe_and_each_other() -> None:
+    answer = parse(negotiate(init_request(EVERYTHING), posix_acl=False)[0])
+    assert answer["max_write"] == MAX_WRITE == MAX_PAGES * wire.PAGE_SIZE
+    assert answer["max_pages"] == MAX_PAGES
+    # The header and an unaligned range take two more; more than 256 no ordinary process may have.
+    assert MAX_PAGES + 2 <= 256
+    assert 0 < answer["congestion"] <= answer["background"] == MAX_BACKGROUND
+    assert answer["time_gran"] == 1
+    assert answer["map_alignment"] == answer["stack_depth"] == answer["timeout"] == 0
+
+
+@pytest.mark.parametrize(("major", "minor"), [(7, 22), (7, 0), (6, 40), (8, 0), (0, 0), (2**32 - 1, 2**32 - 1)])
+def test_a_protocol_that_is_too_old_or_too_new(major: int, minor: int) -> None:
+    with pytest.raises(UnsupportedProtocol, match=rf"{major}\.{minor}.*7\.23"):
+        negotiate(init_request(EVERYTHING, minor, major), posix_acl=False)
+
+
+def test_an_init_of_before_flags2() -> None:
+    """Before protocol 7.36 struct fuse_init_in ended with the flags."""
+    short = init_request(EVERYTHING & ~int(Feature.INIT_EXT), minor=35)[: 40 + 16]
+    answer = parse(negotiate(short, posix_acl=False)[0])
+    assert answer["minor"] == 35
+    assert answer["flags2"] == 0
+    assert answer["flags"] & Feature.MAX_PAGES
+
+
+@given(length=st.integers(0, 104), minor=st.integers(23, 60))
+def test_an_init_that_is_cut_off_offers_no_more_than_it_says(length: int, minor: int) -> None:
+    whole = init_request(EVERYTHING, minor)
+    offered = int.from_bytes(whole[52:56][: max(0, length - 52)], "little")
+    offered |= int.from_bytes(whole[56:60][: max(0, length - 56)], "little") << 32
+    try:
+        reply, _ = negotiate(whole[:length], posix_acl=True)
+    except UnsupportedProtocol:
+        assert length < 48
+        return
+    assert parse(reply)["agreed"] & ~offered == 0
+
+
+@given(st.binary(max_size=256), st.booleans())
+@example(b"", True)
+@example(b"\xff" * 104, True)
+def test_arbitrary_bytes(request_: bytes, posix_acl: bool) -> None:
+    try:
+        reply, capabilities = negotiate(request_, posix_acl=posix_acl)
+    except UnsupportedProtocol:
+        return
+    assert parse(reply)["agreed"] == int(capabilities.features)
+
+
+@given(body=st.binary(min_size=12, max_size=64), minor=st.integers(23, 60))
+def test_arbitrary_offers(body: bytes, minor: int) -> None:
+    request = struct.pack("=IIQQIIII", 40, 26, 5, 0, 0, 0, 0, 0) + struct.pack("=II", 7, minor) + body
+    flags, flags2 = struct.unpack_from("=4xII", body.ljust(64, b"\0"))
+    answer = parse(negotiate(request, posix_acl=True)[0])
+    assert answer["agreed"] & ~(flags | flags2 << 32) == 0
+
+
+def test_what_was_agreed_is_said_in_words() -> None:
+    words = Capabilities(41, Feature.ASYNC_READ | Feature.HAS_RESEND).describe()
+    assert words == "FUSE 7.41, async_read, has_resend"

@@ -1,0 +1,274 @@
+"""From the front to the workers: nothing is lost, nothing waits, and releases are never overtaken."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llloop import wire
+from llloop.arena import Arena
+from llloop.front.handles import Handle
+from llloop.front.router import Exchange, Router
+from llloop.protocol import MAX_MESSAGE, Operation, Request, decode, encode
+from tests.expect import fails
+from tests.unit.support import packet_pipe, packets
+
+ROOM = 4  # messages in a pipe
+
+
+class Pipes:
+    """Two workers' pipes, of which nobody takes anything unless a test does."""
+
+    def __init__(self, ends: list[tuple[int, int]]) -> None:
+        self.readers = [reader for reader, _ in ends]
+        self.writers = [writer for _, writer in ends]
+
+    def take(self, shard: int) -> list[Request]:
+        return [decode(message) for message in packets(self.readers[shard])]
+
+    def fill(self, shard: int) -> None:
+        with fails(errno.EAGAIN):
+            while True:
+                os.write(self.writers[shard], encode((Operation.FSYNC, 0, 0, 0, 0)))
+
+
+@pytest.fixture
+def pipes() -> Iterator[Pipes]:
+    with packet_pipe(ROOM) as first, packet_pipe(ROOM) as second:
+        yield Pipes([first, second])
+
+
+@pytest.fixture
+def router(arena: Arena, pipes: Pipes) -> Router:
+    return Router(arena, pipes.writers)
+
+
+def handle(shard: int = 0, descriptor: int = 33) -> Handle:
+    return Handle(descriptor, 100, shard, False)
+
+
+def test_a_request_reaches_the_worker_of_its_handle(router: Router, pipes: Pipes, arena: Arena) -> None:
+    opened = handle(shard=1)
+    assert router.submit(opened, 7, Operation.COPY_FILE_RANGE, 2**63, 5, 6, 1, 1000, 1001, (8, 9, 10))
+    expected = Request(Operation.COPY_FILE_RANGE, 2**63, 0, 7, 33, 5, 6, 1, 1000, 1001, (8, 9, 10))
+    assert pipes.take(1) == [expected]
+    assert pipes.take(0) == []
+    assert arena.lent_to(1) == [(0, encode(expected))]
+    assert opened.lent, "else the worker would not be told of the release"
+    assert router.slot == 1
+
+
+def test_without_a_free_slot_it_declines(router: Router, pipes: Pipes, arena: Arena) -> None:
+    for unique in range(3):
+        assert router.submit(handle(), 1, Operation.READ, unique)
+    opened = handle()
+    last = router.slot
+    assert not router.submit(opened, 1, Operation.READ, 3)
+    assert not opened.lent
+    assert router.slot == last == arena.free_slot(), "the request is still to be done from where it lies"
+    assert len(pipes.take(0)) == len(arena.lent_to(0)) == 3
+    arena.give_back(1)
+    assert router.submit(opened, 1, Operation.READ, 4)
+    assert [request.slot for request in pipes.take(0)] == [last]
+    assert router.slot == 1
+
+
+def test_with_a_full_pipe_it_declines(router: Router, pipes: Pipes, arena: Arena) -> None:
+    pipes.fill(0)
+    opened = handle()
+    slot = router.slot
+    assert not router.submit(opened, 1, Operation.READ, 1)
+    assert not opened.lent
+    assert router.slot == slot
+    assert arena.lent_to(0) == []
+    assert router.submit(handle(shard=1), 1, Operation.READ, 2), "the other worker has nothing to do with it"
+    pipes.take(0)
+    assert router.submit(opened, 1, Operation.READ, 3)
+
+
+def test_a_release_tells_the_worker_which_handle(router: Router, pipes: Pipes) -> None:
+    router.release(77, handle(shard=1))
+    (request,) = pipes.take(1)
+    assert (request.operation, request.slot, request.extra) == (Operation.RELEASE, -1, (77,))
+    assert pipes.take(0) == []
+    assert not router.backlog
+
+
+def test_a_release_of_what_was_copied_from_is_told_to_all(router: Router, pipes: Pipes) -> None:
+    opened = handle(shard=1)
+    opened.shared = True
+    router.release(77, opened)
+    assert [request.extra for shard in range(2) for request in pipes.take(shard)] == [(77,), (77,)]
+
+
+def test_nothing_overtakes_a_release_that_waits(router: Router, pipes: Pipes) -> None:
+    pipes.fill(0)
+    for number in range(5):
+        router.release(number, handle())
+    assert router.backlog
+    assert not router.submit(handle(), 9, Operation.READ, 1), "it would go into the pipe before the releases"
+    pipes.take(0)
+    assert router.submit(handle(), 9, Operation.READ, 2)
+    taken = pipes.take(0)
+    assert [request.operation for request in taken[:-1]] == [Operation.RELEASE] * (len(taken) - 1)
+    assert [number for request in taken[:-1] for number in request.extra] == [0, 1, 2, 3, 4]
+    assert taken[-1].unique == 2
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@given(steps=st.lists(st.sampled_from(["submit", "release", "take"]), max_size=60))
+def test_whatever_the_order_handles_are_used_before_their_release(steps: list[str]) -> None:
+    """Each handle is used once, if a worker takes it, and then released: the worker must see it so."""
+    with packet_pipe(ROOM) as (reader, writer):
+        arena = Arena(64, wire.PAGE_SIZE, 1)
+        router = Router(arena, [writer])
+        seen: list[tuple[int, int]] = []
+        submitted: list[int] = []
+        number = 0
+
+        def take() -> None:
+            for message in packets(reader):
+                request = decode(message)
+                if request.operation == Operation.RELEASE:
+                    seen.extend((Operation.RELEASE, released) for released in request.extra)
+                else:
+                    seen.append((request.operation, request.handle))
+                    arena.give_back(request.slot)
+
+        for step in steps:
+            if step == "submit":
+                number += 1
+                if router.submit(handle(), number, Operation.READ, number):
+                    submitted.append(number)
+            elif step == "release" and number:
+                router.release(number, handle())
+                number += 1
+            else:
+                take()
+        for _ in range(100):
+            take()
+            router.release(0, handle())
+        take()
+        assert [used for operation, used in seen if operation == Operation.READ] == submitted
+        for used in submitted:
+            if (Operation.RELEASE, used) in seen:
+                assert seen.index((Operation.READ, used)) < seen.index((Operation.RELEASE, used))
+
+
+def test_many_releases_travel_together_and_fit_a_message(router: Router, pipes: Pipes) -> None:
+    pipes.fill(0)
+    numbers = [2**64 - 1 - index for index in range(3000)]
+    for number in numbers:
+        router.release(number, handle())
+    told: list[int] = []
+    while len(told) < len(numbers):
+        messages = packets(pipes.readers[0])
+        assert messages or not told, "nothing comes any more"
+        assert all(len(message) <= MAX_MESSAGE for message in messages)
+        told += [number for message in messages for number in decode(message).extra]
+        router.release(1, handle())
+    assert told[: len(numbers)] == numbers
+
+
+def test_waiting_delivers_releases_when_there_is_room(router: Router, pipes: Pipes) -> None:
+    pipes.fill(1)
+    router.release(5, handle(shard=1))
+    device, request = os.pipe()
+    taken: list[Request] = []
+    taker = threading.Timer(0.05, lambda: taken.extend(pipes.take(1)))
+    taker.start()
+    try:
+        router.wait(device)  # no request ever comes: without the room that the worker makes this would not end
+        assert not router.backlog
+    finally:
+        taker.join()
+        os.close(device)
+        os.close(request)
+    assert [told.extra for told in taken + pipes.take(1) if told.operation == Operation.RELEASE] == [(5,)]
+
+
+def test_waiting_ends_with_a_request(router: Router, pipes: Pipes) -> None:
+    pipes.fill(0)
+    router.release(5, handle())
+    device, request = os.pipe()
+    try:
+        os.write(request, b"!")
+        router.wait(device)
+        assert router.backlog, "there is no room for the release yet"
+    finally:
+        os.close(device)
+        os.close(request)
+
+
+# Where llfuse runs the loop
+
+
+@pytest.fixture
+def answers() -> Iterator[tuple[int, int]]:
+    reader, writer = os.pipe2(os.O_DIRECT | os.O_CLOEXEC)
+    yield reader, writer
+    os.close(reader)
+    os.close(writer)
+
+
+def answer(pipes: Pipes, arena: Arena, writer: int, result: int, data: bytes = b"") -> threading.Thread:
+    """A worker that answers one request."""
+
+    def work() -> None:
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            for request in pipes.take(0):
+                arena.payload(request.slot, len(data))[:] = data
+                os.write(writer, encode((request.unique + 1000, -errno.EIO)))  # another's, to be passed over
+                os.write(writer, encode((request.unique, result)))
+                arena.give_back(request.slot)
+                return
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+def test_an_exchange_waits_for_its_own_answer(
+    router: Router, pipes: Pipes, arena: Arena, answers: tuple[int, int]
+) -> None:
+    exchange = Exchange(router, answers[0])
+    thread = answer(pipes, arena, answers[1], 4, b"data")
+    try:
+        count, payload = exchange.call(handle(), 1, Operation.READ, 0, 10)
+        assert payload[:count] == b"data"
+    finally:
+        thread.join()
+
+
+def test_an_exchange_takes_the_payload_along(
+    router: Router, pipes: Pipes, arena: Arena, answers: tuple[int, int]
+) -> None:
+    exchange = Exchange(router, answers[0])
+    os.write(answers[1], encode((1, 7)))
+    count, _ = exchange.call(handle(), 3, Operation.WRITE, 100, 7, 2, 11, 12, b"payload")
+    assert count == 7
+    (request,) = pipes.take(0)
+    assert request == Request(Operation.WRITE, 1, 0, 3, 33, 100, 7, 2, 11, 12, ())
+    assert arena.payload(request.slot, 7) == b"payload"
+
+
+def test_an_exchange_raises_what_the_worker_ran_into(router: Router, answers: tuple[int, int]) -> None:
+    exchange = Exchange(router, answers[0])
+    os.write(answers[1], encode((1, -errno.ENOSPC)))
+    with fails(errno.ENOSPC):
+        exchange.call(handle(), 1, Operation.WRITE)
+
+
+def test_an_exchange_that_cannot_be_handed_over_fails(router: Router, pipes: Pipes, answers: tuple[int, int]) -> None:
+    pipes.fill(0)
+    with fails(errno.EAGAIN):
+        Exchange(router, answers[0]).call(handle(), 1, Operation.READ)
