@@ -1,0 +1,143 @@
+"""A contender served: mounted, watched, and taken away again whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import resource
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from . import processes
+from .contenders import Contender
+from .tools import Unavailable, run
+
+# How long a server may take to start or to end.
+_PATIENCE = 20.0
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
+
+
+class Server:
+    """A contender's mount and its processes; the native directory is one without either.
+
+    Attributes:
+        contender: whose it is.
+        root: the directory that the load works in.
+        pids: its processes.
+    """
+
+    def __init__(self, contender: Contender, source: Path, mountpoint: Path, log: Path) -> None:
+        """Mount, and wait until the mount answers.
+
+        Args:
+            contender: what to serve.
+            source: the directory to be mirrored.
+            mountpoint: an empty directory.
+            log: where the server's output goes.
+
+        Raises:
+            Unavailable: if it does not come up.
+        """
+        self.contender = contender
+        self.root = source if contender.command is None else mountpoint
+        self.pids: list[int] = []
+        self._log = log
+        self._process: subprocess.Popen[bytes] | None = None
+        if contender.command is None:
+            return
+        with open(log, "wb") as output:
+            self._process = subprocess.Popen(
+                contender.command(source, mountpoint),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                # Ctrl-C is for the benchmark, which then stops the servers in order.
+                start_new_session=True,
+                preexec_fn=_prepare_server,
+            )
+        try:
+            self._await_mount()
+        except BaseException:
+            self.stop()
+            raise
+
+    @property
+    def mounted(self) -> bool:
+        """Whether there is a mount at all, unlike in the native directory."""
+        return self._process is not None
+
+    def alive(self) -> bool:
+        """Return whether the server is still there (the native directory always is)."""
+        return self._process is None or self._process.poll() is None
+
+    def _await_mount(self) -> None:
+        end = time.monotonic() + _PATIENCE
+        while not _is_mounted(self.root):
+            if not self.alive():
+                raise Unavailable(f"it ended at once: {self.last_words()}")
+            if time.monotonic() > end:
+                raise Unavailable(f"it did not mount within {_PATIENCE:.0f} s: {self.last_words()}")
+            time.sleep(0.02)
+        run(["timeout", str(_PATIENCE), "stat", self.root])
+        assert self._process is not None
+        # Some start their threads and workers after they have mounted.
+        time.sleep(0.3)
+        self.pids = processes.tree(self._process.pid)
+
+    def last_words(self) -> str:
+        """Return the last line that the server wrote, or how it ended."""
+        lines = self._log.read_text(errors="replace").strip().splitlines()
+        if lines:
+            return lines[-1]
+        return f"exit code {self._process.poll() if self._process else None}"
+
+    def kill(self) -> None:
+        """End the processes at once: the way out of a mount that hangs."""
+        if self._process is not None:
+            for pid in processes.tree(self._process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    def stop(self) -> None:
+        """Unmount, and end the processes: asked first, then told."""
+        process = self._process
+        if process is None:
+            return
+        known = processes.tree(process.pid)
+        try:
+            for command in (["umount"], ["umount", "--lazy"]):
+                if _is_mounted(self.root):
+                    with contextlib.suppress(Unavailable):
+                        run(["timeout", str(_PATIENCE), *command, self.root])
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(5)
+                return
+            process.terminate()
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            for pid in known:
+                with contextlib.suppress(ProcessLookupError):
+                    # A child that outlives its parent is reaped elsewhere, and then its number is not ours any more.
+                    if pid == process.pid or os.getsid(pid) == process.pid:
+                        os.kill(pid, signal.SIGKILL)
+            process.wait()
+
+
+def _prepare_server() -> None:
+    # Some peers keep a descriptor for each file that the kernel knows, and die when they run out of them.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    # Should the benchmark be killed, its servers end and unmount as on any SIGTERM.
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _is_mounted(path: Path) -> bool:
+    wanted = os.fsencode(path).replace(b" ", b"\\040")
+    with open("/proc/self/mountinfo", "rb") as mounts:
+        return any(line.split(b" ")[4] == wanted for line in mounts)

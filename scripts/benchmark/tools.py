@@ -1,0 +1,107 @@
+"""Programs that the benchmark needs and may have to install or compile first."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+TOP = HERE.parents[1]
+# Kept between runs; `build/` is ignored by git and can be removed at any time.
+BUILD = TOP / "build" / "bench"
+
+
+# From the file to write to the command that writes it.
+Compile = Callable[[Path], Sequence[str | Path]]
+
+
+class Unavailable(Exception):
+    """Something cannot be had here; the message says what and why."""
+
+
+def run(command: Sequence[str | Path], *, cwd: Path | None = None, environment: Mapping[str, str] | None = None) -> str:
+    """Run a command to its end and return its output; if it fails, its last line is the reason."""
+    words = [os.fspath(word) for word in command]
+    try:
+        done = subprocess.run(
+            words,
+            cwd=cwd,
+            env={**os.environ, "LC_ALL": "C.UTF-8", **(environment or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=1200,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"{words[0]}: {error}") from None
+    if done.returncode:
+        lines = done.stdout.strip().splitlines() or [f"exit code {done.returncode}"]
+        telling = [line for line in lines if "error" in line.lower() or line.startswith("E:")]
+        raise Unavailable(f"{os.path.basename(words[0])}: {(telling or lines)[-1].strip()}")
+    return done.stdout
+
+
+class Installer:
+    """Installs Debian packages, where the caller allows it and is able to."""
+
+    def __init__(self, allowed: bool) -> None:
+        """Prepare; nothing is asked or installed yet.
+
+        Args:
+            allowed: whether to install at all; if not, what is missing is unavailable.
+        """
+        self._allowed = allowed
+        self._lists_are_fresh = False
+
+    def need(self, *packages: str) -> None:
+        """Make sure that the Debian packages are installed.
+
+        Raises:
+            Unavailable: if one is missing and cannot be installed.
+        """
+        if shutil.which("dpkg-query") is None:
+            # Elsewhere the packages have other names: whether the programs are there is seen when they are used.
+            return
+        missing = [package for package in packages if not self._installed(package)]
+        if not missing:
+            return
+        names = " ".join(missing)
+        if not self._allowed:
+            raise Unavailable(f"the Debian packages {names} are not installed (--no-install)")
+        if os.geteuid():
+            raise Unavailable(f"the Debian packages {names} are not installed, and installing them takes root")
+        quiet = ["apt-get", "-qq", "-o", "DPkg::Lock::Timeout=300"]
+        environment = {"DEBIAN_FRONTEND": "noninteractive"}
+        if not self._lists_are_fresh:
+            run([*quiet, "update"], environment=environment)
+            self._lists_are_fresh = True
+        run([*quiet, "install", "-y", "--no-install-recommends", *missing], environment=environment)
+
+    @staticmethod
+    def _installed(package: str) -> bool:
+        try:
+            return run(["dpkg-query", "-W", "-f", "${db:Status-Status}", package]) == "installed"
+        except Unavailable:
+            return False
+
+
+def compile_load(installer: Installer) -> Path:
+    """Compile the load generator and return its path."""
+    installer.need("gcc", "libc6-dev")
+    return compiled(HERE / "load.c", "load", lambda output: ["gcc", "-O2", "-Wall", "-o", output, HERE / "load.c"])
+
+
+def compiled(source: Path, name: str, command: Compile) -> Path:
+    """Return the program made from the source, compiling it unless that was done since the source last changed."""
+    program = BUILD / name
+    if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:
+        BUILD.mkdir(parents=True, exist_ok=True)
+        # An interrupted compiler must not leave a program that looks finished.
+        unfinished = program.with_suffix(".unfinished")
+        run(command(unfinished))
+        unfinished.replace(program)
+    return program
