@@ -1,0 +1,182 @@
+"""The README's examples do what it says, and it explains every option and exit code of the command.
+
+A code block is an example if an HTML comment stands above it: `<!-- test: NAME -->`. Blocks of one name belong
+together and run in one empty directory and one shell, in their order; `, as root` after the name says that it takes
+root, `, FILE` that the block is not run but written to that file. In a console block, lines that begin with `$ ` are
+commands; the others are their output, in which `...` stands for anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import click
+import pytest
+
+from llloop.cli import main
+from llloop.errors import LlloopError
+from tests.mirror import reachable_directory, remove_tree
+from tests.mount.command_line import environment, wait_until
+from tests.watchdog import abort_connection, kill_session, unescaped, unmount_lazily
+
+README = Path(__file__).parents[2] / "README.md"
+BLOCK = re.compile(r"^<!-- test: ([\w-]+)((?:, [\w. -]+)*) -->\n```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SECONDS = 40.0
+# Between the outputs of two commands; nothing in the README prints it.
+MARK = "\x1e"
+# The next command of the example may ask for the status of the last.
+KEEPING_STATUS = f"{{ status=$?; printf '{MARK}'; (exit $status); }}\n"
+
+
+@dataclass
+class Example:
+    """What a reader who follows the blocks of one name types and gets."""
+
+    as_root: bool = False
+    files: dict[str, str] = field(default_factory=dict)
+    commands: list[tuple[str, str]] = field(default_factory=list)
+
+    def take(self, remarks: list[str], text: str) -> None:
+        names = [remark for remark in remarks if remark != "as root"]
+        self.as_root = self.as_root or "as root" in remarks
+        if names:
+            self.files[names[0]] = text
+            return
+        command, output = "", ""
+        for line in text.splitlines(keepends=True):
+            if line.startswith("$ "):
+                if command:
+                    self.commands.append((command, output))
+                command, output = line[2:], ""
+            else:
+                assert command, f"output before the first command: {line}"
+                output += line
+        self.commands.append((command, output))
+
+
+def examples() -> dict[str, Example]:
+    found: dict[str, Example] = {}
+    for name, remarks, _, text in BLOCK.findall(README.read_text()):
+        found.setdefault(name, Example()).take([part for part in remarks.split(", ") if part], text)
+    return found
+
+
+EXAMPLES = examples()
+
+
+def matches(expected: str, found: str) -> bool:
+    pattern = ".*".join(re.escape(part) for part in expected.split("..."))
+    return re.fullmatch(pattern, found, re.DOTALL) is not None
+
+
+def mounts_below(directory: Path) -> list[str]:
+    lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
+    mountpoints = [unescaped(line.split(" ")[4]) for line in lines]
+    return [mountpoint for mountpoint in mountpoints if mountpoint.startswith(f"{directory}/")]
+
+
+def users_of(directory: Path) -> list[int]:
+    """The processes that have something open below the directory, as every process of a mount of it has."""
+    found = []
+    for entry in os.listdir("/proc"):
+        with contextlib.suppress(OSError):
+            if entry.isdigit() and int(entry) != os.getpid():
+                links = [os.readlink(f"/proc/{entry}/fd/{fd}") for fd in os.listdir(f"/proc/{entry}/fd")]
+                if any(link.startswith(f"{directory}/") for link in links):
+                    found.append(int(entry))
+    return found
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """An empty directory with the commands of the README beside it; whatever is left mounted there is taken away."""
+    holder = reachable_directory("llloop-readme-")
+    (holder / "bin").mkdir()
+    for name, arguments in {"llloop": "-m llloop", "python": ""}.items():
+        command = holder / "bin" / name
+        command.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {arguments} "$@"\n')
+        command.chmod(0o755)
+    directory = holder / "here"
+    directory.mkdir()
+    try:
+        yield directory
+    finally:
+        for mountpoint in mounts_below(holder):
+            abort_connection(mountpoint)
+            unmount_lazily(mountpoint)
+        if not mounts_below(holder):
+            remove_tree(holder)
+
+
+def run(example: Example, directory: Path) -> list[str]:
+    """What each command printed, on standard output and standard error together."""
+    for name, text in example.files.items():
+        (directory / name).write_text(text)
+    script = "".join(f"{command}{KEEPING_STATUS}" for command, _ in example.commands)
+    process = subprocess.Popen(
+        ["bash", "-c", script],
+        cwd=directory,
+        env={**environment(), "PATH": f"{directory.parent}/bin:{os.environ['PATH']}", "LC_ALL": "C.UTF-8"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=SECONDS)
+    finally:
+        kill_session(process.pid)
+        process.wait()
+    return output.decode(errors="replace").split(MARK)[:-1]
+
+
+@pytest.mark.mounted
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.root] if one.as_root else []) for name, one in EXAMPLES.items()]
+)
+def test_an_example_does_what_it_shows(name: str, place: Path, via: str) -> None:
+    if via == "llfuse":
+        pytest.skip("the examples start the default loop: this would be the same again")
+    example = EXAMPLES[name]
+    outputs = run(example, place)
+    assert len(outputs) == len(example.commands)
+    for (command, expected), found in zip(example.commands, outputs, strict=True):
+        assert matches(expected, found), f"$ {command}shown: {expected!r}\nfound: {found!r}"
+    assert mounts_below(place) == []
+    wait_until(lambda: not users_of(place), "the processes of the example's mounts end", 10)
+
+
+def test_the_readme_has_examples() -> None:
+    assert {"tour", "namespace"} <= set(EXAMPLES)
+    marked = README.read_text().count("<!-- test:")
+    assert marked == len(BLOCK.findall(README.read_text())), "a marked block is not understood"
+
+
+@pytest.mark.parametrize("command", ["serve", "umount"])
+def test_the_readme_explains_every_option(command: str) -> None:
+    text = README.read_text()
+    parameters = main.commands[command].params  # type: ignore[attr-defined]
+    options = [one for one in parameters if isinstance(one, click.Option) and not one.hidden]
+    assert options
+    for one in options:
+        for spelling in [*one.opts, *one.secondary_opts]:
+            if spelling != "--options":
+                assert re.search(rf"^\*\*[^*\n]*`{spelling}\b[^*\n]*\*\* - ", text, re.MULTILINE), (
+                    f"{spelling} has no entry"
+                )
+
+
+def test_the_readme_lists_every_exit_code() -> None:
+    table = dict(re.findall(r"^\| (\d) \| (.+) \|$", README.read_text(), re.MULTILINE))
+    kinds: list[type[LlloopError]] = [LlloopError, *LlloopError.__subclasses__()]
+    assert set(table) == {"0", *(str(kind.exit_code) for kind in kinds)}
+    shown = dict(re.findall(r"^  (\d)  (.+)$", str(main.epilog), re.MULTILINE))
+    assert shown == table
