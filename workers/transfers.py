@@ -6,7 +6,8 @@ import errno
 import fcntl
 import logging
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Protocol
 
@@ -21,6 +22,9 @@ _log = logging.getLogger(__name__)
 
 # One reply cannot report more (struct fuse_write_out.size has 32 bits), and other files of the shard wait meanwhile.
 _COPY_AT_ONCE = 64 * 1024 * 1024
+
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
+_ROOM_PAUSES = (0.001, 0.01)  # seconds
 
 # How far a WRITE had come, noted in its slot for a successor.
 _BEGUN, _APPENDING, _DONE = range(3)
@@ -136,6 +140,20 @@ class Transfers:
         with _buffered(fd) if request.flags & BUFFERED else _AS_IT_IS:
             self._counters[Counters.READ] += self._replies.data(request, fd)
 
+    def _persistently(self, write: Callable[[], int]) -> int:
+        """Write, and if there is no room, again a moment later.
+
+        The space of a file removed just before is free only when the front has heard that the kernel forgot it.
+        """
+        for pause in _ROOM_PAUSES:
+            try:
+                return write()
+            except OSError as error:
+                if error.errno not in _NO_ROOM:
+                    raise
+            time.sleep(pause)
+        return write()
+
     def _act_for(self, request: Request) -> None:
         self._setid.clear(bool(request.flags & KILL_PRIVILEGES))
         self._writer.assume(request.uid, request.gid)
@@ -150,10 +168,10 @@ class Transfers:
         if flags & APPEND:
             arena.results[slot] = os.fstat(fd).st_size
             arena.stages[slot] = _APPENDING
-            count = os.pwritev(fd, [payload], request.offset, os.RWF_APPEND)
+            count = self._persistently(lambda: os.pwritev(fd, [payload], request.offset, os.RWF_APPEND))
         else:
             with _buffered(fd) if flags & BUFFERED else _AS_IT_IS:
-                count = os.pwrite(fd, payload, request.offset)
+                count = self._persistently(lambda: os.pwrite(fd, payload, request.offset))
         arena.results[slot] = count
         arena.stages[slot] = _DONE
         self._counters[Counters.WRITTEN] += count

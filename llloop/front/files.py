@@ -11,6 +11,7 @@ from ..syscalls import Attributes, DirectoryEntry, fstatx, read_directory
 from .anchors import Anchors
 from .handles import Handle, Handles
 from .inodes import ROOT, Inodes
+from .promptness import Promptness
 from .router import Router
 from .tree import Requester, Tree, check_name
 
@@ -39,6 +40,7 @@ class Files:
         self._handles = handles
         self._router = router
         self._setid = setid
+        self.promptness = Promptness()
         self._root_handle: int | None = None
 
     def open(self, nodeid: int, flags: int, clear_setid: bool) -> tuple[int, Attributes]:
@@ -64,7 +66,7 @@ class Files:
             except BaseException:
                 os.close(descriptor)
                 raise
-        return self._add(descriptor, nodeid, flags), attributes
+        return self._add(descriptor, nodeid, flags, attributes), attributes
 
     def _open(self, nodeid: int, flags: int, wanted: int) -> tuple[int, Attributes]:
         try:
@@ -93,9 +95,10 @@ class Files:
         descriptor = os.open(f"/proc/self/fd/{handles[0].descriptor}", flags & ~os.O_NOFOLLOW)
         return descriptor, fstatx(descriptor)
 
-    def _add(self, descriptor: int, nodeid: int, flags: int) -> int:
-        shard = self._router.shard_of(nodeid)
-        return self._handles.add(Handle(descriptor, nodeid, shard, bool(flags & os.O_DIRECT)))
+    def _add(self, descriptor: int, nodeid: int, flags: int, attributes: Attributes) -> int:
+        handle = Handle(descriptor, nodeid, self._router.shard_of(nodeid), bool(flags & os.O_DIRECT))
+        self.promptness.decide(handle, attributes, flags)
+        return self._handles.add(handle)
 
     def create(self, parent: int, name: bytes, mode: int, flags: int, who: Requester) -> tuple[int, int, Attributes]:
         """Make and open a file that must not exist yet.
@@ -118,7 +121,7 @@ class Files:
             raise OSError(number, os.strerror(number)) from None
         attributes = fstatx(descriptor)
         nodeid = self._tree.enter(parent, name, attributes)
-        return self._add(descriptor, nodeid, flags), nodeid, attributes
+        return self._add(descriptor, nodeid, flags, attributes), nodeid, attributes
 
     def tmpfile(self, parent: int, mode: int, flags: int, who: Requester) -> tuple[int, int, Attributes]:
         """Make and open a file without a name (open(2), O_TMPFILE); it can be given one by `Tree.link`.
@@ -134,7 +137,7 @@ class Files:
         attributes = fstatx(descriptor)
         nodeid = self._tree.enter(0, b"", attributes)
         self._anchors.pin(nodeid, os.open(f"/proc/self/fd/{descriptor}", os.O_PATH | os.O_CLOEXEC))
-        return self._add(descriptor, nodeid, flags), nodeid, attributes
+        return self._add(descriptor, nodeid, flags, attributes), nodeid, attributes
 
     def release(self, number: int) -> None:
         """Close an open file; its worker is told if it may hold the descriptor too."""
@@ -151,8 +154,8 @@ class Files:
 
     def opendir(self, nodeid: int) -> int:
         """Open a directory and return the handle's number."""
-        descriptor, _ = self._reopen(nodeid, _OPEN_DIRECTORY)
-        return self._add(descriptor, nodeid, 0)
+        descriptor, attributes = self._reopen(nodeid, _OPEN_DIRECTORY)
+        return self._add(descriptor, nodeid, 0, attributes)
 
     def entries(self, number: int, offset: int) -> list[DirectoryEntry]:
         """Return the entries of an open directory as they were when it was first read from its start.

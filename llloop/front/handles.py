@@ -16,22 +16,41 @@ class Handle:
         descriptor: the front's descriptor of it.
         nodeid: its inode.
         shard: the worker that does its I/O.
+        device: the file system it is on, as in `llloop.syscalls.Attributes`.
         direct: whether it was opened with O_DIRECT.
         lent: whether that worker may hold the descriptor too and must be told of the release.
         shared: whether any worker may, because the file was copied from.
+        read_flags, write_flags: the RWF_ flags (preadv2(2)) with which the front may try a small read or write itself
+            because it cannot block, or None if it may not.
         entries: a directory's entries as they were when it was opened or rewound, or None.
         append, writer: whether it was opened with O_APPEND, and by which uid and gid; only used where llfuse runs
             the loop, whose write handler says neither.
     """
 
-    __slots__ = ("append", "descriptor", "direct", "entries", "lent", "nodeid", "shard", "shared", "writer")
+    __slots__ = (
+        "append",
+        "descriptor",
+        "device",
+        "direct",
+        "entries",
+        "lent",
+        "nodeid",
+        "read_flags",
+        "shard",
+        "shared",
+        "write_flags",
+        "writer",
+    )
 
     def __init__(self, descriptor: int, nodeid: int, shard: int, direct: bool) -> None:
         self.descriptor = descriptor
         self.nodeid = nodeid
         self.shard = shard
+        self.device = 0
         self.direct = direct
         self.lent = False
+        self.read_flags: int | None = None
+        self.write_flags: int | None = None
         self.shared = False
         self.append = False
         self.writer = (0, 0)

@@ -10,7 +10,7 @@ from ..arena import Arena
 from ..config import ServeConfig
 from ..negotiation import Capabilities, Feature
 from ..privilege import Caller, SetidGuard
-from ..syscalls import CLOSE_CAN_FAIL, RAM_FILE_SYSTEMS, file_system_type, fstatx
+from ..syscalls import CLOSE_CAN_FAIL, file_system_type, fstatx
 from .anchors import Anchors
 from .caching import CachePolicy
 from .files import Files
@@ -33,7 +33,6 @@ class Mirror:
         capabilities: what was agreed with the kernel; None where llfuse runs the loop.
         inodes, handles, tree, files, router, policy, setid: see their modules.
         close_can_fail: whether close(2) on the source can report an error of an earlier write.
-        in_ram: whether the source is held in memory, where no read waits for a disk.
     """
 
     config: ServeConfig
@@ -46,7 +45,6 @@ class Mirror:
     policy: CachePolicy
     setid: SetidGuard
     close_can_fail: bool
-    in_ram: bool
 
 
 def build_mirror(
@@ -86,5 +84,4 @@ def build_mirror(
         policy=CachePolicy(config, direct_mmap),
         setid=setid,
         close_can_fail=kind in CLOSE_CAN_FAIL,
-        in_ram=kind in RAM_FILE_SYSTEMS,
     )

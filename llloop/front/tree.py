@@ -98,7 +98,7 @@ class Tree:
     def lookup(self, parent: int, name: bytes) -> tuple[int, Attributes]:
         """Return number and attributes of *name* in *parent*, counting one lookup."""
         attributes = statx(self.anchors.directory(parent), check_name(name))
-        return self.enter(parent, name, attributes), attributes
+        return self.inodes.remember(parent, name, attributes), attributes
 
     def enter(self, parent: int, name: bytes, attributes: Attributes) -> int:
         """Enter an inode that was found or made, counting one lookup, and return its number."""

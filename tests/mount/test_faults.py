@@ -21,7 +21,7 @@ from tests.watchdog import Watchdog
 
 pytestmark = pytest.mark.mounted
 
-LARGE = 3 * 1024 * 1024
+LARGE = 1024 * 1024  # more than the front reads in place
 
 
 @dataclass

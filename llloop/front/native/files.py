@@ -14,7 +14,9 @@ from ...arena import Counters
 from ...privilege import OwnIdentity
 from ...protocol import APPEND, BUFFERED, DATA_ONLY, KILL_PRIVILEGES, Operation, Request
 from ...syscalls import Attributes
+from ..handles import Handle
 from ..mirror import Mirror
+from ..promptness import READ_LIMIT, WRITE_LIMIT
 from ..tree import Requester
 from .base import Responder
 
@@ -26,6 +28,8 @@ class FileRequests(Responder):
         super().__init__(mirror, device)
         self._router = mirror.router
         arena = mirror.router.arena
+        self._view = arena.view
+        self._scratch = memoryview(bytearray(wire.OUT_HEADER_SIZE + READ_LIMIT))
         # For the requests that find no free slot or a full pipe.
         self._local = Transfers(
             arena,
@@ -96,8 +100,33 @@ class FileRequests(Responder):
     def read(self, base: int, length: int) -> None:
         """FUSE_READ."""
         unique, number, offset, size, open_flags = wire.READ_REQUEST.unpack_from(self._memory, base)
-        buffered = self._handles.get(number).direct and not open_flags & os.O_DIRECT
+        handle = self._handles.get(number)
+        if size <= READ_LIMIT and handle.read_flags is not None and self._read_in_place(handle, unique, offset, size):
+            return
+        buffered = handle.direct and not open_flags & os.O_DIRECT
         self._submit(number, Operation.READ, unique, offset, size, BUFFERED if buffered else 0)
+
+    def _read_in_place(self, handle: Handle, unique: int, offset: int, size: int) -> bool:
+        """Answer a READ at once if the bytes are in memory; return whether they were.
+
+        What is missing at the end is the end of the file, or a page that is not in memory; the size tells.
+        """
+        scratch = self._scratch
+        header = wire.OUT_HEADER_SIZE
+        flags = handle.read_flags
+        assert flags is not None
+        try:
+            count = os.preadv(handle.descriptor, [scratch[header : header + size]], offset, flags)
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:
+                self._files.promptness.refuse_reads(handle)
+            return False
+        if count < size and offset + count < os.fstat(handle.descriptor).st_size:
+            return False
+        length = header + count
+        wire.OUT_HEADER.pack_into(scratch, 0, length, 0, unique)
+        self._send(scratch[:length])
+        return True
 
     def write(self, base: int, length: int) -> None:
         """FUSE_WRITE: the payload stays where it is, in the slot."""
@@ -108,9 +137,40 @@ class FileRequests(Responder):
         cached = write_flags & wire.FUSE_WRITE_CACHE
         if open_flags & os.O_APPEND and not cached:
             flags |= APPEND
-        if self._handles.get(number).direct and (cached or not open_flags & os.O_DIRECT):
+        handle = self._handles.get(number)
+        if handle.direct and (cached or not open_flags & os.O_DIRECT):
             flags |= BUFFERED
+        if (
+            size <= WRITE_LIMIT
+            and handle.write_flags is not None
+            and self._write_in_place(handle, unique, offset, base + wire.WRITE_HEADER_SIZE, size, flags)
+        ):
+            return
         self._submit(number, Operation.WRITE, unique, offset, size, flags, uid, gid)
+
+    def _write_in_place(self, handle: Handle, unique: int, offset: int, start: int, size: int, flags: int) -> bool:
+        """Do a WRITE at once if that needs no waiting; return whether it was done.
+
+        What fails or falls short here is a worker's to do again and to explain. Only an append must not be done twice.
+        """
+        write_flags = handle.write_flags
+        assert write_flags is not None
+        if flags & APPEND:
+            if write_flags:
+                return False
+            write_flags = os.RWF_APPEND
+        self._mirror.setid.clear(bool(flags & KILL_PRIVILEGES))
+        try:
+            count = os.pwritev(handle.descriptor, [self._view[start : start + size]], offset, write_flags)
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:
+                self._files.promptness.refuse_writes(handle)
+            return False
+        if count < size and not flags & APPEND:
+            return False
+        write_reply = wire.WRITE_REPLY
+        self._send(write_reply.pack(write_reply.size, 0, unique, count))
+        return True
 
     def flush(self, base: int, length: int) -> None:
         """FUSE_FLUSH: ENOSYS, after which the kernel stops asking, unless the source's close(2) can fail."""

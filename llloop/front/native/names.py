@@ -6,9 +6,9 @@ import errno
 import os
 
 from ... import wire
-from ...syscalls import Attributes, fstatx, statx
+from ...syscalls import Attributes, fstatx
 from ..mirror import Mirror
-from ..tree import Changes, check_name
+from ..tree import Changes
 from .base import Responder
 
 
@@ -27,16 +27,14 @@ class NameRequests(Responder):
     def lookup(self, base: int, length: int) -> None:
         """FUSE_LOOKUP."""
         unique, parent = wire.NODE_REQUEST.unpack_from(self._memory, base)
-        name = check_name(self._memory[base + wire.IN_HEADER_SIZE : base + length - 1])
-        tree = self._tree
+        name = self._memory[base + wire.IN_HEADER_SIZE : base + length - 1]
         try:
-            attributes = statx(tree.anchors.directory(parent), name)
+            nodeid, attributes = self._tree.lookup(parent, name)
         except FileNotFoundError:
             if not self._negative:
                 raise
             self._send(wire.reply(unique, self._negative))
             return
-        nodeid = tree.inodes.remember(parent, name, attributes)
         self._reply_entry(unique, nodeid, attributes)
 
     def _reply_entry(self, unique: int, nodeid: int, attributes: Attributes) -> None:

@@ -1,0 +1,52 @@
+"""Which reads and writes the front may do itself, because they cannot keep it waiting."""
+
+from __future__ import annotations
+
+import os
+
+from ..syscalls import RAM_FILE_SYSTEMS, Attributes, file_system_type
+from .handles import Handle
+
+# Up to these sizes in bytes a transfer in place costs less than waking a worker for it (`scripts/bench front`).
+READ_LIMIT = 64 * 1024
+WRITE_LIMIT = 32 * 1024
+
+
+class Promptness:
+    """Decides, file system by file system, how the front may try.
+
+    On a file system that lives in memory nothing blocks. Elsewhere RWF_NOWAIT (preadv2(2)) makes a call fail
+    rather than wait for a disk; a file system that does not know it is remembered.
+    """
+
+    def __init__(self) -> None:
+        self._read_flags: dict[int, int | None] = {}
+        self._write_flags: dict[int, int | None] = {}
+
+    def decide(self, handle: Handle, attributes: Attributes, flags: int) -> None:
+        """Note in a new *handle* what the front may try.
+
+        Args:
+            handle: the open file.
+            attributes: its attributes.
+            flags: the flags it was opened with.
+        """
+        device = attributes.device
+        if device not in self._read_flags:
+            in_ram = file_system_type(handle.descriptor) in RAM_FILE_SYSTEMS
+            self._read_flags[device] = self._write_flags[device] = 0 if in_ram else os.RWF_NOWAIT
+        handle.device = device
+        read_flags = self._read_flags[device]
+        # Direct I/O and synchronous writes wait for a disk by their nature, if there is one.
+        if read_flags == 0 or not flags & os.O_DIRECT:
+            handle.read_flags = read_flags
+            if read_flags == 0 or not flags & os.O_DSYNC:
+                handle.write_flags = self._write_flags[device]
+
+    def refuse_reads(self, handle: Handle) -> None:
+        """Note that the file system of *handle* knows no RWF_NOWAIT for reads."""
+        handle.read_flags = self._read_flags[handle.device] = None
+
+    def refuse_writes(self, handle: Handle) -> None:
+        """Note that the file system of *handle* knows no RWF_NOWAIT for writes."""
+        handle.write_flags = self._write_flags[handle.device] = None
