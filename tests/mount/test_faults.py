@@ -21,7 +21,7 @@ from tests.watchdog import Watchdog
 
 pytestmark = pytest.mark.mounted
 
-LARGE = 1024 * 1024  # more than the front reads in place
+LARGE = 3 * 1024 * 1024
 
 
 @dataclass
@@ -155,6 +155,7 @@ def test_a_fault_in_forget(faulty: Faulty) -> None:
 
 
 def test_a_fault_in_a_worker_s_read(faulty: Faulty) -> None:
+    (faulty.src / "file").write_bytes(pattern(LARGE))  # so that nothing of it is cached
     with opened(faulty.mnt / "file", os.O_RDONLY) as descriptor:
         with faulty.fault("Transfers._read"), fails(errno.EIO):
             os.pread(descriptor, LARGE, 0)
