@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import re
 import sys
@@ -155,11 +156,12 @@ def test_a_fault_in_forget(faulty: Faulty) -> None:
 
 
 def test_a_fault_in_a_worker_s_read(faulty: Faulty) -> None:
-    (faulty.src / "file").write_bytes(pattern(LARGE))  # so that nothing of it is cached
-    with opened(faulty.mnt / "file", os.O_RDONLY) as descriptor:
+    """By direct I/O: the kernel tries a failed read-ahead again page by page, and pages are read in the front."""
+    with opened(faulty.mnt / "file", os.O_RDONLY | os.O_DIRECT) as descriptor, mmap.mmap(-1, LARGE) as buffer:
         with faulty.fault("Transfers._read"), fails(errno.EIO):
-            os.pread(descriptor, LARGE, 0)
-        assert os.pread(descriptor, LARGE, 0) == pattern(LARGE)
+            os.preadv(descriptor, [buffer], 0)
+        assert os.preadv(descriptor, [buffer], 0) == LARGE
+        assert buffer[:] == pattern(LARGE)
 
 
 def test_a_fault_in_a_worker_s_write(faulty: Faulty) -> None:
