@@ -1,0 +1,188 @@
+"""Descriptors that a worker pulls from another process, keeps, drops and pulls again."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from llloop.arena import Arena
+from llloop.workers import leases as leases_module
+from llloop.workers.leases import Leases, OwnDescriptors
+from tests.as_user import Child
+from tests.expect import fails
+from tests.unit.support import open_descriptors
+
+
+class Front:
+    """A process that has files open, as a front has, and does nothing."""
+
+    def __init__(self, paths: list[Path], flags: int = os.O_RDWR) -> None:
+        # Opened here, so that their numbers are known; the child keeps them, this process does not.
+        self.descriptors = [os.open(path, flags) for path in paths]
+        self.pid = os.fork()
+        if self.pid == 0:
+            while True:
+                time.sleep(60)
+        for fd in self.descriptors:
+            os.close(fd)
+
+    def end(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> list[Path]:
+    made = [tmp_path / f"file-{number}" for number in range(6)]
+    for path in made:
+        path.write_text(path.name)
+    return made
+
+
+@pytest.fixture
+def front(paths: list[Path]) -> Iterator[Front]:
+    process = Front(paths)
+    yield process
+    process.end()
+
+
+@pytest.fixture
+def leases(arena: Arena, front: Front) -> Iterator[Leases]:
+    arena.front_pid = front.pid
+    held = Leases(arena)
+    yield held
+    for handle in range(1, 100):
+        held.release(handle)
+
+
+def name_behind(fd: int) -> str:
+    return os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))
+
+
+def test_a_descriptor_is_pulled_once_and_kept(leases: Leases, front: Front) -> None:
+    fd = leases.get(7, front.descriptors[2])
+    assert name_behind(fd) == "file-2"
+    assert leases.get(7, front.descriptors[2]) == fd
+    assert len(leases) == 1
+
+
+def test_it_is_the_same_open_file(leases: Leases, front: Front) -> None:
+    """A duplicate, not another open: flags and position are shared."""
+    first, second = leases.get(1, front.descriptors[0]), leases.get(2, front.descriptors[0])
+    os.lseek(first, 3, os.SEEK_SET)
+    assert os.lseek(second, 0, os.SEEK_CUR) == 3
+
+
+def test_programs_started_do_not_inherit_it(leases: Leases, front: Front) -> None:
+    assert not os.get_inheritable(leases.get(1, front.descriptors[0]))
+
+
+def test_a_release_closes_it(leases: Leases, front: Front) -> None:
+    before = open_descriptors()
+    fd = leases.get(1, front.descriptors[0])
+    leases.release(1)
+    with fails(errno.EBADF):
+        os.fstat(fd)
+    assert len(leases) == 0
+    leases.release(1)  # it may have been dropped before
+    leases.release(99)
+    assert open_descriptors() <= before + 1, "only the front's pidfd stays"
+
+
+def test_what_was_released_is_pulled_again(leases: Leases, front: Front) -> None:
+    leases.get(1, front.descriptors[0])
+    leases.release(1)
+    assert name_behind(leases.get(1, front.descriptors[0])) == "file-0"
+
+
+def test_a_descriptor_the_front_has_closed(leases: Leases) -> None:
+    with fails(errno.EBADF):
+        leases.get(1, 9999)
+    assert len(leases) == 0
+
+
+def test_a_front_that_is_gone(leases: Leases, front: Front, arena: Arena) -> None:
+    kept = leases.get(1, front.descriptors[0])
+    ended = Child(os.getpid)
+    arena.front_pid = ended.pid
+    ended.result()
+    with fails(errno.ESRCH):
+        leases.get(2, front.descriptors[1])
+    assert os.read(kept, 6) == b"file-0"
+
+
+def test_a_new_front_is_pulled_from(leases: Leases, front: Front, arena: Arena, paths: list[Path]) -> None:
+    leases.get(1, front.descriptors[0])
+    before = open_descriptors()
+    successor = Front(list(reversed(paths)))
+    try:
+        arena.front_pid = successor.pid
+        assert name_behind(leases.get(2, successor.descriptors[0])) == "file-5"
+        assert open_descriptors() == before + 1, "the old front's pidfd was left open"
+    finally:
+        successor.end()
+
+
+def test_without_the_right_to_pull_files_are_opened_again(
+    leases: Leases, front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where tracing is forbidden, as seccomp does in containers."""
+
+    def refused(pidfd: int, fd: int) -> int:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(leases_module, "pidfd_getfd", refused)
+    fd = leases.get(1, front.descriptors[3])
+    assert name_behind(fd) == "file-3"
+    assert not os.get_inheritable(fd)
+
+
+@pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_WRONLY, os.O_RDWR | os.O_DSYNC, os.O_RDONLY | os.O_TRUNC])
+def test_opened_again_it_has_the_same_flags_and_keeps_its_content(
+    arena: Arena, paths: list[Path], monkeypatch: pytest.MonkeyPatch, flags: int
+) -> None:
+    front = Front(paths[:1], flags & ~os.O_TRUNC)
+    try:
+        arena.front_pid = front.pid
+        monkeypatch.setattr(
+            leases_module, "pidfd_getfd", lambda pidfd, fd: (_ for _ in ()).throw(OSError(errno.ENOSYS, ""))
+        )
+        leases = Leases(arena)
+        fd = leases.get(1, front.descriptors[0])
+        info = Path(f"/proc/self/fdinfo/{fd}").read_text().split()
+        reopened = int(info[info.index("flags:") + 1], 8)
+        kept = os.O_ACCMODE | os.O_DSYNC
+        assert reopened & kept == flags & kept
+        assert paths[0].read_text() == "file-0"
+        leases.release(1)
+    finally:
+        front.end()
+
+
+def test_out_of_descriptors_it_drops_some_and_goes_on(arena: Arena, front: Front) -> None:
+    arena.front_pid = front.pid
+
+    def pull_many() -> list[str]:
+        leases = Leases(arena)
+        leases.get(1, front.descriptors[0])
+        highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 4, highest + 4))
+        names = []
+        for number in range(60):
+            names.append(name_behind(leases.get(100 + number, front.descriptors[number % 6])))
+        return names
+
+    assert Child(pull_many).result() == [f"file-{number % 6}" for number in range(60)]
+
+
+def test_in_the_front_nothing_is_pulled() -> None:
+    own = OwnDescriptors()
+    assert own.get(1, 55) == 55
+    own.release(1)

@@ -1,0 +1,366 @@
+"""The data requests on files, with a file in the place of /dev/fuse: what is done, answered, and done again."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+import struct
+from pathlib import Path
+
+import pytest
+
+from llloop.arena import Arena, Counters
+from llloop.privilege import OwnIdentity, SetidGuard, Writer
+from llloop.protocol import APPEND, DATA_ONLY, KILL_PRIVILEGES, Operation, Request, encode
+from llloop.workers.replies import KernelReplies
+from llloop.workers.transfers import Transfers
+from tests.as_user import Child
+from tests.expect import pattern
+from tests.unit.support import Device, Reply
+
+_BEGUN, _APPENDING, _DONE = range(3)
+
+
+class Files:
+    """Open files by handle, as a worker's leases have them."""
+
+    def __init__(self) -> None:
+        self.open: dict[int, int] = {}
+        self.released: list[int] = []
+
+    def get(self, handle: int, descriptor: int) -> int:
+        if handle not in self.open:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return self.open[handle]
+
+    def release(self, handle: int) -> None:
+        self.released.append(handle)
+
+
+class Bench:
+    """A worker without a front: requests are lent and done, answers read."""
+
+    def __init__(self, arena: Arena, device: Device, directory: Path, writer: Writer | None = None) -> None:
+        self.arena = arena
+        self.device = device
+        self.directory = directory
+        self.files = Files()
+        self.counters = arena.counters[1]
+        self.transfers = Transfers(
+            arena,
+            self.files,
+            KernelReplies(device.fd, arena.payload_size),
+            SetidGuard(),
+            writer or OwnIdentity(),
+            self.counters,
+        )
+        self.unique = 0
+
+    def open(self, handle: int, content: bytes = b"", flags: int = os.O_RDWR) -> Path:
+        path = self.directory / f"file-{handle}"
+        path.write_bytes(content)
+        self.files.open[handle] = os.open(path, flags)
+        return path
+
+    def lend(
+        self, operation: Operation, handle: int = 1, offset: int = 0, length: int = 0, payload: bytes = b"", **more: int
+    ) -> Request:
+        self.unique += 1
+        slot = self.arena.free_slot()
+        extra = more.pop("extra", ())
+        length = len(payload) or length
+        request = Request(operation, self.unique, slot, handle, 0, offset, length, extra=extra, **more)  # type: ignore[arg-type]
+        self.arena.payload(slot, len(payload))[:] = payload
+        self.arena.lend(slot, 1, encode(request))
+        return request
+
+    def do(self, operation: Operation, **fields: object) -> Reply:
+        request = self.lend(operation, **fields)  # type: ignore[arg-type]
+        self.transfers.execute(request)
+        return self.answered(request)
+
+    def answered(self, request: Request) -> Reply:
+        reply = self.device.only()
+        assert reply.unique == request.unique
+        assert self.arena.free_slot() == 0, "the slot was not given back"
+        return reply
+
+    def close(self) -> None:
+        for fd in self.files.open.values():
+            os.close(fd)
+
+
+def count_of(reply: Reply) -> int:
+    assert reply.error == 0
+    count, _ = struct.unpack("=II", reply.payload)
+    return int(count)
+
+
+@pytest.fixture
+def bench(arena: Arena, device: Device, tmp_path: Path):  # type: ignore[no-untyped-def]
+    own = Bench(arena, device, tmp_path)
+    yield own
+    own.close()
+
+
+def test_read(bench: Bench) -> None:
+    bench.open(1, pattern(10000))
+    assert bench.do(Operation.READ, offset=5, length=100).payload == pattern(10000)[5:105]
+    assert bench.do(Operation.READ, offset=9999, length=100).payload == pattern(10000)[9999:]
+    assert bench.do(Operation.READ, offset=20000, length=100).payload == b""
+    assert bench.counters.snapshot() == {"requests": 3, "errors": 0, "read": 101, "written": 0}
+
+
+def test_write(bench: Bench) -> None:
+    path = bench.open(1, b"0123456789")
+    assert count_of(bench.do(Operation.WRITE, offset=3, payload=b"abc")) == 3
+    assert count_of(bench.do(Operation.WRITE, offset=12, payload=b"end")) == 3
+    assert path.read_bytes() == b"012abc6789\0\0end"
+    assert bench.counters.snapshot() == {"requests": 2, "errors": 0, "read": 0, "written": 6}
+
+
+def test_a_write_of_the_largest_size(bench: Bench) -> None:
+    path = bench.open(1)
+    data = pattern(bench.arena.payload_size)
+    assert count_of(bench.do(Operation.WRITE, offset=1, payload=data)) == len(data)
+    assert path.read_bytes() == b"\0" + data
+
+
+def test_an_append_goes_to_the_end_wherever_that_is(bench: Bench) -> None:
+    path = bench.open(1, b"0123456789")
+    with open(path, "ab") as behind:
+        behind.write(b"behind")
+    assert count_of(bench.do(Operation.WRITE, offset=2, payload=b"+", flags=APPEND)) == 1
+    assert path.read_bytes() == b"0123456789behind+"
+
+
+def test_fsync(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.open(1)
+    called = []
+    monkeypatch.setattr(os, "fsync", lambda fd: called.append(("fsync", fd)))
+    monkeypatch.setattr(os, "fdatasync", lambda fd: called.append(("fdatasync", fd)))
+    assert bench.do(Operation.FSYNC).error == 0
+    assert bench.do(Operation.FSYNC, flags=DATA_ONLY).error == 0
+    assert called == [("fsync", bench.files.open[1]), ("fdatasync", bench.files.open[1])]
+
+
+def test_flush_and_syncfs_leave_the_descriptor_open(bench: Bench) -> None:
+    bench.open(1)
+    assert bench.do(Operation.FLUSH).error == 0
+    assert bench.do(Operation.SYNCFS).error == 0
+    os.fstat(bench.files.open[1])
+
+
+def test_fallocate(bench: Bench) -> None:
+    path = bench.open(1, b"x" * 8192)
+    assert bench.do(Operation.FALLOCATE, offset=8192, length=4096, extra=(0,)).error == 0
+    assert path.stat().st_size == 12288
+    keep_size, punch_hole = 1, 2
+    assert bench.do(Operation.FALLOCATE, offset=0, length=4096, extra=(keep_size | punch_hole,)).error == 0
+    assert path.read_bytes()[:8192] == bytes(4096) + b"x" * 4096
+    assert bench.do(Operation.FALLOCATE, offset=0, length=4096, extra=(0x4000,)).error == errno.EOPNOTSUPP
+
+
+def test_lseek(bench: Bench) -> None:
+    path = bench.open(1)
+    with open(path, "r+b") as file:
+        file.truncate(1 << 20)
+        file.seek(1 << 19)
+        file.write(b"x")
+    found = bench.do(Operation.LSEEK, offset=0, extra=(os.SEEK_DATA,))
+    assert 0 < struct.unpack("=Q", found.payload)[0] <= 1 << 19
+    assert bench.do(Operation.LSEEK, offset=0, extra=(os.SEEK_HOLE,)).payload == bytes(8)
+    assert bench.do(Operation.LSEEK, offset=1 << 20, extra=(os.SEEK_DATA,)).error == errno.ENXIO
+
+
+def test_copy_file_range(bench: Bench) -> None:
+    bench.open(1, b"source data")
+    path = bench.open(2, b"target")
+    reply = bench.do(Operation.COPY_FILE_RANGE, handle=2, offset=3, length=100, extra=(1, 0, 7))
+    assert count_of(reply) == 4
+    assert path.read_bytes() == b"tardata"
+
+
+@pytest.mark.parametrize("number", [errno.EXDEV, errno.ENOSYS])
+def test_a_copy_that_the_source_cannot_do_is_left_to_the_kernel(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    bench.open(1)
+    bench.open(2)
+
+    def refuse(*arguments: int) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "copy_file_range", refuse)
+    assert bench.do(Operation.COPY_FILE_RANGE, handle=2, length=1, extra=(1, 0, 0)).error == errno.EOPNOTSUPP
+
+
+def test_a_copy_of_more_than_a_reply_can_report_is_cut(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.open(1)
+    bench.open(2)
+    asked = []
+    monkeypatch.setattr(os, "copy_file_range", lambda *arguments: asked.append(arguments[2]) or 0)
+    bench.do(Operation.COPY_FILE_RANGE, handle=2, length=2**63, extra=(1, 0, 0))
+    assert 0 < asked[0] < 2**32
+
+
+def test_errors_of_the_source_are_answered_and_counted(bench: Bench) -> None:
+    bench.open(1, flags=os.O_RDONLY)
+    bench.open(2, flags=os.O_WRONLY)
+    assert bench.do(Operation.WRITE, payload=b"x").error == errno.EBADF
+    assert bench.do(Operation.WRITE, payload=b"x", flags=APPEND).error == errno.EBADF
+    assert bench.do(Operation.READ, handle=2, length=10).error == errno.EBADF
+    assert bench.do(Operation.READ, handle=99, length=10).error == errno.EBADF
+    assert bench.counters.snapshot() == {"requests": 4, "errors": 4, "read": 0, "written": 0}
+
+
+def test_whatever_else_goes_wrong_is_eio_and_logged(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.open(1)
+
+    def broken(*arguments: object) -> None:
+        raise ZeroDivisionError("a fault")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with caplog.at_level(logging.ERROR):
+        assert bench.do(Operation.FSYNC).error == errno.EIO
+    assert "a fault" in caplog.text
+    assert bench.counters.snapshot()["errors"] == 1
+
+
+def test_an_operation_that_does_not_exist(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    assert bench.do(99).error == errno.EIO  # type: ignore[arg-type]
+
+
+def test_a_release_is_passed_on_and_not_answered(bench: Bench) -> None:
+    bench.transfers.execute(Request(Operation.RELEASE, 0, -1, -1, -1, extra=(4, 5)))
+    assert bench.files.released == [4, 5]
+    assert bench.device.take() == []
+    assert bench.counters.snapshot()["requests"] == 0
+
+
+def test_a_request_without_a_slot_is_answered_too(bench: Bench) -> None:
+    bench.open(1, b"abc")
+    bench.transfers.execute(Request(Operation.READ, 9, -1, 1, 0, 0, 10))
+    assert bench.device.only() == Reply(9, 0, b"abc")
+
+
+def test_set_id_bits_go_only_if_the_request_says_so(bench: Bench) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("an ordinary user's write always clears them")
+    path = bench.open(1)
+
+    def mode_after_write(flags: int) -> int:
+        os.chmod(path, 0o6755)
+        bench.do(Operation.WRITE, payload=b"x", flags=flags)
+        return stat.S_IMODE(path.stat().st_mode)
+
+    # In a child: what is done to the capabilities of this process would go on in other tests.
+    flags = (0, KILL_PRIVILEGES, KILL_PRIVILEGES | APPEND, 0)
+    assert Child(lambda: [mode_after_write(one) for one in flags]).result() == [0o6755, 0o755, 0o755, 0o6755]
+
+
+def test_a_write_counts_as_its_writers(arena: Arena, device: Device, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can write as others do")
+
+    def identity_after_write() -> list[str]:
+        bench = Bench(arena, device, tmp_path, Writer())
+        bench.open(1)
+        bench.do(Operation.WRITE, payload=b"x", uid=4711, gid=4712)
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return [line.split()[4] for line in lines if line.startswith(("Uid:", "Gid:"))]
+
+    assert Child(identity_after_write).result() == ["4711", "4712"]
+
+
+# A worker died, and its successor finds a request that was not answered
+
+
+def test_a_read_is_done_again(bench: Bench) -> None:
+    bench.open(1, b"content")
+    request = bench.lend(Operation.READ, length=100)
+    bench.transfers.resume(request)
+    assert bench.answered(request).payload == b"content"
+
+
+def test_a_write_that_was_not_begun_is_done(bench: Bench) -> None:
+    path = bench.open(1, b"0123456789")
+    request = bench.lend(Operation.WRITE, offset=4, payload=b"abc")
+    bench.transfers.resume(request)
+    assert count_of(bench.answered(request)) == 3
+    assert path.read_bytes() == b"0123abc789"
+
+
+def test_a_write_that_was_done_is_only_answered(bench: Bench) -> None:
+    path = bench.open(1, b"0123456789")
+    request = bench.lend(Operation.WRITE, offset=4, payload=b"abc")
+    bench.arena.results[request.slot] = 2
+    bench.arena.stages[request.slot] = _DONE
+    bench.transfers.resume(request)
+    assert count_of(bench.answered(request)) == 2
+    assert path.read_bytes() == b"0123456789"
+
+
+def test_an_append_that_was_not_begun_is_done(bench: Bench) -> None:
+    path = bench.open(1, b"log\n")
+    request = bench.lend(Operation.WRITE, payload=b"line\n", flags=APPEND)
+    bench.transfers.resume(request)
+    assert count_of(bench.answered(request)) == 5
+    assert path.read_bytes() == b"log\nline\n"
+
+
+def test_an_append_that_was_about_to_begin_is_done(bench: Bench) -> None:
+    path = bench.open(1, b"log\n")
+    request = bench.lend(Operation.WRITE, payload=b"line\n", flags=APPEND)
+    bench.arena.results[request.slot] = 4
+    bench.arena.stages[request.slot] = _APPENDING
+    bench.transfers.resume(request)
+    assert count_of(bench.answered(request)) == 5
+    assert path.read_bytes() == b"log\nline\n"
+
+
+@pytest.mark.parametrize("after", [b"", b"another's line\n"])
+@pytest.mark.parametrize("between", [b"", b"somebody was quicker\n"])
+def test_an_append_is_not_doubled(bench: Bench, between: bytes, after: bytes) -> None:
+    """The worker died between the write and its note that it was done."""
+    whole = b"log\n" + between + b"line\n" + after
+    path = bench.open(1, whole)
+    request = bench.lend(Operation.WRITE, payload=b"line\n", flags=APPEND)
+    bench.arena.results[request.slot] = 4
+    bench.arena.stages[request.slot] = _APPENDING
+    bench.transfers.resume(request)
+    assert count_of(bench.answered(request)) == 5
+    assert path.read_bytes() == whole
+
+
+def test_a_line_like_an_earlier_one_is_appended_all_the_same(bench: Bench) -> None:
+    path = bench.open(1, b"line\nline\n")
+    request = bench.lend(Operation.WRITE, payload=b"line\n", flags=APPEND)
+    bench.arena.results[request.slot] = 10
+    bench.arena.stages[request.slot] = _APPENDING
+    bench.transfers.resume(request)
+    bench.answered(request)
+    assert path.read_bytes() == b"line\nline\nline\n"
+
+
+def test_an_append_notes_how_far_it_has_come(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.open(1, b"log\n")
+    noted = []
+    pwritev = os.pwritev
+
+    def watched(*arguments: object) -> int:
+        noted.append((bench.arena.stages[0], bench.arena.results[0]))
+        return pwritev(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "pwritev", watched)
+    bench.do(Operation.WRITE, payload=b"line\n", flags=APPEND)
+    noted.append((bench.arena.stages[0], bench.arena.results[0]))
+    assert noted == [(_APPENDING, 4), (_DONE, 5)]
+
+
+def test_counters_have_one_cell_each() -> None:
+    assert sorted((Counters.REQUESTS, Counters.ERRORS, Counters.READ, Counters.WRITTEN)) == list(range(Counters.FIELDS))

@@ -1,0 +1,128 @@
+"""A worker's loop: messages off the pipe, and what a worker before it left."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from llloop.arena import Arena
+from llloop.protocol import Operation, Request, encode
+from llloop.workers.loop import Worker
+
+SHARD = 1
+
+
+class Recorder:
+    """What stands for `Transfers`: notes what it is asked to do, and gives slots back as the real one does."""
+
+    def __init__(self, arena: Arena) -> None:
+        self.arena = arena
+        self.executed: list[int] = []
+        self.resumed: list[int] = []
+
+    def execute(self, request: Request) -> None:
+        self.executed.append(request.unique)
+        if request.slot >= 0:
+            self.arena.give_back(request.slot)
+
+    def resume(self, request: Request) -> None:
+        self.resumed.append(request.unique)
+        self.arena.give_back(request.slot)
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    reader, writer = os.pipe2(os.O_DIRECT)
+    yield reader, writer
+    os.close(reader)
+
+
+@pytest.fixture
+def recorder(arena: Arena) -> Recorder:
+    return Recorder(arena)
+
+
+@pytest.fixture
+def worker(arena: Arena, pipe: tuple[int, int], recorder: Recorder) -> Worker:
+    return Worker(SHARD, arena, pipe[0], recorder)  # type: ignore[arg-type]
+
+
+def message(unique: int, slot: int = -1) -> bytes:
+    return encode((Operation.READ, unique, slot, 1, 2))
+
+
+def test_messages_are_done_in_their_order_until_the_front_is_gone(
+    worker: Worker, pipe: tuple[int, int], recorder: Recorder
+) -> None:
+    for unique in (3, 1, 2):
+        os.write(pipe[1], message(unique))
+    os.close(pipe[1])
+    worker.run()
+    assert recorder.executed == [3, 1, 2]
+    assert recorder.resumed == []
+
+
+def test_what_is_no_request_is_logged_and_dropped(
+    worker: Worker, pipe: tuple[int, int], recorder: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    for data in (b"\xc1", encode([]), message(1)[:-1], message(7)):
+        os.write(pipe[1], data)
+    os.close(pipe[1])
+    with caplog.at_level(logging.ERROR):
+        worker.run()
+    assert recorder.executed == [7]
+    assert len(caplog.records) == 3
+
+
+def test_what_was_taken_and_not_answered_is_done_oldest_first(
+    worker: Worker, arena: Arena, pipe: tuple[int, int], recorder: Recorder
+) -> None:
+    for slot, unique in enumerate((30, 10, 20)):
+        arena.lend(slot, SHARD, message(unique, slot))
+    arena.lend(3, 0, message(5, 3))
+    worker.recover()
+    assert recorder.resumed == [10, 20, 30]
+    assert [slot for slot, _ in arena.lent_to(0)] == [3], "another worker's"
+    assert arena.free_slot() == 0
+    os.close(pipe[1])
+
+
+def test_what_still_lies_in_the_pipe_is_not_done_twice(
+    worker: Worker, arena: Arena, pipe: tuple[int, int], recorder: Recorder
+) -> None:
+    for slot, unique in enumerate((10, 11, 12)):
+        arena.lend(slot, SHARD, message(unique, slot))
+        if unique > 10:  # 10 was taken off the pipe by the worker that died
+            os.write(pipe[1], message(unique, slot))
+    worker.recover()
+    os.write(pipe[1], message(13))
+    os.close(pipe[1])
+    worker.run()
+    assert recorder.resumed == [10, 11, 12]
+    assert recorder.executed == [13]
+
+
+def test_releases_in_the_pipe_are_done_after_a_recovery(
+    worker: Worker, arena: Arena, pipe: tuple[int, int], recorder: Recorder
+) -> None:
+    arena.lend(0, SHARD, message(10, 0))
+    os.write(pipe[1], encode((Operation.RELEASE, 0, -1, -1, -1, 0, 0, 0, 0, 0, (1,))))
+    worker.recover()
+    os.close(pipe[1])
+    worker.run()
+    assert recorder.executed == [0]
+
+
+def test_a_slot_that_holds_nonsense_does_not_stop_the_recovery(
+    worker: Worker, arena: Arena, pipe: tuple[int, int], recorder: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    arena.lend(0, SHARD, b"\xff\xff")
+    arena.lend(1, SHARD, message(4, 1))
+    with caplog.at_level(logging.ERROR):
+        worker.recover()
+    os.close(pipe[1])
+    assert recorder.resumed == [4]
+    assert len(caplog.records) == 1
