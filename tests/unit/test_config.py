@@ -1,0 +1,110 @@
+"""The options of a mount: defaults, limits, and what their help says."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import FrozenInstanceError, fields
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llloop import config
+from llloop.config import MAX_WORKERS, Cache, LoopKind, ServeConfig, help_text, usable_cpus
+from llloop.errors import UsageError
+
+
+def make(**options: Any) -> ServeConfig:
+    return ServeConfig(source=options.pop("source", "/src"), mountpoint="/mnt", **options)
+
+
+def test_defaults() -> None:
+    made = make()
+    assert made.workers == min(usable_cpus(), MAX_WORKERS)
+    assert made.allow_other is (os.geteuid() == 0)
+    assert made.cache is Cache.AUTO
+    assert (made.attr_timeout, made.entry_timeout, made.negative_timeout) == (1.0, 1.0, 1.0)
+    assert made.xattr is True
+    assert made.loop is LoopKind.AUTO
+    assert made.options == ()
+    assert made.fsname == "/src"
+    assert not (made.read_only or made.nonempty or made.replace_dead)
+
+
+def test_nothing_stays_undecided() -> None:
+    made = make()
+    assert [one.name for one in fields(made) if getattr(made, one.name) is None] == []
+
+
+def test_workers_follow_the_cpus_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 5})
+    assert make().workers == 3
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(1000)))
+    assert make().workers == MAX_WORKERS
+
+
+@pytest.mark.parametrize(("uid", "expected"), [(0, True), (1000, False)])
+def test_others_may_use_roots_mounts(monkeypatch: pytest.MonkeyPatch, uid: int, expected: bool) -> None:
+    monkeypatch.setattr(config.os, "geteuid", lambda: uid)
+    assert make().allow_other is expected
+    assert make(allow_other=not expected).allow_other is not expected
+
+
+@pytest.mark.parametrize(("cache", "seconds"), [(Cache.NEVER, 0), (Cache.AUTO, 1), (Cache.ALWAYS, 86400)])
+def test_timeouts_follow_the_cache_mode_unless_given(cache: Cache, seconds: float) -> None:
+    made = make(cache=cache)
+    assert made.attr_timeout == made.entry_timeout == made.negative_timeout == seconds
+    made = make(cache=cache, entry_timeout=7, negative_timeout=0)
+    assert (made.attr_timeout, made.entry_timeout, made.negative_timeout) == (seconds, 7, 0)
+
+
+def test_the_name_of_the_file_system_is_the_whole_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert make(source="some/where").fsname == os.path.abspath("some/where")
+    assert make(fsname="").fsname == ""
+
+
+@pytest.mark.parametrize("workers", [1, 2, MAX_WORKERS])
+def test_workers_that_can_be(workers: int) -> None:
+    assert make(workers=workers).workers == workers
+
+
+@given(st.integers().filter(lambda number: not 1 <= number <= MAX_WORKERS))
+def test_workers_that_cannot_be(workers: int) -> None:
+    with pytest.raises(UsageError, match=f"--workers.*{workers}"):
+        make(workers=workers)
+
+
+TIMEOUTS = ["attr_timeout", "entry_timeout", "negative_timeout"]
+
+
+@pytest.mark.parametrize("name", TIMEOUTS)
+@pytest.mark.parametrize("seconds", [-1, -0.001, float("nan"), float("inf"), -float("inf"), 2.0**31 + 1, 1e300])
+def test_timeouts_that_cannot_be(name: str, seconds: float) -> None:
+    with pytest.raises(UsageError, match="--" + name.replace("_", "-")):
+        make(**{name: seconds})
+
+
+@given(st.sampled_from(TIMEOUTS), st.floats(0, 2**31))
+def test_timeouts_that_can_be(name: str, seconds: float) -> None:
+    assert getattr(make(**{name: seconds}), name) == seconds
+
+
+def test_what_was_decided_stays() -> None:
+    with pytest.raises(FrozenInstanceError):
+        make().workers = 3  # type: ignore[misc]
+
+
+def test_every_option_has_a_text_with_its_default() -> None:
+    for one in fields(ServeConfig):
+        if one.name in ("source", "mountpoint"):
+            continue
+        text = help_text(one.name)
+        assert len(text) > 40 and text.endswith("."), one.name
+        if one.name not in ("loop", "slots"):  # hidden ones
+            assert "Default: " in text, one.name
+
+
+def test_the_text_of_an_option_that_does_not_exist() -> None:
+    with pytest.raises(KeyError):
+        help_text("nonsense")
