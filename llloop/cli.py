@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from . import log, mounting
-from .config import MAX_WORKERS, Cache, LoopKind, ServeConfig, help_text
+from .config import MAX_WORKERS, Cache, IoKind, LoopKind, ServeConfig, help_text
 from .daemon import Daemon
 from .errors import HostError, LlloopError, MountpointError
 from .supervisor import Supervisor
@@ -75,6 +75,8 @@ def main() -> None:
 @_option("read_only", "--read-only", "--ro", is_flag=True)
 @_option("allow_other", "--allow-other/--no-allow-other", default=None)
 @_option("cache", "--cache", type=click.Choice([cache.value for cache in Cache]), default=Cache.AUTO.value)
+@_option("io", "--io", type=click.Choice([kind.value for kind in IoKind]), default=IoKind.WORKERS.value)
+@_option("writeback", "--writeback", is_flag=True)
 @_option("attr_timeout", "--attr-timeout", type=float, default=None, metavar="SECONDS")
 @_option("entry_timeout", "--entry-timeout", type=float, default=None, metavar="SECONDS")
 @_option("negative_timeout", "--negative-timeout", type=float, default=None, metavar="SECONDS")
@@ -126,6 +128,7 @@ def serve(
     Stop it with Ctrl-C, SIGTERM, or `llloop umount MOUNTPOINT`.
     """
     options["cache"] = Cache(options["cache"])
+    options["io"] = IoKind(options["io"])
     options["loop"] = LoopKind(options["loop"])
     options["options"] = tuple(part for option in options["options"] for part in option.split(",") if part)
     config = ServeConfig(source=source, mountpoint=mountpoint, **options)

@@ -33,6 +33,14 @@ class LoopKind(str, Enum):
     LLFUSE = "llfuse"
 
 
+class IoKind(str, Enum):
+    """Who moves the data of open files."""
+
+    WORKERS = "workers"
+    KERNEL = "kernel"
+    AUTO = "auto"
+
+
 _TIMEOUTS = {Cache.NEVER: 0.0, Cache.AUTO: 1.0, Cache.ALWAYS: _DAY}
 
 
@@ -72,6 +80,20 @@ class ServeConfig:
         "access costs a request. auto: names and attributes for 1 second, data until a fresh open or a refresh of the "
         "attributes shows another size or time. always: everything for a day; only for a source that nobody else "
         "changes, else old data is shown. Default: auto.",
+    )
+    io: IoKind = _option(
+        IoKind.WORKERS,
+        "Who reads and writes open files. workers: the worker processes, each file always the same one. kernel: the "
+        "kernel itself, as fast as the source (passthrough; needs root and Linux 6.9); fails where that cannot be had. "
+        "auto: the kernel where it can, else the workers. Risk of kernel: I/O is done with root's rights to quotas and "
+        "reserved blocks, and a source that hangs blocks its users directly. Default: workers.",
+    )
+    writeback: bool = _option(
+        False,
+        "Let the kernel collect writes and send them later in large pieces: many times faster for small writes. Risk: "
+        "while the mount has a file's data or attributes, changes made to it directly in the source are not seen, and "
+        "size and times are overwritten by what the mount knows; only for a source nobody else writes to. Data written "
+        "and not synced is lost if the machine fails, as on any file system. Not with --io kernel. Default: off.",
     )
     attr_timeout: float = _option(
         None, "Seconds the kernel may keep attributes (size, mode, times) without asking. Default: as --cache says."
@@ -123,6 +145,8 @@ class ServeConfig:
     def _check(self) -> None:
         if not 1 <= self.workers <= MAX_WORKERS:
             raise UsageError(f"--workers must be from 1 to {MAX_WORKERS}, not {self.workers}")
+        if self.writeback and self.io is IoKind.KERNEL:
+            raise UsageError("--writeback and --io kernel exclude each other: the kernel has nothing to collect then")
         for name in ("attr_timeout", "entry_timeout", "negative_timeout"):
             seconds = getattr(self, name)
             if not (math.isfinite(seconds) and 0 <= seconds <= 2**31):

@@ -81,6 +81,10 @@ class Capabilities:
     minor: int
     features: Feature
 
+    def without(self, feature: Feature) -> Capabilities:
+        """Return these capabilities less one that was agreed to and will not be used."""
+        return Capabilities(self.minor, self.features & ~feature)
+
     def describe(self) -> str:
         """Return the features' names in lower case, for the line that serve prints."""
         return f"FUSE 7.{self.minor}, " + ", ".join(
@@ -92,12 +96,17 @@ class UnsupportedProtocol(Exception):
     """The kernel speaks another major version of the protocol, or one too old."""
 
 
-def negotiate(request: bytes, *, posix_acl: bool) -> tuple[bytes, Capabilities]:
+def negotiate(
+    request: bytes, *, posix_acl: bool, writeback: bool, passthrough: bool, stack_depth: int
+) -> tuple[bytes, Capabilities]:
     """Answer an INIT request.
 
     Args:
         request: the request as read from /dev/fuse, header included.
         posix_acl: whether the source has POSIX ACLs; the kernel then enforces them.
+        writeback: whether the kernel may collect writes.
+        passthrough: whether the kernel may do the I/O of files by itself.
+        stack_depth: how many file systems may lie on top of each other, this one included, for that.
 
     Returns:
         The reply to write to /dev/fuse, and what it agreed to.
@@ -109,7 +118,13 @@ def negotiate(request: bytes, *, posix_acl: bool) -> tuple[bytes, Capabilities]:
     if major != PROTOCOL_MAJOR or minor < 23:
         raise UnsupportedProtocol(f"the kernel speaks FUSE {major}.{minor}, llloop needs {PROTOCOL_MAJOR}.23 or newer")
     offered = flags | (flags2 << 32 if flags & Feature.INIT_EXT else 0)
-    wanted = _ALWAYS | (Feature.POSIX_ACL if posix_acl else Feature(0))
+    wanted = _ALWAYS
+    for feature, asked in (
+        (Feature.POSIX_ACL, posix_acl),
+        (Feature.WRITEBACK_CACHE, writeback),
+        (Feature.PASSTHROUGH, passthrough),
+    ):
+        wanted |= feature if asked else Feature(0)
     agreed = Feature(int(wanted) & offered)
     capabilities = Capabilities(min(minor, PROTOCOL_MINOR), agreed)
     payload = wire.INIT_OUT.pack(
@@ -124,5 +139,6 @@ def negotiate(request: bytes, *, posix_acl: bool) -> tuple[bytes, Capabilities]:
         MAX_PAGES,
         0,
         int(agreed) >> 32,
+        stack_depth if Feature.PASSTHROUGH in agreed else 0,
     )
     return wire.reply(unique, payload), capabilities

@@ -28,9 +28,10 @@ from setproctitle import setproctitle
 
 from . import log, mounting, negotiation, syscalls, wire
 from .arena import Arena
-from .config import LoopKind, ServeConfig
+from .config import IoKind, LoopKind, ServeConfig
 from .errors import HostError, LlloopError, UsageError
 from .front.operations import Operations
+from .front.passthrough import refusal
 from .front.process import FrontSetup, run_front
 from .redirect import CapturedStderr, let_go_of_standard_descriptors
 from .session import Session, SessionNotFound, find_session, fuse_devices
@@ -136,6 +137,7 @@ class Supervisor:
         mounting.check_host(config)
         self._options = mounting.mount_options(config)
         self._session: Session | None = None
+        self._source_is_stacked = False
         self._capabilities: negotiation.Capabilities | None = None
         self._fallback_reason = "asked for"
         self._stop_signals = 0
@@ -160,6 +162,7 @@ class Supervisor:
         multiprocessing.current_process().name = "llloop-supervisor"
         _raise_descriptor_limit()
         root = os.open(self._source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._source_is_stacked = _is_stacked(self._source)
         xattr_acl = self._config.xattr and _has_acls(self._source)
         operations = Operations()
         device = self._mount(operations)
@@ -204,7 +207,7 @@ class Supervisor:
         try:
             session = find_session(device)
         except SessionNotFound as error:
-            if self._config.loop is LoopKind.OWN:
+            if self._config.loop is LoopKind.OWN or self._config.io is IoKind.KERNEL or self._config.writeback:
                 raise LlloopError(f"llfuse's session cannot be used: {error}") from None
             self._fallback_reason = str(error)
             _log.warning("falling back to llfuse's request loop, which is slower: %s", error)
@@ -213,13 +216,37 @@ class Supervisor:
         length = os.readv(device, [buffer])
         request = bytes(buffer[:length])
         try:
-            answer, self._capabilities = negotiation.negotiate(request, posix_acl=posix_acl)
+            answer, self._capabilities = negotiation.negotiate(
+                request,
+                posix_acl=posix_acl,
+                writeback=self._config.writeback,
+                passthrough=self._config.io is not IoKind.WORKERS and not self._config.writeback,
+                stack_depth=2 if self._source_is_stacked else 1,
+            )
         except negotiation.UnsupportedProtocol as error:
             raise HostError(str(error)) from None
         os.write(device, answer)
         # libfuse must see the request too, to be initialised; its own answer comes second and is dropped by the kernel.
         session.processor().process_bytes(request)
         self._session = session
+        self._check_passthrough(device)
+
+    def _check_passthrough(self, device: int) -> None:
+        """Give passthrough up if the kernel refuses it to this process, or say why it cannot be had."""
+        capabilities = self._capabilities
+        assert capabilities is not None
+        if self._config.io is IoKind.WORKERS:
+            return
+        if negotiation.Feature.PASSTHROUGH in capabilities.features:
+            reason = refusal(device)
+        else:
+            reason = "with --writeback" if self._config.writeback else "this kernel does not offer it; Linux 6.9 does"
+        if reason is None:
+            return
+        if self._config.io is IoKind.KERNEL:
+            hint = "" if os.geteuid() == 0 else "; it needs root"
+            raise HostError(f"--io kernel cannot be had: {reason}{hint}. Serve with --io auto or --io workers")
+        self._capabilities = capabilities.without(negotiation.Feature.PASSTHROUGH)
 
     # The children
 
@@ -438,6 +465,15 @@ def _raise_descriptor_limit() -> None:
     """Raise the soft limit of open files to the hard one: each open file of the mount needs a descriptor."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _is_stacked(source: str) -> bool:
+    """Whether the source's file system itself lies on top of another, as in containers."""
+    fd = os.open(source, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return syscalls.file_system_type(fd) in syscalls.STACKED
+    finally:
+        os.close(fd)
 
 
 def _has_acls(source: str) -> bool:

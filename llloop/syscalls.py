@@ -234,10 +234,13 @@ _fstatfs.argtypes = (ctypes.c_int, ctypes.c_void_p)
 
 # <linux/magic.h>: the file systems that live in RAM, where no read or write waits for a disk ...
 RAM_FILE_SYSTEMS = frozenset({0x01021994, 0x858458F6})
-# ... and those whose close(2) can report an error of an earlier write: NFS, SMB, CIFS, SMB2, FUSE, AFS, Ceph, Coda, 9p.
+# ... those whose close(2) can report an error of an earlier write: NFS, SMB, CIFS, SMB2, FUSE, AFS, Ceph, Coda, 9p ...
 CLOSE_CAN_FAIL = frozenset(
     {0x6969, 0x517B, 0xFF534D42, 0xFE534D42, 0x65735546, 0x5346414F, 0x00C36400, 0x73757245, 0x01021997}
 )
+
+# ... and those that lie on top of another: overlayfs, ecryptfs.
+STACKED = frozenset({0x794C7630, 0xF15F})
 
 
 def file_system_type(fd: int) -> int:

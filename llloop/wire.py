@@ -76,6 +76,7 @@ class Opcode(IntEnum):
 FOPEN_DIRECT_IO = 1 << 0
 FOPEN_KEEP_CACHE = 1 << 1
 FOPEN_CACHE_DIR = 1 << 3
+FOPEN_PASSTHROUGH = 1 << 7
 
 # FATTR_ bits of struct fuse_setattr_in.valid
 FATTR_MODE = 1 << 0
@@ -127,15 +128,15 @@ SETXATTR_REQUEST = Struct("=8xQQ16xIIII")  # unique, nodeid, size, flags, setxat
 
 # Replies, from struct fuse_out_header on
 OUT_HEADER = Struct("=IiQ")  # length, error (negative errno), unique
-INIT_OUT = Struct("=IIIIHHIIHHI28x")
+INIT_OUT = Struct("=IIIIHHIIHHII24x")
 # struct fuse_attr: ino, size, blocks, atime, mtime, ctime, their nanoseconds, mode, nlink, uid, gid, rdev, blksize,
 # flags
 ATTR = Struct("=QQQqqqIIIIIIIIII")
 ENTRY_HEAD = Struct("=QqQQII")  # nodeid, generation, entry_valid, attr_valid, their nanoseconds; then struct fuse_attr
 ENTRY = Struct("=QqQQIIQQQqqqIIIIIIIIII")  # both
 ATTR_REPLY = Struct("=IiQQI4xQQQqqqIIIIIIIIII")  # header, attr_valid, attr_valid_nsec, struct fuse_attr
-OPEN_REPLY = Struct("=IiQQI4x")  # header, fh, open_flags
-OPEN_OUT = Struct("=QI4x")  # fh, open_flags, as in the CREATE reply
+OPEN_REPLY = Struct("=IiQQIi")  # header, fh, open_flags, backing_id
+OPEN_OUT = Struct("=QIi")  # fh, open_flags, backing_id, as in the CREATE reply
 WRITE_REPLY = Struct("=IiQI4x")  # header, size
 LSEEK_REPLY = Struct("=IiQQ")  # header, offset
 STATX_OUT = Struct("=QII16x")  # attr_valid, attr_valid_nsec, flags; then struct fuse_statx

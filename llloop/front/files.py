@@ -11,6 +11,7 @@ from ..syscalls import Attributes, DirectoryEntry, fstatx, read_directory
 from .anchors import Anchors
 from .handles import Handle, Handles
 from .inodes import ROOT, Inodes
+from .passthrough import Passthrough
 from .promptness import Promptness
 from .router import Router
 from .tree import Requester, Tree, check_name
@@ -30,16 +31,22 @@ class Files:
         tree: the tree they are opened in.
         handles: where they are kept.
         router: chooses their workers and tells them of a release.
+        passthrough: knows which files the kernel serves itself.
         setid: decides about set-ID bits on truncation.
+        writeback: whether the kernel collects writes, for which it must be able to read what is written to.
     """
 
-    def __init__(self, tree: Tree, handles: Handles, router: Router, setid: SetidGuard) -> None:
+    def __init__(
+        self, tree: Tree, handles: Handles, router: Router, passthrough: Passthrough, setid: SetidGuard, writeback: bool
+    ) -> None:
         self._tree = tree
         self._anchors: Anchors = tree.anchors
         self._inodes: Inodes = tree.inodes
         self._handles = handles
         self._router = router
+        self._passthrough = passthrough
         self._setid = setid
+        self._writeback = writeback
         self.promptness = Promptness()
         self._root_handle: int | None = None
 
@@ -54,7 +61,7 @@ class Files:
         Returns:
             The handle's number and the file's attributes.
         """
-        descriptor, attributes = self._open(nodeid, flags & _SOURCE_FLAGS | _ALWAYS, flags)
+        descriptor, attributes = self._open(nodeid, self._source_flags(flags), flags)
         if flags & os.O_TRUNC:
             try:
                 self._setid.clear(clear_setid)
@@ -68,12 +75,21 @@ class Files:
                 raise
         return self._add(descriptor, nodeid, flags, attributes), attributes
 
+    def _source_flags(self, flags: int) -> int:
+        """Return what a file is opened with in the source for the caller's *flags*."""
+        flags = flags & _SOURCE_FLAGS | _ALWAYS
+        if self._writeback and flags & os.O_ACCMODE == os.O_WRONLY:
+            flags = flags & ~os.O_ACCMODE | os.O_RDWR
+        return flags
+
     def _open(self, nodeid: int, flags: int, wanted: int) -> tuple[int, Attributes]:
         try:
             return self._reopen(nodeid, flags)
         except OSError as error:
             if error.errno == errno.EMFILE:
                 self._anchors.shrink()
+            elif error.errno == errno.EACCES and self._writeback and wanted & os.O_ACCMODE == os.O_WRONLY:
+                flags = flags & ~os.O_ACCMODE | os.O_WRONLY  # a file that may only be written: whole pages still can
             elif error.errno != errno.EPERM:
                 raise
             elif flags & os.O_NOATIME:  # only for the owner; the caller may be it where this process is not
@@ -109,7 +125,7 @@ class Files:
         Returns:
             The handle's number, the inode's, and its attributes.
         """
-        source_flags = flags & _SOURCE_FLAGS & ~os.O_NOATIME | _ALWAYS | os.O_CREAT | os.O_EXCL
+        source_flags = self._source_flags(flags) & ~os.O_NOATIME | os.O_CREAT | os.O_EXCL
         permissions = stat.S_IMODE(mode)
         check_name(name)
         try:
@@ -129,7 +145,7 @@ class Files:
         Returns:
             The handle's number, the inode's, and its attributes.
         """
-        source_flags = flags & (_SOURCE_FLAGS | os.O_EXCL) | os.O_CLOEXEC | os.O_TMPFILE
+        source_flags = self._source_flags(flags) & ~os.O_NOFOLLOW | flags & os.O_EXCL | os.O_TMPFILE
         permissions = stat.S_IMODE(mode)
         descriptor = self._tree.as_requester(
             parent, who, lambda directory: os.open(f"/proc/self/fd/{directory}", source_flags, permissions)
@@ -142,6 +158,8 @@ class Files:
     def release(self, number: int) -> None:
         """Close an open file; its worker is told if it may hold the descriptor too."""
         handle = self._handles.remove(number)
+        if handle.backed:
+            self._passthrough.release(handle)
         if handle.lent or handle.shared:
             self._router.release(number, handle)
         os.close(handle.descriptor)

@@ -18,6 +18,7 @@ class Handle:
         shard: the worker that does its I/O.
         device: the file system it is on, as in `llloop.syscalls.Attributes`.
         direct: whether it was opened with O_DIRECT.
+        backed: whether the kernel does its I/O itself.
         lent: whether that worker may hold the descriptor too and must be told of the release.
         shared: whether any worker may, because the file was copied from.
         read_flags, write_flags: the RWF_ flags (preadv2(2)) with which the front may try a small read or write itself
@@ -29,6 +30,7 @@ class Handle:
 
     __slots__ = (
         "append",
+        "backed",
         "descriptor",
         "device",
         "direct",
@@ -48,6 +50,7 @@ class Handle:
         self.shard = shard
         self.device = 0
         self.direct = direct
+        self.backed = False
         self.lent = False
         self.read_flags: int | None = None
         self.write_flags: int | None = None

@@ -16,6 +16,7 @@ from .caching import CachePolicy
 from .files import Files
 from .handles import Handles
 from .inodes import Inodes
+from .passthrough import Passthrough
 from .router import Router
 from .tree import Tree
 
@@ -31,7 +32,7 @@ class Mirror:
     Attributes:
         config: the mount's options.
         capabilities: what was agreed with the kernel; None where llfuse runs the loop.
-        inodes, handles, tree, files, router, policy, setid: see their modules.
+        inodes, handles, tree, files, router, policy, passthrough, setid: see their modules.
         close_can_fail: whether close(2) on the source can report an error of an earlier write.
     """
 
@@ -43,12 +44,13 @@ class Mirror:
     files: Files
     router: Router
     policy: CachePolicy
+    passthrough: Passthrough
     setid: SetidGuard
     close_can_fail: bool
 
 
 def build_mirror(
-    config: ServeConfig, capabilities: Capabilities | None, arena: Arena, pipes: list[int], root: int
+    config: ServeConfig, capabilities: Capabilities | None, arena: Arena, pipes: list[int], root: int, device: int
 ) -> Mirror:
     """Put together what a front serves from.
 
@@ -58,6 +60,7 @@ def build_mirror(
         arena: the shared memory.
         pipes: the write ends of the workers' request pipes.
         root: an O_PATH descriptor of the source.
+        device: the descriptor of /dev/fuse.
     """
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     inodes = Inodes(fstatx(root))
@@ -72,16 +75,18 @@ def build_mirror(
         kind = file_system_type(readable)
     finally:
         os.close(readable)
-    direct_mmap = capabilities is not None and Feature.DIRECT_IO_ALLOW_MMAP in capabilities.features
+    features = capabilities.features if capabilities is not None else Feature(0)
+    passthrough = Passthrough(device, handles, Feature.PASSTHROUGH in features)
     return Mirror(
         config=config,
         capabilities=capabilities,
         inodes=inodes,
         handles=handles,
         tree=tree,
-        files=Files(tree, handles, router, setid),
+        files=Files(tree, handles, router, passthrough, setid, Feature.WRITEBACK_CACHE in features),
         router=router,
-        policy=CachePolicy(config, direct_mmap),
+        policy=CachePolicy(config, Feature.DIRECT_IO_ALLOW_MMAP in features),
+        passthrough=passthrough,
         setid=setid,
         close_can_fail=kind in CLOSE_CAN_FAIL,
     )

@@ -18,7 +18,7 @@ class DirectoryRequests(Responder):
         """FUSE_OPENDIR."""
         unique, nodeid = wire.NODE_REQUEST.unpack_from(self._memory, base)
         number = self._files.opendir(nodeid)
-        if not self._send(wire.OPEN_REPLY.pack(wire.OPEN_REPLY.size, 0, unique, number, 0)):
+        if not self._send(wire.OPEN_REPLY.pack(wire.OPEN_REPLY.size, 0, unique, number, 0, 0)):
             self._files.release(number)
 
     def readdir(self, base: int, length: int) -> None:

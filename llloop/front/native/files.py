@@ -45,10 +45,17 @@ class FileRequests(Responder):
         unique, nodeid, flags, open_flags = wire.OPEN_REQUEST.unpack_from(self._memory, base)
         clear_setid = bool(open_flags & wire.FUSE_OPEN_KILL_SUIDGID)
         number, attributes = self._files.open(nodeid, flags, clear_setid)
-        mirror = self._mirror
-        keep = mirror.policy.open_flags(mirror.inodes.get(nodeid), attributes)
-        if not self._send(wire.OPEN_REPLY.pack(wire.OPEN_REPLY.size, 0, unique, number, keep)):
+        how = self._how(number, nodeid, attributes)
+        if not self._send(wire.OPEN_REPLY.pack(wire.OPEN_REPLY.size, 0, unique, number, *how)):
             self._files.release(number)
+
+    def _how(self, number: int, nodeid: int, attributes: Attributes) -> tuple[int, int]:
+        """Return open_flags and backing_id for a file just opened."""
+        mirror = self._mirror
+        backing = mirror.passthrough.back(self._handles.get(number))
+        if backing:
+            return wire.FOPEN_PASSTHROUGH, backing
+        return mirror.policy.open_flags(mirror.inodes.get(nodeid), attributes), 0
 
     def create(self, base: int, length: int) -> None:
         """FUSE_CREATE: reply with an entry and a handle."""
@@ -65,9 +72,8 @@ class FileRequests(Responder):
         self._reply_created(unique, *created)
 
     def _reply_created(self, unique: int, number: int, nodeid: int, attributes: Attributes) -> None:
-        mirror = self._mirror
-        flags = mirror.policy.open_flags(mirror.inodes.get(nodeid), attributes)
-        payload = self._entry(nodeid, attributes) + wire.OPEN_OUT.pack(number, flags)
+        how = self._how(number, nodeid, attributes)
+        payload = self._entry(nodeid, attributes) + wire.OPEN_OUT.pack(number, *how)
         if not self._send(wire.reply(unique, payload)):
             self._files.release(number)
             self._tree.forget(nodeid, 1)

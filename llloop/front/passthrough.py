@@ -1,0 +1,105 @@
+"""Kernel passthrough: files whose reads and writes the kernel does on the source by itself.
+
+A file is registered with the kernel (FUSE_DEV_IOC_BACKING_OPEN) and the reply to its open names
+the registration. The kernel demands that all opens of an inode at a time are of one kind and
+share one registration (fs/fuse/iomode.c, fs/fuse/passthrough.c), so both are kept per inode.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import struct
+
+from .handles import Handle, Handles
+
+_log = logging.getLogger(__name__)
+
+_BACKING_OPEN = 0x4010E501  # FUSE_DEV_IOC_BACKING_OPEN of <linux/fuse.h>
+_BACKING_CLOSE = 0x4004E502
+_BACKING_MAP = struct.Struct("=iIQ")  # struct fuse_backing_map: fd, flags, padding
+_BACKING_ID = struct.Struct("=I")
+
+
+def open_backing(device: int, descriptor: int) -> int:
+    """Register an open regular file with the kernel and return the registration.
+
+    Args:
+        device: the descriptor of /dev/fuse.
+        descriptor: the file; open in any mode, it may be closed afterwards.
+
+    Raises:
+        OSError: the kernel, or the file's file system, does not allow it (EPERM, EOPNOTSUPP, ELOOP).
+    """
+    backing: int = fcntl.ioctl(device, _BACKING_OPEN, bytearray(_BACKING_MAP.pack(descriptor, 0, 0)))
+    return backing
+
+
+def close_backing(device: int, backing: int) -> None:
+    """Take a registration back; opens that use it go on."""
+    fcntl.ioctl(device, _BACKING_CLOSE, bytearray(_BACKING_ID.pack(backing)))
+
+
+def refusal(device: int) -> str | None:
+    """Return why the kernel does not let this process register files, or None if it does."""
+    descriptor = os.memfd_create("llloop-passthrough")
+    try:
+        close_backing(device, open_backing(device, descriptor))
+    except OSError as error:
+        return error.strerror
+    finally:
+        os.close(descriptor)
+    return None
+
+
+class Passthrough:
+    """The registrations of open files.
+
+    Args:
+        device: the descriptor of /dev/fuse.
+        handles: the open files.
+        wanted: whether files are to be passed through at all.
+    """
+
+    def __init__(self, device: int, handles: Handles, wanted: bool) -> None:
+        self._device = device
+        self._handles = handles
+        self._wanted = wanted
+        # The registration of an inode, and how many open files use it.
+        self._registered: dict[int, tuple[int, int]] = {}
+        self._refused: set[int] = set()
+
+    def back(self, handle: Handle) -> int:
+        """Have the kernel do the I/O of a file just opened, if it can; return the registration, or 0."""
+        if not self._wanted:
+            return 0
+        nodeid = handle.nodeid
+        registered = self._registered.get(nodeid)
+        if registered is None:
+            if any(other is not handle for other in self._handles.of_inode(nodeid)):
+                return 0  # opened the other way before, and so must this one be
+            try:
+                registered = (open_backing(self._device, handle.descriptor), 0)
+            except OSError as error:
+                self._note_refusal(handle, error)
+                return 0
+        backing, users = registered
+        self._registered[nodeid] = (backing, users + 1)
+        handle.backed = True
+        return backing
+
+    def _note_refusal(self, handle: Handle, error: OSError) -> None:
+        """Say once for each file system that the workers do what the kernel does not."""
+        if handle.device not in self._refused:
+            self._refused.add(handle.device)
+            _log.info("the kernel does not pass files of one file system through (%s); workers do", error.strerror)
+
+    def release(self, handle: Handle) -> None:
+        """Note that a file passed through was closed."""
+        backing, users = self._registered[handle.nodeid]
+        if users > 1:
+            self._registered[handle.nodeid] = (backing, users - 1)
+        else:
+            del self._registered[handle.nodeid]
+            close_backing(self._device, backing)
