@@ -1,0 +1,198 @@
+"""Acting for others: owners of new files, bits that go when somebody else writes; each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from llloop import syscalls
+from llloop.privilege import Caller, OwnIdentity, SetidGuard, Writer, respect_quotas
+from tests import as_user
+from tests.expect import fails
+
+T = TypeVar("T")
+root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root has anything to give up")
+OTHERS = as_user.Caller(uid=65534, gid=65534)
+
+
+def in_child(action: Callable[[], T]) -> T:
+    return as_user.Child(action).result()
+
+
+def capabilities() -> int:
+    return syscalls.get_capabilities()[0]
+
+
+def ids() -> tuple[str, str]:
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return status["Uid"].split()[3], status["Gid"].split()[3]
+
+
+@root_only
+def test_set_id_bits_go_or_stay_as_said(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("x")
+
+    def modes() -> list[int]:
+        guard = SetidGuard()
+        found = []
+        for clearing in (False, True, True, False, True):
+            path.chmod(0o6777)
+            guard.clear(clearing)
+            with open(path, "r+b") as file:
+                file.write(b"y")
+            found.append(stat.S_IMODE(path.stat().st_mode))
+        return found
+
+    assert in_child(modes) == [0o6777, 0o777, 0o777, 0o6777, 0o777]
+
+
+@root_only
+def test_only_that_one_capability_is_touched() -> None:
+    def sets() -> list[int]:
+        guard = SetidGuard()
+        found = [capabilities()]
+        for clearing in (True, False):
+            guard.clear(clearing)
+            found.append(capabilities())
+        return found
+
+    before, cleared, after = in_child(sets)
+    assert before == after
+    assert before ^ cleared == 1 << syscalls.CAP_FSETID
+
+
+@root_only
+def test_nothing_is_done_for_requests_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(syscalls, "set_capabilities", lambda effective, *rest: calls.append(effective))
+    guard = SetidGuard()
+    for clearing in (False, False, True, True, True, False, False):
+        guard.clear(clearing)
+    assert len(calls) == 2
+
+
+def test_an_ordinary_user_has_nothing_to_lower() -> None:
+    def clear() -> int:
+        guard = SetidGuard()
+        for clearing in (True, False, True):
+            guard.clear(clearing)
+        return capabilities()
+
+    child = as_user.Child(clear, caller=OTHERS) if os.geteuid() == 0 else as_user.Child(clear)
+    assert child.result() & 1 << syscalls.CAP_FSETID == 0
+
+
+@root_only
+def test_a_new_file_is_its_makers(tmp_path: Path) -> None:
+    os.chmod(tmp_path, 0o700)  # the kernel has checked; the maker's own rights do not count any more
+
+    def make() -> list[tuple[int, int, int]]:
+        caller = Caller()
+        for name, uid, gid, umask in (
+            ("a", 4711, 4712, 0o077),
+            ("b", 0, 0, 0),
+            ("c", 0, 4712, 0o022),
+            ("d", 5, 6, 0o022),
+        ):
+            with caller(uid, gid, umask):
+                os.mkdir(tmp_path / name)
+        found = [(tmp_path / name).stat() for name in "abcd"]
+        return [(status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) for status in found]
+
+    assert in_child(make) == [(4711, 4712, 0o700), (0, 0, 0o777), (0, 4712, 0o755), (5, 6, 0o755)]
+
+
+@root_only
+def test_afterwards_it_is_itself_again_even_after_an_error() -> None:
+    def identities() -> list[tuple[str, str]]:
+        caller = Caller()
+        found = [ids()]
+        with pytest.raises(ZeroDivisionError), caller(4711, 4712, 0o022):
+            found.append(ids())
+            raise ZeroDivisionError
+        found.append(ids())
+        return found
+
+    assert in_child(identities) == [("0", "0"), ("4711", "4712"), ("0", "0")]
+
+
+@root_only
+def test_it_keeps_its_capabilities_and_stays_dumpable() -> None:
+    """Else workers could no longer pull descriptors from it (ptrace(2))."""
+
+    def after() -> tuple[bool, int]:
+        before = capabilities()
+        with Caller()(4711, 4712, 0):
+            kept = capabilities() == before
+        return kept and capabilities() == before, syscalls.prctl(3)  # PR_GET_DUMPABLE
+
+    assert in_child(after) == (True, 1)
+
+
+def test_an_ordinary_users_server_acts_as_itself(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+
+    def make() -> tuple[int, int]:
+        with Caller()(0, 0, 0o027):
+            os.mkdir("dir", dir_fd=descriptor)
+        status = os.stat("dir", dir_fd=descriptor)
+        return status.st_uid, stat.S_IMODE(status.st_mode)
+
+    try:
+        caller = OTHERS if os.geteuid() == 0 else as_user.MYSELF
+        uid = OTHERS.uid if os.geteuid() == 0 else os.geteuid()
+        assert as_user.run_as(caller, make) == (uid, 0o750)
+    finally:
+        os.close(descriptor)
+
+
+@root_only
+def test_a_writer_stays_until_another_comes() -> None:
+    def identities() -> list[tuple[str, str]]:
+        found = []
+        writer = Writer()
+        for uid, gid in ((0, 0), (4711, 4712), (4711, 4712), (0, 4712), (0, 0)):
+            writer.assume(uid, gid)
+            found.append(ids())
+        OwnIdentity().assume(5, 6)
+        return [*found, ids()]
+
+    assert in_child(identities) == [
+        ("0", "0"),
+        ("4711", "4712"),
+        ("4711", "4712"),
+        ("0", "4712"),
+        ("0", "0"),
+        ("0", "0"),
+    ]
+
+
+@root_only
+def test_quotas_are_respected() -> None:
+    def before_and_after() -> tuple[int, int]:
+        before = capabilities()
+        respect_quotas()
+        return before, capabilities()
+
+    before, after = in_child(before_and_after)
+    assert after == before & ~(1 << syscalls.CAP_SYS_RESOURCE)
+
+
+@root_only
+def test_what_may_not_be_raised_is_refused() -> None:
+    """The wrapper tells of errors: capset(2) cannot give what is not permitted."""
+
+    def raise_all() -> None:
+        syscalls.set_capabilities(0, 0, 0)
+        syscalls.set_capabilities(1, 0, 0)
+
+    with fails(1):
+        in_child(raise_all)
