@@ -8,42 +8,40 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
-from . import contenders as contenders_module
+from . import front as front_module
 from . import report as report_module
+from . import scaling as scaling_module
 from .bench import bench
-from .contenders import NAMES
-from .machine import this_machine
+from .contenders import NAMES, NATIVE, PATHS, REFERENCE, gather
+from .machine import Machine, this_machine
 from .measure import Meter
+from .placement import BANDWIDTH, REQUESTS
 from .progress import Progress
 from .sizes import FULL, QUICK
 from .tools import BUILD, Installer, Unavailable, compile_load
 from .workloads import ALL
 
-# What --quick takes part in: two minutes are not enough for all.
-_QUICK = (
-    contenders_module.NATIVE,
-    "llloop",
-    "llloop-writeback",
-    "llloop-kernel",
-    "passthrough_ll",
-    "bindfs",
-    "go-fuse",
-)
-_QUICK_SECONDS = 100.0
+# Who takes part in --quick: two minutes are not enough for all.
+_QUICK = (NATIVE, *PATHS, REFERENCE, "bindfs", "go-fuse")
+# The two minutes, less the time for tables and plot.
+_QUICK_SECONDS = 105.0
+_STARTED = time.monotonic()
 
 
 def _names(_context: click.Context, _parameter: click.Parameter, value: str | None) -> list[str] | None:
     if value is None:
         return None
     names = value.split(",")
-    unknown = set(names) - set(NAMES)
+    unknown = sorted(set(names) - set(NAMES))
     if unknown:
-        raise click.BadParameter(f"{', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
+        raise click.BadParameter(f"{', '.join(unknown)}; there are {', '.join(NAMES)}")
     return names
 
 
@@ -54,72 +52,209 @@ def _pattern(_context: click.Context, _parameter: click.Parameter, value: str | 
         raise click.BadParameter(str(error)) from None
 
 
+def _common(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that all commands have."""
+    for option in reversed(
+        [
+            click.option("--quick", is_flag=True, help="Small amounts and few rounds: a rough picture, soon."),
+            click.option("--rounds", type=click.IntRange(1), help="How often all is measured; medians are shown."),
+            click.option("--contenders", "names", metavar="NAME,...", callback=_names, help=f"Of {', '.join(NAMES)}."),
+            click.option("--only", metavar="REGEX", callback=_pattern, help="Only what matches: see --list."),
+            click.option("--list", "list_only", is_flag=True, help="List what is measured, and end."),
+            click.option(
+                "--output",
+                type=click.Path(file_okay=False, path_type=Path),
+                help="Directory for the results. Default: a new one in build/bench.",
+            ),
+            click.option(
+                "--base",
+                type=click.Path(exists=True, file_okay=False, path_type=Path),
+                default="/dev/shm",
+                show_default=True,
+                help="Where the source is made: a file system in memory, so that no disk is measured.",
+            ),
+            click.option("--no-install", is_flag=True, help="Skip what is missing instead of installing it."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--quick", is_flag=True, help="Small amounts and fewer contenders: a rough picture within two minutes.")
-@click.option("--only", metavar="REGEX", callback=_pattern, help="Only workloads whose class/name matches.")
-@click.option("--contenders", "names", metavar="NAME,...", callback=_names, help=f"Of {', '.join(NAMES)}.")
-@click.option("--rounds", type=click.IntRange(1), help="Default: 5; with --quick as many as there is time for.")
-@click.option("--output", type=click.Path(path_type=Path), help="Directory for the results. Default: in build/bench.")
-@click.option(
-    "--base",
-    type=click.Path(exists=True, path_type=Path),
-    default="/dev/shm",
-    show_default=True,
-    help="Where the source is made: a file system in memory, so that no disk is measured.",
-)
-@click.option("--no-install", is_flag=True, help="Skip what is missing instead of installing it.")
-@click.option("--list", "list_only", is_flag=True, help="List the workloads and end.")
+@_common
 @click.pass_context
-def main(
-    context: click.Context,
+def main(context: click.Context, **options: Any) -> None:
+    """Measure llloop, its peers and the native directory under the same load, in one run.
+
+    Writes tables (text and Markdown), all numbers (JSON) and a plot (PNG). Needs root. Debian packages that are
+    missing are installed, and peers that come as source are compiled. With --quick a run ends within two minutes
+    (installing and compiling not counted).
+    """
+    if context.invoked_subcommand is None:
+        _compare(**options)
+
+
+def _compare(
     quick: bool,
-    only: re.Pattern[str] | None,
-    names: list[str] | None,
     rounds: int | None,
+    names: list[str] | None,
+    only: re.Pattern[str] | None,
+    list_only: bool,
     output: Path | None,
     base: Path,
     no_install: bool,
-    list_only: bool,
 ) -> None:
-    """Measure llloop, its peers and the native directory under the same load, in one run.
-
-    Writes tables (text and Markdown), all numbers (JSON) and a plot (PNG). Needs root. Missing Debian packages are
-    installed; peers that come as source are compiled.
-    """
-    if context.invoked_subcommand:
-        return
+    workloads = [workload for workload in ALL if only is None or only.search(f"{workload.kind}/{workload.name}")]
     if list_only:
-        for workload in ALL:
-            click.echo(f"{workload.kind}/{workload.name:18} {workload.title}")
+        click.echo("\n".join(f"{w.kind + '/' + w.name:28} {w.title}" for w in workloads))
         return
-    workloads = [w for w in ALL if only is None or only.search(f"{w.kind}/{w.name}")]
     if not workloads:
-        raise click.UsageError("--only leaves no workload; see --list")
-    progress = Progress()
-    installer = Installer(allowed=not no_install)
-    load = prepare(installer)
-    chosen = names or list(_QUICK if quick else NAMES)
-    found = contenders_module.gather(chosen, installer, progress.say)
-    with bench(found.contenders, QUICK if quick else FULL, base, progress.say) as made:
-        for name, reason in (found.skipped | made.skipped).items():
+        raise click.UsageError("--only leaves nothing to measure; see --list")
+    progress, installer = Progress(), Installer(allowed=not no_install)
+    load = _prepare(installer)
+    field = gather(names or (_QUICK if quick else NAMES), installer, progress.say)
+    prepared = time.monotonic()
+    kinds = sorted({workload.kind for workload in workloads})
+    with bench(field.contenders, kinds, QUICK if quick else FULL, base, progress.say) as made:
+        for name, reason in (field.skipped | made.skipped).items():
             progress.say(f"skipped: {name}: {reason}")
-        meter = Meter(made, load, progress)
-        results = meter.rounds(
-            workloads, rounds or (3 if quick else 5), _QUICK_SECONDS if quick and not rounds else None
-        )
-        taking_part = [c for c in found.contenders if c.name not in made.skipped]
-        report = report_module.Report(
-            this_machine(), workloads, taking_part, results, _file_system(base), found.skipped | made.skipped
-        )
-    write(report, output or BUILD / time.strftime("results-%Y%m%d-%H%M%S"))
+        deadline = prepared + _QUICK_SECONDS if quick and not rounds else None
+        results = Meter(made, load, progress).rounds(workloads, rounds or (3 if quick else 5), deadline)
+        skipped = field.skipped | made.skipped
+    measured = {name for samples in results.samples.values() for name in samples}
+    report = report_module.Report(
+        machine=this_machine(),
+        workloads=[workload for workload in workloads if workload.name in results.samples],
+        contenders=[contender for contender in field.contenders if contender.name in measured],
+        results=results,
+        source=_file_system(base),
+        skipped=skipped,
+    )
+    if not measured:
+        raise click.ClickException("nothing could be measured")
+    from . import plot
+
+    folder = _folder(output, "results")
+    text = report_module.render(report, markdown=False)
+    (folder / "results.txt").write_text(text)
+    (folder / "results.md").write_text(report_module.render(report, markdown=True))
+    (folder / "results.json").write_text(json.dumps(report_module.as_json(report), indent=1))
+    plot.draw(report, folder / "results.png")
+    click.echo(text)
+    click.echo(f"written: {folder}/results.txt, .md, .json and .png")
 
 
-def prepare(installer: Installer) -> Path:
+@main.command()
+@_common
+@click.option("--syscalls", is_flag=True, help="Also count llloop's system calls for one operation (strace).")
+@click.option("--profile", is_flag=True, help="Also sample where the front is (py-spy, which is installed from PyPI).")
+def front(
+    quick: bool,
+    rounds: int | None,
+    names: list[str] | None,
+    only: re.Pattern[str] | None,
+    list_only: bool,
+    output: Path | None,
+    base: Path,
+    no_install: bool,
+    syscalls: bool,
+    profile: bool,
+) -> None:
+    """What each kind of request costs, in microseconds, with load and server on one CPU."""
+    progress, installer = Progress(), Installer(allowed=not no_install)
+    load = _prepare(installer)
+    operations = [name for name in front_module.operations(load) if only is None or only.search(name)]
+    if list_only:
+        click.echo("\n".join(f"{name:16} {front_module.REQUESTS_OF[name]}" for name in operations))
+        return
+    if not operations:
+        raise click.UsageError("--only leaves nothing to measure; see --list")
+    if syscalls:
+        _need(installer, "strace")
+    if profile:
+        _need_py_spy(no_install)
+    field = gather(names or [NATIVE, "llloop", REFERENCE], installer, progress.say)
+    with bench(field.contenders, [REQUESTS], QUICK, base, progress.say) as made:
+        for name, reason in (field.skipped | made.skipped).items():
+            progress.say(f"skipped: {name}: {reason}")
+        meter = front_module.Front(made, load, progress, seconds=0.1 if quick else 0.5, names=600 if quick else 4000)
+        costs = meter.rounds(operations, rounds or (1 if quick else 5))
+        details = front_module.details(meter, operations, syscalls, profile, progress)
+    taking_part = [contender.name for contender in field.contenders if contender.name not in made.skipped]
+    machine = this_machine()
+    text = f"{_head(machine)}\n\n{front_module.table(costs, taking_part)}{front_module.detail_tables(details)}"
+    folder = _folder(output, "front")
+    (folder / "front.txt").write_text(text)
+    (folder / "front.json").write_text(
+        json.dumps(
+            {
+                "machine": asdict(machine),
+                "costs": {
+                    operation: {name: [asdict(cost) for cost in samples] for name, samples in by_name.items()}
+                    for operation, by_name in costs.items()
+                },
+                "details": {name: {o: asdict(d) for o, d in found.items()} for name, found in details.items()},
+            },
+            indent=1,
+        )
+    )
+    click.echo(text)
+    click.echo(f"written: {folder}/front.txt and .json")
+
+
+@main.command()
+@_common
+@click.option("--path", default=PATHS[0], type=click.Choice(PATHS), help="llloop's data path.", show_default=True)
+def scaling(
+    quick: bool,
+    rounds: int | None,
+    names: list[str] | None,
+    only: re.Pattern[str] | None,
+    list_only: bool,
+    output: Path | None,
+    base: Path,
+    no_install: bool,
+    path: str,
+) -> None:
+    """Throughput against the number of workers and of clients (1, 2, 4, 8 of each).
+
+    --contenders here are those to compare with, by default native and passthrough_ll.
+    """
+    workloads = [workload for workload in scaling_module.workloads() if only is None or only.search(workload.name)]
+    if list_only:
+        click.echo("\n".join(f"{workload.name:12} {workload.title}" for workload in workloads))
+        return
+    if not workloads:
+        raise click.UsageError("--only leaves nothing to measure; see --list")
+    progress, installer = Progress(), Installer(allowed=not no_install)
+    load = _prepare(installer)
+    field = gather(names or [NATIVE, REFERENCE], installer, progress.say)
+    try:
+        contenders = scaling_module.contenders(path, field.contenders)
+    except Unavailable as reason:
+        raise click.ClickException(str(reason)) from None
+    with bench(contenders, [BANDWIDTH], QUICK if quick else FULL, base, progress.say) as made:
+        for name, reason in (field.skipped | made.skipped).items():
+            progress.say(f"skipped: {name}: {reason}")
+        results = Meter(made, load, progress).rounds(workloads, rounds or (1 if quick else 5))
+    shown = [contender.name for contender in contenders if contender.name not in made.skipped]
+    machine = this_machine()
+    text = f"{_head(machine)}\n\n{path}, by number of workers\n\n{scaling_module.table(results, shown)}"
+    folder = _folder(output, "scaling")
+    (folder / "scaling.txt").write_text(text)
+    samples = {w: {n: [asdict(s) for s in found] for n, found in by.items()} for w, by in results.samples.items()}
+    (folder / "scaling.json").write_text(
+        json.dumps({"machine": asdict(machine), "failures": results.failures, "samples": samples}, indent=1)
+    )
+    scaling_module.draw(results, shown, machine, folder / "scaling.png")
+    click.echo(text)
+    click.echo(f"written: {folder}/scaling.txt, .json and .png")
+
+
+def _prepare(installer: Installer) -> Path:
     """Make sure of what every run needs, and return the load generator."""
     if os.geteuid():
-        raise click.ClickException(
-            "this needs root: to pin and to drop caches, and because peers are run as root runs them"
-        )
+        raise click.ClickException("this needs root: to make caches cold, to use kernel passthrough, and to install")
     try:
         installer.need("fio", "git", "tar")
         return compile_load(installer)
@@ -127,32 +262,46 @@ def prepare(installer: Installer) -> Path:
         raise click.ClickException(str(reason)) from None
 
 
-def write(report: report_module.Report, output: Path) -> None:
-    """Write a report in all its forms, and print it."""
-    from . import plot
+def _need(installer: Installer, package: str) -> None:
+    try:
+        installer.need(package)
+    except Unavailable as reason:
+        raise click.ClickException(str(reason)) from None
 
-    output.mkdir(parents=True, exist_ok=True)
-    text = report_module.render(report, markdown=False)
-    (output / "results.txt").write_text(text)
-    (output / "results.md").write_text(report_module.render(report, markdown=True))
-    (output / "results.json").write_text(json.dumps(report_module.as_json(report), indent=1))
-    plot.draw(report, output / "results.png")
-    click.echo(text)
-    click.echo(f"written: {output}/results.txt, .md, .json and .png")
+
+def _need_py_spy(no_install: bool) -> None:
+    if not front_module.PY_SPY.exists():
+        if no_install:
+            raise click.ClickException("py-spy is not installed (--no-install)")
+        try:
+            front_module.install_py_spy()
+        except Unavailable as reason:
+            raise click.ClickException(str(reason)) from None
+
+
+def _head(machine: Machine) -> str:
+    return f"{machine.date}, {machine.kernel}, {machine.cpus} CPUs: {machine.cpu}, Python {machine.python}"
+
+
+def _folder(output: Path | None, kind: str) -> Path:
+    folder = output or BUILD / time.strftime(f"{kind}-%Y%m%d-%H%M%S")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _file_system(base: Path) -> str:
-    longest = ("", "")
+    """Return the type of the file system that a directory is on."""
+    found = ("", "")
     with open("/proc/self/mounts") as mounts:
         for line in mounts:
             _, mountpoint, kind, *_ = line.split()
-            if base.resolve().is_relative_to(mountpoint) and len(mountpoint) >= len(longest[0]):
-                longest = (mountpoint, kind)
-    return longest[1]
+            if base.resolve().is_relative_to(mountpoint) and len(mountpoint) >= len(found[0]):
+                found = (mountpoint, kind)
+    return found[1]
 
 
 def _interrupted(number: int, _frame: object) -> None:
-    # As Ctrl-C: what was started is ended and unmounted on the way out.
+    # One is enough: what was started is ended and unmounted on the way out, and a second must not cut that short.
     signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
@@ -162,12 +311,12 @@ def run(arguments: Sequence[str] | None = None) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupted)
     try:
-        main(arguments, standalone_mode=False)
+        main(arguments, prog_name="scripts/bench", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
-        print("\nstopped: everything is unmounted", file=sys.stderr)
+        print("\nstopped; everything is unmounted", file=sys.stderr)
         sys.exit(130)
 
 

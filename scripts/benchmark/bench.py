@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import sizes as sizes_module
-from . import source as source_module
+from . import placement, source
 from .contenders import Contender
 from .servers import Server
-from .sizes import Sizes
+from .sizes import Sizes, fitted, room_at
 from .tools import Unavailable
 
 
@@ -23,60 +22,70 @@ class Bench:
 
     Attributes:
         source: the directory that all mirror.
-        servers: by contender's name.
         sizes: how much work there is.
-        skipped: why a contender is not among the servers.
+        servers: by class of workloads and contender's name.
+        skipped: why a contender is not, or no longer, among the servers.
     """
 
     source: Path
-    servers: dict[str, Server]
     sizes: Sizes
+    servers: dict[str, dict[str, Server]]
     skipped: dict[str, str] = field(default_factory=dict)
 
-    def restart(self, name: str) -> None:
-        """Serve a contender anew whose server has ended.
+    def serve(self, kind: str, contender: Contender) -> None:
+        """Mount a contender; where that fails, note why.
 
-        Raises:
-            Unavailable: if it does not come up again.
+        Args:
+            kind: for which class of workloads.
+            contender: who it is.
         """
-        old = self.servers.pop(name)
+        beside = self.source.parent
+        mountpoint = beside / "mounts" / kind / contender.name
+        mountpoint.mkdir(parents=True, exist_ok=True)
+        log = beside / f"{contender.name}-{kind}.log"
+        try:
+            server = Server(contender, self.source, mountpoint, log, placement.cpus(kind))
+        except Unavailable as reason:
+            self.skipped[contender.name] = str(reason)
+        else:
+            self.servers[kind][contender.name] = server
+
+    def restart(self, kind: str, name: str) -> None:
+        """Serve a contender anew whose server has ended."""
+        old = self.servers[kind].pop(name)
         old.stop()
-        self.servers[name] = _serve(old.contender, self.source)
+        self.serve(kind, old.contender)
 
 
 @contextlib.contextmanager
-def bench(contenders: Sequence[Contender], wished: Sizes, base: Path, say: Callable[[str], None]) -> Iterator[Bench]:
+def bench(
+    contenders: Sequence[Contender], kinds: Collection[str], wished: Sizes, base: Path, say: Callable[[str], None]
+) -> Iterator[Bench]:
     """Make the source and mount the contenders; unmount and remove all of it at the end.
 
     Args:
         contenders: who takes part.
+        kinds: the classes of workloads that there will be.
         wished: how much work there is, if there is room for it.
         base: where the source is made, a file system in memory.
         say: told what is going on.
     """
-    sizes = sizes_module.fitted(wished, sizes_module.room_at(str(base)))
+    sizes = fitted(wished, room_at(str(base)))
     top = Path(tempfile.mkdtemp(prefix="llloop-bench-", dir=base))
-    made = Bench(top / "source", {}, sizes)
+    made = Bench(top / "source", sizes, {kind: {} for kind in kinds})
     try:
         made.source.mkdir()
-        say(f"making the source in {top}")
-        source_module.make(made.source, top, sizes)
-        for contender in contenders:
-            try:
-                made.servers[contender.name] = _serve(contender, made.source)
-            except Unavailable as reason:
-                made.skipped[contender.name] = str(reason)
+        say(f"making the source, {top}/source")
+        source.make(made.source, top, sizes)
+        for kind in kinds:
+            for contender in contenders:
+                made.serve(kind, contender)
         yield made
     finally:
-        for server in made.servers.values():
-            server.stop()
+        for servers in made.servers.values():
+            for server in servers.values():
+                server.stop()
         _remove(top)
-
-
-def _serve(contender: Contender, source: Path) -> Server:
-    mountpoint = source.parent / "mounts" / contender.name
-    mountpoint.mkdir(parents=True, exist_ok=True)
-    return Server(contender, source, mountpoint, source.parent / f"{contender.name}.log")
 
 
 def _remove(top: Path) -> None:

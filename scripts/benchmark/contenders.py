@@ -43,11 +43,12 @@ class Field:
 
 
 # The options of `llloop serve` that each data path takes.
-_PATHS: dict[str, list[str]] = {
+_OPTIONS: dict[str, list[str]] = {
     "llloop": ["--io", "workers"],
     "llloop-writeback": ["--io", "workers", "--writeback"],
     "llloop-kernel": ["--io", "kernel"],
 }
+PATHS = tuple(_OPTIONS)
 _PEERS: dict[str, Callable[[Installer], tuple[Command, str]]] = {
     "passthrough_ll": peers.passthrough_ll,
     "passthrough_fh": peers.passthrough_fh,
@@ -57,7 +58,7 @@ _PEERS: dict[str, Callable[[Installer], tuple[Command, str]]] = {
     "go-fuse": peers.go_fuse,
     "llfuse-example": peers.llfuse_example,
 }
-NAMES = (NATIVE, *_PATHS, *_PEERS)
+NAMES = (NATIVE, *PATHS, *_PEERS)
 
 
 def gather(names: Sequence[str], installer: Installer, say: Callable[[str], None]) -> Field:
@@ -74,8 +75,8 @@ def gather(names: Sequence[str], installer: Installer, say: Callable[[str], None
         try:
             if name == NATIVE:
                 found.contenders.append(Contender(name, None))
-            elif name in _PATHS:
-                found.contenders.append(llloop(name, _PATHS[name]))
+            elif name in PATHS:
+                found.contenders.append(llloop(name, path=name))
             else:
                 command, remark = _PEERS[name](installer)
                 found.contenders.append(Contender(name, command, peer=True, remark=remark))
@@ -84,19 +85,25 @@ def gather(names: Sequence[str], installer: Installer, say: Callable[[str], None
     return found
 
 
-def llloop(name: str, options: Sequence[str]) -> Contender:
-    """Return llloop with these options of `llloop serve`.
+def llloop(name: str, path: str, further: Sequence[str] = ()) -> Contender:
+    """Return llloop on one of its data paths.
+
+    Args:
+        name: of the contender.
+        path: one of `PATHS`.
+        further: options of `llloop serve`.
 
     Raises:
         Unavailable: if this version does not have one of them.
     """
     program = TOP / ".venv" / "bin" / "llloop"
     known = run([program, "serve", "--help"])
+    options = _OPTIONS[path]
     missing = [option for option in options if option.startswith("--") and option not in known]
-    if name == "llloop":
+    if path == PATHS[0]:
         # The default path is this one, whether or not it can be asked for by name.
         options = [] if missing else options
     elif missing:
         raise Unavailable(f"this version of llloop has no {' and no '.join(missing)}")
-    given = list(options)
+    given = [*options, *further]
     return Contender(name, lambda source, mountpoint: [str(program), "serve", *given, str(source), str(mountpoint)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,8 +10,7 @@ from pathlib import Path
 from .bench import Bench
 from .progress import Progress
 from .site import Failed, Sample, Site
-from .tools import Unavailable
-from .workloads import REQUESTS, Workload
+from .workloads import Workload
 
 
 @dataclass(slots=True)
@@ -22,7 +20,7 @@ class Results:
     Attributes:
         samples: by workload and contender, one for each round.
         failures: by workload and contender, why there is no sample, or fewer.
-        rounds: how many were completed, or begun if none was.
+        rounds: how many were begun.
     """
 
     samples: dict[str, dict[str, list[Sample]]] = field(default_factory=dict)
@@ -45,51 +43,56 @@ class Meter:
         self._load = load
         self._progress = progress
         self._runs = 0
-        self._cpus = os.sched_getaffinity(0)
 
-    def rounds(self, workloads: Sequence[Workload], count: int, budget: float | None) -> Results:
+    def rounds(self, workloads: Sequence[Workload], count: int, deadline: float | None = None) -> Results:
         """Measure all of them.
 
         Args:
             workloads: in the order in which they are to be run.
             count: how many rounds.
-            budget: seconds after which no further round is begun that would not end in time.
+            deadline: the monotonic time by which to end; no round is begun that would probably not.
         """
         results = Results()
         start = time.monotonic()
         for number in range(count):
-            if number and budget and (time.monotonic() - start) * (number + 1) / number > budget:
+            now = time.monotonic()
+            if number and deadline and now + (now - start) / number > deadline:
                 break
-            self._round(number, count, workloads, results)
             results.rounds += 1
+            if not self._round(number, count, workloads, results, deadline):
+                self._progress.say("out of time: not all workloads were run")
+                break
         self._progress.clear()
         return results
 
-    def _round(self, number: int, count: int, workloads: Sequence[Workload], results: Results) -> None:
-        names = list(self._bench.servers)
-        total = count * len(workloads) * len(names)
+    def _round(
+        self, number: int, count: int, workloads: Sequence[Workload], results: Results, deadline: float | None
+    ) -> bool:
         for index, workload in enumerate(workloads):
+            if deadline and time.monotonic() > deadline:
+                return False
+            servers = self._bench.servers[workload.kind]
+            names = list(servers)
             # Rotated by workload too, so that the one who follows a heavy contender is not always the same.
-            turn = (number + index) % len(names)
+            turn = (number + index) % max(1, len(names))
             for place, name in enumerate(names[turn:] + names[:turn]):
                 done = (number * len(workloads) + index) * len(names) + place
+                total = count * len(workloads) * len(names)
                 self._progress.step(done, total, f"round {number + 1} of {count}, {workload.name}", name)
-                if name in self._bench.servers:
-                    self._measure(workload, name, results)
+                self._measure(workload, name, results)
+        return True
 
     def _measure(self, workload: Workload, name: str, results: Results) -> None:
+        server = self._bench.servers[workload.kind][name]
         try:
             sample = self.once(workload, name)
-        except Failed as reason:
-            server = self._bench.servers[name]
-            dead = "" if server.alive() else f" (the server ended: {server.last_words()})"
-            results.failures.setdefault(workload.name, {})[name] = f"{reason}{dead}"
-            self._progress.say(f"{workload.name} on {name}: {reason}{dead}")
-            if dead:
-                try:
-                    self._bench.restart(name)
-                except Unavailable as error:
-                    self._bench.skipped[name] = f"ended, and could not be served again: {error}"
+        except Failed as failure:
+            reason = str(failure)
+            if not server.alive():
+                reason = f"{reason}; the server ended: {server.last_words()}"
+                self._bench.restart(workload.kind, name)
+            results.failures.setdefault(workload.name, {})[name] = reason
+            self._progress.say(f"{workload.name} on {name}: {reason}")
         else:
             results.samples.setdefault(workload.name, {}).setdefault(name, []).append(sample)
 
@@ -100,12 +103,12 @@ class Meter:
             Failed: if it does not get through.
         """
         self._runs += 1
-        # The last CPU: the first one takes most interrupts.
-        cpus = {max(self._cpus)} if workload.kind == REQUESTS else self._cpus
         bench = self._bench
-        site = Site(bench.servers[name], bench.source, bench.sizes, self._load, cpus, self._runs)
+        site = Site(bench.servers[workload.kind][name], bench.source, bench.sizes, self._load, self._runs)
         try:
             workload.run(site)
         finally:
             site.close()
+        if not site.sample.work or not site.sample.seconds:
+            raise Failed("too little was done to be measured")
         return site.sample

@@ -10,8 +10,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 from .contenders import NATIVE, REFERENCE
-from .report import PLACEMENT, Report
-from .workloads import BANDWIDTH, REQUESTS
+from .placement import DESCRIPTION, KINDS
+from .report import Report
 
 # llloop's paths in one family of colours, the peers in muted ones that differ in lightness as well as in hue.
 _COLOURS = {
@@ -33,7 +33,7 @@ def draw(report: Report, path: Path) -> None:
     """Draw the ratios to the reference, or to the native directory where the reference did not take part."""
     names = [contender.name for contender in report.contenders]
     to = REFERENCE if REFERENCE in names else NATIVE
-    kinds = [kind for kind in (BANDWIDTH, REQUESTS) if any(w.kind == kind for w in report.workloads)]
+    kinds = [kind for kind in KINDS if any(w.kind == kind for w in report.workloads)]
     figure, panels = pyplot.subplots(len(kinds), 1, figsize=(16, 6.2 * len(kinds)), squeeze=False)
     for panel, kind in zip(panels[:, 0], kinds, strict=True):
         labels = [workload.name for workload in report.workloads if workload.kind == kind]
@@ -54,7 +54,7 @@ def draw(report: Report, path: Path) -> None:
         panel.axvline(len(labels) - 0.5, color="grey", linewidth=0.8, linestyle=":")
         panel.set_xticks(range(len(labels) + 1), [*labels, "geometric mean"], rotation=25, ha="right")
         panel.set_ylabel(f"throughput, {to} = 1")
-        panel.set_title(f"Class {kind}: {PLACEMENT[kind]}", fontsize=11)
+        panel.set_title(f"Class {kind}: {DESCRIPTION[kind]}", fontsize=11)
         panel.grid(axis="y", alpha=0.3)
         panel.set_axisbelow(True)
         panel.margins(x=0.01)

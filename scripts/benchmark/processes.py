@@ -79,15 +79,6 @@ def title(pid: int) -> str:
     return str(pid)
 
 
-def place(pids: Iterable[int], cpus: set[int]) -> None:
-    """Let all threads of the processes run on these CPUs only; threads they start later inherit that."""
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            for task in os.listdir(f"/proc/{pid}/task"):
-                with contextlib.suppress(OSError):
-                    os.sched_setaffinity(int(task), cpus)
-
-
 def settle(pids: list[int], patience: float = 5.0) -> None:
     """Wait until the processes rest: what they have still to do for the last load is not to slow the next."""
     end = time.monotonic() + patience

@@ -10,13 +10,9 @@ from dataclasses import asdict, dataclass, field
 from .contenders import NATIVE, REFERENCE, Contender
 from .machine import Machine
 from .measure import Results
+from .placement import DESCRIPTION, KINDS
 from .site import Sample
-from .workloads import BANDWIDTH, REQUESTS, Workload
-
-PLACEMENT = {
-    BANDWIDTH: "load and servers run on whatever CPUs the scheduler gives them",
-    REQUESTS: "load and all of the server's processes are pinned to one CPU: the cost of a request",
-}
+from .workloads import Workload
 
 
 @dataclass(slots=True)
@@ -83,7 +79,8 @@ class Table:
         return "\n".join("| " + " | ".join(line) + " |" for line in [self.heads, rule, *self.rows])
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Return the value with about three digits."""
     if value is None:
         return "-"
     return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
@@ -95,9 +92,9 @@ def _ratios(report: Report, kind: str, to: str) -> Table:
     for workload in report.workloads:
         if workload.kind == kind:
             rate = report.median(workload.name, to)
-            ratios = [_number(report.ratio(workload.name, name, to)) for name in names]
-            table.rows.append([workload.name, _number(rate and rate / workload.scale), workload.unit, *ratios])
-    table.rows.append(["geometric mean", "", "", *[_number(report.mean(kind, name, to)) for name in names]])
+            ratios = [number(report.ratio(workload.name, name, to)) for name in names]
+            table.rows.append([workload.name, number(rate and rate / workload.scale), workload.unit, *ratios])
+    table.rows.append(["geometric mean", "", "", *[number(report.mean(kind, name, to)) for name in names]])
     return table
 
 
@@ -108,9 +105,9 @@ def _best(report: Report, kind: str) -> Table:
         best = report.best_peer(workload.name)
         if workload.kind == kind and best:
             rate = report.median(workload.name, best)
-            ratios = [_number(report.ratio(workload.name, name, best)) for name in names]
-            table.rows.append([workload.name, best, _number(rate and rate / workload.scale), workload.unit, *ratios])
-    table.rows.append(["geometric mean", "", "", "", *[_number(report.mean(kind, name, None)) for name in names]])
+            ratios = [number(report.ratio(workload.name, name, best)) for name in names]
+            table.rows.append([workload.name, best, number(rate and rate / workload.scale), workload.unit, *ratios])
+    table.rows.append(["geometric mean", "", "", "", *[number(report.mean(kind, name, None)) for name in names]])
     return table
 
 
@@ -122,7 +119,7 @@ def _cost(report: Report, kind: str) -> Table:
         if workload.kind == kind:
             amount, unit = (1e9, "GB") if workload.unit == "MB/s" else (1e5, f"100,000 {workload.unit[:-2]}")
             costs = [report.median(workload.name, name, lambda s: s.cpu_seconds / s.work) for name in names]
-            table.rows.append([workload.name, unit, *[_number(None if c is None else c * amount) for c in costs]])
+            table.rows.append([workload.name, unit, *[number(None if c is None else c * amount) for c in costs]])
     return table
 
 
@@ -132,7 +129,7 @@ def _memory(report: Report, kind: str) -> Table:
     for workload in report.workloads:
         if workload.kind == kind:
             peaks = [report.median(workload.name, name, lambda s: s.peak_memory / 2**20) for name in names]
-            table.rows.append([workload.name, *[_number(peak) for peak in peaks]])
+            table.rows.append([workload.name, *[number(peak) for peak in peaks]])
     return table
 
 
@@ -151,7 +148,7 @@ def render(report: Report, markdown: bool) -> str:
         for head, table in tables:
             parts.append(f"{head}\n\n{table.markdown()}" if markdown else f"{head}\n\n{table.text()}")
 
-    for kind in (BANDWIDTH, REQUESTS):
+    for kind in KINDS:
         if not any(workload.kind == kind for workload in report.workloads):
             continue
         tables = []
@@ -163,7 +160,7 @@ def render(report: Report, markdown: bool) -> str:
             tables.append(("Ratios to the best peer of each workload:", _best(report, kind)))
         tables.append(("CPU seconds of all of a server's processes, for the same amount of work:", _cost(report, kind)))
         tables.append(("Peak memory of all of a server's processes, MiB:", _memory(report, kind)))
-        section(f"Class {kind}: {PLACEMENT[kind]}", tables)
+        section(f"Class {kind}: {DESCRIPTION[kind]}", tables)
     notes = [f"{workload.name}: {workload.title}" for workload in report.workloads]
     parts.append(_list("Workloads:", notes, markdown))
     remarks = [f"{contender.name}: {contender.remark}" for contender in report.contenders if contender.remark]
@@ -188,7 +185,7 @@ def as_json(report: Report) -> dict[str, object]:
     return {
         "machine": asdict(report.machine),
         "source": report.source,
-        "placement": PLACEMENT,
+        "placement": DESCRIPTION,
         "rounds": report.results.rounds,
         "skipped": dict(report.skipped),
         "failures": report.results.failures,
@@ -220,6 +217,6 @@ def as_json(report: Report) -> dict[str, object]:
                 }
                 for contender in report.contenders
             }
-            for kind in (BANDWIDTH, REQUESTS)
+            for kind in KINDS
         },
     }

@@ -27,10 +27,11 @@ class Server:
     Attributes:
         contender: whose it is.
         root: the directory that the load works in.
+        cpus: where it runs, and its load with it.
         pids: its processes.
     """
 
-    def __init__(self, contender: Contender, source: Path, mountpoint: Path, log: Path) -> None:
+    def __init__(self, contender: Contender, source: Path, mountpoint: Path, log: Path, cpus: set[int]) -> None:
         """Mount, and wait until the mount answers.
 
         Args:
@@ -38,11 +39,13 @@ class Server:
             source: the directory to be mirrored.
             mountpoint: an empty directory.
             log: where the server's output goes.
+            cpus: where its processes run, from their start.
 
         Raises:
             Unavailable: if it does not come up.
         """
         self.contender = contender
+        self.cpus = cpus
         self.root = source if contender.command is None else mountpoint
         self.pids: list[int] = []
         self._log = log
@@ -57,7 +60,7 @@ class Server:
                 stderr=subprocess.STDOUT,
                 # Ctrl-C is for the benchmark, which then stops the servers in order.
                 start_new_session=True,
-                preexec_fn=_prepare_server,
+                preexec_fn=lambda: _prepare_server(cpus),
             )
         try:
             self._await_mount()
@@ -129,7 +132,8 @@ class Server:
             process.wait()
 
 
-def _prepare_server() -> None:
+def _prepare_server(cpus: set[int]) -> None:
+    os.sched_setaffinity(0, cpus)
     # Some peers keep a descriptor for each file that the kernel knows, and die when they run out of them.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -49,30 +49,27 @@ class Sample:
 class Site:
     """One contender's directory, for one run of one workload."""
 
-    def __init__(self, server: Server, source: Path, sizes: Sizes, load: Path, cpus: set[int], number: int) -> None:
-        """Place the server and make a fresh directory for what the workload writes.
+    def __init__(self, server: Server, source: Path, sizes: Sizes, load: Path, number: int) -> None:
+        """Make a fresh directory for what the workload writes, and the caches cold.
 
         Args:
             server: the contender's.
             source: the directory that is mirrored.
             sizes: how much work to do.
             load: the compiled load generator.
-            cpus: where both the load and the server's processes run.
             number: counts the runs, so that no name is ever used again.
         """
         self.sizes = sizes
         self.sample = Sample()
         self._server = server
         self._load = load
-        self._cpus = cpus
         self.root = server.root
         self.source = source
         own = Path("scratch") / f"{server.contender.name}-{number}"
-        self._behind = source / own
-        # As the contender shows it; the directory is made in the source, and looked up afresh here.
+        self.behind = source / own
+        # As the contender shows it: the directory is made in the source, and its name was never used before.
         self.scratch = server.root / own
-        self._behind.mkdir(parents=True)
-        processes.place(server.pids, cpus)
+        self.behind.mkdir(parents=True)
         self.drop()
         processes.forget_peak_memory(server.pids)
 
@@ -80,13 +77,23 @@ class Site:
         """Take away what was written; the mount forgets it first, so that no server keeps it alive."""
         with contextlib.suppress(Failed):
             self.drop()
-        shutil.rmtree(self._behind, ignore_errors=True)
+        shutil.rmtree(self.behind, ignore_errors=True)
 
     def drop(self) -> None:
         """Make the mount's caches cold: names, attributes and pages of this mount only."""
         if self._server.mounted:
             self._run([str(self._load), "drop", str(self.root)])
+        self.settle()
+
+    def settle(self) -> None:
+        """Wait until the server has done what it has still to do for the last load."""
         processes.settle(self._server.pids)
+
+    def fresh_directory(self) -> Path:
+        """Return another empty directory below `scratch`, which the contender has not seen yet."""
+        number = str(len(os.listdir(self.behind)))
+        (self.behind / number).mkdir()
+        return self.scratch / number
 
     def load(self, *arguments: object, timed: bool = True) -> None:
         """Run the load generator with these arguments; it says itself how much it did in what time."""
@@ -156,7 +163,7 @@ class Site:
             text=True,
             # One group, so that a load's own children end with it.
             start_new_session=True,
-            preexec_fn=lambda: os.sched_setaffinity(0, self._cpus),
+            preexec_fn=lambda: os.sched_setaffinity(0, self._server.cpus),
         )
         try:
             output, errors = process.communicate(timeout=_PATIENCE)

@@ -1,18 +1,12 @@
-"""The workloads, in two classes that differ in where load and server run.
-
-Waking a sleeping CPU costs more than many a request does, so what is measured would be the scheduler's luck. Class
-*requests* has load and server on one CPU: the cost of a request. Class *bandwidth* lets them run where they like.
-"""
+"""The workloads, class by class (see `placement`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from .placement import BANDWIDTH, REQUESTS
 from .site import Site
-
-BANDWIDTH = "bandwidth"
-REQUESTS = "requests"
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,13 +131,16 @@ _workload("write-4k-rand", REQUESTS, "random write, 4 KiB, over an existing file
 
 @_workload("create", REQUESTS, "empty files created")
 def _(site: Site) -> None:
-    site.load("create", site.scratch, site.sizes.created)
+    for _ in range(site.sizes.repeats):
+        site.load("create", site.fresh_directory(), site.sizes.created)
 
 
 @_workload("unlink", REQUESTS, "files unlinked that were created just before")
 def _(site: Site) -> None:
-    site.load("create", site.scratch, site.sizes.created, timed=False)
-    site.load("unlink", site.scratch, site.sizes.created)
+    for _ in range(site.sizes.repeats):
+        directory = site.fresh_directory()
+        site.load("create", directory, site.sizes.created, timed=False)
+        site.load("unlink", directory, site.sizes.created)
 
 
 def _walk(site: Site, jobs: int = 1, seconds: float = 0, timed: bool = True) -> None:
