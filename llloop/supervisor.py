@@ -411,6 +411,8 @@ class Supervisor:
         """End every process and what is left of the mount."""
         for child in self._children:
             _end(child.process)
+        if self._unmounter is not None and not self._is_mounted():
+            self._unmounter.join(_PATIENCE)  # it has nothing left to do; killed, it would leave its fusermount behind
         _end(self._unmounter)
         # Only if it is still ours: something else may be mounted in its place by now.
         mounted = self._is_mounted()
