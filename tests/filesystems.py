@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,22 @@ def _need(program: str) -> None:
         pytest.skip(f"{program} is not installed")
 
 
+def _unmount(where: Path) -> None:
+    # The loop device of an image lets go of it a moment after its own unmount: later if somebody who looks for a
+    # free loop device has just opened it.
+    deadline = time.monotonic() + 5
+    while True:
+        try:
+            _run("umount", where)
+            return
+        except AssertionError:
+            if time.monotonic() > deadline:
+                # A server that a failing test left behind may hold it; nothing may stay mounted all the same.
+                _run("umount", "-l", where)
+                raise
+        time.sleep(0.1)
+
+
 @contextmanager
 def mounted(what: str | Path, where: Path, *arguments: str) -> Iterator[Path]:
     where.mkdir(exist_ok=True)
@@ -29,12 +46,7 @@ def mounted(what: str | Path, where: Path, *arguments: str) -> Iterator[Path]:
     try:
         yield where
     finally:
-        try:
-            _run("umount", where)
-        except AssertionError:
-            # A server that a failing test left behind may still hold it; nothing may stay mounted all the same.
-            _run("umount", "-l", where)
-            raise
+        _unmount(where)
 
 
 @contextmanager

@@ -262,10 +262,16 @@ def test_the_mount_point_is_inside_the_source_by_a_bind_mount(place: Ground) -> 
 # The machine
 
 
+# The new namespace got a copy of every mount. Copies of other tests' mounts would keep their servers from ending.
+LET_GO = """
+umount --lazy --all --types fuse.llloop || true
+"""
+
+
 def in_other_mounts(script: str, user: int | None = None) -> list[str]:
     """A command's prefix: it runs where this shell script has mounted things, out of everybody else's sight."""
     become = f"setpriv --reuid={user} --regid={user} --clear-groups" if user else ""
-    return ["unshare", "--mount", "--propagation=slave", "sh", "-ec", f'{script}\nexec {become} "$@"', "sh"]
+    return ["unshare", "--mount", "--propagation=slave", "sh", "-ec", f'{LET_GO}{script}\nexec {become} "$@"', "sh"]
 
 
 # A user who may not read this Python could not even start.

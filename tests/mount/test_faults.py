@@ -16,6 +16,7 @@ import pytest
 
 from tests.conftest import running
 from tests.expect import fails, pattern
+from tests.kernel_caches import forget_unused
 from tests.mirror import Mirror, reachable_directory
 from tests.syscalls import RENAME_NOREPLACE, fallocate, opened, renameat2, statx
 from tests.watchdog import Watchdog
@@ -152,7 +153,7 @@ def test_a_fault_in_forget(faulty: Faulty) -> None:
     for number in range(50):
         (faulty.mnt / f"{number}").touch()
     with faulty.fault("Tree.forget"):
-        Path("/proc/sys/vm/drop_caches").write_text("2")
+        forget_unused(faulty.mirror.mountpoint)
 
 
 def test_a_fault_in_a_worker_s_read(faulty: Faulty) -> None:

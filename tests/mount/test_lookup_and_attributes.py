@@ -7,20 +7,14 @@ import os
 import socket
 import stat
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from tests.conftest import Serve
 from tests.expect import fails, fields_of, same_status
+from tests.kernel_caches import forget_unused
 from tests.mirror import Tree
 from tests.syscalls import opened
-
-
-def drop_caches() -> None:
-    """Makes the kernel forget the inodes it does not use, which it tells the server."""
-    os.sync()
-    Path("/proc/sys/vm/drop_caches").write_text("2")
 
 
 def test_status_of_each_kind_is_the_source_s(tree: Tree) -> None:
@@ -226,7 +220,7 @@ def test_forgotten_inodes_are_found_again(tree: Tree) -> None:
     for _ in range(3):
         for number in range(500):
             assert os.stat(tree.mnt / f"{number}").st_size == number
-        drop_caches()
+        forget_unused(tree.mirror.mountpoint)
 
 
 @pytest.mark.root
@@ -239,7 +233,7 @@ def test_what_is_open_survives_a_forget_of_all_else(tree: Tree) -> None:
         opened(tree.mnt / "a" / "b", os.O_RDONLY) as directory,
     ):
         assert os.stat(tree.mnt / "a" / "b" / "other").st_size == 5
-        drop_caches()
+        forget_unused(tree.mirror.mountpoint)
         assert os.pread(descriptor, 100, 0) == b"kept open"
         assert os.fstat(descriptor).st_size == 9
         assert os.stat("other", dir_fd=directory).st_size == 5

@@ -13,6 +13,7 @@ import pytest
 from tests.as_user import Child
 from tests.conftest import Serve
 from tests.expect import outcome
+from tests.kernel_caches import forget_unused
 from tests.mirror import Tree, reachable_directory, source_parent
 from tests.server_processes import descriptors, private_memory, titles, wait_until
 from tests.syscalls import opened
@@ -53,12 +54,6 @@ def walk(root: Path) -> int:
     return count
 
 
-def drop_kernel_caches() -> None:
-    # Names used a moment ago survive the first round.
-    for _ in range(3):
-        Path("/proc/sys/vm/drop_caches").write_text("2")
-
-
 @pytest.mark.root
 @pytest.mark.slow
 @pytest.mark.mounted
@@ -71,11 +66,11 @@ def test_a_large_tree_needs_few_descriptors_and_is_forgotten(serve: Serve, fores
     assert walk(mirror.mountpoint / "first") == expected
     assert len(descriptors(front)) < 1024
     peak = private_memory(front)
-    drop_kernel_caches()
+    forget_unused(mirror.mountpoint)
     settle(front)
     after_first = private_memory(front)
     assert walk(mirror.mountpoint / "second") == expected
-    drop_kernel_caches()
+    forget_unused(mirror.mountpoint)
     settle(front)
     after_second = private_memory(front)
     # The interpreter keeps freed memory for its next objects, so the second half must fit into what the first left.
@@ -87,7 +82,7 @@ def test_a_large_tree_needs_few_descriptors_and_is_forgotten(serve: Serve, fores
 
 
 def settle(pid: int) -> None:
-    """FORGETs are on their way when drop_caches returns; they are over when the process's CPU time stands still."""
+    """FORGETs are on their way when the kernel has let go; they are over when the process's CPU time stands still."""
 
     def ticks() -> int:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -213,5 +208,5 @@ def test_descriptors_of_removed_files_go_with_them(serve: Serve) -> None:
     fill_and_empty(os.unlink, lambda path: path.touch())
     fill_and_empty(os.rmdir, os.mkdir)
     fill_and_empty(lambda path: os.replace(path, mirror.mountpoint / "first"), lambda path: path.touch())
-    drop_kernel_caches()
+    forget_unused(mirror.mountpoint)
     assert wait_until(lambda: len(descriptors(front)) <= before + 20), (before, len(descriptors(front)))

@@ -21,7 +21,7 @@ from tests.expect import outcome, pattern
 from tests.filesystems import ext4, make_image, mounted, tmpfs
 from tests.mirror import Mirror, Tree, reachable_directory
 from tests.server_processes import wait_until
-from tests.syscalls import FALLOC_FL_KEEP_SIZE, fallocate, opened
+from tests.syscalls import FALLOC_FL_KEEP_SIZE, fallocate, opened, syncfs
 from tests.twins import outcomes
 
 MIB = 1 << 20
@@ -195,7 +195,8 @@ def test_an_exceeded_quota_says_so(scratch: Path, serving: Callable[..., Any]) -
             assert 0 < taken < 3 * MIB
             for side in (path, source / "file"):
                 assert holds_pattern(side, 65_536, taken)
-            os.sync()
+            with opened(source, os.O_RDONLY) as directory:
+                syncfs(directory)
             assert outcome(lambda: os.close(os.open(mirror.mountpoint / "more", os.O_CREAT))) == "EDQUOT"
             assert outcome(lambda: os.mkdir(mirror.mountpoint / "more")) == "EDQUOT"
 
@@ -345,11 +346,10 @@ def test_an_unreadable_disk_gives_eio_and_the_mount_lives(scratch: Path, serving
     with ext4(scratch, 64 * MIB, "-b", "4096") as source:
         (source / "good").write_bytes(pattern(100_000))
         (source / "bad").write_bytes(b"b" * (32 * MIB))
-        os.sync()
-        # Only what is not in the page cache is read from the disk.
-        Path("/proc/sys/vm/drop_caches").write_text("3")
-        for name in ("good", "bad"):
-            os.stat(source / name)
+        with opened(source / "bad", os.O_RDONLY) as fd:
+            syncfs(fd)
+            # Only what is not in the page cache is read from the disk.
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         with open(image, "r+b") as file:
             file.truncate(9 * MIB)
         assert outcome((source / "bad").read_bytes) == "EIO"
