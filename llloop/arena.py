@@ -46,7 +46,7 @@ class Arena:
         results = (2 * slots + 7) & ~7
         counters = results + 8 * slots
         front = counters + 8 * Counters.FIELDS * shards
-        first = (front + 8 + pages - 1) // pages * pages
+        first = (front + 16 + pages - 1) // pages * pages
         # The payload is page-aligned, which O_DIRECT needs; the record lies in the page before it, ahead of the header.
         self._stride = pages + payload
         self._records = first
@@ -61,7 +61,7 @@ class Arena:
             Counters(self.view[counters + 8 * Counters.FIELDS * shard :][: 8 * Counters.FIELDS].cast("Q"))
             for shard in range(shards)
         ]
-        self._front = self.view[front : front + 8].cast("q")
+        self._front = self.view[front : front + 16].cast("q")
         size = wire.WRITE_HEADER_SIZE + payload
         starts = [self.request_offset(slot) for slot in range(slots)]
         self.receive_buffers = [[self.view[start : start + size]] for start in starts]
@@ -71,9 +71,15 @@ class Arena:
         """The process id of the front, from which workers pull descriptors; 0 while there is none."""
         return self._front[0]
 
-    @front_pid.setter
-    def front_pid(self, pid: int) -> None:
+    @property
+    def generation(self) -> int:
+        """How many fronts there have been; what workers hold of an earlier one's is void."""
+        return self._front[1]
+
+    def new_front(self, pid: int) -> None:
+        """Note that process *pid* is the front from now on."""
         self._front[0] = pid
+        self._front[1] += 1
 
     def request_offset(self, slot: int) -> int:
         """Return where in `memory` the request header of *slot* begins."""

@@ -24,6 +24,7 @@ class Leases:
         self._arena = arena
         self._held: dict[int, int] = {}
         self._front = 0
+        self._generation = 0
         self._pidfd = -1
 
     def __len__(self) -> int:
@@ -39,18 +40,14 @@ class Leases:
         Raises:
             OSError: it could not be pulled.
         """
+        if self._generation != self._arena.generation:
+            self._start_over()
         fd = self._held.get(handle)
         if fd is None:
             fd = self._held[handle] = self._pull(descriptor)
         return fd
 
     def _pull(self, descriptor: int) -> int:
-        front = self._arena.front_pid
-        if front != self._front:
-            if self._pidfd >= 0:
-                os.close(self._pidfd)
-            self._pidfd = os.pidfd_open(front)
-            self._front = front
         try:
             return self._duplicate(descriptor)
         except OSError as error:
@@ -70,6 +67,16 @@ class Leases:
         with open(entry) as info:
             flags = next(int(line.split()[1], 8) for line in info if line.startswith("flags:"))
         return os.open(f"/proc/{self._front}/fd/{descriptor}", flags & _REOPEN | os.O_CLOEXEC)
+
+    def _start_over(self) -> None:
+        """Let go of everything that belonged to a front that is gone."""
+        for handle in list(self._held):
+            self.release(handle)
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+        self._generation = self._arena.generation
+        self._front = self._arena.front_pid
+        self._pidfd = os.pidfd_open(self._front)
 
     def _drop_half(self) -> None:
         for handle in list(self._held)[: len(self._held) // 2 + 1]:

@@ -60,13 +60,22 @@ class Handle:
         self.entries: list[DirectoryEntry] | None = None
 
 
-class Handles:
-    """All open files and directories by number."""
+# Handle numbers of one front: more than can be opened in a lifetime, so that no two fronts of a mount share any.
+_NUMBERS_PER_FRONT = 1 << 40
 
-    def __init__(self) -> None:
+
+class Handles:
+    """All open files and directories by number.
+
+    Args:
+        generation: how many fronts there have been, this one included. A number given out by an earlier front means
+            nothing to this one: whoever still has it open gets EBADF, never somebody else's file.
+    """
+
+    def __init__(self, generation: int = 1) -> None:
         self._table: dict[int, Handle] = {}
         self._of_inode: dict[int, list[Handle]] = {}
-        self._next = 1
+        self._next = generation * _NUMBERS_PER_FRONT
 
     def __len__(self) -> int:
         return len(self._table)

@@ -65,7 +65,7 @@ def build_mirror(
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     inodes = Inodes(fstatx(root))
     anchors = Anchors(inodes, root, min(_DIRECTORIES_MOST, limit // _DIRECTORIES_SHARE))
-    handles = Handles()
+    handles = Handles(arena.generation)
     router = Router(arena, pipes)
     caller = Caller()
     setid = SetidGuard()

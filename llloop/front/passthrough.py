@@ -10,8 +10,10 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import stat
 import struct
 
+from ..syscalls import Attributes
 from .handles import Handle, Handles
 
 _log = logging.getLogger(__name__)
@@ -53,6 +55,20 @@ def refusal(device: int) -> str | None:
     return None
 
 
+def _is_privileged(handle: Handle, attributes: Attributes) -> bool:
+    """Whether a write by an ordinary user takes something from the file: set-ID bits, or capabilities.
+
+    The kernel passes writes through with this process's rights, which take nothing; the workers know better.
+    """
+    if attributes.mode & (stat.S_ISUID | stat.S_ISGID):
+        return True
+    try:
+        os.getxattr(handle.descriptor, b"security.capability")
+    except OSError:
+        return False
+    return True
+
+
 class Passthrough:
     """The registrations of open files.
 
@@ -70,8 +86,16 @@ class Passthrough:
         self._registered: dict[int, tuple[int, int]] = {}
         self._refused: set[int] = set()
 
-    def back(self, handle: Handle) -> int:
-        """Have the kernel do the I/O of a file just opened, if it can; return the registration, or 0."""
+    def back(self, handle: Handle, attributes: Attributes) -> int:
+        """Have the kernel do the I/O of a file just opened, if it can.
+
+        Args:
+            handle: the open file.
+            attributes: its attributes.
+
+        Returns:
+            The registration, or 0 if the workers are to do it.
+        """
         if not self._wanted:
             return 0
         nodeid = handle.nodeid
@@ -79,6 +103,8 @@ class Passthrough:
         if registered is None:
             if any(other is not handle for other in self._handles.of_inode(nodeid)):
                 return 0  # opened the other way before, and so must this one be
+            if _is_privileged(handle, attributes):
+                return 0
             try:
                 registered = (open_backing(self._device, handle.descriptor), 0)
             except OSError as error:

@@ -60,7 +60,7 @@ def run_front(setup: FrontSetup, ready: Callable[[], None]) -> None:
     """
     arena = setup.arena
     _let_workers_pull()
-    arena.front_pid = os.getpid()
+    arena.new_front(os.getpid())
     mirror = build_mirror(setup.config, setup.capabilities, arena, setup.pipes, setup.root, setup.device)
     # Nothing here makes reference cycles, and passing over a million inodes to find none would stop every request.
     gc.freeze()

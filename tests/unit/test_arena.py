@@ -95,7 +95,7 @@ def test_nothing_of_a_slot_lies_in_another(arena: Arena) -> None:
         arena.stages[slot] = slot
     for counters in arena.counters:
         counters.cells[:] = memoryview(b"\xff" * 8 * Counters.FIELDS).cast("Q")
-    arena.front_pid = 2**31 - 1
+    arena.new_front(2**31 - 1)
     for slot, message in enumerate(messages):
         assert (slot, message) in arena.lent_to(slot % 2)
         assert bytes(arena.payload(slot, arena.payload_size)) == bytes([slot + 1]) * arena.payload_size
@@ -139,7 +139,7 @@ def test_any_number_of_slots(slots: int) -> None:
     arena.lend(last, 2, b"last")
     arena.results[last] = 5
     arena.counters[2].cells[Counters.WRITTEN] = 6
-    arena.front_pid = 7
+    arena.new_front(7)
     (buffer,) = arena.receive_buffers[last]
     buffer[:] = b"\xff" * len(buffer)
     assert arena.lent_to(2) == [(last, b"last")]

@@ -55,7 +55,7 @@ def front(paths: list[Path]) -> Iterator[Front]:
 
 @pytest.fixture
 def leases(arena: Arena, front: Front) -> Iterator[Leases]:
-    arena.front_pid = front.pid
+    arena.new_front(front.pid)
     held = Leases(arena)
     yield held
     for handle in range(1, 100):
@@ -111,7 +111,7 @@ def test_a_descriptor_the_front_has_closed(leases: Leases) -> None:
 def test_a_front_that_is_gone(leases: Leases, front: Front, arena: Arena) -> None:
     kept = leases.get(1, front.descriptors[0])
     ended = Child(os.getpid)
-    arena.front_pid = ended.pid
+    arena.new_front(ended.pid)
     ended.result()
     with fails(errno.ESRCH):
         leases.get(2, front.descriptors[1])
@@ -123,7 +123,7 @@ def test_a_new_front_is_pulled_from(leases: Leases, front: Front, arena: Arena, 
     before = open_descriptors()
     successor = Front(list(reversed(paths)))
     try:
-        arena.front_pid = successor.pid
+        arena.new_front(successor.pid)
         assert name_behind(leases.get(2, successor.descriptors[0])) == "file-5"
         assert open_descriptors() == before + 1, "the old front's pidfd was left open"
     finally:
@@ -150,7 +150,7 @@ def test_opened_again_it_has_the_same_flags_and_keeps_its_content(
 ) -> None:
     front = Front(paths[:1], flags & ~os.O_TRUNC)
     try:
-        arena.front_pid = front.pid
+        arena.new_front(front.pid)
         monkeypatch.setattr(
             leases_module, "pidfd_getfd", lambda pidfd, fd: (_ for _ in ()).throw(OSError(errno.ENOSYS, ""))
         )
@@ -167,7 +167,7 @@ def test_opened_again_it_has_the_same_flags_and_keeps_its_content(
 
 
 def test_out_of_descriptors_it_drops_some_and_goes_on(arena: Arena, front: Front) -> None:
-    arena.front_pid = front.pid
+    arena.new_front(front.pid)
 
     def pull_many() -> list[str]:
         leases = Leases(arena)

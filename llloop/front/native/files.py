@@ -52,7 +52,7 @@ class FileRequests(Responder):
     def _how(self, number: int, nodeid: int, attributes: Attributes) -> tuple[int, int]:
         """Return open_flags and backing_id for a file just opened."""
         mirror = self._mirror
-        backing = mirror.passthrough.back(self._handles.get(number))
+        backing = mirror.passthrough.back(self._handles.get(number), attributes)
         if backing:
             return wire.FOPEN_PASSTHROUGH, backing
         return mirror.policy.open_flags(mirror.inodes.get(nodeid), attributes), 0
