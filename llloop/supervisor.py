@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from types import FrameType
@@ -67,6 +67,7 @@ class _Child:
         started: when it was started (monotonic clock).
         due: when the next is to be started.
         pause: how long to wait before the next if this one dies young.
+        restarts: how many have been started after the first.
     """
 
     name: str
@@ -74,7 +75,8 @@ class _Child:
     process: BaseProcess | None = None
     started: float = 0.0
     due: float = 0.0
-    pause: float = field(default=0.0)
+    pause: float = 0.0
+    restarts: int = 0
 
     def start(self, *, detached: bool) -> None:
         """Fork the process."""
@@ -90,6 +92,7 @@ class _Child:
             self.pause = 0.0
         pause = self.pause
         self.due = now + pause
+        self.restarts += 1
         self.pause = min(max(2 * pause, _FIRST_PAUSE), _LONGEST_PAUSE)
         self.process = None
         return pause
@@ -99,7 +102,7 @@ def _child_main(name: str, target: Callable[[], None], supervisor: int, detached
     """Run in a new child: leave the supervisor's signals behind, and do not outlive it."""
     signal.set_wakeup_fd(-1)
     # They may reach the whole group (Ctrl-C, a service manager); the supervisor decides and ends the others by SIGKILL.
-    for number in _STOP_SIGNALS:
+    for number in (*_STOP_SIGNALS, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != supervisor:
@@ -140,7 +143,8 @@ class Supervisor:
         self._source_is_stacked = False
         self._capabilities: negotiation.Capabilities | None = None
         self._fallback_reason = "asked for"
-        self._stop_signals = 0
+        self._stop_asked = False
+        self._report_asked = False
         self._deadline: float | None = None
         self._unmounter: BaseProcess | None = None
         self._lazy = False
@@ -363,17 +367,36 @@ class Supervisor:
     def _catch_signals(self) -> int:
         reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        for number in _STOP_SIGNALS:
+        for number in (*_STOP_SIGNALS, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
         return reader
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._stop_signals += 1
+        if number == signal.SIGUSR1:
+            self._report_asked = True
+        else:
+            self._stop_asked = True
 
     def _take_signals(self, reader: int) -> None:
         os.read(reader, 4096)
-        if self._stop_signals:
+        if self._report_asked:
+            self._report_asked = False
+            self._report()
+        if self._stop_asked:
+            self._stop_asked = False
             self._request_stop()
+
+    def _report(self) -> None:
+        """Log what the workers have done so far, and have the front log what it holds."""
+        for child, counters in zip(self._workers, self._arena.counters, strict=True):
+            _log.info(
+                "%s: %d requests, %d errors, %d bytes read, %d bytes written, %d restarts",
+                child.name,
+                *counters.snapshot().values(),
+                child.restarts,
+            )
+        if self._front.process is not None and self._front.process.pid is not None:
+            os.kill(self._front.process.pid, signal.SIGUSR1)
 
     def _request_stop(self) -> None:
         """Begin to unmount; if that is done and somebody still uses the mount, end all the same."""

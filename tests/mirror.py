@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.syscalls import opened, syncfs
 from tests.watchdog import Watchdog, abort_connection, kill_session, mount_entry, processes_of_session, unmount_lazily
 
 START_SECONDS = 30.0
@@ -258,6 +259,14 @@ class Mirror:
 class Tree:
     """One test's own directory: src through the back door, mnt through the mount."""
 
-    src: Path
+    behind: Path
     mnt: Path
     mirror: Mirror
+
+    @property
+    def src(self) -> Path:
+        """The directory in the source, after what the kernel still keeps of its writes has been sent there."""
+        if "--writeback" in self.mirror.arguments:
+            with opened(self.mnt, os.O_RDONLY) as directory:
+                syncfs(directory)
+        return self.behind

@@ -40,6 +40,11 @@ class Anchors:
         self._pins: dict[int, int] = {}
         inodes.on_reuse = self.drop
 
+    @property
+    def kept(self) -> int:
+        """How many descriptors are kept, of directories and of removed files."""
+        return len(self._directories) + len(self._pins)
+
     def directory(self, nodeid: int) -> int:
         """Return a descriptor of the directory *nodeid*, valid until the second next call.
 

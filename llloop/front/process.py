@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import signal
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from ..config import ServeConfig
 from ..negotiation import Capabilities
 from ..session import Session
 from .loop import Loop
-from .mirror import build_mirror
+from .mirror import Mirror, build_mirror
 from .operations import Operations
 from .router import Exchange
 
@@ -62,6 +63,7 @@ def run_front(setup: FrontSetup, ready: Callable[[], None]) -> None:
     _let_workers_pull()
     arena.new_front(os.getpid())
     mirror = build_mirror(setup.config, setup.capabilities, arena, setup.pipes, setup.root, setup.device)
+    signal.signal(signal.SIGUSR1, lambda number, frame: _report(mirror))
     # Nothing here makes reference cycles, and passing over a million inodes to find none would stop every request.
     gc.freeze()
     gc.disable()
@@ -74,6 +76,20 @@ def run_front(setup: FrontSetup, ready: Callable[[], None]) -> None:
         setup.operations.attach(mirror, Exchange(mirror.router, setup.answers))
         ready()
         llfuse.main(workers=1, handle_signals=False)
+
+
+def _report(mirror: Mirror) -> None:
+    """Log what this front holds."""
+    slots = mirror.router.arena.states
+    lent = sum(1 for state in slots if state)
+    _log.info(
+        "%d inodes, %d open handles, %d directories kept open, %d of %d slots lent",
+        len(mirror.inodes),
+        len(mirror.handles),
+        mirror.tree.anchors.kept,
+        lent,
+        len(slots),
+    )
 
 
 def _let_workers_pull() -> None:

@@ -1,6 +1,9 @@
 """Every file's data I/O goes to one worker, different files' to different ones, and an administrator can see it."""
 
+import mmap
 import os
+import re
+import signal
 import subprocess
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from tests.syscalls import opened
 pytestmark = pytest.mark.mounted
 
 # Too large for the front to do in passing.
+MIB = 1024 * 1024
 PIECE = b"x" * 300_000
 
 
@@ -122,3 +126,22 @@ def test_one_worker_is_enough(serve: Serve) -> None:
     (mirror.mountpoint / "file").write_bytes(PIECE)
     assert (mirror.mountpoint / "file").read_bytes() == PIECE
     assert set(workers(mirror)) == {"llloop-worker-0"}
+
+
+def test_counters_tell_who_did_what(serve: Serve) -> None:
+    """SIGUSR1 has every worker's requests and bytes logged, and what the front holds."""
+    mirror = serve("--workers", "4")
+    for number in range(16):
+        with opened(mirror.mountpoint / f"file{number}", os.O_RDWR | os.O_CREAT | os.O_DIRECT) as fd:
+            os.write(fd, mmap.mmap(-1, MIB))
+    os.kill(mirror.pid, signal.SIGUSR1)
+    line = re.compile(r"(llloop-worker-\d): (\d+) requests, (\d+) errors, (\d+) bytes read, (\d+) bytes written, 0 rest")
+    wait_until(lambda: "slots lent" in mirror.log.read_text())
+    found = line.findall(mirror.log.read_text())
+    assert [title for title, *_ in found] == [f"llloop-worker-{number}" for number in range(4)]
+    assert sum(int(written) for *_, written in found) == 16 * MIB
+    for title, requests, errors, read, written in found:
+        # A file's bytes are counted where the file is held, whole files that is.
+        assert (int(errors), int(read), int(written) % MIB) == (0, 0, 0), title
+        assert int(requests) >= int(written) // MIB
+    assert re.search(r"llloop-front: 17 inodes, 0 open handles", mirror.log.read_text())
