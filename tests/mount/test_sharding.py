@@ -135,7 +135,7 @@ def test_counters_tell_who_did_what(serve: Serve) -> None:
         with opened(mirror.mountpoint / f"file{number}", os.O_RDWR | os.O_CREAT | os.O_DIRECT) as fd:
             os.write(fd, mmap.mmap(-1, MIB))
     os.kill(mirror.pid, signal.SIGUSR1)
-    line = re.compile(r"(llloop-worker-\d): (\d+) requests, (\d+) errors, (\d+) bytes read, (\d+) bytes written, 0 rest")
+    line = re.compile(r"(llloop-worker-\d): (\d+) requests, (\d+) errors, (\d+) bytes read, (\d+) bytes written, 0 re")
     wait_until(lambda: "slots lent" in mirror.log.read_text())
     found = line.findall(mirror.log.read_text())
     assert [title for title, *_ in found] == [f"llloop-worker-{number}" for number in range(4)]
