@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from llloop.arena import Arena
-from tests.unit.support import Device
+from tests.unit.source import Source
+from tests.unit.support import Device, packet_pipe
 
 # As large as in a mount, so that what is spliced is; only what is touched takes memory.
 PAYLOAD = 128 * 4096
@@ -23,3 +25,13 @@ def device() -> Iterator[Device]:
     stand_in = Device()
     yield stand_in
     stand_in.close()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Iterator[Source]:
+    path = tmp_path / "source"
+    path.mkdir()
+    with packet_pipe() as first, packet_pipe() as second:
+        own = Source(path, [first, second])
+        yield own
+        own.close()

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 from llloop import cli, errors, log, mounting
 from llloop.api import _arguments
-from llloop.config import Cache, LoopKind, ServeConfig
+from llloop.config import Cache, IoKind, LoopKind, ServeConfig
 from llloop.version import __version__
 
 
@@ -72,6 +72,8 @@ OPTIONS: list[tuple[str, list[str], dict[str, str], Any]] = [
     ("allow_other", ["--allow-other"], {"ALLOW_OTHER": "1"}, True),
     ("allow_other", ["--no-allow-other"], {"ALLOW_OTHER": "0"}, False),
     ("cache", ["--cache", "always"], {"CACHE": "always"}, Cache.ALWAYS),
+    ("io", ["--io", "auto"], {"IO": "auto"}, IoKind.AUTO),
+    ("writeback", ["--writeback"], {"WRITEBACK": "1"}, True),
     ("attr_timeout", ["--attr-timeout=2.5"], {"ATTR_TIMEOUT": "2.5"}, 2.5),
     ("entry_timeout", ["--entry-timeout=2.5"], {"ENTRY_TIMEOUT": "2.5"}, 2.5),
     ("negative_timeout", ["--negative-timeout=0"], {"NEGATIVE_TIMEOUT": "0"}, 0),
@@ -127,7 +129,7 @@ def test_help_tells_effect_and_default(option: click.Option) -> None:
     default = re.split(r"[.;]", rest)[0].strip()
     assert default, "what is the default?"
     value = option.get_default(click.Context(cli.serve))
-    if option.name == "cache" or option.name == "log_level":
+    if option.name in ("cache", "io", "log_level"):
         assert default == value
     elif option.is_flag and value is not None:
         words = {True: ("on",), False: ("off", "stay in the foreground", "fail if it is busy")}

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llloop import config
-from llloop.config import MAX_WORKERS, Cache, LoopKind, ServeConfig, help_text, usable_cpus
+from llloop.config import MAX_WORKERS, Cache, IoKind, LoopKind, ServeConfig, help_text, usable_cpus
 from llloop.errors import UsageError
 
 
@@ -27,9 +27,10 @@ def test_defaults() -> None:
     assert (made.attr_timeout, made.entry_timeout, made.negative_timeout) == (1.0, 1.0, 1.0)
     assert made.xattr is True
     assert made.loop is LoopKind.AUTO
+    assert made.io is IoKind.WORKERS
     assert made.options == ()
     assert made.fsname == "/src"
-    assert not (made.read_only or made.nonempty or made.replace_dead)
+    assert not (made.writeback or made.read_only or made.nonempty or made.replace_dead)
 
 
 def test_nothing_stays_undecided() -> None:
@@ -88,6 +89,12 @@ def test_timeouts_that_cannot_be(name: str, seconds: float) -> None:
 @given(st.sampled_from(TIMEOUTS), st.floats(0, 2**31))
 def test_timeouts_that_can_be(name: str, seconds: float) -> None:
     assert getattr(make(**{name: seconds}), name) == seconds
+
+
+def test_the_kernel_collects_no_writes_that_it_does_itself() -> None:
+    with pytest.raises(UsageError, match=r"--writeback.*--io kernel"):
+        make(writeback=True, io=IoKind.KERNEL)
+    assert make(writeback=True, io=IoKind.AUTO).writeback
 
 
 def test_what_was_decided_stays() -> None:

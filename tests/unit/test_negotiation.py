@@ -30,6 +30,14 @@ def init_request(offered: int, minor: int = 41, major: int = 7, readahead: int =
     return struct.pack("=IIQQIIII", 40 + len(body), 26, unique, 0, 0, 0, 0, 0) + body
 
 
+def agree(
+    request: bytes, *, posix_acl: bool = False, writeback: bool = False, passthrough: bool = False, stack_depth: int = 1
+) -> tuple[bytes, Capabilities]:
+    return negotiate(
+        request, posix_acl=posix_acl, writeback=writeback, passthrough=passthrough, stack_depth=stack_depth
+    )
+
+
 def parse(reply: bytes) -> dict[str, int]:
     length, error, unique = struct.unpack_from("=IiQ", reply)
     assert length == len(reply) == 16 + 64
@@ -43,12 +51,27 @@ def parse(reply: bytes) -> dict[str, int]:
     return {**values, "unique": unique, "agreed": values["flags"] | values["flags2"] << 32}
 
 
-@given(offered=U64, posix_acl=st.booleans(), minor=st.integers(23, 60), readahead=U32, unique=U64)
+BY_WISH = {
+    "posix_acl": Feature.POSIX_ACL,
+    "writeback": Feature.WRITEBACK_CACHE,
+    "passthrough": Feature.PASSTHROUGH,
+}
+
+
+def offered_in_all(offered: int, feature: Feature) -> bool:
+    """Whether a feature is among those offered, of which the upper half counts only with INIT_EXT."""
+    return bool(offered & feature) and (feature < 2**32 or bool(offered & Feature.INIT_EXT))
+
+
+WISHES = st.fixed_dictionaries({name: st.booleans() for name in ("posix_acl", "writeback", "passthrough")})
+
+
+@given(offered=U64, wishes=WISHES, minor=st.integers(23, 60), readahead=U32, unique=U64)
 def test_only_what_was_offered_is_agreed_to(
-    offered: int, posix_acl: bool, minor: int, readahead: int, unique: int
+    offered: int, wishes: dict[str, bool], minor: int, readahead: int, unique: int
 ) -> None:
     request = init_request(offered, minor, readahead=readahead, unique=unique)
-    reply, capabilities = negotiate(request, posix_acl=posix_acl)
+    reply, capabilities = agree(request, **wishes)
     answer = parse(reply)
     assert answer["agreed"] & ~offered == 0
     assert answer["agreed"] == int(capabilities.features)
@@ -58,13 +81,14 @@ def test_only_what_was_offered_is_agreed_to(
     assert answer["readahead"] <= readahead
     if not offered & Feature.INIT_EXT:
         assert answer["flags2"] == 0, "the kernel does not look there, and never offered it"
-    if not posix_acl:
-        assert not answer["agreed"] & Feature.POSIX_ACL
+    for name, feature in BY_WISH.items():
+        assert bool(answer["agreed"] & feature) is (wishes[name] and offered_in_all(offered, feature)), name
+    assert answer["stack_depth"] == (1 if answer["agreed"] & Feature.PASSTHROUGH else 0)
     assert not answer["agreed"] & ~int(sum(Feature)), "a bit that llloop has no name for"
 
 
 def test_what_is_worth_having_is_asked_for() -> None:
-    _, capabilities = negotiate(init_request(EVERYTHING), posix_acl=True)
+    _, capabilities = agree(init_request(EVERYTHING), posix_acl=True)
     wanted = (
         "async_read atomic_o_trunc big_writes dont_mask auto_inval_data async_dio parallel_dirops posix_acl max_pages "
         "cache_symlinks handle_killpriv_v2 setxattr_ext init_ext has_resend"
@@ -73,14 +97,26 @@ def test_what_is_worth_having_is_asked_for() -> None:
     assert not set(wanted.split()) - set(agreed)
 
 
-def test_what_has_no_code_yet_is_not_asked_for() -> None:
-    """With the writeback cache the kernel would trust its own times and sizes, with passthrough bypass the workers."""
-    _, capabilities = negotiate(init_request(EVERYTHING), posix_acl=True)
-    assert not capabilities.features & (Feature.WRITEBACK_CACHE | Feature.PASSTHROUGH)
+def test_what_has_a_price_is_asked_for_only_if_wished() -> None:
+    _, capabilities = agree(init_request(EVERYTHING))
+    assert not capabilities.features & (Feature.WRITEBACK_CACHE | Feature.PASSTHROUGH | Feature.POSIX_ACL)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_passthrough_says_how_many_file_systems_may_be_stacked(depth: int) -> None:
+    answer = parse(agree(init_request(EVERYTHING), passthrough=True, stack_depth=depth)[0])
+    assert answer["stack_depth"] == depth
+
+
+def test_what_is_given_up_is_gone() -> None:
+    _, capabilities = agree(init_request(EVERYTHING), passthrough=True)
+    less = capabilities.without(Feature.PASSTHROUGH)
+    assert capabilities.features ^ less.features == Feature.PASSTHROUGH
+    assert less.minor == capabilities.minor
 
 
 def test_sizes_fit_the_pipe_and_each_other() -> None:
-    answer = parse(negotiate(init_request(EVERYTHING), posix_acl=False)[0])
+    answer = parse(agree(init_request(EVERYTHING), posix_acl=False)[0])
     assert answer["max_write"] == MAX_WRITE == MAX_PAGES * wire.PAGE_SIZE
     assert answer["max_pages"] == MAX_PAGES
     # The header and an unaligned range take two more; more than 256 no ordinary process may have.
@@ -93,13 +129,13 @@ def test_sizes_fit_the_pipe_and_each_other() -> None:
 @pytest.mark.parametrize(("major", "minor"), [(7, 22), (7, 0), (6, 40), (8, 0), (0, 0), (2**32 - 1, 2**32 - 1)])
 def test_a_protocol_that_is_too_old_or_too_new(major: int, minor: int) -> None:
     with pytest.raises(UnsupportedProtocol, match=rf"{major}\.{minor}.*7\.23"):
-        negotiate(init_request(EVERYTHING, minor, major), posix_acl=False)
+        agree(init_request(EVERYTHING, minor, major), posix_acl=False)
 
 
 def test_an_init_of_before_flags2() -> None:
     """Before protocol 7.36 struct fuse_init_in ended with the flags."""
     short = init_request(EVERYTHING & ~int(Feature.INIT_EXT), minor=35)[: 40 + 16]
-    answer = parse(negotiate(short, posix_acl=False)[0])
+    answer = parse(agree(short, posix_acl=False)[0])
     assert answer["minor"] == 35
     assert answer["flags2"] == 0
     assert answer["flags"] & Feature.MAX_PAGES
@@ -111,7 +147,7 @@ def test_an_init_that_is_cut_off_offers_no_more_than_it_says(length: int, minor:
     offered = int.from_bytes(whole[52:56][: max(0, length - 52)], "little")
     offered |= int.from_bytes(whole[56:60][: max(0, length - 56)], "little") << 32
     try:
-        reply, _ = negotiate(whole[:length], posix_acl=True)
+        reply, _ = agree(whole[:length], posix_acl=True)
     except UnsupportedProtocol:
         assert length < 48
         return
@@ -123,7 +159,7 @@ def test_an_init_that_is_cut_off_offers_no_more_than_it_says(length: int, minor:
 @example(b"\xff" * 104, True)
 def test_arbitrary_bytes(request_: bytes, posix_acl: bool) -> None:
     try:
-        reply, capabilities = negotiate(request_, posix_acl=posix_acl)
+        reply, capabilities = agree(request_, posix_acl=posix_acl)
     except UnsupportedProtocol:
         return
     assert parse(reply)["agreed"] == int(capabilities.features)
@@ -133,7 +169,7 @@ def test_arbitrary_bytes(request_: bytes, posix_acl: bool) -> None:
 def test_arbitrary_offers(body: bytes, minor: int) -> None:
     request = struct.pack("=IIQQIIII", 40, 26, 5, 0, 0, 0, 0, 0) + struct.pack("=II", 7, minor) + body
     flags, flags2 = struct.unpack_from("=4xII", body.ljust(64, b"\0"))
-    answer = parse(negotiate(request, posix_acl=True)[0])
+    answer = parse(agree(request, posix_acl=True)[0])
     assert answer["agreed"] & ~(flags | flags2 << 32) == 0
 
 

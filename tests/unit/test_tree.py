@@ -6,60 +6,18 @@ import errno
 import fcntl
 import os
 import stat
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llloop import syscalls, wire
-from llloop.arena import Arena
-from llloop.config import ServeConfig
 from llloop.front.inodes import ROOT
-from llloop.front.mirror import Mirror, build_mirror
 from llloop.front.tree import Changes, Requester, check_name
-from llloop.negotiation import Capabilities, Feature
 from llloop.protocol import Operation, decode
 from tests.expect import fails
-from tests.unit.support import open_descriptors, packet_pipe, packets
-
-MYSELF = Requester(os.geteuid(), os.getegid(), 0o022)
-
-
-class Source:
-    """A source and what serves it, but for the kernel."""
-
-    def __init__(self, path: Path, pipes: list[tuple[int, int]]) -> None:
-        self.path = path
-        self.readers = [reader for reader, _ in pipes]
-        self.root = os.open(path, os.O_PATH | os.O_DIRECTORY)
-        config = ServeConfig(source=str(path), mountpoint="/nowhere", workers=len(pipes))
-        arena = Arena(4, 8 * wire.PAGE_SIZE, len(pipes))
-        capabilities = Capabilities(38, Feature(0))
-        self.mirror: Mirror = build_mirror(config, capabilities, arena, [writer for _, writer in pipes], self.root)
-        self.tree = self.mirror.tree
-        self.files = self.mirror.files
-
-    def close(self) -> None:
-        for number in list(self.mirror.handles._table):
-            self.files.release(number)
-        self.tree.anchors.shrink()
-        for nodeid in list(self.tree.anchors._pins):
-            self.tree.anchors.drop(nodeid)
-        os.close(self.root)
-
-
-@pytest.fixture
-def source(tmp_path: Path) -> Iterator[Source]:
-    path = tmp_path / "source"
-    path.mkdir()
-    with packet_pipe() as first, packet_pipe() as second:
-        own = Source(path, [first, second])
-        umask = os.umask(0o022)
-        yield own
-        own.close()
-        os.umask(umask)
+from tests.unit.source import MYSELF, Source
+from tests.unit.support import open_descriptors, packets
 
 
 @pytest.fixture

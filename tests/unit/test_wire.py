@@ -131,15 +131,15 @@ LAYOUTS = [
         "INIT_OUT",
         "fuse_init_out",
         "major minor max_readahead flags max_background congestion_threshold max_write time_gran max_pages"
-        " map_alignment flags2",
+        " map_alignment flags2 max_stack_depth",
         since=36,
     ),
     plain("ATTR", "fuse_attr", ATTR_FIELDS, since=32),
     plain("ENTRY_HEAD", "fuse_entry_out", ENTRY_FIELDS, longer=True),
     plain("ENTRY", "fuse_entry_out", f"{ENTRY_FIELDS} {nested('attr', ATTR_FIELDS)}", since=32),
     reply("ATTR_REPLY", "fuse_attr_out", f"attr_valid attr_valid_nsec {nested('attr', ATTR_FIELDS)}", since=32),
-    reply("OPEN_REPLY", "fuse_open_out", "fh open_flags"),
-    plain("OPEN_OUT", "fuse_open_out", "fh open_flags"),
+    reply("OPEN_REPLY", "fuse_open_out", "fh open_flags backing_id"),
+    plain("OPEN_OUT", "fuse_open_out", "fh open_flags backing_id"),
     reply("WRITE_REPLY", "fuse_write_out", "size"),
     reply("LSEEK_REPLY", "fuse_lseek_out", "offset", since=24),
     plain("STATX_OUT", "fuse_statx_out", "attr_valid attr_valid_nsec flags", since=39, longer=True),
@@ -147,12 +147,25 @@ LAYOUTS = [
 ]
 
 
+# Fields that older headers had, at the same place, under another name: (since, what to set, what to print).
+OLDER_NAMES = {
+    "fuse_open_out.backing_id": (40, "fuse_open_out.padding", "(int32_t)it.fuse_open_out.padding"),
+    "fuse_init_out.max_stack_depth": (40, "fuse_init_out.unused[0]", "it.fuse_init_out.unused[0]"),
+}
+
+
+def in_c(field: str, minor: int) -> tuple[str, str]:
+    """What to set and what to print for a field."""
+    since, name, printed = OLDER_NAMES.get(field, (0, field, ""))
+    return (name, printed) if minor < since else (field, f"it.{field}")
+
+
 def test_every_struct_is_compared() -> None:
     structs = {name for name, value in vars(wire).items() if isinstance(value, Struct)}
     assert {layout.name for layout in LAYOUTS} == structs
 
 
-def c_program(layouts: list[Layout]) -> str:
+def c_program(layouts: list[Layout], minor: int) -> str:
     """Each struct filled with a different number per field, and printed: its bytes, then the numbers."""
     lines = [
         "#include <linux/fuse.h>",
@@ -168,11 +181,11 @@ def c_program(layouts: list[Layout]) -> str:
         lines.append(f"  {{ struct {{ {members} }} it; memset(&it, 0, sizeof it);")
         lines += [
             # Distinct in every byte of every width, the highest bit set: a sign or a swapped field shows.
-            f"    it.{field} = 0xf1d2c3b4a5968700ULL + 0x0101010101010101ULL * {number};"
+            f"    it.{in_c(field, minor)[0]} = 0xf1d2c3b4a5968700ULL + 0x0101010101010101ULL * {number};"
             for number, field in enumerate(layout.fields)
         ]
         lines.append('    bytes(&it, sizeof it); printf(" ");')
-        lines += [f'    printf("%llu ", (unsigned long long)it.{field});' for field in layout.fields]
+        lines += [f'    printf("%llu ", (unsigned long long){in_c(field, minor)[1]});' for field in layout.fields]
         lines.append('    printf("\\n"); }')
     return "\n".join([*lines, "}"])
 
@@ -180,7 +193,7 @@ def c_program(layouts: list[Layout]) -> str:
 @pytest.fixture(scope="module")
 def packed(minor: int, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[bytes, list[int]]]:
     known = [layout for layout in LAYOUTS if layout.since <= minor]
-    source = c_program(known)
+    source = c_program(known, minor)
     # The values are cut to the width of their fields on purpose.
     source = '#pragma GCC diagnostic ignored "-Woverflow"\n' + source
     output = compile_and_run(source, tmp_path_factory.mktemp("wire"))
@@ -236,6 +249,7 @@ def constants() -> list[tuple[str, int, int]]:
     """Every number that has a name in the header: (name, value, the minor version it came with)."""
     young = {
         "FOPEN_CACHE_DIR": 28,
+        "FOPEN_PASSTHROUGH": 40,
         "FUSE_WRITE_KILL_SUIDGID": 33,
         "FATTR_KILL_SUIDGID": 33,
         "FUSE_OPEN_KILL_SUIDGID": 33,

@@ -1,0 +1,41 @@
+"""A source directory and all that serves it, but for the kernel and the workers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from llloop import wire
+from llloop.arena import Arena
+from llloop.config import ServeConfig
+from llloop.front.mirror import Mirror, build_mirror
+from llloop.front.tree import Requester
+from llloop.negotiation import Capabilities, Feature
+
+MYSELF = Requester(os.geteuid(), os.getegid(), 0o022)
+
+
+class Source:
+    """A source and what serves it, but for the kernel."""
+
+    def __init__(self, path: Path, pipes: list[tuple[int, int]], **options: Any) -> None:
+        self.path = path
+        self.readers = [reader for reader, _ in pipes]
+        self.root = os.open(path, os.O_PATH | os.O_DIRECTORY)
+        config = ServeConfig(source=str(path), mountpoint="/nowhere", workers=len(pipes), **options)
+        arena = Arena(4, 8 * wire.PAGE_SIZE, len(pipes))
+        capabilities = Capabilities(38, Feature.SETXATTR_EXT)
+        writers = [writer for _, writer in pipes]
+        # No device: nothing is registered with the kernel, since passthrough is not among the capabilities.
+        self.mirror: Mirror = build_mirror(config, capabilities, arena, writers, self.root, -1)
+        self.tree = self.mirror.tree
+        self.files = self.mirror.files
+
+    def close(self) -> None:
+        for number in list(self.mirror.handles._table):
+            self.files.release(number)
+        self.tree.anchors.shrink()
+        for nodeid in list(self.tree.anchors._pins):
+            self.tree.anchors.drop(nodeid)
+        os.close(self.root)
