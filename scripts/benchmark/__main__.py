@@ -83,7 +83,7 @@ def _common(command: Callable[..., None]) -> Callable[..., None]:
 @click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @_common
 @click.pass_context
-def main(context: click.Context, **options: Any) -> None:
+def main(context: click.Context, /, **options: Any) -> None:
     """Measure llloop, its peers and the native directory under the same load, in one run.
 
     Writes tables (text and Markdown), all numbers (JSON) and a plot (PNG). Needs root. Debian packages that are
@@ -116,8 +116,7 @@ def _compare(
     prepared = time.monotonic()
     kinds = sorted({workload.kind for workload in workloads})
     with bench(field.contenders, kinds, QUICK if quick else FULL, base, progress.say) as made:
-        for name, reason in (field.skipped | made.skipped).items():
-            progress.say(f"skipped: {name}: {reason}")
+        _say_skipped(progress, field.skipped | made.skipped)
         deadline = prepared + _QUICK_SECONDS if quick and not rounds else None
         results = Meter(made, load, progress).rounds(workloads, rounds or (3 if quick else 5), deadline)
         skipped = field.skipped | made.skipped
@@ -175,8 +174,7 @@ def front(
         _need_py_spy(no_install)
     field = gather(names or [NATIVE, "llloop", REFERENCE], installer, progress.say)
     with bench(field.contenders, [REQUESTS], QUICK, base, progress.say) as made:
-        for name, reason in (field.skipped | made.skipped).items():
-            progress.say(f"skipped: {name}: {reason}")
+        _say_skipped(progress, field.skipped | made.skipped)
         meter = front_module.Front(made, load, progress, seconds=0.1 if quick else 0.5, names=600 if quick else 4000)
         costs = meter.rounds(operations, rounds or (1 if quick else 5))
         details = front_module.details(meter, operations, syscalls, profile, progress)
@@ -234,8 +232,7 @@ def scaling(
     except Unavailable as reason:
         raise click.ClickException(str(reason)) from None
     with bench(contenders, [BANDWIDTH], QUICK if quick else FULL, base, progress.say) as made:
-        for name, reason in (field.skipped | made.skipped).items():
-            progress.say(f"skipped: {name}: {reason}")
+        _say_skipped(progress, field.skipped | made.skipped)
         results = Meter(made, load, progress).rounds(workloads, rounds or (1 if quick else 5))
     shown = [contender.name for contender in contenders if contender.name not in made.skipped]
     machine = this_machine()
@@ -260,6 +257,11 @@ def _prepare(installer: Installer) -> Path:
         return compile_load(installer)
     except Unavailable as reason:
         raise click.ClickException(str(reason)) from None
+
+
+def _say_skipped(progress: Progress, skipped: dict[str, str]) -> None:
+    for name, reason in skipped.items():
+        progress.say(f"skipped: {name}: {reason}")
 
 
 def _need(installer: Installer, package: str) -> None:

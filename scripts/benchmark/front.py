@@ -305,10 +305,14 @@ def table(costs: dict[str, dict[str, list[Cost]]], names: Sequence[str]) -> str:
         roles = sorted({role for samples in costs.values() for cost in samples.get(name, []) for role in cost.cpu})
         inside = Table(["operation", *(f"{role} CPU" for role in roles), "wake-ups"])
         for operation in costs:
-            cpu = [number(middle(operation, name, lambda cost, role=role: cost.cpu[role])) for role in roles]
+            cpu = [number(middle(operation, name, _used_by(role))) for role in roles]
             inside.rows.append([operation, *cpu, number(middle(operation, name, lambda cost: cost.wakeups))])
         parts += [f"{name}: microseconds of CPU time of its processes, and wake-ups, for one operation:", inside.text()]
     return "\n\n".join(parts) + "\n"
+
+
+def _used_by(role: str) -> Callable[[Cost], float]:
+    return lambda cost: cost.cpu.get(role, 0)
 
 
 def details(
@@ -344,7 +348,9 @@ def detail_tables(found: dict[str, dict[str, Detail]]) -> str:
                 text = ", ".join(f"{call} {count:.2f}" for call, count in calls if count >= 0.02)
                 parts.append(f"{operation:16}{sum(detail.calls.values()):6.2f}  {text}")
         if any(detail.profile for detail in by_operation.values()):
-            parts.append(f"\n{name}: where the front was found, in percent of the samples:\n")
+            parts.append(
+                f"\n{name}: where the front was found (where it reads or writes, the load may have been running):\n"
+            )
             for operation, detail in by_operation.items():
                 parts.append(f"{operation:16}" + ", ".join(f"{where} {share:.0%}" for where, share in detail.profile))
     return "\n".join(parts) + "\n" if parts else ""

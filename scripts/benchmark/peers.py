@@ -42,7 +42,7 @@ def passthrough_hp(installer: Installer) -> tuple[Command, str]:
     program = compiled(
         source,
         "passthrough_hp",
-        lambda output: ["g++", "-std=c++17", "-O2", "-o", output, source, *_fuse3_flags(), "-pthread"],
+        lambda output: ["g++", "-std=c++17", "-O2", "-o", output, source, *_fuse3_flags()],
     )
     version = run(["pkg-config", "--modversion", "fuse3"]).strip()
     kernel_passthrough = "fuse_passthrough_open" in source.read_text()
@@ -142,7 +142,13 @@ def _version(program: str, option: str) -> str:
 
 
 def _fuse3_flags() -> list[str]:
-    return run(["pkg-config", "--cflags", "--libs", "fuse3"]).split()
+    # What libfuse's own build finds on Linux and tells its examples; without, they cannot so much as set a time.
+    found = ("COPY_FILE_RANGE", "FALLOCATE", "FDATASYNC", "FSTATAT", "POSIX_FALLOCATE", "SETXATTR", "UTIMENSAT")
+    return [
+        *(f"-DHAVE_{name}" for name in found),
+        *run(["pkg-config", "--cflags", "--libs", "fuse3"]).split(),
+        "-pthread",
+    ]
 
 
 def _libfuse_example(installer: Installer, name: str) -> tuple[str, str]:
@@ -150,9 +156,7 @@ def _libfuse_example(installer: Installer, name: str) -> tuple[str, str]:
     source = _LIBFUSE_EXAMPLES / name
     if not source.exists():
         raise Unavailable(f"{source} is not there")
-    program = compiled(
-        source, source.stem, lambda output: ["gcc", "-O2", "-o", output, source, *_fuse3_flags(), "-pthread"]
-    )
+    program = compiled(source, source.stem, lambda output: ["gcc", "-O2", "-o", output, source, *_fuse3_flags()])
     return str(program), f"libfuse {run(['pkg-config', '--modversion', 'fuse3']).strip()}"
 
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 from matplotlib import pyplot
 
 from .contenders import NATIVE, REFERENCE
@@ -31,6 +28,7 @@ _COLOURS = {
 
 def draw(report: Report, path: Path) -> None:
     """Draw the ratios to the reference, or to the native directory where the reference did not take part."""
+    pyplot.switch_backend("agg")
     names = [contender.name for contender in report.contenders]
     to = REFERENCE if REFERENCE in names else NATIVE
     kinds = [kind for kind in KINDS if any(w.kind == kind for w in report.workloads)]

@@ -156,7 +156,7 @@ def render(report: Report, markdown: bool) -> str:
             tables.append(("Ratios to the native directory:", _ratios(report, kind, NATIVE)))
         if REFERENCE in names:
             tables.append((f"Ratios to {REFERENCE}:", _ratios(report, kind, REFERENCE)))
-        if any(contender.peer for contender in report.contenders):
+        if {contender.peer for contender in report.contenders if contender.command} == {True, False}:
             tables.append(("Ratios to the best peer of each workload:", _best(report, kind)))
         tables.append(("CPU seconds of all of a server's processes, for the same amount of work:", _cost(report, kind)))
         tables.append(("Peak memory of all of a server's processes, MiB:", _memory(report, kind)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from .contenders import NATIVE, REFERENCE, Contender, llloop
@@ -33,7 +34,7 @@ class Load:
     title: str
     unit: str
     scale: float
-    run: Callable[[Site, int], None]
+    run: Callable[..., None]
 
 
 def _files(site: Site, clients: int) -> list[str]:
@@ -88,7 +89,7 @@ def workloads() -> list[Workload]:
             load.title,
             load.unit,
             load.scale,
-            lambda site, load=load, clients=clients: load.run(site, clients),
+            partial(load.run, clients=clients),
         )
         for load in LOADS
         for clients in COUNTS
@@ -114,8 +115,9 @@ def table(results: Results, names: Sequence[str]) -> str:
 
 def draw(results: Results, names: Sequence[str], machine: Machine, path: Path) -> None:
     """Draw a panel for each load: a line for each contender over the number of clients."""
-    from .plot import pyplot
+    from matplotlib import pyplot
 
+    pyplot.switch_backend("agg")
     figure, panels = pyplot.subplots(2, 2, figsize=(13, 9))
     shades = ("#f4a582", "#e0674c", "#c1121f", "#6a040f")
     styles = {NATIVE: ("#222222", "--"), REFERENCE: ("#4a6fa5", "--")}
@@ -132,10 +134,8 @@ def draw(results: Results, names: Sequence[str], machine: Machine, path: Path) -
         panel.set_title(f"{load.name}: {load.title}", fontsize=10)
         panel.grid(alpha=0.3, which="both")
     panels[0, 0].legend(fontsize=9)
-    figure.suptitle(
-        f"llloop by number of workers; {machine.date}, {machine.kernel}, {machine.cpus} CPUs, {machine.cpu}",
-        fontsize=10,
-    )
+    where = f"{machine.date}, {machine.kernel}, {machine.cpus} CPUs, {machine.cpu}"
+    figure.suptitle(f"llloop by number of workers; {where}", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -176,6 +176,7 @@ class Site:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         if process.returncode:
-            lines = errors.strip().splitlines() or [f"exit code {process.returncode}"]
-            raise Failed(f"{os.path.basename(command[0])}: {lines[-1]}")
+            # The first line says what went wrong, the others what came of it.
+            lines = errors.strip().splitlines() or [f"{command[0]}: exit code {process.returncode}"]
+            raise Failed(lines[0])
         return output

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -96,8 +97,15 @@ def compile_load(installer: Installer) -> Path:
 
 
 def compiled(source: Path, name: str, command: Compile) -> Path:
-    """Return the program made from the source, compiling it unless that was done since the source last changed."""
-    program = BUILD / name
+    """Return the program made from the source, compiling it unless that was done in the same way since the last change.
+
+    Args:
+        source: the file.
+        name: of the program.
+        command: the command to compile it with, from the path of the program to write.
+    """
+    manner = " ".join(map(os.fspath, command(BUILD / name)))
+    program = BUILD / f"{name}-{zlib.crc32(manner.encode()):08x}"
     if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:
         BUILD.mkdir(parents=True, exist_ok=True)
         # An interrupted compiler must not leave a program that looks finished.
