@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import sys
 from pathlib import Path
 
 import multiprocessing_logging
 
 LEVELS = ("debug", "info", "warning", "error")
+
+# Of an answer that the kernel no longer waits for, since the mount was ended while its request was in hand.
+_TOO_LATE = f"fuse_reply_* failed with {os.strerror(errno.ENOENT)}"
 
 _FORMAT = "%(asctime)s %(levelname)s %(processName)s: %(message)s"
 
@@ -28,6 +33,7 @@ def configure(level: str, file: Path | None) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+    logging.getLogger("llfuse").addFilter(lambda record: not record.getMessage().endswith(_TOO_LATE))
 
 
 def gather() -> None:
