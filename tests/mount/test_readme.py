@@ -124,7 +124,13 @@ def run(example: Example, directory: Path) -> list[str]:
     process = subprocess.Popen(
         ["bash", "-c", script],
         cwd=directory,
-        env={**environment(), "PATH": f"{directory.parent}/bin:{os.environ['PATH']}", "LC_ALL": "C.UTF-8"},
+        env={
+            **environment(),
+            "PATH": f"{directory.parent}/bin:{os.environ['PATH']}",
+            "LC_ALL": "C.UTF-8",
+            # What is told for information depends on the machine's limits, and on what else runs there.
+            "LLLOOP_SERVE_LOG_LEVEL": "warning",
+        },
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
