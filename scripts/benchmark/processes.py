@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -77,6 +78,21 @@ def title(pid: int) -> str:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         return os.path.basename(os.fsdecode(words[0])).strip() or str(pid)
     return str(pid)
+
+
+def kill(pids: Iterable[int]) -> None:
+    """End the processes at once."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def session(pid: int) -> int | None:
+    """Return the process's session, or None if it is gone."""
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None
 
 
 def settle(pids: list[int], patience: float = 5.0) -> None:

@@ -56,6 +56,13 @@ class Report:
         ]
         return math.exp(statistics.fmean(map(math.log, ratios))) if ratios else None
 
+    def mean_cell(self, kind: str, contender: str, to: str | None) -> str:
+        """Return the mean for a table, marked if it is not one of all workloads."""
+        missing = any(
+            self.median(workload.name, contender) is None for workload in self.workloads if workload.kind == kind
+        )
+        return number(self.mean(kind, contender, to)) + "*" * missing
+
 
 @dataclass(slots=True)
 class Table:
@@ -94,7 +101,7 @@ def _ratios(report: Report, kind: str, to: str) -> Table:
             rate = report.median(workload.name, to)
             ratios = [number(report.ratio(workload.name, name, to)) for name in names]
             table.rows.append([workload.name, number(rate and rate / workload.scale), workload.unit, *ratios])
-    table.rows.append(["geometric mean", "", "", *[number(report.mean(kind, name, to)) for name in names]])
+    table.rows.append(["geometric mean", "", "", *[report.mean_cell(kind, name, to) for name in names]])
     return table
 
 
@@ -107,7 +114,7 @@ def _best(report: Report, kind: str) -> Table:
             rate = report.median(workload.name, best)
             ratios = [number(report.ratio(workload.name, name, best)) for name in names]
             table.rows.append([workload.name, best, number(rate and rate / workload.scale), workload.unit, *ratios])
-    table.rows.append(["geometric mean", "", "", "", *[number(report.mean(kind, name, None)) for name in names]])
+    table.rows.append(["geometric mean", "", "", "", *[report.mean_cell(kind, name, None) for name in names]])
     return table
 
 
@@ -166,7 +173,7 @@ def render(report: Report, markdown: bool) -> str:
     remarks = [f"{contender.name}: {contender.remark}" for contender in report.contenders if contender.remark]
     remarks += [f"{name}: skipped: {reason}" for name, reason in report.skipped.items()]
     remarks += [
-        f"{name}: failed in {workload}: {reason}"
+        f"{name}: failed in {workload}, so that a mean with * is without: {reason}"
         for workload, reasons in report.results.failures.items()
         for name, reason in reasons.items()
     ]

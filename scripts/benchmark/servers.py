@@ -13,7 +13,7 @@ from pathlib import Path
 
 from . import processes
 from .contenders import Contender
-from .tools import Unavailable, run
+from .tools import Unavailable
 
 # How long a server may take to start or to end.
 _PATIENCE = 20.0
@@ -85,7 +85,8 @@ class Server:
             if time.monotonic() > end:
                 raise Unavailable(f"it did not mount within {_PATIENCE:.0f} s: {self.last_words()}")
             time.sleep(0.02)
-        run(["timeout", str(_PATIENCE), "stat", self.root])
+        if self._patiently(["stat", str(self.root)]):
+            raise Unavailable(f"the mount does not answer: {self.last_words()}")
         assert self._process is not None
         # Some start their threads and workers after they have mounted.
         time.sleep(0.3)
@@ -101,9 +102,7 @@ class Server:
     def kill(self) -> None:
         """End the processes at once: the way out of a mount that hangs."""
         if self._process is not None:
-            for pid in processes.tree(self._process.pid):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            processes.kill(processes.tree(self._process.pid))
 
     def stop(self) -> None:
         """Unmount, and end the processes: asked first, then told."""
@@ -111,25 +110,32 @@ class Server:
         if process is None:
             return
         known = processes.tree(process.pid)
+        for command in (["umount"], ["umount", "--lazy"]):
+            if _is_mounted(self.root):
+                self._patiently([*command, str(self.root)])
         try:
-            for command in (["umount"], ["umount", "--lazy"]):
-                if _is_mounted(self.root):
-                    with contextlib.suppress(Unavailable):
-                        run(["timeout", str(_PATIENCE), *command, self.root])
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(5)
-                return
-            process.terminate()
             process.wait(5)
         except subprocess.TimeoutExpired:
-            pass
-        finally:
-            for pid in known:
-                with contextlib.suppress(ProcessLookupError):
-                    # A child that outlives its parent is reaped elsewhere, and then its number is not ours any more.
-                    if pid == process.pid or os.getsid(pid) == process.pid:
-                        os.kill(pid, signal.SIGKILL)
-            process.wait()
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(5)
+        process.kill()
+        process.wait()
+        # A child that outlived its parent; its number may be somebody else's by now, its session is not.
+        processes.kill(pid for pid in known if processes.session(pid) == process.pid)
+
+    def _patiently(self, command: list[str]) -> int:
+        """Run a command that touches the mount and return its exit code; if it hangs, the server is ended first."""
+        toucher = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            return toucher.wait(_PATIENCE)
+        except subprocess.TimeoutExpired:
+            # Who waits for an answer of FUSE cannot be killed before the server is.
+            self.kill()
+            toucher.kill()
+            return toucher.wait()
 
 
 def _prepare_server(cpus: set[int]) -> None:

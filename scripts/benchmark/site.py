@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -161,7 +160,7 @@ class Site:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            # One group, so that a load's own children end with it.
+            # Ctrl-C is for the benchmark, which then ends the load by itself.
             start_new_session=True,
             preexec_fn=lambda: os.sched_setaffinity(0, self._server.cpus),
         )
@@ -173,8 +172,12 @@ class Site:
             raise Failed(f"no end after {_PATIENCE:.0f} s") from None
         finally:
             if process.returncode is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                processes.kill(processes.tree(process.pid))
+                try:
+                    process.wait(5)
+                except subprocess.TimeoutExpired:
+                    self._server.kill()
+                    process.wait()
         if process.returncode:
             # The first line says what went wrong, the others what came of it.
             lines = errors.strip().splitlines() or [f"{command[0]}: exit code {process.returncode}"]

@@ -104,7 +104,7 @@ def compiled(source: Path, name: str, command: Compile) -> Path:
         name: of the program.
         command: the command to compile it with, from the path of the program to write.
     """
-    manner = " ".join(map(os.fspath, command(BUILD / name)))
+    manner = " ".join(str(word) for word in command(BUILD / name))
     program = BUILD / f"{name}-{zlib.crc32(manner.encode()):08x}"
     if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:
         BUILD.mkdir(parents=True, exist_ok=True)
