@@ -75,6 +75,12 @@ class TableMachine(RuleBasedStateMachine):
         known.names.add(name)
         assert self.table.get(nodeid).is_same(found)
 
+    def look_up_unless_cached(self, key: tuple[int, int], name: tuple[int, bytes]) -> None:
+        """As the kernel does before it changes something about a name."""
+        known = self.known.get(self.nodeid(key))
+        if known is None or name not in known.names:
+            self.look_up(key, name)
+
     def nodeid(self, key: tuple[int, int]) -> int:
         return self.table.nodeid(*key)
 
@@ -109,7 +115,7 @@ class TableMachine(RuleBasedStateMachine):
     def rename(self, data: st.DataObject) -> None:
         key = data.draw(st.sampled_from(sorted(self.source)))
         old = data.draw(st.sampled_from(sorted(self.source[key].names)))
-        self.look_up(key, old)
+        self.look_up_unless_cached(key, old)
         new = self.new_name()
         self.table.renamed(self.nodeid(key), old, new)
         for names in (self.source[key].names, self.known[self.nodeid(key)].names):
@@ -121,7 +127,7 @@ class TableMachine(RuleBasedStateMachine):
     def unlink(self, data: st.DataObject) -> None:
         key = data.draw(st.sampled_from(sorted(self.source)))
         name = data.draw(st.sampled_from(sorted(self.source[key].names)))
-        self.look_up(key, name)
+        self.look_up_unless_cached(key, name)
         known = self.known[self.nodeid(key)]
         known.names.remove(name)
         assert self.table.unlinked(self.nodeid(key), *name) is bool(known.names)
