@@ -129,6 +129,8 @@ class ServeConfig:
     slots: int = _option(256, "How many requests may be with the workers at a time; for tests.")
 
     def __post_init__(self) -> None:
+        for name, kind in (("cache", Cache), ("io", IoKind), ("loop", LoopKind)):
+            object.__setattr__(self, name, _member(kind, name, getattr(self, name)))
         defaults = {
             "workers": min(usable_cpus(), MAX_WORKERS),
             "allow_other": os.geteuid() == 0,
@@ -143,15 +145,24 @@ class ServeConfig:
         self._check()
 
     def _check(self) -> None:
-        if not 1 <= self.workers <= MAX_WORKERS:
-            raise UsageError(f"--workers must be from 1 to {MAX_WORKERS}, not {self.workers}")
+        if type(self.workers) is not int or not 1 <= self.workers <= MAX_WORKERS:
+            raise UsageError(f"--workers must be a whole number from 1 to {MAX_WORKERS}, not {self.workers!r}")
         if self.writeback and self.io is IoKind.KERNEL:
             raise UsageError("--writeback and --io kernel exclude each other: the kernel has nothing to collect then")
         for name in ("attr_timeout", "entry_timeout", "negative_timeout"):
-            seconds = getattr(self, name)
-            if not (math.isfinite(seconds) and 0 <= seconds <= 2**31):
+            seconds: Any = getattr(self, name)
+            if type(seconds) not in (int, float) or not (math.isfinite(seconds) and 0 <= seconds <= 2**31):
                 option = "--" + name.replace("_", "-")
-                raise UsageError(f"{option} must be a number of seconds from 0 to {2**31}, not {seconds}")
+                raise UsageError(f"{option} must be a number of seconds from 0 to {2**31}, not {seconds!r}")
+
+
+def _member(kind: type[Enum], option: str, value: Any) -> Enum:
+    """Return the member of *kind* that *value* is or names."""
+    try:
+        return kind(value)
+    except ValueError:
+        known = ", ".join(str(member.value) for member in kind)
+        raise UsageError(f"--{option} must be one of {known}, not {value!r}") from None
 
 
 def help_text(name: str) -> str:

@@ -48,7 +48,7 @@ class MountEntry:
 def mounts() -> list[MountEntry]:
     """Return what is mounted in this process's mount namespace, in the order of mounting."""
     entries = []
-    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+    for line in Path("/proc/self/mountinfo").read_bytes().split(b"\n")[:-1]:
         before, _, after = line.partition(b" - ")
         fields = before.split(b" ")
         kind, source, *_ = after.split(b" ")

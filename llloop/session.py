@@ -168,7 +168,11 @@ def _check(library: ctypes.PyDLL, memory: int, channel: int, device: int) -> int
     if len(data) < _CHANNEL.size:
         return None
     *_operations, session, fd, buffer_size = _CHANNEL.unpack(data)
-    if fd != device or buffer_size != _LIBFUSE_BUFFER_SIZE or session < 0x10000 or session % _WORD:
+    if fd != device or buffer_size != _LIBFUSE_BUFFER_SIZE or session % _WORD:
+        return None
+    try:
+        os.pread(memory, _WORD, session)
+    except (OSError, OverflowError):
         return None
     pointer = ctypes.c_void_p
     for function in (library.fuse_chan_session, library.fuse_session_next_chan):

@@ -267,6 +267,6 @@ class Tree:
     def src(self) -> Path:
         """The directory in the source, after what the kernel still keeps of its writes has been sent there."""
         if "--writeback" in self.mirror.arguments:
-            with opened(self.mnt, os.O_RDONLY) as directory:
+            with opened(self.mirror.mountpoint, os.O_RDONLY) as directory:
                 syncfs(directory)
         return self.behind

@@ -72,8 +72,9 @@ class Leases:
         """Let go of everything that belonged to a front that is gone."""
         for handle in list(self._held):
             self.release(handle)
-        if self._pidfd >= 0:
-            os.close(self._pidfd)
+        pidfd, self._pidfd = self._pidfd, -1
+        if pidfd >= 0:
+            os.close(pidfd)
         self._generation = self._arena.generation
         self._front = self._arena.front_pid
         self._pidfd = os.pidfd_open(self._front)

@@ -49,7 +49,7 @@ class Anchors:
         """Return a descriptor of the directory *nodeid*, valid until the second next call.
 
         Raises:
-            OSError: ESTALE if it is no longer where it was found, ENOTDIR, or what open(2) says.
+            OSError: ESTALE if it is no longer where it was found, or what open(2) says.
         """
         fd = self._held_directory(nodeid)
         if fd is not None:
@@ -57,15 +57,16 @@ class Anchors:
         # Only here, and before anything is opened, so that a path deeper than the capacity can be walked.
         while len(self._directories) > self._capacity:
             os.close(self._directories.popitem(last=False)[1])
-        missing = [nodeid]
-        while True:
-            parent = self._inodes.get(missing[-1]).parent
-            if parent == 0:
+        missing = {nodeid: None}  # in the order they were found missing
+        parent = nodeid
+        while fd is None:
+            parent = self._inodes.get(parent).parent
+            # Directories that changed places behind the mount can each have been seen below the other.
+            if parent == 0 or parent in missing:
                 raise stale()
             fd = self._held_directory(parent)
-            if fd is not None:
-                break
-            missing.append(parent)
+            if fd is None:
+                missing[parent] = None
         for number in reversed(missing):
             inode = self._inodes.get(number)
             fd = self._open(fd, inode, _DIRECTORY)
@@ -122,6 +123,14 @@ class Anchors:
             if inode.is_same(attributes):
                 return attributes
         raise stale()
+
+    def is_reachable(self, nodeid: int) -> bool:
+        """Whether one of the names of *nodeid* still leads to it."""
+        try:
+            self.attributes(nodeid)
+        except OSError:
+            return False
+        return True
 
     @contextmanager
     def reach(self, nodeid: int) -> Iterator[int]:

@@ -57,5 +57,6 @@ class CachePolicy:
         )
         if inode.stamp == stamp:
             return wire.FOPEN_KEEP_CACHE
-        inode.stamp = stamp if attributes.ctime + _SETTLED < time.time() else None
+        changed = attributes.ctime + attributes.ctime_nsec / 1_000_000_000
+        inode.stamp = stamp if changed + _SETTLED < time.time() else None
         return 0

@@ -83,6 +83,8 @@ class Inodes:
         inode = Inode(0, b"", root)
         inode.lookups = 1  # the kernel never forgets the root
         self._table: dict[int, Inode] = {ROOT: inode}
+        # The numbers of inodes whose own could not be used; they stay as long as the kernel knows the inode.
+        self._renumbered: dict[tuple[int, int], int] = {}
         # Called with a number that was given to another file, so that nothing kept for the old one is used for it.
         self.on_reuse: Callable[[int], None] = _nothing
         # Further names of hard-linked inodes that the kernel has seen.
@@ -124,6 +126,9 @@ class Inodes:
         """
         if number == self._root_number and device == self._root_device:
             return ROOT
+        nodeid = self._renumbered.get((device, number))
+        if nodeid is not None:
+            return nodeid
         nodeid = number if device == self._root_device else mix(number ^ mix(device))
         while True:
             if nodeid > ROOT:
@@ -131,6 +136,12 @@ class Inodes:
                 if taken is None or (taken.number == number and taken.device == device):
                     return nodeid
             nodeid = mix(nodeid + 0x9E3779B97F4A7C15 & _MASK)
+
+    def known(self, attributes: Attributes) -> int | None:
+        """Return the number under which the kernel knows this very file, or None if it does not."""
+        nodeid = self.nodeid(attributes.device, attributes.ino)
+        inode = self._table.get(nodeid)
+        return nodeid if inode is not None and inode.is_same(attributes) else None
 
     def remember(self, parent: int, name: bytes, attributes: Attributes) -> int:
         """Note that the kernel is being told of an inode, and return the number to tell it.
@@ -148,6 +159,8 @@ class Inodes:
             inode = self._table.get(nodeid)
             if inode is None:
                 inode = self._table[nodeid] = Inode(parent, name, attributes)
+                if nodeid != inode.number:
+                    self._renumbered[inode.device, inode.number] = nodeid
         if inode.name != name or inode.parent != parent or inode.birth != birth_of(attributes):
             self._found_elsewhere(nodeid, inode, parent, name, attributes)
         inode.lookups += 1
@@ -160,7 +173,9 @@ class Inodes:
             inode.birth = birth
             inode.stamp = None
             self.on_reuse(nodeid)
-        elif attributes.nlink > 1 and inode.parent and attributes.mode & 0o170000 != 0o040000:
+        elif attributes.nlink == 1:
+            self._links.pop(nodeid, None)
+        elif inode.parent and attributes.mode & 0o170000 != 0o040000:
             links = self._links.setdefault(nodeid, set())
             links.add((inode.parent, inode.name))
             links.discard((parent, name))
@@ -176,16 +191,14 @@ class Inodes:
         if inode.lookups > 0:
             return False
         del self._table[nodeid]
+        if inode.number != nodeid:
+            del self._renumbered[inode.device, inode.number]
         self._links.pop(nodeid, None)
         return True
 
     def other_names(self, nodeid: int) -> list[tuple[int, bytes]]:
         """Return the further names of a hard-linked inode that the kernel has seen, as (parent, name)."""
         return list(self._links.get(nodeid, ()))
-
-    def linked(self, nodeid: int, parent: int, name: bytes) -> None:
-        """Note one more name of an inode."""
-        self._links.setdefault(nodeid, set()).add((parent, name))
 
     def renamed(self, nodeid: int, old: tuple[int, bytes], new: tuple[int, bytes]) -> None:
         """Note that the inode known as *old*, a (parent, name), is now known as *new*."""
@@ -194,6 +207,7 @@ class Inodes:
             return
         if (inode.parent, inode.name) == old or not inode.parent:
             inode.parent, inode.name = new
+            self._links.get(nodeid, set()).discard(new)
             return
         links = self._links.setdefault(nodeid, set())
         links.discard(old)

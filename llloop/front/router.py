@@ -102,18 +102,18 @@ class Router:
 
     def wait(self, device: int) -> None:
         """Wait for a request on *device*, and meanwhile deliver releases as soon as there is room for them."""
-        poll = select.poll()
-        poll.register(device, select.POLLIN)
-        for shard, waiting in enumerate(self._waiting):
-            if waiting:
-                poll.register(self._pipes[shard], select.POLLOUT)
-        ready = {fd for fd, _ in poll.poll()}
-        self.backlog = False
-        for shard, waiting in enumerate(self._waiting):
-            if waiting and self._pipes[shard] not in ready:
-                self.backlog = True
-            elif waiting:
-                self._flush(shard)
+        ready: set[int] = set()
+        while self.backlog and device not in ready:
+            poll = select.poll()
+            poll.register(device, select.POLLIN)
+            for shard, waiting in enumerate(self._waiting):
+                if waiting:
+                    poll.register(self._pipes[shard], select.POLLOUT)
+            ready = {fd for fd, _ in poll.poll()}
+            for shard in range(self._shards):
+                if self._pipes[shard] in ready:
+                    self._flush(shard)
+            self.backlog = any(self._waiting)
 
 
 class Exchange:

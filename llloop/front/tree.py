@@ -157,33 +157,28 @@ class Tree:
         directory = self.anchors.directory(parent)
         pin = os.open(check_name(name), _PIN, dir_fd=directory)
         try:
-            nodeid = self._nodeid(pin)
+            nodeid = self.inodes.known(fstatx(pin))
             remove(name, dir_fd=directory)
         except BaseException:
             os.close(pin)
             raise
         self._lost_name(nodeid, parent, name, pin)
 
-    def _nodeid(self, fd: int) -> int:
-        attributes = fstatx(fd)
-        return self.inodes.nodeid(attributes.device, attributes.ino)
-
-    def _lost_name(self, nodeid: int, parent: int, name: bytes, pin: int) -> None:
-        """Note that *name* is gone; keep *pin* if the kernel knows the inode under no other name."""
-        if nodeid in self.inodes and not self.inodes.unlinked(nodeid, parent, name):
-            self.anchors.pin(nodeid, pin)
-        else:
+    def _lost_name(self, nodeid: int | None, parent: int, name: bytes, pin: int) -> None:
+        """Note that *name* is gone; keep *pin* if the kernel knows the inode and no other name leads to it."""
+        if nodeid is None or (self.inodes.unlinked(nodeid, parent, name) and self.anchors.is_reachable(nodeid)):
             os.close(pin)
+        else:
+            self.anchors.pin(nodeid, pin)
 
     def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int) -> None:
         """Rename with RENAME_ flags (renameat2(2))."""
         old_directory = self.anchors.directory(parent)
         new_directory = self.anchors.directory(new_parent)
-        moved_attributes = statx(old_directory, check_name(name))
-        moved = self.inodes.nodeid(moved_attributes.device, moved_attributes.ino)
+        moved = self.inodes.known(statx(old_directory, check_name(name)))
         victim = self._pin_if_there(new_directory, check_name(new_name))
         try:
-            target = None if victim is None else self._nodeid(victim)
+            target = None if victim is None else self.inodes.known(fstatx(victim))
             if flags:
                 syscalls.renameat2(old_directory, name, new_directory, new_name, flags)
             else:
@@ -192,18 +187,18 @@ class Tree:
             if victim is not None:
                 os.close(victim)
             raise
-        if target == moved:  # two names of one file: rename(2) leaves both
-            if victim is not None:
+        if victim is not None:
+            if moved is not None and target == moved:  # two names of one file: rename(2) leaves both
                 os.close(victim)
-            return
-        exchanged = flags & syscalls.RENAME_EXCHANGE
-        if victim is not None and target is not None:
-            if exchanged:
+                return
+            if flags & syscalls.RENAME_EXCHANGE:
                 os.close(victim)
-                self.inodes.renamed(target, (new_parent, new_name), (parent, name))
+                if target is not None:
+                    self.inodes.renamed(target, (new_parent, new_name), (parent, name))
             else:
                 self._lost_name(target, new_parent, new_name, victim)
-        self.inodes.renamed(moved, (parent, name), (new_parent, new_name))
+        if moved is not None:
+            self.inodes.renamed(moved, (parent, name), (new_parent, new_name))
 
     @staticmethod
     def _pin_if_there(directory: int, name: bytes) -> int | None:
