@@ -1,0 +1,242 @@
+"""Promises that were once broken, each by a fault that the other tests did not see."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from llloop import mounting
+from llloop.arena import Arena
+from llloop.config import Cache, IoKind, LoopKind, ServeConfig
+from llloop.errors import UsageError
+from llloop.front.caching import CachePolicy
+from llloop.front.handles import Handle
+from llloop.front.inodes import ROOT, Inode, Inodes
+from llloop.front.router import Router
+from llloop.protocol import Operation, encode
+from llloop.wire import FOPEN_KEEP_CACHE
+from llloop.workers.leases import Leases
+from tests.expect import fails
+from tests.unit.source import Source
+from tests.unit.support import attributes, packet_pipe, packets
+
+NOW = 1_000_000.001  # seconds
+
+
+@contextmanager
+def ends_within(seconds: float) -> Iterator[None]:
+    """Interrupt an endless loop before it has eaten the machine's memory, which pytest's own timeout would not."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise AssertionError(f"no end after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+# Names and numbers that others change in the source
+
+
+def test_directories_that_changed_places_in_the_source_are_stale_not_endless(source: Source) -> None:
+    """Seen before and after, each is known to lie in the other."""
+    os.makedirs(source.path / "a/b")
+    a, _ = source.tree.lookup(ROOT, b"a")
+    b, _ = source.tree.lookup(a, b"b")
+    source.tree.anchors.directory(b)
+    (source.path / "a/b").rename(source.path / "b")
+    (source.path / "a").rename(source.path / "b/a")
+    source.tree.lookup(b, b"a")
+    source.tree.anchors.shrink()
+    for nodeid in (a, b):
+        with ends_within(0.5), fails(errno.ESTALE):
+            source.tree.anchors.directory(nodeid)
+
+
+def test_a_file_outlives_its_last_name_though_another_was_removed_in_the_source(source: Source) -> None:
+    (source.path / "a").write_text("content")
+    (source.path / "b").hardlink_to(source.path / "a")
+    nodeid, _ = source.tree.lookup(ROOT, b"a")
+    source.tree.lookup(ROOT, b"b")
+    (source.path / "b").unlink()
+    source.tree.lookup(ROOT, b"a")
+    source.tree.unlink(ROOT, b"a")
+    assert source.tree.getattr(nodeid).nlink == 0
+
+
+def test_a_file_outlives_its_last_name_though_it_took_one_that_was_removed_in_the_source(source: Source) -> None:
+    (source.path / "a").write_text("content")
+    (source.path / "b").hardlink_to(source.path / "a")
+    nodeid, _ = source.tree.lookup(ROOT, b"b")
+    source.tree.lookup(ROOT, b"a")
+    (source.path / "b").unlink()
+    source.tree.rename(ROOT, b"a", ROOT, b"b", 0)
+    source.tree.unlink(ROOT, b"b")
+    assert source.tree.getattr(nodeid).nlink == 0
+
+
+def test_a_removed_file_never_answers_for_the_one_that_had_its_number_before(source: Source) -> None:
+    (source.path / "file").write_text("new file")
+    nodeid, _ = source.tree.lookup(ROOT, b"file")
+    source.mirror.inodes.get(nodeid).birth -= 1  # as if the kernel had been told of an older file with this number
+    source.tree.unlink(ROOT, b"file")
+    with fails(errno.ESTALE):
+        source.tree.getattr(nodeid)
+
+
+def test_an_inode_keeps_its_number_when_the_one_that_took_its_own_is_forgotten() -> None:
+    table = Inodes(attributes(2, device=0x801, mode=stat.S_IFDIR | 0o755))
+    first = table.remember(ROOT, b"a", attributes(100, device=0x2A))
+    homeless = attributes(first, device=0x801)
+    second = table.remember(ROOT, b"b", homeless)
+    assert second != first
+    table.forget(first, 1)
+    assert table.remember(ROOT, b"b", homeless) == second
+
+
+# What the kernel may keep
+
+
+def policy(**options: Any) -> CachePolicy:
+    return CachePolicy(ServeConfig(source="/s", mountpoint="/m", **options), True)
+
+
+@pytest.mark.parametrize(("changed", "trusted"), [((999_999, 998_000_000), False), ((999_998, 998_000_000), True)])
+def test_a_time_stamp_is_trusted_only_when_it_is_a_whole_second_old(
+    changed: tuple[int, int], trusted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "time", lambda: NOW)
+    seen = attributes(size=5, mtime=changed, ctime=changed)
+    inode = Inode(ROOT, b"file", seen)
+    policy().open_flags(inode, seen)
+    assert (policy().open_flags(inode, seen) == FOPEN_KEEP_CACHE) is trusted
+
+
+def test_a_cache_mode_may_be_given_by_its_name() -> None:
+    old = attributes(size=5, mtime=(5, 0), ctime=(5, 0))
+    inode = Inode(ROOT, b"file", old)
+    never = policy(cache="never")
+    never.open_flags(inode, old)
+    assert never.open_flags(inode, old) != FOPEN_KEEP_CACHE
+
+
+def test_every_choice_may_be_given_by_its_name() -> None:
+    config = ServeConfig(source="/s", mountpoint="/m", cache="always", io="auto", loop="own")  # type: ignore[arg-type]
+    assert (config.cache, config.io, config.loop) == (Cache.ALWAYS, IoKind.AUTO, LoopKind.OWN)
+
+
+@pytest.mark.parametrize(
+    "options", [{"workers": "4"}, {"attr_timeout": "1"}, {"cache": "sometimes"}, {"io": "disk"}, {"loop": "nonsense"}]
+)
+def test_a_value_of_a_wrong_kind_is_a_usage_error(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        ServeConfig(source="/s", mountpoint="/m", **options)
+
+
+# Between the processes
+
+
+@contextmanager
+def process() -> Iterator[int]:
+    """A process that does nothing, by its id."""
+    pid = os.fork()
+    if pid == 0:
+        time.sleep(60)
+        os._exit(0)
+    try:
+        yield pid
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def test_a_worker_closes_only_its_own_descriptors_though_a_front_died_before_it_was_asked(tmp_path: Path) -> None:
+    fd = os.open(tmp_path, os.O_RDONLY)
+    arena = Arena(2, 4096, 1)
+    leases = Leases(arena)
+    with process() as first, process() as third:
+        arena.new_front(first)
+        leases.get(1, fd)
+        with process() as second:
+            pass
+        arena.new_front(second)
+        with pytest.raises(ProcessLookupError):
+            leases.get(2, fd)
+        # They take the numbers that have become free.
+        others = [os.open("/dev/null", os.O_RDONLY) for _ in range(4)]
+        arena.new_front(third)
+        leases.get(3, fd)
+        assert [os.readlink(f"/proc/self/fd/{other}") for other in others] == ["/dev/null"] * 4
+    leases.release(3)
+    for number in (fd, *others):
+        os.close(number)
+
+
+def test_releases_are_delivered_to_a_slow_worker_though_no_request_comes() -> None:
+    with packet_pipe(2) as first, packet_pipe(2) as second:
+        router = Router(Arena(4, 4096, 2), [first[1], second[1]])
+        for shard, (_, writer) in enumerate((first, second)):
+            with fails(errno.EAGAIN):
+                while True:
+                    os.write(writer, encode((Operation.FSYNC, 0, 0, 0, 0)))
+            router.release(shard, Handle(5, 100, shard, False))
+        device, request = os.pipe()
+        # The second worker has room only after the first, and the request that would end the waiting comes last.
+        timers = [
+            threading.Timer(0.1, packets, [first[0]]),
+            threading.Timer(0.3, packets, [second[0]]),
+            threading.Timer(1.5, os.write, [request, b"!"]),
+        ]
+        for timer in timers:
+            timer.start()
+        try:
+            router.wait(device)
+            assert not router.backlog
+        finally:
+            for timer in timers:
+                timer.join()
+            os.close(device)
+            os.close(request)
+
+
+# What others have made of this machine
+
+
+def test_a_mount_point_with_a_carriage_return_is_one_mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel escapes the newline in it, but not this."""
+    table = tmp_path / "mountinfo"
+    table.write_bytes(b"36 35 98:0 / /mnt/a\rb rw - tmpfs tmpfs rw\n")
+    monkeypatch.setattr(mounting, "Path", lambda name: table)
+    assert [entry.mountpoint for entry in mounting.mounts()] == ["/mnt/a\rb"]
+
+
+def test_what_looks_like_a_channel_but_leads_nowhere_is_passed_over() -> None:
+    """In a process of its own: libfuse would follow the bad pointer and crash."""
+    code = """
+import ctypes, os
+from llloop import session
+fd = os.open("/dev/null", os.O_RDWR)
+channel = session._CHANNEL.pack(1, 2, 3, 0x7FFF00000000, fd, session._LIBFUSE_BUFFER_SIZE)
+buffer = ctypes.create_string_buffer(channel, len(channel))
+with open("/proc/self/mem", "rb", buffering=0) as memory:
+    print(session._check(ctypes.PyDLL("libfuse.so.2"), memory.fileno(), ctypes.addressof(buffer), fd))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "None\n"), done.stderr
