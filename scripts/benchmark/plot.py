@@ -47,6 +47,8 @@ def draw(report: Report, path: Path) -> None:
                 color=_COLOURS.get(name),
             )
         panel.set_yscale("log", base=2)
+        # One peer that is out of the race must not flatten all the others.
+        panel.set_ylim(bottom=max(panel.get_ylim()[0], 1 / 16))
         panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
         panel.axhline(1, color="black", linewidth=0.8)
         panel.axvline(len(labels) - 0.5, color="grey", linewidth=0.8, linestyle=":")
