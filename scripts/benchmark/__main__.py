@@ -234,6 +234,8 @@ def scaling(
     with bench(contenders, [BANDWIDTH], QUICK if quick else FULL, base, progress.say) as made:
         _say_skipped(progress, field.skipped | made.skipped)
         results = Meter(made, load, progress).rounds(workloads, rounds or (1 if quick else 5))
+    if not results.samples:
+        raise click.ClickException("nothing could be measured")
     shown = [contender.name for contender in contenders if contender.name not in made.skipped]
     machine = this_machine()
     text = f"{_head(machine)}\n\n{path}, by number of workers\n\n{scaling_module.table(results, shown)}"

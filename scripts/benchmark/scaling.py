@@ -102,10 +102,15 @@ def rate(results: Results, load: Load, clients: int, name: str) -> float | None:
     return statistics.median(sample.rate for sample in samples) / load.scale if samples else None
 
 
+def _measured(results: Results) -> list[Load]:
+    # --only may have left some out.
+    return [load for load in LOADS if any(f"{load.name}-{clients}" in results.samples for clients in COUNTS)]
+
+
 def table(results: Results, names: Sequence[str]) -> str:
     """Return a table for each load, contenders down and clients across."""
     parts = []
-    for load in LOADS:
+    for load in _measured(results):
         lines = Table([load.unit, *(f"{clients} client{'s' * (clients > 1)}" for clients in COUNTS)])
         for name in names:
             lines.rows.append([name, *(number(rate(results, load, clients, name)) for clients in COUNTS)])
@@ -118,10 +123,14 @@ def draw(results: Results, names: Sequence[str], machine: Machine, path: Path) -
     from matplotlib import pyplot
 
     pyplot.switch_backend("agg")
-    figure, panels = pyplot.subplots(2, 2, figsize=(13, 9))
+    loads = _measured(results)
+    rows = (len(loads) + 1) // 2
+    figure, panels = pyplot.subplots(rows, 2, figsize=(13, 4.5 * rows), squeeze=False)
     shades = ("#f4a582", "#e0674c", "#c1121f", "#6a040f")
     styles = {NATIVE: ("#222222", "--"), REFERENCE: ("#4a6fa5", "--")}
-    for panel, load in zip(panels.flat, LOADS, strict=True):
+    for panel in panels.flat[len(loads) :]:
+        panel.set_visible(False)
+    for panel, load in zip(panels.flat, loads, strict=False):
         for place, name in enumerate(names):
             colour, style = styles.get(name, (shades[place % len(shades)], "-"))
             points = [(c, value) for c in COUNTS if (value := rate(results, load, c, name))]
