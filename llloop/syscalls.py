@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
-from collections.abc import Iterator
 from typing import NamedTuple
 
 AT_FDCWD = -100  # <linux/fcntl.h>, as the flags below
@@ -189,12 +188,8 @@ def pidfd_getfd(pidfd: int, fd: int) -> int:
     return result
 
 
-class DirectoryEntry(NamedTuple):
-    """One entry as getdents64(2) reports it."""
-
-    ino: int
-    type: int
-    name: bytes
+# One entry as getdents64(2) reports it: inode number, type (DT_ of <dirent.h>), name.
+DirectoryEntry = tuple[int, int, bytes]
 
 
 _DIRENT = struct.Struct("=QqHB")
@@ -205,22 +200,26 @@ _DIRENT_BUFFER_SIZE = 128 * 1024
 _dirent_buffer = ctypes.create_string_buffer(_DIRENT_BUFFER_SIZE)
 
 
-def read_directory(fd: int) -> Iterator[DirectoryEntry]:
-    """Yield the entries of the open directory *fd* from its start, "." and ".." among them (getdents64(2))."""
+def read_directory(fd: int) -> list[DirectoryEntry]:
+    """Return the entries of the open directory *fd*, "." and ".." among them (getdents64(2))."""
     os.lseek(fd, 0, os.SEEK_SET)
+    entries: list[DirectoryEntry] = []
+    append = entries.append
+    unpack = _DIRENT.unpack_from
+    header = _DIRENT.size
     while True:
         length = _getdents64(fd, _dirent_buffer, _DIRENT_BUFFER_SIZE)
         if length < 0:
             raise _raise()
         if length == 0:
-            return
+            return entries
         data = _dirent_buffer.raw[:length]
         position = 0
         while position < length:
-            ino, _, record_length, kind = _DIRENT.unpack_from(data, position)
-            start = position + _DIRENT.size
+            ino, _, record_length, kind = unpack(data, position)
+            start = position + header
             position += record_length
-            yield DirectoryEntry(ino, kind, data[start : data.index(b"\0", start)])
+            append((ino, kind, data[start : data.index(b"\0", start)]))
 
 
 class _Statfs(ctypes.Structure):

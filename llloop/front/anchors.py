@@ -12,7 +12,7 @@ import errno
 import os
 from collections import OrderedDict
 from collections.abc import Container, Iterator
-from contextlib import contextmanager
+from types import TracebackType
 
 from ..syscalls import Attributes, fstatx, statx
 from .inodes import ROOT, Inode, Inodes, stale
@@ -21,6 +21,31 @@ _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # What says that a name does not lead to the inode any more (ELOOP: a symlink stands there now).
 _MOVED = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ELOOP})
 _ANY = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class Reached:
+    """A descriptor of one inode for the time of a ``with`` statement.
+
+    Attributes:
+        fd: the descriptor.
+        target: what stands for the inode in calls of ``os`` that do not take a descriptor opened with O_PATH.
+    """
+
+    __slots__ = ("_is_own", "fd", "target")
+
+    def __init__(self, fd: int, *, is_path: bool, is_own: bool) -> None:
+        self.fd = fd
+        self.target: int | str = f"/proc/self/fd/{fd}" if is_path else fd
+        self._is_own = is_own
+
+    def __enter__(self) -> Reached:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._is_own:
+            os.close(self.fd)
 
 
 class Anchors:
@@ -132,22 +157,17 @@ class Anchors:
             return False
         return True
 
-    @contextmanager
-    def reach(self, nodeid: int) -> Iterator[int]:
-        """Provide an O_PATH descriptor of *nodeid* and no other file.
+    def reach(self, nodeid: int) -> Reached:
+        """Return an O_PATH descriptor of *nodeid* and no other file, to be used in a ``with`` statement.
 
         Raises:
             OSError: ESTALE if none of its names leads to it any more.
         """
         held = self.held(nodeid)
         if held is not None:
-            yield held
-            return
+            return Reached(held, is_path=True, is_own=False)
         fd, _ = self.open(nodeid, _ANY)
-        try:
-            yield fd
-        finally:
-            os.close(fd)
+        return Reached(fd, is_path=True, is_own=True)
 
     def open(self, nodeid: int, flags: int) -> tuple[int, Attributes]:
         """Open *nodeid* by one of its names with open(2) *flags*; a pinned one through /proc/self/fd.

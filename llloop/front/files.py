@@ -185,9 +185,6 @@ class Files:
         handle = self._handles.get(number)
         if handle.entries is None or offset == 0:
             device = self._inodes.get(handle.nodeid).device
-            nodeid = self._inodes.shown_number
-            handle.entries = [
-                entry._replace(ino=shown) if (shown := nodeid(device, entry.ino)) != entry.ino else entry
-                for entry in read_directory(handle.descriptor)
-            ]
+            entries = read_directory(handle.descriptor)
+            handle.entries = self._inodes.with_shown_numbers(device, entries)
         return handle.entries

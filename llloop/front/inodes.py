@@ -11,7 +11,7 @@ import errno
 import os
 from collections.abc import Callable
 
-from ..syscalls import Attributes
+from ..syscalls import Attributes, DirectoryEntry
 
 ROOT = 1  # FUSE_ROOT_ID of <linux/fuse.h>
 _MASK = (1 << 64) - 1
@@ -107,11 +107,12 @@ class Inodes:
             raise stale()
         return inode
 
-    def shown_number(self, device: int, number: int) -> int:
-        """Return the number a directory listing shows for an inode: that of `nodeid`, unless that one is taken."""
+    def with_shown_numbers(self, device: int, entries: list[DirectoryEntry]) -> list[DirectoryEntry]:
+        """Return a directory's entries with the numbers that the mount shows for them."""
         if device != self._root_device:
-            return self.nodeid(device, number)
-        return ROOT if number == self._root_number else number
+            return [(self.nodeid(device, number), kind, name) for number, kind, name in entries]
+        root = self._root_number
+        return [(ROOT, entry[1], entry[2]) if entry[0] == root else entry for entry in entries]
 
     def nodeid(self, device: int, number: int) -> int:
         """Return the number under which the kernel knows, or is to know, an inode of the source.

@@ -19,7 +19,7 @@ from llfuse import EntryAttributes, FUSEError, RequestContext, SetattrFields
 
 from .. import wire
 from ..protocol import APPEND, DATA_ONLY, Operation
-from ..syscalls import Attributes
+from ..syscalls import Attributes, DirectoryEntry
 from .inodes import ROOT, birth_of
 from .mirror import Mirror
 from .router import Exchange
@@ -243,11 +243,12 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
         entries = self._mirror.files.entries(handle, offset)
         return map(self._directory_entry, range(offset, len(entries)), entries[offset:])
 
-    def _directory_entry(self, position: int, entry: Any) -> tuple[bytes, EntryAttributes, int]:
+    def _directory_entry(self, position: int, entry: DirectoryEntry) -> tuple[bytes, EntryAttributes, int]:
+        number, kind, name = entry
         attributes = EntryAttributes()
-        attributes.st_ino = entry.ino
-        attributes.st_mode = entry.type << 12  # IFTODT of <dirent.h>, backwards
-        return entry.name, attributes, position + 1
+        attributes.st_ino = number
+        attributes.st_mode = kind << 12  # IFTODT of <dirent.h>, backwards
+        return name, attributes, position + 1
 
     @_answered
     def releasedir(self, handle: int) -> None:

@@ -17,7 +17,7 @@ from typing import Protocol, TypeVar
 from .. import syscalls, wire
 from ..privilege import Caller, SetidGuard
 from ..syscalls import Attributes, fstatx, statx
-from .anchors import Anchors
+from .anchors import Anchors, Reached
 from .handles import Handles
 from .inodes import Inodes
 
@@ -139,10 +139,10 @@ class Tree:
 
     def link(self, nodeid: int, parent: int, name: bytes) -> tuple[int, Attributes]:
         """Give an inode one more name (linkat(2))."""
-        with self.anchors.reach(nodeid) as fd:
-            directory = self.anchors.directory(parent)
-            os.link(f"/proc/self/fd/{fd}", check_name(name), dst_dir_fd=directory, follow_symlinks=True)
-            attributes = fstatx(fd)
+        with self._reach(nodeid) as reached:
+            path = f"/proc/self/fd/{reached.fd}"
+            os.link(path, check_name(name), dst_dir_fd=self.anchors.directory(parent), follow_symlinks=True)
+            attributes = fstatx(reached.fd)
         return self.enter(parent, name, attributes), attributes
 
     def unlink(self, parent: int, name: bytes) -> None:
@@ -212,14 +212,16 @@ class Tree:
     # Attributes
 
     def getattr(self, nodeid: int) -> Attributes:
-        """Return the attributes of an inode; of one that has only an open file left, those of the file."""
-        try:
-            return self.anchors.attributes(nodeid)
-        except OSError as error:
-            handles = self._handles.of_inode(nodeid)
-            if error.errno != errno.ESTALE or not handles:
-                raise
-        return fstatx(handles[0].descriptor)
+        """Return the attributes of an inode."""
+        handles = self._handles.of_inode(nodeid)
+        return fstatx(handles[0].descriptor) if handles else self.anchors.attributes(nodeid)
+
+    def _reach(self, nodeid: int) -> Reached:
+        """Return a way to act on an inode and no other file: what is open of it, else what its name leads to."""
+        handles = self._handles.of_inode(nodeid)
+        if handles:
+            return Reached(handles[0].descriptor, is_path=False, is_own=False)
+        return self.anchors.reach(nodeid)
 
     def setattr(self, nodeid: int, changes: Changes, handle: int | None, *, privileged: bool) -> Attributes:
         """Change attributes of an inode and return what they are then.
@@ -230,18 +232,12 @@ class Tree:
             handle: an open file to truncate through, or None.
             privileged: whether the caller is root, whose chown leaves set-group-ID on a file no group executes.
         """
-        handles = self._handles.of_inode(nodeid)
-        try:
-            with self.anchors.reach(nodeid) as fd:
-                return self._apply(fd, changes, handle, privileged)
-        except OSError as error:
-            if error.errno != errno.ESTALE or not handles:
-                raise
-        return self._apply(handles[0].descriptor, changes, handle, privileged)
+        with self._reach(nodeid) as reached:
+            return self._apply(reached, changes, handle, privileged)
 
-    def _apply(self, fd: int, changes: Changes, handle: int | None, privileged: bool) -> Attributes:
+    def _apply(self, reached: Reached, changes: Changes, handle: int | None, privileged: bool) -> Attributes:
         valid = changes.valid
-        path = f"/proc/self/fd/{fd}"
+        fd = reached.fd
         if valid & (wire.FATTR_UID | wire.FATTR_GID):
             uid = changes.uid if valid & wire.FATTR_UID else -1
             gid = changes.gid if valid & wire.FATTR_GID else -1
@@ -249,11 +245,11 @@ class Tree:
             syscalls.chown(fd, uid, gid)
         if valid & wire.FATTR_MODE:
             self._setid.clear(False)
-            os.chmod(path, stat.S_IMODE(changes.mode))
+            os.chmod(reached.target, stat.S_IMODE(changes.mode))
         if valid & wire.FATTR_SIZE:
             self._setid.clear(bool(valid & wire.FATTR_KILL_SUIDGID))
             if handle is None:
-                os.truncate(path, changes.size)
+                os.truncate(reached.target, changes.size)
             else:
                 os.ftruncate(self._handles.get(handle).descriptor, changes.size)
         if valid & _TIMES:
@@ -264,8 +260,8 @@ class Tree:
 
     def readlink(self, nodeid: int) -> bytes:
         """Return where a symlink points (readlink(2))."""
-        with self.anchors.reach(nodeid) as fd:
-            return os.readlink(b"", dir_fd=fd)
+        with self._reach(nodeid) as reached:
+            return os.readlink(b"", dir_fd=reached.fd)
 
     def statfs(self) -> os.statvfs_result:
         """Return the state of the file system that holds the source (statvfs(3))."""
@@ -284,31 +280,31 @@ class Tree:
             kill_sgid: whether a new access ACL clears the set-group-ID bit.
         """
         self._setid.clear(kill_sgid)
-        with self.anchors.reach(nodeid) as fd:
-            os.setxattr(f"/proc/self/fd/{fd}", name, value, flags)
+        with self._reach(nodeid) as reached:
+            os.setxattr(reached.target, name, value, flags)
 
     def getxattr(self, nodeid: int, name: bytes) -> bytes:
         """Return the value of an extended attribute (getxattr(2))."""
-        with self.anchors.reach(nodeid) as fd:
-            return os.getxattr(f"/proc/self/fd/{fd}", name)
+        with self._reach(nodeid) as reached:
+            return os.getxattr(reached.target, name)
 
     def listxattr(self, nodeid: int, who: Requester) -> list[bytes]:
         """Return the names of the extended attributes (listxattr(2)); trusted ones only to root, as natively."""
-        with self.anchors.reach(nodeid) as fd:
-            names = [os.fsencode(name) for name in os.listxattr(f"/proc/self/fd/{fd}")]
+        with self._reach(nodeid) as reached:
+            names = [os.fsencode(name) for name in os.listxattr(reached.target)]
         return names if who.uid == 0 else [name for name in names if not name.startswith(b"trusted.")]
 
     def removexattr(self, nodeid: int, name: bytes) -> None:
         """Remove an extended attribute (removexattr(2))."""
-        with self.anchors.reach(nodeid) as fd:
-            os.removexattr(f"/proc/self/fd/{fd}", name)
+        with self._reach(nodeid) as reached:
+            os.removexattr(reached.target, name)
 
     # What llloop's own requests add
 
     def statx_raw(self, nodeid: int, mask: int, flags: int) -> bytearray:
         """Return an inode's ``struct statx`` (statx(2)) with the inode number the mount shows."""
-        with self.anchors.reach(nodeid) as fd:
-            raw = syscalls.fstatx_raw(fd, mask, flags)
+        with self._reach(nodeid) as reached:
+            raw = syscalls.fstatx_raw(reached.fd, mask, flags)
         raw[syscalls.STATX_INO_OFFSET : syscalls.STATX_INO_OFFSET + 8] = nodeid.to_bytes(8, sys.byteorder)
         return raw
 

@@ -8,11 +8,21 @@ from pathlib import Path
 import pytest
 
 from llloop.arena import Arena
+from llloop.syscalls import PR_GET_SECUREBITS, PR_SET_SECUREBITS, prctl
 from tests.unit.source import Source
 from tests.unit.support import Device, packet_pipe
 
 # As large as in a mount, so that what is spliced is; only what is touched takes memory.
 PAYLOAD = 128 * 4096
+
+
+@pytest.fixture(autouse=True)
+def unchanged_process() -> Iterator[None]:
+    """A front changes what setuid does to its process (securebits); other tests in this one must not inherit that."""
+    securebits = prctl(PR_GET_SECUREBITS)
+    yield
+    if prctl(PR_GET_SECUREBITS) != securebits:
+        prctl(PR_SET_SECUREBITS, securebits)
 
 
 @pytest.fixture

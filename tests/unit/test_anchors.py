@@ -258,19 +258,19 @@ def test_errors_of_the_source_are_not_taken_for_a_moved_name(place: Place) -> No
 def test_opening_leaves_nothing_open_but_its_result(place: Place, many: list[int]) -> None:
     file = place.look_up(many[0], "file")
     before = open_descriptors()
-    with place.anchors.reach(file) as fd:
-        assert place.is_at(fd, "dir-0/file")
+    with place.anchors.reach(file) as reached:
+        assert place.is_at(reached.fd, "dir-0/file")
     assert open_descriptors() == before
-    with place.anchors.reach(many[0]) as fd:
-        assert fd == place.anchors.held(many[0])
+    with place.anchors.reach(many[0]) as reached:
+        assert reached.fd == place.anchors.held(many[0])
     assert open_descriptors() == before
 
 
 def test_a_symlink_itself_is_reached(place: Place) -> None:
     (place.path / "link").symlink_to("/etc/passwd")
     nodeid = place.look_up(ROOT, "link")
-    with place.anchors.reach(nodeid) as fd:
-        assert os.readlink(b"", dir_fd=fd) == b"/etc/passwd"
+    with place.anchors.reach(nodeid) as reached:
+        assert os.readlink(b"", dir_fd=reached.fd) == b"/etc/passwd"
     with fails(errno.ESTALE, errno.ELOOP):
         place.anchors.open(nodeid, os.O_RDONLY | os.O_NOFOLLOW)
 
@@ -293,7 +293,7 @@ def test_a_pinned_file_lives_on(place: Place) -> None:
     assert os.read(fd, 10) == b"content"
     os.close(fd)
     with place.anchors.reach(nodeid) as held:
-        assert fstatx(held).ino == attributes.ino
+        assert fstatx(held.fd).ino == attributes.ino
 
 
 def test_a_pin_goes_with_the_inode(place: Place) -> None:

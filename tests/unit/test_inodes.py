@@ -194,7 +194,8 @@ def test_an_inode_keeps_its_own_number(table: Inodes) -> None:
 def test_the_source_itself_is_the_root(table: Inodes) -> None:
     root = attributes(ROOT_NUMBER, device=ROOT_DEVICE, mode=stat.S_IFDIR | 0o755)
     assert table.nodeid(ROOT_DEVICE, ROOT_NUMBER) == ROOT
-    assert table.shown_number(ROOT_DEVICE, ROOT_NUMBER) == ROOT
+    listing = [(ROOT_NUMBER, 4, b"."), (7, 8, b"file")]
+    assert table.with_shown_numbers(ROOT_DEVICE, listing) == [(ROOT, 4, b"."), (7, 8, b"file")]
     # ".." of a directory below is the root by another way; that must not give it a parent.
     assert table.remember(700, b"x", root) == ROOT
     assert table.get(ROOT).parent == 0
@@ -215,7 +216,8 @@ def test_equal_numbers_on_several_devices_are_several_inodes(table: Inodes) -> N
     devices = (ROOT_DEVICE, OTHER_DEVICE, THIRD_DEVICE)
     numbers = {table.remember(ROOT, b"%d" % device, attributes(100, device=device)) for device in devices}
     assert len(numbers) == 3
-    assert table.shown_number(OTHER_DEVICE, 100) in numbers
+    [(number, _, _)] = table.with_shown_numbers(OTHER_DEVICE, [(100, 8, b"file")])
+    assert number in numbers
 
 
 def test_what_the_kernel_does_not_know_is_stale(table: Inodes) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from operator import itemgetter
 
 from ... import wire
 from ...syscalls import Attributes
@@ -29,6 +30,7 @@ class Responder:
         # entry_valid, attr_valid, entry_valid_nsec, attr_valid_nsec of struct fuse_entry_out
         (entry, entry_nsec), (valid, valid_nsec) = mirror.policy.entry, mirror.policy.attributes
         self._validity = (entry, valid, entry_nsec, valid_nsec)
+        self._attr_timeout = mirror.policy.attributes
 
     def _send(self, reply: bytes | bytearray | memoryview) -> bool:
         """Write a reply; return False if the kernel no longer waits for it."""
@@ -45,26 +47,51 @@ class Responder:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         return self._memory[start:end]
 
-    def _entry(self, nodeid: int, a: Attributes) -> bytes:
+    def _entry(self, nodeid: int, attributes: Attributes) -> bytes:
         """Return ``struct fuse_entry_out``."""
         return wire.ENTRY.pack(
+            nodeid, birth_of(attributes), *self._validity, nodeid, *_ATTR_FIELDS(attributes), *_device(attributes), 0
+        )
+
+    def _attributes_reply(self, unique: int, nodeid: int, attributes: Attributes) -> bytes:
+        """Return the reply to GETATTR and SETATTR."""
+        attr_reply = wire.ATTR_REPLY
+        return attr_reply.pack(
+            attr_reply.size,
+            0,
+            unique,
+            *self._attr_timeout,
             nodeid,
-            birth_of(a),
-            *self._validity,
-            nodeid,
-            a.size,
-            a.blocks,
-            a.atime,
-            a.mtime,
-            a.ctime,
-            a.atime_nsec,
-            a.mtime_nsec,
-            a.ctime_nsec,
-            a.mode,
-            a.nlink,
-            a.uid,
-            a.gid,
-            wire.encode_device(a.rdev_major, a.rdev_minor),
-            a.blksize,
+            *_ATTR_FIELDS(attributes),
+            *_device(attributes),
             0,
         )
+
+
+# What struct fuse_attr says between ino and rdev, in its order.
+_ATTR_FIELDS = itemgetter(
+    *map(
+        Attributes._fields.index,
+        (
+            "size",
+            "blocks",
+            "atime",
+            "mtime",
+            "ctime",
+            "atime_nsec",
+            "mtime_nsec",
+            "ctime_nsec",
+            "mode",
+            "nlink",
+            "uid",
+            "gid",
+        ),
+    )
+)
+
+
+def _device(attributes: Attributes) -> tuple[int, int]:
+    """Return rdev and blksize of struct fuse_attr."""
+    if attributes.rdev_major or attributes.rdev_minor:
+        return wire.encode_device(attributes.rdev_major, attributes.rdev_minor), attributes.blksize
+    return 0, attributes.blksize

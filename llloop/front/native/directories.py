@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 from ... import wire
-from ...syscalls import DirectoryEntry, statx
+from ...syscalls import statx
 from ..handles import Handle
 from .base import Responder
 
 _NO_ENTRY = bytes(wire.ENTRY.size)
+# What pads a name to a multiple of eight bytes, by its length modulo eight (FUSE_DIRENT_ALIGN).
+_PADDING = tuple(bytes(-length % 8) for length in range(8))
 _NOT_LOOKED_UP = frozenset({b".", b".."})
 
 
@@ -24,16 +28,19 @@ class DirectoryRequests(Responder):
     def readdir(self, base: int, length: int) -> None:
         """FUSE_READDIR: as many entries as fit, from the cookie on, which is the number of entries already had."""
         unique, number, offset, size = wire.READDIR_REQUEST.unpack_from(self._memory, base)
-        entries = self._files.entries(number, offset)
-        reply = bytearray(wire.OUT_HEADER_SIZE)
-        limit = wire.OUT_HEADER_SIZE + size
-        for position in range(offset, len(entries)):
-            entry = _encode(entries[position], position)
-            if len(reply) + len(entry) > limit:
+        # The shortest entry takes this much, so no more of them than this can fit.
+        entries = self._files.entries(number, offset)[offset : offset + size // (wire.DIRENT.size + 8)]
+        records = []
+        room = size
+        pack = wire.DIRENT.pack
+        for cookie, (ino, kind, name) in enumerate(entries, offset + 1):
+            length = len(name)
+            record = pack(ino, cookie, length, kind) + name + _PADDING[length % 8]
+            room -= len(record)
+            if room < 0:
                 break
-            reply += entry
-        wire.OUT_HEADER.pack_into(reply, 0, len(reply), 0, unique)
-        self._send(reply)
+            records.append(record)
+        self._send(wire.reply(unique, b"".join(records)))
 
     def readdirplus(self, base: int, length: int) -> None:
         """FUSE_READDIRPLUS: as READDIR, with a lookup of each entry in the same reply."""
@@ -43,14 +50,16 @@ class DirectoryRequests(Responder):
         reply = bytearray(wire.OUT_HEADER_SIZE)
         limit = wire.OUT_HEADER_SIZE + size
         looked_up = []
-        for position in range(offset, len(entries)):
-            entry = _encode(entries[position], position)
-            if len(reply) + wire.ENTRY.size + len(entry) > limit:
+        pack = wire.DIRENT.pack
+        for cookie, (ino, kind, name) in enumerate(islice(entries, offset, None), offset + 1):
+            length = len(name)
+            record = pack(ino, cookie, length, kind) + name + _PADDING[length % 8]
+            if len(reply) + wire.ENTRY.size + len(record) > limit:
                 break
-            nodeid, head = self._look_up(handle, entries[position].name)
+            nodeid, head = self._look_up(handle, name)
             looked_up.append(nodeid)
             reply += head
-            reply += entry
+            reply += record
         wire.OUT_HEADER.pack_into(reply, 0, len(reply), 0, unique)
         if not self._send(reply):
             for nodeid in looked_up:
@@ -66,10 +75,3 @@ class DirectoryRequests(Responder):
             return 0, _NO_ENTRY
         nodeid = self._tree.inodes.remember(handle.nodeid, name, attributes)
         return nodeid, self._entry(nodeid, attributes)
-
-
-def _encode(entry: DirectoryEntry, position: int) -> bytes:
-    """Return ``struct fuse_dirent`` with the name, whose cookie is the position of the entry that follows."""
-    ino, kind, name = entry
-    length = len(name)
-    return wire.DIRENT.pack(ino, position + 1, length, kind) + name + bytes(-length % 8)

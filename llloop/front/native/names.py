@@ -17,7 +17,6 @@ class NameRequests(Responder):
 
     def __init__(self, mirror: Mirror, device: int) -> None:
         super().__init__(mirror, device)
-        self._attr_timeout = mirror.policy.attributes
         seconds, nanoseconds = mirror.policy.negative
         # struct fuse_entry_out of a name that does not exist; empty where the kernel is not to remember that.
         self._negative = wire.ENTRY_HEAD.pack(0, 0, seconds, 0, nanoseconds, 0) + bytes(wire.ATTR.size)
@@ -63,32 +62,8 @@ class NameRequests(Responder):
             attributes = self._tree.getattr(nodeid)
         self._reply_attributes(unique, nodeid, attributes)
 
-    def _reply_attributes(self, unique: int, nodeid: int, a: Attributes) -> None:
-        attr_reply = wire.ATTR_REPLY
-        self._send(
-            attr_reply.pack(
-                attr_reply.size,
-                0,
-                unique,
-                *self._attr_timeout,
-                nodeid,
-                a.size,
-                a.blocks,
-                a.atime,
-                a.mtime,
-                a.ctime,
-                a.atime_nsec,
-                a.mtime_nsec,
-                a.ctime_nsec,
-                a.mode,
-                a.nlink,
-                a.uid,
-                a.gid,
-                wire.encode_device(a.rdev_major, a.rdev_minor),
-                a.blksize,
-                0,
-            )
-        )
+    def _reply_attributes(self, unique: int, nodeid: int, attributes: Attributes) -> None:
+        self._send(self._attributes_reply(unique, nodeid, attributes))
 
     def unlink(self, base: int, length: int) -> None:
         """FUSE_UNLINK."""
