@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import stat
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import pytest
 from tests.conftest import Serve
 from tests.expect import outcome
 from tests.mirror import Mirror, Tree
+from tests.syscalls import opened
 from tests.watchdog import Watchdog
 
 # `auto` with its timeouts cut down from 1 s, as nearly every test waits for them.
@@ -602,3 +604,24 @@ def test_no_read_is_older_than_the_timeout(view: View) -> None:
         changer.join()
     assert problems == []
     assert reads > 100
+
+
+@pytest.mark.mounted
+@pytest.mark.timeout(20)
+def test_directories_that_change_places_in_the_source_hang_nobody(serve: Serve) -> None:
+    """Each was seen below the other, and neither is held open by then: the limit of 128 files leaves few kept."""
+    command = ["/bin/sh", "-c", 'ulimit -n 128 && exec "$0" "$@"', sys.executable, "-m", "llloop", "serve"]
+    mirror = serve("--workers", "1", command=command)
+    src, mnt = mirror.source, mirror.mountpoint
+    (src / "outer/inner").mkdir(parents=True)
+    with opened(mnt / "outer/inner", os.O_PATH) as inner:
+        assert outcome(os.stat, "nothing", dir_fd=inner) == "ENOENT"
+        (src / "outer/inner").rename(src / "inner")
+        (src / "outer").rename(src / "inner/outer")
+        # The kernel itself may refuse to put a directory below one that it believes to be inside.
+        assert outcome(os.stat, "outer", dir_fd=inner) == "ELOOP" or (mnt / "inner/outer").is_dir()
+        for number in range(40):
+            (src / f"other{number}/below").mkdir(parents=True)
+            (mnt / f"other{number}/below").stat()
+        assert outcome(os.stat, "missing", dir_fd=inner) in ("ENOENT", "ESTALE")
+    assert (mnt / "inner").is_dir()
