@@ -159,8 +159,8 @@ def serve(
 @click.option(
     "--lazy",
     is_flag=True,
-    help="Detach the mount at once even if it is busy; what has files open there keeps them until it closes them. "
-    "Also what removes a dead mount. Default: fail if it is busy.",
+    help="Detach the mount at once even if it is in use: programs that have files open there keep them, and the "
+    "server ends when the last is closed. Default: a mount that is in use is left as it is, and the command fails.",
 )
 @_explained
 def umount(mountpoint: str, lazy: bool) -> None:

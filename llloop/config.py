@@ -67,7 +67,7 @@ class ServeConfig:
         "Number of worker processes that do the data I/O; a file's I/O is always done by the same one. "
         "Default: the number of usable CPUs. More than CPUs helps only where the source waits for disks or a network.",
     )
-    read_only: bool = _option(False, "Mount read-only: every change is refused with EROFS by the kernel. Default: off.")
+    read_only: bool = _option(False, "Mount read-only: the kernel refuses every change with EROFS. Default: off.")
     allow_other: bool = _option(
         None,
         "Let users other than the one who mounts use the mount; the kernel checks permissions as it does on the "
@@ -77,23 +77,25 @@ class ServeConfig:
     cache: Cache = _option(
         Cache.AUTO,
         "What the kernel may keep. never: nothing; changes made directly in the source are seen at once, and each "
-        "access costs a request. auto: names and attributes for 1 second, data until a fresh open or a refresh of the "
+        "access costs a request; only a mapping (mmap) made earlier may show old bytes until the file is opened again. "
+        "auto: names and attributes for 1 second, data until a fresh open or a refresh of the "
         "attributes shows another size or time. always: everything for a day; only for a source that nobody else "
         "changes, else old data is shown. Default: auto.",
     )
     io: IoKind = _option(
         IoKind.WORKERS,
         "Who reads and writes open files. workers: the worker processes, each file always the same one. kernel: the "
-        "kernel itself, as fast as the source (passthrough; needs root and Linux 6.9); fails where that cannot be had. "
-        "auto: the kernel where it can, else the workers. Risk of kernel: I/O is done with root's rights to quotas and "
-        "reserved blocks, and a source that hangs blocks its users directly. Default: workers.",
+        "kernel itself, as fast as the source (passthrough; needs root and Linux 6.9; not with --writeback); fails "
+        "where that cannot be had. auto: the kernel where it can, else the workers. Risk of kernel: writes are root's "
+        "to quotas and reserved blocks, set-ID bits given to a file while it is open for writing outlast those writes, "
+        "and O_APPEND and O_DIRECT cannot be switched on an open file. Default: workers.",
     )
     writeback: bool = _option(
         False,
         "Let the kernel collect writes and send them later in large pieces: many times faster for small writes. Risk: "
-        "while the mount has a file's data or attributes, changes made to it directly in the source are not seen, and "
-        "size and times are overwritten by what the mount knows; only for a source nobody else writes to. Data written "
-        "and not synced is lost if the machine fails, as on any file system. Not with --io kernel. Default: off.",
+        "while the kernel knows a file, its size and times in the source are not asked for, and what was appended to "
+        "it there is hidden and can be overwritten; only for a source nobody else writes to. Data written and not "
+        "synced is lost if the machine or the server fails. Not with --io kernel. Default: off.",
     )
     attr_timeout: float = _option(
         None, "Seconds the kernel may keep attributes (size, mode, times) without asking. Default: as --cache says."
@@ -107,12 +109,14 @@ class ServeConfig:
     xattr: bool = _option(
         True,
         "Pass extended attributes and POSIX ACLs through. Without, programs are told they are not supported, and one "
-        "request for each access check is saved. Default: on.",
+        "request for each access check is saved. Risk of switching it off: ACLs of the source are not enforced. "
+        "Default: on.",
     )
     options: tuple[str, ...] = _option(
         (),
-        "Further mount options for libfuse or the kernel, separated by commas, such as noatime,suid,dev. Default: "
-        "none.",
+        "Further mount options for libfuse or the kernel, separated by commas: noexec, or as root suid and dev, which "
+        "allow set-ID programs and device nodes. Risk of suid and dev: who can write in the source can become root. "
+        "noatime has no effect on the source, whose own mount options decide. Default: none; nosuid,nodev are on.",
     )
     fsname: str = _option(None, "Name of the file system shown by mount(8) and df(1). Default: the source.")
     nonempty: bool = _option(
