@@ -160,7 +160,7 @@ def serve(
     "--lazy",
     is_flag=True,
     help="Detach the mount at once even if it is in use: programs that have files open there keep them, and the "
-    "server ends when the last is closed. Default: a mount that is in use is left as it is, and the command fails.",
+    "server ends when the last is closed. A dead mount in use goes the same way. Default: fail if it is busy.",
 )
 @_explained
 def umount(mountpoint: str, lazy: bool) -> None:

@@ -87,8 +87,8 @@ class ServeConfig:
         "Who reads and writes open files. workers: the worker processes, each file always the same one. kernel: the "
         "kernel itself, as fast as the source (passthrough; needs root and Linux 6.9; not with --writeback); fails "
         "where that cannot be had. auto: the kernel where it can, else the workers. Risk of kernel: writes are root's "
-        "to quotas and reserved blocks, set-ID bits given to a file while it is open for writing outlast those writes, "
-        "and O_APPEND and O_DIRECT cannot be switched on an open file. Default: workers.",
+        "to quotas and reserved blocks, set-ID bits given to a file while it is open outlast writes, and "
+        "O_APPEND and O_DIRECT cannot be switched on an open file. Default: workers.",
     )
     writeback: bool = _option(
         False,
