@@ -249,7 +249,8 @@ class Tree:
         if valid & wire.FATTR_SIZE:
             self._setid.clear(bool(valid & wire.FATTR_KILL_SUIDGID))
             if handle is None:
-                os.truncate(reached.target, changes.size)
+                # By path, which takes another open: what is open of the file may be open for reading only.
+                os.truncate(f"/proc/self/fd/{fd}", changes.size)
             else:
                 os.ftruncate(self._handles.get(handle).descriptor, changes.size)
         if valid & _TIMES:

@@ -159,6 +159,14 @@ def test_ftruncate(tree: Tree, size: int) -> None:
     assert (tree.src / "file").read_bytes() == expected
 
 
+def test_truncate_by_name_while_it_is_open_for_reading(tree: Tree) -> None:
+    """The server must not go through a descriptor that it has and that may not write."""
+    (tree.mnt / "file").write_bytes(b"0123456789")
+    with opened(tree.mnt / "file", os.O_RDONLY) as descriptor:
+        os.truncate(tree.mnt / "file", 4)
+        assert os.pread(descriptor, 100, 0) == (tree.src / "file").read_bytes() == b"0123"
+
+
 def test_ftruncate_of_a_file_that_is_open_for_writing_only(tree: Tree) -> None:
     (tree.mnt / "file").write_bytes(b"0123456789")
     with opened(tree.mnt / "file", os.O_WRONLY) as descriptor:
