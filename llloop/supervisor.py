@@ -110,7 +110,11 @@ def _child_main(name: str, target: Callable[[], None], supervisor: int, detached
     if detached:
         let_go_of_standard_descriptors()
     setproctitle(name)
-    target()
+    try:
+        target()
+    except Exception:
+        _log.exception("%s ends by an error nobody expected", name)
+        sys.exit(1)
 
 
 class Supervisor:
@@ -150,8 +154,12 @@ class Supervisor:
         self._lazy = False
         self._device_number: tuple[int, int] | None = None
         self._children: list[_Child] = []
+        self._announced = False
         self._ended = False
         self._failed = False
+        self._handlers: dict[int, Any] = {}  # what the program did at our signals before
+        # Everything opened here, to be closed at the end: a program may serve more than one mount in its life.
+        self._descriptors: list[int] = []
 
     def run(self) -> int:
         """Mount, serve until unmounted or told to stop, and clean up.
@@ -166,6 +174,7 @@ class Supervisor:
         multiprocessing.current_process().name = "llloop-supervisor"
         _raise_descriptor_limit()
         root = os.open(self._source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._descriptors.append(root)
         self._source_is_stacked = _is_stacked(self._source)
         xattr_acl = self._config.xattr and _has_acls(self._source)
         operations = Operations()
@@ -260,6 +269,8 @@ class Supervisor:
         pipes = [_packet_pipe(config.slots) for _ in range(config.workers)]
         self._ready_reader, ready_writer = os.pipe2(os.O_CLOEXEC)
         answers_reader, answers_writer = os.pipe2(os.O_CLOEXEC | os.O_DIRECT)
+        self._descriptors += [self._ready_reader, ready_writer, answers_reader, answers_writer]
+        self._descriptors += [end for pipe in pipes for end in pipe]
         setup = FrontSetup(
             config=config,
             arena=arena,
@@ -286,7 +297,6 @@ class Supervisor:
 
     def _watch(self, signal_reader: int) -> None:
         """Wait for children to end and signals to come until the mount has ended."""
-        announced = False
         while not self._ended:
             running = {child.process.sentinel: child for child in self._children if child.process is not None}
             watched: list[Any] = [*running, signal_reader, self._ready_reader]
@@ -299,10 +309,10 @@ class Supervisor:
                     self._take_signals(signal_reader)
                 elif event == self._ready_reader:
                     os.read(self._ready_reader, 1)
-                    if announced:
+                    if self._announced:
                         self._resend()
                     else:
-                        announced = True
+                        self._announced = True
                         self._on_ready(self._describe())
                 elif event in running:
                     self._child_ended(running[event])
@@ -332,6 +342,10 @@ class Supervisor:
             self._ended = True  # unmounted
             return
         how = f"killed by signal {-code}" if code is not None and code < 0 else f"ended with {code}"
+        if child is self._front and not self._announced:
+            _log.error("%s was %s before it served anything", child.name, how)
+            self._failed = self._ended = True
+            return
         if child is self._front and self._session is None:
             _log.error("%s was %s; llfuse's own loop cannot be taken up again, so the mount ends", child.name, how)
             self._failed = self._ended = True
@@ -366,9 +380,10 @@ class Supervisor:
 
     def _catch_signals(self) -> int:
         reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._descriptors += [reader, writer]
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         for number in (*_STOP_SIGNALS, signal.SIGUSR1):
-            signal.signal(number, self._on_signal)
+            self._handlers[number] = signal.signal(number, self._on_signal)
         return reader
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -446,7 +461,11 @@ class Supervisor:
                 _log.error("%s could not be detached: %s", self._mountpoint, error)
         llfuse.close(unmount=False)
         signal.set_wakeup_fd(-1)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
         log.release()
+        for fd in self._descriptors:
+            os.close(fd)
 
 
 def _unmount(mountpoint: str, lazy: bool) -> None:
