@@ -17,7 +17,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from types import FrameType
@@ -26,95 +25,20 @@ from typing import Any
 import llfuse
 from setproctitle import setproctitle
 
-from . import log, mounting, negotiation, syscalls, wire
+from . import connection, log, mounting, negotiation, wire
 from .arena import Arena
-from .config import IoKind, LoopKind, ServeConfig
-from .errors import HostError, LlloopError, UsageError
+from .children import LONGEST_PAUSE, PATIENCE, STOP_SIGNALS, Child, end, fork
+from .config import ServeConfig
+from .errors import LlloopError
 from .front.operations import Operations
-from .front.passthrough import refusal
 from .front.process import FrontSetup, run_front
-from .redirect import CapturedStderr, let_go_of_standard_descriptors
-from .session import Session, SessionNotFound, find_session, fuse_devices
 from .workers.process import WorkerSetup, run_worker
 
 _log = logging.getLogger(__name__)
-_fork = multiprocessing.get_context("fork")
 
 _F_SETPIPE_SZ = 1031  # <linux/fcntl.h>
-_FUSE_NOTIFY_RESEND = 7  # enum fuse_notify_code
-_INIT_BUFFER = 1 << 21  # larger than any request: the kernel refuses a read into less than it might need
-
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-
 # After a lazy unmount, how long in seconds those who still use the mount may go on.
 GRACE = 5.0
-# How long the kernel may take to end a killed process, in seconds; longer only if the source hangs.
-_PATIENCE = 5.0
-# A process that died after less than this, in seconds, is restarted after a pause that doubles up to the longest.
-_SHORT_LIFE = 10.0
-_FIRST_PAUSE = 0.05
-_LONGEST_PAUSE = 5.0
-
-
-@dataclass
-class _Child:
-    """A process of the tree and its successors.
-
-    Attributes:
-        name: its role, also its title in ps(1).
-        target: what it runs.
-        process: the one that runs now, or None in the pause before the next.
-        started: when it was started (monotonic clock).
-        due: when the next is to be started.
-        pause: how long to wait before the next if this one dies young.
-        restarts: how many have been started after the first.
-    """
-
-    name: str
-    target: Callable[[], None]
-    process: BaseProcess | None = None
-    started: float = 0.0
-    due: float = 0.0
-    pause: float = 0.0
-    restarts: int = 0
-
-    def start(self, *, detached: bool) -> None:
-        """Fork the process."""
-        arguments = (self.name, self.target, os.getpid(), detached)
-        self.process = _fork.Process(target=_child_main, args=arguments, name=self.name)
-        self.started = time.monotonic()
-        self.process.start()
-
-    def schedule_restart(self) -> float:
-        """Note when the next one is due and return the pause until then, in seconds."""
-        now = time.monotonic()
-        if now - self.started > _SHORT_LIFE:
-            self.pause = 0.0
-        pause = self.pause
-        self.due = now + pause
-        self.restarts += 1
-        self.pause = min(max(2 * pause, _FIRST_PAUSE), _LONGEST_PAUSE)
-        self.process = None
-        return pause
-
-
-def _child_main(name: str, target: Callable[[], None], supervisor: int, detached: bool) -> None:
-    """Run in a new child: leave the supervisor's signals behind, and do not outlive it."""
-    signal.set_wakeup_fd(-1)
-    # They may reach the whole group (Ctrl-C, a service manager); the supervisor decides and ends the others by SIGKILL.
-    for number in (*_STOP_SIGNALS, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != supervisor:
-        os._exit(1)
-    if detached:
-        let_go_of_standard_descriptors()
-    setproctitle(name)
-    try:
-        target()
-    except Exception:
-        _log.exception("%s ends by an error nobody expected", name)
-        sys.exit(1)
 
 
 class Supervisor:
@@ -143,17 +67,13 @@ class Supervisor:
         self._mountpoint = mounting.check_mountpoint(config, self._source)
         mounting.check_host(config)
         self._options = mounting.mount_options(config)
-        self._session: Session | None = None
-        self._source_is_stacked = False
-        self._capabilities: negotiation.Capabilities | None = None
-        self._fallback_reason = "asked for"
         self._stop_asked = False
         self._report_asked = False
         self._deadline: float | None = None
         self._unmounter: BaseProcess | None = None
         self._lazy = False
         self._device_number: tuple[int, int] | None = None
-        self._children: list[_Child] = []
+        self._children: list[Child] = []
         self._announced = False
         self._ended = False
         self._failed = False
@@ -175,18 +95,20 @@ class Supervisor:
         _raise_descriptor_limit()
         root = os.open(self._source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._descriptors.append(root)
-        self._source_is_stacked = _is_stacked(self._source)
-        xattr_acl = self._config.xattr and _has_acls(self._source)
         operations = Operations()
-        device = self._mount(operations)
         signal_reader = self._catch_signals()
-        log.gather()
+        _log.debug("mounting %s at %s with %s", self._source, self._mountpoint, self._options)
         try:
+            device = connection.mount(operations, self._mountpoint, self._options)
+        except BaseException:
+            self._let_go()
+            raise
+        try:
+            log.gather()
             entry = mounting.find_mount(self._mountpoint)
             self._device_number = entry.device if entry else None
-            if self._config.loop is not LoopKind.LLFUSE:
-                self._open_session(device, xattr_acl)
-            self._make_children(root, device, operations)
+            self._connection = connection.initialise(device, self._config, self._source)
+            self._make_children(root, operations)
             for child in self._children:
                 child.start(detached=self._detached)
             self._watch(signal_reader)
@@ -194,77 +116,11 @@ class Supervisor:
         finally:
             self._clean_up()
 
-    # The mount
-
-    def _mount(self, operations: Operations) -> int:
-        before = fuse_devices()
-        complaints = CapturedStderr()
-        _log.debug("mounting %s at %s with %s", self._source, self._mountpoint, self._options)
-        try:
-            with complaints:
-                llfuse.init(operations, self._mountpoint, self._options)
-        except RuntimeError as error:
-            # Only libfuse itself, or fusermount, knows why, and says so on standard error.
-            reason = complaints.text() or str(error)
-            if "fuse_lowlevel_new" in str(error) or "option" in reason:
-                raise UsageError(f"mount options {','.join(sorted(self._options))}: {reason}") from None
-            raise HostError(f"mount point {self._mountpoint}: it could not be mounted: {reason}") from None
-        devices = fuse_devices() - before
-        if len(devices) != 1:
-            llfuse.close()
-            raise LlloopError("libfuse did not open /dev/fuse as expected")
-        return next(iter(devices))
-
-    def _open_session(self, device: int, posix_acl: bool) -> None:
-        """Find llfuse's session and answer INIT; without a session leave both to llfuse."""
-        try:
-            session = find_session(device)
-        except SessionNotFound as error:
-            if self._config.loop is LoopKind.OWN or self._config.io is IoKind.KERNEL or self._config.writeback:
-                raise LlloopError(f"llfuse's session cannot be used: {error}") from None
-            self._fallback_reason = str(error)
-            _log.warning("falling back to llfuse's request loop, which is slower: %s", error)
-            return
-        buffer = bytearray(_INIT_BUFFER)
-        length = os.readv(device, [buffer])
-        request = bytes(buffer[:length])
-        try:
-            answer, self._capabilities = negotiation.negotiate(
-                request,
-                posix_acl=posix_acl,
-                writeback=self._config.writeback,
-                passthrough=self._config.io is not IoKind.WORKERS and not self._config.writeback,
-                stack_depth=2 if self._source_is_stacked else 1,
-            )
-        except negotiation.UnsupportedProtocol as error:
-            raise HostError(str(error)) from None
-        os.write(device, answer)
-        # libfuse must see the request too, to be initialised; its own answer comes second and is dropped by the kernel.
-        session.processor().process_bytes(request)
-        self._session = session
-        self._check_passthrough(device)
-
-    def _check_passthrough(self, device: int) -> None:
-        """Give passthrough up if the kernel refuses it to this process, or say why it cannot be had."""
-        capabilities = self._capabilities
-        assert capabilities is not None
-        if self._config.io is IoKind.WORKERS:
-            return
-        if negotiation.Feature.PASSTHROUGH in capabilities.features:
-            reason = refusal(device)
-        else:
-            reason = "with --writeback" if self._config.writeback else "this kernel does not offer it; Linux 6.9 does"
-        if reason is None:
-            return
-        if self._config.io is IoKind.KERNEL:
-            hint = "" if os.geteuid() == 0 else "; it needs root"
-            raise HostError(f"--io kernel cannot be had: {reason}{hint}. Serve with --io auto or --io workers")
-        self._capabilities = capabilities.without(negotiation.Feature.PASSTHROUGH)
-
     # The children
 
-    def _make_children(self, root: int, device: int, operations: Operations) -> None:
+    def _make_children(self, root: int, operations: Operations) -> None:
         config = self._config
+        device, session = self._connection.device, self._connection.session
         arena = self._arena = Arena(config.slots, negotiation.MAX_WRITE, config.workers)
         pipes = [_packet_pipe(config.slots) for _ in range(config.workers)]
         self._ready_reader, ready_writer = os.pipe2(os.O_CLOEXEC)
@@ -278,8 +134,8 @@ class Supervisor:
             root=root,
             device=device,
             operations=operations,
-            session=self._session,
-            capabilities=self._capabilities,
+            session=session,
+            capabilities=self._connection.capabilities,
             answers=answers_reader,
         )
 
@@ -287,13 +143,12 @@ class Supervisor:
             run_front(setup, lambda: _tell(ready_writer))
 
         def worker(shard: int) -> Callable[[], None]:
-            answers = None if self._session is not None else answers_writer
+            answers = None if session is not None else answers_writer
             return lambda: run_worker(WorkerSetup(shard, arena, pipes[shard][0], device, answers))
 
-        self._front = _Child("llloop-front", front)
-        self._workers = [_Child(f"llloop-worker-{shard}", worker(shard)) for shard in range(config.workers)]
+        self._front = Child("llloop-front", front)
+        self._workers = [Child(f"llloop-worker-{shard}", worker(shard)) for shard in range(config.workers)]
         self._children = [*self._workers, self._front]
-        self._device = device
 
     def _watch(self, signal_reader: int) -> None:
         """Wait for children to end and signals to come until the mount has ended."""
@@ -310,7 +165,7 @@ class Supervisor:
                 elif event == self._ready_reader:
                     os.read(self._ready_reader, 1)
                     if self._announced:
-                        self._resend()
+                        self._connection.resend()
                     else:
                         self._announced = True
                         self._on_ready(self._describe())
@@ -333,7 +188,7 @@ class Supervisor:
             times.append(self._deadline)
         return max(0.0, min(times) - time.monotonic()) if times else None
 
-    def _child_ended(self, child: _Child) -> None:
+    def _child_ended(self, child: Child) -> None:
         process = child.process
         assert process is not None
         process.join()
@@ -346,14 +201,14 @@ class Supervisor:
             _log.error("%s was %s before it served anything", child.name, how)
             self._failed = self._ended = True
             return
-        if child is self._front and self._session is None:
+        if child is self._front and self._connection.session is None:
             _log.error("%s was %s; llfuse's own loop cannot be taken up again, so the mount ends", child.name, how)
             self._failed = self._ended = True
             return
         pause = child.schedule_restart()
         if pause < 1:
             _log.warning("%s was %s; another takes over", child.name, how)
-        elif pause >= 1 and pause < _LONGEST_PAUSE:
+        elif pause >= 1 and pause < LONGEST_PAUSE:
             _log.error("%s was %s again; the next try is in %g seconds", child.name, how, pause)
 
     def _start_due_children(self) -> None:
@@ -362,18 +217,10 @@ class Supervisor:
             if child.process is None and child.due <= now and not self._ended:
                 child.start(detached=self._detached)
 
-    def _resend(self) -> None:
-        """Have the kernel send again what the last front had taken and not answered (Linux 6.9, HAS_RESEND)."""
-        if self._capabilities is not None and negotiation.Feature.HAS_RESEND in self._capabilities.features:
-            os.write(self._device, wire.OUT_HEADER.pack(wire.OUT_HEADER_SIZE, _FUSE_NOTIFY_RESEND, 0))
-
     def _describe(self) -> str:
-        if self._capabilities is None:
-            how = f"llfuse's loop ({self._fallback_reason})"
-        else:
-            how = f"own loop, {self._capabilities.describe()}"
         count = self._config.workers
         plural = "" if count == 1 else "s"
+        how = self._connection.describe()
         return f"serving {self._source} at {self._mountpoint} with {count} worker{plural}: {how}"
 
     # Signals and the end
@@ -382,7 +229,7 @@ class Supervisor:
         reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._descriptors += [reader, writer]
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        for number in (*_STOP_SIGNALS, signal.SIGUSR1):
+        for number in (*STOP_SIGNALS, signal.SIGUSR1):
             self._handlers[number] = signal.signal(number, self._on_signal)
         return reader
 
@@ -423,7 +270,7 @@ class Supervisor:
     def _start_unmounting(self, lazy: bool) -> None:
         """Unmount in a process of its own: unmounting writes cached data back through this very mount."""
         self._lazy = lazy
-        self._unmounter = _fork.Process(target=_unmount, args=(self._mountpoint, lazy), name="llloop-unmount")
+        self._unmounter = fork.Process(target=_unmount, args=(self._mountpoint, lazy), name="llloop-unmount")
         self._unmounter.start()
 
     def _unmount_ended(self, process: BaseProcess) -> None:
@@ -448,10 +295,10 @@ class Supervisor:
     def _clean_up(self) -> None:
         """End every process and what is left of the mount."""
         for child in self._children:
-            _end(child.process)
+            end(child.process)
         if self._unmounter is not None and not self._is_mounted():
-            self._unmounter.join(_PATIENCE)  # it has nothing left to do; killed, it would leave its fusermount behind
-        _end(self._unmounter)
+            self._unmounter.join(PATIENCE)  # it has nothing left to do; killed, it would leave its fusermount behind
+        end(self._unmounter)
         # Only if it is still ours: something else may be mounted in its place by now.
         mounted = self._is_mounted()
         if mounted:
@@ -460,10 +307,14 @@ class Supervisor:
             except (OSError, LlloopError) as error:
                 _log.error("%s could not be detached: %s", self._mountpoint, error)
         llfuse.close(unmount=False)
+        log.release()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Leave nothing of this mount in the process: signal handlers, descriptors."""
         signal.set_wakeup_fd(-1)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        log.release()
         for fd in self._descriptors:
             os.close(fd)
 
@@ -471,7 +322,7 @@ class Supervisor:
 def _unmount(mountpoint: str, lazy: bool) -> None:
     """Run in a process of its own: unmount, and say by the exit code how that went."""
     signal.set_wakeup_fd(-1)
-    for number in _STOP_SIGNALS:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     try:
         mounting.unmount(mountpoint, lazy=lazy)
@@ -480,13 +331,6 @@ def _unmount(mountpoint: str, lazy: bool) -> None:
     except LlloopError as error:
         _log.error("%s", error)
         sys.exit(1)
-
-
-def _end(process: BaseProcess | None) -> None:
-    """End a process that has nothing left to do, or whose time is up."""
-    if process is not None:
-        process.kill()
-        process.join(_PATIENCE)
 
 
 def _tell(writer: int) -> None:
@@ -509,21 +353,3 @@ def _raise_descriptor_limit() -> None:
     """Raise the soft limit of open files to the hard one: each open file of the mount needs a descriptor."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def _is_stacked(source: str) -> bool:
-    """Whether the source's file system itself lies on top of another, as in containers."""
-    fd = os.open(source, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        return syscalls.file_system_type(fd) in syscalls.STACKED
-    finally:
-        os.close(fd)
-
-
-def _has_acls(source: str) -> bool:
-    """Whether the source's file system has POSIX ACLs (acl(5))."""
-    try:
-        os.getxattr(source, b"system.posix_acl_access")
-    except OSError as error:
-        return error.errno == errno.ENODATA
-    return True

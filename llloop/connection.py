@@ -1,0 +1,156 @@
+"""The connection with the kernel: mounting, llfuse's session, INIT, and what both sides agreed on."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from dataclasses import dataclass
+
+import llfuse
+
+from . import negotiation, syscalls, wire
+from .config import IoKind, LoopKind, ServeConfig
+from .errors import HostError, LlloopError, UsageError
+from .front.operations import Operations
+from .front.passthrough import refusal
+from .negotiation import Capabilities, Feature
+from .redirect import CapturedStderr
+from .session import Session, SessionNotFound, find_session, fuse_devices
+
+_log = logging.getLogger(__name__)
+
+_FUSE_NOTIFY_RESEND = 7  # enum fuse_notify_code
+_INIT_BUFFER = 1 << 21  # larger than any request: the kernel refuses a read into less than it might need
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """A mount that is made and initialised.
+
+    Attributes:
+        device: the descriptor of /dev/fuse.
+        session: llfuse's session; None where llfuse itself runs the loop and answers INIT.
+        capabilities: what was agreed with the kernel, where there is a session.
+        fallback_reason: why there is no session.
+    """
+
+    device: int
+    session: Session | None
+    capabilities: Capabilities | None
+    fallback_reason: str = ""
+
+    def describe(self) -> str:
+        """Return who runs the loop and which features are in force, for the line that serve prints."""
+        if self.capabilities is None:
+            return f"llfuse's loop ({self.fallback_reason})"
+        return f"own loop, {self.capabilities.describe()}"
+
+    def resend(self) -> None:
+        """Have the kernel send again what the last front had taken and not answered (Linux 6.9, HAS_RESEND)."""
+        if self.capabilities is not None and Feature.HAS_RESEND in self.capabilities.features:
+            os.write(self.device, wire.OUT_HEADER.pack(wire.OUT_HEADER_SIZE, _FUSE_NOTIFY_RESEND, 0))
+
+
+def mount(operations: Operations, mountpoint: str, options: set[str]) -> int:
+    """Mount, and return the descriptor of /dev/fuse.
+
+    Args:
+        operations: what llfuse is to call.
+        mountpoint: an absolute path without symlinks.
+        options: libfuse's mount options.
+
+    Raises:
+        UsageError: libfuse knows an option not.
+        HostError: libfuse or fusermount refused otherwise.
+    """
+    before = fuse_devices()
+    complaints = CapturedStderr()
+    try:
+        with complaints:
+            llfuse.init(operations, mountpoint, options)
+    except RuntimeError as error:
+        # Only libfuse itself, or fusermount, knows why, and says so on standard error.
+        reason = complaints.text() or str(error)
+        if "fuse_lowlevel_new" in str(error) or "option" in reason:
+            raise UsageError(f"mount options {','.join(sorted(options))}: {reason}") from None
+        raise HostError(f"mount point {mountpoint}: it could not be mounted: {reason}") from None
+    devices = fuse_devices() - before
+    if len(devices) != 1:
+        llfuse.close()
+        raise LlloopError("libfuse did not open /dev/fuse as expected")
+    return next(iter(devices))
+
+
+def initialise(device: int, config: ServeConfig, source: str) -> Connection:
+    """Find llfuse's session and answer INIT; where that cannot be, leave both to llfuse.
+
+    Args:
+        device: the descriptor of /dev/fuse of a mount just made.
+        config: the mount's options.
+        source: the absolute path of the source.
+
+    Raises:
+        HostError: the kernel lacks what the options need.
+        LlloopError: the options need a session, and it was not found.
+    """
+    if config.loop is LoopKind.LLFUSE:
+        return Connection(device, None, None, "asked for")
+    try:
+        session = find_session(device)
+    except SessionNotFound as error:
+        if config.loop is LoopKind.OWN or config.io is IoKind.KERNEL or config.writeback:
+            raise LlloopError(f"llfuse's session cannot be used: {error}") from None
+        _log.warning("falling back to llfuse's request loop, which is slower: %s", error)
+        return Connection(device, None, None, str(error))
+    buffer = bytearray(_INIT_BUFFER)
+    length = os.readv(device, [buffer])
+    request = bytes(buffer[:length])
+    try:
+        answer, capabilities = negotiation.negotiate(
+            request,
+            posix_acl=config.xattr and _has_acls(source),
+            writeback=config.writeback,
+            passthrough=config.io is not IoKind.WORKERS and not config.writeback,
+            stack_depth=2 if _is_stacked(source) else 1,
+        )
+    except negotiation.UnsupportedProtocol as error:
+        raise HostError(str(error)) from None
+    os.write(device, answer)
+    # libfuse must see the request too, to be initialised; its own answer comes second and is dropped by the kernel.
+    session.processor().process_bytes(request)
+    return Connection(device, session, _check_passthrough(device, config, capabilities))
+
+
+def _check_passthrough(device: int, config: ServeConfig, capabilities: Capabilities) -> Capabilities:
+    """Give passthrough up if the kernel refuses it to this process, or say why it cannot be had."""
+    if config.io is IoKind.WORKERS:
+        return capabilities
+    if Feature.PASSTHROUGH in capabilities.features:
+        reason = refusal(device)
+    else:
+        reason = "with --writeback" if config.writeback else "this kernel does not offer it; Linux 6.9 does"
+    if reason is None:
+        return capabilities
+    if config.io is IoKind.KERNEL:
+        hint = "" if os.geteuid() == 0 else "; it needs root"
+        raise HostError(f"--io kernel cannot be had: {reason}{hint}. Serve with --io auto or --io workers")
+    return capabilities.without(Feature.PASSTHROUGH)
+
+
+def _is_stacked(source: str) -> bool:
+    """Whether the source's file system itself lies on top of another, as in containers."""
+    fd = os.open(source, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return syscalls.file_system_type(fd) in syscalls.STACKED
+    finally:
+        os.close(fd)
+
+
+def _has_acls(source: str) -> bool:
+    """Whether the source's file system has POSIX ACLs (acl(5))."""
+    try:
+        os.getxattr(source, b"system.posix_acl_access")
+    except OSError as error:
+        return error.errno == errno.ENODATA
+    return True
