@@ -89,7 +89,14 @@ def mount(
     with tempfile.TemporaryFile("w+") as messages:
         # Own session: Ctrl-C at the program's terminal is the program's to handle.
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=messages, text=True, pass_fds=(reader,), start_new_session=True
+            command,
+            stdout=subprocess.PIPE,
+            stderr=messages,
+            text=True,
+            pass_fds=(reader,),
+            start_new_session=True,
+            # What is asked for here is said in full; the environment is for who types commands.
+            env={name: value for name, value in os.environ.items() if not name.startswith("LLLOOP_")},
         )
         os.close(reader)
         try:

@@ -76,6 +76,10 @@ class Arena:
         """How many fronts there have been; what workers hold of an earlier one's is void."""
         return self._front[1]
 
+    def no_front(self) -> None:
+        """Note that the front is gone; its process id may soon be another's."""
+        self._front[0] = 0
+
     def new_front(self, pid: int) -> None:
         """Note that process *pid* is the front from now on."""
         self._front[0] = pid

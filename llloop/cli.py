@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from . import log, mounting
+from .arena import DEFAULT_SLOTS
 from .config import MAX_WORKERS, Cache, IoKind, LoopKind, ServeConfig, help_text
 from .daemon import Daemon
 from .errors import HostError, LlloopError, MountpointError
@@ -88,7 +89,7 @@ def main() -> None:
 @_option(
     "loop", "--loop", type=click.Choice([kind.value for kind in LoopKind]), default=LoopKind.AUTO.value, hidden=True
 )
-@_option("slots", "--slots", type=click.IntRange(2, 4096), default=256, hidden=True)
+@_option("slots", "--slots", type=click.IntRange(2, 4096), default=DEFAULT_SLOTS, hidden=True)
 @click.option(
     "--daemon",
     is_flag=True,

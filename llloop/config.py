@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
-from .arena import MAX_SHARDS
+from .arena import DEFAULT_SLOTS, MAX_SHARDS
 from .errors import UsageError
 
 MAX_WORKERS = min(128, MAX_SHARDS)
@@ -130,7 +130,7 @@ class ServeConfig:
     loop: LoopKind = _option(
         LoopKind.AUTO, "Who runs the request loop; for tests. own fails where auto would fall back to llfuse."
     )
-    slots: int = _option(256, "How many requests may be with the workers at a time; for tests.")
+    slots: int = _option(DEFAULT_SLOTS, "How many requests may be with the workers at a time; for tests.")
 
     def __post_init__(self) -> None:
         for name, kind in (("cache", Cache), ("io", IoKind), ("loop", LoopKind)):

@@ -16,10 +16,10 @@ from . import wire
 PROTOCOL_MAJOR = 7
 PROTOCOL_MINOR = 45  # the newest whose structs wire.py knows
 
-# Pages in one request. A reply is spliced through a pipe of at most 256 pages (an ordinary
-# process may not have more), in which the header takes one and an unaligned range one more.
-MAX_PAGES = 128
-MAX_WRITE = MAX_PAGES * wire.PAGE_SIZE
+# Bytes in one request. A reply is spliced through a pipe of at most 1 MiB (an ordinary process
+# may not have more), in which the header takes a page and an unaligned range one more.
+MAX_WRITE = 512 * 1024
+MAX_PAGES = MAX_WRITE // wire.PAGE_SIZE
 
 # Requests that may be under way without a process waiting for each (read-ahead, writeback, asynchronous I/O).
 MAX_BACKGROUND = 64

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 from types import TracebackType
 
 from . import syscalls
@@ -27,6 +28,16 @@ def _keep_capabilities() -> bool:
     except OSError:
         return False
     return True
+
+
+def _after_change_of_ids() -> None:
+    """Set again what the kernel resets when a process's file system ids change (prctl(2)).
+
+    An undumpable process's descriptors could not be pulled by the workers, and without the signal at the
+    parent's death this process would outlive the supervisor.
+    """
+    syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)
+    syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Caller:
@@ -68,8 +79,7 @@ class Caller:
             uid, gid = self._own
             syscalls.setfsuid(uid)
             syscalls.setfsgid(gid)
-            # A change of fsuid makes a process undumpable (prctl(2)), and workers could no longer pull descriptors.
-            syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)
+            _after_change_of_ids()
 
 
 class Writer:
@@ -87,6 +97,7 @@ class Writer:
         if self._able and (uid, gid) != self._current:
             syscalls.setfsgid(gid)
             syscalls.setfsuid(uid)
+            _after_change_of_ids()
             self._current = (uid, gid)
 
 

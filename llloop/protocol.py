@@ -37,6 +37,12 @@ DATA_ONLY = 1 << 2
 # ... and what READ and WRITE of a file opened with O_DIRECT say when they are not direct: the kernel writes a mapping
 # back through any descriptor, and fcntl(F_SETFL) can take O_DIRECT off.
 BUFFERED = 1 << 3
+# A WRITE of cached data: nobody looks at how much of it was written, so all of it must be, or an error be told.
+CACHED = 1 << 4
+
+
+# Handle numbers of one front: more than can be opened in a lifetime, so that no two fronts of a mount share any.
+HANDLES_PER_FRONT = 1 << 40
 
 
 class Malformed(Exception):

@@ -17,8 +17,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -36,7 +38,6 @@ from .workers.process import WorkerSetup, run_worker
 
 _log = logging.getLogger(__name__)
 
-_F_SETPIPE_SZ = 1031  # <linux/fcntl.h>
 # After a lazy unmount, how long in seconds those who still use the mount may go on.
 GRACE = 5.0
 
@@ -193,6 +194,8 @@ class Supervisor:
         assert process is not None
         process.join()
         code = process.exitcode
+        if child is self._front:
+            self._arena.no_front()
         if child is self._front and code == 0:
             self._ended = True  # unmounted
             return
@@ -262,9 +265,9 @@ class Supervisor:
 
     def _request_stop(self) -> None:
         """Begin to unmount; if that is done and somebody still uses the mount, end all the same."""
-        if self._deadline is not None:
+        if self._deadline is not None or self._unmounter is not None:
             self._ended = True
-        elif self._unmounter is None:
+        else:
             self._start_unmounting(lazy=False)
 
     def _start_unmounting(self, lazy: bool) -> None:
@@ -294,6 +297,9 @@ class Supervisor:
 
     def _clean_up(self) -> None:
         """End every process and what is left of the mount."""
+        for child in self._children:
+            if child.process is not None:
+                child.process.kill()  # all at once, for each may take its time
         for child in self._children:
             end(child.process)
         if self._unmounter is not None and not self._is_mounted():
@@ -341,7 +347,7 @@ def _packet_pipe(messages: int) -> tuple[int, int]:
     """Return a pipe in packet mode (pipe(7)) with room for that many messages, whose writer never waits."""
     reader, writer = os.pipe2(os.O_CLOEXEC | os.O_DIRECT)
     try:
-        fcntl.fcntl(writer, _F_SETPIPE_SZ, messages * wire.PAGE_SIZE)
+        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, messages * wire.PAGE_SIZE)
     except PermissionError:  # the user's share of pipe pages is used up: fewer messages fit, the front does the rest
         _log.info("request pipes hold fewer messages than usual; see pipe(7), pipe-user-pages-soft")
     flags = fcntl.fcntl(writer, fcntl.F_GETFL)
@@ -352,4 +358,8 @@ def _packet_pipe(messages: int) -> tuple[int, int]:
 def _raise_descriptor_limit() -> None:
     """Raise the soft limit of open files to the hard one: each open file of the mount needs a descriptor."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # only with CAP_SYS_RESOURCE
+        most = int(Path("/proc/sys/fs/nr_open").read_text())
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        return
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

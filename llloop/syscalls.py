@@ -11,8 +11,7 @@ import os
 import struct
 from typing import NamedTuple
 
-AT_FDCWD = -100  # <linux/fcntl.h>, as the flags below
-AT_SYMLINK_NOFOLLOW = 0x100
+AT_SYMLINK_NOFOLLOW = 0x100  # <linux/fcntl.h>, as the flags below
 AT_NO_AUTOMOUNT = 0x800
 AT_EMPTY_PATH = 0x1000
 
@@ -166,7 +165,7 @@ def utimens(directory: int, name: bytes, atime: tuple[int, int], mtime: tuple[in
     """Set access and modification time (utimensat(2)).
 
     Args:
-        directory: the directory, or AT_FDCWD.
+        directory: a descriptor of the directory.
         name: a path relative to it.
         atime: seconds and nanoseconds, or UTIME_NOW or UTIME_OMIT for the nanoseconds.
         mtime: the same for the modification time.
@@ -285,7 +284,6 @@ setfsuid.argtypes = setfsgid.argtypes = (ctypes.c_uint,)
 
 _CAPABILITY_VERSION_3 = 0x20080522  # <linux/capability.h>
 _CAPABILITIES = struct.Struct("=IIIIII")
-CAP_DAC_OVERRIDE = 1
 CAP_FSETID = 4
 CAP_SYS_RESOURCE = 24
 _capget = _libc.capget

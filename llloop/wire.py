@@ -7,13 +7,15 @@ C struct. Requests are decoded straight from the receive buffer: the *request* s
 
 from __future__ import annotations
 
+import errno
+import mmap
 from enum import IntEnum
 from struct import Struct
 
 IN_HEADER_SIZE = 40  # struct fuse_in_header
 OUT_HEADER_SIZE = 16  # struct fuse_out_header
 WRITE_HEADER_SIZE = IN_HEADER_SIZE + 40  # with struct fuse_write_in; the payload follows
-PAGE_SIZE = 4096
+PAGE_SIZE = mmap.PAGESIZE
 
 
 class Opcode(IntEnum):
@@ -75,7 +77,6 @@ class Opcode(IntEnum):
 # FOPEN_ flags of the OPEN and OPENDIR replies
 FOPEN_DIRECT_IO = 1 << 0
 FOPEN_KEEP_CACHE = 1 << 1
-FOPEN_CACHE_DIR = 1 << 3
 FOPEN_PASSTHROUGH = 1 << 7
 
 # FATTR_ bits of struct fuse_setattr_in.valid
@@ -143,6 +144,11 @@ STATX_OUT = Struct("=QII16x")  # attr_valid, attr_valid_nsec, flags; then struct
 DIRENT = Struct("=QQII")  # struct fuse_dirent: ino, off, namelen, type; then the name, padded to 8 bytes
 
 
+def known_errno(number: int) -> int:
+    """Return an errno that a reply may carry: the kernel refuses its own internal ones, which network sources leak."""
+    return number if 0 <= number < 512 else errno.EIO
+
+
 def error_reply(unique: int, number: int) -> bytes:
     """Return a reply without payload.
 
@@ -150,7 +156,7 @@ def error_reply(unique: int, number: int) -> bytes:
         unique: the request's id.
         number: an errno, or 0 for success.
     """
-    return OUT_HEADER.pack(OUT_HEADER_SIZE, -number, unique)
+    return OUT_HEADER.pack(OUT_HEADER_SIZE, -known_errno(number), unique)
 
 
 def reply(unique: int, payload: bytes) -> bytes:
@@ -161,8 +167,3 @@ def reply(unique: int, payload: bytes) -> bytes:
 def encode_device(major: int, minor: int) -> int:
     """Return a device number as FUSE carries it (``new_encode_dev`` of <linux/kdev_t.h>)."""
     return (minor & 0xFF) | (major << 8) | ((minor & ~0xFF) << 12)
-
-
-def pad8(length: int) -> int:
-    """Return *length* rounded up to eight bytes (FUSE_REC_ALIGN)."""
-    return (length + 7) & ~7

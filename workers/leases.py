@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 
 from llloop.arena import Arena
+from llloop.protocol import HANDLES_PER_FRONT
 from llloop.syscalls import pidfd_getfd
 
 _REFUSED = frozenset({errno.EPERM, errno.ENOSYS})
+_TRIES = 20
+_PAUSE = 0.0002  # seconds
 _FULL = frozenset({errno.EMFILE, errno.ENFILE})
 _REOPEN = os.O_ACCMODE | os.O_SYNC | os.O_DSYNC | os.O_DIRECT
 
@@ -25,6 +29,7 @@ class Leases:
         self._held: dict[int, int] = {}
         self._front = 0
         self._generation = 0
+        self._tracing_forbidden = False
         self._pidfd = -1
 
     def __len__(self) -> int:
@@ -42,6 +47,9 @@ class Leases:
         """
         if self._generation != self._arena.generation:
             self._start_over()
+        if handle // HANDLES_PER_FRONT != self._generation:
+            # A request of a front that is gone: by now its descriptor's number may be another file's.
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         fd = self._held.get(handle)
         if fd is None:
             fd = self._held[handle] = self._pull(descriptor)
@@ -57,11 +65,16 @@ class Leases:
         return self._duplicate(descriptor)
 
     def _duplicate(self, descriptor: int) -> int:
-        try:
-            return pidfd_getfd(self._pidfd, descriptor)
-        except OSError as error:
-            if error.errno not in _REFUSED:
-                raise
+        for _ in range(1 if self._tracing_forbidden else _TRIES):
+            try:
+                return pidfd_getfd(self._pidfd, descriptor)
+            except OSError as error:
+                if error.errno not in _REFUSED:
+                    raise
+                # For the moments in which the front acts as somebody else, others may not look into it.
+                if error.errno == errno.EPERM:
+                    time.sleep(_PAUSE)
+        self._tracing_forbidden = True
         # Where tracing is forbidden (seccomp in containers) the file can still be opened again.
         entry = f"/proc/{self._front}/fdinfo/{descriptor}"
         with open(entry) as info:
@@ -75,9 +88,11 @@ class Leases:
         pidfd, self._pidfd = self._pidfd, -1
         if pidfd >= 0:
             os.close(pidfd)
-        self._generation = self._arena.generation
         self._front = self._arena.front_pid
+        if self._front == 0:
+            raise OSError(errno.EIO, "there is no front")
         self._pidfd = os.pidfd_open(self._front)
+        self._generation = self._arena.generation
 
     def _drop_half(self) -> None:
         for handle in list(self._held)[: len(self._held) // 2 + 1]:

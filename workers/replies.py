@@ -16,8 +16,6 @@ from llloop.protocol import Request, encode
 # Up to this size, in bytes, copying through a buffer costs less than the system calls of a splice.
 COPY_LIMIT = 32 * 1024
 
-_F_SETPIPE_SZ = 1031  # <linux/fcntl.h>
-
 
 class Replies(Protocol):
     """How requests are answered. An answer the kernel no longer waits for is dropped silently."""
@@ -87,6 +85,8 @@ class KernelReplies:
 
     def data(self, request: Request, fd: int) -> int:
         size = request.length
+        if size > self._largest:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))  # an answer cut short would mean the end of the file
         if size <= COPY_LIMIT:
             return self._copy(request, fd, 0)
         return self._splice(request, fd)
@@ -144,7 +144,7 @@ class KernelReplies:
         if self._pipe is None:
             self._pipe = os.pipe2(os.O_CLOEXEC)
             try:
-                self._room = fcntl.fcntl(self._pipe[1], _F_SETPIPE_SZ, self._largest + 2 * wire.PAGE_SIZE)
+                self._room = fcntl.fcntl(self._pipe[1], fcntl.F_SETPIPE_SZ, self._largest + 2 * wire.PAGE_SIZE)
             except PermissionError:  # the user's share of pipe pages is used up (pipe(7))
                 self._room = 0
         return self._pipe

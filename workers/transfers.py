@@ -14,7 +14,7 @@ from typing import Protocol
 from llloop import syscalls
 from llloop.arena import Arena, Counters
 from llloop.privilege import SetidGuard, Writer
-from llloop.protocol import APPEND, BUFFERED, DATA_ONLY, KILL_PRIVILEGES, Operation, Request
+from llloop.protocol import APPEND, BUFFERED, CACHED, DATA_ONLY, KILL_PRIVILEGES, Operation, Request
 
 from .replies import Replies
 
@@ -35,7 +35,11 @@ _AS_IT_IS = nullcontext()
 
 @contextmanager
 def _buffered(fd: int) -> Iterator[None]:
-    """Take O_DIRECT off a descriptor for a while; all I/O of a file is this worker's, so nobody else is surprised."""
+    """Take O_DIRECT off a descriptor for a while.
+
+    The flag is the open file's, shared with the front. All I/O of a file is one worker's, which does one request at a
+    time; only where the front has to do a worker's work can two meet here, and then a direct request may be cached.
+    """
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
     try:
@@ -140,6 +144,9 @@ class Transfers:
         with _buffered(fd) if request.flags & BUFFERED else _AS_IT_IS:
             self._counters[Counters.READ] += self._replies.data(request, fd)
 
+    def _pwrite(self, fd: int, payload: memoryview, offset: int) -> int:
+        return self._persistently(lambda: os.pwrite(fd, payload, offset))
+
     def _persistently(self, write: Callable[[], int]) -> int:
         """Write, and if there is no room, again a moment later.
 
@@ -171,7 +178,9 @@ class Transfers:
             count = self._persistently(lambda: os.pwritev(fd, [payload], request.offset, os.RWF_APPEND))
         else:
             with _buffered(fd) if flags & BUFFERED else _AS_IT_IS:
-                count = self._persistently(lambda: os.pwrite(fd, payload, request.offset))
+                count = self._pwrite(fd, payload, request.offset)
+                while count < request.length and flags & CACHED:
+                    count += self._pwrite(fd, payload[count:], request.offset + count)
         arena.results[slot] = count
         arena.stages[slot] = _DONE
         self._counters[Counters.WRITTEN] += count
@@ -198,6 +207,7 @@ class Transfers:
 
     def _copy_file_range(self, request: Request) -> None:
         handle, descriptor, offset = request.extra
+        self._fd(request)
         source = self._descriptors.get(handle, descriptor)
         self._act_for(request)
         length = min(request.length, _COPY_AT_ONCE)

@@ -143,8 +143,10 @@ class Anchors:
         for parent, name in self.places(nodeid):
             try:
                 attributes = statx(self.directory(parent), name)
-            except OSError:
-                continue
+            except OSError as error:
+                if error.errno in _MOVED:
+                    continue
+                raise
             if inode.is_same(attributes):
                 return attributes
         raise stale()

@@ -135,7 +135,11 @@ class Files:
         except FileExistsError:
             number = errno.EEXIST if flags & os.O_EXCL else errno.ESTALE
             raise OSError(number, os.strerror(number)) from None
-        attributes = fstatx(descriptor)
+        try:
+            attributes = fstatx(descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
         nodeid = self._tree.enter(parent, name, attributes)
         return self._add(descriptor, nodeid, flags, attributes), nodeid, attributes
 
@@ -150,19 +154,26 @@ class Files:
         descriptor = self._tree.as_requester(
             parent, who, lambda directory: os.open(f"/proc/self/fd/{directory}", source_flags, permissions)
         )
-        attributes = fstatx(descriptor)
+        try:
+            attributes = fstatx(descriptor)
+            pin = os.open(f"/proc/self/fd/{descriptor}", os.O_PATH | os.O_CLOEXEC)
+        except BaseException:
+            os.close(descriptor)
+            raise
         nodeid = self._tree.enter(0, b"", attributes)
-        self._anchors.pin(nodeid, os.open(f"/proc/self/fd/{descriptor}", os.O_PATH | os.O_CLOEXEC))
+        self._anchors.pin(nodeid, pin)
         return self._add(descriptor, nodeid, flags, attributes), nodeid, attributes
 
     def release(self, number: int) -> None:
         """Close an open file; its worker is told if it may hold the descriptor too."""
         handle = self._handles.remove(number)
-        if handle.backed:
-            self._passthrough.release(handle)
-        if handle.lent or handle.shared:
-            self._router.release(number, handle)
-        os.close(handle.descriptor)
+        try:
+            if handle.backed:
+                self._passthrough.release(handle)
+            if handle.lent or handle.shared:
+                self._router.release(number, handle)
+        finally:
+            os.close(handle.descriptor)
 
     def root_handle(self) -> int:
         """Return the number of a handle of the source directory that stays open, for what concerns all of it."""

@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import Container
 
+from ..protocol import HANDLES_PER_FRONT
 from ..syscalls import DirectoryEntry
 
 
@@ -60,10 +61,6 @@ class Handle:
         self.entries: list[DirectoryEntry] | None = None
 
 
-# Handle numbers of one front: more than can be opened in a lifetime, so that no two fronts of a mount share any.
-_NUMBERS_PER_FRONT = 1 << 40
-
-
 class Handles:
     """All open files and directories by number.
 
@@ -75,7 +72,7 @@ class Handles:
     def __init__(self, generation: int = 1) -> None:
         self._table: dict[int, Handle] = {}
         self._of_inode: dict[int, list[Handle]] = {}
-        self._next = generation * _NUMBERS_PER_FRONT
+        self._next = generation * HANDLES_PER_FRONT
 
     def __len__(self) -> int:
         return len(self._table)

@@ -48,13 +48,13 @@ class Inode:
 
     __slots__ = ("birth", "device", "lookups", "name", "number", "parent", "stamp")
 
-    def __init__(self, parent: int, name: bytes, attributes: Attributes) -> None:
+    def __init__(self, parent: int, name: bytes, attributes: Attributes, birth: int = 0) -> None:
         self.parent = parent
         self.name = name
         self.lookups = 0
         self.device = attributes.device
         self.number = attributes.ino
-        self.birth = birth_of(attributes)
+        self.birth = birth
         self.stamp: tuple[int, ...] | None = None
 
     def is_same(self, attributes: Attributes) -> bool:
@@ -62,7 +62,7 @@ class Inode:
         return (
             attributes.ino == self.number
             and attributes.device == self.device
-            and attributes.btime * 1_000_000_000 + attributes.btime_nsec == self.birth
+            and (self.birth == 0 or birth_of(attributes) == self.birth)
         )
 
 
@@ -75,12 +75,15 @@ class Inodes:
 
     Args:
         root: the attributes of the source directory.
+        births: whether a file's birth time tells it from another with its number. On stacked file systems it changes
+            when a file is copied up, while the file stays the same.
     """
 
-    def __init__(self, root: Attributes) -> None:
+    def __init__(self, root: Attributes, *, births: bool = True) -> None:
         self._root_device = root.device
         self._root_number = root.ino
-        inode = Inode(0, b"", root)
+        self._births = births
+        inode = Inode(0, b"", root, 0)
         inode.lookups = 1  # the kernel never forgets the root
         self._table: dict[int, Inode] = {ROOT: inode}
         # The numbers of inodes whose own could not be used; they stay as long as the kernel knows the inode.
@@ -159,19 +162,19 @@ class Inodes:
             nodeid = self.nodeid(attributes.device, nodeid)
             inode = self._table.get(nodeid)
             if inode is None:
-                inode = self._table[nodeid] = Inode(parent, name, attributes)
+                birth = birth_of(attributes) if self._births else 0
+                inode = self._table[nodeid] = Inode(parent, name, attributes, birth)
                 if nodeid != inode.number:
                     self._renumbered[inode.device, inode.number] = nodeid
-        if inode.name != name or inode.parent != parent or inode.birth != birth_of(attributes):
+        if inode.name != name or inode.parent != parent or not inode.is_same(attributes):
             self._found_elsewhere(nodeid, inode, parent, name, attributes)
         inode.lookups += 1
         return nodeid
 
     def _found_elsewhere(self, nodeid: int, inode: Inode, parent: int, name: bytes, attributes: Attributes) -> None:
-        birth = birth_of(attributes)
-        if inode.birth != birth:  # the number was given to another file
+        if not inode.is_same(attributes):  # the number was given to another file
             self._links.pop(nodeid, None)
-            inode.birth = birth
+            inode.birth = birth_of(attributes)
             inode.stamp = None
             self.on_reuse(nodeid)
         elif attributes.nlink == 1:

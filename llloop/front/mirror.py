@@ -10,7 +10,7 @@ from ..arena import Arena
 from ..config import ServeConfig
 from ..negotiation import Capabilities, Feature
 from ..privilege import Caller, SetidGuard
-from ..syscalls import CLOSE_CAN_FAIL, file_system_type, fstatx
+from ..syscalls import CLOSE_CAN_FAIL, STACKED, file_system_type, fstatx
 from .anchors import Anchors
 from .caching import CachePolicy
 from .files import Files
@@ -63,18 +63,18 @@ def build_mirror(
         device: the descriptor of /dev/fuse.
     """
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    inodes = Inodes(fstatx(root))
+    readable = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root)
+    try:
+        kind = file_system_type(readable)
+    finally:
+        os.close(readable)
+    inodes = Inodes(fstatx(root), births=kind not in STACKED)
     anchors = Anchors(inodes, root, min(_DIRECTORIES_MOST, limit // _DIRECTORIES_SHARE))
     handles = Handles(arena.generation)
     router = Router(arena, pipes)
     caller = Caller()
     setid = SetidGuard()
     tree = Tree(root, inodes, anchors, handles, caller, setid)
-    readable = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root)
-    try:
-        kind = file_system_type(readable)
-    finally:
-        os.close(readable)
     features = capabilities.features if capabilities is not None else Feature(0)
     passthrough = Passthrough(device, handles, Feature.PASSTHROUGH in features)
     return Mirror(

@@ -20,7 +20,7 @@ from llfuse import EntryAttributes, FUSEError, RequestContext, SetattrFields
 from .. import wire
 from ..protocol import APPEND, DATA_ONLY, Operation
 from ..syscalls import Attributes, DirectoryEntry
-from .inodes import ROOT, birth_of
+from .inodes import ROOT
 from .mirror import Mirror
 from .router import Exchange
 from .tree import Changes, Requester
@@ -51,7 +51,7 @@ def _answered(method: _Method) -> _Method:
         except Exception:
             _log.exception("%s%r failed", method.__name__, args)
             number = errno.EIO
-        raise FUSEError(number)
+        raise FUSEError(wire.known_errno(number))
 
     return handler  # type: ignore[return-value]
 
@@ -82,7 +82,7 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
 
     def _entry(self, nodeid: int, attributes: Attributes) -> EntryAttributes:
         entry = self._attributes(nodeid, attributes)
-        entry.generation = birth_of(attributes) & 0xFFFFFFFFFFFFFFFF
+        entry.generation = self._mirror.inodes.get(nodeid).birth & 0xFFFFFFFFFFFFFFFF
         entry.entry_timeout = self._mirror.config.entry_timeout
         return entry
 

@@ -18,7 +18,7 @@ from .. import syscalls, wire
 from ..privilege import Caller, SetidGuard
 from ..syscalls import Attributes, fstatx, statx
 from .anchors import Anchors, Reached
-from .handles import Handles
+from .handles import Handle, Handles
 from .inodes import Inodes
 
 _PIN = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -302,10 +302,20 @@ class Tree:
 
     # What llloop's own requests add
 
-    def statx_raw(self, nodeid: int, mask: int, flags: int) -> bytearray:
-        """Return an inode's ``struct statx`` (statx(2)) with the inode number the mount shows."""
-        with self._reach(nodeid) as reached:
-            raw = syscalls.fstatx_raw(reached.fd, mask, flags)
+    def statx_raw(self, nodeid: int, mask: int, flags: int, handle: Handle | None = None) -> bytearray:
+        """Return an inode's ``struct statx`` (statx(2)) with the inode number the mount shows.
+
+        Args:
+            nodeid: the inode.
+            mask: the STATX_ fields asked for.
+            flags: the AT_STATX_ synchronisation flags.
+            handle: an open file of this inode, or None.
+        """
+        if handle is not None:
+            raw = syscalls.fstatx_raw(handle.descriptor, mask, flags)
+        else:
+            with self._reach(nodeid) as reached:
+                raw = syscalls.fstatx_raw(reached.fd, mask, flags)
         raw[syscalls.STATX_INO_OFFSET : syscalls.STATX_INO_OFFSET + 8] = nodeid.to_bytes(8, sys.byteorder)
         return raw
 

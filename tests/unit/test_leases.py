@@ -13,11 +13,15 @@ from pathlib import Path
 import pytest
 
 from llloop.arena import Arena
+from llloop.protocol import HANDLES_PER_FRONT
 from llloop.workers import leases as leases_module
 from llloop.workers.leases import Leases, OwnDescriptors
 from tests.as_user import Child
 from tests.expect import fails
 from tests.unit.support import open_descriptors
+
+# Handle numbers begin here in the first and in the second front of a mount.
+FIRST, SECOND = HANDLES_PER_FRONT, 2 * HANDLES_PER_FRONT
 
 
 class Front:
@@ -59,7 +63,7 @@ def leases(arena: Arena, front: Front) -> Iterator[Leases]:
     held = Leases(arena)
     yield held
     for handle in range(1, 100):
-        held.release(handle)
+        held.release(FIRST + handle)
 
 
 def name_behind(fd: int) -> str:
@@ -67,44 +71,44 @@ def name_behind(fd: int) -> str:
 
 
 def test_a_descriptor_is_pulled_once_and_kept(leases: Leases, front: Front) -> None:
-    fd = leases.get(7, front.descriptors[2])
+    fd = leases.get(FIRST + 7, front.descriptors[2])
     assert name_behind(fd) == "file-2"
-    assert leases.get(7, front.descriptors[2]) == fd
+    assert leases.get(FIRST + 7, front.descriptors[2]) == fd
     assert len(leases) == 1
 
 
 def test_it_is_the_same_open_file(leases: Leases, front: Front) -> None:
     """A duplicate, not another open: flags and position are shared."""
-    first, second = leases.get(1, front.descriptors[0]), leases.get(2, front.descriptors[0])
+    first, second = leases.get(FIRST + 1, front.descriptors[0]), leases.get(FIRST + 2, front.descriptors[0])
     os.lseek(first, 3, os.SEEK_SET)
     assert os.lseek(second, 0, os.SEEK_CUR) == 3
 
 
 def test_programs_started_do_not_inherit_it(leases: Leases, front: Front) -> None:
-    assert not os.get_inheritable(leases.get(1, front.descriptors[0]))
+    assert not os.get_inheritable(leases.get(FIRST + 1, front.descriptors[0]))
 
 
 def test_a_release_closes_it(leases: Leases, front: Front) -> None:
     before = open_descriptors()
-    fd = leases.get(1, front.descriptors[0])
-    leases.release(1)
+    fd = leases.get(FIRST + 1, front.descriptors[0])
+    leases.release(FIRST + 1)
     with fails(errno.EBADF):
         os.fstat(fd)
     assert len(leases) == 0
-    leases.release(1)  # it may have been dropped before
-    leases.release(99)
+    leases.release(FIRST + 1)  # it may have been dropped before
+    leases.release(FIRST + 99)
     assert open_descriptors() <= before + 1, "only the front's pidfd stays"
 
 
 def test_what_was_released_is_pulled_again(leases: Leases, front: Front) -> None:
-    leases.get(1, front.descriptors[0])
-    leases.release(1)
-    assert name_behind(leases.get(1, front.descriptors[0])) == "file-0"
+    leases.get(FIRST + 1, front.descriptors[0])
+    leases.release(FIRST + 1)
+    assert name_behind(leases.get(FIRST + 1, front.descriptors[0])) == "file-0"
 
 
 def test_a_descriptor_the_front_has_closed(leases: Leases) -> None:
     with fails(errno.EBADF):
-        leases.get(1, 9999)
+        leases.get(FIRST + 1, 9999)
     assert len(leases) == 0
 
 
@@ -113,22 +117,59 @@ def test_a_front_that_is_gone(leases: Leases, front: Front, arena: Arena) -> Non
     arena.new_front(ended.pid)
     ended.result()
     with fails(errno.ESRCH):
-        leases.get(2, front.descriptors[1])
+        leases.get(SECOND + 2, front.descriptors[1])
     assert len(leases) == 0
 
 
 def test_what_a_front_before_had_open_is_void(leases: Leases, front: Front, arena: Arena, paths: list[Path]) -> None:
     """Its handles mean nothing to the new one, which might give the same number to another file."""
-    leases.get(1, front.descriptors[0])
+    leases.get(FIRST + 1, front.descriptors[0])
     before = open_descriptors()
     successor = Front(list(reversed(paths)))
     try:
         arena.new_front(successor.pid)
-        assert name_behind(leases.get(1, successor.descriptors[0])) == "file-5"
+        assert name_behind(leases.get(SECOND + 1, successor.descriptors[0])) == "file-5"
         assert len(leases) == 1
         assert open_descriptors() == before, "something of the old front was left open"
+        leases.release(SECOND + 1)
     finally:
         successor.end()
+
+
+def test_a_request_of_a_front_before_gets_nobody_elses_file(
+    leases: Leases, front: Front, arena: Arena, paths: list[Path]
+) -> None:
+    """It may lie in the pipe still, and name a descriptor that is another file's by now."""
+    successor = Front(list(reversed(paths)))
+    try:
+        arena.new_front(successor.pid)
+        with fails(errno.EBADF):
+            leases.get(FIRST + 1, front.descriptors[0])
+    finally:
+        successor.end()
+
+
+def test_without_a_front_there_is_nothing_to_pull(leases: Leases, front: Front, arena: Arena) -> None:
+    arena.no_front()
+    with fails(errno.EIO):
+        leases.get(FIRST + 1, front.descriptors[0])
+
+
+def test_a_refusal_that_passes_is_waited_for(leases: Leases, front: Front, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the front acts as somebody else it may not be looked into."""
+    pull = leases_module.pidfd_getfd
+    refusals = [1, 1, 1]
+
+    def refused_at_first(pidfd: int, fd: int) -> int:
+        if refusals:
+            refusals.pop()
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        return pull(pidfd, fd)
+
+    monkeypatch.setattr(leases_module, "pidfd_getfd", refused_at_first)
+    first, second = (leases.get(FIRST + number, front.descriptors[0]) for number in (1, 2))
+    os.lseek(first, 3, os.SEEK_SET)
+    assert os.lseek(second, 0, os.SEEK_CUR) == 3, "the file was opened again"
 
 
 def test_without_the_right_to_pull_files_are_opened_again(
@@ -140,7 +181,7 @@ def test_without_the_right_to_pull_files_are_opened_again(
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
     monkeypatch.setattr(leases_module, "pidfd_getfd", refused)
-    fd = leases.get(1, front.descriptors[3])
+    fd = leases.get(FIRST + 1, front.descriptors[3])
     assert name_behind(fd) == "file-3"
     assert not os.get_inheritable(fd)
 
@@ -156,13 +197,13 @@ def test_opened_again_it_has_the_same_flags_and_keeps_its_content(
             leases_module, "pidfd_getfd", lambda pidfd, fd: (_ for _ in ()).throw(OSError(errno.ENOSYS, ""))
         )
         leases = Leases(arena)
-        fd = leases.get(1, front.descriptors[0])
+        fd = leases.get(FIRST + 1, front.descriptors[0])
         info = Path(f"/proc/self/fdinfo/{fd}").read_text().split()
         reopened = int(info[info.index("flags:") + 1], 8)
         kept = os.O_ACCMODE | os.O_DSYNC
         assert reopened & kept == flags & kept
         assert paths[0].read_text() == "file-0"
-        leases.release(1)
+        leases.release(FIRST + 1)
     finally:
         front.end()
 
@@ -172,12 +213,12 @@ def test_out_of_descriptors_it_drops_some_and_goes_on(arena: Arena, front: Front
 
     def pull_many() -> list[str]:
         leases = Leases(arena)
-        leases.get(1, front.descriptors[0])
+        leases.get(FIRST + 1, front.descriptors[0])
         highest = max(int(name) for name in os.listdir("/proc/self/fd"))
         resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 4, highest + 4))
         names = []
         for number in range(60):
-            names.append(name_behind(leases.get(100 + number, front.descriptors[number % 6])))
+            names.append(name_behind(leases.get(FIRST + 100 + number, front.descriptors[number % 6])))
         return names
 
     assert Child(pull_many).result() == [f"file-{number % 6}" for number in range(60)]

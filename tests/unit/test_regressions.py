@@ -26,7 +26,7 @@ from llloop.front.caching import CachePolicy
 from llloop.front.handles import Handle
 from llloop.front.inodes import ROOT, Inode, Inodes
 from llloop.front.router import Router
-from llloop.protocol import Operation, encode
+from llloop.protocol import HANDLES_PER_FRONT, Operation, encode
 from llloop.wire import FOPEN_KEEP_CACHE
 from llloop.workers.leases import Leases
 from tests.expect import fails
@@ -173,18 +173,18 @@ def test_a_worker_closes_only_its_own_descriptors_though_a_front_died_before_it_
     leases = Leases(arena)
     with process() as first, process() as third:
         arena.new_front(first)
-        leases.get(1, fd)
+        leases.get(HANDLES_PER_FRONT + 1, fd)
         with process() as second:
             pass
         arena.new_front(second)
         with pytest.raises(ProcessLookupError):
-            leases.get(2, fd)
+            leases.get(2 * HANDLES_PER_FRONT + 2, fd)
         # They take the numbers that have become free.
         others = [os.open("/dev/null", os.O_RDONLY) for _ in range(4)]
         arena.new_front(third)
-        leases.get(3, fd)
+        leases.get(3 * HANDLES_PER_FRONT + 3, fd)
         assert [os.readlink(f"/proc/self/fd/{other}") for other in others] == ["/dev/null"] * 4
-    leases.release(3)
+    leases.release(3 * HANDLES_PER_FRONT + 3)
     for number in (fd, *others):
         os.close(number)
 

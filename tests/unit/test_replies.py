@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from llloop import wire
 from llloop.arena import Arena
 from llloop.protocol import Operation, Request, decode_answer
-from llloop.workers import replies as replies_module
 from llloop.workers.replies import COPY_LIMIT, FrontReplies, KernelReplies, read_fully
 from tests.expect import fails, pattern
 from tests.unit.support import Device, Reply, open_descriptors
@@ -202,7 +201,7 @@ def test_a_pipe_that_stays_small(
     control = fcntl.fcntl
 
     def refuse(fd: int, command: int, *arguments: int) -> int:
-        if command == replies_module._F_SETPIPE_SZ:
+        if command == fcntl.F_SETPIPE_SZ:
             raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
         return int(control(fd, command, *arguments))
 

@@ -8,7 +8,6 @@ from operator import itemgetter
 
 from ... import wire
 from ...syscalls import Attributes
-from ..inodes import birth_of
 from ..mirror import Mirror
 
 
@@ -25,6 +24,7 @@ class Responder:
         self._device = device
         self._memory = mirror.router.arena.memory
         self._tree = mirror.tree
+        self._inodes = mirror.inodes
         self._handles = mirror.handles
         self._files = mirror.files
         # entry_valid, attr_valid, entry_valid_nsec, attr_valid_nsec of struct fuse_entry_out
@@ -50,7 +50,13 @@ class Responder:
     def _entry(self, nodeid: int, attributes: Attributes) -> bytes:
         """Return ``struct fuse_entry_out``."""
         return wire.ENTRY.pack(
-            nodeid, birth_of(attributes), *self._validity, nodeid, *_ATTR_FIELDS(attributes), *_device(attributes), 0
+            nodeid,
+            self._inodes.get(nodeid).birth,
+            *self._validity,
+            nodeid,
+            *_ATTR_FIELDS(attributes),
+            *_device(attributes),
+            0,
         )
 
     def _attributes_reply(self, unique: int, nodeid: int, attributes: Attributes) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 
 from llloop.workers.leases import OwnDescriptors
@@ -11,8 +12,9 @@ from llloop.workers.transfers import Transfers
 
 from ... import wire
 from ...arena import Counters
+from ...negotiation import Feature
 from ...privilege import OwnIdentity
-from ...protocol import APPEND, BUFFERED, DATA_ONLY, KILL_PRIVILEGES, Operation, Request
+from ...protocol import APPEND, BUFFERED, CACHED, DATA_ONLY, KILL_PRIVILEGES, Operation, Request
 from ...syscalls import Attributes
 from ..handles import Handle
 from ..mirror import Mirror
@@ -27,6 +29,8 @@ class FileRequests(Responder):
     def __init__(self, mirror: Mirror, device: int) -> None:
         super().__init__(mirror, device)
         self._router = mirror.router
+        capabilities = mirror.capabilities
+        self._writeback = capabilities is not None and Feature.WRITEBACK_CACHE in capabilities.features
         arena = mirror.router.arena
         self._view = arena.view
         self._scratch = memoryview(bytearray(wire.OUT_HEADER_SIZE + READ_LIMIT))
@@ -55,6 +59,9 @@ class FileRequests(Responder):
         backing = mirror.passthrough.back(self._handles.get(number), attributes)
         if backing:
             return wire.FOPEN_PASSTHROUGH, backing
+        if self._writeback and fcntl.fcntl(self._handles.get(number).descriptor, fcntl.F_GETFL) & os.O_APPEND:
+            # An append-only file (chattr +a): whole pages written back would be appended.
+            return wire.FOPEN_DIRECT_IO, 0
         return mirror.policy.open_flags(mirror.inodes.get(nodeid), attributes), 0
 
     def create(self, base: int, length: int) -> None:
@@ -141,6 +148,8 @@ class FileRequests(Responder):
         )
         flags = KILL_PRIVILEGES if write_flags & wire.FUSE_WRITE_KILL_SUIDGID else 0
         cached = write_flags & wire.FUSE_WRITE_CACHE
+        if cached:
+            flags |= CACHED
         if open_flags & os.O_APPEND and not cached:
             flags |= APPEND
         handle = self._handles.get(number)

@@ -83,8 +83,9 @@ class NameRequests(Responder):
 
     def statx(self, base: int, length: int) -> None:
         """FUSE_STATX: sent where somebody asks for the birth time."""
-        unique, nodeid, _, _, flags, mask = wire.STATX_REQUEST.unpack_from(self._memory, base)
-        raw = self._tree.statx_raw(nodeid, mask, flags)
+        unique, nodeid, getattr_flags, number, flags, mask = wire.STATX_REQUEST.unpack_from(self._memory, base)
+        handle = self._handles.get(number) if getattr_flags & wire.FUSE_GETATTR_FH else None
+        raw = self._tree.statx_raw(nodeid, mask, flags, handle)
         self._send(wire.reply(unique, wire.STATX_OUT.pack(*self._attr_timeout, 0) + bytes(raw)))
 
     def rename2(self, base: int, length: int) -> None:
