@@ -61,6 +61,7 @@ class Files:
         Returns:
             The handle's number and the file's attributes.
         """
+        self._handles.ensure_room()
         descriptor, attributes = self._open(nodeid, self._source_flags(flags), flags)
         if flags & os.O_TRUNC:
             try:
@@ -128,6 +129,7 @@ class Files:
         source_flags = self._source_flags(flags) & ~os.O_NOATIME | os.O_CREAT | os.O_EXCL
         permissions = stat.S_IMODE(mode)
         check_name(name)
+        self._handles.ensure_room()
         try:
             descriptor = self._tree.as_requester(
                 parent, who, lambda directory: os.open(name, source_flags, permissions, dir_fd=directory)
@@ -149,6 +151,7 @@ class Files:
         Returns:
             The handle's number, the inode's, and its attributes.
         """
+        self._handles.ensure_room()
         source_flags = self._source_flags(flags) & ~os.O_NOFOLLOW | flags & os.O_EXCL | os.O_TMPFILE
         permissions = stat.S_IMODE(mode)
         descriptor = self._tree.as_requester(
@@ -183,6 +186,7 @@ class Files:
 
     def opendir(self, nodeid: int) -> int:
         """Open a directory and return the handle's number."""
+        self._handles.ensure_room()
         descriptor, attributes = self._reopen(nodeid, _OPEN_DIRECTORY)
         return self._add(descriptor, nodeid, 0, attributes)
 

@@ -67,9 +67,11 @@ class Handles:
     Args:
         generation: how many fronts there have been, this one included. A number given out by an earlier front means
             nothing to this one: whoever still has it open gets EBADF, never somebody else's file.
+        capacity: how many may be open, so that descriptors are left for names and directories.
     """
 
-    def __init__(self, generation: int = 1) -> None:
+    def __init__(self, generation: int = 1, capacity: int = 1 << 30) -> None:
+        self._capacity = capacity
         self._table: dict[int, Handle] = {}
         self._of_inode: dict[int, list[Handle]] = {}
         self._next = generation * HANDLES_PER_FRONT
@@ -80,6 +82,15 @@ class Handles:
     def open_inodes(self) -> Container[int]:
         """Return the inodes that are open."""
         return self._of_inode
+
+    def ensure_room(self) -> None:
+        """Refuse one more open file if there are as many as may be.
+
+        Raises:
+            OSError: ENFILE.
+        """
+        if len(self._table) >= self._capacity:
+            raise OSError(errno.ENFILE, os.strerror(errno.ENFILE))
 
     def add(self, handle: Handle) -> int:
         """Take *handle* in and return its number."""

@@ -23,6 +23,8 @@ from .tree import Tree
 # Descriptors kept for directories: a share of what the process may open, most of which belongs to open files.
 _DIRECTORIES_SHARE = 8
 _DIRECTORIES_MOST = 1024
+# Descriptors that open files must leave for everything else, so that names can still be found when many are open.
+_RESERVE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +71,9 @@ def build_mirror(
     finally:
         os.close(readable)
     inodes = Inodes(fstatx(root), births=kind not in STACKED)
-    anchors = Anchors(inodes, root, min(_DIRECTORIES_MOST, limit // _DIRECTORIES_SHARE))
-    handles = Handles(arena.generation)
+    directories = min(_DIRECTORIES_MOST, limit // _DIRECTORIES_SHARE)
+    anchors = Anchors(inodes, root, directories)
+    handles = Handles(arena.generation, limit - directories - _RESERVE - len(pipes))
     router = Router(arena, pipes)
     caller = Caller()
     setid = SetidGuard()
