@@ -21,6 +21,7 @@ MARKERS = (
     "user: of interest as an ordinary user too",
     "mounted: says nothing about a plain directory, left out with --via native",
     "own_loop: only llloop's own request loop can do it",
+    "by_workers: of I/O that passes through llloop, left out with --serve-option=--io=kernel",
     "slow: takes many seconds",
 )
 
@@ -59,6 +60,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs root"))
         if item.get_closest_marker("own_loop") and via == "llfuse":
             item.add_marker(pytest.mark.skip(reason="only llloop's own loop can do this"))
+        if item.get_closest_marker("by_workers") and "--io=kernel" in config.getoption("--serve-option"):
+            item.add_marker(pytest.mark.skip(reason="the kernel does the I/O itself, and this its own way"))
         if item.get_closest_marker("mounted") and via == "native":
             item.add_marker(pytest.mark.skip(reason="says nothing about a plain directory"))
 

@@ -145,6 +145,7 @@ def test_appending(tree: Tree) -> None:
     assert (tree.src / "file").read_bytes() == b"".join(b"%d" % number * 4096 for number in range(5))
 
 
+@pytest.mark.by_workers
 def test_switched_on_and_off_while_open(tree: Tree) -> None:
     content = pattern(16_384)
     (tree.mnt / "file").write_bytes(content)

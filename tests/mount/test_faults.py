@@ -156,6 +156,7 @@ def test_a_fault_in_forget(faulty: Faulty) -> None:
         forget_unused(faulty.mirror.mountpoint)
 
 
+@pytest.mark.by_workers
 def test_a_fault_in_a_worker_s_read(faulty: Faulty) -> None:
     """By direct I/O: the kernel tries a failed read-ahead again page by page, and pages are read in the front."""
     with opened(faulty.mnt / "file", os.O_RDONLY | os.O_DIRECT) as descriptor, mmap.mmap(-1, LARGE) as buffer:
@@ -165,6 +166,7 @@ def test_a_fault_in_a_worker_s_read(faulty: Faulty) -> None:
         assert buffer[:] == pattern(LARGE)
 
 
+@pytest.mark.by_workers
 def test_a_fault_in_a_worker_s_write(faulty: Faulty) -> None:
     with opened(faulty.mnt / "file", os.O_RDWR) as descriptor:
         with faulty.fault("Transfers._write"), fails(errno.EIO):

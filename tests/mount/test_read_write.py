@@ -161,6 +161,7 @@ def test_a_hole_reads_as_zeros_and_takes_no_room(tree: Tree) -> None:
 
 
 @pytest.mark.parametrize("offset", [4 * GIB - 3, 4 * GIB, 2**40 + 12_345, 2**43 + 1], ids=hex)
+@pytest.mark.by_workers
 def test_beyond_four_gibibytes(tree: Tree, offset: int) -> None:
     data = pattern(10_000, 5)
     with opened(tree.mnt / "file", os.O_CREAT | os.O_RDWR) as descriptor:
@@ -249,6 +250,7 @@ def test_append(tree: Tree) -> None:
 
 
 @pytest.mark.own_loop  # llfuse does not pass on the flags that a WRITE request carries
+@pytest.mark.by_workers
 def test_append_switched_on_and_off_while_open(tree: Tree) -> None:
     with opened(tree.mnt / "file", os.O_CREAT | os.O_RDWR) as descriptor:
         plain = fcntl.fcntl(descriptor, fcntl.F_GETFL)

@@ -41,6 +41,7 @@ def test_processes_are_named_in_ps(serve: Serve) -> None:
         assert Path(f"/proc/{pid}/comm").read_text().rstrip("\n") == title[:15]
 
 
+@pytest.mark.by_workers
 def test_an_open_file_is_held_by_exactly_one_worker(serve: Serve) -> None:
     mirror = serve("--workers", "4")
     for number in range(8):
@@ -63,6 +64,7 @@ def test_an_open_file_is_held_by_exactly_one_worker(serve: Serve) -> None:
             assert holders(mirror, mirror.source / name) == first, "another worker after a fresh open"
 
 
+@pytest.mark.by_workers
 def test_io_of_many_files_is_spread_over_the_workers(serve: Serve) -> None:
     count, shards = 240, 4
     mirror = serve("--workers", str(shards))
@@ -128,6 +130,7 @@ def test_one_worker_is_enough(serve: Serve) -> None:
     assert set(workers(mirror)) == {"llloop-worker-0"}
 
 
+@pytest.mark.by_workers
 def test_counters_tell_who_did_what(serve: Serve) -> None:
     """SIGUSR1 has every worker's requests and bytes logged, and what the front holds."""
     mirror = serve("--workers", "4")

@@ -167,6 +167,7 @@ def test_a_source_without_inodes_refuses_new_files(scratch: Path, serving: Calla
 
 
 @pytest.mark.root
+@pytest.mark.by_workers
 def test_the_part_reserved_for_root_is_not_for_users(scratch: Path, serving: Callable[..., Any]) -> None:
     """Whoever writes on a user's behalf as root must not eat what ext4 keeps back for root."""
     user = Caller(4001, 4001)
