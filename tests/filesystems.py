@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -72,3 +72,22 @@ def ext4(directory: Path, size: int = 32 << 20, *arguments: str) -> Iterator[Pat
             yield path
     finally:
         image.unlink()
+
+
+@contextmanager
+def overlay(directory: Path, lower: Path) -> Iterator[Path]:
+    """`lower` under an empty upper directory; both lie on tmpfs, which can hold an overlay's marks."""
+    layers = directory / "layers"
+    with tmpfs(layers, "size=8m"):
+        shutil.copytree(lower, layers / "lower")
+        for name in ("upper", "work"):
+            (layers / name).mkdir()
+        options = f"lowerdir={layers}/lower,upperdir={layers}/upper,workdir={layers}/work"
+        with ExitStack() as stack:
+            try:
+                where = stack.enter_context(
+                    mounted("llloop-test", directory / "overlay", "-t", "overlay", "-o", options)
+                )
+            except AssertionError as error:
+                pytest.skip(f"no overlay can be mounted here: {error}")
+            yield where

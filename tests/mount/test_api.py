@@ -95,6 +95,16 @@ def test_options_are_keywords(place: Ground) -> None:
             (place.mountpoint / "file").touch()
 
 
+def test_the_command_s_environment_is_not_the_library_s(place: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody expects of a program that says how it mounts to mount otherwise for a variable in its user's shell."""
+    monkeypatch.setenv("LLLOOP_SERVE_READ_ONLY", "1")
+    monkeypatch.setenv("LLLOOP_SERVE_WORKERS", "3")
+    with llloop.mount(place.source, place.mountpoint, workers=1) as mounted:
+        (place.mountpoint / "file").write_text("content")
+        assert "llloop-worker-1" not in process_titles(os.getsid(mounted.pid))
+    assert (place.source / "file").read_text() == "content"
+
+
 def test_an_unknown_keyword(place: Ground) -> None:
     with pytest.raises(errors.UsageError, match="wrokers"), llloop.mount(place.source, place.mountpoint, wrokers=2):
         raise AssertionError("mounted")

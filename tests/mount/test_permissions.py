@@ -3,6 +3,7 @@
 import itertools
 import os
 import stat
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -457,3 +458,30 @@ def test_the_servers_own_umask_does_not_matter(serve: Serve) -> None:
     run_as(MYSELF.with_umask(0), os.mkdir, mirror.mountpoint / "directory", 0o777)
     assert stat.S_IMODE((mirror.source / "file").stat().st_mode) == 0o666
     assert stat.S_IMODE((mirror.source / "directory").stat().st_mode) == 0o777
+
+
+def create_write_remove(directory: Path, name: str) -> list[str]:
+    """Many times, with writes that are a worker's work; returns what failed."""
+    failed = []
+    for number in range(300):
+        try:
+            fd = os.open(directory / f"{name}-{number}", os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                os.write(fd, b"x" * 66_000)
+            finally:
+                os.close(fd)
+            os.unlink(directory / f"{name}-{number}")
+        except OSError as error:
+            failed.append(str(error))
+    return failed
+
+
+@pytest.mark.mounted
+def test_a_server_without_the_right_to_trace_serves_users_as_well(serve: Serve) -> None:
+    """While the front acts as another user, its descriptors are closed to the workers unless they may trace it."""
+    rights = ["setpriv", "--bounding-set=-sys_ptrace", "--inh-caps=-sys_ptrace"]
+    mirror = serve("--workers", "2", command=[*rights, sys.executable, "-m", "llloop", "serve"])
+    mirror.source.chmod(0o777)
+    callers = [OWNER, MEMBER, PRIMARY, STRANGER]
+    children = [Child(create_write_remove, mirror.mountpoint, str(caller.uid), caller=caller) for caller in callers]
+    assert [child.result() for child in children] == [[]] * len(callers)

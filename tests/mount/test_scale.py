@@ -1,5 +1,6 @@
 """Large trees and many open files, with few descriptors and no memory kept for what the kernel has forgotten."""
 
+import errno
 import os
 import resource
 import shutil
@@ -12,7 +13,7 @@ import pytest
 
 from tests.as_user import Child
 from tests.conftest import Serve
-from tests.expect import outcome
+from tests.expect import fails, outcome
 from tests.kernel_caches import forget_unused
 from tests.mirror import Tree, reachable_directory, source_parent
 from tests.server_processes import descriptors, private_memory, titles, wait_until
@@ -23,8 +24,11 @@ OPEN_FILES = 5_000
 
 
 def with_descriptor_limit(limit: int) -> list[str]:
-    """The command, unable to raise its limit again."""
-    return ["/bin/sh", "-c", f'ulimit -n {limit} && exec "$0" "$@"', sys.executable, "-m", "llloop", "serve"]
+    """The command, unable to raise its limit again: root's could, but for the right that is taken away here."""
+    server = [sys.executable, "-m", "llloop", "serve"]
+    if os.geteuid() == 0:
+        server = ["setpriv", "--bounding-set=-sys_resource", "--inh-caps=-sys_resource", *server]
+    return ["/bin/sh", "-c", f'ulimit -n {limit} && exec "$0" "$@"', *server]
 
 
 @pytest.fixture
@@ -176,6 +180,41 @@ def test_the_servers_own_limit_is_an_error_for_the_caller_only(serve: Serve) -> 
         for fd in files:
             os.close(fd)
     assert wait_until(lambda: outcome((mirror.mountpoint / "there").read_bytes) == b"content")
+
+
+@pytest.mark.mounted
+def test_names_can_be_used_when_no_more_files_can_be_opened(serve: Serve) -> None:
+    """Or one user who opens all he can would take the mount from everybody."""
+    mirror = serve("--workers", "1", command=with_descriptor_limit(300))
+    mnt = mirror.mountpoint
+    for number in range(40):
+        (mirror.source / f"directory{number}" / "below").mkdir(parents=True)
+        (mirror.source / f"directory{number}" / "below" / "file").write_bytes(b"content")
+    for number in range(300):
+        (mirror.source / f"{number}").touch()
+    files: list[int] = []
+    try:
+        with fails(errno.ENFILE):
+            for number in range(300):
+                files.append(os.open(mnt / f"{number}", os.O_RDONLY))
+        assert len(files) > 100
+        for number in range(40):
+            below = mnt / f"directory{number}" / "below"
+            assert (below / "file").stat().st_size == 7
+            os.mkdir(below / "new")
+            os.rename(below / "file", below / "new" / "moved")
+            os.chmod(below / "new" / "moved", 0o600)
+            os.symlink("moved", below / "new" / "symlink")
+            os.unlink(below / "new" / "moved")
+        # Of an open file too; the server keeps a descriptor of each file that lost its last name.
+        for number in range(10):
+            os.unlink(mnt / f"{number}")
+            os.replace(mnt / f"{number + 10}", mnt / f"{number + 20}")
+        assert os.listdir(mirror.source / "directory39" / "below" / "new") == ["symlink"]
+    finally:
+        for fd in files:
+            os.close(fd)
+    assert wait_until(lambda: outcome((mnt / "299").read_bytes) == b"")
 
 
 def test_a_large_directory_is_made_listed_and_removed(tree: Tree) -> None:

@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 from tests.as_user import Caller, run_as
 from tests.conftest import Serve
 from tests.expect import outcome, pattern
-from tests.filesystems import ext4, make_image, mounted, tmpfs
+from tests.filesystems import ext4, make_image, mounted, overlay, tmpfs
 from tests.mirror import Mirror, Tree, reachable_directory
 from tests.server_processes import wait_until
 from tests.syscalls import FALLOC_FL_KEEP_SIZE, fallocate, opened, syncfs
@@ -137,6 +138,38 @@ def test_a_full_source_refuses_every_way_to_fill_it(scratch: Path, serving: Call
             del found["native"][name], found["mounted"][name]
     assert found["mounted"] == found["native"]
     assert found["native"]["write"] == "ENOSPC"
+
+
+@pytest.mark.root
+@pytest.mark.mounted
+@pytest.mark.own_loop
+@pytest.mark.parametrize("how", ["mapping", "writeback"])
+def test_cached_data_that_fits_only_partly_is_not_lost_silently(
+    scratch: Path, serving: Callable[..., Any], how: str
+) -> None:
+    """The kernel takes a short write of its cache for a whole one."""
+    size, room = 400_000, 60 * mmap.PAGESIZE
+    content = pattern(size)
+
+    def write(path: Path) -> None:
+        with opened(path, os.O_RDWR | os.O_CREAT) as fd:
+            if how == "mapping":
+                os.ftruncate(fd, size)
+                with mmap.mmap(fd, size) as view:
+                    view[:] = content
+                    view.flush()
+            else:
+                assert os.write(fd, content) == size
+                os.fsync(fd)
+
+    options = ["--writeback"] if how == "writeback" else []
+    with tmpfs(scratch / "full", "size=1m") as source, serving(source, *options) as mirror:
+        (source / "filler").write_bytes(bytes(MIB - room))
+        assert outcome(write, mirror.mountpoint / "file") == "ENOSPC"
+        assert (source / "file").stat().st_blocks * 512 == room
+        (source / "filler").unlink()
+        assert outcome(write, mirror.mountpoint / "second") is None
+        assert (source / "second").read_bytes() == content
 
 
 @pytest.mark.root
@@ -411,3 +444,70 @@ def test_errors_of_devices_and_ioctls_are_the_usual_ones(tree: Tree) -> None:
     with opened(tree.mnt / "file", os.O_RDWR) as fd:
         assert outcome(lambda: fcntl.ioctl(fd, 0x5401, bytes(64))) == "ENOTTY"
         assert outcome(lambda: fcntl.ioctl(fd, 0x12345678, bytes(64))) == "ENOTTY"
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("options", [[], ["--writeback"]], ids=["default", "writeback"])
+def test_an_append_only_file_of_the_source_grows_by_what_is_appended(
+    scratch: Path, serving: Callable[..., Any], via: str, options: list[str]
+) -> None:
+    """Such a file (chattr +a) appends whatever is written, also a page that the kernel had filled up with old data."""
+    if options and via == "llfuse":
+        pytest.skip("only llloop's own loop can do this")
+    with ext4(scratch, 16 * MIB) as source, serving(source, *options) as mirror:
+        (source / "log").write_bytes(b"hello")
+        subprocess.run(["chattr", "+a", source / "log"], check=True, timeout=30)
+        try:
+            with opened(mirror.mountpoint / "log", os.O_WRONLY | os.O_APPEND) as fd:
+                assert os.write(fd, b"12345") == 5
+                assert os.write(fd, b"x" * 100_000) == 100_000
+                os.fsync(fd)
+            for side in (source, mirror.mountpoint):
+                assert (side / "log").read_bytes() == b"hello12345" + b"x" * 100_000
+            assert outcome(lambda: os.open(mirror.mountpoint / "log", os.O_WRONLY)) == "EPERM"
+        finally:
+            subprocess.run(["chattr", "-a", source / "log"], check=True, timeout=30)
+
+
+@pytest.mark.root
+def test_a_copy_up_of_an_overlay_leaves_what_is_open_as_it_is(scratch: Path, serving: Callable[..., Any]) -> None:
+    """The first change of a file moves it to the upper directory, where it has another time of birth."""
+    below = scratch / "below"
+    (below / "directory").mkdir(parents=True)
+    (below / "directory" / "file").write_bytes(b"content")
+    home = os.open("/", os.O_RDONLY)
+    with overlay(scratch, below) as source:
+        # A birth time is as coarse as the kernel's clock tick.
+        time.sleep(0.02)
+        with serving(source) as mirror:
+            directory = mirror.mountpoint / "directory"
+            try:
+                with opened(directory, os.O_RDONLY) as descriptor, opened(directory / "file", os.O_RDONLY) as fd:
+                    os.fchdir(descriptor)
+                    (directory / "new").write_bytes(b"new")
+                    os.chmod(directory / "file", 0o600)
+                    # The kernel's own knowledge of what it had looked up before must not answer.
+                    time.sleep(1.1)
+                    found = outcomes(
+                        {
+                            "list the working directory": lambda: sorted(os.listdir(".")),
+                            "list the open directory": lambda: sorted(os.listdir(descriptor)),
+                            "read through the working directory": lambda: Path("new").read_bytes(),
+                            "read the open file": lambda: os.pread(fd, 100, 0),
+                            "size of the open file": lambda: os.fstat(fd).st_size,
+                            "mode": lambda: oct(os.stat("file").st_mode),
+                            "read by path": (directory / "file").read_bytes,
+                        }
+                    )
+            finally:
+                os.fchdir(home)
+                os.close(home)
+    assert found == {
+        "list the working directory": ["file", "new"],
+        "list the open directory": ["file", "new"],
+        "read through the working directory": b"new",
+        "read the open file": b"content",
+        "size of the open file": 7,
+        "mode": "0o100600",
+        "read by path": b"content",
+    }
