@@ -143,6 +143,7 @@ def test_a_full_source_refuses_every_way_to_fill_it(scratch: Path, serving: Call
 @pytest.mark.root
 @pytest.mark.mounted
 @pytest.mark.own_loop
+@pytest.mark.by_workers
 @pytest.mark.parametrize("how", ["mapping", "writeback"])
 def test_cached_data_that_fits_only_partly_is_not_lost_silently(
     scratch: Path, serving: Callable[..., Any], how: str
