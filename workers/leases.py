@@ -11,8 +11,7 @@ from llloop.protocol import HANDLES_PER_FRONT
 from llloop.syscalls import pidfd_getfd
 
 _REFUSED = frozenset({errno.EPERM, errno.ENOSYS})
-_TRIES = 20
-_PAUSE = 0.0002  # seconds
+_PAUSES = (0.0002,) * 20 + (0.005,) * 20  # seconds between tries
 _FULL = frozenset({errno.EMFILE, errno.ENFILE})
 _REOPEN = os.O_ACCMODE | os.O_SYNC | os.O_DSYNC | os.O_DIRECT
 
@@ -29,7 +28,6 @@ class Leases:
         self._held: dict[int, int] = {}
         self._front = 0
         self._generation = 0
-        self._tracing_forbidden = False
         self._pidfd = -1
 
     def __len__(self) -> int:
@@ -65,19 +63,26 @@ class Leases:
         return self._duplicate(descriptor)
 
     def _duplicate(self, descriptor: int) -> int:
-        for _ in range(1 if self._tracing_forbidden else _TRIES):
+        """Fetch a descriptor from the front; where tracing is forbidden (seccomp in containers), open its file again.
+
+        For the moments in which the front acts as somebody else, both are refused; they pass.
+        """
+        for pause in (*_PAUSES, None):
             try:
                 return pidfd_getfd(self._pidfd, descriptor)
             except OSError as error:
                 if error.errno not in _REFUSED:
                     raise
-                # For the moments in which the front acts as somebody else, others may not look into it.
-                if error.errno == errno.EPERM:
-                    time.sleep(_PAUSE)
-        self._tracing_forbidden = True
-        # Where tracing is forbidden (seccomp in containers) the file can still be opened again.
-        entry = f"/proc/{self._front}/fdinfo/{descriptor}"
-        with open(entry) as info:
+            try:
+                return self._open_again(descriptor)
+            except PermissionError:
+                if pause is None:
+                    raise
+                time.sleep(pause)
+        raise AssertionError("the last try returns or raises")
+
+    def _open_again(self, descriptor: int) -> int:
+        with open(f"/proc/{self._front}/fdinfo/{descriptor}") as info:
             flags = next(int(line.split()[1], 8) for line in info if line.startswith("flags:"))
         return os.open(f"/proc/{self._front}/fd/{descriptor}", flags & _REOPEN | os.O_CLOEXEC)
 

@@ -26,6 +26,8 @@ _COPY_AT_ONCE = 64 * 1024 * 1024
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 _ROOM_PAUSES = (0.001, 0.01)  # seconds
 
+_APPENDS_OF_OTHERS = 1024 * 1024  # bytes
+
 # How far a WRITE had come, noted in its slot for a successor.
 _BEGUN, _APPENDING, _DONE = range(3)
 
@@ -117,24 +119,39 @@ class Transfers:
         """Do a request that a worker before this one left unanswered, without doing a write twice that counts once."""
         stage = self._arena.stages[request.slot]
         result = self._arena.results[request.slot]
-        if stage == _APPENDING and self._was_appended(request, result):
-            stage, result = _DONE, request.length
+        if stage == _APPENDING:
+            stage, result = self._finish_append(request, result)
         if stage == _DONE:
             self._replies.count(request, result)
             self._arena.give_back(request.slot)
         else:
             self.execute(request)
 
-    def _was_appended(self, request: Request, position: int) -> bool:
-        """Whether the payload of an append stands in the file at or after the position where its end was before."""
+    def _finish_append(self, request: Request, position: int) -> tuple[int, int]:
+        """Find out how much of an append was written before its worker died, and write what is missing.
+
+        Args:
+            request: the append.
+            position: where the end of the file was before.
+
+        Returns:
+            _DONE and the number of bytes in the file, or _BEGUN and 0 if none are.
+        """
         payload = bytes(self._arena.payload(request.slot, request.length))
+        fd = self._fd(request)
         try:
-            path = f"/proc/self/fd/{self._fd(request)}"
-            with open(path, "rb") as file:
+            with open(f"/proc/self/fd/{fd}", "rb") as file:
                 file.seek(position)
-                return payload in file.read()
-        except OSError:
-            return False
+                # Others may have appended in between, so it is looked for a little further on, too.
+                tail = file.read(len(payload) + _APPENDS_OF_OTHERS)
+        except OSError:  # a file that may only be written
+            return _BEGUN, 0
+        if payload in tail:
+            return _DONE, len(payload)
+        if not tail or not payload.startswith(tail):
+            return _BEGUN, 0
+        rest = payload[len(tail) :]
+        return _DONE, len(tail) + os.pwritev(fd, [rest], 0, os.RWF_APPEND)
 
     def _fd(self, request: Request) -> int:
         return self._descriptors.get(request.handle, request.descriptor)

@@ -166,7 +166,11 @@ def test_a_refusal_that_passes_is_waited_for(leases: Leases, front: Front, monke
             raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
         return pull(pidfd, fd)
 
+    def refused(leases: Leases, descriptor: int) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
     monkeypatch.setattr(leases_module, "pidfd_getfd", refused_at_first)
+    monkeypatch.setattr(Leases, "_open_again", refused)
     first, second = (leases.get(FIRST + number, front.descriptors[0]) for number in (1, 2))
     os.lseek(first, 3, os.SEEK_SET)
     assert os.lseek(second, 0, os.SEEK_CUR) == 3, "the file was opened again"

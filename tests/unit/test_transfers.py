@@ -337,6 +337,18 @@ def test_an_append_is_not_doubled(bench: Bench, between: bytes, after: bytes) ->
     assert path.read_bytes() == whole
 
 
+@pytest.mark.parametrize("written", [1, 4])
+def test_an_append_that_was_cut_short_is_completed(bench: Bench, written: int) -> None:
+    """SIGKILL can end a write in the middle."""
+    path = bench.open(1, b"log\n" + b"line\n"[:written])
+    request = bench.lend(Operation.WRITE, payload=b"line\n", flags=APPEND)
+    bench.arena.results[request.slot] = 4
+    bench.arena.stages[request.slot] = _APPENDING
+    bench.transfers.resume(request)
+    assert count_of(bench.answered(request)) == 5
+    assert path.read_bytes() == b"log\nline\n"
+
+
 def test_a_line_like_an_earlier_one_is_appended_all_the_same(bench: Bench) -> None:
     path = bench.open(1, b"line\nline\n")
     request = bench.lend(Operation.WRITE, payload=b"line\n", flags=APPEND)
