@@ -57,9 +57,10 @@ class Child:
     def start(self, *, detached: bool) -> None:
         """Fork the process."""
         arguments = (self.name, self.target, os.getpid(), detached)
-        self.process = fork.Process(target=_child_main, args=arguments, name=self.name)
+        process = fork.Process(target=_child_main, args=arguments, name=self.name)
         self.started = time.monotonic()
-        self.process.start()
+        process.start()
+        self.process = process
 
     def schedule_restart(self) -> float:
         """Note when the next one is due and return the pause until then, in seconds."""

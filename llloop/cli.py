@@ -15,7 +15,7 @@ from . import log, mounting
 from .arena import DEFAULT_SLOTS
 from .config import MAX_WORKERS, Cache, IoKind, LoopKind, ServeConfig, help_text
 from .daemon import Daemon
-from .errors import HostError, LlloopError, MountpointError
+from .errors import HostError, LlloopError, MountpointError, UsageError
 from .supervisor import Supervisor
 from .version import __version__
 
@@ -133,6 +133,9 @@ def serve(
     options["loop"] = LoopKind(options["loop"])
     options["options"] = tuple(part for option in options["options"] for part in option.split(",") if part)
     config = ServeConfig(source=source, mountpoint=mountpoint, **options)
+    for option, file in (("--log-file", log_file), ("--pid-file", pid_file)):
+        if file is not None and mounting.is_below(str(file), mountpoint):
+            raise UsageError(f"{option} {file}: it lies in the mount point, where the mount would hide it")
     try:
         log.configure(log_level, log_file and log_file.absolute())
     except OSError as error:

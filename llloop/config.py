@@ -9,7 +9,7 @@ from enum import Enum
 from typing import Any
 
 from .arena import DEFAULT_SLOTS, MAX_SHARDS
-from .errors import UsageError
+from .errors import MountpointError, SourceError, UsageError
 
 MAX_WORKERS = min(128, MAX_SHARDS)
 
@@ -133,6 +133,10 @@ class ServeConfig:
     slots: int = _option(DEFAULT_SLOTS, "How many requests may be with the workers at a time; for tests.")
 
     def __post_init__(self) -> None:
+        self._check_paths()
+        options: Any = self.options
+        if isinstance(options, str):
+            object.__setattr__(self, "options", tuple(options.split(",")))
         for name, kind in (("cache", Cache), ("io", IoKind), ("loop", LoopKind)):
             object.__setattr__(self, name, _member(kind, name, getattr(self, name)))
         defaults = {
@@ -141,16 +145,30 @@ class ServeConfig:
             "attr_timeout": _TIMEOUTS[self.cache],
             "entry_timeout": _TIMEOUTS[self.cache],
             "negative_timeout": _TIMEOUTS[self.cache],
-            "fsname": os.path.abspath(self.source),
+            "fsname": _absolute(self.source),
         }
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         self._check()
 
+    def _check_paths(self) -> None:
+        """Refuse what cannot be a path; an empty one would mean the current directory, which nobody means."""
+        for path, kind, what in (
+            (self.source, SourceError, "source"),
+            (self.mountpoint, MountpointError, "mount point"),
+        ):
+            if not isinstance(path, str) or not path or "\0" in path:
+                raise kind(f"{what} {path!r}: this is not the name of a directory")
+
     def _check(self) -> None:
         if type(self.workers) is not int or not 1 <= self.workers <= MAX_WORKERS:
             raise UsageError(f"--workers must be a whole number from 1 to {MAX_WORKERS}, not {self.workers!r}")
+        for name in ("read_only", "allow_other", "xattr", "nonempty", "replace_dead", "writeback"):
+            if type(getattr(self, name)) is not bool:
+                raise UsageError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        if not isinstance(self.fsname, str) or not self.fsname or "\0" in self.fsname:
+            raise UsageError(f"--fsname must be a name, not {self.fsname!r}")
         if self.writeback and self.io is IoKind.KERNEL:
             raise UsageError("--writeback and --io kernel exclude each other: the kernel has nothing to collect then")
         for name in ("attr_timeout", "entry_timeout", "negative_timeout"):
@@ -158,6 +176,14 @@ class ServeConfig:
             if type(seconds) not in (int, float) or not (math.isfinite(seconds) and 0 <= seconds <= 2**31):
                 option = "--" + name.replace("_", "-")
                 raise UsageError(f"{option} must be a number of seconds from 0 to {2**31}, not {seconds!r}")
+
+
+def _absolute(path: str) -> str:
+    """Return *path* as an absolute one, or as it is where the current directory is gone."""
+    try:
+        return os.path.abspath(path)
+    except OSError:
+        return path
 
 
 def _member(kind: type[Enum], option: str, value: Any) -> Enum:

@@ -75,11 +75,14 @@ def mount(operations: Operations, mountpoint: str, options: set[str]) -> int:
         if "fuse_lowlevel_new" in str(error) or "option" in reason:
             raise UsageError(f"mount options {','.join(sorted(options))}: {reason}") from None
         raise HostError(f"mount point {mountpoint}: it could not be mounted: {reason}") from None
-    devices = fuse_devices() - before
-    if len(devices) != 1:
+    try:
+        (device,) = fuse_devices() - before
+    except BaseException as error:
         llfuse.close()
-        raise LlloopError("libfuse did not open /dev/fuse as expected")
-    return next(iter(devices))
+        if isinstance(error, ValueError):
+            raise LlloopError("libfuse did not open /dev/fuse as expected") from None
+        raise
+    return device
 
 
 def initialise(device: int, config: ServeConfig, source: str) -> Connection:

@@ -60,4 +60,5 @@ class Daemon:
         """Remove the pid file."""
         if self._written and self._pid_file is not None:
             with suppress(OSError):
-                self._pid_file.unlink()
+                if self._pid_file.read_text() == f"{os.getpid()}\n":  # else another server has taken it over
+                    self._pid_file.unlink()

@@ -83,6 +83,13 @@ def resolve_mountpoint(mountpoint: str) -> str:
     return os.path.realpath(path)
 
 
+def is_below(path: str, directory: str) -> bool:
+    """Whether *path* lies below *directory*, going by their names."""
+    parent = os.path.realpath(os.path.dirname(os.path.abspath(path)))
+    above = resolve_mountpoint(directory)
+    return os.path.commonpath([parent, above]) == above
+
+
 def check_source(source: str) -> str:
     """Return the absolute path of the source.
 
@@ -219,6 +226,15 @@ def _user_allow_other() -> bool:
     return any(line.strip() == "user_allow_other" for line in lines)
 
 
+# Mount options that llloop sets by itself, and what to say to who gives them.
+_OWN_OPTIONS = {
+    "allow_other": "say --allow-other or --no-allow-other instead",
+    "fsname": "say --fsname NAME instead",
+    "nonempty": "say --nonempty instead",
+    "subtype": "it is always llloop",
+}
+
+
 def mount_options(config: ServeConfig) -> set[str]:
     """Return the options to give to libfuse.
 
@@ -226,9 +242,12 @@ def mount_options(config: ServeConfig) -> set[str]:
         UsageError: an option is not ASCII, which llfuse cannot pass on.
     """
     # libfuse splits options at commas unless they are escaped, and llfuse passes only ASCII.
-    name = config.fsname.encode("ascii", "replace").decode().replace("\\", "\\\\").replace(",", "\\,")
-    options = {"default_permissions", "subtype=llloop", f"fsname={name}"}
+    fsname = config.fsname.encode("ascii", "replace").decode().replace("\\", "\\\\").replace(",", "\\,")
+    options = {"default_permissions", "subtype=llloop", f"fsname={fsname}"}
     for option in config.options:
+        name = option.partition("=")[0]
+        if name in _OWN_OPTIONS:
+            raise UsageError(f"mount option {option}: {_OWN_OPTIONS[name]}")
         if not option.isascii():
             raise UsageError(f"mount option {option!r}: only ASCII can be passed to libfuse")
         options.add(option)

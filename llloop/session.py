@@ -27,6 +27,9 @@ _CHANNEL = struct.Struct("=3QQi4xQ")
 # MIN_BUFSIZE of libfuse 2.9's lib/fuse_kern_chan.c: 128 KiB and a page.
 _LIBFUSE_BUFFER_SIZE = 0x21000
 
+# llfuse's .bss has some ten thousand bytes.
+_BSS_LIMIT = 1024 * 1024
+
 _WORD = struct.calcsize("P")
 
 
@@ -151,8 +154,10 @@ def _data_segments() -> Iterator[tuple[int, int]]:
             start, end = (int(part, 16) for part in fields[0].split(b"-"))
             path = os.fsdecode(fields[5]) if len(fields) > 5 else ""
             own = os.path.basename(path) == name and os.path.realpath(path) == library
-            if b"w" in fields[1] and (own or (not path and start == previous_end)):
+            if b"w" in fields[1] and own:
                 yield start, end
+            elif b"w" in fields[1] and not path and start == previous_end:
+                yield start, min(end, start + _BSS_LIMIT)  # other anonymous memory may have grown together with it
             previous_end = end if own else 0
 
 

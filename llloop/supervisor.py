@@ -15,6 +15,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -31,7 +32,7 @@ from . import connection, log, mounting, negotiation, wire
 from .arena import Arena
 from .children import LONGEST_PAUSE, PATIENCE, STOP_SIGNALS, Child, end, fork
 from .config import ServeConfig
-from .errors import LlloopError
+from .errors import HostError, LlloopError, UsageError
 from .front.operations import Operations
 from .front.process import FrontSetup, run_front
 from .workers.process import WorkerSetup, run_worker
@@ -91,6 +92,17 @@ class Supervisor:
         Raises:
             LlloopError: the mount could not be made.
         """
+        if threading.current_thread() is not threading.main_thread():
+            raise UsageError("a mount can be served by the main thread only; llloop.mount() works in any")
+        try:
+            return self._run()
+        except OSError as error:
+            hint = ""
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                hint = "; allow more open files (ulimit -n) or serve with fewer workers"
+            raise HostError(f"mount point {self._mountpoint}: it could not be served: {error.strerror}{hint}") from None
+
+    def _run(self) -> int:
         setproctitle("llloop-supervisor")
         multiprocessing.current_process().name = "llloop-supervisor"
         _raise_descriptor_limit()
@@ -302,6 +314,7 @@ class Supervisor:
                 child.process.kill()  # all at once, for each may take its time
         for child in self._children:
             end(child.process)
+        self._let_go()  # first, for what follows needs descriptors, and there may be none left
         if self._unmounter is not None and not self._is_mounted():
             self._unmounter.join(PATIENCE)  # it has nothing left to do; killed, it would leave its fusermount behind
         end(self._unmounter)
@@ -314,7 +327,6 @@ class Supervisor:
                 _log.error("%s could not be detached: %s", self._mountpoint, error)
         llfuse.close(unmount=False)
         log.release()
-        self._let_go()
 
     def _let_go(self) -> None:
         """Leave nothing of this mount in the process: signal handlers, descriptors."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llloop import config
 from llloop.config import MAX_WORKERS, Cache, IoKind, LoopKind, ServeConfig, help_text, usable_cpus
-from llloop.errors import UsageError
+from llloop.errors import MountpointError, SourceError, UsageError
 
 
 def make(**options: Any) -> ServeConfig:
@@ -62,7 +62,25 @@ def test_timeouts_follow_the_cache_mode_unless_given(cache: Cache, seconds: floa
 
 def test_the_name_of_the_file_system_is_the_whole_path(monkeypatch: pytest.MonkeyPatch) -> None:
     assert make(source="some/where").fsname == os.path.abspath("some/where")
-    assert make(fsname="").fsname == ""
+    with pytest.raises(UsageError, match="--fsname"):
+        make(fsname="")
+
+
+@pytest.mark.parametrize("options", [{"source": ""}, {"mountpoint": ""}, {"source": "a\0b"}, {"source": None}])
+def test_what_cannot_be_a_directory_is_refused(options: dict[str, str]) -> None:
+    """An empty name, as of a variable that is not set, must not mean the current directory."""
+    with pytest.raises((SourceError, MountpointError), match="not the name of a directory"):
+        make(**options)
+
+
+@pytest.mark.parametrize("name", ["read_only", "xattr", "writeback", "nonempty", "replace_dead", "allow_other"])
+def test_switches_are_true_or_false(name: str) -> None:
+    with pytest.raises(UsageError, match=name):
+        make(**{name: "no"})
+
+
+def test_mount_options_may_be_one_string() -> None:
+    assert make(options="noexec,noatime").options == ("noexec", "noatime")
 
 
 @pytest.mark.parametrize("workers", [1, 2, MAX_WORKERS])
