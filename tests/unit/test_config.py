@@ -70,7 +70,7 @@ def test_the_name_of_the_file_system_is_the_whole_path(monkeypatch: pytest.Monke
 def test_what_cannot_be_a_directory_is_refused(options: dict[str, str]) -> None:
     """An empty name, as of a variable that is not set, must not mean the current directory."""
     with pytest.raises((SourceError, MountpointError), match="not the name of a directory"):
-        make(**options)
+        ServeConfig(**{"source": "/src", "mountpoint": "/mnt", **options})
 
 
 @pytest.mark.parametrize("name", ["read_only", "xattr", "writeback", "nonempty", "replace_dead", "allow_other"])
