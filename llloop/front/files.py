@@ -142,7 +142,7 @@ class Files:
         except BaseException:
             os.close(descriptor)
             raise
-        nodeid = self._tree.enter(parent, name, attributes)
+        nodeid = self._inodes.remember(parent, name, attributes)
         return self._add(descriptor, nodeid, flags, attributes), nodeid, attributes
 
     def tmpfile(self, parent: int, mode: int, flags: int, who: Requester) -> tuple[int, int, Attributes]:
@@ -163,7 +163,7 @@ class Files:
         except BaseException:
             os.close(descriptor)
             raise
-        nodeid = self._tree.enter(0, b"", attributes)
+        nodeid = self._inodes.remember(0, b"", attributes)
         self._anchors.pin(nodeid, pin)
         return self._add(descriptor, nodeid, flags, attributes), nodeid, attributes
 

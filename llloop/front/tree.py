@@ -100,10 +100,6 @@ class Tree:
         attributes = statx(self.anchors.directory(parent), check_name(name))
         return self.inodes.remember(parent, name, attributes), attributes
 
-    def enter(self, parent: int, name: bytes, attributes: Attributes) -> int:
-        """Enter an inode that was found or made, counting one lookup, and return its number."""
-        return self.inodes.remember(parent, name, attributes)
-
     def forget(self, nodeid: int, lookups: int) -> None:
         """Take back *lookups* of an inode."""
         if self.inodes.forget(nodeid, lookups):
@@ -143,7 +139,7 @@ class Tree:
             path = f"/proc/self/fd/{reached.fd}"
             os.link(path, check_name(name), dst_dir_fd=self.anchors.directory(parent), follow_symlinks=True)
             attributes = fstatx(reached.fd)
-        return self.enter(parent, name, attributes), attributes
+        return self.inodes.remember(parent, name, attributes), attributes
 
     def unlink(self, parent: int, name: bytes) -> None:
         """Remove a name of anything but a directory (unlink(2))."""

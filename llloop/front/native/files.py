@@ -93,6 +93,7 @@ class FileRequests(Responder):
 
     def _submit(
         self,
+        handle: Handle,
         number: int,
         operation: Operation,
         unique: int,
@@ -103,7 +104,7 @@ class FileRequests(Responder):
         gid: int = 0,
         extra: tuple[int, ...] = (),
     ) -> None:
-        handle = self._handles.get(number)
+        """Hand a request to the worker of *handle*, or do it here if that cannot be."""
         if not self._router.submit(handle, number, operation, unique, offset, length, flags, uid, gid, extra):
             slot = self._router.slot
             self._local.execute(
@@ -117,7 +118,7 @@ class FileRequests(Responder):
         if size <= READ_LIMIT and handle.read_flags is not None and self._read_in_place(handle, unique, offset, size):
             return
         buffered = handle.direct and not open_flags & os.O_DIRECT
-        self._submit(number, Operation.READ, unique, offset, size, BUFFERED if buffered else 0)
+        self._submit(handle, number, Operation.READ, unique, offset, size, BUFFERED if buffered else 0)
 
     def _read_in_place(self, handle: Handle, unique: int, offset: int, size: int) -> bool:
         """Answer a READ at once if the bytes are in memory; return whether they were.
@@ -161,7 +162,7 @@ class FileRequests(Responder):
             and self._write_in_place(handle, unique, offset, base + wire.WRITE_HEADER_SIZE, size, flags)
         ):
             return
-        self._submit(number, Operation.WRITE, unique, offset, size, flags, uid, gid)
+        self._submit(handle, number, Operation.WRITE, unique, offset, size, flags, uid, gid)
 
     def _write_in_place(self, handle: Handle, unique: int, offset: int, start: int, size: int, flags: int) -> bool:
         """Do a WRITE at once if that needs no waiting; return whether it was done.
@@ -191,7 +192,7 @@ class FileRequests(Responder):
         """FUSE_FLUSH: ENOSYS, after which the kernel stops asking, unless the source's close(2) can fail."""
         unique, number = wire.FLUSH_REQUEST.unpack_from(self._memory, base)
         if self._mirror.close_can_fail:
-            self._submit(number, Operation.FLUSH, unique)
+            self._submit(self._handles.get(number), number, Operation.FLUSH, unique)
         else:
             self._send(wire.error_reply(unique, errno.ENOSYS))
 
@@ -199,17 +200,28 @@ class FileRequests(Responder):
         """FUSE_FSYNC and FUSE_FSYNCDIR."""
         unique, number, fsync_flags = wire.FSYNC_REQUEST.unpack_from(self._memory, base)
         flags = DATA_ONLY if fsync_flags & wire.FUSE_FSYNC_FDATASYNC else 0
-        self._submit(number, Operation.FSYNC, unique, flags=flags)
+        self._submit(self._handles.get(number), number, Operation.FSYNC, unique, flags=flags)
 
     def fallocate(self, base: int, length: int) -> None:
         """FUSE_FALLOCATE."""
         unique, uid, gid, number, offset, size, mode = wire.FALLOCATE_REQUEST.unpack_from(self._memory, base)
-        self._submit(number, Operation.FALLOCATE, unique, offset, size, _kill_flag(uid), uid, gid, (mode,))
+        self._submit(
+            self._handles.get(number),
+            number,
+            Operation.FALLOCATE,
+            unique,
+            offset,
+            size,
+            _kill_flag(uid),
+            uid,
+            gid,
+            (mode,),
+        )
 
     def lseek(self, base: int, length: int) -> None:
         """FUSE_LSEEK: only SEEK_HOLE and SEEK_DATA are sent."""
         unique, number, offset, whence = wire.LSEEK_REQUEST.unpack_from(self._memory, base)
-        self._submit(number, Operation.LSEEK, unique, offset, extra=(whence,))
+        self._submit(self._handles.get(number), number, Operation.LSEEK, unique, offset, extra=(whence,))
 
     def copy_file_range(self, base: int, length: int) -> None:
         """FUSE_COPY_FILE_RANGE: the worker of the file written to does it."""
@@ -219,12 +231,24 @@ class FileRequests(Responder):
         source_handle = self._handles.get(source)
         source_handle.shared = True
         extra = (source, source_handle.descriptor, source_offset)
-        self._submit(number, Operation.COPY_FILE_RANGE, unique, offset, size, _kill_flag(uid), uid, gid, extra)
+        self._submit(
+            self._handles.get(number),
+            number,
+            Operation.COPY_FILE_RANGE,
+            unique,
+            offset,
+            size,
+            _kill_flag(uid),
+            uid,
+            gid,
+            extra,
+        )
 
     def syncfs(self, base: int, length: int) -> None:
         """FUSE_SYNCFS: answered by a worker through a descriptor of the root."""
         unique, _ = wire.NODE_REQUEST.unpack_from(self._memory, base)
-        self._submit(self._files.root_handle(), Operation.SYNCFS, unique)
+        number = self._files.root_handle()
+        self._submit(self._handles.get(number), number, Operation.SYNCFS, unique)
 
 
 def _kill_flag(uid: int) -> int:
