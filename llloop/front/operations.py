@@ -21,6 +21,7 @@ from .. import wire
 from ..protocol import APPEND, DATA_ONLY, Operation
 from ..syscalls import Attributes, DirectoryEntry
 from .inodes import ROOT
+from .invalidation import Invalidator
 from .mirror import Mirror
 from .router import Exchange
 from .tree import Changes, Requester
@@ -68,11 +69,13 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
 
     _mirror: Mirror
     _exchange: Exchange | None
+    _invalidator: Invalidator
 
-    def attach(self, mirror: Mirror, exchange: Exchange | None) -> None:
+    def attach(self, mirror: Mirror, exchange: Exchange | None, device: int) -> None:
         """Serve *mirror*; with *exchange*, llfuse runs the loop and answers of workers are waited for."""
         self._mirror = mirror
         self._exchange = exchange
+        self._invalidator = Invalidator(device)
 
     def init(self) -> None:
         """Nothing is left to do: llloop has answered INIT before libfuse sees it."""
@@ -272,7 +275,7 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
         self._note_writer(handle, flags, context)
         inode = self._mirror.inodes.get(nodeid)
         if not self._mirror.policy.open_flags(inode, attributes) & wire.FOPEN_KEEP_CACHE:
-            llfuse.invalidate_inode(nodeid)  # llfuse always keeps the page cache; this may come a moment late
+            self._invalidator.drop_pages(nodeid)  # llfuse has the kernel keep them at every open
         return handle
 
     @_answered

@@ -70,12 +70,12 @@ def run_front(setup: FrontSetup, ready: Callable[[], None]) -> None:
     gc.freeze()
     gc.disable()
     if setup.session is not None:
-        setup.operations.attach(mirror, None)
+        setup.operations.attach(mirror, None, setup.device)
         loop = Loop(mirror, setup.session, setup.device)
         ready()
         loop.run()
     else:
-        setup.operations.attach(mirror, Exchange(mirror.router, setup.answers))
+        setup.operations.attach(mirror, Exchange(mirror.router, setup.answers), setup.device)
         ready()
         llfuse.main(workers=1, handle_signals=False)
 

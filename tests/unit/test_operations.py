@@ -34,7 +34,7 @@ def refused(number: int) -> Iterator[None]:
 @pytest.fixture
 def operations(source: Source) -> Operations:
     own = Operations()
-    own.attach(source.mirror, None)
+    own.attach(source.mirror, None, -1)
     return own
 
 
@@ -151,7 +151,7 @@ class Faulty:
 @pytest.mark.parametrize("name", sorted(HANDLERS))
 def test_a_fault_in_any_handler_is_eio_and_logged(name: str, caplog: pytest.LogCaptureFixture) -> None:
     operations = Operations()
-    operations.attach(Faulty(), Faulty())  # type: ignore[arg-type]
+    operations.attach(Faulty(), Faulty(), -1)  # type: ignore[arg-type]
     with caplog.at_level(logging.ERROR), refused(errno.EIO):
         getattr(operations, name)(*HANDLERS[name])
     assert "a fault" in caplog.text
