@@ -7,8 +7,6 @@ import struct
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from contextlib import suppress
 
-from .. import wire
-
 _FUSE_NOTIFY_INVAL_INODE = 2  # enum fuse_notify_code of <linux/fuse.h>
 # A header with unique 0, then struct fuse_notify_inval_inode_out: inode, offset, length (0: to the end).
 _NOTIFICATION = struct.Struct("=IiQQqq")
