@@ -1,0 +1,46 @@
+"""The machine that the other tests deploy to: it is one, and it keeps its hands off the real one."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from tests.deploy.machine import Machine, booted, cgroup_parent
+
+
+def test_systemd_is_up_and_nothing_failed(machine: Machine) -> None:
+    assert machine.run("systemctl", "is-system-running").stdout == "running\n"
+
+
+def test_what_it_writes_stays_in_it(machine: Machine) -> None:
+    machine.run("sh", "-c", "echo written >/etc/llloop-was-here && mkdir /root/llloop-was-here")
+    assert machine.path("/etc/llloop-was-here").read_text() == "written\n"
+    assert not os.path.exists("/etc/llloop-was-here")
+    assert not os.path.exists("/root/llloop-was-here")
+
+
+def test_the_kernel_that_is_shared_cannot_be_set_from_it(machine: Machine) -> None:
+    assert machine.run("sh", "-c", "echo 1 >/proc/sys/vm/drop_caches", check=False).returncode != 0
+
+
+def test_nothing_is_left_of_it() -> None:
+    with booted() as another:
+        pid = another.pid
+        mounts = Path(f"/proc/{pid}/mountinfo").read_text()
+        holder = re.search(r"upperdir=(/[^ ,]*/llloop-machine-[^/]+)", mounts)
+        assert holder
+        assert os.path.exists(holder[1])
+        cgroup = cgroup_of(pid)
+        another.run("systemd-run", "--quiet", "--unit=sleeper", "sleep", "1000")
+        assert os.path.exists(f"{cgroup}/system.slice/sleeper.service")
+    assert not os.path.exists(f"/proc/{pid}")
+    assert not os.path.exists(holder[1])
+    assert holder[1] not in Path("/proc/self/mountinfo").read_text()
+    assert not os.path.exists(cgroup)
+
+
+def cgroup_of(pid: int) -> str:
+    """The machine's own cgroup: the one above that of its process 1, which systemd has made for itself."""
+    (path,) = re.findall(r"^0::(/\S*)/init.scope$", Path(f"/proc/{pid}/cgroup").read_text(), re.MULTILINE)
+    return f"{cgroup_parent()}{path}"
