@@ -7,12 +7,13 @@ mounts and cgroups are its own and end with it. Only the network is shared, sinc
 from __future__ import annotations
 
 import os
+import select
 import shlex
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 SYSTEMD = "/lib/systemd/systemd"
@@ -137,6 +138,18 @@ def _first_process(parent: int) -> int | None:
     return int(children[0]) if children else None
 
 
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill it, and wait for its first process too, whose end is that of all of them and of their mounts."""
+    first = _first_process(process.pid) if process.poll() is None else None
+    with ExitStack() as stack:
+        if first is not None:
+            descriptor = os.pidfd_open(first)
+            stack.callback(os.close, descriptor)
+            stack.callback(select.select, [descriptor], [], [], 10)
+        process.kill()
+        process.wait()
+
+
 def _await_boot(process: subprocess.Popen[bytes], log: Path) -> Machine:
     deadline = time.monotonic() + BOOT_SECONDS
     while time.monotonic() < deadline:
@@ -191,7 +204,6 @@ def booted(shown: Sequence[Path] = ()) -> Iterator[Machine]:
             try:
                 yield _await_boot(process, log)
             finally:
-                process.kill()
-                process.wait()
+                _end(process)
         finally:
             _remove_cgroup(cgroup)
