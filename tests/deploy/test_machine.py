@@ -27,6 +27,7 @@ def test_the_kernel_that_is_shared_cannot_be_set_from_it(machine: Machine) -> No
 def test_nothing_is_left_of_it() -> None:
     with booted() as another:
         pid = another.pid
+        assert living(pid)
         mounts = Path(f"/proc/{pid}/mountinfo").read_text()
         holder = re.search(r"upperdir=(/[^ ,]*/llloop-machine-[^/]+)", mounts)
         assert holder
@@ -34,10 +35,17 @@ def test_nothing_is_left_of_it() -> None:
         cgroup = cgroup_of(pid)
         another.run("systemd-run", "--quiet", "--unit=sleeper", "sleep", "1000")
         assert os.path.exists(f"{cgroup}/system.slice/sleeper.service")
-    assert not os.path.exists(f"/proc/{pid}")
+    assert not living(pid)
     assert not os.path.exists(holder[1])
     assert holder[1] not in Path("/proc/self/mountinfo").read_text()
     assert not os.path.exists(cgroup)
+
+
+def living(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def cgroup_of(pid: int) -> str:
