@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from . import log, mounting
+from . import log, mounting, service
 from .arena import DEFAULT_SLOTS
 from .config import MAX_WORKERS, Cache, IoKind, LoopKind, ServeConfig, help_text
 from .daemon import Daemon
@@ -66,12 +66,17 @@ def main() -> None:
     """Mirror a directory at a mount point through FUSE, with its data I/O spread over worker processes.
 
     Every option can also be given as an environment variable: LLLOOP_SERVE_WORKERS=8 for --workers 8 of serve.
+    LLLOOP_SOURCE and LLLOOP_MOUNTPOINT stand in for SOURCE and MOUNTPOINT.
     """
 
 
+_source = click.argument("source", type=click.Path(readable=False), envvar="LLLOOP_SOURCE")
+_mountpoint = click.argument("mountpoint", type=click.Path(readable=False), envvar="LLLOOP_MOUNTPOINT")
+
+
 @main.command(epilog=_EXIT_CODES)
-@click.argument("source", type=click.Path(readable=False))
-@click.argument("mountpoint", type=click.Path(readable=False))
+@_source
+@_mountpoint
 @_option("workers", "--workers", "-w", type=click.IntRange(1, MAX_WORKERS), default=None, metavar="N")
 @_option("read_only", "--read-only", "--ro", is_flag=True)
 @_option("allow_other", "--allow-other/--no-allow-other", default=None)
@@ -159,18 +164,26 @@ def serve(
 
 
 @main.command()
-@click.argument("mountpoint", type=click.Path(readable=False))
+@_mountpoint
 @click.option(
     "--lazy",
     is_flag=True,
     help="Detach the mount at once even if it is in use: programs that have files open there keep them, and the "
     "server ends when the last is closed. A dead mount in use goes the same way. Default: fail if it is busy.",
 )
+@click.option(
+    "--if-dead",
+    is_flag=True,
+    help="Unmount only what a dead server has left behind. If nothing is mounted there, or something that lives, do "
+    "nothing and end with 0. For clean-up after a service, whatever ended it. Default: off.",
+)
 @_explained
-def umount(mountpoint: str, lazy: bool) -> None:
+def umount(mountpoint: str, lazy: bool, if_dead: bool) -> None:
     """End the llloop mount at MOUNTPOINT: its server stops cleanly."""
     path = mounting.resolve_mountpoint(mountpoint)
     entry = mounting.find_mount(path)
+    if if_dead and (entry is None or entry.type != "fuse.llloop" or not mounting.is_dead(path)):
+        return
     if entry is None:
         raise MountpointError(f"{mountpoint}: nothing is mounted there")
     if entry.type != "fuse.llloop":
@@ -182,6 +195,20 @@ def umount(mountpoint: str, lazy: bool) -> None:
     except OSError as error:
         hint = "; close what uses it, or detach it with --lazy" if not lazy else ""
         raise MountpointError(f"{mountpoint}: {error.strerror}{hint}") from None
+
+
+@main.command("systemd-unit")
+@click.argument("place", nargs=-1, metavar="[SOURCE MOUNTPOINT]", type=click.Path(readable=False))
+@_explained
+def systemd_unit(place: tuple[str, ...]) -> None:
+    """Print the systemd unit llloop@.service, which runs this very command.
+
+    With SOURCE and MOUNTPOINT: print what makes one instance wait for the file systems that these lie on, to be
+    written to /etc/systemd/system/llloop@INSTANCE.service.d/mounts.conf.
+    """
+    if len(place) not in (0, 2):
+        raise UsageError("systemd-unit takes either no arguments or SOURCE and MOUNTPOINT")
+    click.echo(service.drop_in(*place) if place else service.unit(), nl=False)
 
 
 if __name__ == "__main__":

@@ -74,6 +74,18 @@ def find_mount(mountpoint: str) -> MountEntry | None:
     return found[-1] if found else None
 
 
+def is_dead(mountpoint: str) -> bool:
+    """Return whether the server of the FUSE mount at *mountpoint* is gone.
+
+    statfs(2) is the one question that the kernel never answers from what it has cached.
+    """
+    try:
+        os.statvfs(mountpoint)
+    except OSError as error:
+        return error.errno in _DEAD
+    return False
+
+
 def resolve_mountpoint(mountpoint: str) -> str:
     """Return *mountpoint* as an absolute path without symlinks, not touching the directory itself: it may be dead."""
     path = os.path.abspath(mountpoint)
@@ -125,6 +137,7 @@ def check_mountpoint(config: ServeConfig, source: str) -> str:
     shown = config.mountpoint
     try:
         kind = os.stat(path)
+        os.statvfs(path)  # for the attributes of a dead mount may still be cached, as is_dead() says
     except FileNotFoundError:
         raise MountpointError(f"mount point {shown}: there is no such directory; make it first: mkdir {path}") from None
     except OSError as error:

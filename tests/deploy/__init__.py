@@ -1,0 +1,1 @@
+"""llloop as administrators deploy it: packages, systemd, fstab, containers."""

@@ -54,7 +54,10 @@ def names(wheel: Path) -> set[str]:
 
 def test_the_wheel_holds_every_module_and_nothing_else(names: set[str]) -> None:
     packed = {name for name in names if not name.startswith(f"llloop-{__version__}.dist-info/")}
-    assert packed == modules_of_checkout() | {"llloop/py.typed"}
+    assert packed == modules_of_checkout() | {
+        "llloop/py.typed",
+        f"llloop-{__version__}.data/data/lib/systemd/system/llloop@.service",
+    }
 
 
 def test_the_workers_are_in_it(names: set[str]) -> None:
