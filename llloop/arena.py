@@ -17,6 +17,7 @@ import mmap
 from struct import Struct
 
 from . import wire
+from .payloads import PayloadPipes
 
 # Shard numbers must fit the state byte, in which 0 means free.
 MAX_SHARDS = 254
@@ -65,6 +66,18 @@ class Arena:
         size = wire.WRITE_HEADER_SIZE + payload
         starts = [self.request_offset(slot) for slot in range(slots)]
         self.receive_buffers = [[self.view[start : start + size]] for start in starts]
+        self.pipes: PayloadPipes | None = None
+
+    def open_pipes(self) -> PayloadPipes:
+        """Give slots pipes for large payloads, before the first fork."""
+        self.pipes = PayloadPipes(self.slots, self.payload_size)
+        return self.pipes
+
+    def discard(self, slot: int) -> None:
+        """Throw away what the pipe of *slot* still holds."""
+        assert self.pipes is not None
+        while left := self.pipes.left(slot):
+            self.pipes.take(slot, self.payload(slot, min(left, self.payload_size)))
 
     @property
     def front_pid(self) -> int:
@@ -110,6 +123,13 @@ class Arena:
     def give_back(self, slot: int) -> None:
         """Mark *slot* as free."""
         self.states[slot] = 0
+
+    def discard_unlent(self) -> None:
+        """Throw away what lies in the pipes of slots that are not lent: a front that died had just received it."""
+        if self.pipes is not None:
+            for slot in range(len(self.pipes)):
+                if not self.states[slot]:
+                    self.discard(slot)
 
     def lent_to(self, shard: int) -> list[tuple[int, bytes]]:
         """Return the slots lent to *shard*, each with its message."""

@@ -39,6 +39,8 @@ DATA_ONLY = 1 << 2
 BUFFERED = 1 << 3
 # A WRITE of cached data: nobody looks at how much of it was written, so all of it must be, or an error be told.
 CACHED = 1 << 4
+# A WRITE whose payload is not in the slot but in its pipe: see `llloop.payloads`.
+PIPED = 1 << 5
 
 
 # Handle numbers of one front: more than can be opened in a lifetime, so that no two fronts of a mount share any.

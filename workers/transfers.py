@@ -14,7 +14,7 @@ from typing import Protocol
 from llloop import syscalls
 from llloop.arena import Arena, Counters
 from llloop.privilege import SetidGuard, Writer
-from llloop.protocol import APPEND, BUFFERED, CACHED, DATA_ONLY, KILL_PRIVILEGES, Operation, Request
+from llloop.protocol import APPEND, BUFFERED, CACHED, DATA_ONLY, KILL_PRIVILEGES, PIPED, Operation, Request
 
 from .replies import Replies
 
@@ -28,8 +28,9 @@ _ROOM_PAUSES = (0.001, 0.01)  # seconds
 
 _APPENDS_OF_OTHERS = 1024 * 1024  # bytes
 
-# How far a WRITE had come, noted in its slot for a successor.
-_BEGUN, _APPENDING, _DONE = range(3)
+# How far a WRITE had come, noted in its slot for a successor, and with it a number: where the end of the file was, how
+# much is written, and how much of it was when the rest began to be copied from the pipe into the slot.
+_BEGUN, _APPENDING, _DONE, _COPYING = range(4)
 
 
 _AS_IT_IS = nullcontext()
@@ -113,7 +114,12 @@ class Transfers:
             self._replies.error(request, errno.EIO)
         counters[Counters.REQUESTS] += 1
         if request.slot >= 0:
-            self._arena.give_back(request.slot)
+            self._give_back(request)
+
+    def _give_back(self, request: Request) -> None:
+        if request.operation == Operation.WRITE and request.flags & PIPED:
+            self._arena.discard(request.slot)
+        self._arena.give_back(request.slot)
 
     def resume(self, request: Request) -> None:
         """Do a request that a worker before this one left unanswered, without doing a write twice that counts once."""
@@ -123,7 +129,7 @@ class Transfers:
             stage, result = self._finish_append(request, result)
         if stage == _DONE:
             self._replies.count(request, result)
-            self._arena.give_back(request.slot)
+            self._give_back(request)
         else:
             self.execute(request)
 
@@ -189,19 +195,48 @@ class Transfers:
         flags = request.flags
         payload = arena.payload(slot, request.length)
         self._act_for(request)
-        if flags & APPEND:
+        if flags & PIPED and self._moves(request, fd):
+            count = request.length
+        elif flags & APPEND:
             arena.results[slot] = os.fstat(fd).st_size
             arena.stages[slot] = _APPENDING
             count = self._persistently(lambda: os.pwritev(fd, [payload], request.offset, os.RWF_APPEND))
         else:
             with _buffered(fd) if flags & BUFFERED else _AS_IT_IS:
-                count = self._pwrite(fd, payload, request.offset)
+                count = arena.results[slot] if arena.stages[slot] == _COPYING else 0
+                count += self._pwrite(fd, payload[count:], request.offset + count)
                 while count < request.length and flags & CACHED:
                     count += self._pwrite(fd, payload[count:], request.offset + count)
         arena.results[slot] = count
         arena.stages[slot] = _DONE
         self._counters[Counters.WRITTEN] += count
         self._replies.count(request, count)
+
+    def _moves(self, request: Request, fd: int) -> bool:
+        """Move the payload from the pipe into the file and return whether all of it went.
+
+        What does not, because the file takes no splice or has no room, is in the slot then. Each byte is in the file,
+        in the slot or still in the pipe, so that it does not matter where a worker before this one died.
+        """
+        arena = self._arena
+        pipes = arena.pipes
+        assert pipes is not None
+        slot, length = request.slot, request.length
+        done = length - pipes.left(slot)
+        if arena.stages[slot] != _COPYING:
+            if not request.flags & (APPEND | BUFFERED):
+                try:
+                    while done < length:
+                        done += pipes.move(slot, fd, length - done, request.offset + done)
+                except OSError:
+                    done = length - pipes.left(slot)
+                else:
+                    return True
+            arena.results[slot] = done
+            arena.stages[slot] = _COPYING
+        while done < length:
+            done += pipes.take(slot, arena.payload(slot, length)[done:])
+        return False
 
     def _fsync(self, request: Request) -> None:
         if request.flags & DATA_ONLY:

@@ -17,6 +17,8 @@ _log = logging.getLogger(__name__)
 
 # read(2) from /dev/fuse fails so when a request was withdrawn or a signal came: nothing is wrong.
 _AGAIN = frozenset({errno.EINTR, errno.ENOENT, errno.EAGAIN})
+# A request of this many bytes or more is a WRITE, and others like it will follow: from here on a pipe pays.
+_LARGE = 96 * 1024
 
 
 class Loop:
@@ -48,18 +50,22 @@ class Loop:
         known = len(table)
         device = self._device
         readv = os.readv
+        pipes = arena.pipes
+        piped_slots = len(pipes) if pipes is not None else 0
+        streaming = False
         while True:
             if router.backlog:
                 router.wait(device)
             slot = router.slot
             try:
-                length = readv(device, buffers[slot])
+                length = self._receive(slot) if streaming and slot < piped_slots else readv(device, buffers[slot])
             except OSError as error:
                 if error.errno in _AGAIN:
                     continue
                 if error.errno == errno.ENODEV:
                     return
                 raise
+            streaming = length >= _LARGE
             base = offset_of(slot)
             (opcode,) = opcode_at(memory, base)
             handler = table[opcode] if opcode < known else None
@@ -73,6 +79,24 @@ class Loop:
             except Exception:
                 _log.exception("%s failed", Opcode(opcode).name)
                 self._refuse(base, errno.EIO)
+            if streaming and router.piped:  # nobody took it
+                router.piped = False
+                arena.discard(slot)
+
+    def _receive(self, slot: int) -> int:
+        """Receive a request through the pipe of *slot*, where a large payload stays."""
+        router = self._mirror.router
+        arena = router.arena
+        pipes = arena.pipes
+        assert pipes is not None
+        length = pipes.receive(slot, self._device)
+        buffer = arena.receive_buffers[slot][0]
+        if length >= _LARGE:
+            pipes.take(slot, buffer[: wire.WRITE_HEADER_SIZE])
+            router.piped = True
+        else:
+            pipes.take(slot, buffer[:length])
+        return length
 
     def _refuse(self, base: int, number: int) -> None:
         """Answer a request with an errno."""

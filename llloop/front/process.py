@@ -64,6 +64,7 @@ def run_front(setup: FrontSetup, ready: Callable[[], None]) -> None:
     _let_workers_pull()
     respect_quotas()
     arena.new_front(os.getpid())
+    arena.discard_unlent()
     mirror = build_mirror(setup.config, setup.capabilities, arena, setup.pipes, setup.root, setup.device)
     signal.signal(signal.SIGUSR1, lambda number, frame: _report(mirror))
     # Nothing here makes reference cycles, and passing over a million inodes to find none would stop every request.

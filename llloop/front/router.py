@@ -35,6 +35,8 @@ class Router:
         self.slot = arena.free_slot()
         # Whether releases wait for room in a pipe: `wait` must be called before the next request is read.
         self.backlog = False
+        # Whether the payload of the request at hand is in the pipe of `slot`.
+        self.piped = False
 
     def shard_of(self, nodeid: int) -> int:
         """Return the worker for an inode's data I/O, evenly spread also over consecutive numbers."""

@@ -14,7 +14,7 @@ from ... import wire
 from ...arena import Counters
 from ...negotiation import Feature
 from ...privilege import OwnIdentity
-from ...protocol import APPEND, BUFFERED, CACHED, DATA_ONLY, KILL_PRIVILEGES, Operation, Request
+from ...protocol import APPEND, BUFFERED, CACHED, DATA_ONLY, KILL_PRIVILEGES, PIPED, Operation, Request
 from ...syscalls import Attributes
 from ..handles import Handle
 from ..mirror import Mirror
@@ -107,6 +107,7 @@ class FileRequests(Responder):
         """Hand a request to the worker of *handle*, or do it here if that cannot be."""
         if not self._router.submit(handle, number, operation, unique, offset, length, flags, uid, gid, extra):
             slot = self._router.slot
+            self._router.arena.stages[slot] = 0
             self._local.execute(
                 Request(operation, unique, slot, number, handle.descriptor, offset, length, flags, uid, gid, extra)
             )
@@ -162,6 +163,9 @@ class FileRequests(Responder):
             and self._write_in_place(handle, unique, offset, base + wire.WRITE_HEADER_SIZE, size, flags)
         ):
             return
+        if self._router.piped:
+            self._router.piped = False
+            flags |= PIPED
         self._submit(handle, number, Operation.WRITE, unique, offset, size, flags, uid, gid)
 
     def _write_in_place(self, handle: Handle, unique: int, offset: int, start: int, size: int, flags: int) -> bool:

@@ -1,0 +1,179 @@
+"""Large writes that wait in a pipe: moved, copied where the file takes no splice, and gone on with after a death."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from llloop.arena import Arena
+from llloop.payloads import PayloadPipes
+from llloop.protocol import APPEND, BUFFERED, CACHED, PIPED, Operation, Request
+from tests.expect import pattern
+from tests.unit.support import Device
+from tests.unit.test_transfers import Bench, count_of
+
+SIZE = 300_000
+
+
+@pytest.fixture
+def bench(arena: Arena, device: Device, tmp_path: Path) -> Iterator[Bench]:
+    pipes = arena.open_pipes()
+    own = Bench(arena, device, tmp_path)
+    yield own
+    own.close()
+    for fd in pipes.descriptors:
+        os.close(fd)
+
+
+def pipes_of(bench: Bench) -> PayloadPipes:
+    assert bench.arena.pipes is not None
+    return bench.arena.pipes
+
+
+def fill(pipes: PayloadPipes, slot: int, payload: bytes) -> None:
+    source = os.memfd_create("requests")
+    try:
+        os.write(source, payload)
+        os.lseek(source, 0, os.SEEK_SET)
+        assert pipes.receive(slot, source) == len(payload)
+    finally:
+        os.close(source)
+
+
+def lend(bench: Bench, payload: bytes, flags: int = 0, **more: int) -> Request:
+    request = bench.lend(Operation.WRITE, length=len(payload), flags=PIPED | flags, **more)
+    fill(pipes_of(bench), request.slot, payload)
+    return request
+
+
+def test_the_payload_goes_from_the_pipe_into_the_file(bench: Bench) -> None:
+    path = bench.open(1, b"before")
+    request = lend(bench, pattern(SIZE), offset=3)
+    bench.arena.payload(0, SIZE)[:] = b"\xff" * SIZE  # the slot has no part in it
+    bench.transfers.execute(request)
+    assert count_of(bench.answered(request)) == SIZE
+    assert path.read_bytes() == b"bef" + pattern(SIZE)
+    assert pipes_of(bench).left(0) == 0
+
+
+def test_a_payload_of_the_largest_size_fits(bench: Bench) -> None:
+    path = bench.open(1)
+    payload = pattern(bench.arena.payload_size)
+    request = lend(bench, payload)
+    bench.transfers.execute(request)
+    assert count_of(bench.answered(request)) == len(payload)
+    assert path.read_bytes() == payload
+
+
+@pytest.mark.parametrize("flags", [APPEND, BUFFERED, APPEND | CACHED])
+def test_what_cannot_be_spliced_is_copied(bench: Bench, flags: int) -> None:
+    path = bench.open(1, b"before")
+    request = lend(bench, pattern(SIZE), flags, offset=6)
+    bench.transfers.execute(request)
+    assert count_of(bench.answered(request)) == SIZE
+    assert path.read_bytes() == b"before" + pattern(SIZE)
+
+
+def test_a_file_that_takes_no_splice(bench: Bench) -> None:
+    # splice(2) refuses a descriptor with O_APPEND, as of a file that may only be appended to (chattr +a).
+    path = bench.open(1, b"before", os.O_RDWR | os.O_APPEND)
+    request = lend(bench, pattern(SIZE))
+    bench.transfers.execute(request)
+    assert count_of(bench.answered(request)) == SIZE
+    assert path.read_bytes() == b"before" + pattern(SIZE)
+
+
+def test_an_error_is_answered_and_the_pipe_is_empty_for_the_next(bench: Bench) -> None:
+    bench.open(1, flags=os.O_RDONLY)
+    path = bench.open(2)
+    request = lend(bench, pattern(SIZE))
+    bench.transfers.execute(request)
+    assert bench.answered(request).error == errno.EBADF
+    request = lend(bench, b"next" * 1000, handle=2)
+    bench.transfers.execute(request)
+    assert count_of(bench.answered(request)) == 4000
+    assert path.read_bytes() == b"next" * 1000
+
+
+def test_a_handle_that_is_gone(bench: Bench) -> None:
+    request = lend(bench, pattern(SIZE), handle=7)
+    bench.transfers.execute(request)
+    assert bench.answered(request).error == errno.EBADF
+    assert pipes_of(bench).left(0) == 0
+
+
+@pytest.mark.parametrize("moved", [0, 4096, 100_000, SIZE])
+def test_a_successor_goes_on_where_a_dead_worker_was(bench: Bench, moved: int) -> None:
+    path = bench.open(1)
+    request = lend(bench, pattern(SIZE), offset=10)
+    done = 0
+    while done < moved:
+        done += pipes_of(bench).move(0, bench.files.open[1], moved - done, 10 + done)
+    bench.transfers.resume(request)
+    assert count_of(bench.answered(request)) == SIZE
+    assert path.read_bytes() == bytes(10) + pattern(SIZE)
+
+
+@pytest.mark.parametrize("flags", [BUFFERED, APPEND])
+@pytest.mark.parametrize("copied", [0, 4096, SIZE])
+def test_a_successor_copies_the_rest(bench: Bench, flags: int, copied: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = bench.open(1, b"before")
+    request = lend(bench, pattern(SIZE), flags, offset=6)
+
+    class Killed(BaseException):
+        pass
+
+    def die(self: PayloadPipes, slot: int, buffer: memoryview) -> int:
+        if copied:
+            os.readv(self._pipes[slot][0], [buffer[:copied]])
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PayloadPipes, "take", die)
+        with pytest.raises(Killed):
+            bench.transfers.execute(request)
+    bench.transfers.resume(request)
+    assert count_of(bench.answered(request)) == SIZE
+    assert path.read_bytes() == b"before" + pattern(SIZE)
+
+
+def test_what_was_done_and_not_answered_is_only_answered(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = bench.open(1)
+    request = lend(bench, pattern(SIZE))
+
+    class Killed(BaseException):
+        pass
+
+    def die(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.transfers._replies, "count", die)
+        with pytest.raises(Killed):
+            bench.transfers.execute(request)
+    path.write_bytes(b"others wrote since")
+    bench.transfers.resume(request)
+    assert count_of(bench.answered(request)) == SIZE
+    assert path.read_bytes() == b"others wrote since"
+
+
+def test_what_a_dead_front_had_received_is_thrown_away(bench: Bench) -> None:
+    pipes = pipes_of(bench)
+    lent = lend(bench, b"lent")
+    fill(pipes, 1, pattern(SIZE))
+    bench.arena.discard_unlent()
+    assert (pipes.left(lent.slot), pipes.left(1)) == (4, 0)
+
+
+def test_a_user_whose_share_of_pipes_is_used_up_goes_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    before = len(os.listdir("/proc/self/fd"))
+    monkeypatch.setattr("llloop.payloads.fcntl.fcntl", refuse)
+    assert len(PayloadPipes(4, 4096)) == 0
+    assert len(os.listdir("/proc/self/fd")) == before
