@@ -75,7 +75,10 @@ def test_metadata(wheel: Path, names: set[str]) -> None:
     assert metadata["Requires-Python"] == ">=3.10"
     needed = {line.split(">")[0].strip() for line in metadata.get_all("Requires-Dist") if "extra" not in line}
     assert needed == {"llfuse", "msgpack", "click", "setproctitle", "multiprocessing-logging"}
-    assert dict(entry_points["console_scripts"]) == {"llloop": "llloop.cli:main"}
+    assert dict(entry_points["console_scripts"]) == {
+        "llloop": "llloop.cli:main",
+        "mount.llloop": "llloop.mount_helper:main",
+    }
     assert any(name.startswith(info) and name.endswith("/LICENSE") for name in names)
 
 

@@ -1,0 +1,201 @@
+"""`mount.llloop`, the program by which mount(8) and /etc/fstab make llloop mounts.
+
+Its mount options are the options of `llloop serve`, taken from that command, so that there is no second list of them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import sys
+from collections.abc import Iterable
+
+import click
+
+from .cli import serve
+from .errors import HostError, UsageError
+from .version import __version__
+
+# Exit codes of mount(8).
+_USAGE, _SYSTEM, _BUG, _INTERRUPTED, _FAILED = 1, 2, 4, 8, 32
+_EXIT_CODES = """\b
+Exit codes, as mount(8) has them:
+  0   mounted
+  1   an option makes no sense
+  2   this machine or user cannot mount with FUSE
+  4   an error inside llloop
+  8   interrupted
+  32  the mount failed: the source or the mount point cannot be used
+"""
+
+# What mount(8) itself acts on, or what has no meaning for a FUSE mount.
+_IGNORED = frozenset(
+    ["auto", "noauto", "user", "nouser", "users", "nousers", "owner", "noowner", "group", "nogroup", "nofail", "_netdev", "defaults", "rw", "default_permissions", "relatime", "norelatime", "strictatime", "nostrictatime", "diratime", "nodiratime", "lazytime", "nolazytime", "loud", "silent"]
+)
+_IGNORED_PREFIXES = ("x-", "X-", "comment=", "user=", "helper=", "uhelper=")
+# What goes to libfuse and the kernel as it is.
+_KERNEL = frozenset(["suid", "nosuid", "dev", "nodev", "exec", "noexec", "sync", "async", "dirsync", "atime", "noatime"])
+# What a mount option cannot set: these are the helper's own business.
+_NOT_OFFERED = frozenset({"options", "daemon", "lifeline", "help"})
+
+
+def _offered() -> list[click.Option]:
+    """Return the options of `llloop serve` that are mount options too."""
+    return [one for one in serve.params if isinstance(one, click.Option) and one.name not in _NOT_OFFERED]
+
+
+def _spellings() -> dict[str, tuple[str, bool]]:
+    """Return the mount options: what each is for `llloop serve`, and whether it takes a value."""
+    table = {}
+    for option in _offered():
+        for spelling in (*option.opts, *option.secondary_opts):
+            if spelling.startswith("--"):
+                name = spelling[2:].replace("-", "_")
+                for variant in (spelling[2:], name, re.sub("^no_", "no", name)):
+                    table[variant] = (spelling, not option.is_flag)
+    return table
+
+
+def split_options(text: str) -> list[str]:
+    """Split what -o is given at its commas.
+
+    A comma is part of a value within double quotes, as mount(8) has it, or after a backslash, as libfuse has it.
+    """
+    parts, part, quoted = [], "", False
+    characters = iter(text)
+    for character in characters:
+        if character == "\\":
+            following = next(characters, "")
+            part += following if following in ("\\", ",", '"') else character + following
+        elif character == '"':
+            quoted = not quoted
+        elif character == "," and not quoted:
+            parts.append(part)
+            part = ""
+        else:
+            part += character
+    return [one for one in (*parts, part) if one]
+
+
+def serve_arguments(options: Iterable[str], *, sloppy: bool = False) -> list[str]:
+    """Return mount options as arguments of `llloop serve`.
+
+    Args:
+        options: single mount options, such as "ro" or "workers=8".
+        sloppy: leave out what nobody knows.
+
+    Raises:
+        UsageError: an option lacks its value, has one too many, or asks for what a FUSE mount cannot do.
+    """
+    table = _spellings()
+    arguments = []
+    for option in options:
+        name, assigned, value = option.partition("=")
+        if name in _IGNORED or option.startswith(_IGNORED_PREFIXES):
+            continue
+        if name == "remount":
+            raise UsageError("llloop cannot change the options of a mount; unmount it and mount it anew")
+        if name in table:
+            spelling, wants_value = table[name]
+            if wants_value != bool(assigned):
+                raise UsageError(f"mount option {option}: {'it needs a value' if wants_value else 'it takes no value'}")
+            arguments += [f"{spelling}={value}" if wants_value else spelling]
+        elif name in _KERNEL or not sloppy:
+            arguments += ["-o", option]
+    return arguments
+
+
+class _Command(click.Command):
+    """A command whose help lists the mount options too."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_options(ctx, formatter)
+        with formatter.section("Mount options"):
+            rows = []
+            for option in _offered():
+                if not option.hidden:
+                    names = [spelling[2:] for spelling in (*option.opts, *option.secondary_opts) if spelling[2:]]
+                    value = "" if option.is_flag else f"={option.make_metavar(ctx)}"
+                    rows.append((", ".join(f"{name.replace('-', '_')}{value}" for name in names), option.help or ""))
+            formatter.write_dl(rows)
+
+
+@click.command(
+    cls=_Command,
+    epilog=_EXIT_CODES,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+@click.argument("source", type=click.Path(readable=False))
+@click.argument("mountpoint", type=click.Path(readable=False))
+@click.option("options", "-o", multiple=True, metavar="OPTION[,OPTION...]", help="Mount options, see below.")
+@click.option("fake", "-f", is_flag=True, help="Check the options, and mount nothing.")
+@click.option("sloppy", "-s", is_flag=True, help="Ignore mount options that nobody knows.")
+@click.option("verbose", "-v", is_flag=True, help="Print the `llloop serve` command that does the same.")
+@click.option("no_mtab", "-n", is_flag=True, help="Has no effect: there is no /etc/mtab to leave alone.")
+@click.option("read_only", "-r", is_flag=True, help="The same as -o ro.")
+@click.option("writable", "-w", is_flag=True, help="The same as -o rw.")
+@click.option("kind", "-t", metavar="TYPE", help="Has no effect: the type is always fuse.llloop.")
+@click.option("namespace", "-N", metavar="NAMESPACE", help="Refused: mount it with nsenter(1) instead.")
+@click.version_option(__version__, "-V", "--version", prog_name="mount.llloop", message="%(prog)s %(version)s")
+def mount_llloop(
+    source: str,
+    mountpoint: str,
+    options: tuple[str, ...],
+    fake: bool,
+    sloppy: bool,
+    verbose: bool,
+    no_mtab: bool,
+    read_only: bool,
+    writable: bool,
+    kind: str | None,
+    namespace: str | None,
+) -> None:
+    """Mirror the directory SOURCE at MOUNTPOINT, in the background, until it is unmounted.
+
+    For mount(8), which calls it for the types llloop and fuse.llloop: `mount -t llloop SOURCE MOUNTPOINT`, or a line of
+    /etc/fstab.
+    """
+    if namespace is not None:
+        raise UsageError("-N is not supported; use nsenter --mount=NAMESPACE mount -t llloop ...")
+    single = [one for text in options for one in split_options(text)] + (["ro"] if read_only else [])
+    arguments = ["--daemon", *serve_arguments(single, sloppy=sloppy), "--", source, mountpoint]
+    if verbose:
+        click.echo(shlex.join(["llloop", "serve", *arguments]))
+    # No prefix: what a caller's environment says of another mount is not for this one.
+    context = serve.make_context("llloop serve", arguments)
+    if fake:
+        return
+    # The code of `llloop serve` becomes one of mount(8)'s, and --daemon ends the process that it is called in.
+    child = os.fork()
+    if child == 0:
+        with context:
+            serve.invoke(context)
+        sys.exit(0)
+    _, status = os.waitpid(child, 0)
+    sys.exit(_code_of(os.waitstatus_to_exitcode(status)))
+
+
+def _code_of(code: int) -> int:
+    """Return mount(8)'s exit code for one of `llloop serve`'s."""
+    if code < 0:
+        return _INTERRUPTED if code == -signal.SIGINT else _BUG
+    return {0: 0, UsageError.exit_code: _USAGE, HostError.exit_code: _SYSTEM}.get(code, _FAILED)
+
+
+def main() -> None:
+    """Run `mount.llloop` with the arguments of this process."""
+    try:
+        mount_llloop(standalone_mode=False)
+    except click.ClickException as error:
+        message = error.format_message()
+        if isinstance(error, click.BadParameter) and error.param in _offered():
+            message = f"mount option {error.param.name}: {error.message}"
+        click.echo(f"mount.llloop: {message}", err=True)
+        sys.exit(_USAGE)
+    except UsageError as error:
+        click.echo(f"mount.llloop: {error}", err=True)
+        sys.exit(_USAGE)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(_INTERRUPTED)
