@@ -32,11 +32,17 @@ Exit codes, as mount(8) has them:
 
 # What mount(8) itself acts on, or what has no meaning for a FUSE mount.
 _IGNORED = frozenset(
-    ["auto", "noauto", "user", "nouser", "users", "nousers", "owner", "noowner", "group", "nogroup", "nofail", "_netdev", "defaults", "rw", "default_permissions", "relatime", "norelatime", "strictatime", "nostrictatime", "diratime", "nodiratime", "lazytime", "nolazytime", "loud", "silent"]
+    {
+        *("auto", "noauto", "user", "nouser", "users", "nousers", "owner", "noowner", "group", "nogroup", "nofail"),
+        *("_netdev", "defaults", "rw", "default_permissions", "loud", "silent", "relatime", "norelatime"),
+        *("strictatime", "nostrictatime", "diratime", "nodiratime", "lazytime", "nolazytime"),
+    }
 )
 _IGNORED_PREFIXES = ("x-", "X-", "comment=", "user=", "helper=", "uhelper=")
 # What goes to libfuse and the kernel as it is.
-_KERNEL = frozenset(["suid", "nosuid", "dev", "nodev", "exec", "noexec", "sync", "async", "dirsync", "atime", "noatime"])
+_KERNEL = frozenset(
+    {"suid", "nosuid", "dev", "nodev", "exec", "noexec", "sync", "async", "dirsync", "atime", "noatime"}
+)
 # What a mount option cannot set: these are the helper's own business.
 _NOT_OFFERED = frozenset({"options", "daemon", "lifeline", "help"})
 
