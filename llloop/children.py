@@ -44,6 +44,7 @@ class Child:
         due: when the next is to be started.
         pause: how long to wait before the next if this one dies young.
         restarts: how many have been started after the first.
+        survivor: whether it lives on when the supervisor dies.
     """
 
     name: str
@@ -53,10 +54,11 @@ class Child:
     due: float = 0.0
     pause: float = 0.0
     restarts: int = 0
+    survivor: bool = False
 
     def start(self, *, detached: bool) -> None:
         """Fork the process."""
-        arguments = (self.name, self.target, os.getpid(), detached)
+        arguments = (self.name, self.target, os.getpid(), detached, self.survivor)
         process = fork.Process(target=_child_main, args=arguments, name=self.name)
         self.started = time.monotonic()
         process.start()
@@ -75,13 +77,14 @@ class Child:
         return pause
 
 
-def _child_main(name: str, target: Callable[[], None], supervisor: int, detached: bool) -> None:
-    """Run in a new child: leave the supervisor's signals behind, and do not outlive it."""
+def _child_main(name: str, target: Callable[[], None], supervisor: int, detached: bool, survivor: bool) -> None:
+    """Run in a new child: leave the supervisor's signals behind, and do not outlive it unless that is its purpose."""
     signal.set_wakeup_fd(-1)
     # They may reach the whole group (Ctrl-C, a service manager); the supervisor decides and ends the others by SIGKILL.
     for number in (*STOP_SIGNALS, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+    if not survivor:
+        syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != supervisor:
         os._exit(1)
     if detached:

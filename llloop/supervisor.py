@@ -35,6 +35,7 @@ from .config import ServeConfig
 from .errors import HostError, LlloopError, UsageError
 from .front.operations import Operations
 from .front.process import FrontSetup, run_front
+from .undertaker import wait_and_detach
 from .workers.process import WorkerSetup, run_worker
 
 _log = logging.getLogger(__name__)
@@ -154,6 +155,12 @@ class Supervisor:
             answers=answers_reader,
         )
 
+        supervisor, mountpoint, number = os.getpid(), self._mountpoint, self._device_number
+        assert number is not None, "the mount was made a moment ago"
+
+        def keeper() -> None:
+            wait_and_detach(supervisor, device, mountpoint, number)
+
         def front() -> None:
             run_front(setup, lambda: _tell(ready_writer))
 
@@ -163,7 +170,7 @@ class Supervisor:
 
         self._front = Child("llloop-front", front)
         self._workers = [Child(f"llloop-worker-{shard}", worker(shard)) for shard in range(config.workers)]
-        self._children = [*self._workers, self._front]
+        self._children = [Child("llloop-keeper", keeper, survivor=True), *self._workers, self._front]
 
     def _watch(self, signal_reader: int) -> None:
         """Wait for children to end and signals to come until the mount has ended."""
@@ -311,10 +318,12 @@ class Supervisor:
 
     def _clean_up(self) -> None:
         """End every process and what is left of the mount."""
-        for child in self._children:
+        # The keeper stays to the end: a supervisor that is killed in the middle of this leaves a mount behind, too.
+        serving = [child for child in self._children if not child.survivor]
+        for child in serving:
             if child.process is not None:
                 child.process.kill()  # all at once, for each may take its time
-        for child in self._children:
+        for child in serving:
             end(child.process)
         self._let_go()  # first, for what follows needs descriptors, and there may be none left
         if self._unmounter is not None and not self._is_mounted():
@@ -327,6 +336,8 @@ class Supervisor:
                 mounting.unmount(self._mountpoint, lazy=True)
             except (OSError, LlloopError) as error:
                 _log.error("%s could not be detached: %s", self._mountpoint, error)
+        for child in self._children:
+            end(child.process)
         llfuse.close(unmount=False)
         log.release()
 

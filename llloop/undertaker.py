@@ -1,0 +1,70 @@
+"""What is left to do when the supervisor has died: the mount it leaves behind is taken away.
+
+A FUSE mount whose server is gone stays where it is and answers "Transport endpoint is not connected" to everybody.
+The supervisor's own end normally prevents that; a supervisor that was killed has none. So a process that
+outlives it waits for its death and detaches the mount. The front and the workers end by themselves, for the
+kernel kills them with their parent (prctl(2), PR_SET_PDEATHSIG).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+from contextlib import suppress
+from pathlib import Path
+
+from . import log, mounting
+from .errors import LlloopError
+
+_log = logging.getLogger(__name__)
+
+# fusectl: one directory for each living connection, named after the minor number of the mount's device.
+_CONNECTIONS = Path("/sys/fs/fuse/connections")
+
+
+def detach_dead_mount(mountpoint: str, device_number: tuple[int, int]) -> bool:
+    """Detach a mount whose supervisor is dead, if it is still there.
+
+    It never waits for the mount: who waits for an answer gets an error first (ECONNABORTED, or ENOTCONN when the
+    last of the processes has let go of /dev/fuse), and the mount leaves the tree even if it is in use. What goes wrong
+    is logged, straight to the log's own place: the process that gathered records is dead.
+
+    Args:
+        mountpoint: an absolute path without symlinks.
+        device_number: major and minor number of the mount; another one in its place is left alone.
+
+    Returns:
+        Whether there was something to detach, and it was detached.
+    """
+    log.release()
+    entry = mounting.find_mount(mountpoint)
+    if entry is None or entry.device != device_number:
+        return False
+    # A worker that hangs in a dead source cannot be killed and would keep the connection, and all who wait, alive.
+    with suppress(OSError):  # not mounted in every container
+        (_CONNECTIONS / str(device_number[1]) / "abort").write_text("1")
+    try:
+        mounting.unmount(mountpoint, lazy=True)
+    except (OSError, LlloopError) as error:
+        _log.error("the supervisor has died and %s could not be detached: %s", mountpoint, error)
+        return False
+    _log.error("the supervisor has died; %s was detached, and what was open there answers with errors", mountpoint)
+    return True
+
+
+def wait_and_detach(supervisor: int, device: int, mountpoint: str, device_number: tuple[int, int]) -> None:
+    """Wait until the supervisor has died, then detach its mount.
+
+    Args:
+        supervisor: the process id of the supervisor, which is this process's parent.
+        device: this process's descriptor of /dev/fuse; closed at once, for whoever holds one keeps the connection alive.
+        mountpoint, device_number: see `detach_dead_mount`.
+    """
+    os.close(device)
+    pidfd = os.pidfd_open(supervisor)
+    if os.getppid() == supervisor:  # else it has died already, and the number may be another's
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        poll.poll()
+    detach_dead_mount(mountpoint, device_number)

@@ -1,0 +1,137 @@
+"""A supervisor that is killed leaves neither a process nor a dead mount behind."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.as_user import Child
+from tests.conftest import Serve
+from tests.expect import fails, outcome
+from tests.mirror import Mirror
+from tests.server_processes import titles, wait_until
+
+pytestmark = [pytest.mark.mounted, pytest.mark.user]
+
+DETACHED = "the supervisor has died; .* was detached"
+LARGE = 200_000  # bytes; more than the front does by itself
+# What a program may be told that used the mount when its server went.
+GONE = (errno.ENOTCONN, errno.ECONNABORTED, errno.EIO)
+
+
+def kill_supervisor(mirror: Mirror) -> None:
+    """And take notice of it: until its parent does, its process id is still there."""
+    assert mirror.process
+    os.kill(mirror.pid, signal.SIGKILL)
+    mirror.process.wait(10)
+
+
+def check_nothing_is_left(mirror: Mirror) -> None:
+    assert wait_until(lambda: not mirror.mounted()), mirror.all_output()
+    assert wait_until(lambda: mirror.processes() == []), mirror.processes()
+    assert os.listdir(mirror.mountpoint) == [], "the plain directory is there again"
+
+
+def test_an_idle_mount_is_detached(serve: Serve) -> None:
+    mirror = serve("--workers", "2")
+    (mirror.mountpoint / "file").write_bytes(bytes(LARGE))
+    mirror.expect_log(DETACHED)
+    kill_supervisor(mirror)
+    check_nothing_is_left(mirror)
+    assert (mirror.source / "file").read_bytes() == bytes(LARGE)
+    mirror.check_log()
+    mirror.clean_up()
+
+
+def test_a_mount_in_use_is_detached(serve: Serve) -> None:
+    """Who has something open there, or works in it, is told so, and keeps nobody from mounting anew."""
+    mirror = serve("--workers", "1")
+    (mirror.source / "directory").mkdir()
+    (mirror.source / "file").write_bytes(b"content")
+    mirror.expect_log(DETACHED)
+    fd = os.open(mirror.mountpoint / "file", os.O_RDWR)
+    worker = subprocess.Popen(["sleep", "60"], cwd=mirror.mountpoint / "directory")
+    try:
+        kill_supervisor(mirror)
+        check_nothing_is_left(mirror)
+        with fails(*GONE):
+            os.pwrite(fd, bytes(LARGE), 0)
+        with fails(*GONE):
+            os.listdir(f"/proc/{worker.pid}/cwd")
+    finally:
+        worker.kill()
+        worker.wait()
+        with contextlib.suppress(OSError):  # close(2) may ask the server, and fails then
+            os.close(fd)
+    mirror.check_log()
+    mirror.clean_up()
+    mirror.start()
+    assert (mirror.mountpoint / "file").read_bytes() == b"content"
+
+
+@pytest.mark.by_workers
+def test_a_request_in_flight_ends_with_an_error(serve: Serve) -> None:
+    mirror = serve("--workers", "1")
+    mirror.expect_log(DETACHED)
+    fd = os.open(mirror.mountpoint / "file", os.O_RDWR | os.O_CREAT)
+    os.kill(titles(mirror)["llloop-worker-0"], signal.SIGSTOP)
+    writing = Child(outcome, os.pwrite, fd, bytes(LARGE), 0)
+    time.sleep(0.2)  # it has no way to say that it waits
+    kill_supervisor(mirror)
+    assert writing.result() in {errno.errorcode[number] for number in GONE}
+    with contextlib.suppress(OSError):  # close(2) may ask the server, and fails then
+        os.close(fd)
+    check_nothing_is_left(mirror)
+    mirror.check_log()
+    mirror.clean_up()
+
+
+@pytest.mark.root
+def test_what_was_mounted_in_its_place_stays(serve: Serve) -> None:
+    mirror = serve("--workers", "1")
+    subprocess.run(["mount", "-t", "tmpfs", "none", mirror.mountpoint], check=True, timeout=10)
+    try:
+        (mirror.mountpoint / "theirs").touch()
+        kill_supervisor(mirror)
+        assert wait_until(lambda: mirror.processes() == []), mirror.processes()
+        assert os.listdir(mirror.mountpoint) == ["theirs"]
+    finally:
+        subprocess.run(["umount", mirror.mountpoint], check=True, timeout=10)
+        mirror.clean_up()
+
+
+def test_the_keeper_is_replaced_when_it_dies(serve: Serve) -> None:
+    mirror = serve("--workers", "1")
+    mirror.expect_log("llloop-keeper was killed by signal 9; another takes over")
+    mirror.expect_log(DETACHED)
+    first = titles(mirror)["llloop-keeper"]
+    os.kill(first, signal.SIGKILL)
+
+    def another_is_there() -> bool:
+        with contextlib.suppress(AssertionError, OSError):  # one that was just forked has no title yet
+            return titles(mirror).get("llloop-keeper", first) != first
+        return False
+
+    assert wait_until(another_is_there), mirror.all_output()
+    kill_supervisor(mirror)
+    check_nothing_is_left(mirror)
+    mirror.check_log()
+    mirror.clean_up()
+
+
+def test_the_keeper_holds_nothing_of_the_mount(serve: Serve) -> None:
+    """With /dev/fuse in its hand, who waits for an answer would wait as long as it lives."""
+    mirror = serve("--workers", "1")
+    keeper = titles(mirror)["llloop-keeper"]
+
+    def held() -> list[str]:
+        return [os.readlink(entry) for entry in Path(f"/proc/{keeper}/fd").iterdir() if entry.is_symlink()]
+
+    assert wait_until(lambda: "/dev/fuse" not in held()), held()
