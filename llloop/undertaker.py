@@ -58,7 +58,7 @@ def wait_and_detach(supervisor: int, device: int, mountpoint: str, device_number
 
     Args:
         supervisor: the process id of the supervisor, which is this process's parent.
-        device: this process's descriptor of /dev/fuse; closed at once, for whoever holds one keeps the connection alive.
+        device: a descriptor of /dev/fuse, closed at once: whoever holds one keeps the connection alive.
         mountpoint, device_number: see `detach_dead_mount`.
     """
     os.close(device)
