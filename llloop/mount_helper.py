@@ -113,23 +113,34 @@ def serve_arguments(options: Iterable[str], *, sloppy: bool = False) -> list[str
     return arguments
 
 
-class _Command(click.Command):
+def _value(option: click.Option) -> str:
+    """Return what stands for an option's value in the help."""
+    if isinstance(option.type, click.Choice):
+        return "|".join(map(str, option.type.choices))
+    return option.metavar or option.type.name.upper()
+
+
+class Command(click.Command):
     """A command whose help lists the mount options too."""
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return the mount options: how each is written, and what it does."""
+        rows = []
+        for option in _offered():
+            if not option.hidden:
+                names = [spelling[2:] for spelling in (*option.opts, *option.secondary_opts) if spelling[2:]]
+                value = "" if option.is_flag else f"={_value(option)}"
+                rows.append((", ".join(f"{name.replace('-', '_')}{value}" for name in names), option.help or ""))
+        return rows
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         super().format_options(ctx, formatter)
         with formatter.section("Mount options"):
-            rows = []
-            for option in _offered():
-                if not option.hidden:
-                    names = [spelling[2:] for spelling in (*option.opts, *option.secondary_opts) if spelling[2:]]
-                    value = "" if option.is_flag else f"={option.make_metavar(ctx)}"
-                    rows.append((", ".join(f"{name.replace('-', '_')}{value}" for name in names), option.help or ""))
-            formatter.write_dl(rows)
+            formatter.write_dl(self.rows())
 
 
 @click.command(
-    cls=_Command,
+    cls=Command,
     epilog=_EXIT_CODES,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )

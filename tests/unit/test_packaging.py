@@ -54,10 +54,13 @@ def names(wheel: Path) -> set[str]:
 
 def test_the_wheel_holds_every_module_and_nothing_else(names: set[str]) -> None:
     packed = {name for name in names if not name.startswith(f"llloop-{__version__}.dist-info/")}
-    assert packed == modules_of_checkout() | {
-        "llloop/py.typed",
-        f"llloop-{__version__}.data/data/lib/systemd/system/llloop@.service",
+    data = {
+        *("lib/systemd/system/llloop@.service", "share/man/man1/llloop.1", "share/man/man8/mount.llloop.8"),
+        *("share/bash-completion/completions/llloop", "share/zsh/site-functions/_llloop"),
+        "share/fish/vendor_completions.d/llloop.fish",
     }
+    expected = {"llloop/py.typed", *(f"llloop-{__version__}.data/data/{name}" for name in data)}
+    assert packed == modules_of_checkout() | expected
 
 
 def test_the_workers_are_in_it(names: set[str]) -> None:
