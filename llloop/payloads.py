@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import resource
 import termios
 from struct import Struct
 
@@ -17,6 +18,8 @@ from . import wire
 
 # How many large writes can be on their way at once; beyond that they are copied into their slots.
 _MOST = 16
+# Where a process may open few files, most of them are for those of the mount.
+_SHARE = 32
 _INT = Struct("=i")
 
 
@@ -33,16 +36,16 @@ class PayloadPipes:
         needed = payload + 2 * wire.PAGE_SIZE
         self._request = wire.WRITE_HEADER_SIZE + payload
         self._pipes: list[tuple[int, int]] = []
-        for _ in range(min(slots, _MOST)):
+        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        for _ in range(min(slots, _MOST, descriptors // _SHARE)):
             reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-            self._pipes.append((reader, writer))
             try:
                 fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, needed)
             except PermissionError:  # the user's share of pipe pages is used up (pipe(7))
-                self._pipes.pop()
                 os.close(reader)
                 os.close(writer)
                 break
+            self._pipes.append((reader, writer))
 
     def __len__(self) -> int:
         return len(self._pipes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
 AT_SYMLINK_NOFOLLOW = 0x100  # <linux/fcntl.h>, as the flags below
@@ -199,26 +200,32 @@ _DIRENT_BUFFER_SIZE = 128 * 1024
 _dirent_buffer = ctypes.create_string_buffer(_DIRENT_BUFFER_SIZE)
 
 
-def read_directory(fd: int) -> list[DirectoryEntry]:
-    """Return the entries of the open directory *fd*, "." and ".." among them (getdents64(2))."""
+def directory_blocks(fd: int) -> Iterator[bytes]:
+    """Yield all of the open directory *fd* as sequences of ``struct linux_dirent64`` (getdents64(2))."""
     os.lseek(fd, 0, os.SEEK_SET)
-    entries: list[DirectoryEntry] = []
-    append = entries.append
-    unpack = _DIRENT.unpack_from
-    header = _DIRENT.size
     while True:
         length = _getdents64(fd, _dirent_buffer, _DIRENT_BUFFER_SIZE)
         if length < 0:
             raise _raise()
         if length == 0:
-            return entries
-        data = _dirent_buffer.raw[:length]
+            return
+        yield ctypes.string_at(_dirent_buffer, length)
+
+
+def read_directory(fd: int) -> list[DirectoryEntry]:
+    """Return the entries of the open directory *fd*, "." and ".." among them (getdents64(2))."""
+    entries: list[DirectoryEntry] = []
+    append = entries.append
+    unpack = _DIRENT.unpack_from
+    header = _DIRENT.size
+    for data in directory_blocks(fd):
         position = 0
-        while position < length:
+        while position < len(data):
             ino, _, record_length, kind = unpack(data, position)
             start = position + header
             position += record_length
             append((ino, kind, data[start : data.index(b"\0", start)]))
+    return entries
 
 
 class _Statfs(ctypes.Structure):

@@ -77,6 +77,7 @@ class Opcode(IntEnum):
 # FOPEN_ flags of the OPEN and OPENDIR replies
 FOPEN_DIRECT_IO = 1 << 0
 FOPEN_KEEP_CACHE = 1 << 1
+FOPEN_CACHE_DIR = 1 << 3
 FOPEN_PASSTHROUGH = 1 << 7
 
 # FATTR_ bits of struct fuse_setattr_in.valid

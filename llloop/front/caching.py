@@ -32,6 +32,7 @@ class CachePolicy:
         self.entry = split(config.entry_timeout)
         self.attributes = split(config.attr_timeout)
         self.negative = split(config.negative_timeout)
+        self._listing_ns = int(min(config.entry_timeout, config.attr_timeout) * 1_000_000_000)
         self._always = config.cache is Cache.ALWAYS
         self._never = config.cache is Cache.NEVER
         self._direct = self._never and direct_mmap
@@ -57,6 +58,26 @@ class CachePolicy:
         )
         if inode.stamp == stamp:
             return wire.FOPEN_KEEP_CACHE
-        changed = attributes.ctime + attributes.ctime_nsec / 1_000_000_000
-        inode.stamp = stamp if changed + _SETTLED < time.time() else None
+        inode.stamp = stamp if _settled(attributes) else None
         return 0
+
+    def directory_flags(self, inode: Inode, attributes: Attributes) -> int:
+        """Return the FOPEN_ flags for an open of the directory *inode*, whose attributes are now *attributes*.
+
+        The kernel keeps a listing, and shows it again if the directory has not changed. But it would ask for what it
+        then lacks of the entries' attributes one by one, so a listing is kept only as long as attributes are.
+        """
+        if self._never:
+            return 0
+        now = time.monotonic_ns()
+        stamp = inode.stamp
+        times = (attributes.mtime, attributes.mtime_nsec, attributes.ctime, attributes.ctime_nsec)
+        if stamp is not None and stamp[1:] == times and now < stamp[0]:
+            return wire.FOPEN_CACHE_DIR | wire.FOPEN_KEEP_CACHE
+        inode.stamp = (now + self._listing_ns, *times) if _settled(attributes) else None
+        return wire.FOPEN_CACHE_DIR
+
+
+def _settled(attributes: Attributes) -> bool:
+    """Whether no later change could leave the same time stamps."""
+    return attributes.ctime + attributes.ctime_nsec / 1_000_000_000 + _SETTLED < time.time()

@@ -181,14 +181,14 @@ class Files:
     def root_handle(self) -> int:
         """Return the number of a handle of the source directory that stays open, for what concerns all of it."""
         if self._root_handle is None:
-            self._root_handle = self.opendir(ROOT)
+            self._root_handle, _ = self.opendir(ROOT)
         return self._root_handle
 
-    def opendir(self, nodeid: int) -> int:
-        """Open a directory and return the handle's number."""
+    def opendir(self, nodeid: int) -> tuple[int, Attributes]:
+        """Open a directory and return the handle's number and the directory's attributes."""
         self._handles.ensure_room()
         descriptor, attributes = self._reopen(nodeid, _OPEN_DIRECTORY)
-        return self._add(descriptor, nodeid, 0, attributes)
+        return self._add(descriptor, nodeid, 0, attributes), attributes
 
     def entries(self, number: int, offset: int) -> list[DirectoryEntry]:
         """Return the entries of an open directory as they were when it was first read from its start.

@@ -73,7 +73,8 @@ def build_mirror(
     inodes = Inodes(fstatx(root), births=kind not in STACKED)
     directories = min(_DIRECTORIES_MOST, limit // _DIRECTORIES_SHARE)
     anchors = Anchors(inodes, root, directories)
-    handles = Handles(arena.generation, limit - directories - _RESERVE - len(pipes))
+    payload_pipes = arena.pipes.descriptors if arena.pipes is not None else []
+    handles = Handles(arena.generation, limit - directories - _RESERVE - len(pipes) - len(payload_pipes))
     router = Router(arena, pipes)
     caller = Caller()
     setid = SetidGuard()

@@ -236,7 +236,7 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
 
     @_answered
     def opendir(self, nodeid: int, context: RequestContext) -> int:
-        return self._mirror.files.opendir(nodeid)
+        return self._mirror.files.opendir(nodeid)[0]
 
     def readdir(self, handle: int, offset: int) -> Iterator[tuple[bytes, EntryAttributes, int]]:
         return iter(self._readdir(handle, offset))

@@ -625,3 +625,25 @@ def test_directories_that_change_places_in_the_source_hang_nobody(serve: Serve) 
             (mnt / f"other{number}/below").stat()
         assert outcome(os.stat, "missing", dir_fd=inner) in ("ENOENT", "ESTALE")
     assert (mnt / "inner").is_dir()
+
+
+def test_a_listing_that_the_kernel_keeps_is_not_shown_after_a_change(serve: Serve) -> None:
+    mirror = serve("--cache", "always")
+    directory = mirror.source / "directory"
+    directory.mkdir()
+    shown = mirror.mountpoint / "directory"
+    for number in range(50):
+        (directory / f"{number}").touch()
+    time.sleep(1.2)  # from then on the directory's time stamp is trusted
+    for _ in range(3):
+        assert len(os.listdir(shown)) == 50
+    (directory / "behind the mount").touch()
+    assert len(os.listdir(shown)) == 51
+    time.sleep(1.2)
+    for _ in range(3):
+        assert len(os.listdir(shown)) == 51
+    (shown / "through it").touch()
+    assert len(os.listdir(shown)) == 52
+    (shown / "1").rename(shown / "renamed")
+    (directory / "2").unlink()
+    assert {"renamed", "2", "1"} & set(os.listdir(shown)) == {"renamed"}

@@ -117,3 +117,44 @@ def test_a_timeout_fits_its_struct(seconds: float) -> None:
     whole, nanoseconds = split(seconds)
     assert 0 <= nanoseconds < 1_000_000_000
     assert abs(whole + nanoseconds / 1e9 - seconds) < 1e-6
+
+
+KEPT = wire.FOPEN_CACHE_DIR | wire.FOPEN_KEEP_CACHE
+
+
+@pytest.fixture
+def stopwatch(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The monotonic clock in nanoseconds, to be set."""
+    now = [5_000_000_000]
+    monkeypatch.setattr(time, "monotonic_ns", lambda: now[0])
+    return now
+
+
+def test_a_listing_is_kept_as_long_as_the_attributes_of_its_entries(stopwatch: list[int]) -> None:
+    inode, own = inode_of(settled()), policy(attr_timeout=3.0, entry_timeout=2.0)
+    assert own.directory_flags(inode, settled()) == wire.FOPEN_CACHE_DIR
+    stopwatch[0] += 1_999_999_999
+    assert own.directory_flags(inode, settled()) == KEPT
+    stopwatch[0] += 1
+    assert own.directory_flags(inode, settled()) == wire.FOPEN_CACHE_DIR, "it is listed anew, with attributes"
+    assert own.directory_flags(inode, settled()) == KEPT
+
+
+@pytest.mark.parametrize("changed", [settled(mtime=(900_000, 9)), settled(ctime=(900_000, 9))])
+@pytest.mark.parametrize("cache", [Cache.AUTO, Cache.ALWAYS])
+def test_the_listing_of_a_changed_directory_is_dropped(cache: Cache, changed: Attributes, stopwatch: list[int]) -> None:
+    inode, own = inode_of(settled()), policy(cache)
+    own.directory_flags(inode, settled())
+    assert own.directory_flags(inode, changed) == wire.FOPEN_CACHE_DIR
+    assert own.directory_flags(inode, changed) == KEPT
+
+
+def test_a_listing_is_not_kept_on_the_word_of_a_fresh_stamp(stopwatch: list[int]) -> None:
+    fresh = settled(ctime=(1_000_000, 0))
+    inode, own = inode_of(fresh), policy()
+    assert own.directory_flags(inode, fresh) == own.directory_flags(inode, fresh) == wire.FOPEN_CACHE_DIR
+
+
+def test_no_listing_is_kept_where_nothing_is(stopwatch: list[int]) -> None:
+    inode, own = inode_of(settled()), policy(Cache.NEVER)
+    assert own.directory_flags(inode, settled()) == own.directory_flags(inode, settled()) == 0

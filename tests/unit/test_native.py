@@ -369,7 +369,7 @@ def test_a_name_that_goes_during_a_listing(source: Source, kernel: Kernel) -> No
 
 def test_a_listing_nobody_waits_for_counts_no_lookups(source: Source, kernel: Kernel, deaf: None) -> None:
     (source.path / "file").write_text("")
-    handle = source.files.opendir(ROOT)
+    handle, _ = source.files.opendir(ROOT)
     kernel.send(Opcode.READDIRPLUS, ROOT, struct.pack("=QQIIQII", handle, 0, 65536, 0, 0, 0, 0))
     assert len(source.mirror.inodes) == 1
 

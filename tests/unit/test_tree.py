@@ -445,7 +445,7 @@ def names(source: Source, number: int, offset: int) -> list[bytes]:
 def test_a_listing_stays_what_it_was_when_it_began(source: Source) -> None:
     for name in ("a", "b", "c"):
         (source.path / name).write_text("")
-    number = source.files.opendir(ROOT)
+    number, _ = source.files.opendir(ROOT)
     first = names(source, number, 0)
     assert sorted(first) == [b".", b"..", b"a", b"b", b"c"]
     (source.path / "b").unlink()
@@ -458,7 +458,7 @@ def test_a_listing_shows_numbers_and_types_of_the_source(source: Source) -> None
     (source.path / "file").write_text("")
     (source.path / "dir").mkdir()
     (source.path / "link").symlink_to("x")
-    number = source.files.opendir(ROOT)
+    number, _ = source.files.opendir(ROOT)
     found = {name: (ino, kind) for ino, kind, name in source.files.entries(number, 0)}
     assert found[b"."][0] == ROOT
     for name, kind in ((b"file", stat.S_IFREG), (b"dir", stat.S_IFDIR), (b"link", stat.S_IFLNK)):

@@ -55,7 +55,7 @@ def native_table(mirror: Mirror, device: int) -> dict[Opcode, Handler]:
         Opcode.READ: files.read,
         Opcode.WRITE: files.write,
         Opcode.RELEASE: files.release,
-        Opcode.RELEASEDIR: files.release,
+        Opcode.RELEASEDIR: directories.releasedir,
         Opcode.FLUSH: files.flush,
         Opcode.FSYNC: files.fsync,
         Opcode.FSYNCDIR: files.fsync,

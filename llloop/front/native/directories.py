@@ -2,58 +2,77 @@
 
 from __future__ import annotations
 
-from itertools import islice
-
 from ... import wire
-from ...syscalls import statx
+from ...syscalls import directory_blocks, statx
 from ..handles import Handle
+from ..inodes import ROOT
+from ..mirror import Mirror
 from .base import Responder
+from .listing import Listing
 
 _NO_ENTRY = bytes(wire.ENTRY.size)
-# What pads a name to a multiple of eight bytes, by its length modulo eight (FUSE_DIRENT_ALIGN).
-_PADDING = tuple(bytes(-length % 8) for length in range(8))
 _NOT_LOOKED_UP = frozenset({b".", b".."})
+# The kernel asks for the first entries with attributes, and for the others as the reader then turns out to want them.
+# In a directory with more entries than the first number, the second many are enough to find out.
+_LARGE = 1000
+_SAMPLE = 32
 
 
 class DirectoryRequests(Responder):
     """The handlers; see `Responder`."""
 
+    def __init__(self, mirror: Mirror, device: int) -> None:
+        super().__init__(mirror, device)
+        self._listings: dict[int, Listing] = {}
+        self._device_of_root = mirror.inodes.get(ROOT).device
+
     def opendir(self, base: int, length: int) -> None:
-        """FUSE_OPENDIR."""
+        """FUSE_OPENDIR: reply with a handle and whether the kernel may show the listing it has."""
         unique, nodeid = wire.NODE_REQUEST.unpack_from(self._memory, base)
-        number = self._files.opendir(nodeid)
-        if not self._send(wire.OPEN_REPLY.pack(wire.OPEN_REPLY.size, 0, unique, number, 0, 0)):
+        number, attributes = self._files.opendir(nodeid)
+        flags = self._mirror.policy.directory_flags(self._inodes.get(nodeid), attributes)
+        if not self._send(wire.OPEN_REPLY.pack(wire.OPEN_REPLY.size, 0, unique, number, flags, 0)):
             self._files.release(number)
+
+    def releasedir(self, base: int, length: int) -> None:
+        """FUSE_RELEASEDIR."""
+        unique, number = wire.RELEASE_REQUEST.unpack_from(self._memory, base)
+        self._listings.pop(number, None)
+        self._files.release(number)
+        self._send(wire.error_reply(unique, 0))
+
+    def _listing(self, handle: Handle, number: int, offset: int) -> Listing:
+        """Return a directory's entries as they were when it was first read, or read from its start (rewinddir(3))."""
+        listing = self._listings.get(number)
+        if listing is None or offset == 0:
+            device = self._inodes.get(handle.nodeid).device
+            inodes = self._inodes
+            listing = self._listings[number] = Listing(
+                directory_blocks(handle.descriptor),
+                lambda ino: inodes.nodeid(device, ino),
+                foreign=device != self._device_of_root,
+            )
+        return listing
 
     def readdir(self, base: int, length: int) -> None:
         """FUSE_READDIR: as many entries as fit, from the cookie on, which is the number of entries already had."""
         unique, number, offset, size = wire.READDIR_REQUEST.unpack_from(self._memory, base)
-        # The shortest entry takes this much, so no more of them than this can fit.
-        entries = self._files.entries(number, offset)[offset : offset + size // (wire.DIRENT.size + 8)]
-        records = []
-        room = size
-        pack = wire.DIRENT.pack
-        for cookie, (ino, kind, name) in enumerate(entries, offset + 1):
-            length = len(name)
-            record = pack(ino, cookie, length, kind) + name + _PADDING[length % 8]
-            room -= len(record)
-            if room < 0:
-                break
-            records.append(record)
-        self._send(wire.reply(unique, b"".join(records)))
+        listing = self._listing(self._handles.get(number), number, offset)
+        self._send(wire.reply(unique, listing.fitting(offset, size)))
 
     def readdirplus(self, base: int, length: int) -> None:
         """FUSE_READDIRPLUS: as READDIR, with a lookup of each entry in the same reply."""
         unique, number, offset, size = wire.READDIR_REQUEST.unpack_from(self._memory, base)
         handle = self._handles.get(number)
-        entries = self._files.entries(number, offset)
+        listing = self._listing(handle, number, offset)
         reply = bytearray(wire.OUT_HEADER_SIZE)
         limit = wire.OUT_HEADER_SIZE + size
         looked_up = []
-        pack = wire.DIRENT.pack
-        for cookie, (ino, kind, name) in enumerate(islice(entries, offset, None), offset + 1):
-            length = len(name)
-            record = pack(ino, cookie, length, kind) + name + _PADDING[length % 8]
+        end = len(listing)
+        if offset == 0 and end > _LARGE:
+            end = _SAMPLE
+        for position in range(offset, end):
+            record, name = listing.record(position)
             if len(reply) + wire.ENTRY.size + len(record) > limit:
                 break
             nodeid, head = self._look_up(handle, name)

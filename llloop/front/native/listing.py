@@ -1,0 +1,133 @@
+"""A directory's entries, from what getdents64(2) gives to what FUSE_READDIR wants.
+
+Both are sequences of records with the same fields in another order. A step of the interpreter for each entry would
+make large directories slow, so runs of names of one length (photos, mails, hashes) are converted column by
+column, with slices that take every n-th byte; what is no such run goes one by one.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
+from struct import Struct
+
+from ... import wire
+
+_HEAD = Struct("=8s8xHB")  # struct linux_dirent64: d_ino, d_reclen, d_type; then the name and a NUL
+_NAME = 19
+_DIRENT = Struct("=8sQII")  # wire.DIRENT with the number as it lies in memory
+_NUMBER = Struct("=Q")
+_TYPE = 20  # offsetof(struct fuse_dirent, type)
+# What pads a name to a multiple of eight bytes, by its length modulo eight (FUSE_DIRENT_ALIGN).
+_PADDING = tuple(bytes(-length % 8) for length in range(8))
+_DOTS = frozenset({b".", b".."})
+# So many alike in a row are taken for the beginning of a run; shorter runs than the second do not pay.
+_ALIKE = 4
+_WORTHWHILE = 24
+
+
+class Listing:
+    """A snapshot of a directory. An entry's cookie is its position, counted from one.
+
+    Args:
+        blocks: what getdents64(2) returned, call by call.
+        shown: gives the number that the mount shows for a number of the source.
+        foreign: whether `shown` has something to say about any entry, not about "." and ".." only.
+    """
+
+    def __init__(self, blocks: Iterable[bytes], shown: Callable[[int], int], *, foreign: bool) -> None:
+        self._records: list[bytes | bytearray] = []
+        self._ends = [0]
+        self._shown = shown
+        for block in blocks:
+            self._convert(block, foreign)
+        self._data = b"".join(self._records)
+        self._records = []
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def _convert(self, block: bytes, foreign: bool) -> None:
+        head, pack, index = _HEAD.unpack_from, _DIRENT.pack, block.index
+        records, ends = self._records, self._ends
+        position, end, cookie, total = 0, len(block), len(ends), ends[-1]
+        last = alike = 0
+        while position < end:
+            number, stride, kind = head(block, position)
+            start = position + _NAME
+            length = index(0, start) - start
+            alike = alike + 1 if length == last else 0
+            last = length
+            if alike >= _ALIKE and not foreign:
+                count = _run(block, position, stride, length)
+                alike = -count  # however it ends, the next try is as far away as this one reached
+                if count >= _WORTHWHILE:
+                    run, size = _columns(block, position, stride, length, count, cookie)
+                    records.append(run)
+                    ends += range(total + size, total + size * count + 1, size)
+                    total = ends[-1]
+                    cookie += count
+                    position += stride * count
+                    alike = 0
+                    continue
+            name = block[start : start + length]
+            if foreign or name in _DOTS:
+                number = _NUMBER.pack(self._shown(*_NUMBER.unpack(number)))
+            record = pack(number, cookie, length, kind) + name + _PADDING[length & 7]
+            records.append(record)
+            total += len(record)
+            ends.append(total)
+            cookie += 1
+            position += stride
+
+    def fitting(self, offset: int, size: int) -> bytes:
+        """Return the entries after the first *offset* ones, as many as fit into *size* bytes."""
+        ends = self._ends
+        if offset >= len(ends):
+            return b""
+        start = ends[offset]
+        return self._data[start : ends[bisect_right(ends, start + size, offset) - 1]]
+
+    def record(self, position: int) -> tuple[bytes, bytes]:
+        """Return ``struct fuse_dirent`` of an entry, and the entry's name.
+
+        Args:
+            position: counted from zero.
+        """
+        record = self._data[self._ends[position] : self._ends[position + 1]]
+        return record, record[wire.DIRENT.size :].rstrip(b"\0")
+
+
+def _run(block: bytes, position: int, stride: int, length: int) -> int:
+    """Return how many records from *position* on are *stride* bytes long and have names of *length* bytes."""
+    low, high = _HEAD.size - 3, _HEAD.size - 2
+    end = _NAME + length
+    count = _same(block[position + low :: stride], stride & 255)
+    count = _same(block[position + high :: stride][:count], stride >> 8)
+    count = _same(block[position + end :: stride][:count], 0)
+    # No earlier byte of the name may be NUL; the last one tells, since what follows a name is not defined.
+    for column in range(length - 1, -1, -1):
+        shorter = block[position + _NAME + column :: stride].find(0, 0, count)
+        if shorter >= 0:
+            count = shorter
+    return min(count, (len(block) - position) // stride)
+
+
+def _same(column: bytes, value: int) -> int:
+    """Return how many bytes at the beginning of *column* are *value*."""
+    return len(column) - len(column.lstrip(bytes((value,))))
+
+
+def _columns(block: bytes, position: int, stride: int, length: int, count: int, cookie: int) -> tuple[bytearray, int]:
+    """Return *count* records as ``struct fuse_dirent``, and the size of each."""
+    size = wire.DIRENT.size + length + len(_PADDING[length & 7])
+    end = position + count * stride
+    out = bytearray(_DIRENT.pack(bytes(8), 0, length, 0).ljust(size, b"\0") * count)
+    cookies = memoryview(Struct(f"={count}Q").pack(*range(cookie, cookie + count)))
+    for column in range(8):
+        out[column::size] = block[position + column : end : stride]
+        out[8 + column :: size] = cookies[column::8]
+    out[_TYPE::size] = block[position + _HEAD.size - 1 : end : stride]
+    for column in range(length):
+        out[wire.DIRENT.size + column :: size] = block[position + _NAME + column : end : stride]
+    return out, size
