@@ -13,6 +13,7 @@ from typing import Any
 
 from llloop.cli import main
 from llloop.front.files import Files
+from llloop.front.native.directories import DirectoryRequests
 from llloop.front.tree import Tree
 from llloop.workers.transfers import Transfers
 
@@ -22,6 +23,7 @@ METHODS: dict[type, tuple[str, ...]] = {
         "rename", "statfs", "setxattr", "getxattr", "listxattr", "removexattr", "statx_raw",
     ),
     Files: ("open", "create", "tmpfile", "opendir", "entries", "release"),
+    DirectoryRequests: ("_listing",),
     Transfers: ("_read", "_write", "_fsync", "_fallocate", "_lseek", "_copy_file_range"),
 }  # fmt: skip
 
