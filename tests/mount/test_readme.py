@@ -161,7 +161,7 @@ def test_an_example_does_what_it_shows(name: str, place: Path, via: str) -> None
 
 
 def test_the_readme_has_examples() -> None:
-    assert {"tour", "namespace"} <= set(EXAMPLES)
+    assert {"tour", "namespace", "sandbox"} <= set(EXAMPLES)
     marked = README.read_text().count("<!-- test:")
     assert marked == len(BLOCK.findall(README.read_text())), "a marked block is not understood"
 

@@ -1,0 +1,104 @@
+"""Podman, on a machine of its own: what a container needs to mount, and how it gets what the host has mounted."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+
+from tests.deploy.machine import Machine
+
+LLLOOP = str(Path(sys.executable).parent / "llloop")
+CHECKOUT = str(Path(__file__).parents[2])
+Run = Callable[..., "CompletedProcess[str]"]
+SERVE = f"mkdir /run/src /run/mnt; echo inside >/run/src/file; {LLLOOP} serve --workers 1 --daemon /run/src /run/mnt"
+# What the machine cannot give a container: controllers of its cgroups, and settings of the kernel that all share.
+HERE = ("--cgroups=disabled", "--pids-limit=-1", "--ulimit=nofile=4096:4096", "--ulimit=nproc=4096:4096")
+
+
+@pytest.fixture(scope="module")
+def store(machine: Machine) -> Iterator[str]:
+    machine.run("mkdir", "/srv/podman")
+    machine.run("mount", "-t", "tmpfs", "tmpfs", "/srv/podman")
+    machine.path("/srv/podman/containers.conf").write_text("[containers]\ndefault_sysctls = []\n")
+    yield "/srv/podman"
+    machine.run("umount", "--lazy", "/srv/podman")
+
+
+@pytest.fixture
+def podman(machine: Machine, store: str) -> Run:
+    """Runs a shell command in a container whose root directory is the machine's, less what is mounted below it."""
+
+    def run(script: str, *options: str) -> CompletedProcess[str]:
+        places = (f"--root={store}/images", f"--runroot={store}/run", "--storage-driver=vfs")
+        command = ("podman", *places, "--cgroup-manager=cgroupfs", "run", "--rm", "--network=none", *HERE, *options)
+        volume = f"--volume={CHECKOUT}:{CHECKOUT}:ro"
+        return machine.run(
+            *(*command, volume, "--rootfs", "/:O", "sh", "-c", script),
+            check=False,
+            environment={"CONTAINERS_CONF": f"{store}/containers.conf"},
+        )
+
+    return run
+
+
+@pytest.fixture
+def mirror(machine: Machine) -> Iterator[str]:
+    """A mirror in a shared mount of the host: what is mounted there later is seen by those who were given that one."""
+    machine.run("mkdir", "-p", "/srv/source", "/srv/mirrors")
+    machine.path("/srv/source/file").write_text("from the host\n")
+    machine.run("mount", "--bind", "/srv/mirrors", "/srv/mirrors")
+    machine.run("mount", "--make-shared", "/srv/mirrors")
+    machine.run("mkdir", "-p", "/srv/mirrors/photos")
+    machine.run(LLLOOP, "serve", "--daemon", "--workers", "1", "/srv/source", "/srv/mirrors/photos")
+    yield "/srv/mirrors/photos"
+    machine.run(LLLOOP, "umount", "--lazy", "/srv/mirrors/photos", check=False)
+    machine.run("umount", "/srv/mirrors")
+
+
+def test_a_container_with_the_device_and_the_capability_mounts(podman: Run) -> None:
+    script = f"{SERVE} && cat /run/mnt/file && {LLLOOP} umount /run/mnt"
+    done = podman(script, "--device=/dev/fuse", "--cap-add=SYS_ADMIN")
+    assert (done.returncode, done.stdout) == (0, "inside\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ((), "/dev/fuse is missing"),
+        (("--cap-add=SYS_ADMIN",), "/dev/fuse is missing"),
+        (("--device=/dev/fuse",), "mount failed: Operation not permitted"),
+    ],
+)
+def test_without_either_it_says_what_is_missing(podman: Run, options: tuple[str, ...], complaint: str) -> None:
+    done = podman(SERVE, *options)
+    assert done.returncode == 5
+    assert complaint in done.stdout
+
+
+def test_a_container_reads_and_writes_what_the_host_mirrors(machine: Machine, podman: Run, mirror: str) -> None:
+    done = podman("cat /data/file; echo changed >/data/file; ls /data", f"--volume={mirror}:/data")
+    assert done.stdout == "from the host\nfile\n"
+    assert machine.path("/srv/source/file").read_text() == "changed\n"
+
+
+def test_a_container_only_reads_what_it_is_given_read_only(machine: Machine, podman: Run, mirror: str) -> None:
+    done = podman("cat /data/file; echo changed >/data/file", f"--volume={mirror}:/data:ro")
+    assert done.stdout.startswith("from the host\n")
+    assert "Read-only file system" in done.stdout
+    assert machine.path("/srv/source/file").read_text() == "from the host\n"
+
+
+def test_a_container_with_propagation_sees_what_is_mounted_later(machine: Machine, podman: Run, mirror: str) -> None:
+    machine.run(LLLOOP, "umount", mirror)
+    machine.run("mkdir", "-p", "/srv/signals")
+    script = "touch /signals/up; until [ -e /data/photos/file ]; do sleep 0.1; done; cat /data/photos/file"
+    serve = f"until [ -e /srv/signals/up ]; do sleep 0.1; done; {LLLOOP} serve --daemon /srv/source {mirror}"
+    machine.run("systemd-run", "--quiet", "--collect", "-p", "Type=forking", "--no-block", "sh", "-c", serve)
+    volumes = ("--volume=/srv/signals:/signals", f"--volume={os.path.dirname(mirror)}:/data:rslave")
+    done = podman(f"timeout 20 sh -c '{script}'", *volumes)
+    assert (done.returncode, done.stdout) == (0, "from the host\n")

@@ -1,0 +1,125 @@
+"""Sandboxes and user namespaces: a mirror handed into one, and one served inside."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Serve
+from tests.mirror import Mirror, reachable_directory, remove_tree
+from tests.mount.command_line import environment, wait_until
+from tests.watchdog import kill_session
+
+LLLOOP = f"{sys.executable} -m llloop"
+SERVE = f"{LLLOOP} serve --daemon --workers 1 --log-level warning src mnt"
+SECONDS = 30.0
+pytestmark = pytest.mark.mounted
+
+
+def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    process = subprocess.Popen(
+        list(map(str, command)),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(),
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=SECONDS)
+    finally:
+        kill_session(process.pid)
+        process.wait()
+    return subprocess.CompletedProcess(command, process.returncode, output)
+
+
+def in_sandbox(server: Mirror, how: str, script: str) -> subprocess.CompletedProcess[str]:
+    """Runs a script that sees /usr and, as /data, the mirror, bound with that option of bwrap(1)."""
+    bwrap = shutil.which("bwrap")
+    assert bwrap, "bwrap is missing; scripts/setup --test installs bubblewrap"
+    links = [part for name in ("bin", "lib", "lib64") for part in ("--symlink", f"usr/{name}", f"/{name}")]
+    places = ["--ro-bind", "/usr", "/usr", *links, "--dev", "/dev", how, str(server.mountpoint), "/data"]
+    return run(bwrap, "--unshare-all", *places, "bash", "-c", script)
+
+
+def test_a_sandbox_reads_and_writes_the_mirror(serve: Serve) -> None:
+    server = serve()
+    (server.source / "file").write_text("from outside\n")
+    done = in_sandbox(server, "--bind", "cat /data/file && echo from inside >/data/new && ls /data")
+    assert (done.returncode, done.stdout) == (0, "from outside\nfile\nnew\n")
+    assert (server.source / "new").read_text() == "from inside\n"
+    assert (server.source / "new").stat().st_uid == os.getuid()
+
+
+def test_a_sandbox_only_reads_what_it_is_given_read_only(serve: Serve) -> None:
+    server = serve()
+    (server.source / "file").write_text("from outside\n")
+    done = in_sandbox(server, "--ro-bind", "cat /data/file; echo from inside >/data/file")
+    assert done.stdout.startswith("from outside\n")
+    assert "Read-only file system" in done.stdout
+    assert (server.source / "file").read_text() == "from outside\n"
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    directory = reachable_directory("llloop-containers-")
+    (directory / "src").mkdir()
+    (directory / "mnt").mkdir()
+    yield directory
+    remove_tree(directory)
+
+
+def test_a_user_serves_as_root_of_a_user_namespace(place: Path) -> None:
+    (place / "src" / "file").write_text("mirrored\n")
+    script = f"cd {place}; {SERVE} && cat mnt/file && echo new >mnt/new && stat -c %u mnt/new && {LLLOOP} umount mnt"
+    done = run("unshare", "--user", "--map-root-user", "--mount", "bash", "-c", script)
+    assert (done.returncode, done.stdout) == (0, "mirrored\n0\n")
+    assert (place / "src" / "new").stat().st_uid == os.getuid()
+    assert os.listdir(place / "mnt") == []
+
+
+@pytest.mark.root
+def test_in_a_namespace_of_many_users_files_belong_to_each_of_them(place: Path) -> None:
+    """Root has its powers in the namespace only there, and yet files can be made for all whom it maps."""
+    (place / "src").chmod(0o777)
+    inside = (
+        f"cd {place}; {SERVE} && "
+        "setpriv --reuid 1000 --regid 1000 --clear-groups touch mnt/of-1000 && touch mnt/of-root && "
+        f"stat -c %u mnt/of-1000 mnt/of-root && {LLLOOP} umount mnt"
+    )
+    process = subprocess.Popen(
+        [
+            "unshare",
+            "--user",
+            "--mount",
+            "bash",
+            "-c",
+            'read; exec setpriv --reuid 0 --regid 0 --clear-groups bash -c "$0"',
+            inside,
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(),
+        start_new_session=True,
+    )
+    try:
+        own = os.readlink("/proc/self/ns/user")
+        wait_until(lambda: os.readlink(f"/proc/{process.pid}/ns/user") != own, "the namespace is made")
+        for kind in ("uid_map", "gid_map"):
+            Path(f"/proc/{process.pid}/{kind}").write_text("0 0 65536")
+        output, _ = process.communicate("go\n", timeout=SECONDS)
+    finally:
+        kill_session(process.pid)
+        process.wait()
+    assert (process.returncode, output) == (0, "1000\n0\n")
+    assert (place / "src" / "of-1000").stat().st_uid == 1000
+    assert (place / "src" / "of-root").stat().st_uid == 0
