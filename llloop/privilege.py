@@ -4,6 +4,8 @@ Mounted by root for others, the kernel has checked permissions before a request 
 (default_permissions). Two things remain the server's: a new file belongs to who made it, and
 set-user-ID, set-group-ID and file capabilities go when somebody without CAP_FSETID writes.
 An ordinary user's server has no such powers, and its source needs none: all files become the user's.
+
+What the front and the workers do not need for that, `keep_only` takes from them, for good.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+from contextlib import suppress
 from types import TracebackType
 
 from . import syscalls
@@ -20,10 +23,58 @@ _log = logging.getLogger(__name__)
 _SECBIT_NO_SETUID_FIXUP = 1 << 2  # <linux/securebits.h>
 
 
+def _set_of(*capabilities: int) -> int:
+    return sum(1 << one for one in capabilities)
+
+
+# What a process of root's server may keep, each capability with its reason (capabilities(7)). CAP_SYS_RESOURCE is in
+# neither set also because writes would pass over quotas and reserved blocks with it.
+FRONT = _set_of(
+    syscalls.CAP_CHOWN,  # chown
+    syscalls.CAP_DAC_OVERRIDE,  # the kernel has checked who may do what, SRC must not ask again
+    syscalls.CAP_DAC_READ_SEARCH,
+    syscalls.CAP_FOWNER,  # chmod, times, attributes and sticky directories of others
+    syscalls.CAP_FSETID,  # set-ID bits stay when they are to stay
+    syscalls.CAP_SETGID,  # new files are their makers'
+    syscalls.CAP_SETUID,
+    syscalls.CAP_SETFCAP,  # the attribute security.capability
+    syscalls.CAP_MKNOD,  # devices
+    syscalls.CAP_SYS_ADMIN,  # the attributes trusted.* and security.*; --io kernel
+)
+WORKER = _set_of(
+    syscalls.CAP_FSETID,
+    syscalls.CAP_SETGID,  # quotas and reserved blocks are the writers'
+    syscalls.CAP_SETUID,
+    syscalls.CAP_SYS_PTRACE,  # descriptors are pulled from the front, which has capabilities that a worker has not
+    syscalls.CAP_DAC_OVERRIDE,  # where descriptors cannot be pulled, and to see how far a dead worker's append came
+)
+
+
+def keep_only(capabilities: int) -> None:
+    """Give up, for good, all capabilities but some, and whatever a program executed from here could gain.
+
+    An ordinary user's process has none; it only loses the way to set-ID programs (PR_SET_NO_NEW_PRIVS).
+
+    Args:
+        capabilities: what to keep of what there is, as a set of bits.
+    """
+    _keep_capabilities()  # while that is still allowed
+    # Not allowed without CAP_SETPCAP; then this process has little to lose, and no_new_privs bars the way back anyway.
+    with suppress(OSError):
+        for number in range(64):
+            if not capabilities >> number & 1:
+                syscalls.prctl(syscalls.PR_CAPBSET_DROP, number)
+    effective, permitted, inheritable = syscalls.get_capabilities()
+    syscalls.set_capabilities(effective & capabilities, permitted & capabilities, inheritable & capabilities)
+    syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
+
+
 def _keep_capabilities() -> bool:
     """Have a change of the file system ids leave the capabilities alone (capabilities(7)); return whether it will."""
     try:
         bits = syscalls.prctl(syscalls.PR_GET_SECUREBITS)
+        if bits & _SECBIT_NO_SETUID_FIXUP:
+            return True
         syscalls.prctl(syscalls.PR_SET_SECUREBITS, bits | _SECBIT_NO_SETUID_FIXUP)
     except OSError:
         return False
@@ -127,9 +178,3 @@ class SetidGuard:
             effective = self._effective & ~bit if clearing else self._effective | bit
             syscalls.set_capabilities(effective, self._permitted, self._inheritable)
             self._keeping = not clearing
-
-
-def respect_quotas() -> None:
-    """Lower CAP_SYS_RESOURCE, with which writes would pass over quotas and reserved blocks (capabilities(7))."""
-    effective, permitted, inheritable = syscalls.get_capabilities()
-    syscalls.set_capabilities(effective & ~(1 << syscalls.CAP_SYS_RESOURCE), permitted, inheritable)

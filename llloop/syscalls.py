@@ -270,8 +270,11 @@ def umount(mountpoint: str, flags: int) -> None:
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 PR_SET_DUMPABLE = 4
+PR_CAPBSET_READ = 23
+PR_CAPBSET_DROP = 24
 PR_GET_SECUREBITS = 27
 PR_SET_SECUREBITS = 28
+PR_SET_NO_NEW_PRIVS = 38
 PR_SET_PTRACER = 0x59616D61
 _prctl = _libc.prctl
 
@@ -291,8 +294,17 @@ setfsuid.argtypes = setfsgid.argtypes = (ctypes.c_uint,)
 
 _CAPABILITY_VERSION_3 = 0x20080522  # <linux/capability.h>
 _CAPABILITIES = struct.Struct("=IIIIII")
+CAP_CHOWN = 0
+CAP_DAC_OVERRIDE = 1
+CAP_DAC_READ_SEARCH = 2
+CAP_FOWNER = 3
 CAP_FSETID = 4
-CAP_SYS_RESOURCE = 24
+CAP_SETGID = 6
+CAP_SETUID = 7
+CAP_SYS_PTRACE = 19
+CAP_SYS_ADMIN = 21
+CAP_MKNOD = 27
+CAP_SETFCAP = 31
 _capget = _libc.capget
 _capset = _libc.capset
 

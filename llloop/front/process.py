@@ -16,7 +16,7 @@ from .. import syscalls
 from ..arena import Arena
 from ..config import ServeConfig
 from ..negotiation import Capabilities
-from ..privilege import respect_quotas
+from ..privilege import FRONT, keep_only
 from ..session import Session
 from .loop import Loop
 from .mirror import Mirror, build_mirror
@@ -62,7 +62,7 @@ def run_front(setup: FrontSetup, ready: Callable[[], None]) -> None:
     """
     arena = setup.arena
     _let_workers_pull()
-    respect_quotas()
+    keep_only(FRONT)
     arena.new_front(os.getpid())
     arena.discard_unlent()
     mirror = build_mirror(setup.config, setup.capabilities, arena, setup.pipes, setup.root, setup.device)

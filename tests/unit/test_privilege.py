@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -11,7 +12,7 @@ from typing import TypeVar
 import pytest
 
 from llloop import syscalls
-from llloop.privilege import Caller, OwnIdentity, SetidGuard, Writer, respect_quotas
+from llloop.privilege import FRONT, WORKER, Caller, OwnIdentity, SetidGuard, Writer, keep_only
 from tests import as_user
 from tests.expect import fails
 
@@ -175,15 +176,61 @@ def test_a_writer_stays_until_another_comes() -> None:
     ]
 
 
+def status_of_this_process() -> dict[str, str]:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return {name: value.strip() for name, value in (line.split(":", 1) for line in lines)}
+
+
+@root_only
+@pytest.mark.parametrize("kept", [FRONT, WORKER])
+def test_only_what_is_needed_is_kept_and_nothing_comes_back(kept: int) -> None:
+    def give_up() -> tuple[dict[str, str], str]:
+        keep_only(kept)
+        again = as_user.Child(subprocess.check_output, ["cat", "/proc/self/status"], caller=as_user.MYSELF).result()
+        return status_of_this_process(), again.decode()
+
+    before = capabilities()
+    status, executed = in_child(give_up)
+    for name in ("CapPrm", "CapEff", "CapBnd"):
+        assert int(status[name], 16) == before & kept, name
+    assert int(status["CapInh"], 16) & ~kept == 0
+    assert status["NoNewPrivs"] == "1"
+    (gained,) = (int(line.split()[1], 16) for line in executed.splitlines() if line.startswith("CapPrm"))
+    assert gained & ~kept == 0, "a program that root executes has all capabilities by itself"
+
+
 @root_only
 def test_quotas_are_respected() -> None:
-    def before_and_after() -> tuple[int, int]:
-        before = capabilities()
-        respect_quotas()
-        return before, capabilities()
+    """With CAP_SYS_RESOURCE, writes would pass over quotas and reserved blocks."""
+    assert (FRONT | WORKER) & 1 << 24 == 0
 
-    before, after = in_child(before_and_after)
-    assert after == before & ~(1 << syscalls.CAP_SYS_RESOURCE)
+
+@root_only
+@pytest.mark.parametrize("kept", [FRONT, WORKER])
+def test_what_is_kept_suffices_to_act_for_others(tmp_path: Path, kept: int) -> None:
+    def act() -> list[int]:
+        keep_only(kept)
+        guard, writer = SetidGuard(), Writer()
+        with Caller()(4711, 4712, 0):
+            os.mkdir(tmp_path / str(kept))
+        writer.assume(4713, 4714)
+        guard.clear(True)
+        guard.clear(False)
+        (tmp_path / f"{kept} written").touch()
+        return [(tmp_path / name).stat().st_uid for name in (str(kept), f"{kept} written")]
+
+    tmp_path.chmod(0o700)
+    assert in_child(act) == [4711, 4713]
+
+
+def test_an_ordinary_users_process_only_loses_the_way_to_set_id_programs() -> None:
+    def give_up() -> dict[str, str]:
+        keep_only(FRONT)
+        return status_of_this_process()
+
+    child = as_user.Child(give_up, caller=OTHERS) if os.geteuid() == 0 else as_user.Child(give_up)
+    status = child.result()
+    assert (int(status["CapPrm"], 16), status["NoNewPrivs"]) == (0, "1")
 
 
 @root_only
