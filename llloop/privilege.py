@@ -50,6 +50,16 @@ WORKER = _set_of(
 )
 
 
+def worker_capabilities() -> int:
+    """Return what a worker needs here.
+
+    Who may not trace (containers are seldom allowed to) may pull descriptors only from a process that has no
+    capability which it has not itself (security/commoncap.c, cap_ptrace_access_check()).
+    """
+    _, permitted, _ = syscalls.get_capabilities()
+    return WORKER if permitted >> syscalls.CAP_SYS_PTRACE & 1 else WORKER | FRONT
+
+
 def keep_only(capabilities: int) -> None:
     """Give up, for good, all capabilities but some, and whatever a program executed from here could gain.
 

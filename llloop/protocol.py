@@ -97,6 +97,19 @@ def decode(data: bytes) -> Request:
     return Request._make(fields) if len(fields) == 11 else Request(*fields)
 
 
+def decode_strictly(data: bytes) -> Request:
+    """Return the request that *data* holds, every field of which is what it should be.
+
+    Raises:
+        Malformed: *data* is not a request.
+    """
+    request = decode(data)
+    *numbers, extra = request
+    if type(extra) is not tuple or not all(type(field) is int for field in (*numbers, *extra)):
+        raise Malformed("a field is no number")
+    return request
+
+
 class Answer(NamedTuple):
     """A worker's answer to a front that waits for it (only where llfuse runs the loop).
 

@@ -101,10 +101,10 @@ FUSE_SETXATTR_ACL_KILL_SGID = 1 << 0  # struct fuse_setxattr_in.setxattr_flags
 
 # Any request: length, opcode, unique, nodeid, uid, gid, pid
 IN_HEADER = Struct("=IIQQIII4x")
-OPCODE = Struct("=4xI")
+OPCODE = Struct("=II")  # length, opcode
 UNIQUE = Struct("=8xQ")
 
-# Requests, from the header on
+# Requests, from the header on. Positions are signed, so that a source refuses those that no file has.
 NODE_REQUEST = Struct("=8xQQ")  # unique, nodeid
 FORGET_REQUEST = Struct("=16xQ16xQ")  # nodeid, nlookup
 BATCH_FORGET_REQUEST = Struct("=40xI4x")  # count; then struct fuse_forget_one
@@ -113,20 +113,64 @@ GETATTR_REQUEST = Struct("=8xQQ16xI4xQ")  # unique, nodeid, getattr_flags, fh
 INIT_REQUEST = Struct("=8xQ24xIIIII")  # unique, major, minor, max_readahead, flags, flags2
 OPEN_REQUEST = Struct("=8xQQ16xII")  # unique, nodeid, flags, open_flags
 CREATE_REQUEST = Struct("=8xQQII8xIIII")  # unique, nodeid, uid, gid, flags, mode, umask, open_flags; then the name
-READ_REQUEST = Struct("=8xQ24xQQI12xI")  # unique, fh, offset, size, flags
-WRITE_REQUEST = Struct("=8xQ8xII8xQQII8xI")  # unique, uid, gid, fh, offset, size, write_flags, flags
+READ_REQUEST = Struct("=8xQ24xQqI12xI")  # unique, fh, offset, size, flags
+WRITE_REQUEST = Struct("=8xQ8xII8xQqII8xI")  # unique, uid, gid, fh, offset, size, write_flags, flags
 RELEASE_REQUEST = Struct("=8xQ24xQ")  # unique, fh
 FSYNC_REQUEST = Struct("=8xQ24xQI")  # unique, fh, fsync_flags
 FLUSH_REQUEST = RELEASE_REQUEST
 READDIR_REQUEST = Struct("=8xQ24xQQI")  # unique, fh, offset, size
-FALLOCATE_REQUEST = Struct("=8xQ8xII8xQQQI")  # unique, uid, gid, fh, offset, length, mode
+FALLOCATE_REQUEST = Struct("=8xQ8xII8xQqqI")  # unique, uid, gid, fh, offset, length, mode
 LSEEK_REQUEST = Struct("=8xQ24xQqI")  # unique, fh, offset, whence
-COPY_FILE_RANGE_REQUEST = Struct("=8xQ8xII8xQQ8xQQQ8x")  # unique, uid, gid, fh_in, off_in, fh_out, off_out, len
+COPY_FILE_RANGE_REQUEST = Struct("=8xQ8xII8xQq8xQqQ8x")  # unique, uid, gid, fh_in, off_in, fh_out, off_out, len
 RENAME2_REQUEST = Struct("=8xQQ16xQI4x")  # unique, nodeid, newdir, flags; then both names
 STATX_REQUEST = Struct("=8xQQ16xI4xQII")  # unique, nodeid, getattr_flags, fh, sx_flags, sx_mask
 # unique, nodeid, the caller's uid, valid, fh, size, atime, mtime, atimensec, mtimensec, mode, uid, gid
-SETATTR_REQUEST = Struct("=8xQQI12xI4xQQ8xqq8xII4xI4xII")
+SETATTR_REQUEST = Struct("=8xQQI12xI4xQq8xqq8xII4xI4xII")
 SETXATTR_REQUEST = Struct("=8xQQ16xIIII")  # unique, nodeid, size, flags, setxattr_flags, padding; then name, value
+
+_NAME = 2  # the shortest name, with its NUL
+# The least number of bytes that a request can have. Anything shorter would be completed by what lay there before.
+_SHORTEST: dict[Opcode, int] = {
+    Opcode.LOOKUP: IN_HEADER_SIZE + _NAME,
+    Opcode.FORGET: FORGET_REQUEST.size,
+    Opcode.BATCH_FORGET: BATCH_FORGET_REQUEST.size,
+    Opcode.GETATTR: GETATTR_REQUEST.size,
+    Opcode.SETATTR: SETATTR_REQUEST.size,
+    Opcode.SYMLINK: IN_HEADER_SIZE + 2 * _NAME,
+    Opcode.MKNOD: IN_HEADER_SIZE + 16 + _NAME,
+    Opcode.MKDIR: IN_HEADER_SIZE + 8 + _NAME,
+    Opcode.UNLINK: IN_HEADER_SIZE + _NAME,
+    Opcode.RMDIR: IN_HEADER_SIZE + _NAME,
+    Opcode.RENAME: IN_HEADER_SIZE + 8 + 2 * _NAME,
+    Opcode.RENAME2: RENAME2_REQUEST.size + 2 * _NAME,
+    Opcode.LINK: IN_HEADER_SIZE + 8 + _NAME,
+    Opcode.OPEN: OPEN_REQUEST.size,
+    Opcode.OPENDIR: OPEN_REQUEST.size,
+    Opcode.CREATE: CREATE_REQUEST.size + _NAME,
+    Opcode.TMPFILE: CREATE_REQUEST.size,
+    Opcode.READ: READ_REQUEST.size,
+    Opcode.WRITE: WRITE_REQUEST.size,
+    Opcode.RELEASE: RELEASE_REQUEST.size,
+    Opcode.RELEASEDIR: RELEASE_REQUEST.size,
+    Opcode.FSYNC: FSYNC_REQUEST.size,
+    Opcode.FSYNCDIR: FSYNC_REQUEST.size,
+    Opcode.FLUSH: FLUSH_REQUEST.size,
+    Opcode.READDIR: READDIR_REQUEST.size,
+    Opcode.READDIRPLUS: READDIR_REQUEST.size,
+    Opcode.SETXATTR: IN_HEADER_SIZE + 8 + _NAME,
+    Opcode.GETXATTR: IN_HEADER_SIZE + 8 + _NAME,
+    Opcode.LISTXATTR: IN_HEADER_SIZE + 8,
+    Opcode.REMOVEXATTR: IN_HEADER_SIZE + _NAME,
+    Opcode.ACCESS: IN_HEADER_SIZE + 8,
+    Opcode.FALLOCATE: FALLOCATE_REQUEST.size,
+    Opcode.LSEEK: LSEEK_REQUEST.size,
+    Opcode.COPY_FILE_RANGE: COPY_FILE_RANGE_REQUEST.size,
+    Opcode.STATX: STATX_REQUEST.size,
+}
+# By opcode; of those not named here nothing but the header is looked at.
+SHORTEST = [_SHORTEST.get(number, IN_HEADER_SIZE) for number in range(max(Opcode) + 1)]  # type: ignore[call-overload]
+# struct fuse_setxattr_in as libfuse 2.9 knows it, from the header on: size; then name, value
+SHORT_SETXATTR_REQUEST = Struct("=40xI4x")
 
 # Replies, from struct fuse_out_header on
 OUT_HEADER = Struct("=IiQ")  # length, error (negative errno), unique

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import struct
 
 from llloop.arena import Arena
-from llloop.protocol import MAX_MESSAGE, Malformed, Request, decode
+from llloop.protocol import MAX_MESSAGE, Malformed, Request, decode, decode_strictly
 
 from .transfers import Transfers
 
 _log = logging.getLogger(__name__)
+
+# What comes of fields that are no numbers, or none that a request can have; looked for only here, off the hot path.
+_SENSELESS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error)
 
 
 class Worker:
@@ -34,11 +38,15 @@ class Worker:
     def recover(self) -> None:
         """Do what a worker before this one had taken off the pipe, or may have, but not answered."""
         requests = []
-        for _, message in self._arena.lent_to(self._shard):
+        for slot, message in self._arena.lent_to(self._shard):
             try:
-                requests.append(decode(message))
+                request = decode_strictly(message)
+                if request.slot != slot:
+                    raise Malformed("it belongs to another slot")
+                requests.append(request)
             except Malformed as error:
                 _log.error("a lent slot holds no request: %s", error)
+                self._arena.give_back(slot)
         for request in sorted(requests, key=_by_age):
             self._recovered.add(request.unique)
             self._transfers.resume(request)
@@ -58,10 +66,13 @@ class Worker:
             except Malformed as error:
                 _log.error("a message that is no request was dropped: %s", error)
                 continue
-            if recovered and request.unique in recovered:
-                recovered.discard(request.unique)
-                continue
-            execute(request)
+            try:
+                if recovered and request.unique in recovered:
+                    recovered.discard(request.unique)
+                    continue
+                execute(request)
+            except _SENSELESS as error:
+                _log.error("a message that makes no sense was dropped: %s", error)
 
 
 def _by_age(request: Request) -> int:

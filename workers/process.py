@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llloop.arena import Arena
-from llloop.privilege import WORKER, SetidGuard, Writer, keep_only
+from llloop.privilege import SetidGuard, Writer, keep_only, worker_capabilities
 
 from .leases import Leases
 from .loop import Worker
@@ -40,7 +40,7 @@ def run_worker(setup: WorkerSetup) -> None:
         replies = KernelReplies(setup.device, arena.payload_size)
     else:
         replies = FrontReplies(setup.answers, arena)
-    keep_only(WORKER)
+    keep_only(worker_capabilities())
     transfers = Transfers(arena, Leases(arena), replies, SetidGuard(), Writer(), arena.counters[setup.shard])
     worker = Worker(setup.shard, arena, setup.pipe, transfers)
     worker.recover()

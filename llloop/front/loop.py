@@ -12,6 +12,7 @@ from ..session import Session
 from ..wire import Opcode
 from .mirror import Mirror
 from .native import Handler, native_table
+from .native.base import malformed
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +35,8 @@ class Loop:
         self._mirror = mirror
         self._device = device
         self._process = session.processor()
-        self._table: list[Handler | None] = [None] * (max(Opcode) + 1)
+        self._complained = False
+        self._table: list[Handler] = [self._by_libfuse] * (max(Opcode) + 1)
         for opcode, handler in native_table(mirror, device).items():
             self._table[opcode] = handler
 
@@ -45,6 +47,7 @@ class Loop:
         buffers = arena.receive_buffers
         offset_of = arena.request_offset
         opcode_at = wire.OPCODE.unpack_from
+        shortest = wire.SHORTEST
         memory = arena.memory
         table = self._table
         known = len(table)
@@ -67,18 +70,19 @@ class Loop:
                 raise
             streaming = length >= _LARGE
             base = offset_of(slot)
-            (opcode,) = opcode_at(memory, base)
-            handler = table[opcode] if opcode < known else None
-            if handler is None:
-                self._process(arena.address + base, length)
-                continue
-            try:
-                handler(base, length)
-            except OSError as error:
-                self._refuse(base, error.errno or errno.EIO)
-            except Exception:
-                _log.exception("%s failed", Opcode(opcode).name)
-                self._refuse(base, errno.EIO)
+            said, opcode = opcode_at(memory, base)
+            if opcode >= known:
+                opcode = 0
+            if said != length or length < shortest[opcode] or (streaming and opcode != Opcode.WRITE):
+                self._malformed(base, length)
+            else:
+                try:
+                    table[opcode](base, length)
+                except OSError as error:
+                    self._refuse(base, error.errno or errno.EIO)
+                except Exception:
+                    _log.exception("a request with opcode %d failed", opcode)
+                    self._refuse(base, errno.EIO)
             if streaming and router.piped:  # nobody took it
                 router.piped = False
                 arena.discard(slot)
@@ -98,8 +102,27 @@ class Loop:
             pipes.take(slot, buffer[:length])
         return length
 
+    def _by_libfuse(self, base: int, length: int) -> None:
+        """Have libfuse decode a request, which takes on trust that strings end and sizes are right."""
+        arena = self._mirror.router.arena
+        arena.memory[base + length : base + length + 2] = b"\0\0"
+        _, opcode = wire.OPCODE.unpack_from(arena.memory, base)
+        if opcode == Opcode.SETXATTR:
+            (size,) = wire.SHORT_SETXATTR_REQUEST.unpack_from(arena.memory, base)
+            if wire.SHORT_SETXATTR_REQUEST.size + size > length:
+                raise malformed()
+        self._process(arena.address + base, length)
+
+    def _malformed(self, base: int, length: int) -> None:
+        """Refuse what is no FUSE request, if that much of it is there that an answer finds its way."""
+        if not self._complained:
+            self._complained = True
+            _log.error("the kernel sent a malformed request of %d bytes; it is refused, and so are others", length)
+        if length >= wire.IN_HEADER_SIZE:
+            self._refuse(base, errno.EINVAL)
+
     def _refuse(self, base: int, number: int) -> None:
         """Answer a request with an errno."""
         (unique,) = wire.UNIQUE.unpack_from(self._mirror.router.arena.memory, base)
-        with suppress(FileNotFoundError):  # it is answered already, or nobody waits for it any more
+        with suppress(OSError):  # mostly it is answered already, or nobody waits for it any more
             os.write(self._device, wire.error_reply(unique, number))

@@ -38,7 +38,7 @@ class _Remove(Protocol):
 
 def check_name(name: bytes) -> bytes:
     """Refuse a name that could lead elsewhere; no kernel sends one, but nothing may depend on that."""
-    if name in _NO_NAMES or b"/" in name:
+    if name in _NO_NAMES or b"/" in name or b"\0" in name:
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
     return name
 

@@ -29,7 +29,12 @@ def holders(mirror: Mirror, path: Path) -> set[str]:
 def test_processes_are_named_in_ps(serve: Serve) -> None:
     mirror = serve("--workers", "3")
     found = titles(mirror)
-    assert set(found) == {"llloop-supervisor", "llloop-front", *(f"llloop-worker-{n}" for n in range(3))}
+    assert set(found) == {
+        "llloop-supervisor",
+        "llloop-keeper",
+        "llloop-front",
+        *(f"llloop-worker-{n}" for n in range(3)),
+    }
     assert found["llloop-supervisor"] == mirror.pid
     shown = subprocess.run(["ps", "-o", "pid=,args="], capture_output=True, text=True, check=False)
     if shown.returncode == 0:

@@ -90,8 +90,9 @@ ENTRY_FIELDS = "nodeid generation entry_valid attr_valid entry_valid_nsec attr_v
 
 LAYOUTS = [
     request("IN_HEADER", "", "len opcode unique nodeid uid gid pid"),
-    request("OPCODE", "", "opcode"),
+    request("OPCODE", "", "len opcode"),
     request("UNIQUE", "", "unique"),
+    request("SHORT_SETXATTR_REQUEST", "fuse_setxattr_in", "in.size"),
     request("NODE_REQUEST", "", "unique nodeid"),
     request("FORGET_REQUEST", "fuse_forget_in", "nodeid in.nlookup"),
     request("BATCH_FORGET_REQUEST", "fuse_batch_forget_in", "in.count"),

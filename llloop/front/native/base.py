@@ -11,6 +11,11 @@ from ...syscalls import Attributes
 from ..mirror import Mirror
 
 
+def malformed() -> OSError:
+    """Return the error for a request that is not what its opcode says."""
+    return OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+
 class Responder:
     """The base of the handlers. Each gets the position of a request in `_memory`, and its length.
 
@@ -40,11 +45,18 @@ class Responder:
             return False
         return True
 
+    def _name(self, base: int, length: int) -> bytes:
+        """Return the name that is all of a request after its header."""
+        end = base + length - 1
+        if self._memory[end]:
+            raise malformed()
+        return self._memory[base + wire.IN_HEADER_SIZE : end]
+
     def _string(self, start: int, limit: int) -> bytes:
         """Return the NUL-terminated string at *start*."""
         end = self._memory.find(b"\0", start, limit)
         if end < 0:
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            raise malformed()
         return self._memory[start:end]
 
     def _entry(self, nodeid: int, attributes: Attributes) -> bytes:

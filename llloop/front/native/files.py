@@ -20,7 +20,7 @@ from ..handles import Handle
 from ..mirror import Mirror
 from ..promptness import READ_LIMIT, WRITE_LIMIT
 from ..tree import Requester
-from .base import Responder
+from .base import Responder, malformed
 
 
 class FileRequests(Responder):
@@ -148,6 +148,8 @@ class FileRequests(Responder):
         unique, uid, gid, number, offset, size, write_flags, open_flags = wire.WRITE_REQUEST.unpack_from(
             self._memory, base
         )
+        if wire.WRITE_HEADER_SIZE + size != length:  # what lies behind it is another's
+            raise malformed()
         flags = KILL_PRIVILEGES if write_flags & wire.FUSE_WRITE_KILL_SUIDGID else 0
         cached = write_flags & wire.FUSE_WRITE_CACHE
         if cached:

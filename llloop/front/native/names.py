@@ -9,7 +9,7 @@ from ... import wire
 from ...syscalls import Attributes, fstatx
 from ..mirror import Mirror
 from ..tree import Changes
-from .base import Responder
+from .base import Responder, malformed
 
 
 class NameRequests(Responder):
@@ -26,7 +26,7 @@ class NameRequests(Responder):
     def lookup(self, base: int, length: int) -> None:
         """FUSE_LOOKUP."""
         unique, parent = wire.NODE_REQUEST.unpack_from(self._memory, base)
-        name = self._memory[base + wire.IN_HEADER_SIZE : base + length - 1]
+        name = self._name(base, length)
         try:
             nodeid, attributes = self._tree.lookup(parent, name)
         except FileNotFoundError:
@@ -49,6 +49,8 @@ class NameRequests(Responder):
         request = wire.BATCH_FORGET_REQUEST
         (count,) = request.unpack_from(self._memory, base)
         start = base + request.size
+        if request.size + count * wire.FORGET_ONE.size > length:
+            raise malformed()
         forget = self._tree.forget
         for nodeid, lookups in wire.FORGET_ONE.iter_unpack(self._memory[start : start + count * wire.FORGET_ONE.size]):
             forget(nodeid, lookups)
@@ -68,7 +70,7 @@ class NameRequests(Responder):
     def unlink(self, base: int, length: int) -> None:
         """FUSE_UNLINK."""
         unique, parent = wire.NODE_REQUEST.unpack_from(self._memory, base)
-        self._tree.unlink(parent, self._memory[base + wire.IN_HEADER_SIZE : base + length - 1])
+        self._tree.unlink(parent, self._name(base, length))
         self._send(wire.error_reply(unique, 0))
 
     def setattr(self, base: int, length: int) -> None:
@@ -105,6 +107,8 @@ class NameRequests(Responder):
             raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
         name = self._string(base + request.size, base + length)
         start = base + request.size + len(name) + 1
+        if start + size > base + length:
+            raise malformed()
         value = self._memory[start : start + size]
         self._tree.setxattr(nodeid, name, value, flags, bool(xattr_flags & wire.FUSE_SETXATTR_ACL_KILL_SGID))
         self._send(wire.error_reply(unique, 0))
