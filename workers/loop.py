@@ -7,7 +7,7 @@ import os
 import struct
 
 from llloop.arena import Arena
-from llloop.protocol import MAX_MESSAGE, Malformed, Request, decode, decode_strictly
+from llloop.protocol import MAX_MESSAGE, Malformed, Operation, Request, decode, decode_strictly
 
 from .transfers import Transfers
 
@@ -41,15 +41,19 @@ class Worker:
         for slot, message in self._arena.lent_to(self._shard):
             try:
                 request = decode_strictly(message)
-                if request.slot != slot:
-                    raise Malformed("it belongs to another slot")
+                if request.slot != slot or request.operation == Operation.RELEASE:
+                    raise Malformed("no such request is lent a slot")
                 requests.append(request)
             except Malformed as error:
                 _log.error("a lent slot holds no request: %s", error)
                 self._arena.give_back(slot)
         for request in sorted(requests, key=_by_age):
             self._recovered.add(request.unique)
-            self._transfers.resume(request)
+            try:
+                self._transfers.resume(request)
+            except _SENSELESS as error:
+                _log.error("a lent slot's request makes no sense: %s", error)
+                self._arena.give_back(request.slot)
 
     def run(self) -> None:
         """Serve until the pipe's last writer is gone."""

@@ -115,6 +115,8 @@ class FileRequests(Responder):
     def read(self, base: int, length: int) -> None:
         """FUSE_READ."""
         unique, number, offset, size, open_flags = wire.READ_REQUEST.unpack_from(self._memory, base)
+        if offset < 0:  # -1 would mean the descriptor's own position (preadv2(2))
+            raise malformed()
         handle = self._handles.get(number)
         if size <= READ_LIMIT and handle.read_flags is not None and self._read_in_place(handle, unique, offset, size):
             return
@@ -148,7 +150,7 @@ class FileRequests(Responder):
         unique, uid, gid, number, offset, size, write_flags, open_flags = wire.WRITE_REQUEST.unpack_from(
             self._memory, base
         )
-        if wire.WRITE_HEADER_SIZE + size != length:  # what lies behind it is another's
+        if wire.WRITE_HEADER_SIZE + size != length or offset < 0:  # what lies behind it is another's
             raise malformed()
         flags = KILL_PRIVILEGES if write_flags & wire.FUSE_WRITE_KILL_SUIDGID else 0
         cached = write_flags & wire.FUSE_WRITE_CACHE
