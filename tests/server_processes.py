@@ -2,11 +2,13 @@
 
 import os
 import re
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from tests.mirror import Mirror
+from tests.watchdog import kill_session
 
 
 def titles(mirror: Mirror) -> dict[str, int]:
@@ -19,6 +21,15 @@ def titles(mirror: Mirror) -> dict[str, int]:
         assert match[0] not in found, f"two processes are called {match[0]}"
         found[match[0]] = pid
     return found
+
+
+def kill_all_at_once(mirror: Mirror) -> None:
+    """Leaves a dead mount, which takes some doing: the keeper would take it away, and another one take its place."""
+    assert mirror.process
+    os.kill(mirror.pid, signal.SIGSTOP)
+    os.kill(titles(mirror)["llloop-keeper"], signal.SIGKILL)
+    kill_session(mirror.pid)
+    mirror.process.wait(10)
 
 
 def workers(mirror: Mirror) -> dict[str, int]:

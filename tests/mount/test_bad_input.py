@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ import pytest
 from tests.conftest import Serve
 from tests.mirror import Mirror
 from tests.mount.command_line import Ground, check_complaint, ground, llloop, wait_until
-from tests.server_processes import titles
+from tests.server_processes import kill_all_at_once
 from tests.watchdog import Watchdog, kill_session, mount_entry, unmount_lazily
 
 pytestmark = [pytest.mark.mounted, pytest.mark.user]
@@ -162,12 +161,7 @@ def test_a_mount_point_where_another_file_system_is(place: Ground) -> None:
 @pytest.fixture
 def dead(serve: Serve) -> Iterator[Mirror]:
     server = serve()
-    assert server.process
-    # The keeper would take the mount away, and a supervisor that runs starts another keeper.
-    os.kill(server.pid, signal.SIGSTOP)
-    os.kill(titles(server)["llloop-keeper"], signal.SIGKILL)
-    kill_session(server.pid)
-    server.process.wait(10)
+    kill_all_at_once(server)
     # While one of them is dying, what it had in hand fails in other ways.
     wait_until(lambda: not server.processes(), "the server's processes are gone")
     with pytest.raises(OSError, match="Transport endpoint is not connected"):

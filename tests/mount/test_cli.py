@@ -29,6 +29,7 @@ from tests.mount.command_line import (
     stopped,
     wait_until,
 )
+from tests.server_processes import kill_all_at_once
 from tests.watchdog import Watchdog, kill_session, mount_entry, processes_of_session, unmount_lazily
 
 pytestmark = [pytest.mark.mounted, pytest.mark.user]
@@ -468,9 +469,7 @@ def test_umount_leaves_other_file_systems_alone(place: Ground) -> None:
 
 def test_umount_clears_a_dead_mount(serve: Serve) -> None:
     server = serve()
-    kill_session(server.pid)
-    assert server.process
-    server.process.wait(10)
+    kill_all_at_once(server)
     umount_succeeds(server.mountpoint)
     assert not server.mounted()
     server.clean_up()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llloop.arena import Arena
-from llloop.syscalls import PR_GET_SECUREBITS, PR_SET_SECUREBITS, prctl
+from llloop.syscalls import PR_GET_SECUREBITS, PR_SET_SECUREBITS, get_capabilities, prctl, set_capabilities
 from tests.unit.source import Source
 from tests.unit.support import Device, packet_pipe
 
@@ -18,9 +18,14 @@ PAYLOAD = 128 * 4096
 
 @pytest.fixture(autouse=True)
 def unchanged_process() -> Iterator[None]:
-    """A front changes what setuid does to its process (securebits); other tests in this one must not inherit that."""
+    """A front changes what setuid does to its process (securebits), and lowers capabilities for a while.
+
+    Other tests in this process must not inherit that.
+    """
     securebits = prctl(PR_GET_SECUREBITS)
+    capabilities = get_capabilities()
     yield
+    set_capabilities(*capabilities)
     if prctl(PR_GET_SECUREBITS) != securebits:
         prctl(PR_SET_SECUREBITS, securebits)
 
