@@ -18,6 +18,7 @@ from .supervisor import Supervisor
 
 # How long the processes of a mount may take to end, in seconds: a busy mount is given five, each process five more.
 _PATIENCE = 30.0
+_NOT_INHERITED = ("LLLOOP_", "NOTIFY_SOCKET", "WATCHDOG_")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +96,9 @@ def mount(
             text=True,
             pass_fds=(reader,),
             start_new_session=True,
-            # What is asked for here is said in full; the environment is for who types commands.
-            env={name: value for name, value in os.environ.items() if not name.startswith("LLLOOP_")},
+            # What is asked for here is said in full; the environment is for who types commands, and a service manager
+            # waits for the program's own word.
+            env={name: value for name, value in os.environ.items() if not name.startswith(_NOT_INHERITED)},
         )
         os.close(reader)
         try:

@@ -1,4 +1,4 @@
-"""The shared memory between supervisor, front and workers: slots for requests, and counters.
+"""The shared memory between supervisor, front and workers: slots for requests, and who the front is.
 
 A *slot* is where one request lies from the moment the front reads it off /dev/fuse: its header
 and payload, so that a WRITE reaches its worker without being copied. Lending a slot to a worker
@@ -17,6 +17,7 @@ import mmap
 from struct import Struct
 
 from . import wire
+from .metrics import Metrics
 from .payloads import PayloadPipes
 
 # Shard numbers must fit the state byte, in which 0 means free.
@@ -43,10 +44,9 @@ class Arena:
         self.slots = slots
         self.payload_size = payload
         pages = wire.PAGE_SIZE
-        # states, stages: a byte per slot; results: eight; counters: a line per shard
+        # states, stages: a byte per slot; results: eight
         results = (2 * slots + 7) & ~7
-        counters = results + 8 * slots
-        front = counters + 8 * Counters.FIELDS * shards
+        front = results + 8 * slots
         first = (front + 16 + pages - 1) // pages * pages
         # The payload is page-aligned, which O_DIRECT needs; the record lies in the page before it, ahead of the header.
         self._stride = pages + payload
@@ -57,11 +57,8 @@ class Arena:
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
         self.states = self.view[:slots]
         self.stages = self.view[slots : 2 * slots]
-        self.results = self.view[results:counters].cast("q")
-        self.counters = [
-            Counters(self.view[counters + 8 * Counters.FIELDS * shard :][: 8 * Counters.FIELDS].cast("Q"))
-            for shard in range(shards)
-        ]
+        self.results = self.view[results:front].cast("q")
+        self.metrics = Metrics(shards, slots)
         self._front = self.view[front : front + 16].cast("q")
         size = wire.WRITE_HEADER_SIZE + payload
         starts = [self.request_offset(slot) for slot in range(slots)]
@@ -141,23 +138,3 @@ class Arena:
                 (length,) = _LENGTH.unpack_from(self.memory, start)
                 found.append((slot, self.memory[start + 2 : start + 2 + length]))
         return found
-
-
-class Counters:
-    """What one worker has done so far; written by that worker, read by anybody.
-
-    Attributes are named after what they count since the mount began: `requests` answered, `errors`
-    among them, bytes `read` and `written`.
-    """
-
-    FIELDS = 4
-    REQUESTS, ERRORS, READ, WRITTEN = range(FIELDS)
-
-    __slots__ = ("cells",)
-
-    def __init__(self, cells: memoryview) -> None:
-        self.cells = cells
-
-    def snapshot(self) -> dict[str, int]:
-        """Return the counters by name."""
-        return dict(zip(("requests", "errors", "read", "written"), self.cells, strict=True))

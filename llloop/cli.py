@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 from collections.abc import Callable
@@ -15,36 +14,14 @@ from . import log, mounting, service
 from .arena import DEFAULT_SLOTS
 from .config import MAX_WORKERS, Cache, IoKind, LoopKind, ServeConfig, help_text
 from .daemon import Daemon
-from .errors import HostError, LlloopError, MountpointError, UsageError
+from .errors import HostError, MountpointError, UsageError
+from .explained import EXIT_CODES, explained
+from .inspection import stats, status
+from .notify import Notifier
 from .supervisor import Supervisor
 from .version import __version__
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "LLLOOP", "max_content_width": 120}
-
-_EXIT_CODES = """\b
-Exit codes:
-  0  stopped cleanly
-  1  the mount failed or ended unexpectedly
-  2  an option makes no sense
-  3  the source cannot be mirrored
-  4  the mount point cannot be used
-  5  this machine or user cannot mount with FUSE
-  6  a dead mount is in the way
-"""
-
-
-def _explained(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Turn errors into one line on standard error and their exit code."""
-
-    @functools.wraps(command)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return command(*args, **kwargs)
-        except LlloopError as error:
-            click.echo(f"llloop: {error}", err=True)
-            sys.exit(error.exit_code)
-
-    return wrapper
 
 
 def _option(name: str, *more: str, **attributes: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -60,7 +37,7 @@ def _say(line: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-@click.group(context_settings=_CONTEXT, epilog=_EXIT_CODES)
+@click.group(context_settings=_CONTEXT, epilog=EXIT_CODES)
 @click.version_option(__version__, prog_name="llloop", message="%(prog)s %(version)s")
 def main() -> None:
     """Mirror a directory at a mount point through FUSE, with its data I/O spread over worker processes.
@@ -74,7 +51,7 @@ _source = click.argument("source", type=click.Path(readable=False), envvar="LLLO
 _mountpoint = click.argument("mountpoint", type=click.Path(readable=False), envvar="LLLOOP_MOUNTPOINT")
 
 
-@main.command(epilog=_EXIT_CODES)
+@main.command(epilog=EXIT_CODES)
 @_source
 @_mountpoint
 @_option("workers", "--workers", "-w", type=click.IntRange(1, MAX_WORKERS), default=None, metavar="N")
@@ -118,7 +95,7 @@ _mountpoint = click.argument("mountpoint", type=click.Path(readable=False), envv
     help="Append log messages of all processes to this file. Default: standard error.",
 )
 @click.option("--lifeline", type=int, hidden=True, help="End when this inherited descriptor's other end is closed.")
-@_explained
+@explained
 def serve(
     source: str,
     mountpoint: str,
@@ -154,7 +131,7 @@ def serve(
         else:
             background.let_go()
 
-    supervisor = Supervisor(config, on_ready, lifeline=lifeline, detached=daemon)
+    supervisor = Supervisor(config, on_ready, lifeline=lifeline, detached=daemon, notifier=Notifier(os.environ))
     if daemon:
         background.start()
     try:
@@ -177,7 +154,7 @@ def serve(
     help="Unmount only what a dead server has left behind. If nothing is mounted there, or something that lives, do "
     "nothing and end with 0. For clean-up after a service, whatever ended it. Default: off.",
 )
-@_explained
+@explained
 def umount(mountpoint: str, lazy: bool, if_dead: bool) -> None:
     """End the llloop mount at MOUNTPOINT: its server stops cleanly."""
     path = mounting.resolve_mountpoint(mountpoint)
@@ -199,7 +176,7 @@ def umount(mountpoint: str, lazy: bool, if_dead: bool) -> None:
 
 @main.command("systemd-unit")
 @click.argument("place", nargs=-1, metavar="[SOURCE MOUNTPOINT]", type=click.Path(readable=False))
-@_explained
+@explained
 def systemd_unit(place: tuple[str, ...]) -> None:
     """Print the systemd unit llloop@.service, which runs this very command.
 
@@ -209,6 +186,10 @@ def systemd_unit(place: tuple[str, ...]) -> None:
     if len(place) not in (0, 2):
         raise UsageError("systemd-unit takes either no arguments or SOURCE and MOUNTPOINT")
     click.echo(service.drop_in(*place) if place else service.unit(), nl=False)
+
+
+main.add_command(status)
+main.add_command(stats)
 
 
 if __name__ == "__main__":

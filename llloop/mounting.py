@@ -18,6 +18,9 @@ from . import syscalls
 from .config import ServeConfig
 from .errors import DeadMountError, HostError, LlloopError, MountpointError, SourceError, UsageError
 
+# The file system type that mounts of llloop show.
+TYPE = "fuse.llloop"
+
 _DEVICE = "/dev/fuse"
 _FUSE_CONF = Path("/etc/fuse.conf")
 # How long fusermount may take, in seconds, before it is taken to hang.
@@ -36,6 +39,7 @@ class MountEntry:
         mountpoint: where it is.
         type: the file system's type, such as fuse.llloop.
         source: what it shows as mounted.
+        owner: the user and group that mounted it, of a FUSE mount.
     """
 
     mount_id: int
@@ -43,6 +47,7 @@ class MountEntry:
     mountpoint: str
     type: str
     source: str
+    owner: tuple[int, int] | None = None
 
 
 def mounts() -> list[MountEntry]:
@@ -51,14 +56,28 @@ def mounts() -> list[MountEntry]:
     for line in Path("/proc/self/mountinfo").read_bytes().split(b"\n")[:-1]:
         before, _, after = line.partition(b" - ")
         fields = before.split(b" ")
-        kind, source, *_ = after.split(b" ")
+        kind, source, options = after.split(b" ", 2)
         major, minor = fields[2].split(b":")
         entries.append(
             MountEntry(
-                int(fields[0]), (int(major), int(minor)), _unescape(fields[4]), os.fsdecode(kind), _unescape(source)
+                int(fields[0]),
+                (int(major), int(minor)),
+                _unescape(fields[4]),
+                os.fsdecode(kind),
+                _unescape(source),
+                _owner(options),
             )
         )
     return entries
+
+
+def _owner(options: bytes) -> tuple[int, int] | None:
+    """Return user_id and group_id of a FUSE mount's options."""
+    given = dict(option.partition(b"=")[::2] for option in options.split(b","))
+    try:
+        return int(given[b"user_id"]), int(given[b"group_id"])
+    except (KeyError, ValueError):
+        return None
 
 
 def _unescape(field: bytes) -> str:
@@ -84,6 +103,20 @@ def is_dead(mountpoint: str) -> bool:
     except OSError as error:
         return error.errno in _DEAD
     return False
+
+
+def find_llloop(path: str, shown: str) -> MountEntry:
+    """Return the llloop mount at *path*, an absolute path without symlinks.
+
+    Raises:
+        MountpointError: there is none; the message calls it *shown*.
+    """
+    entry = find_mount(path)
+    if entry is None:
+        raise MountpointError(f"{shown}: nothing is mounted there")
+    if entry.type != TYPE:
+        raise MountpointError(f"{shown}: {entry.source} ({entry.type}) is mounted there, which is not llloop's")
+    return entry
 
 
 def resolve_mountpoint(mountpoint: str) -> str:

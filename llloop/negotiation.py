@@ -87,9 +87,11 @@ class Capabilities:
 
     def describe(self) -> str:
         """Return the features' names in lower case, for the line that serve prints."""
-        return f"FUSE 7.{self.minor}, " + ", ".join(
-            feature.name.lower() for feature in Feature if feature in self.features and feature.name
-        )
+        return f"FUSE 7.{self.minor}, " + ", ".join(self.names())
+
+    def names(self) -> list[str]:
+        """Return the features' names in lower case."""
+        return [feature.name.lower() for feature in Feature if feature in self.features and feature.name]
 
 
 class UnsupportedProtocol(Exception):

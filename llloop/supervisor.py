@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import fields
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -35,6 +36,8 @@ from .config import ServeConfig
 from .errors import HostError, LlloopError, UsageError
 from .front.operations import Operations
 from .front.process import FrontSetup, run_front
+from .notify import Notifier
+from .oversight import Oversight, Sight
 from .undertaker import wait_and_detach
 from .workers.process import WorkerSetup, run_worker
 
@@ -52,6 +55,7 @@ class Supervisor:
         on_ready: called with a line that describes the mount when it answers requests.
         lifeline: a descriptor to watch; the mount ends when its other end is closed.
         detached: whether the processes of the tree let go of the standard descriptors.
+        notifier: the service manager, if it is this process that it has started.
     """
 
     def __init__(
@@ -61,17 +65,24 @@ class Supervisor:
         *,
         lifeline: int | None = None,
         detached: bool = False,
+        notifier: Notifier | None = None,
     ) -> None:
         self._config = config
         self._on_ready = on_ready
         self._lifeline = lifeline
         self._detached = detached
+        self._notifier = notifier or Notifier({})
         self._source = mounting.check_source(config.source)
         self._mountpoint = mounting.check_mountpoint(config, self._source)
         mounting.check_host(config)
         self._options = mounting.mount_options(config)
         self._stop_asked = False
         self._report_asked = False
+        self._stacks_asked = False
+        self._reload_asked = False
+        # Those still to be replaced, the one being replaced last; None where no reload is going on.
+        self._replacing: list[Child] | None = None
+        self._oversight: Oversight | None = None
         self._deadline: float | None = None
         self._unmounter: BaseProcess | None = None
         self._lazy = False
@@ -123,6 +134,7 @@ class Supervisor:
             self._device_number = entry.device if entry else None
             self._connection = connection.initialise(device, self._config, self._source)
             self._make_children(root, operations)
+            self._oversight = Oversight(self._sight(), self._notifier)
             for child in self._children:
                 child.start(detached=self._detached)
             self._watch(signal_reader)
@@ -160,6 +172,8 @@ class Supervisor:
 
         def keeper() -> None:
             wait_and_detach(supervisor, device, mountpoint, number)
+            if self._oversight is not None:
+                self._oversight.remove_socket()
 
         def front() -> None:
             run_front(setup, lambda: _tell(ready_writer))
@@ -181,6 +195,8 @@ class Supervisor:
                 watched.append(self._unmounter.sentinel)
             if self._lifeline is not None:
                 watched.append(self._lifeline)
+            assert self._oversight is not None
+            watched += self._oversight.watched
             for event in wait(watched, self._patience()):
                 if event == signal_reader:
                     self._take_signals(signal_reader)
@@ -191,14 +207,17 @@ class Supervisor:
                     else:
                         self._announced = True
                         self._on_ready(self._describe())
+                        self._oversight.ready(self._describe())
                 elif event in running:
                     self._child_ended(running[event])
                 elif event == self._lifeline:
                     self._lifeline = None  # readable means closed: nothing is ever written to it
                     self._request_stop()
-                elif self._unmounter is not None:
+                elif self._unmounter is not None and event == self._unmounter.sentinel:
                     self._unmount_ended(self._unmounter)
             self._start_due_children()
+            self._go_on_reloading()
+            self._oversight.tend()
             if self._deadline is not None and time.monotonic() >= self._deadline:
                 _log.warning("%s is still in use after %g seconds; ending all the same", self._mountpoint, GRACE)
                 self._ended = True
@@ -208,6 +227,9 @@ class Supervisor:
         times = [child.due for child in self._children if child.process is None]
         if self._deadline is not None:
             times.append(self._deadline)
+        due = self._oversight.due() if self._oversight is not None else None
+        if due is not None:
+            times.append(due)
         return max(0.0, min(times) - time.monotonic()) if times else None
 
     def _child_ended(self, child: Child) -> None:
@@ -229,11 +251,15 @@ class Supervisor:
             _log.error("%s was %s; llfuse's own loop cannot be taken up again, so the mount ends", child.name, how)
             self._failed = self._ended = True
             return
+        asked = child.asked
         pause = child.schedule_restart()
-        if pause < 1:
-            _log.warning("%s was %s; another takes over", child.name, how)
-        elif pause >= 1 and pause < LONGEST_PAUSE:
-            _log.error("%s was %s again; the next try is in %g seconds", child.name, how, pause)
+        # Told once, and again only when the cause is another or it had gone well for a while.
+        once = {"once": child.name}
+        if pause < 1 and not asked:
+            _log.warning("%s was %s; another takes over", child.name, how, extra=once)
+        elif not asked:
+            text = "%s was %s again and again; it is tried again after pauses of up to %g seconds"
+            _log.error(text, child.name, how, LONGEST_PAUSE, extra=once)
 
     def _start_due_children(self) -> None:
         now = time.monotonic()
@@ -250,16 +276,21 @@ class Supervisor:
     # Signals and the end
 
     def _catch_signals(self) -> int:
+        self._terminal = _has_terminal()
         reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._descriptors += [reader, writer]
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        for number in (*STOP_SIGNALS, signal.SIGUSR1):
+        for number in (*STOP_SIGNALS, signal.SIGUSR1, signal.SIGUSR2):
             self._handlers[number] = signal.signal(number, self._on_signal)
         return reader
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGUSR1:
             self._report_asked = True
+        elif number == signal.SIGUSR2:
+            self._stacks_asked = True
+        elif number == signal.SIGHUP:
+            self._reload_asked = True
         else:
             self._stop_asked = True
 
@@ -268,24 +299,87 @@ class Supervisor:
         if self._report_asked:
             self._report_asked = False
             self._report()
+        if self._stacks_asked and self._oversight is not None:
+            self._stacks_asked = False
+            self._oversight.dump_stacks()
+        if self._reload_asked:
+            self._reload_asked = False
+            if self._terminal and not _has_terminal():  # it was closed, and nobody asked for anything
+                self._request_stop()
+            else:
+                self.request_reload()
         if self._stop_asked:
             self._stop_asked = False
             self._request_stop()
 
     def _report(self) -> None:
         """Log what the workers have done so far, and have the front log what it holds."""
-        for child, counters in zip(self._workers, self._arena.counters, strict=True):
+        for child, sheet in zip(self._workers, self._arena.metrics.workers, strict=True):
+            counts = sheet.snapshot()
             _log.info(
                 "%s: %d requests, %d errors, %d bytes read, %d bytes written, %d restarts",
                 child.name,
-                *counters.snapshot().values(),
+                sum(count.requests for count in counts.values()),
+                sum(count.errors for count in counts.values()),
+                *(counts[name].bytes if name in counts else 0 for name in ("READ", "WRITE")),
                 child.restarts,
             )
         if self._front.process is not None and self._front.process.pid is not None:
             os.kill(self._front.process.pid, signal.SIGUSR1)
 
+    def _sight(self) -> Sight:
+        """Return what is to be seen of this mount from outside."""
+        config, capabilities = self._config, self._connection.capabilities
+        options = {
+            one.name: getattr(value := getattr(config, one.name), "value", value)
+            for one in fields(config)
+            if one.name not in ("source", "mountpoint", "loop", "slots")
+        }
+        facts = {
+            "source": self._source,
+            "mountpoint": self._mountpoint,
+            "options": options,
+            "loop": "own" if self._connection.session is not None else "llfuse",
+            "protocol": f"7.{capabilities.minor}" if capabilities is not None else None,
+            "capabilities": capabilities.names() if capabilities is not None else [],
+        }
+        return Sight(
+            mountpoint=self._mountpoint,
+            device=self._device_number or (0, 0),
+            facts=facts,
+            children=self._children,
+            front=self._front,
+            workers=self._workers,
+            arena=self._arena,
+            reload=self.request_reload,
+            stop=self._request_stop,
+        )
+
+    def request_reload(self) -> None:
+        """Open the log file again, and replace the workers one after the other."""
+        log.reopen()
+        if self._replacing is None and self._unmounter is None and self._deadline is None:
+            _log.info("reloading: the workers are replaced one by one")
+            self._replacing = list(self._workers)
+            assert self._oversight is not None
+            self._oversight.reload_begun()
+
+    def _go_on_reloading(self) -> None:
+        """Replace the next one, when the last one is."""
+        if self._replacing is None or any(child.asked or child.process is None for child in self._workers):
+            return
+        if self._replacing:
+            self._replacing.pop(0).replace()
+            return
+        self._replacing = None
+        _log.info("reloaded")
+        assert self._oversight is not None
+        self._oversight.reload_ended(self._describe())
+
     def _request_stop(self) -> None:
         """Begin to unmount; if that is done and somebody still uses the mount, end all the same."""
+        if self._oversight is not None:
+            self._oversight.stopping()
         if self._deadline is not None or self._unmounter is not None:
             self._ended = True
         else:
@@ -318,6 +412,9 @@ class Supervisor:
 
     def _clean_up(self) -> None:
         """End every process and what is left of the mount."""
+        if self._oversight is not None:
+            self._oversight.stopping()
+            self._oversight.close()
         # The keeper stays to the end: a supervisor that is killed in the middle of this leaves a mount behind, too.
         serving = [child for child in self._children if not child.survivor]
         for child in serving:
@@ -338,6 +435,7 @@ class Supervisor:
                 _log.error("%s could not be detached: %s", self._mountpoint, error)
         for child in self._children:
             end(child.process)
+            child.stacks.close()
         llfuse.close(unmount=False)
         log.release()
 
@@ -362,6 +460,15 @@ def _unmount(mountpoint: str, lazy: bool) -> None:
     except LlloopError as error:
         _log.error("%s", error)
         sys.exit(1)
+
+
+def _has_terminal() -> bool:
+    """Whether this process has a controlling terminal (tty(4))."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
 
 
 def _tell(writer: int) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import struct
+import time
 
 from llloop.arena import Arena
+from llloop.metrics import Sheet
 from llloop.protocol import MAX_MESSAGE, Malformed, Operation, Request, decode, decode_strictly
 
-from .transfers import Transfers
+from .transfers import Transfers, opcode_of
 
 _log = logging.getLogger(__name__)
 
@@ -25,13 +27,15 @@ class Worker:
         arena: the shared memory.
         pipe: the read end of its request pipe.
         transfers: does the work.
+        sheet: where the requests are counted.
     """
 
-    def __init__(self, shard: int, arena: Arena, pipe: int, transfers: Transfers) -> None:
+    def __init__(self, shard: int, arena: Arena, pipe: int, transfers: Transfers, sheet: Sheet) -> None:
         self._shard = shard
         self._arena = arena
         self._pipe = pipe
         self._transfers = transfers
+        self._sheet = sheet
         # Requests done by `recover` whose messages may still lie in the pipe.
         self._recovered: set[int] = set()
 
@@ -49,11 +53,13 @@ class Worker:
                 self._arena.give_back(slot)
         for request in sorted(requests, key=_by_age):
             self._recovered.add(request.unique)
+            begun = self._arena.metrics.begun[request.slot]
             try:
                 self._transfers.resume(request)
             except _SENSELESS as error:
                 _log.error("a lent slot's request makes no sense: %s", error)
                 self._arena.give_back(request.slot)
+            self._sheet.finished(opcode_of(request), time.monotonic_ns() - begun)
 
     def run(self) -> None:
         """Serve until the pipe's last writer is gone."""
@@ -61,6 +67,9 @@ class Worker:
         pipe = self._pipe
         read = os.read
         recovered = self._recovered
+        begun = self._arena.metrics.begun
+        clock = time.monotonic_ns
+        finished = self._sheet.finished
         while True:
             message = read(pipe, MAX_MESSAGE)
             if not message:
@@ -74,7 +83,13 @@ class Worker:
                 if recovered and request.unique in recovered:
                     recovered.discard(request.unique)
                     continue
+                slot = request.slot
+                if slot < 0:  # nobody waits for it
+                    execute(request)
+                    continue
+                start = begun[slot]  # with the answer the slot becomes somebody else's
                 execute(request)
+                finished(opcode_of(request), clock() - start)
             except _SENSELESS as error:
                 _log.error("a message that makes no sense was dropped: %s", error)
 

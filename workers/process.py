@@ -41,7 +41,8 @@ def run_worker(setup: WorkerSetup) -> None:
     else:
         replies = FrontReplies(setup.answers, arena)
     keep_only(worker_capabilities())
-    transfers = Transfers(arena, Leases(arena), replies, SetidGuard(), Writer(), arena.counters[setup.shard])
-    worker = Worker(setup.shard, arena, setup.pipe, transfers)
+    sheet = arena.metrics.workers[setup.shard]
+    transfers = Transfers(arena, Leases(arena), replies, SetidGuard(), Writer(), sheet)
+    worker = Worker(setup.shard, arena, setup.pipe, transfers, sheet)
     worker.recover()
     worker.run()

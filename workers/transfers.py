@@ -12,9 +12,11 @@ from contextlib import contextmanager, nullcontext
 from typing import Protocol
 
 from llloop import syscalls
-from llloop.arena import Arena, Counters
+from llloop.arena import Arena
+from llloop.metrics import BYTES, ERRORS, Sheet
 from llloop.privilege import SetidGuard, Writer
 from llloop.protocol import APPEND, BUFFERED, CACHED, DATA_ONLY, KILL_PRIVILEGES, PIPED, Operation, Request
+from llloop.wire import Opcode
 
 from .replies import Replies
 
@@ -28,12 +30,21 @@ _ROOM_PAUSES = (0.001, 0.01)  # seconds
 
 _APPENDS_OF_OTHERS = 1024 * 1024  # bytes
 
+# The kernel's number of each operation, under which it is counted; FSYNCDIR counts as FSYNC.
+_OPCODES = (0, *(int(Opcode[operation.name]) for operation in Operation))
+
 # How far a WRITE had come, noted in its slot for a successor, and with it a number: where the end of the file was, how
 # much is written, and how much of it was when the rest began to be copied from the pipe into the slot.
 _BEGUN, _APPENDING, _DONE, _COPYING = range(4)
 
 
 _AS_IT_IS = nullcontext()
+
+
+def opcode_of(request: Request) -> int:
+    """Return the kernel's number of what is asked for, 0 if it is nothing known."""
+    operation = request.operation
+    return _OPCODES[operation] if 0 <= operation < len(_OPCODES) else 0
 
 
 @contextmanager
@@ -67,7 +78,7 @@ class Transfers:
         replies: where answers go.
         setid: decides about set-ID bits.
         writer: shows the source who writes.
-        counters: what has been done so far.
+        sheet: where bytes and errors are counted; requests are by who hands them in.
     """
 
     def __init__(
@@ -77,14 +88,14 @@ class Transfers:
         replies: Replies,
         setid: SetidGuard,
         writer: Writer,
-        counters: Counters,
+        sheet: Sheet,
     ) -> None:
         self._arena = arena
         self._descriptors = descriptors
         self._replies = replies
         self._setid = setid
         self._writer = writer
-        self._counters = counters.cells
+        self._sheet = sheet
         self._table = {
             Operation.READ: self._read,
             Operation.WRITE: self._write,
@@ -102,17 +113,15 @@ class Transfers:
             for handle in request.extra:
                 self._descriptors.release(handle)
             return
-        counters = self._counters
         try:
             self._table[request.operation](request)  # type: ignore[index]
         except OSError as error:
-            counters[Counters.ERRORS] += 1
+            self._sheet.add(opcode_of(request), ERRORS)
             self._replies.error(request, error.errno or errno.EIO)
         except Exception:
             _log.exception("request %s failed", request)
-            counters[Counters.ERRORS] += 1
+            self._sheet.add(opcode_of(request), ERRORS)
             self._replies.error(request, errno.EIO)
-        counters[Counters.REQUESTS] += 1
         if request.slot >= 0:
             self._give_back(request)
 
@@ -165,7 +174,7 @@ class Transfers:
     def _read(self, request: Request) -> None:
         fd = self._fd(request)
         with _buffered(fd) if request.flags & BUFFERED else _AS_IT_IS:
-            self._counters[Counters.READ] += self._replies.data(request, fd)
+            self._sheet.add(Opcode.READ, BYTES, self._replies.data(request, fd))
 
     def _pwrite(self, fd: int, payload: memoryview, offset: int) -> int:
         return self._persistently(lambda: os.pwrite(fd, payload, offset))
@@ -209,7 +218,7 @@ class Transfers:
                     count += self._pwrite(fd, payload[count:], request.offset + count)
         arena.results[slot] = count
         arena.stages[slot] = _DONE
-        self._counters[Counters.WRITTEN] += count
+        self._sheet.add(Opcode.WRITE, BYTES, count)
         self._replies.count(request, count)
 
     def _moves(self, request: Request, fd: int) -> bool:
@@ -270,6 +279,7 @@ class Transfers:
             if error.errno in (errno.EXDEV, errno.ENOSYS):
                 error.errno = errno.EOPNOTSUPP
             raise
+        self._sheet.add(Opcode.COPY_FILE_RANGE, BYTES, count)
         self._replies.count(request, count)
 
     def _syncfs(self, request: Request) -> None:

@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import Container
 
+from ..metrics import own_cell
 from ..protocol import HANDLES_PER_FRONT
 from ..syscalls import DirectoryEntry
 
@@ -68,10 +69,13 @@ class Handles:
         generation: how many fronts there have been, this one included. A number given out by an earlier front means
             nothing to this one: whoever still has it open gets EBADF, never somebody else's file.
         capacity: how many may be open, so that descriptors are left for names and directories.
+        count: a cell for how many are.
     """
 
-    def __init__(self, generation: int = 1, capacity: int = 1 << 30) -> None:
+    def __init__(self, generation: int = 1, capacity: int = 1 << 30, count: memoryview | None = None) -> None:
         self._capacity = capacity
+        self._count = own_cell() if count is None else count
+        self._count[0] = 0
         self._table: dict[int, Handle] = {}
         self._of_inode: dict[int, list[Handle]] = {}
         self._next = generation * HANDLES_PER_FRONT
@@ -97,6 +101,7 @@ class Handles:
         number = self._next
         self._next = number + 1
         self._table[number] = handle
+        self._count[0] = len(self._table)
         self._of_inode.setdefault(handle.nodeid, []).append(handle)
         return number
 
@@ -119,6 +124,7 @@ class Handles:
         """
         handle = self.get(number)
         del self._table[number]
+        self._count[0] = len(self._table)
         others = self._of_inode[handle.nodeid]
         if len(others) == 1:
             del self._of_inode[handle.nodeid]

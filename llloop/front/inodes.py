@@ -11,6 +11,7 @@ import errno
 import os
 from collections.abc import Callable
 
+from ..metrics import own_cell
 from ..syscalls import Attributes, DirectoryEntry
 
 ROOT = 1  # FUSE_ROOT_ID of <linux/fuse.h>
@@ -77,15 +78,18 @@ class Inodes:
         root: the attributes of the source directory.
         births: whether a file's birth time tells it from another with its number. On stacked file systems it changes
             when a file is copied up, while the file stays the same.
+        count: a cell for how many there are.
     """
 
-    def __init__(self, root: Attributes, *, births: bool = True) -> None:
+    def __init__(self, root: Attributes, *, births: bool = True, count: memoryview | None = None) -> None:
         self._root_device = root.device
         self._root_number = root.ino
         self._births = births
         inode = Inode(0, b"", root, 0)
         inode.lookups = 1  # the kernel never forgets the root
         self._table: dict[int, Inode] = {ROOT: inode}
+        self._count = own_cell() if count is None else count
+        self._count[0] = 1
         # The numbers of inodes whose own could not be used; they stay as long as the kernel knows the inode.
         self._renumbered: dict[tuple[int, int], int] = {}
         # Called with a number that was given to another file, so that nothing kept for the old one is used for it.
@@ -164,6 +168,7 @@ class Inodes:
             if inode is None:
                 birth = birth_of(attributes) if self._births else 0
                 inode = self._table[nodeid] = Inode(parent, name, attributes, birth)
+                self._count[0] = len(self._table)
                 if nodeid != inode.number:
                     self._renumbered[inode.device, inode.number] = nodeid
         if inode.name != name or inode.parent != parent or not inode.is_same(attributes):
@@ -195,6 +200,7 @@ class Inodes:
         if inode.lookups > 0:
             return False
         del self._table[nodeid]
+        self._count[0] = len(self._table)
         if inode.number != nodeid:
             del self._renumbered[inode.device, inode.number]
         self._links.pop(nodeid, None)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import time
 from contextlib import suppress
 
 from .. import wire
+from ..metrics import ERRORS, NANOSECONDS
 from ..session import Session
 from ..wire import Opcode
 from .mirror import Mirror
@@ -56,6 +58,9 @@ class Loop:
         pipes = arena.pipes
         piped_slots = len(pipes) if pipes is not None else 0
         streaming = False
+        clock = time.monotonic_ns
+        rows = arena.metrics.front.rows
+        nanoseconds = NANOSECONDS
         while True:
             if router.backlog:
                 router.wait(device)
@@ -68,24 +73,31 @@ class Loop:
                 if error.errno == errno.ENODEV:
                     return
                 raise
+            router.taken = start = clock()
             streaming = length >= _LARGE
             base = offset_of(slot)
             said, opcode = opcode_at(memory, base)
             if opcode >= known:
                 opcode = 0
             if said != length or length < shortest[opcode] or (streaming and opcode != Opcode.WRITE):
-                self._malformed(base, length)
+                self._malformed(base, opcode, length)
             else:
                 try:
                     table[opcode](base, length)
                 except OSError as error:
-                    self._refuse(base, error.errno or errno.EIO)
+                    self._refuse(base, opcode, error.errno or errno.EIO)
                 except Exception:
                     _log.exception("a request with opcode %d failed", opcode)
-                    self._refuse(base, errno.EIO)
+                    self._refuse(base, opcode, errno.EIO)
             if streaming and router.piped:  # nobody took it
                 router.piped = False
                 arena.discard(slot)
+            if router.slot == slot:  # else a worker has it, and will count it
+                # As Sheet.finished() does, whose call would cost more than this.
+                latency = clock() - start
+                row = rows[opcode]
+                row[nanoseconds] += latency
+                row[(latency // 1000).bit_length()] += 1
 
     def _receive(self, slot: int) -> int:
         """Receive a request through the pipe of *slot*, where a large payload stays."""
@@ -113,16 +125,17 @@ class Loop:
                 raise malformed()
         self._process(arena.address + base, length)
 
-    def _malformed(self, base: int, length: int) -> None:
+    def _malformed(self, base: int, opcode: int, length: int) -> None:
         """Refuse what is no FUSE request, if that much of it is there that an answer finds its way."""
         if not self._complained:
             self._complained = True
             _log.error("the kernel sent a malformed request of %d bytes; it is refused, and so are others", length)
         if length >= wire.IN_HEADER_SIZE:
-            self._refuse(base, errno.EINVAL)
+            self._refuse(base, opcode, errno.EINVAL)
 
-    def _refuse(self, base: int, number: int) -> None:
+    def _refuse(self, base: int, opcode: int, number: int) -> None:
         """Answer a request with an errno."""
+        self._mirror.router.arena.metrics.front.add(opcode, ERRORS)
         (unique,) = wire.UNIQUE.unpack_from(self._mirror.router.arena.memory, base)
         with suppress(OSError):  # mostly it is answered already, or nobody waits for it any more
             os.write(self._device, wire.error_reply(unique, number))

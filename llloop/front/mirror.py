@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ..arena import Arena
 from ..config import ServeConfig
+from ..metrics import Gauge
 from ..negotiation import Capabilities, Feature
 from ..privilege import Caller, SetidGuard
 from ..syscalls import CLOSE_CAN_FAIL, STACKED, file_system_type, fstatx
@@ -70,11 +71,13 @@ def build_mirror(
         kind = file_system_type(readable)
     finally:
         os.close(readable)
-    inodes = Inodes(fstatx(root), births=kind not in STACKED)
+    metrics = arena.metrics
+    inodes = Inodes(fstatx(root), births=kind not in STACKED, count=metrics.gauge(Gauge.INODES))
     directories = min(_DIRECTORIES_MOST, limit // _DIRECTORIES_SHARE)
     anchors = Anchors(inodes, root, directories)
     payload_pipes = arena.pipes.descriptors if arena.pipes is not None else []
-    handles = Handles(arena.generation, limit - directories - _RESERVE - len(pipes) - len(payload_pipes))
+    capacity = limit - directories - _RESERVE - len(pipes) - len(payload_pipes)
+    handles = Handles(arena.generation, capacity, metrics.gauge(Gauge.HANDLES))
     router = Router(arena, pipes)
     caller = Caller()
     setid = SetidGuard()

@@ -11,6 +11,7 @@ import errno
 import functools
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -18,8 +19,10 @@ import llfuse
 from llfuse import EntryAttributes, FUSEError, RequestContext, SetattrFields
 
 from .. import wire
+from ..metrics import ERRORS
 from ..protocol import APPEND, DATA_ONLY, Operation
 from ..syscalls import Attributes, DirectoryEntry
+from ..wire import Opcode
 from .inodes import ROOT
 from .invalidation import Invalidator
 from .mirror import Mirror
@@ -40,9 +43,12 @@ def _answered(method: _Method) -> _Method:
     The error is raised afresh, outside the handler's own: one raised again would keep its traceback, and
     with it every frame and payload, alive.
     """
+    opcode = int(Opcode[method.__name__.strip("_").upper()])
 
     @functools.wraps(method)
     def handler(self: Any, *args: Any) -> Any:
+        self._begin()
+        number = 0
         try:
             return method(self, *args)
         except FUSEError as error:
@@ -52,6 +58,8 @@ def _answered(method: _Method) -> _Method:
         except Exception:
             _log.exception("%s%r failed", method.__name__, args)
             number = errno.EIO
+        finally:
+            self._finish(opcode, number)
         raise FUSEError(wire.known_errno(number))
 
     return handler  # type: ignore[return-value]
@@ -76,6 +84,24 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
         self._mirror = mirror
         self._exchange = exchange
         self._invalidator = Invalidator(device)
+        self._sheet = mirror.router.arena.metrics.front
+        self._calls = 0
+
+    def _begin(self) -> None:
+        """Note when a request was taken, where llloop's own loop does not."""
+        if self._exchange is not None:
+            self._mirror.router.taken = time.monotonic_ns()
+            self._calls = self._exchange.calls
+
+    def _finish(self, opcode: int, number: int) -> None:
+        """Count a request that ended with errno *number*, or 0; those that a worker has done are counted by it."""
+        exchange = self._exchange
+        if exchange is not None:
+            if exchange.calls != self._calls:
+                return
+            self._sheet.finished(opcode, time.monotonic_ns() - self._mirror.router.taken)
+        if number:
+            self._sheet.add(opcode, ERRORS)
 
     def init(self) -> None:
         """Nothing is left to do: llloop has answered INIT before libfuse sees it."""

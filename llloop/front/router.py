@@ -28,6 +28,7 @@ class Router:
 
     def __init__(self, arena: Arena, pipes: list[int]) -> None:
         self.arena = arena
+        self._begun = arena.metrics.begun
         self._pipes = pipes
         self._shards = len(pipes)
         # Handles whose release did not fit into a pipe; nothing may overtake them.
@@ -37,6 +38,8 @@ class Router:
         self.backlog = False
         # Whether the payload of the request at hand is in the pipe of `slot`.
         self.piped = False
+        # When the request in `slot` was taken (monotonic clock, nanoseconds), for who counts how long it took.
+        self.taken = 0
 
     def shard_of(self, nodeid: int) -> int:
         """Return the worker for an inode's data I/O, evenly spread also over consecutive numbers."""
@@ -70,6 +73,7 @@ class Router:
         arena = self.arena
         slot = self.slot
         message = encode((operation, unique, slot, number, handle.descriptor, offset, length, flags, uid, gid, extra))
+        self._begun[slot] = self.taken
         arena.lend(slot, shard, message)
         following = arena.free_slot()
         if following >= 0:
@@ -124,12 +128,15 @@ class Exchange:
     Args:
         router: lends the slot.
         answers: the read end of the pipe the workers answer through.
+
+    Attributes:
+        calls: how many times a worker has been asked.
     """
 
     def __init__(self, router: Router, answers: int) -> None:
         self._router = router
         self._answers = answers
-        self._unique = 0
+        self.calls = 0
 
     def call(
         self,
@@ -149,15 +156,15 @@ class Exchange:
             OSError: what the worker ran into.
         """
         router = self._router
-        self._unique += 1
+        self.calls += 1
         slot = router.slot
         data = router.arena.payload(slot, router.arena.payload_size)
         data[: len(payload)] = payload
-        if not router.submit(handle, number, operation, self._unique, offset, length, flags, uid, gid):
+        if not router.submit(handle, number, operation, self.calls, offset, length, flags, uid, gid):
             raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         while True:
             answer = decode_answer(os.read(self._answers, MAX_MESSAGE))
-            if answer.unique == self._unique:  # anything else is a second answer after a worker's restart
+            if answer.unique == self.calls:  # anything else is a second answer after a worker's restart
                 break
         if answer.result < 0:
             raise OSError(-answer.result, os.strerror(-answer.result))

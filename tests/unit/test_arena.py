@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from llloop import wire
-from llloop.arena import DEFAULT_SLOTS, MAX_SHARDS, Arena, Counters
+from llloop.arena import DEFAULT_SLOTS, MAX_SHARDS, Arena
+from llloop.metrics import BYTES
 from llloop.protocol import Operation, encode
 from tests.as_user import Child
 
@@ -93,8 +94,6 @@ def test_nothing_of_a_slot_lies_in_another(arena: Arena) -> None:
         buffer[:] = bytes([slot + 1]) * len(buffer)
         arena.results[slot] = -slot
         arena.stages[slot] = slot
-    for counters in arena.counters:
-        counters.cells[:] = memoryview(b"\xff" * 8 * Counters.FIELDS).cast("Q")
     arena.new_front(2**31 - 1)
     for slot, message in enumerate(messages):
         assert (slot, message) in arena.lent_to(slot % 2)
@@ -109,19 +108,9 @@ def test_results_hold_any_count_and_position(arena: Arena) -> None:
     assert arena.results[3] == 2**63 - 1
 
 
-def test_counters_are_counted_per_worker(arena: Arena) -> None:
-    first, second = arena.counters
-    first.cells[Counters.REQUESTS] += 3
-    first.cells[Counters.ERRORS] += 1
-    first.cells[Counters.READ] += 2**40
-    second.cells[Counters.WRITTEN] = 2**63
-    assert first.snapshot() == {"requests": 3, "errors": 1, "read": 2**40, "written": 0}
-    assert second.snapshot() == {"requests": 0, "errors": 0, "read": 0, "written": 2**63}
-
-
 def test_what_a_child_does_is_seen(arena: Arena) -> None:
     def work() -> None:
-        arena.counters[1].cells[Counters.READ] = 7
+        arena.metrics.workers[1].add(wire.Opcode.READ, BYTES, 7)
         arena.payload(0, 3)[:] = b"abc"
         arena.give_back(0)
 
@@ -129,7 +118,7 @@ def test_what_a_child_does_is_seen(arena: Arena) -> None:
     Child(work).result()
     assert arena.free_slot() == 0
     assert arena.payload(0, 3) == b"abc"
-    assert arena.counters[1].snapshot()["read"] == 7
+    assert arena.metrics.workers[1].snapshot()["READ"].bytes == 7
 
 
 @pytest.mark.parametrize("slots", [1, 2, 5, 7, 9, DEFAULT_SLOTS, 4096])
@@ -138,12 +127,11 @@ def test_any_number_of_slots(slots: int) -> None:
     last = slots - 1
     arena.lend(last, 2, b"last")
     arena.results[last] = 5
-    arena.counters[2].cells[Counters.WRITTEN] = 6
     arena.new_front(7)
     (buffer,) = arena.receive_buffers[last]
     buffer[:] = b"\xff" * len(buffer)
     assert arena.lent_to(2) == [(last, b"last")]
-    assert (arena.results[last], arena.counters[2].snapshot()["written"], arena.front_pid) == (5, 6, 7)
+    assert (arena.results[last], arena.front_pid) == (5, 7)
     assert arena.free_slot() == (0 if last else -1)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from llloop.arena import Arena
+from llloop.metrics import Sheet
 from llloop.protocol import Operation, Request, encode
 from llloop.workers.loop import Worker
 
@@ -46,8 +47,13 @@ def recorder(arena: Arena) -> Recorder:
 
 
 @pytest.fixture
-def worker(arena: Arena, pipe: tuple[int, int], recorder: Recorder) -> Worker:
-    return Worker(SHARD, arena, pipe[0], recorder)  # type: ignore[arg-type]
+def sheet() -> Sheet:
+    return Sheet()
+
+
+@pytest.fixture
+def worker(arena: Arena, pipe: tuple[int, int], recorder: Recorder, sheet: Sheet) -> Worker:
+    return Worker(SHARD, arena, pipe[0], recorder, sheet)  # type: ignore[arg-type]
 
 
 def message(unique: int, slot: int = -1) -> bytes:

@@ -11,16 +11,25 @@ from llloop.workers.replies import KernelReplies
 from llloop.workers.transfers import Transfers
 
 from ... import wire
-from ...arena import Counters
+from ...metrics import BYTES, Gauge
 from ...negotiation import Feature
 from ...privilege import OwnIdentity
 from ...protocol import APPEND, BUFFERED, CACHED, DATA_ONLY, KILL_PRIVILEGES, PIPED, Operation, Request
 from ...syscalls import Attributes
+from ...wire import Opcode
 from ..handles import Handle
 from ..mirror import Mirror
 from ..promptness import READ_LIMIT, WRITE_LIMIT
 from ..tree import Requester
 from .base import Responder, malformed
+
+# How an open is counted, by the flags of its reply.
+_DECISIONS = {
+    wire.FOPEN_KEEP_CACHE: int(Gauge.KEPT),
+    wire.FOPEN_DIRECT_IO: int(Gauge.BYPASSED),
+    0: int(Gauge.DROPPED),
+}
+_PASSED_THROUGH, _BYPASSED = int(Gauge.PASSED_THROUGH), int(Gauge.BYPASSED)
 
 
 class FileRequests(Responder):
@@ -33,6 +42,8 @@ class FileRequests(Responder):
         self._writeback = capabilities is not None and Feature.WRITEBACK_CACHE in capabilities.features
         arena = mirror.router.arena
         self._view = arena.view
+        self._sheet = arena.metrics.front
+        self._gauges = arena.metrics.gauges
         self._scratch = memoryview(bytearray(wire.OUT_HEADER_SIZE + READ_LIMIT))
         # For the requests that find no free slot or a full pipe.
         self._local = Transfers(
@@ -41,7 +52,7 @@ class FileRequests(Responder):
             KernelReplies(device, arena.payload_size),
             mirror.setid,
             OwnIdentity(),
-            Counters(memoryview(bytearray(8 * Counters.FIELDS)).cast("Q")),
+            self._sheet,
         )
 
     def open(self, base: int, length: int) -> None:
@@ -58,11 +69,15 @@ class FileRequests(Responder):
         mirror = self._mirror
         backing = mirror.passthrough.back(self._handles.get(number), attributes)
         if backing:
+            self._gauges[_PASSED_THROUGH] += 1
             return wire.FOPEN_PASSTHROUGH, backing
         if self._writeback and fcntl.fcntl(self._handles.get(number).descriptor, fcntl.F_GETFL) & os.O_APPEND:
             # An append-only file (chattr +a): whole pages written back would be appended.
+            self._gauges[_BYPASSED] += 1
             return wire.FOPEN_DIRECT_IO, 0
-        return mirror.policy.open_flags(mirror.inodes.get(nodeid), attributes), 0
+        flags = mirror.policy.open_flags(mirror.inodes.get(nodeid), attributes)
+        self._gauges[_DECISIONS[flags]] += 1
+        return flags, 0
 
     def create(self, base: int, length: int) -> None:
         """FUSE_CREATE: reply with an entry and a handle."""
@@ -143,6 +158,7 @@ class FileRequests(Responder):
         length = header + count
         wire.OUT_HEADER.pack_into(scratch, 0, length, 0, unique)
         self._send(scratch[:length])
+        self._sheet.add(Opcode.READ, BYTES, count)
         return True
 
     def write(self, base: int, length: int) -> None:
@@ -194,6 +210,7 @@ class FileRequests(Responder):
             return False
         write_reply = wire.WRITE_REPLY
         self._send(write_reply.pack(write_reply.size, 0, unique, count))
+        self._sheet.add(Opcode.WRITE, BYTES, count)
         return True
 
     def flush(self, base: int, length: int) -> None:

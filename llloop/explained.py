@@ -1,0 +1,37 @@
+"""What the commands share: their exit codes, and errors told in one line."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from .errors import LlloopError
+
+EXIT_CODES = """\b
+Exit codes:
+  0  stopped cleanly
+  1  the mount failed or ended unexpectedly
+  2  an option makes no sense
+  3  the source cannot be mirrored
+  4  the mount point cannot be used
+  5  this machine or user cannot mount with FUSE
+  6  a dead mount is in the way
+"""
+
+
+def explained(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn errors into one line on standard error and their exit code."""
+
+    @functools.wraps(command)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except LlloopError as error:
+            click.echo(f"llloop: {error}", err=True)
+            sys.exit(error.exit_code)
+
+    return wrapper

@@ -1,0 +1,130 @@
+"""Where a mount's control socket is, and how messages look on it: one place for both sides.
+
+A message is a msgpack map after its length in four bytes, big end first. A request names a ``command`` and its
+arguments; a reply has either a ``result`` or an ``error``, a text for people.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgpack
+
+SUFFIX = ".sock"
+HEADER = struct.Struct("!I")
+# In bytes. A request is a name and a few words; a reply lists every operation of every worker.
+MAX_REQUEST = 4096
+MAX_REPLY = 16 << 20
+
+_ROOT_DIRECTORY = "/run/llloop"
+
+
+class BadMessage(Exception):
+    """What came is no message; the text says why."""
+
+
+def own_directories() -> list[str]:
+    """Return where a server of this user may put its socket, the best place first."""
+    uid = os.geteuid()
+    found = [_ROOT_DIRECTORY] if uid == 0 else []
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    if os.path.isabs(runtime):
+        found.append(os.path.join(runtime, "llloop"))
+    found.append(f"/run/user/{uid}/llloop")
+    # For users without a login session, as systemd makes none for su and cron.
+    found.append(f"/tmp/llloop-{uid}")
+    return found
+
+
+def all_directories() -> list[str]:
+    """Return where sockets may be that this user can see: its own and root's, for root everybody's."""
+    found = own_directories()
+    if os.geteuid() == 0:
+        for parent, pattern in (("/run/user", "*/llloop"), ("/tmp", "llloop-*")):
+            found += [str(path) for path in sorted(Path(parent).glob(pattern))]
+    else:
+        found.append(_ROOT_DIRECTORY)
+    return [path for path in dict.fromkeys(found) if is_trustworthy(path)]
+
+
+def is_trustworthy(directory: str) -> bool:
+    """Whether only its owner puts things into *directory*, and that is this user or root (for root: anybody)."""
+    try:
+        kind = os.lstat(directory)
+    except OSError:
+        return False
+    known = os.geteuid() == 0 or kind.st_uid in (0, os.geteuid())
+    return known and stat.S_ISDIR(kind.st_mode) and not kind.st_mode & 0o022
+
+
+def make_directory() -> str:
+    """Return a directory for this user's sockets, made if need be.
+
+    Raises:
+        OSError: there is no place where one can be made.
+    """
+    problem: OSError | None = None
+    for path in own_directories():
+        try:
+            os.mkdir(path, 0o755 if path == _ROOT_DIRECTORY else 0o700)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            problem = problem or error
+            continue
+        if is_trustworthy(path) and os.lstat(path).st_uid == os.geteuid() and os.access(path, os.W_OK | os.X_OK):
+            return path
+        problem = problem or PermissionError(13, "it is another user's, or others can write to it", path)
+    assert problem is not None
+    raise problem
+
+
+def socket_name(mountpoint: str, device: tuple[int, int]) -> str:
+    """Return the file name of a mount's socket.
+
+    Args:
+        mountpoint: an absolute path without symlinks.
+        device: major and minor number of the mount, by which it differs from another of that place that was
+            detached and is still in use.
+    """
+    digest = hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:16]
+    return f"{digest}-{device[0]}-{device[1]}{SUFFIX}"
+
+
+def sockets() -> Iterator[str]:
+    """Yield the paths of all sockets that this user can see."""
+    for directory in all_directories():
+        try:
+            names = sorted(os.listdir(directory))
+        except OSError:
+            continue
+        yield from (os.path.join(directory, name) for name in names if name.endswith(SUFFIX))
+
+
+def encode(message: dict[str, Any]) -> bytes:
+    """Return *message* as it is sent. Names that are not UTF-8 travel as they are."""
+    body: bytes = msgpack.packb(message, unicode_errors="surrogateescape")
+    return HEADER.pack(len(body)) + body
+
+
+def decode(body: bytes | bytearray) -> dict[str, Any]:
+    """Return the message in *body*, which follows its length.
+
+    Raises:
+        BadMessage: it is none.
+    """
+    try:
+        message = msgpack.unpackb(body, unicode_errors="surrogateescape")
+    except (ValueError, msgpack.UnpackException, RecursionError) as error:
+        raise BadMessage(f"not a msgpack message: {error or type(error).__name__}") from None
+    except TypeError:  # a map whose key is a map
+        raise BadMessage("not a map of names") from None
+    if not isinstance(message, dict) or not all(isinstance(key, str) for key in message):
+        raise BadMessage("not a map of names")
+    return message
