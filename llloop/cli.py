@@ -15,8 +15,8 @@ from .arena import DEFAULT_SLOTS
 from .config import MAX_WORKERS, Cache, IoKind, LoopKind, ServeConfig, help_text
 from .daemon import Daemon
 from .errors import HostError, MountpointError, UsageError
-from .explained import EXIT_CODES, explained
-from .inspection import stats, status
+from .explained import EXIT_CODES, UntouchedPath, explained
+from .inspection import control, stats, status
 from .notify import Notifier
 from .supervisor import Supervisor
 from .version import __version__
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 _source = click.argument("source", type=click.Path(readable=False), envvar="LLLOOP_SOURCE")
-_mountpoint = click.argument("mountpoint", type=click.Path(readable=False), envvar="LLLOOP_MOUNTPOINT")
+_mountpoint = click.argument("mountpoint", type=UntouchedPath(), envvar="LLLOOP_MOUNTPOINT")
 
 
 @main.command(epilog=EXIT_CODES)
@@ -190,6 +190,7 @@ def systemd_unit(place: tuple[str, ...]) -> None:
 
 main.add_command(status)
 main.add_command(stats)
+main.add_command(control)
 
 
 if __name__ == "__main__":

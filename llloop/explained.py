@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,14 @@ from typing import Any
 import click
 
 from .errors import LlloopError
+
+
+class UntouchedPath(click.Path):
+    """A path that is taken as it is given: `click.Path` looks what is there, and waits for a server that hangs."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return os.fsdecode(value)
+
 
 EXIT_CODES = """\b
 Exit codes:

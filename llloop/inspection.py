@@ -11,9 +11,9 @@ from typing import Any
 
 import click
 
-from . import client, survey
+from . import client, log, survey
 from .errors import HostError, UsageError
-from .explained import explained
+from .explained import UntouchedPath, explained
 
 _LEAST = 0.1  # seconds between two looks
 
@@ -21,6 +21,13 @@ _STATUS_CODES = """\b
 Exit codes:
   0  every mount shown is served
   1  one is dead, does not answer, or does not talk to this user
+  4  MOUNTPOINT is not an llloop mount
+"""
+_CONTROL_CODES = """\b
+Exit codes:
+  0  it has been told, and does it
+  1  the mount's server is gone, does not answer, or is another user's
+  2  an argument makes no sense
   4  MOUNTPOINT is not an llloop mount
 """
 _STATS_CODES = """\b
@@ -34,7 +41,7 @@ Exit codes:
 
 
 @click.command(epilog=_STATUS_CODES)
-@click.argument("mountpoint", type=click.Path(readable=False), required=False)
+@click.argument("mountpoint", type=UntouchedPath(), required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead: a list, also of one mount.")
 @explained
 def status(mountpoint: str | None, as_json: bool) -> None:
@@ -56,7 +63,7 @@ def status(mountpoint: str | None, as_json: bool) -> None:
 
 
 @click.command(epilog=_STATS_CODES)
-@click.argument("mountpoint", type=click.Path(readable=False))
+@click.argument("mountpoint", type=UntouchedPath())
 @click.option(
     "--watch",
     type=float,
@@ -98,6 +105,24 @@ def stats(mountpoint: str, watch: float | None, as_json: bool, prometheus: bool,
             _show(_figures(mountpoint, watch))
     except KeyboardInterrupt:
         pass
+
+
+@click.command("control", epilog=_CONTROL_CODES)
+@click.argument("mountpoint", type=UntouchedPath())
+@click.argument("command", type=click.Choice(["reload", "stop", "log-level"]))
+@click.argument("level", type=click.Choice(log.LEVELS), required=False)
+@explained
+def control(mountpoint: str, command: str, level: str | None) -> None:
+    """Have the llloop mount at MOUNTPOINT do something.
+
+    \b
+    reload           open the log file again and replace the workers one by one
+    stop             unmount and end, as SIGTERM does; does not wait for it
+    log-level LEVEL  log messages of LEVEL and above from now on, in all processes
+    """
+    if (command == "log-level") != (level is not None):
+        raise UsageError("log-level takes a level, e.g. debug" if level is None else f"{command} takes no argument")
+    client.ask_mount(mountpoint, command, **({"level": level} if level else {}))
 
 
 def _answers(mountpoint: str, watch: float | None) -> Iterator[dict[str, Any]]:

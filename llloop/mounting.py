@@ -123,8 +123,10 @@ def resolve_mountpoint(mountpoint: str) -> str:
     """Return *mountpoint* as an absolute path without symlinks, not touching the directory itself: it may be dead."""
     path = os.path.abspath(mountpoint)
     parent, name = os.path.split(path)
-    if name and not os.path.islink(path):
-        return os.path.join(os.path.realpath(parent), name)
+    resolved = os.path.join(os.path.realpath(parent), name)
+    # What is mounted on is no symlink; whoever looks at it all the same waits for a server that may hang.
+    if name and (find_mount(resolved) is not None or not os.path.islink(path)):
+        return resolved
     return os.path.realpath(path)
 
 

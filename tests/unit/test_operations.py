@@ -15,6 +15,7 @@ from typing import Any
 import llfuse
 import pytest
 
+from llloop.arena import Arena
 from llloop.front.inodes import ROOT
 from llloop.front.operations import Operations
 from tests.unit.source import Source
@@ -142,20 +143,25 @@ HANDLERS: dict[str, tuple[Any, ...]] = {
 
 
 class Faulty:
-    """A mirror in which every part fails with what nobody expects."""
+    """A mirror in which every part fails with what nobody expects, but for what is counted."""
+
+    def __init__(self, arena: Arena) -> None:
+        self.router = SimpleNamespace(arena=arena, taken=0)
+        self.calls = 0
 
     def __getattr__(self, name: str) -> Any:
         raise ZeroDivisionError("a fault")
 
 
 @pytest.mark.parametrize("name", sorted(HANDLERS))
-def test_a_fault_in_any_handler_is_eio_and_logged(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_fault_in_any_handler_is_eio_and_logged(name: str, arena: Arena, caplog: pytest.LogCaptureFixture) -> None:
     operations = Operations()
-    operations.attach(Faulty(), Faulty(), -1)  # type: ignore[arg-type]
+    operations.attach(Faulty(arena), Faulty(arena), -1)  # type: ignore[arg-type]
     with caplog.at_level(logging.ERROR), refused(errno.EIO):
         getattr(operations, name)(*HANDLERS[name])
     assert "a fault" in caplog.text
     assert "Traceback" in caplog.text
+    assert [(count.requests, count.errors) for count in arena.metrics.front.snapshot().values()] == [(1, 1)]
 
 
 def test_every_handler_of_llfuse_is_there_and_tried() -> None:

@@ -77,7 +77,15 @@ def test_metadata(wheel: Path, names: set[str]) -> None:
     assert metadata["Version"] == __version__
     assert metadata["Requires-Python"] == ">=3.10"
     needed = {line.split(">")[0].strip() for line in metadata.get_all("Requires-Dist") if "extra" not in line}
-    assert needed == {"llfuse", "msgpack", "click", "setproctitle", "multiprocessing-logging"}
+    assert needed == {
+        "llfuse",
+        "msgpack",
+        "click",
+        "setproctitle",
+        "multiprocessing-logging",
+        "rich",
+        "prometheus-client",
+    }
     assert dict(entry_points["console_scripts"]) == {
         "llloop": "llloop.cli:main",
         "mount.llloop": "llloop.mount_helper:main",

@@ -1,0 +1,547 @@
+"""What `llloop status`, `llloop stats` and `llloop control` tell of mounts, and do to them."""
+
+from __future__ import annotations
+
+import io
+import json
+import mmap
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
+
+from llloop import client, display, exposition, figures, survey
+from llloop.cli import main
+from llloop.errors import LlloopError
+from tests.as_user import Caller, Child, run_as
+from tests.conftest import Serve
+from tests.mirror import Mirror
+from tests.mount.command_line import llloop, stopped
+from tests.server_processes import wait_until, workers
+from tests.syscalls import opened
+from tests.watchdog import unmount_lazily
+
+pytestmark = [pytest.mark.mounted, pytest.mark.user]
+
+MIB = 1 << 20
+# More than the front does by itself.
+LARGE = 200_000
+STRANGER = Caller(4001, 4001)
+
+
+def stats(mirror: Mirror) -> dict[str, Any]:
+    ended = llloop("stats", mirror.mountpoint, "--json")
+    assert ended.code == 0, ended.stderr
+    return dict(json.loads(ended.stdout))
+
+
+def status(mirror: Mirror) -> dict[str, Any]:
+    return survey.survey_one(str(mirror.mountpoint))
+
+
+def ask(mirror: Mirror, command: str, **arguments: Any) -> Any:
+    return client.ask_mount(str(mirror.mountpoint), command, **arguments)
+
+
+def counted(mirror: Mirror, operation: str, what: str = "requests") -> int:
+    return int(ask(mirror, "stats")["operations"].get(operation, {}).get(what, 0))
+
+
+# Counters
+
+
+def test_requests_are_counted_once_each(serve: Serve) -> None:
+    mirror = serve("--workers", "2")
+    before = ask(mirror, "stats")["operations"]
+    for number in range(10):
+        os.mkdir(mirror.mountpoint / f"{number}")
+    with pytest.raises(FileExistsError):
+        os.mkdir(mirror.mountpoint / "0")
+    for number in range(5):
+        os.rmdir(mirror.mountpoint / f"{number}")
+    after = ask(mirror, "stats")["operations"]
+    grown = {name: after[name]["requests"] - before.get(name, {}).get("requests", 0) for name in ("MKDIR", "RMDIR")}
+    assert grown == {"MKDIR": 10, "RMDIR": 5}
+    assert after["MKDIR"]["errors"] == 0, "the kernel knows that it exists"
+    assert sum(after["MKDIR"]["histogram"]) == 10
+    assert 0 < after["MKDIR"]["nanoseconds"] < 60e9
+
+
+@pytest.mark.by_workers
+def test_bytes_and_workers(serve: Serve) -> None:
+    mirror = serve("--workers", "4")
+    for number in range(16):
+        with opened(mirror.mountpoint / f"file{number}", os.O_RDWR | os.O_CREAT | os.O_DIRECT) as fd:
+            os.write(fd, mmap.mmap(-1, MIB))
+            os.preadv(fd, [mmap.mmap(-1, MIB)], 0)
+    # A worker counts after it has answered.
+    assert wait_until(lambda: counted(mirror, "READ", "bytes") == 16 * MIB)
+    found = stats(mirror)
+    assert found["operations"]["WRITE"]["bytes"] == found["operations"]["READ"]["bytes"] == 16 * MIB
+    assert [worker["name"] for worker in found["workers"]] == [f"worker-{number}" for number in range(4)]
+    assert sum(worker["bytes"] for worker in found["workers"]) == 32 * MIB
+    assert all(worker["bytes"] % MIB == 0 and worker["errors"] == 0 for worker in found["workers"])
+    requests = sum(one["requests"] for one in found["operations"].values())
+    assert requests == found["front"]["requests"] + sum(worker["requests"] for worker in found["workers"])
+
+
+def test_errors_are_counted(serve: Serve) -> None:
+    mirror = serve("--no-xattr" if os.geteuid() else "--xattr")
+    with pytest.raises(OSError):
+        os.readlink(mirror.mountpoint)
+    (mirror.mountpoint / "file").touch()
+    for _ in range(3):
+        with pytest.raises(OSError):
+            os.getxattr(mirror.mountpoint / "file", "user.missing")
+    assert counted(mirror, "GETXATTR", "errors") >= 1
+    assert counted(mirror, "LOOKUP", "errors") <= 1
+
+
+def test_what_the_mount_holds_is_counted_up_and_down(serve: Serve) -> None:
+    mirror = serve()
+    before = ask(mirror, "stats")
+    (mirror.source / "directory").mkdir()
+    for number in range(20):
+        (mirror.source / "directory" / f"{number}").touch()
+    descriptors = [os.open(mirror.mountpoint / "directory" / f"{number}", os.O_RDONLY) for number in range(20)]
+    during = ask(mirror, "stats")
+    assert during["inodes"] == before["inodes"] + 21
+    assert during["handles"] == before["handles"] + 20
+    assert during["front"]["descriptors"] >= before["front"]["descriptors"] + 20
+    for fd in descriptors:
+        os.close(fd)
+    assert wait_until(lambda: ask(mirror, "stats")["handles"] == before["handles"])
+
+
+@pytest.mark.own_loop
+@pytest.mark.by_workers
+def test_cache_decisions_are_counted(serve: Serve) -> None:
+    mirror = serve("--cache", "always")
+    (mirror.source / "file").touch()
+    for _ in range(3):
+        (mirror.mountpoint / "file").read_bytes()
+    assert ask(mirror, "stats")["cache"]["kept"] == 3
+    never = serve("--cache", "never")
+    (never.source / "file").touch()
+    (never.mountpoint / "file").read_bytes()
+    cache = ask(never, "stats")["cache"]
+    assert (cache["kept"], cache["bypassed"] + cache["dropped"]) == (0, 1)
+
+
+@pytest.mark.by_workers
+def test_counters_outlive_a_worker(serve: Serve) -> None:
+    mirror = serve("--workers", "1")
+    mirror.expect_log("llloop-worker-0 was killed by signal 9")
+    (mirror.mountpoint / "file").write_bytes(bytes(LARGE))
+    assert wait_until(lambda: counted(mirror, "WRITE", "bytes") == LARGE)
+    (pid,) = workers(mirror).values()
+    os.kill(pid, signal.SIGKILL)
+    (mirror.mountpoint / "file").write_bytes(bytes(LARGE))
+    assert wait_until(lambda: counted(mirror, "WRITE", "bytes") == 2 * LARGE)
+    (worker,) = ask(mirror, "stats")["workers"]
+    assert worker["restarts"] == 1
+    assert worker["pid"] != pid
+
+
+@pytest.mark.own_loop
+def test_counters_outlive_the_front(serve: Serve) -> None:
+    mirror = serve("--workers", "1")
+    mirror.expect_log("llloop-front was killed by signal 9")
+    for number in range(7):
+        os.mkdir(mirror.mountpoint / f"{number}")
+    front = ask(mirror, "stats")["front"]["pid"]
+    os.kill(front, signal.SIGKILL)
+    os.mkdir(mirror.mountpoint / "after")
+    assert counted(mirror, "MKDIR") == 8
+    assert ask(mirror, "stats")["front"]["restarts"] == 1
+
+
+@pytest.mark.by_workers
+@pytest.mark.own_loop
+def test_the_queue_is_what_a_worker_has_not_answered(serve: Serve) -> None:
+    mirror = serve("--workers", "1")
+    (worker,) = workers(mirror).values()
+    (mirror.source / "file").write_bytes(bytes(LARGE))
+    with opened(mirror.mountpoint / "file", os.O_WRONLY) as fd:
+        os.kill(worker, signal.SIGSTOP)
+        try:
+            syncing = Child(os.fsync, fd)
+            assert wait_until(lambda: ask(mirror, "stats")["workers"][0]["queue"] == 1)
+            assert ask(mirror, "stats")["slots"]["used"] == 1
+            time.sleep(0.05)
+        finally:
+            os.kill(worker, signal.SIGCONT)
+        syncing.result()
+    assert wait_until(lambda: counted(mirror, "FSYNC") == 1)
+    count = ask(mirror, "stats")["operations"]["FSYNC"]
+    assert count["nanoseconds"] >= 50_000_000, "the time in the queue counts"
+    assert ask(mirror, "stats")["slots"]["used"] == 0
+
+
+# status
+
+
+def test_status_of_one(serve: Serve, via: str) -> None:
+    mirror = serve("--workers", "2", "--read-only", "--fsname", "photos")
+    found = status(mirror)
+    assert found["state"] == "serving"
+    assert found["source"] == str(mirror.source)
+    assert found["mountpoint"] == str(mirror.mountpoint)
+    assert found["pid"] == mirror.pid
+    assert found["loop"] == via
+    assert ("has_resend" in found["capabilities"]) == ("has_resend" in mirror.output.read_text())
+    assert found["options"]["workers"] == 2
+    assert found["options"]["read_only"] is True
+    assert found["options"]["fsname"] == "photos"
+    assert 0 <= found["uptime"] < 60
+    assert {process["pid"] for process in found["processes"]} == set(mirror.processes())
+    roles = {process["role"] for process in found["processes"]}
+    assert {"supervisor", "front", "worker-0", "worker-1"} <= roles
+    text = llloop("status", mirror.mountpoint)
+    assert text.code == 0
+    assert re.search(rf"^{mirror.mountpoint}  mirrors\s+{mirror.source}\s+serving", text.stdout)
+    assert "read-only" in text.stdout
+    assert re.search(r"worker-1 +\d+", text.stdout)
+
+
+def test_status_of_all(serve: Serve) -> None:
+    servers = [serve(), serve()]
+    ended = llloop("status", "--json")
+    # Others may serve on this machine, and may be dead.
+    assert ended.code in (0, 1), ended.stderr
+    found = {one["mountpoint"]: one for one in json.loads(ended.stdout)}
+    for mirror in servers:
+        assert found[str(mirror.mountpoint)]["state"] == "serving"
+        assert found[str(mirror.mountpoint)]["visible"] is True
+
+
+def test_a_stopped_front_is_noticed(serve: Serve) -> None:
+    mirror = serve()
+    front = ask(mirror, "stats")["front"]["pid"]
+    os.kill(front, signal.SIGSTOP)
+    try:
+        # Only the command's own process may be hung, should it ask the mount.
+        ended = llloop("status", mirror.mountpoint, "--json")
+        assert ended.code == 1
+        (found,) = json.loads(ended.stdout)
+        assert found["state"] == "not answering"
+        (state,) = {process["state"] for process in found["processes"] if process["role"] == "front"}
+        assert state == "T"
+    finally:
+        os.kill(front, signal.SIGCONT)
+    assert status(mirror)["state"] == "serving"
+
+
+def kill_all(mirror: Mirror) -> None:
+    assert mirror.process
+    for pid in mirror.processes():
+        os.kill(pid, signal.SIGSTOP)  # so that none tidies up after another
+    for pid in mirror.processes():
+        os.kill(pid, signal.SIGKILL)
+    mirror.process.wait(10)
+    assert wait_until(lambda: mirror.processes() == [])
+
+
+def test_a_dead_mount_is_shown_as_dead(serve: Serve) -> None:
+    mirror = serve()
+    kill_all(mirror)
+    try:
+        assert status(mirror)["state"] == "dead"
+        text = llloop("status", mirror.mountpoint)
+        assert text.code == 1
+        assert f"llloop umount --lazy {mirror.mountpoint}" in " ".join(text.stdout.split())
+        everything = {one["mountpoint"]: one["state"] for one in survey.survey()}
+        assert everything[str(mirror.mountpoint)] == "dead"
+        with pytest.raises(client.NotReachable, match="its server is gone"):
+            ask(mirror, "stats")
+    finally:
+        unmount_lazily(str(mirror.mountpoint))
+        mirror.clean_up()
+
+
+@pytest.mark.parametrize("command", [("status",), ("stats",), ("control", "reload")])
+def test_what_is_no_mount_of_llloop(command: tuple[str, ...], tmp_path: Path) -> None:
+    name, *more = command
+    for place, reason in ((tmp_path, "nothing is mounted there"), ("/proc", "not llloop's"), ("/a/b", "nothing")):
+        ended = CliRunner().invoke(main, [name, str(place), *more])
+        assert ended.exit_code == 4
+        assert reason in ended.output
+
+
+@pytest.mark.root
+def test_another_user_sees_that_it_exists_and_no_more(serve: Serve) -> None:
+    mirror = serve()
+
+    def look(command: str) -> tuple[int, str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "llloop", command, str(mirror.mountpoint)],
+            cwd="/",
+            env={"PATH": "/usr/bin"},
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    code, text = run_as(STRANGER, look, "status")
+    assert code == 1
+    assert "unknown" in text
+    assert "another user's" in " ".join(text.split())
+    code, text = run_as(STRANGER, look, "stats")
+    assert code == 1
+    assert "another user's" in text
+    assert "Traceback" not in text
+
+
+# stats
+
+
+def test_the_table(serve: Serve) -> None:
+    mirror = serve("--workers", "2")
+    (mirror.mountpoint / "file").write_bytes(bytes(LARGE))
+    (mirror.mountpoint / "file").read_bytes()
+    ended = llloop("stats", mirror.mountpoint)
+    assert ended.code == 0
+    assert str(mirror.mountpoint) in ended.stdout
+    assert re.search(r"^ *lookup +[\d.]+", ended.stdout, re.MULTILINE)
+    assert re.search(r"^ *worker-1 +\d+", ended.stdout, re.MULTILINE)
+
+
+def test_watching_shows_each_interval(serve: Serve) -> None:
+    mirror = serve()
+    watcher = subprocess.Popen(
+        [sys.executable, "-m", "llloop", "stats", str(mirror.mountpoint), "--json", "--watch", "0.2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert watcher.stdout
+        first = json.loads(watcher.stdout.readline())
+        assert 0.1 < first["seconds"] < 5
+        for number in range(50):
+            os.mkdir(mirror.mountpoint / f"{number}")
+        seen = 0
+        while seen < 50:
+            seen += json.loads(watcher.stdout.readline())["operations"].get("MKDIR", {}).get("requests", 0)
+        assert seen == 50
+        watcher.send_signal(signal.SIGINT)
+        assert watcher.wait(10) == 0
+        assert watcher.stderr
+        assert watcher.stderr.read() == ""
+    finally:
+        watcher.kill()
+        watcher.wait()
+
+
+def test_prometheus_can_read_it(serve: Serve, tmp_path: Path) -> None:
+    mirror = serve("--workers", "2")
+    for number in range(3):
+        os.mkdir(mirror.mountpoint / f"{number}")
+    ended = llloop("stats", mirror.mountpoint, "--prometheus")
+    assert ended.code == 0
+    samples = {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(ended.stdout)
+        for sample in family.samples
+    }
+    mkdir = (("mountpoint", str(mirror.mountpoint)), ("operation", "mkdir"))
+    assert samples["llloop_request_seconds_count", mkdir] == 3
+    assert samples["llloop_request_seconds_bucket", (("le", "+Inf"), *mkdir)] == 3
+    assert samples["llloop_errors_total", mkdir] == 0
+    assert samples["llloop_inodes", (("mountpoint", str(mirror.mountpoint)),)] >= 4
+    file = tmp_path / "llloop.prom"
+    assert llloop("stats", mirror.mountpoint, "--textfile", file).code == 0
+    assert {family.name for family in text_string_to_metric_families(file.read_text())} >= {"llloop_opens"}
+    assert os.listdir(tmp_path) == ["llloop.prom"]
+
+
+def test_bad_options_of_stats(serve: Serve, tmp_path: Path) -> None:
+    mirror = serve()
+    for arguments, code, reason in (
+        (["--json", "--prometheus"], 2, "exclude each other"),
+        (["--watch", "--prometheus"], 2, "exclude each other"),
+        (["--watch", "nan"], 2, "--watch must be"),
+        (["--watch", "0"], 2, "--watch must be"),
+        (["--textfile", str(tmp_path / "no" / "such")], 5, "No such file or directory"),
+    ):
+        ended = CliRunner().invoke(main, ["stats", str(mirror.mountpoint), *arguments])
+        assert ended.exit_code == code
+        assert reason in ended.output
+        assert len(ended.output.splitlines()) == 1
+
+
+def test_the_names_of_the_world_are_shown_safely(serve: Serve, tmp_path: Path) -> None:
+    source = tmp_path / os.fsdecode(b"[red]caf\xe9\x1b[31m\n")
+    source.mkdir()
+    mirror = serve("--fsname", "x", source=source)
+    answer = ask(mirror, "stats")
+    for view in (display.status_view([status(mirror)]), display.stats_view(figures.since(answer, None))):
+        console = Console(width=200, file=io.StringIO())
+        console.print(view)
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+        assert "\x1b" not in text
+        assert "[red]caf\\udce9\\x1b[31m\\n" in "".join(text.split())
+    assert status(mirror)["source"] == str(source)
+    assert json.loads(json.dumps(answer))["source"] == str(source)
+    assert exposition.text({**answer, "mountpoint": str(source)}).isascii()
+
+
+# control
+
+
+def test_reload_replaces_the_workers_and_nobody_notices(serve: Serve) -> None:
+    mirror = serve("--workers", "2")
+    before = workers(mirror)
+    with opened(mirror.mountpoint / "file", os.O_RDWR | os.O_CREAT) as fd:
+        os.write(fd, bytes(LARGE))
+        assert llloop("control", mirror.mountpoint, "reload").code == 0
+        mirror.wait_for_log(r"reloaded")
+        after = workers(mirror)
+        assert set(after) == set(before)
+        assert set(after.values()).isdisjoint(before.values())
+        os.fsync(fd)
+        assert os.pread(fd, LARGE, 0) == bytes(LARGE)
+    assert status(mirror)["state"] == "serving"
+
+
+def test_sighup_reloads_and_opens_the_log_again(serve: Serve) -> None:
+    mirror = serve("--workers", "1")
+    old = mirror.log.with_name("log.1")
+    mirror.log.rename(old)
+    os.kill(mirror.pid, signal.SIGHUP)
+    assert wait_until(mirror.log.exists)
+    mirror.wait_for_log("reloaded")
+    assert "reload" not in old.read_text()
+
+
+def test_stop(serve: Serve) -> None:
+    mirror = serve()
+    assert llloop("control", mirror.mountpoint, "stop").code == 0
+    stopped(mirror)
+    mirror.clean_up()
+
+
+@pytest.mark.by_workers
+def test_the_log_level_changes_in_every_process(serve: Serve) -> None:
+    mirror = serve("--workers", "1", "--log-level", "error")
+    mirror.expect_log("was killed by signal 9", required=False)
+    ask(mirror, "log-level", level="info")
+    mirror.wait_for_log("level info")
+    os.kill(mirror.pid, signal.SIGUSR1)
+    os.statvfs(mirror.mountpoint)
+    if mirror.via == "own":
+        mirror.wait_for_log("llloop-front: .*slots lent")
+    assert llloop("control", mirror.mountpoint, "log-level", "error").code == 0
+    (pid,) = workers(mirror).values()
+    os.kill(pid, signal.SIGKILL)
+    assert wait_until(lambda: set(workers(mirror).values()) not in (set(), {pid}))
+    time.sleep(0.3)
+    assert "was killed" not in mirror.log.read_text()
+
+
+def test_bad_control_commands(serve: Serve) -> None:
+    mirror = serve()
+    for arguments in (["log-level"], ["reload", "debug"], ["nonsense"], ["log-level", "loud"]):
+        assert CliRunner().invoke(main, ["control", str(mirror.mountpoint), *arguments]).exit_code == 2
+    with pytest.raises(LlloopError, match="must be one of debug, info"):
+        ask(mirror, "log-level", level=["debug"])
+    with pytest.raises(LlloopError, match="unknown command"):
+        ask(mirror, "nonsense")
+
+
+def test_garbage_in_the_socket_harms_nothing(serve: Serve) -> None:
+    mirror = serve("--workers", "1")
+    path = client.find(str(mirror.mountpoint))
+    assert os.stat(path).st_mode & 0o777 == 0o600
+    held = []
+    for garbage in (b"", b"\0", b"\xff" * 5000, struct.pack("!I", 9) + b"\xc1" * 9, struct.pack("!I", 4000) + b"half"):
+        for _ in range(20):
+            connection = socket.socket(socket.AF_UNIX)
+            connection.settimeout(0.2)
+            try:
+                connection.connect(path)
+                connection.send(garbage)
+            except OSError:
+                connection.close()
+                continue
+            held.append(connection)
+            (mirror.mountpoint / "file").write_bytes(bytes(LARGE))
+    (pid,) = workers(mirror).values()
+    mirror.expect_log("llloop-worker-0 was killed by signal 9")
+    os.kill(pid, signal.SIGKILL)
+    # The supervisor is not kept from its work by those who hold their connections.
+    assert wait_until(lambda: set(workers(mirror).values()) not in (set(), {pid}), 3)
+    for connection in held:
+        connection.close()
+    assert wait_until(lambda: status(mirror)["state"] == "serving")
+
+
+def test_nothing_is_left_of_the_socket(serve: Serve) -> None:
+    mirror = serve()
+    path = client.find(str(mirror.mountpoint))
+    mirror.stop()
+    assert not os.path.exists(path)
+
+
+def test_a_killed_supervisor_leaves_no_socket(serve: Serve) -> None:
+    mirror = serve()
+    mirror.expect_log("the supervisor has died")
+    path = client.find(str(mirror.mountpoint))
+    assert mirror.process
+    os.kill(mirror.pid, signal.SIGKILL)
+    mirror.process.wait(10)
+    assert wait_until(lambda: mirror.processes() == [])
+    assert not os.path.exists(path)
+    mirror.clean_up()
+
+
+def test_a_mount_without_a_socket_serves_all_the_same(serve: Serve, tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root can always make one in /run/llloop")
+    (tmp_path / "llloop").touch()
+    mirror = serve(env={"XDG_RUNTIME_DIR": str(tmp_path)})
+    assert status(mirror)["state"] == "serving", "another place is used"
+
+
+# Logs
+
+
+def test_every_process_tells_what_it_is_doing(serve: Serve) -> None:
+    mirror = serve("--workers", "2", "--log-level", "error")
+    os.kill(mirror.pid, signal.SIGUSR2)
+    for role, module in (
+        ("supervisor", "supervisor.py"),
+        ("front", "front/process.py"),
+        ("worker-0", "workers/loop.py"),
+        ("worker-1", "workers/loop.py"),
+    ):
+        mirror.wait_for_log(rf"stacks of llloop-{role} \(process \d+\):\n[^\n]*Thread|thread.*{module}")
+    text = mirror.log.read_text()
+    for part in text.split("stacks of ")[1:]:
+        assert 'File "' in part, part
+    assert "llloop-front" in text
+    (mirror.mountpoint / "file").write_bytes(bytes(LARGE))
+
+
+def test_a_process_that_is_stopped_does_not_keep_the_others_from_telling(serve: Serve) -> None:
+    mirror = serve("--workers", "1")
+    (pid,) = workers(mirror).values()
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        os.kill(mirror.pid, signal.SIGUSR2)
+        mirror.wait_for_log(r"stacks of llloop-worker-0 \(process \d+\):\n  no answer; its state is T")
+        mirror.wait_for_log(r"stacks of llloop-front \(process \d+\):\n[^\n]*hread")
+    finally:
+        os.kill(pid, signal.SIGCONT)
