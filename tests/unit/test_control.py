@@ -61,7 +61,7 @@ class Bench:
         while True:
             begun = time.monotonic()
             self.control.handle()
-            assert time.monotonic() - begun < 1, "it has waited for somebody"
+            assert time.monotonic() - begun < 10, "it has waited for somebody"
             if time.monotonic() >= end:
                 return
 

@@ -19,9 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llloop import wire
-from llloop.arena import Arena, Counters
+from llloop.arena import Arena
 from llloop.front.inodes import ROOT
 from llloop.front.loop import Loop
+from llloop.metrics import Sheet
 from llloop.privilege import OwnIdentity, SetidGuard
 from llloop.protocol import Malformed, Operation, decode_strictly, encode
 from llloop.wire import Opcode
@@ -207,12 +208,12 @@ class Files:
 @contextmanager
 def worker() -> Iterator[tuple[Worker, Arena, int, Device]]:
     arena, device, files = Arena(4, 8 * wire.PAGE_SIZE, 2), Device(), Files()
-    counters = Counters(memoryview(bytearray(8 * Counters.FIELDS)).cast("Q"))
+    sheet = Sheet()
     replies = KernelReplies(device.fd, arena.payload_size)
-    transfers = Transfers(arena, files, replies, SetidGuard(), OwnIdentity(), counters)
+    transfers = Transfers(arena, files, replies, SetidGuard(), OwnIdentity(), sheet)
     reader, writer = os.pipe2(os.O_DIRECT)
     try:
-        yield Worker(0, arena, reader, transfers), arena, writer, device
+        yield Worker(0, arena, reader, transfers, sheet), arena, writer, device
     finally:
         for fd in (reader, files.fd):
             os.close(fd)
