@@ -72,7 +72,8 @@ def make_directory() -> str:
     problem: OSError | None = None
     for path in own_directories():
         try:
-            os.mkdir(path, 0o755 if path == _ROOT_DIRECTORY else 0o700)
+            os.mkdir(path, 0o700)
+            os.chmod(path, 0o755 if path == _ROOT_DIRECTORY else 0o700)  # whatever the umask is
         except FileExistsError:
             pass
         except OSError as error:

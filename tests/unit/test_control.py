@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import os
 import socket
 import stat
@@ -56,13 +58,13 @@ class Bench:
         return connection
 
     def serve(self, seconds: float = 0.0) -> None:
-        """What the supervisor does: look, and never wait."""
+        """What the supervisor does: look, and never wait. Often enough for all that has come, however slow the machine."""
         end = time.monotonic() + seconds
-        while True:
+        for rounds in itertools.count(1):
             begun = time.monotonic()
             self.control.handle()
             assert time.monotonic() - begun < 10, "it has waited for somebody"
-            if time.monotonic() >= end:
+            if rounds >= 3 * MAX_CLIENTS and time.monotonic() >= end:
                 return
 
     def read(self, connection: socket.socket) -> bytes:
@@ -275,6 +277,7 @@ def test_of_too_many_connections_some_wait(bench: Bench) -> None:
 
 
 def test_clients_that_vanish_leave_nothing(bench: Bench) -> None:
+    gc.collect()  # what other tests have left is not to go meanwhile
     descriptors = len(os.listdir("/proc/self/fd"))
     for message in (b"", b"\0", sockets.encode({"command": "large"})):
         for _ in range(30):
@@ -283,7 +286,7 @@ def test_clients_that_vanish_leave_nothing(bench: Bench) -> None:
             connection.close()
             bench.serve()
     bench.serve(0.1)
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert len(os.listdir("/proc/self/fd")) <= descriptors
     assert bench.control.due() is None
 
 
