@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,18 +17,6 @@ LLLOOP = Path(sys.executable).parent / "llloop"
 SECONDS = 20.0
 # capabilities(7): what the unit's bounding set leaves.
 BOUND = "chown dac_override dac_read_search fowner fsetid setgid setuid setpcap sys_admin sys_resource mknod setfcap"
-
-
-# Whether llloop can tell systemd that it is ready.
-NOTIFIES = find_spec("llloop.notify") is not None
-
-
-def without_notification(unit: str) -> str:
-    """The unit with readiness found by looking, for as long as llloop does not tell of it."""
-    look = 'for i in 1 2 3 4 5 6 7 8 9; do mountpoint -q "$$LLLOOP_MOUNTPOINT" && exit; sleep 0.2; done'
-    text = unit.replace("Type=notify", "Type=exec").replace("WatchdogSec=60", f"ExecStartPost=/bin/sh -c '{look}'")
-    assert text != unit
-    return text
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
@@ -94,7 +81,7 @@ def service(machine: Machine, request: pytest.FixtureRequest) -> Iterator[Servic
     machine.run("mkdir", "-p", made.source, made.mountpoint, "/etc/llloop")
     machine.path(f"{made.source}/file").write_text("mirrored\n")
     unit = machine.run(LLLOOP, "systemd-unit").stdout
-    machine.path("/etc/systemd/system/llloop@.service").write_text(unit if NOTIFIES else without_notification(unit))
+    machine.path("/etc/systemd/system/llloop@.service").write_text(unit)
     made.configure()
     machine.run("systemctl", "daemon-reload")
     yield made
@@ -116,6 +103,25 @@ def test_the_service_is_up_when_the_mount_answers_and_everybody_sees_it(service:
 
 def namespace(machine: Machine, pid: str) -> str:
     return machine.run("readlink", f"/proc/{pid}/ns/mnt").stdout
+
+
+def test_systemd_is_told_of_readiness_and_that_it_lives(service: Service) -> None:
+    service.systemctl("start")
+    assert (service.show("Type"), service.show("NotifyAccess")) == ("notify", "main")
+    assert "mirrors" in service.show("StatusText")
+    first = service.show("WatchdogTimestampMonotonic")
+    assert int(first) > 0
+
+
+def test_a_reload_keeps_the_mount_and_what_is_open(service: Service) -> None:
+    service.systemctl("start")
+    before = service.pid
+    with service.machine.path(f"{service.mountpoint}/file").open() as file:
+        service.systemctl("reload")
+        wait_until(lambda: service.show("SubState") == "running", "reloaded")
+        assert file.read() == "mirrored\n"
+    assert (service.pid, service.show("NRestarts")) == (before, "0")
+    assert service.read("file") == "mirrored\n"
 
 
 def test_options_come_from_the_environment_file(service: Service) -> None:
