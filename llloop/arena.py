@@ -24,7 +24,7 @@ from .payloads import PayloadPipes
 MAX_SHARDS = 254
 
 # Every request handed to a worker holds a slot until it is answered, so this bounds how many
-# can be under way; beyond it the front does the work itself. Memory is used only when touched.
+# can be under way; beyond it requests are parked in the front. Memory is used only when touched.
 DEFAULT_SLOTS = 256
 
 _LENGTH = Struct("=H")

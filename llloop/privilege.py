@@ -162,13 +162,6 @@ class Writer:
             self._current = (uid, gid)
 
 
-class OwnIdentity(Writer):
-    """A writer that always stays itself."""
-
-    def assume(self, uid: int, gid: int) -> None:
-        """Change nothing."""
-
-
 class SetidGuard:
     """Decides whether the next write, truncation or ACL change clears set-ID bits.
 

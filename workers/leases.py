@@ -108,14 +108,3 @@ class Leases:
         fd = self._held.pop(handle, None)
         if fd is not None:
             os.close(fd)
-
-
-class OwnDescriptors:
-    """What stands for `Leases` in the front itself: there a descriptor needs no pulling."""
-
-    def get(self, handle: int, descriptor: int) -> int:
-        """Return *descriptor*."""
-        return descriptor
-
-    def release(self, handle: int) -> None:
-        """Do nothing: the front closes its descriptors itself."""

@@ -5,21 +5,42 @@ from __future__ import annotations
 import errno
 import os
 import select
+from collections import deque
+from typing import NamedTuple
 
 from ..arena import Arena
-from ..protocol import MAX_MESSAGE, Operation, decode_answer, encode
+from ..protocol import MAX_MESSAGE, PIPED, Operation, decode_answer, encode
 from .handles import Handle
 from .inodes import mix
 
 # As many handles as surely fit into one message, each taking at most nine bytes.
 _RELEASES_AT_ONCE = MAX_MESSAGE // 10
 
+# Between looks for slots that have come free, of which nobody tells: at first, and at most; in milliseconds.
+_FIRST_PAUSE = 1
+_LONGEST_PAUSE = 50
+# How many bytes of payload may be parked; who has more to write meanwhile is told that there is no memory.
+_PARKED_MOST = 256 * 1024 * 1024
+
+
+# What `Router.submit` is given.
+_Arguments = tuple[Handle, int, Operation, int, int, int, int, int, int, tuple[int, ...]]
+
+
+class _Parked(NamedTuple):
+    """A request that could not be handed over yet, with its payload if it is a WRITE."""
+
+    arguments: _Arguments
+    payload: bytes
+
 
 class Router:
     """Lends slots to workers and tells them what to do; never waits for one.
 
-    The router always keeps one free slot, `slot`, in which the next request is received. If no
-    further slot is free, or a pipe is full, `submit` declines and the caller does the work itself.
+    The router always keeps one free slot, `slot`, in which the next request is received. If no further slot is free,
+    or a pipe is full, `submit` declines. It also declines when a worker would hold more slots than are left for all
+    others: a worker that hangs in a dead source, or is stopped, must not stop the rest. What is declined is parked
+    until it can be handed over; the front never does it itself, for it would hang in the same place.
 
     Args:
         arena: the shared memory.
@@ -34,7 +55,13 @@ class Router:
         # Handles whose release did not fit into a pipe; nothing may overtake them.
         self._waiting: list[list[int]] = [[] for _ in pipes]
         self.slot = arena.free_slot()
-        # Whether releases wait for room in a pipe: `wait` must be called before the next request is read.
+        self._parked: list[deque[_Parked]] = [deque() for _ in pipes]
+        self._parked_bytes = 0
+        self._full = [False] * len(pipes)  # whether it was the pipe that had no room
+        # As long as the lowest free slot is one of these, no worker can have too many; that is quickly seen.
+        self._plenty = arena.slots // 4
+        self._pause = _FIRST_PAUSE
+        # Whether releases or requests wait to be handed over: `wait` must be called before the next request is read.
         self.backlog = False
         # Whether the payload of the request at hand is in the pipe of `slot`.
         self.piped = False
@@ -65,13 +92,33 @@ class Router:
             operation, unique, offset, length, flags, uid, gid, extra: see `llloop.protocol.Request`.
 
         Returns:
-            False if the request could not be handed over and is the caller's to do.
+            False if the request could not be handed over and is to be parked.
         """
+        if self._parked[handle.shard]:
+            return False
+        return self._hand_over(handle, number, operation, unique, offset, length, flags, uid, gid, extra)
+
+    def _hand_over(
+        self,
+        handle: Handle,
+        number: int,
+        operation: Operation,
+        unique: int,
+        offset: int,
+        length: int,
+        flags: int,
+        uid: int,
+        gid: int,
+        extra: tuple[int, ...],
+    ) -> bool:
         shard = handle.shard
         if self._waiting[shard] and not self._flush(shard):
             return False
         arena = self.arena
         slot = self.slot
+        self._full[shard] = False
+        if slot >= self._plenty and not self._may_lend(shard):
+            return False
         message = encode((operation, unique, slot, number, handle.descriptor, offset, length, flags, uid, gid, extra))
         self._begun[slot] = self.taken
         arena.lend(slot, shard, message)
@@ -80,13 +127,72 @@ class Router:
             try:
                 os.write(self._pipes[shard], message)
             except BlockingIOError:
-                pass
+                self._full[shard] = True
             else:
                 self.slot = following
                 handle.lent = True
                 return True
         arena.give_back(slot)
         return False
+
+    def park(
+        self,
+        handle: Handle,
+        number: int,
+        operation: Operation,
+        unique: int,
+        offset: int,
+        length: int,
+        flags: int,
+        uid: int,
+        gid: int,
+        extra: tuple[int, ...],
+    ) -> None:
+        """Keep a request that `submit` has declined, to be handed over in `wait`; `slot` is free for another then.
+
+        Args:
+            handle, number, operation, unique, offset, length, flags, uid, gid, extra: as for `submit`.
+
+        Raises:
+            OSError: ENOMEM, if too much is kept already.
+        """
+        payload = b""
+        if operation == Operation.WRITE:
+            if self._parked_bytes + length > _PARKED_MOST:
+                raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+            payload = self._take_payload(length, flags)
+            self._parked_bytes += length
+        arguments = (handle, number, operation, unique, offset, length, flags & ~PIPED, uid, gid, extra)
+        self._parked[handle.shard].append(_Parked(arguments, payload))
+        self.backlog = True
+
+    def _take_payload(self, length: int, flags: int) -> bytes:
+        arena = self.arena
+        payload = arena.payload(self.slot, length)
+        if flags & PIPED:
+            assert arena.pipes is not None
+            done = 0
+            while done < length:
+                done += arena.pipes.take(self.slot, payload[done:])
+        return bytes(payload)
+
+    def _deliver(self, shard: int) -> None:
+        """Hand parked requests over as far as there is room."""
+        parked = self._parked[shard]
+        while parked and self._may_lend(shard):
+            arguments, payload = parked[0]
+            self.arena.payload(self.slot, len(payload))[:] = payload
+            if not self._hand_over(*arguments):
+                return
+            self._parked_bytes -= len(payload)
+            parked.popleft()
+            self._pause = _FIRST_PAUSE
+
+    def _may_lend(self, shard: int) -> bool:
+        """Whether a worker may have one more slot: one is left then, and it has no more than all others can have."""
+        states = bytes(self.arena.states)
+        free = states.count(0)
+        return free > 1 and states.count(shard + 1) <= free
 
     def release(self, number: int, handle: Handle) -> None:
         """Tell the worker of *handle*, or all of them where it is shared, to let go of its descriptor."""
@@ -107,19 +213,27 @@ class Router:
         return True
 
     def wait(self, device: int) -> None:
-        """Wait for a request on *device*, and meanwhile deliver releases as soon as there is room for them."""
+        """Wait for a request on *device*, and meanwhile hand over what waits as soon as there is room for it."""
         ready: set[int] = set()
-        while self.backlog and device not in ready:
+        while True:
+            for shard, waiting in enumerate(self._waiting):
+                if waiting and self._pipes[shard] in ready:
+                    self._flush(shard)
+                self._deliver(shard)
+            self.backlog = any(self._waiting) or any(self._parked)
+            if not self.backlog or device in ready:
+                return
             poll = select.poll()
             poll.register(device, select.POLLIN)
+            pause = None
             for shard, waiting in enumerate(self._waiting):
-                if waiting:
+                if waiting or (self._parked[shard] and self._full[shard]):
                     poll.register(self._pipes[shard], select.POLLOUT)
-            ready = {fd for fd, _ in poll.poll()}
-            for shard in range(self._shards):
-                if self._pipes[shard] in ready:
-                    self._flush(shard)
-            self.backlog = any(self._waiting)
+                elif self._parked[shard]:
+                    pause = self._pause  # for slots, of which nobody tells when they are free
+            ready = {fd for fd, _ in poll.poll(pause)}
+            if not ready:
+                self._pause = min(2 * self._pause, _LONGEST_PAUSE)
 
 
 class Exchange:

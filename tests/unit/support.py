@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from llloop import wire
+from llloop.privilege import Writer
 from llloop.syscalls import STATX_BTIME, Attributes
 
 F_SETPIPE_SZ = 1031  # <linux/fcntl.h>
@@ -51,6 +52,13 @@ class Reply(NamedTuple):
     unique: int
     error: int
     payload: bytes
+
+
+class OwnIdentity(Writer):
+    """A writer that always stays itself, for the sake of the other tests in this process."""
+
+    def assume(self, uid: int, gid: int) -> None:
+        """Change nothing."""
 
 
 class Device:

@@ -23,7 +23,7 @@ from llloop.arena import Arena
 from llloop.front.inodes import ROOT
 from llloop.front.loop import Loop
 from llloop.metrics import Sheet
-from llloop.privilege import OwnIdentity, SetidGuard
+from llloop.privilege import SetidGuard
 from llloop.protocol import Malformed, Operation, decode_strictly, encode
 from llloop.wire import Opcode
 from llloop.workers.loop import Worker
@@ -31,7 +31,7 @@ from llloop.workers.replies import KernelReplies
 from llloop.workers.transfers import Transfers
 from tests.hostile import Choices, hostile_request
 from tests.unit.source import Source
-from tests.unit.support import Device, Reply, packet_pipe
+from tests.unit.support import Device, OwnIdentity, Reply, packet_pipe
 from tests.unit.test_protocol import VALUES
 
 real_readv = os.readv

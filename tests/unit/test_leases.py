@@ -15,7 +15,7 @@ import pytest
 from llloop.arena import Arena
 from llloop.protocol import HANDLES_PER_FRONT
 from llloop.workers import leases as leases_module
-from llloop.workers.leases import Leases, OwnDescriptors
+from llloop.workers.leases import Leases
 from tests.as_user import Child
 from tests.expect import fails
 from tests.unit.support import open_descriptors
@@ -226,9 +226,3 @@ def test_out_of_descriptors_it_drops_some_and_goes_on(arena: Arena, front: Front
         return names
 
     assert Child(pull_many).result() == [f"file-{number % 6}" for number in range(60)]
-
-
-def test_in_the_front_nothing_is_pulled() -> None:
-    own = OwnDescriptors()
-    assert own.get(1, 55) == 55
-    own.release(1)

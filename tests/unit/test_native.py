@@ -468,17 +468,26 @@ def test_io_past_a_direct_descriptor_says_so(source: Source, kernel: Kernel, fil
         source.mirror.router.arena.give_back(slot)
 
 
-def test_what_cannot_be_handed_over_is_done_in_place(source: Source, kernel: Kernel, file: int) -> None:
-    for writer in source.mirror.router._pipes:
+def test_what_cannot_be_handed_over_waits_for_its_worker(source: Source, kernel: Kernel, file: int) -> None:
+    """The front does not do it: where the worker hangs, it would hang too."""
+    router = source.mirror.router
+    for writer in router._pipes:
         with fails(errno.EAGAIN):
             while True:
                 os.write(writer, b"\xc0")
     handle, _ = kernel.open(file)
     write = struct.pack("=QQIIQII", handle, 3, 3, 0, 0, os.O_RDWR, 0)
-    assert struct.unpack("=II", kernel.payload(Opcode.WRITE, file, write + b"TEN")) == (3, 0)
-    read = struct.pack("=QQIIQII", handle, 0, 4096, 0, 0, os.O_RDWR, 0)
-    assert kernel.payload(Opcode.READ, file, read) == b"conTENt"
-    assert kernel.payload(Opcode.FSYNC, file, struct.pack("=QII", handle, 0, 0)) == b""
+    kernel.send(Opcode.WRITE, file, write + b"TEN")
+    kernel.send(Opcode.FSYNC, file, struct.pack("=QII", handle, 0, 0))
+    assert kernel.device.take() == [] and (source.path / "file").read_bytes() == b"content"
+    assert router.backlog
+    for reader in source.readers:
+        packets(reader)
+    router.wait(kernel.device.fd)
+    written, synced = kernel.handed_over()
+    assert written[:2] == (Operation.WRITE, kernel.unique - 2) and synced[:2] == (Operation.FSYNC, kernel.unique)
+    assert bytes(router.arena.payload(written[2], 3)) == b"TEN"
+    assert not router.backlog
 
 
 def test_requests_for_what_is_not_open(kernel: Kernel, file: int) -> None:

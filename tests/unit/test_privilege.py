@@ -12,7 +12,7 @@ from typing import TypeVar
 import pytest
 
 from llloop import syscalls
-from llloop.privilege import FRONT, WORKER, Caller, OwnIdentity, SetidGuard, Writer, keep_only
+from llloop.privilege import FRONT, WORKER, Caller, SetidGuard, Writer, keep_only
 from tests import as_user
 from tests.expect import fails
 
@@ -163,7 +163,6 @@ def test_a_writer_stays_until_another_comes() -> None:
         for uid, gid in ((0, 0), (4711, 4712), (4711, 4712), (0, 4712), (0, 0)):
             writer.assume(uid, gid)
             found.append(ids())
-        OwnIdentity().assume(5, 6)
         return [*found, ids()]
 
     assert in_child(identities) == [

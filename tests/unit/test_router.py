@@ -272,3 +272,111 @@ def test_an_exchange_that_cannot_be_handed_over_fails(router: Router, pipes: Pip
     pipes.fill(0)
     with fails(errno.EAGAIN):
         Exchange(router, answers[0]).call(handle(), 1, Operation.READ)
+
+
+# A worker that does nothing
+
+NOTHING = (0, 0, 0, 0, 0, ())
+
+
+def submit_or_park(router: Router, opened: Handle, unique: int) -> None:
+    if not router.submit(opened, 7, Operation.READ, unique):
+        router.park(opened, 7, Operation.READ, unique, *NOTHING)
+
+
+@pytest.fixture
+def idle() -> Iterator[int]:
+    """A device that has no request, and never will."""
+    reader, writer = os.pipe()
+    yield reader
+    os.close(reader)
+    os.close(writer)
+
+
+@pytest.mark.parametrize("stuck", [1, 3])
+def test_workers_that_hang_leave_slots_to_the_others(stuck: int) -> None:
+    arena = Arena(64, wire.PAGE_SIZE, 4)
+    with packet_pipe(64) as first, packet_pipe(64) as second, packet_pipe(64) as third, packet_pipe(64) as last:
+        router = Router(arena, [writer for _, writer in (first, second, third, last)])
+        for unique in range(200):
+            for shard in range(stuck):
+                submit_or_park(router, handle(shard=shard), 10 * unique + shard)
+        free = bytes(arena.states).count(0)
+        assert free >= 64 // (stuck + 1) - 1
+        assert all(len(arena.lent_to(shard)) <= free + 2 for shard in range(stuck))
+        # One that works gets all it can have in hand at a time.
+        for unique in range(10_000, 10_000 + free // 2):
+            assert router.submit(handle(shard=3), 7, Operation.READ, unique)
+
+
+def test_parked_requests_are_handed_over_in_their_order_when_slots_come_free(
+    router: Router, pipes: Pipes, arena: Arena, idle: int
+) -> None:
+    for unique in range(8):
+        submit_or_park(router, handle(), unique)
+    done: list[int] = []
+    deadline = time.monotonic() + 5
+
+    def work() -> None:
+        while len(done) < 8 and time.monotonic() < deadline:
+            for request in pipes.take(0):
+                done.append(request.unique)
+                arena.give_back(request.slot)
+            time.sleep(0.002)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        router.wait(idle)  # nobody tells that a slot is free
+    finally:
+        worker.join()
+    assert done == list(range(8))
+    assert not router.backlog
+
+
+def test_a_parked_payload_arrives_as_it_was(router: Router, pipes: Pipes, arena: Arena, idle: int) -> None:
+    pipes.fill(0)
+    arena.payload(router.slot, 4)[:] = b"mine"
+    arguments = (handle(), 7, Operation.WRITE, 5, 0, 4, 0, 0, 0, ())
+    assert not router.submit(*arguments)
+    router.park(*arguments)
+    arena.payload(router.slot, 4)[:] = b"next"  # the slot is another request's now
+    pipes.take(0)
+    router.wait(idle)
+    (request,) = pipes.take(0)
+    assert bytes(arena.payload(request.slot, 4)) == b"mine"
+    assert request.slot != router.slot
+
+
+def test_no_request_overtakes_a_parked_one(router: Router, pipes: Pipes) -> None:
+    pipes.fill(0)
+    submit_or_park(router, handle(), 1)
+    pipes.take(0)
+    assert not router.submit(handle(), 7, Operation.READ, 2)
+    assert router.submit(handle(shard=1), 7, Operation.READ, 3)
+
+
+def test_what_is_parked_is_limited(router: Router, pipes: Pipes, monkeypatch: pytest.MonkeyPatch, idle: int) -> None:
+    monkeypatch.setattr("llloop.front.router._PARKED_MOST", 10_000)
+    pipes.fill(0)
+    arguments = (handle(), 7, Operation.WRITE, 5, 0, 4096, 0, 0, 0, ())
+    router.park(*arguments)
+    router.park(*arguments)
+    with fails(errno.ENOMEM):
+        router.park(*arguments)
+    pipes.take(0)
+    router.wait(idle)
+    router.park(*arguments)
+
+
+def test_a_request_ends_the_waiting_though_a_worker_hangs(router: Router, arena: Arena) -> None:
+    for unique in range(8):
+        submit_or_park(router, handle(), unique)
+    device, request = os.pipe()
+    os.write(request, b"!")
+    try:
+        router.wait(device)
+        assert router.backlog
+    finally:
+        os.close(device)
+        os.close(request)

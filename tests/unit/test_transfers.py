@@ -13,14 +13,14 @@ import pytest
 
 from llloop.arena import Arena
 from llloop.metrics import BYTES, ERRORS, Sheet
-from llloop.privilege import OwnIdentity, SetidGuard, Writer
+from llloop.privilege import SetidGuard, Writer
 from llloop.protocol import APPEND, DATA_ONLY, KILL_PRIVILEGES, Operation, Request, encode
 from llloop.wire import Opcode
 from llloop.workers.replies import KernelReplies
 from llloop.workers.transfers import Transfers, opcode_of
 from tests.as_user import Child
 from tests.expect import pattern
-from tests.unit.support import Device, Reply
+from tests.unit.support import Device, OwnIdentity, Reply
 
 _BEGUN, _APPENDING, _DONE = range(3)
 

@@ -6,15 +6,10 @@ import errno
 import fcntl
 import os
 
-from llloop.workers.leases import OwnDescriptors
-from llloop.workers.replies import KernelReplies
-from llloop.workers.transfers import Transfers
-
 from ... import wire
 from ...metrics import BYTES, Gauge
 from ...negotiation import Feature
-from ...privilege import OwnIdentity
-from ...protocol import APPEND, BUFFERED, CACHED, DATA_ONLY, KILL_PRIVILEGES, PIPED, Operation, Request
+from ...protocol import APPEND, BUFFERED, CACHED, DATA_ONLY, KILL_PRIVILEGES, PIPED, Operation
 from ...syscalls import Attributes
 from ...wire import Opcode
 from ..handles import Handle
@@ -45,15 +40,6 @@ class FileRequests(Responder):
         self._sheet = arena.metrics.front
         self._gauges = arena.metrics.gauges
         self._scratch = memoryview(bytearray(wire.OUT_HEADER_SIZE + READ_LIMIT))
-        # For the requests that find no free slot or a full pipe.
-        self._local = Transfers(
-            arena,
-            OwnDescriptors(),
-            KernelReplies(device, arena.payload_size),
-            mirror.setid,
-            OwnIdentity(),
-            self._sheet,
-        )
 
     def open(self, base: int, length: int) -> None:
         """FUSE_OPEN: reply with a handle and whether the kernel may keep the pages it has."""
@@ -119,13 +105,10 @@ class FileRequests(Responder):
         gid: int = 0,
         extra: tuple[int, ...] = (),
     ) -> None:
-        """Hand a request to the worker of *handle*, or do it here if that cannot be."""
-        if not self._router.submit(handle, number, operation, unique, offset, length, flags, uid, gid, extra):
-            slot = self._router.slot
-            self._router.arena.stages[slot] = 0
-            self._local.execute(
-                Request(operation, unique, slot, number, handle.descriptor, offset, length, flags, uid, gid, extra)
-            )
+        """Hand a request to the worker of *handle*, now or as soon as that can be."""
+        router = self._router
+        if not router.submit(handle, number, operation, unique, offset, length, flags, uid, gid, extra):
+            router.park(handle, number, operation, unique, offset, length, flags, uid, gid, extra)
 
     def read(self, base: int, length: int) -> None:
         """FUSE_READ."""

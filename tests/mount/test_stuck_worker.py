@@ -1,0 +1,127 @@
+"""A worker that is stopped, or hangs in a dead source, stops its own files and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Serve
+from tests.expect import pattern
+from tests.mirror import Mirror
+from tests.mount.test_survival import requests_with_workers
+from tests.server_processes import wait_until, workers
+
+pytestmark = [pytest.mark.mounted, pytest.mark.own_loop, pytest.mark.by_workers, pytest.mark.user]
+
+LARGE = 40_000  # bytes; more than the front does by itself
+MANY = 300  # more than there are slots
+
+
+def files_by_worker(mirror: Mirror, count: int = 16) -> dict[str, list[Path]]:
+    """Files in the mount by the worker that does their I/O: the one that moves the bytes."""
+    found: dict[str, list[Path]] = {}
+    for number in range(count):
+        path = mirror.mountpoint / f"file{number}"
+        before = {title: syscalls_made(pid) for title, pid in workers(mirror).items()}
+        path.write_bytes(pattern(LARGE, number))
+        after = {title: syscalls_made(pid) for title, pid in workers(mirror).items()}
+        (owner,) = (title for title in after if after[title] != before[title])
+        found.setdefault(owner, []).append(path)
+    return found
+
+
+def syscalls_made(pid: int) -> str:
+    return Path(f"/proc/{pid}/io").read_text()
+
+
+def write_some(path: Path) -> None:
+    """What may fail is not of interest here, only that it ends."""
+    with contextlib.suppress(OSError), path.open("r+b") as file:
+        file.write(bytes(LARGE))
+
+
+@contextlib.contextmanager
+def in_threads(paths: list[Path]) -> Iterator[list[threading.Thread]]:
+    threads = [threading.Thread(target=write_some, args=(path,)) for path in paths]
+    for thread in threads:
+        thread.start()
+    try:
+        yield threads
+    finally:
+        for thread in threads:
+            thread.join(20)
+
+
+def all_works(path: Path) -> None:
+    content = os.urandom(LARGE)
+    path.write_bytes(content)
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        assert file.read() == content
+        os.fsync(file.fileno())
+
+
+def test_a_stopped_worker_stops_no_other(serve: Serve) -> None:
+    mirror = serve("--workers", "2")
+    owners = files_by_worker(mirror)
+    (stopped, theirs), (_, others) = sorted(owners.items())
+    stuck = []
+    for number in range(MANY):
+        # Further names do not do: the kernel lets one writer at a time into each file.
+        path = mirror.mountpoint / f"more{number}"
+        path.touch()
+        stuck.append(path)
+    os.kill(workers(mirror)[stopped], signal.SIGSTOP)
+    try:
+        with in_threads([*stuck, *theirs]) as threads:
+            try:
+                # Those of the other worker are done, some 150 of them.
+                assert wait_until(lambda: sum(not thread.is_alive() for thread in threads) > MANY // 4)
+                assert sum(thread.is_alive() for thread in threads) > MANY // 4
+                for path in others[:3]:
+                    all_works(path)
+                assert len(os.listdir(mirror.mountpoint)) >= MANY
+            finally:
+                os.kill(workers(mirror)[stopped], signal.SIGCONT)
+        assert not any(thread.is_alive() for thread in threads), "what was held back is done when the worker goes on"
+    finally:
+        with contextlib.suppress(KeyError):
+            os.kill(workers(mirror)[stopped], signal.SIGCONT)
+    assert all((mirror.source / path.name).read_bytes() == bytes(LARGE) for path in [*stuck, *theirs])
+    for path in theirs[:2]:
+        all_works(path)
+
+
+def test_a_dead_source_does_not_stop_the_front(serve: Serve) -> None:
+    """Data below SRC does not come any more: SRC is another mount, whose worker is stopped.
+
+    There are more requests than slots, and the front must not try its own hand at what is too much for the workers.
+    """
+    below = serve("--workers", "1")
+    for number in range(MANY):
+        (below.source / f"{number}").touch()
+    outer = serve("--workers", "2", source=below.mountpoint)
+    paths = [outer.mountpoint / f"{number}" for number in range(MANY)]
+    inner = workers(below)["llloop-worker-0"]
+    os.kill(inner, signal.SIGSTOP)
+    try:
+        with in_threads(paths) as threads:
+            try:
+                assert wait_until(lambda: requests_with_workers(outer) > 150)
+                assert len(os.listdir(outer.mountpoint)) == MANY
+                (outer.mountpoint / "directory").mkdir()
+                assert (outer.mountpoint / "7").stat().st_size == 0
+                assert all(thread.is_alive() for thread in threads)
+            finally:
+                os.kill(inner, signal.SIGCONT)
+        assert not any(thread.is_alive() for thread in threads)
+    finally:
+        os.kill(inner, signal.SIGCONT)
+    assert all((below.source / path.name).read_bytes() == bytes(LARGE) for path in paths)
+    outer.stop()
