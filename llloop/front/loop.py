@@ -92,7 +92,9 @@ class Loop:
             if streaming and router.piped:  # nobody took it
                 router.piped = False
                 arena.discard(slot)
-            if router.slot == slot:  # else a worker has it, and will count it
+            if router.backlog and router.parked:  # a worker will count it, as those that have left the slot
+                router.parked = False
+            elif router.slot == slot:
                 # As Sheet.finished() does, whose call would cost more than this.
                 latency = clock() - start
                 row = rows[opcode]

@@ -32,6 +32,7 @@ class _Parked(NamedTuple):
 
     arguments: _Arguments
     payload: bytes
+    taken: int
 
 
 class Router:
@@ -57,6 +58,8 @@ class Router:
         self.slot = arena.free_slot()
         self._parked: list[deque[_Parked]] = [deque() for _ in pipes]
         self._parked_bytes = 0
+        # Whether the request at hand has just been parked.
+        self.parked = False
         self._full = [False] * len(pipes)  # whether it was the pipe that had no room
         # As long as the lowest free slot is one of these, no worker can have too many; that is quickly seen.
         self._plenty = arena.slots // 4
@@ -163,8 +166,8 @@ class Router:
             payload = self._take_payload(length, flags)
             self._parked_bytes += length
         arguments = (handle, number, operation, unique, offset, length, flags & ~PIPED, uid, gid, extra)
-        self._parked[handle.shard].append(_Parked(arguments, payload))
-        self.backlog = True
+        self._parked[handle.shard].append(_Parked(arguments, payload, self.taken))
+        self.backlog = self.parked = True
 
     def _take_payload(self, length: int, flags: int) -> bytes:
         arena = self.arena
@@ -180,7 +183,7 @@ class Router:
         """Hand parked requests over as far as there is room."""
         parked = self._parked[shard]
         while parked and self._may_lend(shard):
-            arguments, payload = parked[0]
+            arguments, payload, self.taken = parked[0]
             self.arena.payload(self.slot, len(payload))[:] = payload
             if not self._hand_over(*arguments):
                 return

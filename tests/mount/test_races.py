@@ -1,0 +1,206 @@
+"""Names are swapped for symlinks that lead out of SRC while others use them: nothing outside is read or changed.
+
+The symlinks are relative: from SRC they lead to the canary, from the mount to nothing. So only the server itself
+could reach it, by following one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llloop import syscalls
+from tests.as_user import Child
+from tests.conftest import Serve
+from tests.mirror import Mirror
+
+pytestmark = [pytest.mark.mounted, pytest.mark.user]
+
+SECONDS = 2.5
+INSIDE, OUTSIDE = b"inside" * 5, b"outside"
+# What a call may say whose names are changed under its hands.
+EXPECTED = {
+    getattr(errno, name)
+    for name in [
+        "ENOENT",
+        "ESTALE",
+        "ELOOP",
+        "ENOTDIR",
+        "EISDIR",
+        "EEXIST",
+        "ENOTEMPTY",
+        "EINVAL",
+        "ENODATA",
+        "EBUSY",
+        "EPERM",
+        "EOPNOTSUPP",
+    ]
+}
+
+
+def set_up(mirror: Mirror) -> Path:
+    """SRC/top with a directory and a file, and symlinks to take their places; returns the canary."""
+    top = mirror.source / "top"
+    (top / "directory").mkdir(parents=True)
+    for place in (top / "file", top / "directory" / "file"):
+        place.write_bytes(INSIDE)
+    canary = mirror.source.parent / "canary"
+    canary.mkdir()
+    (canary / "file").write_bytes(OUTSIDE)
+    for path in (canary / "file", canary):
+        os.utime(path, ns=(10**18, 10**18 + 1))  # read once, it would have another access time (mount(8), relatime)
+    (top / "to-directory").symlink_to("../../canary")
+    (top / "to-file").symlink_to("../../canary/file")
+    return canary
+
+
+def state_of(canary: Path) -> list[object]:
+    found: list[object] = []
+    for path in (canary, canary / "file"):
+        status = path.stat()
+        found += [status.st_mode, status.st_size, status.st_nlink, status.st_uid, status.st_ino]
+        found += [status.st_atime_ns, status.st_mtime_ns, status.st_ctime_ns, os.listxattr(path)]
+    return found
+
+
+def swap_behind(top: Path, until: float) -> int:
+    """Each exchange is one step: there is no moment without a directory, or a symlink, of that name."""
+    directory = os.open(top, os.O_RDONLY)
+    count = 0
+    while time.monotonic() < until:
+        for name in (b"directory", b"file"):
+            with contextlib.suppress(FileNotFoundError):  # renamed through the mount just now
+                syscalls.renameat2(directory, name, directory, b"to-" + name, syscalls.RENAME_EXCHANGE)
+                count += 1
+        if count % 64 == 0:
+            time.sleep(0.001)
+    return count
+
+
+def swap_through(top: Path, until: float) -> int:
+    """The same through the mount, which has the last word on what is a directory there."""
+    count = 0
+    while time.monotonic() < until:
+        for name in ("directory", "file"):
+            try:
+                os.rename(top / name, top / f"{name}-moved")
+                os.rename(top / f"to-{name}", top / name)
+                os.rename(top / name, top / f"to-{name}")
+                os.rename(top / f"{name}-moved", top / name)
+                count += 1
+            except OSError as error:
+                assert error.errno in EXPECTED, error
+    return count
+
+
+def read_file(path: Path) -> None:
+    with path.open("rb", buffering=0) as file:
+        content = file.read(1000)
+        assert content is not None and OUTSIDE not in content
+        assert not content.strip(b"\0") or INSIDE[:6] in content or b"written" in content, content
+
+
+def write_file(path: Path) -> None:
+    fd = os.open(path, os.O_WRONLY)
+    try:
+        os.pwrite(fd, b"written" * 10_000, 0)
+    finally:
+        os.close(fd)
+
+
+def create(path: Path) -> None:
+    os.close(os.open(path.with_name("created"), os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    os.unlink(path.with_name("created"))
+
+
+def make_directory(path: Path) -> None:
+    os.mkdir(path.with_name("made"))
+    os.rmdir(path.with_name("made"))
+
+
+def link(path: Path) -> None:
+    os.link(path, path.with_name("linked"), follow_symlinks=False)
+    os.unlink(path.with_name("linked"))
+
+
+def rename(path: Path) -> None:
+    os.rename(path, path.with_name("renamed"))
+    os.rename(path.with_name("renamed"), path)
+
+
+def list_directory(path: Path) -> None:
+    assert set(os.listdir(path.parent)) - {"file", "created", "made", "linked", "renamed"} == set()
+
+
+ACTIONS: list[Callable[[Path], object]] = [
+    read_file,
+    write_file,
+    create,
+    make_directory,
+    link,
+    rename,
+    os.lstat,
+    lambda path: os.chmod(path, 0o640),
+    lambda path: os.truncate(path, 40),
+    lambda path: os.setxattr(path, "user.llloop", b"x"),
+    lambda path: os.utime(path, ns=(5, 5)),
+    lambda path: os.chown(path, os.getuid(), os.getgid()),
+]
+
+
+def use(top: Path, seed: int, until: float) -> tuple[int, int]:
+    """Everything at random by both names; returns how often it went well and how often not."""
+    choose = random.Random(seed)
+    well = badly = 0
+    while time.monotonic() < until:
+        below = choose.random() < 0.7
+        actions = [*ACTIONS, list_directory] if below else ACTIONS
+        try:
+            choose.choice(actions)(top / "directory" / "file" if below else top / "file")
+            well += 1
+        except OSError as error:
+            assert error.errno in EXPECTED, error
+            badly += 1
+    return well, badly
+
+
+@pytest.mark.parametrize("cache", ["never", "auto"])
+@pytest.mark.parametrize("side", ["behind", "through"])
+def test_nothing_outside_is_reached(serve: Serve, cache: str, side: str) -> None:
+    mirror = serve("--cache", cache, "--workers", "2")
+    mirror.expect_log("ESTALE|Stale", required=False)
+    canary = set_up(mirror)
+    before = state_of(canary)
+    until = time.monotonic() + SECONDS
+    swapper = (swap_behind, mirror.source / "top") if side == "behind" else (swap_through, mirror.mountpoint / "top")
+    swapping = Child(*swapper, until)
+    using = [Child(use, mirror.mountpoint / "top", seed, until) for seed in range(3)]
+    results = [child.result() for child in using]
+    assert swapping.result() > 20
+    assert state_of(canary) == before
+    assert (canary / "file").read_bytes() == OUTSIDE
+    assert sum(well for well, _ in results) > 20, results
+    assert sorted(os.listdir(canary.parent)) == ["canary", "source"]
+
+
+def test_a_directory_moved_out_of_the_source_is_gone_by_its_path(serve: Serve) -> None:
+    """Who has it open stays in it, as natively; nobody else finds the way."""
+    mirror = serve("--cache", "never", "--workers", "1")
+    (mirror.source / "directory" / "below").mkdir(parents=True)
+    inside = os.open(mirror.mountpoint / "directory", os.O_RDONLY)
+    try:
+        os.stat(mirror.mountpoint / "directory" / "below")
+        os.rename(mirror.source / "directory", mirror.source.parent / "moved")
+        (mirror.source.parent / "moved" / "secret").write_text("secret")
+        for path in ("directory", "directory/secret", "directory/below"):
+            with pytest.raises(FileNotFoundError):
+                os.stat(mirror.mountpoint / path)
+    finally:
+        os.close(inside)
