@@ -58,7 +58,7 @@ class Bench:
         return connection
 
     def serve(self, seconds: float = 0.0) -> None:
-        """What the supervisor does: look, and never wait. Often enough for all that has come, however slow the machine."""
+        """What the supervisor does: look, and never wait. Often enough for all that has come on any machine."""
         end = time.monotonic() + seconds
         for rounds in itertools.count(1):
             begun = time.monotonic()
