@@ -545,3 +545,90 @@ def test_a_process_that_is_stopped_does_not_keep_the_others_from_telling(serve: 
         mirror.wait_for_log(r"stacks of llloop-front \(process \d+\):\n[^\n]*hread")
     finally:
         os.kill(pid, signal.SIGCONT)
+
+
+# The service manager
+
+
+class Manager:
+    """Stands for systemd: hears what the server has to say."""
+
+    def __init__(self, directory: Path) -> None:
+        self.address = str(directory / "notify")
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        self.socket.bind(self.address)
+        self.heard: list[str] = []
+
+    def has_heard(self, text: str) -> bool:
+        while True:
+            try:
+                self.heard.append(self.socket.recv(65536).decode())
+            except BlockingIOError:
+                return any(text in message for message in self.heard)
+
+    def hears(self, text: str) -> bool:
+        return wait_until(lambda: self.has_heard(text))
+
+    def forget(self) -> None:
+        self.has_heard("")
+        self.heard.clear()
+
+
+def test_the_service_manager_is_told(serve: Serve, tmp_path: Path) -> None:
+    manager = Manager(tmp_path)
+    mirror = serve("--workers", "1", env={"NOTIFY_SOCKET": manager.address})
+    assert manager.hears("READY=1")
+    assert f"MAINPID={mirror.pid}" in manager.heard[0]
+    assert f"STATUS=serving {mirror.source} at {mirror.mountpoint}" in manager.heard[0]
+    manager.forget()
+    os.kill(mirror.pid, signal.SIGHUP)
+    assert manager.hears("RELOADING=1\nMONOTONIC_USEC=")
+    assert manager.hears("READY=1")
+    assert not manager.has_heard("WATCHDOG"), "nobody asked for it"
+    manager.forget()
+    mirror.stop()
+    assert manager.hears("STOPPING=1")
+    manager.socket.close()
+
+
+def test_the_watchdog_hears_only_of_a_front_that_answers(serve: Serve, tmp_path: Path) -> None:
+    manager = Manager(tmp_path)
+    mirror = serve(
+        "--workers", "1", "--cache", "never", env={"NOTIFY_SOCKET": manager.address, "WATCHDOG_USEC": "400000"}
+    )
+    front = ask(mirror, "stats")["front"]["pid"]
+    assert manager.hears("WATCHDOG=1")
+    manager.forget()
+    assert manager.hears("WATCHDOG=1"), "an idle mount is a healthy one"
+    os.kill(front, signal.SIGSTOP)
+    try:
+        time.sleep(0.3)
+        manager.forget()
+        time.sleep(0.8)
+        assert not manager.has_heard("WATCHDOG=1")
+        # The supervisor itself is at work all the while.
+        assert ask(mirror, "status")["state"] == "not answering"
+    finally:
+        os.kill(front, signal.SIGCONT)
+    manager.forget()
+    assert manager.hears("WATCHDOG=1")
+    mirror.stop()
+    manager.socket.close()
+
+
+def test_a_mount_inside_a_program_does_not_speak_for_the_program(tmp_path: Path) -> None:
+    manager = Manager(tmp_path)
+    (tmp_path / "src").mkdir()
+    (tmp_path / "mnt").mkdir()
+    code = "import llloop, os\nwith llloop.mount('src', 'mnt'):\n    print(os.listdir('mnt'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "NOTIFY_SOCKET": manager.address},
+        capture_output=True,
+        text=True,
+        timeout=40,
+    )
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
+    assert not manager.has_heard("")
+    manager.socket.close()
