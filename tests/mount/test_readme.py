@@ -166,7 +166,7 @@ def test_the_readme_has_examples() -> None:
     assert marked == len(BLOCK.findall(README.read_text())), "a marked block is not understood"
 
 
-@pytest.mark.parametrize("command", ["serve", "umount", "status", "stats", "control"])
+@pytest.mark.parametrize("command", ["serve", "umount", "status", "stats"])
 def test_the_readme_explains_every_option(command: str) -> None:
     text = README.read_text()
     parameters = main.commands[command].params  # type: ignore[attr-defined]

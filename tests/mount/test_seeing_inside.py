@@ -6,6 +6,7 @@ import io
 import json
 import mmap
 import os
+import pty
 import re
 import signal
 import socket
@@ -30,7 +31,7 @@ from tests.mirror import Mirror
 from tests.mount.command_line import llloop, stopped
 from tests.server_processes import wait_until, workers
 from tests.syscalls import opened
-from tests.watchdog import unmount_lazily
+from tests.watchdog import kill_session, mount_entry, unmount_lazily
 
 pytestmark = [pytest.mark.mounted, pytest.mark.user]
 
@@ -70,6 +71,8 @@ def test_requests_are_counted_once_each(serve: Serve) -> None:
         os.mkdir(mirror.mountpoint / "0")
     for number in range(5):
         os.rmdir(mirror.mountpoint / f"{number}")
+    # The front counts after it has answered.
+    assert wait_until(lambda: counted(mirror, "RMDIR") == 5)
     after = ask(mirror, "stats")["operations"]
     grown = {name: after[name]["requests"] - before.get(name, {}).get("requests", 0) for name in ("MKDIR", "RMDIR")}
     assert grown == {"MKDIR": 10, "RMDIR": 5}
@@ -163,7 +166,7 @@ def test_counters_outlive_the_front(serve: Serve) -> None:
     front = ask(mirror, "stats")["front"]["pid"]
     os.kill(front, signal.SIGKILL)
     os.mkdir(mirror.mountpoint / "after")
-    assert counted(mirror, "MKDIR") == 8
+    assert wait_until(lambda: counted(mirror, "MKDIR") == 8)
     assert ask(mirror, "stats")["front"]["restarts"] == 1
 
 
@@ -424,6 +427,33 @@ def test_sighup_reloads_and_opens_the_log_again(serve: Serve) -> None:
     assert wait_until(mirror.log.exists)
     mirror.wait_for_log("reloaded")
     assert "reload" not in old.read_text()
+
+
+def test_a_terminal_that_is_closed_ends_the_mount(tmp_path: Path) -> None:
+    """Its SIGHUP is no wish to reload."""
+    (tmp_path / "src").mkdir()
+    mountpoint = tmp_path / "mnt"
+    mountpoint.mkdir()
+    pid, terminal = pty.fork()
+    if pid == 0:
+        try:
+            os.chdir(tmp_path)
+            os.execv(sys.executable, [sys.executable, "-m", "llloop", "serve", "src", "mnt", "--log-file", "log"])
+        finally:
+            os._exit(99)
+    try:
+        said = b""
+        while b"llloop: serving" not in said:
+            said += os.read(terminal, 1000)
+        os.kill(pid, signal.SIGHUP)
+        assert wait_until(lambda: "reloaded" in (tmp_path / "log").read_text())
+        os.close(terminal)
+        assert wait_until(lambda: mount_entry(str(mountpoint)) is None)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    finally:
+        kill_session(pid)
+        if mount_entry(str(mountpoint)):
+            unmount_lazily(str(mountpoint))
 
 
 def test_stop(serve: Serve) -> None:
