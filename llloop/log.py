@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import mmap
+import multiprocessing
 import os
 import sys
 import time
@@ -208,7 +209,13 @@ def reopen() -> None:
 
 def gather() -> None:
     """Have the records of processes forked from now on written by this one."""
-    multiprocessing_logging.install_mp_handler()
+    # It takes its queue from the default start method and wants that to be fork, which it is not since Python 3.14.
+    default = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("fork", force=True)
+    try:
+        multiprocessing_logging.install_mp_handler()
+    finally:
+        multiprocessing.set_start_method(default, force=True)
 
 
 def release() -> None:

@@ -6,6 +6,7 @@ click-man would make a page of each subcommand, and would not know mount.llloop'
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from collections.abc import Iterator
@@ -49,7 +50,8 @@ def escaped(text: str) -> str:
 
 def paragraphs(text: str) -> Iterator[str]:
     """Yield a docstring's paragraphs as roff: those marked with a backspace, as click has it, line by line."""
-    for paragraph in re.split(r"\n\s*\n", text.strip()):
+    # Before Python 3.13 a docstring keeps its indentation.
+    for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(text)):
         if paragraph.startswith("\b"):
             yield ".PP\n.nf\n" + escaped(paragraph[1:].strip("\n")) + "\n.fi\n"
         else:
