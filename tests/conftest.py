@@ -12,6 +12,7 @@ from typing import Protocol
 
 import pytest
 
+from tests import expect
 from tests.mirror import Mirror, Tree, reachable_directory, remove_tree
 from tests.watchdog import Watchdog
 
@@ -22,6 +23,7 @@ MARKERS = (
     "mounted: says nothing about a plain directory, left out with --via native",
     "own_loop: only llloop's own request loop can do it",
     "by_workers: of I/O that passes through llloop, left out with --serve-option=--io=kernel",
+    "at_once(reason): needs what --writeback does not promise, left out with --serve-option=--writeback",
     "slow: takes many seconds",
 )
 
@@ -51,6 +53,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     for marker in MARKERS:
         config.addinivalue_line("markers", marker)
+    expect.collecting = "--writeback" in config.getoption("--serve-option")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -62,6 +65,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="only llloop's own loop can do this"))
         if item.get_closest_marker("by_workers") and "--io=kernel" in config.getoption("--serve-option"):
             item.add_marker(pytest.mark.skip(reason="the kernel does the I/O itself, and this its own way"))
+        at_once = item.get_closest_marker("at_once")
+        if at_once and "--writeback" in config.getoption("--serve-option"):
+            item.add_marker(pytest.mark.skip(reason=at_once.args[0]))
         if item.get_closest_marker("mounted") and via == "native":
             item.add_marker(pytest.mark.skip(reason="says nothing about a plain directory"))
 

@@ -16,7 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.syscalls import opened, syncfs
-from tests.watchdog import Watchdog, abort_connection, kill_session, mount_entry, processes_of_session, unmount_lazily
+from tests.watchdog import (
+    Watchdog,
+    abort_connection,
+    kill_session,
+    mount_entry,
+    processes_of_session,
+    unmount_lazily,
+    wait_for_requests,
+)
 
 START_SECONDS = 30.0
 STOP_SECONDS = 30.0
@@ -269,4 +277,6 @@ class Tree:
         if "--writeback" in self.mirror.arguments:
             with opened(self.mirror.mountpoint, os.O_RDONLY) as directory:
                 syncfs(directory)
+            # Since Linux 6.16 syncfs(2) sends what a FUSE file system has collected, without waiting for the answers.
+            wait_for_requests(str(self.mirror.mountpoint))
         return self.behind

@@ -60,6 +60,17 @@ def abort_connection(mountpoint: str) -> None:
             Path("/sys/fs/fuse/connections", minor, "abort").write_text("1")
 
 
+def wait_for_requests(mountpoint: str, seconds: float = 1.0) -> None:
+    """Waits until no request of this mount is unanswered, but not for one that is meant to hang."""
+    entry = mount_entry(mountpoint)
+    deadline = time.monotonic() + seconds
+    while entry and time.monotonic() < deadline:
+        waiting = Path("/sys/fs/fuse/connections", entry[2].partition(":")[2], "waiting")
+        if waiting.read_text().strip() == "0":
+            return
+        time.sleep(0.001)
+
+
 def unmount_lazily(mountpoint: str) -> None:
     command = ["umount", "-l", mountpoint] if os.geteuid() == 0 else ["fusermount", "-u", "-z", mountpoint]
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):

@@ -26,6 +26,8 @@ _log = logging.getLogger(__name__)
 _COPY_AT_ONCE = 64 * 1024 * 1024
 
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
+# What a splice fails with and a write may not: a file that takes no splice, and want of room, which may pass.
+_TO_COPY = _NO_ROOM | {errno.EINVAL}
 _ROOM_PAUSES = (0.001, 0.01)  # seconds
 
 _APPENDS_OF_OTHERS = 1024 * 1024  # bytes
@@ -204,8 +206,9 @@ class Transfers:
         flags = request.flags
         payload = arena.payload(slot, request.length)
         self._act_for(request)
-        if flags & PIPED and self._moves(request, fd):
-            count = request.length
+        moved = self._move(request, fd) if flags & PIPED else None
+        if moved is not None:
+            count = moved
         elif flags & APPEND:
             arena.results[slot] = os.fstat(fd).st_size
             arena.stages[slot] = _APPENDING
@@ -221,11 +224,14 @@ class Transfers:
         self._sheet.add(Opcode.WRITE, BYTES, count)
         self._replies.count(request, count)
 
-    def _moves(self, request: Request, fd: int) -> bool:
-        """Move the payload from the pipe into the file and return whether all of it went.
+    def _move(self, request: Request, fd: int) -> int | None:
+        """Move the payload from the pipe into the file.
 
-        What does not, because the file takes no splice or has no room, is in the slot then. Each byte is in the file,
-        in the slot or still in the pipe, so that it does not matter where a worker before this one died.
+        Each byte is in the file, in the slot or still in the pipe, so that it does not matter where a worker before
+        this one died.
+
+        Returns:
+            How much was written; or None if the file takes no splice or has no room: the rest is in the slot then.
         """
         arena = self._arena
         pipes = arena.pipes
@@ -237,15 +243,18 @@ class Transfers:
                 try:
                     while done < length:
                         done += pipes.move(slot, fd, length - done, request.offset + done)
-                except OSError:
+                    return done
+                except OSError as error:
                     done = length - pipes.left(slot)
-                else:
-                    return True
+                    if done and not request.flags & CACHED:
+                        return done
+                    if error.errno not in _TO_COPY:
+                        raise
             arena.results[slot] = done
             arena.stages[slot] = _COPYING
         while done < length:
             done += pipes.take(slot, arena.payload(slot, length)[done:])
-        return False
+        return None
 
     def _fsync(self, request: Request) -> None:
         if request.flags & DATA_ONLY:

@@ -141,6 +141,7 @@ def test_allow_other(serve: Serve, allowed: bool | None) -> None:
     assert read() == "content"
 
 
+@pytest.mark.at_once("the kernel takes its own word for sizes and times of a file that it knows")
 @pytest.mark.parametrize("option", ["--entry-timeout", "--attr-timeout"])
 def test_timeouts_of_zero_show_changes_at_once(serve: Serve, option: str) -> None:
     server = serve("--cache", "always", option, "0")
@@ -387,6 +388,7 @@ def test_what_was_written_before_a_stop_is_in_the_source(serve: Serve) -> None:
     assert len(os.listdir(server.source)) == 20
 
 
+@pytest.mark.at_once("what the kernel has collected is lost when the server ends while a file is open")
 def test_a_busy_mount_point_is_detached_lazily_and_said_so(serve: Serve) -> None:
     server = serve()
     server.expect_log("(?i)busy.*lazi")

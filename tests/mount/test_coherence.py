@@ -156,6 +156,7 @@ def test_many_quick_overwrites_are_all_seen(view: View) -> None:
         assert (view.mnt / "file").read_bytes() == content
 
 
+@pytest.mark.at_once("the kernel takes its own word for sizes and times of a file that it knows")
 def test_a_truncation_is_seen(view: View) -> None:
     (view.src / "file").write_bytes(b"x" * 100_000)
     assert len((view.mnt / "file").read_bytes()) == 100_000
@@ -165,6 +166,7 @@ def test_a_truncation_is_seen(view: View) -> None:
     assert (view.mnt / "file").read_bytes() == b"x" * 5_000
 
 
+@pytest.mark.at_once("the kernel takes its own word for sizes and times of a file that it knows")
 def test_a_growth_is_seen(view: View) -> None:
     (view.src / "file").write_bytes(b"x" * 5_000)
     assert len((view.mnt / "file").read_bytes()) == 5_000
@@ -184,6 +186,7 @@ def test_a_truncation_followed_by_a_growth_leaves_zeros(view: View) -> None:
     assert (view.mnt / "file").read_bytes() == bytes(12_000)
 
 
+@pytest.mark.at_once("the kernel takes its own word for sizes and times of a file that it knows")
 def test_a_tail_is_followed(view: View) -> None:
     """tail -f: one descriptor, and a file that only others let grow."""
     (view.src / "log").write_bytes(b"")
@@ -197,6 +200,7 @@ def test_a_tail_is_followed(view: View) -> None:
     assert followed == b"line 0\nline 1\nline 2\n"
 
 
+@pytest.mark.at_once("the kernel takes its own word for sizes and times of a file that it knows")
 def test_an_append_never_overwrites_what_the_source_got_meanwhile(view: View) -> None:
     """No waiting here: O_APPEND means the true end of the file, not the one that the kernel remembers."""
     (view.src / "log").write_bytes(b"one\n")
@@ -216,6 +220,7 @@ def test_an_append_never_overwrites_what_the_source_got_meanwhile(view: View) ->
     assert (view.mnt / "log").read_bytes() == b"one\ntwo\nthree\nfour\nfive\n"
 
 
+@pytest.mark.at_once("the kernel takes its own word for sizes and times of a file that it knows")
 def test_changed_attributes_are_seen(view: View) -> None:
     path = view.src / "file"
     path.write_bytes(b"")
@@ -478,6 +483,7 @@ def test_a_write_through_the_mount_is_in_the_source_when_it_returns(tree: Tree) 
     assert os.listdir(tree.src) == ["renamed"]
 
 
+@pytest.mark.at_once("the kernel takes its own word for sizes and times of a file that it knows")
 def test_both_sides_write_different_parts_of_one_page(view: View) -> None:
     """Neither side's bytes may come back from an older copy of the page."""
     (view.src / "file").write_bytes(b"." * 4096)
@@ -498,6 +504,7 @@ def test_both_sides_write_different_parts_of_one_page(view: View) -> None:
     assert (view.mnt / "file").read_bytes() == expected
 
 
+@pytest.mark.at_once("the kernel takes its own word for sizes and times of a file that it knows")
 def test_one_second_is_enough_by_default(tree: Tree) -> None:
     for name in ("overwritten", "deleted", "replaced", "shortened", "renamed"):
         (tree.src / name).write_bytes(OLD)

@@ -170,6 +170,7 @@ def test_a_fault_in_a_worker_s_read(faulty: Faulty) -> None:
         assert buffer[:] == pattern(LARGE)
 
 
+@pytest.mark.at_once("errors of collected writes are told at fsync or close")
 @pytest.mark.by_workers
 def test_a_fault_in_a_worker_s_write(faulty: Faulty) -> None:
     with opened(faulty.mnt / "file", os.O_RDWR) as descriptor:

@@ -274,6 +274,7 @@ def test_quick_reuse_is_noticed_every_time(place: Place) -> None:
         (place.src / name).unlink()
 
 
+@pytest.mark.at_once("the kernel takes its own word for sizes and times of a file that it knows")
 def test_files_and_bytes_belong_together_under_stress(place: Place, via: str) -> None:
     """Files come and go in the source and the mount writes to them: each holds nothing but its own name."""
     choice = random.Random(5)

@@ -145,6 +145,7 @@ def test_written_by_one_handle_read_by_another(tree: Tree) -> None:
             assert os.read(reader, 100) == b""
 
 
+@pytest.mark.at_once("the kernel does not ask for blocks again when it has written")
 def test_a_hole_reads_as_zeros_and_takes_no_room(tree: Tree) -> None:
     with opened(tree.mnt / "file", os.O_CREAT | os.O_RDWR) as descriptor:
         os.pwrite(descriptor, b"end", 20 * MIB)
@@ -300,6 +301,7 @@ for number in range(1000):
             assert all(len(line) == 50 + number * 7 % 300 for number, line in enumerate(own))
 
 
+@pytest.mark.at_once("the kernel takes its own word for sizes and times of a file that it knows")
 @pytest.mark.own_loop  # llfuse does not tell its write handler that the file is open for appending
 def test_appended_while_the_source_is_appended_to_directly(tree: Tree) -> None:
     with (
@@ -366,6 +368,7 @@ def test_sendfile_and_splice(tree: Tree) -> None:
     assert (tree.src / "spliced").read_bytes() == content
 
 
+@pytest.mark.at_once("the kernel takes its own word for sizes and times of a file that it knows")
 def test_write_moves_the_times(tree: Tree) -> None:
     (tree.mnt / "file").write_bytes(b"x")
     os.utime(tree.mnt / "file", ns=(1, 1))

@@ -53,6 +53,7 @@ def test_an_open_file_is_held_by_exactly_one_worker(serve: Serve) -> None:
         name = f"file{number}"
         with opened(mirror.mountpoint / name, os.O_RDWR | os.O_CREAT) as fd:
             os.pwrite(fd, PIECE, 0)
+            os.fsync(fd)
             first = holders(mirror, mirror.source / name)
             assert len(first) == 1
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -66,6 +67,7 @@ def test_an_open_file_is_held_by_exactly_one_worker(serve: Serve) -> None:
                 assert holders(mirror, mirror.source / name) == first
         with opened(mirror.mountpoint / name, os.O_RDWR) as fd:
             os.pwrite(fd, PIECE, 0)
+            os.fsync(fd)
             assert holders(mirror, mirror.source / name) == first, "another worker after a fresh open"
 
 
@@ -77,6 +79,7 @@ def test_io_of_many_files_is_spread_over_the_workers(serve: Serve) -> None:
     try:
         for fd in files:
             os.pwrite(fd, PIECE[:100_000], 0)
+            os.fsync(fd)
         held = {
             title: {path for path in descriptors(pid) if path.startswith(str(mirror.source / "file"))}
             for title, pid in workers(mirror).items()

@@ -70,6 +70,7 @@ def holds_pattern(path: Path, piece: int, size: int) -> bool:
     return path.read_bytes() == expected
 
 
+@pytest.mark.at_once("errors of collected writes are told at fsync or close")
 @pytest.mark.root
 @pytest.mark.parametrize("piece", [100, 4096, 65_536, 3 * MIB], ids=["100", "4k", "64k", "3m"])
 def test_a_full_source_says_so_and_keeps_what_it_took(scratch: Path, serving: Callable[..., Any], piece: int) -> None:
@@ -87,6 +88,7 @@ def test_a_full_source_says_so_and_keeps_what_it_took(scratch: Path, serving: Ca
         assert write_until_it_fails(path, piece, limit=MIB)[1] is None
 
 
+@pytest.mark.at_once("errors of collected writes are told at fsync or close")
 @pytest.mark.root
 def test_a_full_source_refuses_every_way_to_fill_it(scratch: Path, serving: Callable[..., Any]) -> None:
     def try_all(directory: Path) -> dict[str, Any]:
@@ -200,6 +202,7 @@ def test_a_source_without_inodes_refuses_new_files(scratch: Path, serving: Calla
         assert wait_until(lambda: outcome((mirror.mountpoint / "again").touch) is None)
 
 
+@pytest.mark.at_once("errors of collected writes are told at fsync or close")
 @pytest.mark.root
 @pytest.mark.by_workers
 def test_the_part_reserved_for_root_is_not_for_users(scratch: Path, serving: Callable[..., Any]) -> None:
@@ -216,6 +219,7 @@ def test_the_part_reserved_for_root_is_not_for_users(scratch: Path, serving: Cal
     assert abs(taken["mounted"] - taken["native"]) < 256 * 1024
 
 
+@pytest.mark.at_once("errors of collected writes are told at fsync or close")
 @pytest.mark.root
 def test_an_exceeded_quota_says_so(scratch: Path, serving: Callable[..., Any]) -> None:
     """btrfs counts for root too, and its limit is set by one command."""
@@ -236,6 +240,7 @@ def test_an_exceeded_quota_says_so(scratch: Path, serving: Callable[..., Any]) -
             assert outcome(lambda: os.mkdir(mirror.mountpoint / "more")) == "EDQUOT"
 
 
+@pytest.mark.at_once("errors of collected writes are told at fsync or close")
 @pytest.mark.root
 def test_a_file_beyond_the_sources_limit_is_too_big(scratch: Path, serving: Callable[..., Any]) -> None:
     """ext4 ends at 16 TiB, long before the limit that FUSE knows of."""

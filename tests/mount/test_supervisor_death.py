@@ -50,6 +50,7 @@ def test_an_idle_mount_is_detached(serve: Serve) -> None:
     mirror.clean_up()
 
 
+@pytest.mark.at_once("a collected write does not wait for its answer")
 def test_a_mount_in_use_is_detached(serve: Serve) -> None:
     """Who has something open there, or works in it, is told so, and keeps nobody from mounting anew."""
     mirror = serve("--workers", "1")
@@ -76,6 +77,7 @@ def test_a_mount_in_use_is_detached(serve: Serve) -> None:
     assert (mirror.mountpoint / "file").read_bytes() == b"content"
 
 
+@pytest.mark.at_once("a collected write does not wait for its answer")
 @pytest.mark.by_workers
 def test_a_request_in_flight_ends_with_an_error(serve: Serve) -> None:
     mirror = serve("--workers", "1")

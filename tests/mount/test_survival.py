@@ -66,6 +66,7 @@ def direct_read(fd: int, size: int, offset: int) -> bytes:
         return memory[:count]
 
 
+@pytest.mark.at_once("a collected write does not wait for its answer")
 @pytest.mark.own_loop
 @pytest.mark.parametrize("fate", ["goes on", "is killed"])
 def test_a_dead_front_s_request_reaches_no_other_file(serve: Serve, fate: str) -> None:

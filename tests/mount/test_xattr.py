@@ -235,6 +235,7 @@ def test_go_with_the_file_not_its_name(tree: Tree) -> None:
         os.getxattr(tree.mnt / "first", "user.tag")
 
 
+@pytest.mark.at_once("the kernel takes its own word for sizes and times of a file that it knows")
 def test_setting_moves_the_change_time(tree: Tree) -> None:
     (tree.mnt / "file").touch()
     before = os.stat(tree.mnt / "file")

@@ -177,3 +177,38 @@ def test_a_user_whose_share_of_pipes_is_used_up_goes_without(monkeypatch: pytest
     monkeypatch.setattr("llloop.payloads.fcntl.fcntl", refuse)
     assert len(PayloadPipes(4, 4096)) == 0
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("flags", [0, CACHED])
+def test_a_write_cut_short_is_told_as_far_as_it_went_unless_it_was_cached(
+    bench: Bench, flags: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.open(1)
+    request = lend(bench, pattern(SIZE), flags)
+    move = PayloadPipes.move
+
+    def cut(self: PayloadPipes, slot: int, fd: int, length: int, offset: int) -> int:
+        if offset:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return move(self, slot, fd, 4096, offset)
+
+    monkeypatch.setattr(PayloadPipes, "move", cut)
+    bench.transfers.execute(request)
+    reply = bench.answered(request)
+    assert reply.error == errno.EIO if flags else count_of(reply) == 4096
+
+
+def test_room_that_comes_late_is_waited_for(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = bench.open(1)
+    request = lend(bench, pattern(SIZE), CACHED)
+    move = PayloadPipes.move
+
+    def full(self: PayloadPipes, slot: int, fd: int, length: int, offset: int) -> int:
+        if offset:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return move(self, slot, fd, 4096, offset)
+
+    monkeypatch.setattr(PayloadPipes, "move", full)
+    bench.transfers.execute(request)
+    assert count_of(bench.answered(request)) == SIZE
+    assert path.read_bytes() == pattern(SIZE)
