@@ -27,10 +27,37 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 # How long the kernel may take to end a killed process, in seconds; longer only if the source hangs.
 PATIENCE = 5.0
-# A process that died after less than this, in seconds, is restarted after a pause that doubles up to the longest.
-_SHORT_LIFE = 10.0
+# When so many in a row have lived for less than this, in seconds, the next is started after a pause, which doubles.
+_SHORT_LIFE = 0.25
+_SHORT_LIVES = 10
 _FIRST_PAUSE = 0.05
 LONGEST_PAUSE = 5.0
+_JOIN_PAUSE = 0.005  # seconds between two looks
+
+
+class Cloned:
+    """A child that was not forked by `multiprocessing`, with what is used of its processes."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.exitcode: int | None = None
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait until the process has ended, or for *timeout* seconds."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while self.exitcode is None:
+            pid, status = os.waitpid(self.pid, 0 if deadline is None else os.WNOHANG)
+            if pid:
+                self.exitcode = os.waitstatus_to_exitcode(status)
+            elif deadline is not None and time.monotonic() > deadline:
+                return
+            else:
+                time.sleep(_JOIN_PAUSE)
+
+    def kill(self) -> None:
+        """Send SIGKILL, unless it has ended."""
+        if self.exitcode is None:
+            os.kill(self.pid, signal.SIGKILL)
 
 
 @dataclass
@@ -39,25 +66,25 @@ class Child:
 
     Attributes:
         name: its role, also its title in ps(1).
-        target: what it runs.
+        launch: starts one.
         process: the one that runs now, or None in the pause before the next.
+        sentinel: a descriptor that is readable when it has ended, whoever else has its descriptors (pidfd_open(2)).
         started: when it was started (monotonic clock).
         due: when the next is to be started.
-        pause: how long to wait before the next if this one dies young.
+        short_lives: how many in a row have died young.
         restarts: how many have been started after the first.
-        survivor: whether it lives on when the supervisor dies.
         asked: whether this one is being ended on purpose, to be replaced.
         stacks: where it tells what it is doing.
     """
 
     name: str
-    target: Callable[[], None]
-    process: BaseProcess | None = None
+    launch: Callable[[Stacks], BaseProcess | Cloned]
+    process: BaseProcess | Cloned | None = None
+    sentinel: int = -1
     started: float = 0.0
     due: float = 0.0
-    pause: float = 0.0
+    short_lives: int = 0
     restarts: int = 0
-    survivor: bool = False
     asked: bool = False
     stacks: Stacks = field(init=False)
 
@@ -69,12 +96,12 @@ class Child:
         """The process id of the one that runs now."""
         return self.process.pid if self.process is not None else None
 
-    def start(self, *, detached: bool) -> None:
-        """Fork the process."""
-        arguments = (self.name, self.target, os.getpid(), detached, self.survivor, self.stacks)
-        process = fork.Process(target=_child_main, args=arguments, name=self.name)
+    def start(self) -> None:
+        """Start the process."""
         self.started = time.monotonic()
-        process.start()
+        process = self.launch(self.stacks)
+        assert process.pid is not None
+        self.sentinel = os.pidfd_open(process.pid)
         self.process = process
 
     def replace(self) -> None:
@@ -83,35 +110,68 @@ class Child:
             self.asked = True
             self.process.kill()
 
+    def gone(self) -> int:
+        """Take leave of a process that has ended, and return its exit code."""
+        assert self.process is not None
+        self.process.join()
+        os.close(self.sentinel)
+        code = self.process.exitcode
+        self.process, self.sentinel = None, -1
+        return code or 0
+
+    def end(self) -> None:
+        """End a process that has nothing left to do, or whose time is up."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.join(PATIENCE)
+            os.close(self.sentinel)
+            self.process, self.sentinel = None, -1
+
     def schedule_restart(self) -> float:
         """Note when the next one is due and return the pause until then, in seconds."""
         now = time.monotonic()
-        if self.asked or now - self.started > _SHORT_LIFE:
-            self.pause = 0.0
-        pause = self.pause
+        young = now - self.started < _SHORT_LIFE and not self.asked
+        self.short_lives = self.short_lives + 1 if young else 0
+        excess = self.short_lives - _SHORT_LIVES
+        pause = min(_FIRST_PAUSE * 2 ** min(excess, 10), LONGEST_PAUSE) if excess >= 0 else 0.0
         self.due = now + pause
         self.restarts += 1
-        self.pause = min(max(2 * pause, _FIRST_PAUSE), LONGEST_PAUSE)
-        if self.asked:
-            self.pause = 0.0
         self.asked = False
-        self.process = None
         return pause
 
 
-def _child_main(
-    name: str, target: Callable[[], None], supervisor: int, detached: bool, survivor: bool, stacks: Stacks
+def forked(
+    name: str, target: Callable[[], None], stacks: Stacks, *, detached: bool, outlives: bool = False
+) -> BaseProcess:
+    """Fork a process that runs *target*; for the other arguments see `child_main`."""
+    arguments = (name, target, os.getpid(), detached, stacks, outlives)
+    process = fork.Process(target=child_main, args=arguments, name=name)
+    process.start()
+    return process
+
+
+def child_main(
+    name: str, target: Callable[[], None], supervisor: int, detached: bool, stacks: Stacks, outlives: bool = False
 ) -> None:
-    """Run in a new child: leave the supervisor's signals behind, and do not outlive it unless that is its purpose."""
+    """Run in a new child: leave the supervisor's signals behind, and mostly do not outlive it.
+
+    Args:
+        name: its title in ps(1).
+        target: what it runs.
+        supervisor: the process id of its parent.
+        detached: whether it lets go of the standard descriptors.
+        stacks: where it tells what it is doing.
+        outlives: whether it goes on when the supervisor has ended.
+    """
     signal.set_wakeup_fd(-1)
     # They may reach the whole group (Ctrl-C, a service manager); the supervisor decides and ends the others by SIGKILL.
     for number in (*STOP_SIGNALS, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     stacks.answer_signals()
-    if not survivor:
+    if not outlives:
         syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != supervisor:
-        os._exit(1)
+        if os.getppid() != supervisor:
+            os._exit(1)
     if detached:
         let_go_of_standard_descriptors()
     setproctitle(name)
@@ -120,10 +180,3 @@ def _child_main(
     except Exception:
         _log.exception("%s ends by an error nobody expected", name, extra={"once": name})
         sys.exit(1)
-
-
-def end(process: BaseProcess | None) -> None:
-    """End a process that has nothing left to do, or whose time is up."""
-    if process is not None:
-        process.kill()
-        process.join(PATIENCE)

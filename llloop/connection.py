@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import llfuse
 
-from . import negotiation, syscalls, wire
+from . import negotiation, syscalls
 from .config import IoKind, LoopKind, ServeConfig
 from .errors import HostError, LlloopError, UsageError
 from .front.operations import Operations
@@ -20,7 +20,6 @@ from .session import Session, SessionNotFound, find_session, fuse_devices
 
 _log = logging.getLogger(__name__)
 
-_FUSE_NOTIFY_RESEND = 7  # enum fuse_notify_code
 _INIT_BUFFER = 1 << 21  # larger than any request: the kernel refuses a read into less than it might need
 
 
@@ -45,11 +44,6 @@ class Connection:
         if self.capabilities is None:
             return f"llfuse's loop ({self.fallback_reason})"
         return f"own loop, {self.capabilities.describe()}"
-
-    def resend(self) -> None:
-        """Have the kernel send again what the last front had taken and not answered (Linux 6.9, HAS_RESEND)."""
-        if self.capabilities is not None and Feature.HAS_RESEND in self.capabilities.features:
-            os.write(self.device, wire.OUT_HEADER.pack(wire.OUT_HEADER_SIZE, _FUSE_NOTIFY_RESEND, 0))
 
 
 def mount(operations: Operations, mountpoint: str, options: set[str]) -> int:

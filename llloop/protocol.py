@@ -27,6 +27,7 @@ class Operation(IntEnum):
     COPY_FILE_RANGE = 7
     SYNCFS = 8
     RELEASE = 9
+    RESUME = 10
 
 
 # Flags of a request: what WRITE, FALLOCATE and COPY_FILE_RANGE have in common ...
@@ -65,7 +66,7 @@ class Request(NamedTuple):
         flags: the flags above.
         uid, gid: the file system ids of who writes, for quotas and reserved blocks.
         extra: COPY_FILE_RANGE: the source's handle, descriptor and offset; FALLOCATE: the mode; LSEEK: the whence;
-            RELEASE: the handles to let go of.
+            RELEASE: the handles to let go of; RESUME: the slots that may still be the worker's.
     """
 
     operation: int

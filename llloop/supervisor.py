@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import fields
 from multiprocessing.connection import wait
@@ -31,14 +31,17 @@ from setproctitle import setproctitle
 
 from . import connection, log, mounting, negotiation, wire
 from .arena import Arena
-from .children import LONGEST_PAUSE, PATIENCE, STOP_SIGNALS, Child, end, fork
+from .children import LONGEST_PAUSE, PATIENCE, STOP_SIGNALS, Child, child_main, fork, forked
 from .config import ServeConfig
 from .errors import HostError, LlloopError, UsageError
 from .front.operations import Operations
 from .front.process import FrontSetup, run_front
+from .keeper import Keeper
+from .ledger import Ledger
+from .negotiation import Feature
 from .notify import Notifier
 from .oversight import Oversight, Sight
-from .undertaker import wait_and_detach
+from .undertaker import detach_dead_mount
 from .workers.process import WorkerSetup, run_worker
 
 _log = logging.getLogger(__name__)
@@ -88,6 +91,8 @@ class Supervisor:
         self._lazy = False
         self._device_number: tuple[int, int] | None = None
         self._children: list[Child] = []
+        self._keeper: Keeper | None = None
+        self._keepers: Child | None = None
         self._announced = False
         self._ended = False
         self._failed = False
@@ -136,7 +141,7 @@ class Supervisor:
             self._make_children(root, operations)
             self._oversight = Oversight(self._sight(), self._notifier)
             for child in self._children:
-                child.start(detached=self._detached)
+                child.start()
             self._watch(signal_reader)
             return 1 if self._failed else 0
         finally:
@@ -158,6 +163,7 @@ class Supervisor:
         setup = FrontSetup(
             config=config,
             arena=arena,
+            ledger=Ledger(),
             pipes=[writer for _, writer in pipes],
             root=root,
             device=device,
@@ -167,29 +173,38 @@ class Supervisor:
             answers=answers_reader,
         )
 
-        supervisor, mountpoint, number = os.getpid(), self._mountpoint, self._device_number
+        supervisor, detached, mountpoint, number = os.getpid(), self._detached, self._mountpoint, self._device_number
         assert number is not None, "the mount was made a moment ago"
 
-        def keeper() -> None:
-            wait_and_detach(supervisor, device, mountpoint, number)
+        def front(own: Collection[int]) -> None:
+            def run() -> None:
+                run_front(setup, own, lambda: _tell(ready_writer))
+
+            child_main("llloop-front", run, supervisor, detached, self._front.stacks)
+
+        def worker(shard: int) -> Child:
+            name = f"llloop-worker-{shard}"
+            answers = None if session is not None else answers_writer
+            setup = WorkerSetup(shard, arena, pipes[shard][0], device, answers)
+            return Child(name, lambda stacks: forked(name, lambda: run_worker(setup), stacks, detached=detached))
+
+        def farewell() -> None:
+            os.close(device)  # whoever holds it keeps the connection alive
+            detach_dead_mount(mountpoint, number)
             if self._oversight is not None:
                 self._oversight.remove_socket()
 
-        def front() -> None:
-            run_front(setup, lambda: _tell(ready_writer))
-
-        def worker(shard: int) -> Callable[[], None]:
-            answers = None if session is not None else answers_writer
-            return lambda: run_worker(WorkerSetup(shard, arena, pipes[shard][0], device, answers))
-
-        self._front = Child("llloop-front", front)
-        self._workers = [Child(f"llloop-worker-{shard}", worker(shard)) for shard in range(config.workers)]
-        self._children = [Child("llloop-keeper", keeper, survivor=True), *self._workers, self._front]
+        name = "llloop-keeper"
+        keeper = self._keeper = Keeper(front, farewell)
+        self._keepers = Child(name, lambda stacks: forked(name, keeper.run, stacks, detached=detached, outlives=True))
+        self._front = Child("llloop-front", lambda stacks: keeper.start_front())
+        self._workers = [worker(shard) for shard in range(config.workers)]
+        self._children = [self._keepers, *self._workers, self._front]
 
     def _watch(self, signal_reader: int) -> None:
         """Wait for children to end and signals to come until the mount has ended."""
         while not self._ended:
-            running = {child.process.sentinel: child for child in self._children if child.process is not None}
+            running = {child.sentinel: child for child in self._children if child.process is not None}
             watched: list[Any] = [*running, signal_reader, self._ready_reader]
             if self._unmounter is not None:
                 watched.append(self._unmounter.sentinel)
@@ -202,9 +217,7 @@ class Supervisor:
                     self._take_signals(signal_reader)
                 elif event == self._ready_reader:
                     os.read(self._ready_reader, 1)
-                    if self._announced:
-                        self._connection.resend()
-                    else:
+                    if not self._announced:
                         self._announced = True
                         self._on_ready(self._describe())
                         self._oversight.ready(self._describe())
@@ -233,16 +246,13 @@ class Supervisor:
         return max(0.0, min(times) - time.monotonic()) if times else None
 
     def _child_ended(self, child: Child) -> None:
-        process = child.process
-        assert process is not None
-        process.join()
-        code = process.exitcode
+        code = child.gone()
         if child is self._front:
             self._arena.no_front()
         if child is self._front and code == 0:
             self._ended = True  # unmounted
             return
-        how = f"killed by signal {-code}" if code is not None and code < 0 else f"ended with {code}"
+        how = f"killed by signal {-code}" if code < 0 else f"ended with {code}"
         if child is self._front and not self._announced:
             _log.error("%s was %s before it served anything", child.name, how)
             self._failed = self._ended = True
@@ -265,7 +275,28 @@ class Supervisor:
         now = time.monotonic()
         for child in self._children:
             if child.process is None and child.due <= now and not self._ended:
-                child.start(detached=self._detached)
+                try:
+                    child.start()
+                except OSError as error:
+                    pause = child.schedule_restart()
+                    _log.error("%s could not be started: %s; trying again in %g seconds", child.name, error, pause)
+                    continue
+                if child is self._keepers:
+                    self._hand_descriptors_over()
+
+    def _hand_descriptors_over(self) -> None:
+        """Have a new keeper take over what the front has open, and replace the front by one that shares it."""
+        front = self._front.process
+        if front is None or front.pid is None or self._keeper is None:
+            return
+        try:
+            os.kill(front.pid, signal.SIGSTOP)
+            self._keeper.fetch(front.pid)
+        except OSError as error:
+            _log.warning("if the front dies now, files without names are lost to who has them open: %s", error)
+            os.kill(front.pid, signal.SIGCONT)
+        else:
+            self._front.replace()
 
     def _describe(self) -> str:
         count = self._config.workers
@@ -356,17 +387,21 @@ class Supervisor:
         )
 
     def request_reload(self) -> None:
-        """Open the log file again, and replace the workers one after the other."""
+        """Open the log file again, and replace the workers, the keeper and the front, one after the other."""
         log.reopen()
         if self._replacing is None and self._unmounter is None and self._deadline is None:
-            _log.info("reloading: the workers are replaced one by one")
+            _log.info("reloading: the processes are replaced one by one")
             self._replacing = list(self._workers)
+            capabilities = self._connection.capabilities
+            # Where the kernel does not send them again, the front's requests would fail.
+            if capabilities is not None and Feature.HAS_RESEND in capabilities.features and self._keepers is not None:
+                self._replacing.append(self._keepers)  # and with it the front
             assert self._oversight is not None
             self._oversight.reload_begun()
 
     def _go_on_reloading(self) -> None:
         """Replace the next one, when the last one is."""
-        if self._replacing is None or any(child.asked or child.process is None for child in self._workers):
+        if self._replacing is None or any(child.asked or child.process is None for child in self._children):
             return
         if self._replacing:
             self._replacing.pop(0).replace()
@@ -416,16 +451,18 @@ class Supervisor:
             self._oversight.stopping()
             self._oversight.close()
         # The keeper stays to the end: a supervisor that is killed in the middle of this leaves a mount behind, too.
-        serving = [child for child in self._children if not child.survivor]
+        serving = [child for child in self._children if child is not self._keepers]
         for child in serving:
             if child.process is not None:
                 child.process.kill()  # all at once, for each may take its time
         for child in serving:
-            end(child.process)
+            child.end()
         self._let_go()  # first, for what follows needs descriptors, and there may be none left
         if self._unmounter is not None and not self._is_mounted():
             self._unmounter.join(PATIENCE)  # it has nothing left to do; killed, it would leave its fusermount behind
-        end(self._unmounter)
+        if self._unmounter is not None:
+            self._unmounter.kill()
+            self._unmounter.join(PATIENCE)
         # Only if it is still ours: something else may be mounted in its place by now.
         mounted = self._is_mounted()
         if mounted:
@@ -434,8 +471,10 @@ class Supervisor:
             except (OSError, LlloopError) as error:
                 _log.error("%s could not be detached: %s", self._mountpoint, error)
         for child in self._children:
-            end(child.process)
+            child.end()
             child.stacks.close()
+        if self._keeper is not None:
+            self._keeper.close()
         llfuse.close(unmount=False)
         log.release()
 

@@ -92,6 +92,8 @@ FATTR_ATIME_NOW = 1 << 7
 FATTR_MTIME_NOW = 1 << 8
 FATTR_KILL_SUIDGID = 1 << 11
 
+FUSE_UNIQUE_RESEND = 1 << 63  # in the number of a request that is sent again
+
 FUSE_OPEN_KILL_SUIDGID = 1 << 0  # struct fuse_open_in.open_flags
 FUSE_WRITE_CACHE = 1 << 0  # struct fuse_write_in.write_flags
 FUSE_WRITE_KILL_SUIDGID = 1 << 2
@@ -103,6 +105,7 @@ FUSE_SETXATTR_ACL_KILL_SGID = 1 << 0  # struct fuse_setxattr_in.setxattr_flags
 IN_HEADER = Struct("=IIQQIII4x")
 OPCODE = Struct("=II")  # length, opcode
 UNIQUE = Struct("=8xQ")
+OPCODE_AND_UNIQUE = Struct("=4xIQ")
 
 # Requests, from the header on. Positions are signed, so that a source refuses those that no file has.
 NODE_REQUEST = Struct("=8xQQ")  # unique, nodeid
@@ -122,6 +125,11 @@ READDIR_REQUEST = Struct("=8xQ24xQQI")  # unique, fh, offset, size
 FALLOCATE_REQUEST = Struct("=8xQ8xII8xQqqI")  # unique, uid, gid, fh, offset, length, mode
 LSEEK_REQUEST = Struct("=8xQ24xQqI")  # unique, fh, offset, whence
 COPY_FILE_RANGE_REQUEST = Struct("=8xQ8xII8xQq8xQqQ8x")  # unique, uid, gid, fh_in, off_in, fh_out, off_out, len
+MKNOD_REQUEST = Struct("=8xQQII8xIII4x")  # unique, nodeid, uid, gid, mode, rdev, umask; then the name
+MKDIR_REQUEST = Struct("=8xQQII8xII")  # unique, nodeid, uid, gid, mode, umask; then the name
+SYMLINK_REQUEST = Struct("=8xQQII8x")  # unique, nodeid, uid, gid; then name and target
+LINK_REQUEST = Struct("=8xQQ16xQ")  # unique, nodeid, oldnodeid; then the name
+RENAME_REQUEST = Struct("=8xQQ16xQ")  # unique, nodeid, newdir; then both names
 RENAME2_REQUEST = Struct("=8xQQ16xQI4x")  # unique, nodeid, newdir, flags; then both names
 STATX_REQUEST = Struct("=8xQQ16xI4xQII")  # unique, nodeid, getattr_flags, fh, sx_flags, sx_mask
 # unique, nodeid, the caller's uid, valid, fh, size, atime, mtime, atimensec, mtimensec, mode, uid, gid
@@ -207,6 +215,11 @@ def error_reply(unique: int, number: int) -> bytes:
 def reply(unique: int, payload: bytes) -> bytes:
     """Return a successful reply with *payload*."""
     return OUT_HEADER.pack(OUT_HEADER_SIZE + len(payload), 0, unique) + payload
+
+
+def decode_device(number: int) -> tuple[int, int]:
+    """Return major and minor of a device number as FUSE carries it (``new_decode_dev`` of <linux/kdev_t.h>)."""
+    return number >> 8 & 0xFFF, number & 0xFF | number >> 12 & 0xFFF00
 
 
 def encode_device(major: int, minor: int) -> int:

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import time
+from contextlib import suppress
 
 from llloop.arena import Arena
-from llloop.protocol import HANDLES_PER_FRONT
 from llloop.syscalls import pidfd_getfd
+
+# How long to wait for another front, in seconds, and between two looks.
+_LONGEST_ABSENCE = 30.0
+_ABSENCE_PAUSE = 0.002
 
 _REFUSED = frozenset({errno.EPERM, errno.ENOSYS})
 _PAUSES = (0.0002,) * 20 + (0.005,) * 20  # seconds between tries
+# What says that a process has no such descriptor, or none at all any more.
+_GONE = frozenset({errno.ESRCH, errno.ENOENT, errno.EBADF})
 _FULL = frozenset({errno.EMFILE, errno.ENFILE})
 _REOPEN = os.O_ACCMODE | os.O_SYNC | os.O_DSYNC | os.O_DIRECT
 
@@ -45,22 +52,22 @@ class Leases:
         """
         if self._generation != self._arena.generation:
             self._start_over()
-        if handle // HANDLES_PER_FRONT != self._generation:
-            # A request of a front that is gone: by now its descriptor's number may be another file's.
-            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         fd = self._held.get(handle)
         if fd is None:
             fd = self._held[handle] = self._pull(descriptor)
         return fd
 
     def _pull(self, descriptor: int) -> int:
-        try:
-            return self._duplicate(descriptor)
-        except OSError as error:
-            if error.errno not in _FULL or not self._held:
-                raise
-        self._drop_half()
-        return self._duplicate(descriptor)
+        while True:
+            try:
+                return self._duplicate(descriptor)
+            except OSError as error:
+                if error.errno in _GONE and _has_ended(self._pidfd):
+                    self._start_over()  # the next front has the same descriptors
+                elif error.errno in _FULL and self._held:
+                    self._drop_half()
+                else:
+                    raise
 
     def _duplicate(self, descriptor: int) -> int:
         """Fetch a descriptor from the front; where tracing is forbidden (seccomp in containers), open its file again.
@@ -87,17 +94,29 @@ class Leases:
         return os.open(f"/proc/{self._front}/fd/{descriptor}", flags & _REOPEN | os.O_CLOEXEC)
 
     def _start_over(self) -> None:
-        """Let go of everything that belonged to a front that is gone."""
+        """Turn to the front that lives now, or to the next if none does, and let go of all that is held.
+
+        Of what the last one held, some may have been closed without a word of it.
+        """
         for handle in list(self._held):
             self.release(handle)
         pidfd, self._pidfd = self._pidfd, -1
         if pidfd >= 0:
             os.close(pidfd)
-        self._front = self._arena.front_pid
-        if self._front == 0:
-            raise OSError(errno.EIO, "there is no front")
-        self._pidfd = os.pidfd_open(self._front)
-        self._generation = self._arena.generation
+        deadline = time.monotonic() + _LONGEST_ABSENCE
+        while True:
+            self._generation = self._arena.generation
+            self._front = self._arena.front_pid
+            if self._front:
+                with suppress(ProcessLookupError):
+                    pidfd = os.pidfd_open(self._front)
+                    if not _has_ended(pidfd):
+                        self._pidfd = pidfd
+                        return
+                    os.close(pidfd)
+            if time.monotonic() > deadline:
+                raise OSError(errno.EIO, "there is no front")
+            time.sleep(_ABSENCE_PAUSE)
 
     def _drop_half(self) -> None:
         for handle in list(self._held)[: len(self._held) // 2 + 1]:
@@ -108,3 +127,10 @@ class Leases:
         fd = self._held.pop(handle, None)
         if fd is not None:
             os.close(fd)
+
+
+def _has_ended(pidfd: int) -> bool:
+    """Whether a process has ended, even if nobody has waited for it yet (pidfd_open(2))."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))

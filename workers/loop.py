@@ -6,6 +6,7 @@ import logging
 import os
 import struct
 import time
+from collections.abc import Sequence
 
 from llloop.arena import Arena
 from llloop.metrics import Sheet
@@ -41,6 +42,12 @@ class Worker:
 
     def recover(self) -> None:
         """Do what a worker before this one had taken off the pipe, or may have, but not answered."""
+        for request in self._lent():
+            self._recovered.add(request.unique)
+            self._resume(request)
+
+    def _lent(self) -> list[Request]:
+        """Return the requests in the slots that are lent to this shard, the older first."""
         requests = []
         for slot, message in self._arena.lent_to(self._shard):
             try:
@@ -51,15 +58,23 @@ class Worker:
             except Malformed as error:
                 _log.error("a lent slot holds no request: %s", error)
                 self._arena.give_back(slot)
-        for request in sorted(requests, key=_by_age):
-            self._recovered.add(request.unique)
-            begun = self._arena.metrics.begun[request.slot]
-            try:
-                self._transfers.resume(request)
-            except _SENSELESS as error:
-                _log.error("a lent slot's request makes no sense: %s", error)
-                self._arena.give_back(request.slot)
-            self._sheet.finished(opcode_of(request), time.monotonic_ns() - begun)
+        return sorted(requests, key=_by_age)
+
+    def _resume(self, request: Request) -> None:
+        """Do what a worker, or a front, before this one has left."""
+        begun = self._arena.metrics.begun[request.slot]
+        try:
+            self._transfers.resume(request)
+        except _SENSELESS as error:
+            _log.error("a lent slot's request makes no sense: %s", error)
+            self._arena.give_back(request.slot)
+        self._sheet.finished(opcode_of(request), time.monotonic_ns() - begun)
+
+    def _resume_slots(self, slots: Sequence[int]) -> None:
+        """Do what a dead front had lent and may not have told of; what it told of came before this and is done."""
+        for request in self._lent():
+            if request.slot in slots:
+                self._resume(request)
 
     def run(self) -> None:
         """Serve until the pipe's last writer is gone."""
@@ -85,7 +100,10 @@ class Worker:
                     continue
                 slot = request.slot
                 if slot < 0:  # nobody waits for it
-                    execute(request)
+                    if request.operation == Operation.RESUME:
+                        self._resume_slots(request.extra)
+                    else:
+                        execute(request)
                     continue
                 start = begun[slot]  # with the answer the slot becomes somebody else's
                 execute(request)

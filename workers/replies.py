@@ -6,7 +6,6 @@ import errno
 import fcntl
 import mmap
 import os
-from contextlib import suppress
 from typing import Protocol
 
 from llloop import wire
@@ -20,11 +19,11 @@ COPY_LIMIT = 32 * 1024
 class Replies(Protocol):
     """How requests are answered. An answer the kernel no longer waits for is dropped silently."""
 
-    def error(self, request: Request, number: int) -> None:
-        """Answer with an errno, or with 0 for success without a result."""
+    def error(self, request: Request, number: int) -> bool:
+        """Answer with an errno, or with 0 for success without a result; return whether it was waited for."""
 
-    def count(self, request: Request, count: int) -> None:
-        """Answer with the number of bytes written."""
+    def count(self, request: Request, count: int) -> bool:
+        """Answer with the number of bytes written; return whether it was waited for."""
 
     def position(self, request: Request, offset: int) -> None:
         """Answer with a position in the file."""
@@ -70,18 +69,21 @@ class KernelReplies:
         self._pipe: tuple[int, int] | None = None
         self._room = 0
 
-    def error(self, request: Request, number: int) -> None:
-        self._send(wire.error_reply(request.unique, number))
+    def error(self, request: Request, number: int) -> bool:
+        return self._send(wire.error_reply(request.unique, number))
 
-    def count(self, request: Request, count: int) -> None:
-        self._send(wire.WRITE_REPLY.pack(wire.WRITE_REPLY.size, 0, request.unique, count))
+    def count(self, request: Request, count: int) -> bool:
+        return self._send(wire.WRITE_REPLY.pack(wire.WRITE_REPLY.size, 0, request.unique, count))
 
     def position(self, request: Request, offset: int) -> None:
         self._send(wire.LSEEK_REPLY.pack(wire.LSEEK_REPLY.size, 0, request.unique, offset))
 
-    def _send(self, reply: bytes | memoryview) -> None:
-        with suppress(FileNotFoundError):
+    def _send(self, reply: bytes | memoryview) -> bool:
+        try:
             os.write(self._device, reply)
+        except FileNotFoundError:
+            return False
+        return True
 
     def data(self, request: Request, fd: int) -> int:
         size = request.length
@@ -169,11 +171,11 @@ class FrontReplies:
         self._pipe = pipe
         self._arena = arena
 
-    def error(self, request: Request, number: int) -> None:
-        self._send(request, -number)
+    def error(self, request: Request, number: int) -> bool:
+        return self._send(request, -number)
 
-    def count(self, request: Request, count: int) -> None:
-        self._send(request, count)
+    def count(self, request: Request, count: int) -> bool:
+        return self._send(request, count)
 
     def position(self, request: Request, offset: int) -> None:
         self._send(request, offset)
@@ -183,5 +185,6 @@ class FrontReplies:
         self._send(request, done)
         return done
 
-    def _send(self, request: Request, result: int) -> None:
+    def _send(self, request: Request, result: int) -> bool:
         os.write(self._pipe, encode((request.unique, result)))
+        return True

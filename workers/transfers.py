@@ -16,7 +16,7 @@ from llloop.arena import Arena
 from llloop.metrics import BYTES, ERRORS, Sheet
 from llloop.privilege import SetidGuard, Writer
 from llloop.protocol import APPEND, BUFFERED, CACHED, DATA_ONLY, KILL_PRIVILEGES, PIPED, Operation, Request
-from llloop.wire import Opcode
+from llloop.wire import FUSE_UNIQUE_RESEND, Opcode
 
 from .replies import Replies
 
@@ -33,11 +33,18 @@ _ROOM_PAUSES = (0.001, 0.01)  # seconds
 _APPENDS_OF_OTHERS = 1024 * 1024  # bytes
 
 # The kernel's number of each operation, under which it is counted; FSYNCDIR counts as FSYNC.
-_OPCODES = (0, *(int(Opcode[operation.name]) for operation in Operation))
+_OPCODES = (0, *(int(Opcode[operation.name]) for operation in Operation if operation is not Operation.RESUME))
 
-# How far a WRITE had come, noted in its slot for a successor, and with it a number: where the end of the file was, how
-# much is written, and how much of it was when the rest began to be copied from the pipe into the slot.
-_BEGUN, _APPENDING, _DONE, _COPYING = range(4)
+# How far a request had come that must not be done twice, noted in its slot for a successor, and with it a number: for
+# an append where the end of the file was, for a shift how large the file was, then how much is written, and how much
+# of it was when the rest began to be copied from the pipe into the slot.
+_BEGUN, _APPENDING, _SHIFTING, _DONE, _COPYING = range(5)
+
+# fallocate(2) modes that move what lies behind the range (<linux/falloc.h>).
+_FALLOC_FL_COLLAPSE_RANGE, _FALLOC_FL_INSERT_RANGE = 0x08, 0x20
+
+# How many results are kept that nobody waited for, in case their requests are sent again.
+_UNHEARD_AT_MOST = 1024
 
 
 _AS_IT_IS = nullcontext()
@@ -98,6 +105,8 @@ class Transfers:
         self._setid = setid
         self._writer = writer
         self._sheet = sheet
+        # The results of requests that were answered when their front was dead and the kernel had sent them again.
+        self._unheard: dict[int, int] = {}
         self._table = {
             Operation.READ: self._read,
             Operation.WRITE: self._write,
@@ -116,7 +125,8 @@ class Transfers:
                 self._descriptors.release(handle)
             return
         try:
-            self._table[request.operation](request)  # type: ignore[index]
+            if request.unique < FUSE_UNIQUE_RESEND or not self._was_done(request):
+                self._table[request.operation](request)  # type: ignore[index]
         except OSError as error:
             self._sheet.add(opcode_of(request), ERRORS)
             self._replies.error(request, error.errno or errno.EIO)
@@ -132,17 +142,59 @@ class Transfers:
             self._arena.discard(request.slot)
         self._arena.give_back(request.slot)
 
+    def _was_done(self, request: Request) -> bool:
+        """Answer a request that is sent again if this worker did it before, which must not happen twice."""
+        result = self._unheard.pop(request.unique & ~FUSE_UNIQUE_RESEND, None)
+        if result is not None:
+            self._answer_once(request, result)
+        return result is not None
+
+    def _answer_once(self, request: Request, count: int) -> None:
+        """Answer what must not be done twice, and remember that if nobody waits for it under this request's number."""
+        is_write = request.operation == Operation.WRITE
+        if not (self._replies.count(request, count) if is_write else self._replies.error(request, 0)):
+            if len(self._unheard) >= _UNHEARD_AT_MOST:
+                self._unheard.clear()
+            self._unheard[request.unique & ~FUSE_UNIQUE_RESEND] = count
+
     def resume(self, request: Request) -> None:
-        """Do a request that a worker before this one left unanswered, without doing a write twice that counts once."""
+        """Do a request that a worker before this one left unanswered, without doing twice what counts once."""
         stage = self._arena.stages[request.slot]
         result = self._arena.results[request.slot]
         if stage == _APPENDING:
-            stage, result = self._finish_append(request, result)
-        if stage == _DONE:
-            self._replies.count(request, result)
+            self._complete_append(request, result)
+        elif stage == _DONE:
+            self._answer_once(request, result)
+            self._give_back(request)
+        elif stage == _SHIFTING and self._has_shifted(request, result):
+            self._answer_once(request, 0)
             self._give_back(request)
         else:
             self.execute(request)
+
+    def _complete_append(self, request: Request, position: int) -> None:
+        """Do an append that a process before this one may have done in part or in full.
+
+        Args:
+            request: the append.
+            position: where the end of the file was before.
+        """
+        try:
+            stage, result = self._finish_append(request, position)
+        except OSError:  # what it is will be told when the append is done afresh
+            stage, result = _BEGUN, 0
+        if stage == _DONE:
+            self._answer_once(request, result)
+            self._give_back(request)
+        else:
+            self.execute(request)
+
+    def _has_shifted(self, request: Request, size: int) -> bool:
+        """Whether a range was taken out of the file, or put into it: then it no longer has the *size* it had before."""
+        try:
+            return os.fstat(self._fd(request)).st_size != size
+        except OSError:
+            return False
 
     def _finish_append(self, request: Request, position: int) -> tuple[int, int]:
         """Find out how much of an append was written before its worker died, and write what is missing.
@@ -222,7 +274,7 @@ class Transfers:
         arena.results[slot] = count
         arena.stages[slot] = _DONE
         self._sheet.add(Opcode.WRITE, BYTES, count)
-        self._replies.count(request, count)
+        self._answer_once(request, count)
 
     def _move(self, request: Request, fd: int) -> int | None:
         """Move the payload from the pipe into the file.
@@ -269,8 +321,12 @@ class Transfers:
 
     def _fallocate(self, request: Request) -> None:
         self._act_for(request)
-        syscalls.fallocate(self._fd(request), request.extra[0], request.offset, request.length)
-        self._replies.error(request, 0)
+        fd = self._fd(request)
+        if request.extra[0] & (_FALLOC_FL_COLLAPSE_RANGE | _FALLOC_FL_INSERT_RANGE):
+            self._arena.results[request.slot] = os.fstat(fd).st_size
+            self._arena.stages[request.slot] = _SHIFTING
+        syscalls.fallocate(fd, request.extra[0], request.offset, request.length)
+        self._answer_once(request, 0)
 
     def _lseek(self, request: Request) -> None:
         self._replies.position(request, os.lseek(self._fd(request), request.offset, request.extra[0]))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import OrderedDict
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from types import TracebackType
 
 from ..syscalls import Attributes, fstatx, statx
@@ -203,10 +203,27 @@ class Anchors:
 
     def pin(self, nodeid: int, fd: int) -> None:
         """Keep *fd*, an O_PATH descriptor of *nodeid*, until the kernel has forgotten it."""
-        old = self._pins.pop(nodeid, None)
-        if old is not None:
-            os.close(old)
+        old = self._pins.get(nodeid)
         self._pins[nodeid] = fd
+        self._inodes.note_pin(nodeid, fd)
+        if old is not None and old != fd:
+            os.close(old)
+
+    def take_over(self, pins: dict[int, int]) -> None:
+        """Take in the pins of a front that is gone, by inode; those whose descriptors are lost are left out."""
+        for nodeid, fd in pins.items():
+            try:
+                is_ours = self._inodes.get(nodeid).is_same(fstatx(fd))
+            except OSError:
+                is_ours = False
+            if is_ours:
+                self._pins[nodeid] = fd
+            else:
+                self._inodes.note_pin(nodeid, -1)
+
+    def pinned(self) -> Iterable[int]:
+        """Return the descriptors of removed files."""
+        return self._pins.values()
 
     def release_unused_pins(self, used: Container[int]) -> bool:
         """Let go of files that were removed and are not open, so that their space is free.
@@ -221,15 +238,19 @@ class Anchors:
         """
         unused = [nodeid for nodeid in self._pins if nodeid not in used]
         for nodeid in unused:
+            self._inodes.note_pin(nodeid, -1)
             os.close(self._pins.pop(nodeid))
         return bool(unused)
 
     def drop(self, nodeid: int) -> None:
         """Close what is kept for *nodeid*: the kernel has forgotten it, or its number was given to another."""
-        for kept in (self._pins, self._directories):
-            fd = kept.pop(nodeid, None)
-            if fd is not None:
-                os.close(fd)
+        pin = self._pins.pop(nodeid, None)
+        if pin is not None:
+            self._inodes.note_pin(nodeid, -1)
+            os.close(pin)
+        directory = self._directories.pop(nodeid, None)
+        if directory is not None:
+            os.close(directory)
 
     def shrink(self) -> None:
         """Close all directories that can be opened again, for when descriptors run out."""

@@ -7,8 +7,9 @@ import os
 import stat
 
 from ..privilege import SetidGuard
-from ..syscalls import Attributes, DirectoryEntry, fstatx, read_directory
+from ..syscalls import Attributes, DirectoryEntry, fstatx, read_directory, statx
 from .anchors import Anchors
+from .attempts import Attempts
 from .handles import Handle, Handles
 from .inodes import ROOT, Inodes
 from .passthrough import Passthrough
@@ -24,6 +25,10 @@ _ALWAYS = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
+# What the record of a directory's handle has for flags.
+_DIRECTORY_FLAGS = os.O_DIRECTORY
+
+
 class Files:
     """Open files and directories.
 
@@ -33,11 +38,19 @@ class Files:
         router: chooses their workers and tells them of a release.
         passthrough: knows which files the kernel serves itself.
         setid: decides about set-ID bits on truncation.
+        attempts: tells of what a front before this one had begun and not answered.
         writeback: whether the kernel collects writes, for which it must be able to read what is written to.
     """
 
     def __init__(
-        self, tree: Tree, handles: Handles, router: Router, passthrough: Passthrough, setid: SetidGuard, writeback: bool
+        self,
+        tree: Tree,
+        handles: Handles,
+        router: Router,
+        passthrough: Passthrough,
+        setid: SetidGuard,
+        attempts: Attempts,
+        writeback: bool,
     ) -> None:
         self._tree = tree
         self._anchors: Anchors = tree.anchors
@@ -46,9 +59,12 @@ class Files:
         self._router = router
         self._passthrough = passthrough
         self._setid = setid
+        self._attempts = attempts
         self._writeback = writeback
         self.promptness = Promptness()
         self._root_handle: int | None = None
+        # Whether a worker may still have requests of a dead front, and ask for descriptors by the numbers they had.
+        self.late_requests = False
 
     def open(self, nodeid: int, flags: int, clear_setid: bool) -> tuple[int, Attributes]:
         """Open a file.
@@ -113,9 +129,37 @@ class Files:
         return descriptor, fstatx(descriptor)
 
     def _add(self, descriptor: int, nodeid: int, flags: int, attributes: Attributes) -> int:
-        handle = Handle(descriptor, nodeid, self._router.shard_of(nodeid), bool(flags & os.O_DIRECT))
+        handle = Handle(descriptor, nodeid, self._router.shard_of(nodeid), flags)
         self.promptness.decide(handle, attributes, flags)
+        self._attempts.made_handle(self._handles.next_number)  # first: a handle nobody knows of is never released
         return self._handles.add(handle)
+
+    def take_over(self, number: int, nodeid: int, descriptor: int, flags: int, place: int) -> Handle:
+        """Take in an open file of a front that is gone, whose descriptors have stayed open.
+
+        Args:
+            number: the handle's number.
+            nodeid: its inode.
+            descriptor: the descriptor it had.
+            flags: the caller's open(2) flags.
+            place: where its record is in the ledger.
+
+        Raises:
+            OSError: the descriptor is lost, and the file could not be opened again.
+        """
+        inode = self._inodes.get(nodeid)
+        try:
+            attributes = fstatx(descriptor)
+            lost = (attributes.ino, attributes.device) != (inode.number, inode.device)
+        except OSError:
+            lost = True
+        if lost:
+            wanted = self._source_flags(flags) if flags != _DIRECTORY_FLAGS else _OPEN_DIRECTORY
+            descriptor, attributes = self._reopen(nodeid, wanted)
+        handle = Handle(descriptor, nodeid, self._router.shard_of(nodeid), flags)
+        self.promptness.decide(handle, attributes, flags)
+        self._handles.take_over(number, handle, place)
+        return handle
 
     def create(self, parent: int, name: bytes, mode: int, flags: int, who: Requester) -> tuple[int, int, Attributes]:
         """Make and open a file that must not exist yet.
@@ -130,13 +174,18 @@ class Files:
         permissions = stat.S_IMODE(mode)
         check_name(name)
         self._handles.ensure_room()
+        if self._attempts.interrupted() is None:
+            self._attempts.begin()
         try:
             descriptor = self._tree.as_requester(
                 parent, who, lambda directory: os.open(name, source_flags, permissions, dir_fd=directory)
             )
         except FileExistsError:
-            number = errno.EEXIST if flags & os.O_EXCL else errno.ESTALE
-            raise OSError(number, os.strerror(number)) from None
+            found = self._made_before(parent, name, source_flags & ~(os.O_CREAT | os.O_EXCL))
+            if found is None:
+                number = errno.EEXIST if flags & os.O_EXCL else errno.ESTALE
+                raise OSError(number, os.strerror(number)) from None
+            descriptor = found
         try:
             attributes = fstatx(descriptor)
         except BaseException:
@@ -144,6 +193,21 @@ class Files:
             raise
         nodeid = self._inodes.remember(parent, name, attributes)
         return self._add(descriptor, nodeid, flags, attributes), nodeid, attributes
+
+    def _made_before(self, parent: int, name: bytes, flags: int) -> int | None:
+        """Return the descriptor of a file that a dead front had made for this very request, or None if it had not.
+
+        It is one of those that it left open; not every file can be opened again as it was when it was made.
+        """
+        attempt = self._attempts.interrupted()
+        if attempt is None:
+            return None
+        directory = self._anchors.directory(parent)
+        there = statx(directory, name)
+        if not attempt.made(there):
+            return None
+        orphan = self._attempts.take_orphan(there)
+        return os.open(name, flags, dir_fd=directory) if orphan is None else orphan
 
     def tmpfile(self, parent: int, mode: int, flags: int, who: Requester) -> tuple[int, int, Attributes]:
         """Make and open a file without a name (open(2), O_TMPFILE); it can be given one by `Tree.link`.
@@ -171,12 +235,17 @@ class Files:
         """Close an open file; its worker is told if it may hold the descriptor too."""
         handle = self._handles.remove(number)
         try:
-            if handle.backed:
+            if handle.backing:
                 self._passthrough.release(handle)
             if handle.lent or handle.shared:
                 self._router.release(number, handle)
         finally:
-            os.close(handle.descriptor)
+            if self.late_requests and self._handles.is_inherited(number):
+                self.late_requests = self._router.is_busy()
+            if not self.late_requests or not self._handles.is_inherited(number):
+                os.close(handle.descriptor)
+            if handle.snapshot >= 0:
+                os.close(handle.snapshot)
 
     def root_handle(self) -> int:
         """Return the number of a handle of the source directory that stays open, for what concerns all of it."""
@@ -188,7 +257,7 @@ class Files:
         """Open a directory and return the handle's number and the directory's attributes."""
         self._handles.ensure_room()
         descriptor, attributes = self._reopen(nodeid, _OPEN_DIRECTORY)
-        return self._add(descriptor, nodeid, 0, attributes), attributes
+        return self._add(descriptor, nodeid, _DIRECTORY_FLAGS, attributes), attributes
 
     def entries(self, number: int, offset: int) -> list[DirectoryEntry]:
         """Return the entries of an open directory as they were when it was first read from its start.

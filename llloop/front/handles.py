@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Container
+from collections.abc import Container, Iterator
 
+from ..ledger import HANDLE, Ledger
 from ..metrics import own_cell
 from ..protocol import HANDLES_PER_FRONT
 from ..syscalls import DirectoryEntry
+
+# The numbers of a handle's record: its own, nodeid, descriptor, open(2) flags, registration with the kernel,
+# the snapshot's descriptor + 1.
+_BACKING, _SNAPSHOT = 4, 5
 
 
 class Handle:
@@ -19,40 +24,47 @@ class Handle:
         nodeid: its inode.
         shard: the worker that does its I/O.
         device: the file system it is on, as in `llloop.syscalls.Attributes`.
-        direct: whether it was opened with O_DIRECT.
-        backed: whether the kernel does its I/O itself.
+        flags: the caller's open(2) flags.
+        direct: whether O_DIRECT is among them.
+        backing: the registration by which the kernel does its I/O itself, or 0.
         lent: whether that worker may hold the descriptor too and must be told of the release.
         shared: whether any worker may, because the file was copied from.
         read_flags, write_flags: the RWF_ flags (preadv2(2)) with which the front may try a small read or write itself
             because it cannot block, or None if it may not.
         entries: a directory's entries as they were when it was opened or rewound, or None.
+        snapshot: a descriptor of memory that holds these entries for the next front, or -1.
+        place: where its record is in the ledger.
         append, writer: whether it was opened with O_APPEND, and by which uid and gid; only used where llfuse runs
             the loop, whose write handler says neither.
     """
 
     __slots__ = (
         "append",
-        "backed",
+        "backing",
         "descriptor",
         "device",
         "direct",
         "entries",
+        "flags",
         "lent",
         "nodeid",
+        "place",
         "read_flags",
         "shard",
         "shared",
+        "snapshot",
         "write_flags",
         "writer",
     )
 
-    def __init__(self, descriptor: int, nodeid: int, shard: int, direct: bool) -> None:
+    def __init__(self, descriptor: int, nodeid: int, shard: int, flags: int) -> None:
         self.descriptor = descriptor
         self.nodeid = nodeid
         self.shard = shard
         self.device = 0
-        self.direct = direct
-        self.backed = False
+        self.flags = flags
+        self.direct = bool(flags & os.O_DIRECT)
+        self.backing = 0
         self.lent = False
         self.read_flags: int | None = None
         self.write_flags: int | None = None
@@ -60,28 +72,52 @@ class Handle:
         self.append = False
         self.writer = (0, 0)
         self.entries: list[DirectoryEntry] | None = None
+        self.snapshot = -1
+        self.place = 0
 
 
 class Handles:
     """All open files and directories by number.
 
     Args:
-        generation: how many fronts there have been, this one included. A number given out by an earlier front means
-            nothing to this one: whoever still has it open gets EBADF, never somebody else's file.
+        ledger: where the next front finds them.
+        generation: how many fronts there have been, this one included; no two give out the same number.
         capacity: how many may be open, so that descriptors are left for names and directories.
         count: a cell for how many are.
     """
 
-    def __init__(self, generation: int = 1, capacity: int = 1 << 30, count: memoryview | None = None) -> None:
+    def __init__(
+        self, ledger: Ledger, generation: int = 1, capacity: int = 1 << 30, count: memoryview | None = None
+    ) -> None:
+        self._ledger = ledger
         self._capacity = capacity
         self._count = own_cell() if count is None else count
         self._count[0] = 0
         self._table: dict[int, Handle] = {}
         self._of_inode: dict[int, list[Handle]] = {}
-        self._next = generation * HANDLES_PER_FRONT
+        self._first = self._next = generation * HANDLES_PER_FRONT
+
+    @property
+    def next_number(self) -> int:
+        """The number that the next handle gets."""
+        return self._next
 
     def __len__(self) -> int:
         return len(self._table)
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._table
+
+    def is_inherited(self, number: int) -> bool:
+        """Whether the handle with that number was made by a front before this one."""
+        return number < self._first
+
+    def descriptors(self) -> Iterator[int]:
+        """Yield every descriptor that belongs to an open file or directory."""
+        for handle in self._table.values():
+            yield handle.descriptor
+            if handle.snapshot >= 0:
+                yield handle.snapshot
 
     def open_inodes(self) -> Container[int]:
         """Return the inodes that are open."""
@@ -100,10 +136,31 @@ class Handles:
         """Take *handle* in and return its number."""
         number = self._next
         self._next = number + 1
+        handle.place = self._ledger.add(HANDLE, (number, handle.nodeid, handle.descriptor, handle.flags, 0, 0, 0))
+        self._enter(number, handle)
+        return number
+
+    def _enter(self, number: int, handle: Handle) -> None:
         self._table[number] = handle
         self._count[0] = len(self._table)
         self._of_inode.setdefault(handle.nodeid, []).append(handle)
-        return number
+
+    def take_over(self, number: int, handle: Handle, place: int) -> None:
+        """Take in a handle of a front that is gone, whose record is at *place*."""
+        handle.place = place
+        self._enter(number, handle)
+
+    def note_backing(self, handle: Handle, backing: int) -> None:
+        """Note by which registration the kernel does the I/O of *handle* itself."""
+        handle.backing = backing
+        self._ledger.set(handle.place, _BACKING, backing)
+
+    def note_snapshot(self, handle: Handle, descriptor: int) -> None:
+        """Note a descriptor of memory with a directory's entries, or -1, and close the one before it."""
+        old, handle.snapshot = handle.snapshot, descriptor
+        self._ledger.set(handle.place, _SNAPSHOT, descriptor + 1)
+        if old >= 0:
+            os.close(old)
 
     def get(self, number: int) -> Handle:
         """Return the handle with that number.
@@ -117,12 +174,13 @@ class Handles:
         return handle
 
     def remove(self, number: int) -> Handle:
-        """Take the handle out; closing its descriptor is left to the caller.
+        """Take the handle out; closing its descriptors is left to the caller.
 
         Raises:
             OSError: EBADF if there is none.
         """
         handle = self.get(number)
+        self._ledger.remove(handle.place)  # before its descriptors are closed: no record names one that is not its own
         del self._table[number]
         self._count[0] = len(self._table)
         others = self._of_inode[handle.nodeid]

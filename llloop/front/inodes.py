@@ -2,7 +2,8 @@
 
 An inode costs no descriptor. It is one small object holding its parent's number, its name, how
 often the kernel has looked it up and what tells it from another file that gets the same number
-later. It goes when the kernel has forgotten it exactly as often as it was looked up.
+later. It goes when the kernel has forgotten it exactly as often as it was looked up. All this
+stands in the ledger, too, for the next front.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ import errno
 import os
 from collections.abc import Callable
 
+from ..ledger import INODE, LINK, Ledger, Record
 from ..metrics import own_cell
 from ..syscalls import Attributes, DirectoryEntry
 
 ROOT = 1  # FUSE_ROOT_ID of <linux/fuse.h>
 _MASK = (1 << 64) - 1
+
+# The numbers of an inode's record: nodeid, parent, number, device, birth, lookups, pinned descriptor + 1.
+_PARENT, _LOOKUPS, _PIN = 1, 5, 6
 
 
 def mix(number: int) -> int:
@@ -44,18 +49,20 @@ class Inode:
         lookups: how often the kernel has looked it up and not yet forgotten it.
         device, number: st_dev and st_ino in the source.
         birth: its birth time in nanoseconds, 0 where unknown; the generation told to the kernel.
+        place: where its record is in the ledger.
         stamp: the size and times at which the kernel's page cache was last known to be right, or None.
     """
 
-    __slots__ = ("birth", "device", "lookups", "name", "number", "parent", "stamp")
+    __slots__ = ("birth", "device", "lookups", "name", "number", "parent", "place", "stamp")
 
-    def __init__(self, parent: int, name: bytes, attributes: Attributes, birth: int = 0) -> None:
+    def __init__(self, parent: int, name: bytes, number: int, device: int, birth: int = 0) -> None:
         self.parent = parent
         self.name = name
         self.lookups = 0
-        self.device = attributes.device
-        self.number = attributes.ino
+        self.device = device
+        self.number = number
         self.birth = birth
+        self.place = 0
         self.stamp: tuple[int, ...] | None = None
 
     def is_same(self, attributes: Attributes) -> bool:
@@ -76,16 +83,20 @@ class Inodes:
 
     Args:
         root: the attributes of the source directory.
+        ledger: where the next front finds the table.
         births: whether a file's birth time tells it from another with its number. On stacked file systems it changes
             when a file is copied up, while the file stays the same.
         count: a cell for how many there are.
     """
 
-    def __init__(self, root: Attributes, *, births: bool = True, count: memoryview | None = None) -> None:
+    def __init__(
+        self, root: Attributes, ledger: Ledger, *, births: bool = True, count: memoryview | None = None
+    ) -> None:
+        self._ledger = ledger
         self._root_device = root.device
         self._root_number = root.ino
         self._births = births
-        inode = Inode(0, b"", root, 0)
+        inode = Inode(0, b"", root.ino, root.device)
         inode.lookups = 1  # the kernel never forgets the root
         self._table: dict[int, Inode] = {ROOT: inode}
         self._count = own_cell() if count is None else count
@@ -94,8 +105,8 @@ class Inodes:
         self._renumbered: dict[tuple[int, int], int] = {}
         # Called with a number that was given to another file, so that nothing kept for the old one is used for it.
         self.on_reuse: Callable[[int], None] = _nothing
-        # Further names of hard-linked inodes that the kernel has seen.
-        self._links: dict[int, set[tuple[int, bytes]]] = {}
+        # Further names of hard-linked inodes that the kernel has seen, each with the place of its record.
+        self._links: dict[int, dict[tuple[int, bytes], int]] = {}
 
     def __len__(self) -> int:
         return len(self._table)
@@ -152,7 +163,9 @@ class Inodes:
         return nodeid if inode is not None and inode.is_same(attributes) else None
 
     def remember(self, parent: int, name: bytes, attributes: Attributes) -> int:
-        """Note that the kernel is being told of an inode, and return the number to tell it.
+        """Note an inode that the kernel is about to be told of, and return the number to tell it.
+
+        Only `count` says that the kernel has been told.
 
         Args:
             parent: the number of the directory it was found in, 0 if it has no name.
@@ -167,43 +180,54 @@ class Inodes:
             inode = self._table.get(nodeid)
             if inode is None:
                 birth = birth_of(attributes) if self._births else 0
-                inode = self._table[nodeid] = Inode(parent, name, attributes, birth)
+                inode = Inode(parent, name, attributes.ino, attributes.device, birth)
+                inode.place = self._record(nodeid, inode, 0)
+                self._table[nodeid] = inode
                 self._count[0] = len(self._table)
                 if nodeid != inode.number:
                     self._renumbered[inode.device, inode.number] = nodeid
+                return nodeid
         if inode.name != name or inode.parent != parent or not inode.is_same(attributes):
             self._found_elsewhere(nodeid, inode, parent, name, attributes)
-        inode.lookups += 1
         return nodeid
+
+    def count(self, nodeid: int) -> None:
+        """Note that the kernel has been told of an inode once more."""
+        inode = self._table[nodeid]
+        lookups = inode.lookups = inode.lookups + 1
+        self._ledger.set(inode.place, _LOOKUPS, lookups)
 
     def _found_elsewhere(self, nodeid: int, inode: Inode, parent: int, name: bytes, attributes: Attributes) -> None:
         if not inode.is_same(attributes):  # the number was given to another file
-            self._links.pop(nodeid, None)
+            self._drop_links(nodeid)
             inode.birth = birth_of(attributes)
             inode.stamp = None
             self.on_reuse(nodeid)
         elif attributes.nlink == 1:
-            self._links.pop(nodeid, None)
+            self._drop_links(nodeid)
         elif inode.parent and attributes.mode & 0o170000 != 0o040000:
-            links = self._links.setdefault(nodeid, set())
-            links.add((inode.parent, inode.name))
-            links.discard((parent, name))
+            self._add_link(nodeid, (inode.parent, inode.name))
+            self._drop_link(nodeid, (parent, name))
         if nodeid != ROOT:
             inode.parent, inode.name = parent, name
+            self._record_again(nodeid, inode)
 
     def forget(self, nodeid: int, lookups: int) -> bool:
         """Take back *lookups* of an inode; return whether it is gone from the table."""
         inode = self._table.get(nodeid)
         if inode is None or nodeid == ROOT:
             return False
-        inode.lookups -= lookups
-        if inode.lookups > 0:
+        left = inode.lookups = inode.lookups - lookups
+        ledger = self._ledger
+        if left > 0:
+            ledger.set(inode.place, _LOOKUPS, left)
             return False
+        ledger.remove(inode.place)
         del self._table[nodeid]
         self._count[0] = len(self._table)
         if inode.number != nodeid:
             del self._renumbered[inode.device, inode.number]
-        self._links.pop(nodeid, None)
+        self._drop_links(nodeid)
         return True
 
     def other_names(self, nodeid: int) -> list[tuple[int, bytes]]:
@@ -217,24 +241,120 @@ class Inodes:
             return
         if (inode.parent, inode.name) == old or not inode.parent:
             inode.parent, inode.name = new
-            self._links.get(nodeid, set()).discard(new)
-            return
-        links = self._links.setdefault(nodeid, set())
-        links.discard(old)
-        links.add(new)
+            self._record_again(nodeid, inode)
+            self._drop_link(nodeid, new)
+        else:
+            self._drop_link(nodeid, old)
+            if (inode.parent, inode.name) != new:
+                self._add_link(nodeid, new)
 
     def unlinked(self, nodeid: int, parent: int, name: bytes) -> bool:
         """Note that a name of an inode is gone; return whether another is known."""
         inode = self._table.get(nodeid)
         if inode is None:
             return False
-        links = self._links.get(nodeid)
         if (inode.parent, inode.name) != (parent, name):
-            if links:
-                links.discard((parent, name))
+            self._drop_link(nodeid, (parent, name))
             return bool(inode.parent)
+        links = self._links.get(nodeid)
         if links:
-            inode.parent, inode.name = links.pop()
+            inode.parent, inode.name = link = next(iter(links))
+            self._record_again(nodeid, inode)
+            self._drop_link(nodeid, link)
             return True
         inode.parent, inode.name = 0, b""
+        self._ledger.set(inode.place, _PARENT, 0)
         return False
+
+    # The ledger
+
+    def _record(self, nodeid: int, inode: Inode, pin: int) -> int:
+        return self._ledger.add(
+            INODE,
+            (nodeid, inode.parent, inode.number, inode.device, inode.birth & _MASK, inode.lookups, pin),
+            inode.name,
+        )
+
+    def _record_again(self, nodeid: int, inode: Inode) -> None:
+        """Bring an inode's record up to date."""
+        old = inode.place
+        ledger = self._ledger
+        inode.place = self._record(nodeid, inode, ledger.get(old, _PIN) if old else 0)
+        ledger.remove(old)
+
+    def note_pin(self, nodeid: int, fd: int) -> None:
+        """Note the descriptor that keeps an inode without names, or -1."""
+        inode = self._table.get(nodeid)
+        if inode is not None:
+            self._ledger.set(inode.place, _PIN, fd + 1)
+
+    def _add_link(self, nodeid: int, link: tuple[int, bytes]) -> None:
+        links = self._links.setdefault(nodeid, {})
+        if link not in links:
+            links[link] = self._ledger.add(LINK, (nodeid, link[0], 0, 0, 0, 0, 0), link[1])
+
+    def _drop_link(self, nodeid: int, link: tuple[int, bytes]) -> None:
+        links = self._links.get(nodeid)
+        if links is not None and link in links:
+            self._ledger.remove(links.pop(link))
+
+    def _drop_links(self, nodeid: int) -> None:
+        for place in self._links.pop(nodeid, {}).values():
+            self._ledger.remove(place)
+
+    def recover(self, records: list[Record]) -> dict[int, int]:
+        """Take over the table of a front that is gone.
+
+        Args:
+            records: all that it has left, the older first.
+
+        Returns:
+            The descriptors of inodes without names, by number.
+        """
+        pins: dict[int, int] = {}
+        for record in records:
+            if record.kind == INODE:
+                nodeid, parent, number, device, birth, lookups, pin = record.fields
+                # A birth before 1970 is negative.
+                name = record.name if parent else b""
+                inode = Inode(parent, name, number, device, birth - (birth >> 63 << 64))
+                inode.lookups = lookups
+                inode.place = record.place
+                superseded = self._table.get(nodeid)
+                if superseded is not None:
+                    self._ledger.remove(superseded.place)
+                    pins.pop(nodeid, None)
+                self._table[nodeid] = inode
+                if nodeid != number:
+                    self._renumbered[device, number] = nodeid
+                if pin:
+                    pins[nodeid] = pin - 1
+        for record in records:
+            if record.kind == LINK:
+                nodeid, parent = record.fields[:2]
+                links = self._links.setdefault(nodeid, {})
+                inode_of = self._table.get(nodeid)
+                link = (parent, record.name)
+                if inode_of is None or link in links or link == (inode_of.parent, inode_of.name):
+                    self._ledger.remove(record.place)
+                else:
+                    links[link] = record.place
+        self._count[0] = len(self._table)
+        return pins
+
+    def settle(self, delivered: bool) -> list[int]:
+        """Decide about the inodes of which a dead front had not noted whether the kernel was told.
+
+        Args:
+            delivered: whether it was: then none of what the front had in hand was sent again.
+
+        Returns:
+            Those of which it was not, which are forgotten.
+        """
+        doubtful = [nodeid for nodeid, inode in self._table.items() if not inode.lookups]
+        for nodeid in doubtful:
+            if delivered:
+                self.count(nodeid)
+            else:
+                self.forget(nodeid, 0)
+        return [] if delivered else doubtful

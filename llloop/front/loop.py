@@ -9,19 +9,41 @@ import time
 from contextlib import suppress
 
 from .. import wire
+from ..ledger import Ledger
 from ..metrics import ERRORS, NANOSECONDS
+from ..negotiation import Feature
 from ..session import Session
 from ..wire import Opcode
 from .mirror import Mirror
 from .native import Handler, native_table
 from .native.base import malformed
+from .recovery import settle
 
 _log = logging.getLogger(__name__)
 
 # read(2) from /dev/fuse fails so when a request was withdrawn or a signal came: nothing is wrong.
 _AGAIN = frozenset({errno.EINTR, errno.ENOENT, errno.EAGAIN})
-# A request of this many bytes or more is a WRITE, and others like it will follow: from here on a pipe pays.
+# A request of this many bytes or more mostly is a WRITE, and others like it will follow: from here on a pipe pays.
 _LARGE = 96 * 1024
+
+# So many fronts may die of one request.
+_MOST_TRIES = 3
+_FUSE_NOTIFY_RESEND = 7  # enum fuse_notify_code
+# What comes between and is never sent again.
+_NOT_RESENT = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT})
+# Those whose answer makes the kernel know an inode.
+_ENTRIES = frozenset(
+    {
+        Opcode.LOOKUP,
+        Opcode.READDIRPLUS,
+        Opcode.CREATE,
+        Opcode.TMPFILE,
+        Opcode.MKNOD,
+        Opcode.MKDIR,
+        Opcode.SYMLINK,
+        Opcode.LINK,
+    }
+)
 
 
 class Loop:
@@ -31,94 +53,140 @@ class Loop:
         mirror: what is served.
         session: llfuse's session, which takes the requests that have no handler here.
         device: the descriptor of /dev/fuse.
+        ledger: what fronts leave to each other.
     """
 
-    def __init__(self, mirror: Mirror, session: Session, device: int) -> None:
+    def __init__(self, mirror: Mirror, session: Session, device: int, ledger: Ledger) -> None:
+        self._ledger = ledger
         self._mirror = mirror
+        self._arena = mirror.router.arena
+        self._buffers = self._arena.receive_buffers
+        self._offset_of = self._arena.request_offset
+        pipes = self._arena.pipes
+        self._piped_slots = len(pipes) if pipes is not None else 0
+        self._streaming = False
         self._device = device
         self._process = session.processor()
+        self._known = max(Opcode) + 1
+        self._rows = self._arena.metrics.front.rows
         self._complained = False
-        self._table: list[Handler] = [self._by_libfuse] * (max(Opcode) + 1)
+        self._table: list[Handler] = [self._by_libfuse] * self._known
         for opcode, handler in native_table(mirror, device).items():
             self._table[opcode] = handler
 
     def run(self) -> None:
         """Serve until the file system is unmounted."""
+        receive = self._receive
+        serve = self._serve
+        while True:
+            base, length = receive()
+            if not length:
+                return
+            serve(base, length)
+
+    def take_up(self) -> None:
+        """Have the kernel send again what a dead front left unanswered, and serve that (Linux 6.9, HAS_RESEND).
+
+        It all comes before anything else, but for what the kernel forgets.
+        """
+        mirror = self._mirror
+        if mirror.capabilities is None or Feature.HAS_RESEND not in mirror.capabilities.features:
+            self._refuse_all()
+            settle(mirror, True)
+            return
+        os.write(self._device, wire.OUT_HEADER.pack(wire.OUT_HEADER_SIZE, _FUSE_NOTIFY_RESEND, 0))
+        delivered = True
+        while True:
+            base, length = self._receive()
+            if not length:
+                return
+            self._streaming = False  # what is sent again is not so large that a copy of it counts
+            opcode, unique = wire.OPCODE_AND_UNIQUE.unpack_from(self._arena.memory, base)
+            if opcode not in _NOT_RESENT and not unique & wire.FUSE_UNIQUE_RESEND:
+                settle(mirror, delivered)
+                self._serve(base, length)
+                return
+            delivered = delivered and opcode not in _ENTRIES
+            if opcode not in _NOT_RESENT and self._ledger.serving_again(unique) > _MOST_TRIES:
+                _log.error("request %d (opcode %d) has killed %d fronts: it is refused", unique, opcode, _MOST_TRIES)
+                self._refuse(base, opcode, errno.EIO)
+            else:
+                self._serve(base, length)
+
+    def _receive(self) -> tuple[int, int]:
+        """Return where the next request lies and its length, which is 0 if the file system is unmounted."""
         router = self._mirror.router
-        arena = router.arena
-        buffers = arena.receive_buffers
-        offset_of = arena.request_offset
-        opcode_at = wire.OPCODE.unpack_from
-        shortest = wire.SHORTEST
-        memory = arena.memory
-        table = self._table
-        known = len(table)
-        device = self._device
-        readv = os.readv
-        pipes = arena.pipes
-        piped_slots = len(pipes) if pipes is not None else 0
-        streaming = False
-        clock = time.monotonic_ns
-        rows = arena.metrics.front.rows
-        nanoseconds = NANOSECONDS
         while True:
             if router.backlog:
-                router.wait(device)
+                router.wait(self._device)
             slot = router.slot
             try:
-                length = self._receive(slot) if streaming and slot < piped_slots else readv(device, buffers[slot])
+                if self._streaming and slot < self._piped_slots:
+                    length = self._receive_piped(slot)
+                else:
+                    length = os.readv(self._device, self._buffers[slot])
             except OSError as error:
-                if error.errno in _AGAIN:
-                    continue
                 if error.errno == errno.ENODEV:
-                    return
-                raise
-            router.taken = start = clock()
-            streaming = length >= _LARGE
-            base = offset_of(slot)
-            said, opcode = opcode_at(memory, base)
-            if opcode >= known:
-                opcode = 0
-            if said != length or length < shortest[opcode] or (streaming and opcode != Opcode.WRITE):
-                self._malformed(base, opcode, length)
+                    return 0, 0
+                if error.errno not in _AGAIN:
+                    raise
             else:
-                try:
-                    table[opcode](base, length)
-                except OSError as error:
-                    self._refuse(base, opcode, error.errno or errno.EIO)
-                except Exception:
-                    _log.exception("a request with opcode %d failed", opcode)
-                    self._refuse(base, opcode, errno.EIO)
-            if streaming and router.piped:  # nobody took it
-                router.piped = False
-                arena.discard(slot)
-            if router.backlog and router.parked:  # a worker will count it, as those that have left the slot
-                router.parked = False
-            elif router.slot == slot:
-                # As Sheet.finished() does, whose call would cost more than this.
-                latency = clock() - start
-                row = rows[opcode]
-                row[nanoseconds] += latency
-                row[(latency // 1000).bit_length()] += 1
+                router.taken = time.monotonic_ns()
+                self._streaming = length >= _LARGE
+                return self._offset_of(slot), length
 
-    def _receive(self, slot: int) -> int:
+    def _receive_piped(self, slot: int) -> int:
         """Receive a request through the pipe of *slot*, where a large payload stays."""
-        router = self._mirror.router
-        arena = router.arena
-        pipes = arena.pipes
+        pipes = self._arena.pipes
         assert pipes is not None
         length = pipes.receive(slot, self._device)
-        buffer = arena.receive_buffers[slot][0]
-        if length >= _LARGE:
-            pipes.take(slot, buffer[: wire.WRITE_HEADER_SIZE])
-            router.piped = True
-        else:
-            pipes.take(slot, buffer[:length])
+        buffer = self._buffers[slot][0]
+        taken = pipes.take(slot, buffer[: wire.WRITE_HEADER_SIZE])
+        if length >= _LARGE and wire.OPCODE.unpack_from(buffer)[1] == Opcode.WRITE:
+            self._mirror.router.piped = True
+        elif taken < length:  # a long BATCH_FORGET, for example
+            pipes.take(slot, buffer[taken:length])
         return length
+
+    def _serve(self, base: int, length: int) -> None:
+        """Serve the request that was received last."""
+        router = self._mirror.router
+        slot = router.slot
+        said, opcode = wire.OPCODE.unpack_from(self._arena.memory, base)
+        if opcode >= self._known:
+            opcode = 0
+        if said != length or length < wire.SHORTEST[opcode]:
+            self._malformed(base, opcode, length)
+        else:
+            try:
+                self._table[opcode](base, length)
+            except OSError as error:
+                self._refuse(base, opcode, error.errno or errno.EIO)
+            except Exception:
+                _log.exception("a request with opcode %d failed", opcode)
+                self._refuse(base, opcode, errno.EIO)
+        if router.piped:  # nobody took it
+            router.piped = False
+            self._arena.discard(slot)
+        if router.backlog and router.parked:  # a worker will count it, as those that have left the slot
+            router.parked = False
+        elif router.slot == slot:
+            # As Sheet.finished() does, whose call would cost more than this.
+            latency = time.monotonic_ns() - router.taken
+            row = self._rows[opcode]
+            row[NANOSECONDS] += latency
+            row[(latency // 1000).bit_length()] += 1
+
+    def _refuse_all(self) -> None:
+        """Answer what a dead front had taken and given to nobody with EIO, for nobody else will."""
+        for slot, state in enumerate(self._arena.states):
+            base = self._offset_of(slot)
+            if not state and wire.UNIQUE.unpack_from(self._arena.memory, base)[0]:  # 0: nothing has ever been there
+                self._refuse(base, 0, errno.EIO)
 
     def _by_libfuse(self, base: int, length: int) -> None:
         """Have libfuse decode a request, which takes on trust that strings end and sizes are right."""
-        arena = self._mirror.router.arena
+        arena = self._arena
         arena.memory[base + length : base + length + 2] = b"\0\0"
         _, opcode = wire.OPCODE.unpack_from(arena.memory, base)
         if opcode == Opcode.SETXATTR:
@@ -137,7 +205,7 @@ class Loop:
 
     def _refuse(self, base: int, opcode: int, number: int) -> None:
         """Answer a request with an errno."""
-        self._mirror.router.arena.metrics.front.add(opcode, ERRORS)
-        (unique,) = wire.UNIQUE.unpack_from(self._mirror.router.arena.memory, base)
+        self._arena.metrics.front.add(opcode, ERRORS)
+        (unique,) = wire.UNIQUE.unpack_from(self._arena.memory, base)
         with suppress(OSError):  # mostly it is answered already, or nobody waits for it any more
             os.write(self._device, wire.error_reply(unique, number))

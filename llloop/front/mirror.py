@@ -8,11 +8,13 @@ from dataclasses import dataclass
 
 from ..arena import Arena
 from ..config import ServeConfig
+from ..ledger import Ledger
 from ..metrics import Gauge
 from ..negotiation import Capabilities, Feature
 from ..privilege import Caller, SetidGuard
 from ..syscalls import CLOSE_CAN_FAIL, STACKED, file_system_type, fstatx
 from .anchors import Anchors
+from .attempts import Attempts
 from .caching import CachePolicy
 from .files import Files
 from .handles import Handles
@@ -35,7 +37,7 @@ class Mirror:
     Attributes:
         config: the mount's options.
         capabilities: what was agreed with the kernel; None where llfuse runs the loop.
-        inodes, handles, tree, files, router, policy, passthrough, setid: see their modules.
+        inodes, handles, attempts, tree, files, router, policy, passthrough, setid: see their modules.
         close_can_fail: whether close(2) on the source can report an error of an earlier write.
     """
 
@@ -43,6 +45,7 @@ class Mirror:
     capabilities: Capabilities | None
     inodes: Inodes
     handles: Handles
+    attempts: Attempts
     tree: Tree
     files: Files
     router: Router
@@ -53,7 +56,13 @@ class Mirror:
 
 
 def build_mirror(
-    config: ServeConfig, capabilities: Capabilities | None, arena: Arena, pipes: list[int], root: int, device: int
+    config: ServeConfig,
+    capabilities: Capabilities | None,
+    arena: Arena,
+    ledger: Ledger,
+    pipes: list[int],
+    root: int,
+    device: int,
 ) -> Mirror:
     """Put together what a front serves from.
 
@@ -61,6 +70,7 @@ def build_mirror(
         config: the mount's options.
         capabilities: what was agreed with the kernel, or None.
         arena: the shared memory.
+        ledger: what is to outlive the front.
         pipes: the write ends of the workers' request pipes.
         root: an O_PATH descriptor of the source.
         device: the descriptor of /dev/fuse.
@@ -72,25 +82,27 @@ def build_mirror(
     finally:
         os.close(readable)
     metrics = arena.metrics
-    inodes = Inodes(fstatx(root), births=kind not in STACKED, count=metrics.gauge(Gauge.INODES))
+    inodes = Inodes(fstatx(root), ledger, births=kind not in STACKED, count=metrics.gauge(Gauge.INODES))
     directories = min(_DIRECTORIES_MOST, limit // _DIRECTORIES_SHARE)
     anchors = Anchors(inodes, root, directories)
     payload_pipes = arena.pipes.descriptors if arena.pipes is not None else []
     capacity = limit - directories - _RESERVE - len(pipes) - len(payload_pipes)
-    handles = Handles(arena.generation, capacity, metrics.gauge(Gauge.HANDLES))
+    handles = Handles(ledger, arena.generation, capacity, metrics.gauge(Gauge.HANDLES))
     router = Router(arena, pipes)
     caller = Caller()
     setid = SetidGuard()
-    tree = Tree(root, inodes, anchors, handles, caller, setid)
+    attempts = Attempts(ledger)
+    tree = Tree(root, inodes, anchors, handles, attempts, caller, setid)
     features = capabilities.features if capabilities is not None else Feature(0)
-    passthrough = Passthrough(device, handles, Feature.PASSTHROUGH in features)
+    passthrough = Passthrough(device, handles, attempts, Feature.PASSTHROUGH in features)
     return Mirror(
         config=config,
         capabilities=capabilities,
         inodes=inodes,
         handles=handles,
+        attempts=attempts,
         tree=tree,
-        files=Files(tree, handles, router, passthrough, setid, Feature.WRITEBACK_CACHE in features),
+        files=Files(tree, handles, router, passthrough, setid, attempts, Feature.WRITEBACK_CACHE in features),
         router=router,
         policy=CachePolicy(config, Feature.DIRECT_IO_ALLOW_MMAP in features),
         passthrough=passthrough,

@@ -112,6 +112,7 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
     def _entry(self, nodeid: int, attributes: Attributes) -> EntryAttributes:
         entry = self._attributes(nodeid, attributes)
         entry.generation = self._mirror.inodes.get(nodeid).birth & 0xFFFFFFFFFFFFFFFF
+        self._mirror.inodes.count(nodeid)
         entry.entry_timeout = self._mirror.config.entry_timeout
         return entry
 

@@ -12,8 +12,10 @@ import logging
 import os
 import stat
 import struct
+from contextlib import suppress
 
 from ..syscalls import Attributes
+from .attempts import Attempts
 from .handles import Handle, Handles
 
 _log = logging.getLogger(__name__)
@@ -75,12 +77,14 @@ class Passthrough:
     Args:
         device: the descriptor of /dev/fuse.
         handles: the open files.
+        attempts: where a registration is noted until its file's handle has it.
         wanted: whether files are to be passed through at all.
     """
 
-    def __init__(self, device: int, handles: Handles, wanted: bool) -> None:
+    def __init__(self, device: int, handles: Handles, attempts: Attempts, wanted: bool) -> None:
         self._device = device
         self._handles = handles
+        self._attempts = attempts
         self._wanted = wanted
         # The registration of an inode, and how many open files use it.
         self._registered: dict[int, tuple[int, int]] = {}
@@ -96,8 +100,8 @@ class Passthrough:
         Returns:
             The registration, or 0 if the workers are to do it.
         """
-        if not self._wanted:
-            return 0
+        if handle.backing or not self._wanted:
+            return handle.backing
         nodeid = handle.nodeid
         registered = self._registered.get(nodeid)
         if registered is None:
@@ -110,10 +114,23 @@ class Passthrough:
             except OSError as error:
                 self._note_refusal(handle, error)
                 return 0
+            self._attempts.made_backing(registered[0])
         backing, users = registered
         self._registered[nodeid] = (backing, users + 1)
-        handle.backed = True
+        self._handles.note_backing(handle, backing)
         return backing
+
+    def take_over(self, handle: Handle, backing: int) -> None:
+        """Take in a file of a front that is gone, whose I/O the kernel does by the registration *backing*."""
+        handle.backing = backing
+        _, users = self._registered.get(handle.nodeid, (backing, 0))
+        self._registered[handle.nodeid] = (backing, users + 1)
+
+    def drop(self, backing: int) -> None:
+        """Take a registration back that a front made for no file that it noted."""
+        if backing and backing not in (known for known, _ in self._registered.values()):
+            with suppress(OSError):
+                close_backing(self._device, backing)
 
     def _note_refusal(self, handle: Handle, error: OSError) -> None:
         """Say once for each file system that the workers do what the kernel does not."""

@@ -6,7 +6,7 @@ import gc
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -15,12 +15,14 @@ import llfuse
 from .. import syscalls
 from ..arena import Arena
 from ..config import ServeConfig
+from ..ledger import Ledger
 from ..negotiation import Capabilities
 from ..privilege import FRONT, keep_only
 from ..session import Session
 from .loop import Loop
 from .mirror import Mirror, build_mirror
 from .operations import Operations
+from .recovery import let_workers_finish, recover
 from .router import Exchange
 
 _log = logging.getLogger(__name__)
@@ -33,6 +35,7 @@ class FrontSetup:
     Attributes:
         config: the mount's options.
         arena: the shared memory.
+        ledger: what a front leaves to the next.
         pipes: the write ends of the workers' request pipes.
         root: an O_PATH descriptor of the source.
         device: the descriptor of /dev/fuse.
@@ -44,6 +47,7 @@ class FrontSetup:
 
     config: ServeConfig
     arena: Arena
+    ledger: Ledger
     pipes: list[int]
     root: int
     device: int
@@ -53,27 +57,35 @@ class FrontSetup:
     answers: int
 
 
-def run_front(setup: FrontSetup, ready: Callable[[], None]) -> None:
+def run_front(setup: FrontSetup, own: Collection[int], ready: Callable[[], None]) -> None:
     """Serve until the file system is unmounted.
 
     Args:
         setup: see there.
+        own: the descriptors that every front starts with; a dead one's others are open, too.
         ready: called when requests are about to be served.
     """
     arena = setup.arena
     _let_workers_pull()
     keep_only(FRONT)
     arena.new_front(os.getpid())
+    arena.prefault()
     arena.discard_unlent()
-    mirror = build_mirror(setup.config, setup.capabilities, arena, setup.pipes, setup.root, setup.device)
+    mirror = build_mirror(setup.config, setup.capabilities, arena, setup.ledger, setup.pipes, setup.root, setup.device)
+    is_successor = arena.generation > 1
+    if is_successor:
+        recover(mirror, setup.ledger, own)
+        let_workers_finish(mirror)
     signal.signal(signal.SIGUSR1, lambda number, frame: _report(mirror))
     # Nothing here makes reference cycles, and passing over a million inodes to find none would stop every request.
     gc.freeze()
     gc.disable()
     if setup.session is not None:
         setup.operations.attach(mirror, None, setup.device)
-        loop = Loop(mirror, setup.session, setup.device)
+        loop = Loop(mirror, setup.session, setup.device, setup.ledger)
         ready()
+        if is_successor:
+            loop.take_up()
         loop.run()
     else:
         setup.operations.attach(mirror, Exchange(mirror.router, setup.answers), setup.device)

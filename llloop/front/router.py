@@ -6,6 +6,7 @@ import errno
 import os
 import select
 from collections import deque
+from contextlib import suppress
 from typing import NamedTuple
 
 from ..arena import Arena
@@ -202,6 +203,18 @@ class Router:
         for shard in range(self._shards) if handle.shared else (handle.shard,):
             self._waiting[shard].append(number)
             self._flush(shard)
+
+    def remind(self) -> None:
+        """Have the workers look at what a front before this one has lent them, perhaps without telling them."""
+        for shard, pipe in enumerate(self._pipes):
+            slots = [slot for slot, _ in self.arena.lent_to(shard)]
+            message = encode((Operation.RESUME, 0, -1, -1, -1, 0, 0, 0, 0, 0, slots))
+            with suppress(BlockingIOError):  # a full pipe has enough in it to do first
+                os.write(pipe, message)
+
+    def is_busy(self) -> bool:
+        """Whether workers have slots that are not answered yet."""
+        return any(self.arena.states)
 
     def _flush(self, shard: int) -> bool:
         waiting = self._waiting[shard]

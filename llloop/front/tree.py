@@ -18,6 +18,7 @@ from .. import syscalls, wire
 from ..privilege import Caller, SetidGuard
 from ..syscalls import Attributes, fstatx, statx
 from .anchors import Anchors, Reached
+from .attempts import Attempt, Attempts
 from .handles import Handle, Handles
 from .inodes import Inodes
 
@@ -79,24 +80,33 @@ class Tree:
         inodes: the inode table.
         anchors: how inodes are reached.
         handles: the open files, through which an inode can be reached that lost its name behind the mount.
+        attempts: tells of what a front before this one had begun and not answered.
         caller: acts as the requester where something is created.
         setid: decides about set-ID bits.
     """
 
     def __init__(
-        self, root: int, inodes: Inodes, anchors: Anchors, handles: Handles, caller: Caller, setid: SetidGuard
+        self,
+        root: int,
+        inodes: Inodes,
+        anchors: Anchors,
+        handles: Handles,
+        attempts: Attempts,
+        caller: Caller,
+        setid: SetidGuard,
     ) -> None:
         self._root = root
         self.inodes = inodes
         self.anchors = anchors
         self._handles = handles
+        self._attempts = attempts
         self._caller = caller
         self._setid = setid
 
     # Names
 
     def lookup(self, parent: int, name: bytes) -> tuple[int, Attributes]:
-        """Return number and attributes of *name* in *parent*, counting one lookup."""
+        """Return number and attributes of *name* in *parent*."""
         attributes = statx(self.anchors.directory(parent), check_name(name))
         return self.inodes.remember(parent, name, attributes), attributes
 
@@ -119,7 +129,15 @@ class Tree:
 
     def _make(self, parent: int, name: bytes, who: Requester, make: Callable[[int], None]) -> tuple[int, Attributes]:
         check_name(name)
-        self.as_requester(parent, who, make)
+        attempt = self._attempts.interrupted()
+        if attempt is None:
+            self._attempts.begin()
+        try:
+            self.as_requester(parent, who, make)
+        except FileExistsError:
+            if attempt is None or not attempt.made(statx(self.anchors.directory(parent), name)):
+                raise
+        self._attempts.done()
         return self.lookup(parent, name)
 
     def as_requester(self, parent: int, who: Requester, make: Callable[[int], _Made]) -> _Made:
@@ -137,7 +155,15 @@ class Tree:
         """Give an inode one more name (linkat(2))."""
         with self._reach(nodeid) as reached:
             path = f"/proc/self/fd/{reached.fd}"
-            os.link(path, check_name(name), dst_dir_fd=self.anchors.directory(parent), follow_symlinks=True)
+            directory = self.anchors.directory(parent)
+            attempt = self._attempts.interrupted()
+            if attempt is None:
+                self._attempts.begin()
+            try:
+                os.link(path, check_name(name), dst_dir_fd=directory, follow_symlinks=True)
+            except FileExistsError:
+                if attempt is None or not _is_same(statx(directory, name), fstatx(reached.fd)):
+                    raise
             attributes = fstatx(reached.fd)
         return self.inodes.remember(parent, name, attributes), attributes
 
@@ -151,13 +177,21 @@ class Tree:
 
     def _remove(self, parent: int, name: bytes, remove: _Remove) -> None:
         directory = self.anchors.directory(parent)
+        attempt = self._attempts.interrupted()
+        if attempt is not None and _is_gone(directory, check_name(name), attempt.number, attempt.done):
+            if attempt.has_pin():
+                self._lost_name(attempt.nodeid or None, parent, name, attempt.pin)
+            return
         pin = os.open(check_name(name), _PIN, dir_fd=directory)
         try:
-            nodeid = self.inodes.known(fstatx(pin))
+            attributes = fstatx(pin)
+            nodeid = self.inodes.known(attributes)
+            self._attempts.begin(attributes.ino, nodeid or 0, 0, pin, attributes.ino)
             remove(name, dir_fd=directory)
         except BaseException:
             os.close(pin)
             raise
+        self._attempts.done()
         self._lost_name(nodeid, parent, name, pin)
 
     def _lost_name(self, nodeid: int | None, parent: int, name: bytes, pin: int) -> None:
@@ -171,10 +205,33 @@ class Tree:
         """Rename with RENAME_ flags (renameat2(2))."""
         old_directory = self.anchors.directory(parent)
         new_directory = self.anchors.directory(new_parent)
-        moved = self.inodes.known(statx(old_directory, check_name(name)))
-        victim = self._pin_if_there(new_directory, check_name(new_name))
+        check_name(name)
+        check_name(new_name)
+        attempt = self._attempts.interrupted()
+        if attempt is not None and _has_moved(old_directory, name, new_directory, new_name, flags, attempt):
+            if attempt.nodeid and attempt.nodeid == attempt.target:  # two names of one file: rename(2) leaves both
+                return
+            exchanged = bool(flags & syscalls.RENAME_EXCHANGE)
+            if not exchanged and attempt.has_pin():
+                self._lost_name(attempt.target or None, new_parent, new_name, attempt.pin)
+            elif exchanged and attempt.target:
+                self.inodes.renamed(attempt.target, (new_parent, new_name), (parent, name))
+            if attempt.nodeid:
+                self.inodes.renamed(attempt.nodeid, (parent, name), (new_parent, new_name))
+            return
+        moved_attributes = statx(old_directory, name)
+        moved = self.inodes.known(moved_attributes)
+        victim = self._pin_if_there(new_directory, new_name)
         try:
-            target = None if victim is None else self.inodes.known(fstatx(victim))
+            victim_attributes = None if victim is None else fstatx(victim)
+            target = None if victim_attributes is None else self.inodes.known(victim_attributes)
+            self._attempts.begin(
+                moved_attributes.ino,
+                moved or 0,
+                target or 0,
+                -1 if victim is None else victim,
+                0 if victim_attributes is None else victim_attributes.ino,
+            )
             if flags:
                 syscalls.renameat2(old_directory, name, new_directory, new_name, flags)
             else:
@@ -183,6 +240,7 @@ class Tree:
             if victim is not None:
                 os.close(victim)
             raise
+        self._attempts.done()
         if victim is not None:
             if moved is not None and target == moved:  # two names of one file: rename(2) leaves both
                 os.close(victim)
@@ -278,6 +336,11 @@ class Tree:
         """
         self._setid.clear(kill_sgid)
         with self._reach(nodeid) as reached:
+            attempt = self._attempts.interrupted()
+            if attempt is None:
+                self._attempts.begin(int(bool(flags & os.XATTR_CREATE) and _has_xattr(reached.target, name)))
+            elif flags & os.XATTR_CREATE and not attempt.number and _has_xattr(reached.target, name):
+                return
             os.setxattr(reached.target, name, value, flags)
 
     def getxattr(self, nodeid: int, name: bytes) -> bytes:
@@ -294,6 +357,11 @@ class Tree:
     def removexattr(self, nodeid: int, name: bytes) -> None:
         """Remove an extended attribute (removexattr(2))."""
         with self._reach(nodeid) as reached:
+            attempt = self._attempts.interrupted()
+            if attempt is None:
+                self._attempts.begin(int(_has_xattr(reached.target, name)))
+            elif attempt.number and not _has_xattr(reached.target, name):
+                return
             os.removexattr(reached.target, name)
 
     # What llloop's own requests add
@@ -314,6 +382,39 @@ class Tree:
                 raw = syscalls.fstatx_raw(reached.fd, mask, flags)
         raw[syscalls.STATX_INO_OFFSET : syscalls.STATX_INO_OFFSET + 8] = nodeid.to_bytes(8, sys.byteorder)
         return raw
+
+
+def _is_same(one: Attributes, other: Attributes) -> bool:
+    return (one.ino, one.device) == (other.ino, other.device)
+
+
+def _is_gone(directory: int, name: bytes, number: int, known: bool) -> bool:
+    """Whether a name is gone that led to the inode *number*, or is *known* to be."""
+    try:
+        return known or statx(directory, name).ino != number
+    except FileNotFoundError:
+        return True
+
+
+def _has_moved(old: int, name: bytes, new: int, new_name: bytes, flags: int, attempt: Attempt) -> bool:
+    """Whether an attempt to rename has done so: then the new name leads to its file, and the old one does not."""
+    if attempt.done:
+        return True
+    try:
+        if statx(new, new_name).ino != attempt.number:
+            return False
+    except FileNotFoundError:
+        return False
+    return bool(flags & syscalls.RENAME_EXCHANGE) or _is_gone(old, name, attempt.number, False)
+
+
+def _has_xattr(target: int | str, name: bytes) -> bool:
+    """Whether there is an extended attribute, as far as one may know."""
+    try:
+        os.getxattr(target, name)
+    except OSError as error:
+        return error.errno != errno.ENODATA
+    return True
 
 
 def _time(valid: int, given: int, now: int, value: tuple[int, int]) -> tuple[int, int]:

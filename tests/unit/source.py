@@ -11,7 +11,9 @@ from llloop.arena import Arena
 from llloop.config import ServeConfig
 from llloop.front.mirror import Mirror, build_mirror
 from llloop.front.tree import Requester
+from llloop.ledger import Ledger
 from llloop.negotiation import Capabilities, Feature
+from tests.unit.support import close_ledger
 
 MYSELF = Requester(os.geteuid(), os.getegid(), 0o022)
 
@@ -24,11 +26,12 @@ class Source:
         self.readers = [reader for reader, _ in pipes]
         self.root = os.open(path, os.O_PATH | os.O_DIRECTORY)
         config = ServeConfig(source=str(path), mountpoint="/nowhere", workers=len(pipes), **options)
+        self.ledger = Ledger(1 << 16)
         arena = Arena(4, 8 * wire.PAGE_SIZE, len(pipes))
         capabilities = Capabilities(38, Feature.SETXATTR_EXT)
         writers = [writer for _, writer in pipes]
         # No device: nothing is registered with the kernel, since passthrough is not among the capabilities.
-        self.mirror: Mirror = build_mirror(config, capabilities, arena, writers, self.root, -1)
+        self.mirror: Mirror = build_mirror(config, capabilities, arena, self.ledger, writers, self.root, -1)
         self.tree = self.mirror.tree
         self.files = self.mirror.files
 
@@ -39,3 +42,4 @@ class Source:
         for nodeid in list(self.tree.anchors._pins):
             self.tree.anchors.drop(nodeid)
         os.close(self.root)
+        close_ledger(self.ledger)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import os
 import stat
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from llloop import wire
+from llloop.ledger import Ledger
 from llloop.privilege import Writer
 from llloop.syscalls import STATX_BTIME, Attributes
 
@@ -111,6 +113,20 @@ def packets(reader: int) -> list[bytes]:
             found.append(os.read(reader, wire.PAGE_SIZE))
         except BlockingIOError:
             return found
+
+
+def heir(ledger: Ledger) -> Ledger:
+    """The same memory as another process finds it that was forked before anything was recorded."""
+    own = copy.copy(ledger)
+    own._free = []
+    own._age = 0
+    return own
+
+
+def close_ledger(ledger: Ledger) -> None:
+    """Close its descriptor now, not when it is collected as garbage, while another test counts descriptors."""
+    ledger.cells.release()
+    ledger.memory.close()
 
 
 def open_descriptors() -> int:

@@ -11,9 +11,10 @@ import pytest
 
 from llloop.front.anchors import Anchors
 from llloop.front.inodes import ROOT, Inodes
+from llloop.ledger import Ledger
 from llloop.syscalls import Attributes, fstatx, statx
 from tests.expect import fails
-from tests.unit.support import open_descriptors
+from tests.unit.support import close_ledger, open_descriptors
 
 CAPACITY = 4
 
@@ -24,7 +25,8 @@ class Place:
     def __init__(self, path: Path, capacity: int = CAPACITY) -> None:
         self.path = path
         self.root = os.open(path, os.O_PATH | os.O_DIRECTORY)
-        self.inodes = Inodes(fstatx(self.root))
+        self.ledger = Ledger(1 << 13)
+        self.inodes = Inodes(fstatx(self.root), self.ledger)
         self.anchors = Anchors(self.inodes, self.root, capacity)
 
     def look_up(self, parent: int, name: str) -> int:
@@ -45,6 +47,7 @@ class Place:
         for nodeid in list(self.anchors._pins):
             self.anchors.drop(nodeid)
         os.close(self.root)
+        close_ledger(self.ledger)
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ def settled(size: int = 10, mtime: tuple[int, int] = (900_000, 1), ctime: tuple[
 
 
 def inode_of(found: Attributes) -> Inode:
-    return Inode(ROOT, b"file", found)
+    return Inode(ROOT, b"file", found.ino, found.device)
 
 
 def test_what_is_unchanged_is_kept() -> None:

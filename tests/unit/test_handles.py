@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import errno
+import os
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llloop.front.handles import Handle, Handles
+from llloop.ledger import Ledger
 from tests.expect import fails
 
 
 def handle(nodeid: int = 100) -> Handle:
-    return Handle(5, nodeid, 0, False)
+    return Handle(5, nodeid, 0, os.O_RDWR)
+
+
+def table() -> Handles:
+    return Handles(Ledger(256))
 
 
 def test_a_handle_is_found_by_its_number_and_its_inode() -> None:
-    handles = Handles()
+    handles = table()
     first, second, other = handle(100), handle(100), handle(200)
     numbers = [handles.add(one) for one in (first, second, other)]
     assert [handles.get(number) for number in numbers] == [first, second, other]
@@ -30,7 +36,7 @@ def test_a_handle_is_found_by_its_number_and_its_inode() -> None:
 
 
 def test_a_number_that_is_not_open() -> None:
-    handles = Handles()
+    handles = table()
     number = handles.add(handle())
     handles.remove(number)
     for wrong in (number, 0, 2**63):
@@ -42,7 +48,7 @@ def test_a_number_that_is_not_open() -> None:
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 3)), max_size=60))
 def test_numbers_are_never_used_again_and_nothing_is_left(steps: list[tuple[bool, int]]) -> None:
-    handles = Handles()
+    handles = table()
     used: set[int] = set()
     open_now: dict[int, Handle] = {}
     for adding, nodeid in steps:

@@ -22,6 +22,7 @@ from llloop import wire
 from llloop.arena import Arena
 from llloop.front.inodes import ROOT
 from llloop.front.loop import Loop
+from llloop.ledger import Ledger
 from llloop.metrics import Sheet
 from llloop.privilege import SetidGuard
 from llloop.protocol import Malformed, Operation, decode_strictly, encode
@@ -65,7 +66,7 @@ class Front:
         self.libfuse = Libfuse()
         self._pipes = [packet_pipe(), packet_pipe()]
         self.source = Source(directory / "source", [pipe.__enter__() for pipe in self._pipes])
-        self.loop = Loop(self.source.mirror, self.libfuse, self.device.fd)  # type: ignore[arg-type]
+        self.loop = Loop(self.source.mirror, self.libfuse, self.device.fd, Ledger(64))  # type: ignore[arg-type]
         self.nodeids = [ROOT, *(self.source.tree.lookup(ROOT, name)[0] for name in (b"file", b"directory", b"out"))]
         self.handles = [
             self.source.files.open(self.nodeids[1], os.O_RDWR, False)[0],

@@ -12,12 +12,30 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from llloop.front.inodes import ROOT, Inodes, mix
+from llloop.ledger import Ledger
 from tests.expect import fails
-from tests.unit.support import attributes
+from tests.unit.support import attributes, close_ledger, heir
 
 ROOT_DEVICE, OTHER_DEVICE, THIRD_DEVICE = 0x801, 0x2A, 0x100005
 ROOT_NUMBER = 2
 _MASK = 2**64 - 1
+CAPACITY = 1 << 12  # records
+
+
+def new_table(ledger: Ledger) -> Inodes:
+    return Inodes(attributes(ROOT_NUMBER, device=ROOT_DEVICE, mode=stat.S_IFDIR | 0o755), ledger)
+
+
+def state_of(table: Inodes) -> dict[str, object]:
+    """All that a table knows and that must outlive its front."""
+    return {
+        "inodes": {
+            nodeid: (inode.parent, inode.name, inode.lookups, inode.device, inode.number, inode.birth)
+            for nodeid, inode in table._table.items()
+        },
+        "links": {nodeid: set(links) for nodeid, links in table._links.items() if links},
+        "renumbered": table._renumbered,
+    }
 
 
 def numbers_that_collide() -> list[tuple[int, int]]:
@@ -54,7 +72,8 @@ class TableMachine(RuleBasedStateMachine):
 
     @initialize()
     def start(self) -> None:
-        self.table = Inodes(attributes(ROOT_NUMBER, device=ROOT_DEVICE, mode=stat.S_IFDIR | 0o755))
+        self.ledger = Ledger(CAPACITY)
+        self.table = new_table(self.ledger)
         self.source: dict[tuple[int, int], File] = {}
         self.known: dict[int, Known] = {}
         self.births = 0
@@ -62,12 +81,14 @@ class TableMachine(RuleBasedStateMachine):
 
     def new_name(self) -> tuple[int, bytes]:
         self.last_name += 1
-        return ROOT, b"name-%d" % self.last_name
+        # Some lie in a record, some need one or two more.
+        return self.last_name % 7 + 1, b"name-%d" % self.last_name + b"x" * (self.last_name * 37 % 240)
 
     def look_up(self, key: tuple[int, int], name: tuple[int, bytes]) -> None:
         file = self.source[key]
         found = attributes(key[1], device=key[0], birth=file.birth, nlink=len(file.names))
         nodeid = self.table.remember(*name, found)
+        self.table.count(nodeid)
         assert nodeid > ROOT
         known = self.known.setdefault(nodeid, Known(key))
         assert known.file == key, "two files have the same number"
@@ -91,7 +112,7 @@ class TableMachine(RuleBasedStateMachine):
             return
         self.births += 1
         name = self.new_name()
-        self.source[key] = File(self.births, {name})
+        self.source[key] = File(self.births * (1, -1)[self.births % 2], {name})  # before 1970 as well
         if self.nodeid(key) in self.known:
             self.known[self.nodeid(key)].names.clear()
         self.look_up(key, name)
@@ -146,6 +167,29 @@ class TableMachine(RuleBasedStateMachine):
         if known.lookups == 0:
             del self.known[nodeid]
 
+    @rule()
+    def a_new_front(self) -> None:
+        """The front is killed, and the next one makes the table again from what is left of it."""
+        successor = heir(self.ledger)
+        records = successor.recover()
+        table = new_table(successor)
+        assert table.recover(records) == {}
+        assert state_of(table) == state_of(self.table)
+        linked = sum(len(links) for links in table._links.values())
+        assert len(records) == len(table) - 1 + linked, "something is recorded that is not there"
+        self.ledger, self.table = successor, table
+
+    @precondition(lambda self: self.known)
+    @rule(data=st.data(), fd=st.integers(-1, 9))
+    def pin(self, data: st.DataObject, fd: int) -> None:
+        """What keeps an inode without names goes along, whatever happens to its names."""
+        nodeid = data.draw(st.sampled_from(sorted(self.known)))
+        self.table.note_pin(nodeid, fd)
+        successor = heir(self.ledger)
+        pins = new_table(successor).recover(successor.recover())
+        assert pins.get(nodeid, -1) == fd
+        self.table.note_pin(nodeid, -1)
+
     @rule(nodeid=st.sampled_from([2, 77, _MASK]), count=st.integers(1, 5))
     def forget_what_is_not_known(self, nodeid: int, count: int) -> None:
         if nodeid not in self.known:
@@ -175,7 +219,9 @@ class TableMachine(RuleBasedStateMachine):
             assert self.table.forget(nodeid, known.lookups)
             assert self.table.other_names(nodeid) == []
         assert len(self.table) == 1
-        assert not self.table._links
+        assert not self.table._links and not self.table._renumbered
+        assert heir(self.ledger).recover() == [], "a record outlives what it stands for"
+        close_ledger(self.ledger)
 
 
 TestTable = TableMachine.TestCase
@@ -184,7 +230,7 @@ TestTable.settings = settings(max_examples=60, stateful_step_count=40, deadline=
 
 @pytest.fixture
 def table() -> Inodes:
-    return Inodes(attributes(ROOT_NUMBER, device=ROOT_DEVICE, mode=stat.S_IFDIR | 0o755))
+    return new_table(Ledger(CAPACITY))
 
 
 def test_an_inode_keeps_its_own_number(table: Inodes) -> None:
@@ -230,9 +276,12 @@ def test_a_number_given_to_another_file_starts_afresh(table: Inodes) -> None:
     first = attributes(100, birth=1, nlink=2)
     nodeid = table.remember(ROOT, b"a", first)
     table.remember(ROOT, b"b", first)
+    table.count(nodeid)
+    table.count(nodeid)
     table.get(nodeid).stamp = (1, 2, 3)
     second = attributes(100, birth=2)
     assert table.remember(ROOT, b"c", second) == nodeid
+    table.count(nodeid)
     inode = table.get(nodeid)
     assert inode.is_same(second) and not inode.is_same(first)
     assert (inode.parent, inode.name, inode.stamp, inode.lookups) == (ROOT, b"c", None, 3)
@@ -268,3 +317,28 @@ def test_a_file_that_lost_its_last_name_gets_the_next_one(table: Inodes) -> None
     assert table.unlinked(nodeid, ROOT, b"a") is False
     table.renamed(nodeid, (ROOT, b"?"), (ROOT, b"b"))
     assert table.get(nodeid).name == b"b"
+
+
+def test_more_lookups_are_taken_back_than_were_counted(table: Inodes) -> None:
+    """A front that died between an answer and its count has counted one too few; the kernel takes back them all."""
+    nodeid = table.remember(ROOT, b"a", attributes(100))
+    table.count(nodeid)
+    assert table.forget(nodeid, 2) is True
+    assert nodeid not in table
+
+
+def test_what_finds_no_room_in_the_ledger_works_and_is_looked_up_again_afterwards() -> None:
+    ledger = Ledger(3)
+    table = new_table(ledger)
+    first, second = (table.remember(ROOT, b"%d" % number, attributes(number)) for number in (100, 200))
+    for nodeid in (first, second):
+        table.count(nodeid)
+    table.note_pin(second, 5)
+    table.renamed(second, (ROOT, b"200"), (ROOT, b"new"))
+    assert table.get(second).name == b"new"
+    successor = heir(ledger)
+    recovered = new_table(successor)
+    assert recovered.recover(successor.recover()) == {}
+    assert first in recovered and second not in recovered
+    assert table.forget(second, 1) and table.forget(first, 1)
+    assert heir(ledger).recover() == []

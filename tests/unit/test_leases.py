@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import resource
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,15 +29,25 @@ FIRST, SECOND = HANDLES_PER_FRONT, 2 * HANDLES_PER_FRONT
 class Front:
     """A process that has files open, as a front has, and does nothing."""
 
-    def __init__(self, paths: list[Path], flags: int = os.O_RDWR) -> None:
+    def __init__(self, paths: list[Path], flags: int = os.O_RDWR, numbers: list[int] | None = None) -> None:
         # Opened here, so that their numbers are known; the child keeps them, this process does not.
         self.descriptors = [os.open(path, flags) for path in paths]
+        ready, tell = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
+            if numbers is not None:
+                # All out of the way first, since one's new number may be another's old one.
+                above = [fcntl.fcntl(fd, fcntl.F_DUPFD, max(numbers) + 50) for fd in (tell, *self.descriptors)]
+                tell = above[0]
+                for fd, number in zip(above[1:], numbers, strict=True):
+                    os.dup2(fd, number)
+            os.write(tell, b"!")
             while True:
                 time.sleep(60)
-        for fd in self.descriptors:
+        os.read(ready, 1)
+        for fd in (ready, tell, *self.descriptors):
             os.close(fd)
+        self.descriptors = numbers or self.descriptors
 
     def end(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
@@ -112,13 +124,66 @@ def test_a_descriptor_the_front_has_closed(leases: Leases) -> None:
     assert len(leases) == 0
 
 
-def test_a_front_that_is_gone(leases: Leases, front: Front, arena: Arena) -> None:
+@pytest.fixture
+def short_absence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no next front, and it is not long until that is clear."""
+    monkeypatch.setattr(leases_module, "_LONGEST_ABSENCE", 0.05)
+
+
+def test_a_front_that_is_gone_and_has_no_successor(
+    leases: Leases, front: Front, arena: Arena, short_absence: None
+) -> None:
     ended = Child(os.getpid)
     arena.new_front(ended.pid)
     ended.result()
-    with fails(errno.ESRCH):
+    with fails(errno.EIO):
         leases.get(SECOND + 2, front.descriptors[1])
     assert len(leases) == 0
+
+
+@pytest.mark.parametrize("asked_before", [False, True])
+@pytest.mark.parametrize("noticed", [False, True])
+def test_the_next_front_is_waited_for(arena: Arena, paths: list[Path], asked_before: bool, noticed: bool) -> None:
+    """It has the descriptors of the one before; a worker may need one in the moments in which there is no front."""
+    first = Front(paths)
+    arena.new_front(first.pid)
+    leases = Leases(arena)
+    if asked_before:
+        leases.get(FIRST + 1, first.descriptors[0])
+    first.end()
+    if noticed:  # by the supervisor
+        arena.no_front()
+    second = Front(paths, numbers=first.descriptors)
+    timer = threading.Timer(0.1, arena.new_front, [second.pid])
+    timer.start()
+    try:
+        assert name_behind(leases.get(FIRST + 2, first.descriptors[3])) == "file-3"
+        assert arena.generation == 2, "it was not waited for"
+        assert len(leases) == 1, "what the first one had open is still held"
+        assert name_behind(leases.get(FIRST + 1, first.descriptors[0])) == "file-0"
+    finally:
+        timer.join()
+        second.end()
+        for handle in (1, 2):
+            leases.release(FIRST + handle)
+
+
+def test_a_front_that_a_worker_sees_die_is_waited_for_though_others_took_its_number(
+    leases: Leases, front: Front, arena: Arena
+) -> None:
+    """Whoever asks `front_pid` in between sees a process that has ended and not been waited for."""
+    ended = os.fork()
+    if ended == 0:
+        os._exit(0)
+    os.waitid(os.P_PID, ended, os.WEXITED | os.WNOWAIT)
+    arena.new_front(ended)
+    timer = threading.Timer(0.1, arena.new_front, [front.pid])
+    timer.start()
+    try:
+        assert name_behind(leases.get(FIRST + 1, front.descriptors[4])) == "file-4"
+    finally:
+        timer.join()
+        os.waitpid(ended, 0)
 
 
 def test_what_a_front_before_had_open_is_void(leases: Leases, front: Front, arena: Arena, paths: list[Path]) -> None:
@@ -136,20 +201,26 @@ def test_what_a_front_before_had_open_is_void(leases: Leases, front: Front, aren
         successor.end()
 
 
-def test_a_request_of_a_front_before_gets_nobody_elses_file(
+def test_a_request_of_a_front_before_gets_its_file_from_the_next(
     leases: Leases, front: Front, arena: Arena, paths: list[Path]
 ) -> None:
-    """It may lie in the pipe still, and name a descriptor that is another file's by now."""
-    successor = Front(list(reversed(paths)))
+    """It may lie in the pipe still. A front has the descriptors of the one before under the same numbers."""
+    successor = Front(paths, numbers=front.descriptors)
     try:
+        leases.get(FIRST + 1, front.descriptors[0])
         arena.new_front(successor.pid)
+        found = [name_behind(leases.get(FIRST + 1 + i, front.descriptors[i])) for i in range(6)]
+        assert found == [path.name for path in paths]
+        # What the next one has not is nobody else's either.
         with fails(errno.EBADF):
-            leases.get(FIRST + 1, front.descriptors[0])
+            leases.get(FIRST + 50, max(front.descriptors) + 1000)
     finally:
         successor.end()
 
 
-def test_without_a_front_there_is_nothing_to_pull(leases: Leases, front: Front, arena: Arena) -> None:
+def test_without_a_front_there_is_nothing_to_pull(
+    leases: Leases, front: Front, arena: Arena, short_absence: None
+) -> None:
     arena.no_front()
     with fails(errno.EIO):
         leases.get(FIRST + 1, front.descriptors[0])

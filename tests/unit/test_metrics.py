@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from llloop.front.loop import Loop
+from llloop.ledger import Ledger
 from llloop.metrics import BUCKETS, BYTES, ERRORS, NANOSECONDS, OPERATIONS, ROW, Gauge, Metrics, Sheet
 from llloop.wire import Opcode
 from tests.as_user import Child
@@ -106,7 +107,7 @@ def run_loop(source: Source, device: int, monkeypatch: pytest.MonkeyPatch, *requ
     stand_in = SimpleNamespace(**{name: getattr(os, name) for name in ("write", "strerror")})
     stand_in.readv = Requests(source, *requests).readv
     monkeypatch.setattr("llloop.front.loop.os", stand_in)
-    Loop(source.mirror, session, device).run()
+    Loop(source.mirror, session, device, Ledger(64)).run()
     return passed_on
 
 
@@ -120,10 +121,10 @@ def test_the_loop_counts_what_the_front_answers(
 ) -> None:
     (source.path / "file").touch()
     lookup, missing = (request(Opcode.LOOKUP, 1, name) for name in (b"file\0", b"no directory/\0"))
-    mkdir = request(Opcode.MKDIR, 1, bytes(8) + b"new\0")
-    assert run_loop(source, device.fd, monkeypatch, lookup, lookup, missing, mkdir) == [len(mkdir)]
+    access = request(Opcode.ACCESS, 1, bytes(8))
+    assert run_loop(source, device.fd, monkeypatch, lookup, lookup, missing, access) == [len(access)]
     counts = sheet.snapshot()
-    assert {name: count[:2] for name, count in counts.items()} == {"LOOKUP": (3, 1), "MKDIR": (1, 0)}
+    assert {name: count[:2] for name, count in counts.items()} == {"LOOKUP": (3, 1), "ACCESS": (1, 0)}
     assert 0 < counts["LOOKUP"].nanoseconds < 60_000_000_000
     assert source.mirror.router.arena.metrics.gauges[Gauge.INODES] == 2
 

@@ -51,7 +51,7 @@ def router(arena: Arena, pipes: Pipes) -> Router:
 
 
 def handle(shard: int = 0, descriptor: int = 33) -> Handle:
-    return Handle(descriptor, 100, shard, False)
+    return Handle(descriptor, 100, shard, os.O_RDWR)
 
 
 def test_a_request_reaches_the_worker_of_its_handle(router: Router, pipes: Pipes, arena: Arena) -> None:
@@ -380,3 +380,29 @@ def test_a_request_ends_the_waiting_though_a_worker_hangs(router: Router, arena:
     finally:
         os.close(device)
         os.close(request)
+
+
+def test_workers_are_reminded_of_what_a_dead_front_has_lent(router: Router, pipes: Pipes, arena: Arena) -> None:
+    """It may have died between lending and telling."""
+    assert not router.is_busy()
+    router.submit(handle(shard=0), 7, Operation.READ, 1)
+    pipes.take(0)
+    arena.lend(2, 0, encode((Operation.READ, 2, 2, 7, 33)))
+    successor = Router(arena, pipes.writers)
+    assert successor.is_busy()
+    successor.remind()
+    (reminder,) = pipes.take(0)
+    assert (reminder.operation, reminder.slot, sorted(reminder.extra)) == (Operation.RESUME, -1, [0, 2])
+    (other,) = pipes.take(1)
+    assert (other.operation, other.extra) == (Operation.RESUME, ())
+    for slot in (0, 2):
+        assert successor.is_busy()
+        arena.give_back(slot)
+    assert not successor.is_busy()
+
+
+def test_a_worker_whose_pipe_is_full_is_not_reminded_and_nobody_waits(router: Router, pipes: Pipes) -> None:
+    pipes.fill(0)
+    router.remind()
+    assert {request.operation for request in pipes.take(0)} == {Operation.FSYNC}
+    assert [request.operation for request in pipes.take(1)] == [Operation.RESUME]

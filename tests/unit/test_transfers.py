@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from llloop import syscalls
 from llloop.arena import Arena
 from llloop.metrics import BYTES, ERRORS, Sheet
 from llloop.privilege import SetidGuard, Writer
@@ -22,7 +23,7 @@ from tests.as_user import Child
 from tests.expect import pattern
 from tests.unit.support import Device, OwnIdentity, Reply
 
-_BEGUN, _APPENDING, _DONE = range(3)
+_BEGUN, _APPENDING, _SHIFTING, _DONE, _COPYING = range(5)
 
 
 class Files:
@@ -381,7 +382,182 @@ def test_an_append_notes_how_far_it_has_come(bench: Bench, monkeypatch: pytest.M
 
 
 def test_every_operation_is_counted_as_the_kernels_of_that_name() -> None:
-    for operation in Operation:
+    for operation in set(Operation) - {Operation.RESUME}:
         request = Request(operation, 1, 0, 1, 1)
         assert opcode_of(request) == Opcode[operation.name]
     assert [opcode_of(Request(number, 1, 0, 1, 1)) for number in (-1, 0, 99)] == [0, 0, 0]
+
+
+# A front died: the kernel sends again what its workers have not answered
+
+
+RESENT = 1 << 63
+
+
+class Deaf(KernelReplies):
+    """The kernel no longer waits for the answers to some requests: it has sent them again under other numbers."""
+
+    def __init__(self, device: int, largest: int) -> None:
+        super().__init__(device, largest)
+        self.unheard: set[int] = set()
+
+    def error(self, request: Request, number: int) -> bool:
+        return request.unique not in self.unheard and super().error(request, number)
+
+    def count(self, request: Request, count: int) -> bool:
+        return request.unique not in self.unheard and super().count(request, count)
+
+
+@pytest.fixture
+def deaf(bench: Bench) -> Deaf:
+    own = Deaf(bench.device.fd, bench.arena.payload_size)
+    bench.transfers._replies = own
+    return own
+
+
+def again(bench: Bench, request: Request, payload: bytes) -> Request:
+    slot = bench.arena.free_slot()
+    resent = request._replace(unique=request.unique | RESENT, slot=slot)
+    bench.arena.payload(slot, len(payload))[:] = payload
+    bench.arena.lend(slot, 1, encode(resent))
+    return resent
+
+
+def test_an_append_whose_answer_nobody_heard_is_only_answered_when_it_comes_again(bench: Bench, deaf: Deaf) -> None:
+    path = bench.open(1, b"log\n")
+    request = bench.lend(Operation.WRITE, payload=b"line\n", flags=APPEND)
+    deaf.unheard.add(request.unique)
+    bench.transfers.execute(request)
+    assert bench.device.take() == []
+    assert bench.arena.free_slot() == 0, "its slot is free all the same"
+    resent = again(bench, request, b"line\n")
+    bench.transfers.execute(resent)
+    assert count_of(bench.answered(resent)) == 5
+    assert path.read_bytes() == b"log\nline\n"
+    # Its number is the kernel's to give to another.
+    another = again(bench, request, b"more\n")
+    bench.transfers.execute(another)
+    assert count_of(bench.answered(another)) == 5
+    assert path.read_bytes() == b"log\nline\nmore\n"
+
+
+def test_a_request_that_was_heard_or_never_came_is_done_when_it_comes_again(bench: Bench, deaf: Deaf) -> None:
+    path = bench.open(1, b"log\n")
+    heard = bench.lend(Operation.WRITE, payload=b"one\n", flags=APPEND)
+    bench.transfers.execute(heard)
+    bench.answered(heard)
+    for request in (again(bench, heard, b"two\n"), again(bench, heard._replace(unique=4711), b"two\n")):
+        bench.transfers.execute(request)
+        assert count_of(bench.answered(request)) == 4
+    assert path.read_bytes() == b"log\none\ntwo\ntwo\n"
+
+
+def test_an_unheard_answer_of_a_resumed_append_counts_too(bench: Bench, deaf: Deaf) -> None:
+    path = bench.open(1, b"log\nli")
+    request = bench.lend(Operation.WRITE, payload=b"line\n", flags=APPEND)
+    bench.arena.results[request.slot] = 4
+    bench.arena.stages[request.slot] = _APPENDING
+    deaf.unheard.add(request.unique)
+    bench.transfers.resume(request)
+    resent = again(bench, request, b"line\n")
+    bench.transfers.execute(resent)
+    assert count_of(bench.answered(resent)) == 5
+    assert path.read_bytes() == b"log\nline\n"
+
+
+def test_a_request_sent_again_and_unheard_again_is_still_done_once(bench: Bench, deaf: Deaf) -> None:
+    path = bench.open(1, b"log\n")
+    request = bench.lend(Operation.WRITE, payload=b"line\n", flags=APPEND)
+    deaf.unheard |= {request.unique, request.unique | RESENT}
+    bench.transfers.execute(request)
+    bench.transfers.execute(again(bench, request, b"line\n"))
+    deaf.unheard.clear()
+    resent = again(bench, request, b"line\n")
+    bench.transfers.execute(resent)
+    assert count_of(bench.answered(resent)) == 5
+    assert path.read_bytes() == b"log\nline\n"
+
+
+def test_unheard_answers_do_not_fill_the_memory(bench: Bench, deaf: Deaf, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llloop.workers.transfers._UNHEARD_AT_MOST", 10)
+    bench.open(1)
+    for _ in range(100):
+        request = bench.lend(Operation.WRITE, payload=b"x", flags=APPEND)
+        deaf.unheard.add(request.unique)
+        bench.transfers.execute(request)
+        assert len(bench.transfers._unheard) <= 10
+    resent = again(bench, request, b"x")
+    bench.transfers.execute(resent)
+    bench.answered(resent)
+    assert os.fstat(bench.files.open[1]).st_size == 100, "the last one is still known"
+
+
+# fallocate(2) with FALLOC_FL_COLLAPSE_RANGE or FALLOC_FL_INSERT_RANGE: done twice it moves twice
+
+COLLAPSE, INSERT = 0x08, 0x20
+
+
+@pytest.fixture
+def shifting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A file system that can do it, wherever the test's files lie, and what it is asked for."""
+    asked = []
+
+    def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+        asked.append(mode)
+        data = os.pread(fd, 1 << 20, 0)
+        shifted = data[:offset] + data[offset + length :]
+        if mode == INSERT:
+            shifted = data[:offset] + bytes(length) + data[offset:]
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, shifted, 0)
+
+    monkeypatch.setattr(syscalls, "fallocate", fallocate)
+    return asked
+
+
+@pytest.mark.parametrize(("mode", "after"), [(COLLAPSE, b"0156"), (INSERT, b"01\0\0\0" + b"23456")])
+def test_a_shift_is_done_once_wherever_the_worker_died(
+    bench: Bench, shifting: list[int], mode: int, after: bytes
+) -> None:
+    path = bench.open(1, b"0123456")
+    assert bench.do(Operation.FALLOCATE, offset=2, length=3, extra=(mode,)).error == 0
+    assert path.read_bytes() == after
+    for stage, content in ((_BEGUN, b"0123456"), (_SHIFTING, b"0123456"), (_SHIFTING, after)):
+        path.write_bytes(content)
+        request = bench.lend(Operation.FALLOCATE, offset=2, length=3, extra=(mode,))
+        bench.arena.stages[request.slot] = stage
+        bench.arena.results[request.slot] = 7 if stage == _SHIFTING else 0
+        del shifting[:]
+        bench.transfers.resume(request)
+        assert bench.answered(request).error == 0
+        assert path.read_bytes() == after
+        assert shifting == ([] if content == after else [mode])
+
+
+def test_a_shift_notes_how_large_the_file_was(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.open(1, b"0123456")
+    noted = []
+    monkeypatch.setattr(
+        syscalls, "fallocate", lambda *arguments: noted.append((bench.arena.stages[0], bench.arena.results[0]))
+    )
+    bench.do(Operation.FALLOCATE, offset=2, length=3, extra=(COLLAPSE,))
+    bench.do(Operation.FALLOCATE, offset=2, length=3, extra=(INSERT,))
+    assert noted == [(_SHIFTING, 7)] * 2
+    request = bench.lend(Operation.FALLOCATE, offset=2, length=3, extra=(0,))
+    bench.transfers.execute(request)
+    bench.answered(request)
+    assert noted[2][0] == _BEGUN, "what can be done twice is"
+
+
+@pytest.mark.parametrize("mode", [COLLAPSE, INSERT])
+def test_a_shift_whose_answer_nobody_heard_is_only_answered_when_it_comes_again(
+    bench: Bench, deaf: Deaf, shifting: list[int], mode: int
+) -> None:
+    bench.open(1, b"0123456")
+    request = bench.lend(Operation.FALLOCATE, offset=2, length=3, extra=(mode,))
+    deaf.unheard.add(request.unique)
+    bench.transfers.execute(request)
+    resent = again(bench, request, b"")
+    bench.transfers.execute(resent)
+    assert bench.answered(resent).error == 0
+    assert shifting == [mode]

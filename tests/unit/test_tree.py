@@ -35,7 +35,11 @@ def test_lookup_tells_what_the_source_has(source: Source, file: int) -> None:
     assert nodeid == file == found.ino == status.st_ino
     assert (found.size, found.mode, found.nlink, found.uid) == (7, status.st_mode, 1, status.st_uid)
     assert found.mtime * 10**9 + found.mtime_nsec == status.st_mtime_ns
-    assert source.mirror.inodes.get(file).lookups == 2
+    inodes = source.mirror.inodes
+    assert inodes.get(file).lookups == 0, "whoever answers the kernel counts"
+    inodes.count(file)
+    inodes.count(file)
+    assert inodes.get(file).lookups == 2
 
 
 def test_lookup_of_what_is_not_there(source: Source, file: int) -> None:
@@ -98,7 +102,7 @@ def test_mknod(source: Source, kind: int) -> None:
     nodeid, found = source.tree.mknod(ROOT, b"new", kind | 0o666, 0, MYSELF)
     assert stat.S_IFMT(found.mode) == kind
     assert stat.S_IMODE(found.mode) == 0o644
-    assert source.mirror.inodes.get(nodeid).lookups == 1
+    assert nodeid == os.stat(source.path / "new").st_ino in source.mirror.inodes
     with fails(errno.EEXIST):
         source.tree.mknod(ROOT, b"new", kind | 0o666, 0, MYSELF)
 

@@ -13,8 +13,8 @@ from struct import Struct
 import pytest
 
 from llloop import negotiation, wire
-from llloop.connection import _FUSE_NOTIFY_RESEND
 from llloop.front.inodes import ROOT
+from llloop.front.loop import _FUSE_NOTIFY_RESEND
 from llloop.negotiation import Feature
 from llloop.syscalls import STATX_SIZE
 from llloop.wire import Opcode
@@ -93,6 +93,7 @@ LAYOUTS = [
     request("OPCODE", "", "len opcode"),
     request("UNIQUE", "", "unique"),
     request("SHORT_SETXATTR_REQUEST", "fuse_setxattr_in", "in.size"),
+    request("OPCODE_AND_UNIQUE", "", "opcode unique"),
     request("NODE_REQUEST", "", "unique nodeid"),
     request("FORGET_REQUEST", "fuse_forget_in", "nodeid in.nlookup"),
     request("BATCH_FORGET_REQUEST", "fuse_batch_forget_in", "in.count"),
@@ -117,6 +118,11 @@ LAYOUTS = [
         "unique uid gid in.fh_in in.off_in in.fh_out in.off_out in.len",
         since=28,
     ),
+    request("MKNOD_REQUEST", "fuse_mknod_in", "unique nodeid uid gid in.mode in.rdev in.umask"),
+    request("MKDIR_REQUEST", "fuse_mkdir_in", "unique nodeid uid gid in.mode in.umask"),
+    request("SYMLINK_REQUEST", "", "unique nodeid uid gid"),
+    request("LINK_REQUEST", "fuse_link_in", "unique nodeid in.oldnodeid"),
+    request("RENAME_REQUEST", "fuse_rename_in", "unique nodeid in.newdir"),
     request("RENAME2_REQUEST", "fuse_rename2_in", "unique nodeid in.newdir in.flags", since=23),
     request("STATX_REQUEST", "fuse_statx_in", "unique nodeid in.getattr_flags in.fh in.sx_flags in.sx_mask", since=39),
     request(
@@ -239,6 +245,10 @@ SIZES = {
     "fuse_attr_out": (wire.ATTR_REPLY.size - wire.OUT_HEADER_SIZE, 0),
     # What follows these requests, names mostly, begins where they end.
     "fuse_create_in": (wire.CREATE_REQUEST.size - wire.IN_HEADER_SIZE, 0),
+    "fuse_mknod_in": (wire.MKNOD_REQUEST.size - wire.IN_HEADER_SIZE, 0),
+    "fuse_mkdir_in": (wire.MKDIR_REQUEST.size - wire.IN_HEADER_SIZE, 0),
+    "fuse_link_in": (wire.LINK_REQUEST.size - wire.IN_HEADER_SIZE, 0),
+    "fuse_rename_in": (wire.RENAME_REQUEST.size - wire.IN_HEADER_SIZE, 0),
     "fuse_rename2_in": (wire.RENAME2_REQUEST.size - wire.IN_HEADER_SIZE, 23),
     "fuse_setxattr_in": (wire.SETXATTR_REQUEST.size - wire.IN_HEADER_SIZE, 33),
     "fuse_dirent": (wire.DIRENT.size, 0),
@@ -273,6 +283,7 @@ def constants() -> list[tuple[str, int, int]]:
         "FUSE_DIRECT_IO_ALLOW_MMAP": 39,
         "FUSE_PASSTHROUGH": 40,
         "FUSE_HAS_RESEND": 40,
+        "FUSE_UNIQUE_RESEND": 40,
         "FUSE_NOTIFY_RESEND": 40,
     }
     named = [(f"FUSE_{opcode.name}", int(opcode)) for opcode in Opcode]

@@ -132,3 +132,51 @@ def test_a_slot_that_holds_nonsense_does_not_stop_the_recovery(
     os.close(pipe[1])
     assert recorder.resumed == [4]
     assert len(caplog.records) == 1
+
+
+def resume(slots: list[int]) -> bytes:
+    return encode((Operation.RESUME, 0, -1, -1, -1, 0, 0, 0, 0, 0, slots))
+
+
+def test_what_a_dead_front_lent_and_did_not_tell_of_is_done_when_the_next_says_so(
+    worker: Worker, arena: Arena, pipe: tuple[int, int], recorder: Recorder
+) -> None:
+    arena.lend(0, SHARD, message(10, 0))
+    os.write(pipe[1], message(10, 0))  # told
+    arena.lend(2, SHARD, message(12, 2))
+    arena.lend(1, SHARD, message(11, 1))
+    arena.lend(3, 0, message(13, 3))
+    os.write(pipe[1], resume([0, 1, 2]))
+    os.write(pipe[1], resume([]))
+    os.close(pipe[1])
+    worker.run()
+    assert recorder.executed == [10], "it was told of this and has done it before it is reminded"
+    assert recorder.resumed == [11, 12]
+    assert [slot for slot, _ in arena.lent_to(0)] == [3], "another worker's"
+
+
+def test_what_was_lent_after_the_reminder_is_told_of_as_ever(
+    worker: Worker, arena: Arena, pipe: tuple[int, int], recorder: Recorder
+) -> None:
+    os.write(pipe[1], resume([0]))
+    arena.lend(1, SHARD, message(11, 1))
+    os.write(pipe[1], message(11, 1))
+    os.close(pipe[1])
+    worker.run()
+    assert recorder.resumed == []
+    assert recorder.executed == [11]
+
+
+def test_a_reminder_after_a_recovery_does_nothing_twice(
+    worker: Worker, arena: Arena, pipe: tuple[int, int], recorder: Recorder
+) -> None:
+    """Front and worker were both killed."""
+    arena.lend(0, SHARD, message(10, 0))
+    os.write(pipe[1], message(10, 0))
+    arena.lend(1, SHARD, message(11, 1))
+    os.write(pipe[1], resume([0, 1]))
+    worker.recover()
+    os.close(pipe[1])
+    worker.run()
+    assert sorted(recorder.resumed) == [10, 11]
+    assert recorder.executed == []

@@ -7,7 +7,9 @@
 * SETATTR, SETXATTR: llfuse drops the flags that say whether set-ID bits go, and UTIME_NOW.
 * GETATTR: llfuse drops the handle, without which a file that lost its name behind the mount could not be found.
 * READDIRPLUS, FALLOCATE, LSEEK, COPY_FILE_RANGE, RENAME2, TMPFILE, SYNCFS, STATX: libfuse 2.9 does not know them.
-* LOOKUP, FORGET, UNLINK, OPENDIR, READDIR, RELEASE: they come most often, and cost half as much here.
+* MKNOD, MKDIR, SYMLINK, LINK, UNLINK, RMDIR, RENAME, REMOVEXATTR: what must not be done twice when the kernel sends it
+  twice after a front's death, for which the request's number is needed, and llfuse does not tell it.
+* LOOKUP, FORGET, OPENDIR, READDIR, RELEASE: they come most often, and cost half as much here.
 * INTERRUPT: libfuse would wait for a request it never sees. ENOSYS tells the kernel not to send any.
 """
 
@@ -18,6 +20,7 @@ from collections.abc import Callable
 from ...negotiation import Feature
 from ...wire import Opcode
 from ..mirror import Mirror
+from .changes import ChangeRequests
 from .directories import DirectoryRequests
 from .files import FileRequests
 from .names import NameRequests
@@ -34,6 +37,7 @@ def native_table(mirror: Mirror, device: int) -> dict[Opcode, Handler]:
         device: the descriptor of /dev/fuse.
     """
     names = NameRequests(mirror, device)
+    changes = ChangeRequests(mirror, device)
     directories = DirectoryRequests(mirror, device)
     files = FileRequests(mirror, device)
     table: dict[Opcode, Handler] = {
@@ -43,8 +47,15 @@ def native_table(mirror: Mirror, device: int) -> dict[Opcode, Handler]:
         Opcode.GETATTR: names.getattr,
         Opcode.SETATTR: names.setattr,
         Opcode.STATX: names.statx,
-        Opcode.UNLINK: names.unlink,
-        Opcode.RENAME2: names.rename2,
+        Opcode.MKNOD: changes.mknod,
+        Opcode.MKDIR: changes.mkdir,
+        Opcode.SYMLINK: changes.symlink,
+        Opcode.LINK: changes.link,
+        Opcode.UNLINK: changes.unlink,
+        Opcode.RMDIR: changes.rmdir,
+        Opcode.RENAME: changes.rename,
+        Opcode.RENAME2: changes.rename2,
+        Opcode.REMOVEXATTR: changes.removexattr,
         Opcode.INTERRUPT: names.interrupt,
         Opcode.OPENDIR: directories.opendir,
         Opcode.READDIR: directories.readdir,
@@ -66,5 +77,5 @@ def native_table(mirror: Mirror, device: int) -> dict[Opcode, Handler]:
     }
     capabilities = mirror.capabilities
     if capabilities is not None and Feature.SETXATTR_EXT in capabilities.features:
-        table[Opcode.SETXATTR] = names.setxattr  # libfuse knows only the shorter form
+        table[Opcode.SETXATTR] = changes.setxattr  # libfuse knows only the shorter form
     return table

@@ -32,6 +32,7 @@ class Responder:
         self._inodes = mirror.inodes
         self._handles = mirror.handles
         self._files = mirror.files
+        self._attempts = mirror.attempts
         # entry_valid, attr_valid, entry_valid_nsec, attr_valid_nsec of struct fuse_entry_out
         (entry, entry_nsec), (valid, valid_nsec) = mirror.policy.entry, mirror.policy.attributes
         self._validity = (entry, valid, entry_nsec, valid_nsec)
@@ -52,6 +53,28 @@ class Responder:
             raise malformed()
         return self._memory[base + wire.IN_HEADER_SIZE : end]
 
+    def _begin_open(self, unique: int) -> int | None:
+        """Note that a file is about to be opened.
+
+        Returns:
+            The number of the handle that a dead front made for this very request, or None.
+        """
+        number = self._opened_before(unique)
+        if number is None:
+            self._attempts.begin_open(unique)
+        return number
+
+    def _opened_before(self, unique: int) -> int | None:
+        """Return the number of the handle that a dead front made for this very request, or None."""
+        self._attempts.unique = unique
+        if unique >= wire.FUSE_UNIQUE_RESEND:
+            left = self._attempts.interrupted()
+            if left is not None:
+                self._mirror.passthrough.drop(left.backing)
+                if left.handle in self._handles:
+                    return left.handle
+        return None
+
     def _string(self, start: int, limit: int) -> bytes:
         """Return the NUL-terminated string at *start*."""
         end = self._memory.find(b"\0", start, limit)
@@ -70,6 +93,12 @@ class Responder:
             *_device(attributes),
             0,
         )
+
+    def _reply_entry(self, unique: int, nodeid: int, attributes: Attributes) -> None:
+        if self._send(wire.reply(unique, self._entry(nodeid, attributes))):
+            self._inodes.count(nodeid)
+        else:
+            self._tree.forget(nodeid, 0)
 
     def _attributes_reply(self, unique: int, nodeid: int, attributes: Attributes) -> bytes:
         """Return the reply to GETATTR and SETATTR."""

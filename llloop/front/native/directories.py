@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from ... import wire
-from ...syscalls import directory_blocks, statx
+from ...syscalls import directory_blocks, fstatx, statx
 from ..handles import Handle
 from ..inodes import ROOT
 from ..mirror import Mirror
+from ..snapshots import load, save
 from .base import Responder
 from .listing import Listing
 
@@ -29,7 +30,11 @@ class DirectoryRequests(Responder):
     def opendir(self, base: int, length: int) -> None:
         """FUSE_OPENDIR: reply with a handle and whether the kernel may show the listing it has."""
         unique, nodeid = wire.NODE_REQUEST.unpack_from(self._memory, base)
-        number, attributes = self._files.opendir(nodeid)
+        number = self._begin_open(unique)
+        if number is None:
+            number, attributes = self._files.opendir(nodeid)
+        else:
+            attributes = fstatx(self._handles.get(number).descriptor)
         flags = self._mirror.policy.directory_flags(self._inodes.get(nodeid), attributes)
         if not self._send(wire.OPEN_REPLY.pack(wire.OPEN_REPLY.size, 0, unique, number, flags, 0)):
             self._files.release(number)
@@ -44,7 +49,11 @@ class DirectoryRequests(Responder):
     def _listing(self, handle: Handle, number: int, offset: int) -> Listing:
         """Return a directory's entries as they were when it was first read, or read from its start (rewinddir(3))."""
         listing = self._listings.get(number)
+        if listing is None and offset and handle.snapshot >= 0:
+            listing = self._listings[number] = Listing.restored(load(handle.snapshot))
         if listing is None or offset == 0:
+            if handle.snapshot >= 0:
+                self._handles.note_snapshot(handle, -1)
             device = self._inodes.get(handle.nodeid).device
             inodes = self._inodes
             listing = self._listings[number] = Listing(
@@ -54,11 +63,27 @@ class DirectoryRequests(Responder):
             )
         return listing
 
+    def _keep_for_next_front(self, handle: Handle, listing: Listing, given: int) -> None:
+        """Save a listing of which the reader has not had all, and so comes back for more.
+
+        Read afresh, a directory that has changed meanwhile (rm -r) would have others in their places.
+
+        Args:
+            handle: the directory.
+            listing: its entries.
+            given: how many bytes the reader is being given.
+        """
+        if 0 < given < len(listing.data) and handle.snapshot < 0:
+            self._handles.note_snapshot(handle, save(listing.data))
+
     def readdir(self, base: int, length: int) -> None:
         """FUSE_READDIR: as many entries as fit, from the cookie on, which is the number of entries already had."""
         unique, number, offset, size = wire.READDIR_REQUEST.unpack_from(self._memory, base)
-        listing = self._listing(self._handles.get(number), number, offset)
-        self._send(wire.reply(unique, listing.fitting(offset, size)))
+        handle = self._handles.get(number)
+        listing = self._listing(handle, number, offset)
+        entries = listing.fitting(offset, size)
+        self._keep_for_next_front(handle, listing, len(entries))
+        self._send(wire.reply(unique, entries))
 
     def readdirplus(self, base: int, length: int) -> None:
         """FUSE_READDIRPLUS: as READDIR, with a lookup of each entry in the same reply."""
@@ -76,13 +101,18 @@ class DirectoryRequests(Responder):
             if len(reply) + wire.ENTRY.size + len(record) > limit:
                 break
             nodeid, head = self._look_up(handle, name)
-            looked_up.append(nodeid)
+            if nodeid:
+                looked_up.append(nodeid)
             reply += head
             reply += record
+        self._keep_for_next_front(handle, listing, len(reply) - wire.OUT_HEADER_SIZE)
         wire.OUT_HEADER.pack_into(reply, 0, len(reply), 0, unique)
-        if not self._send(reply):
+        if self._send(reply):
             for nodeid in looked_up:
-                self._tree.forget(nodeid, 1)
+                self._inodes.count(nodeid)
+        else:
+            for nodeid in looked_up:
+                self._tree.forget(nodeid, 0)
 
     def _look_up(self, handle: Handle, name: bytes) -> tuple[int, bytes]:
         """Return an entry's number and ``struct fuse_entry_out``; nothing but zeros if the kernel is to ask itself."""

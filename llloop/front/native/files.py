@@ -10,7 +10,7 @@ from ... import wire
 from ...metrics import BYTES, Gauge
 from ...negotiation import Feature
 from ...protocol import APPEND, BUFFERED, CACHED, DATA_ONLY, KILL_PRIVILEGES, PIPED, Operation
-from ...syscalls import Attributes
+from ...syscalls import Attributes, fstatx
 from ...wire import Opcode
 from ..handles import Handle
 from ..mirror import Mirror
@@ -44,8 +44,12 @@ class FileRequests(Responder):
     def open(self, base: int, length: int) -> None:
         """FUSE_OPEN: reply with a handle and whether the kernel may keep the pages it has."""
         unique, nodeid, flags, open_flags = wire.OPEN_REQUEST.unpack_from(self._memory, base)
-        clear_setid = bool(open_flags & wire.FUSE_OPEN_KILL_SUIDGID)
-        number, attributes = self._files.open(nodeid, flags, clear_setid)
+        number = self._begin_open(unique)
+        if number is None:
+            clear_setid = bool(open_flags & wire.FUSE_OPEN_KILL_SUIDGID)
+            number, attributes = self._files.open(nodeid, flags, clear_setid)
+        else:
+            attributes = fstatx(self._handles.get(number).descriptor)
         how = self._how(number, nodeid, attributes)
         if not self._send(wire.OPEN_REPLY.pack(wire.OPEN_REPLY.size, 0, unique, number, *how)):
             self._files.release(number)
@@ -70,21 +74,35 @@ class FileRequests(Responder):
         request = wire.CREATE_REQUEST
         unique, parent, uid, gid, flags, mode, umask, _ = request.unpack_from(self._memory, base)
         name = self._string(base + request.size, base + length)
-        created = self._files.create(parent, name, mode, flags, Requester(uid, gid, umask))
+        number = self._opened_before(unique)
+        if number is None:
+            created = self._files.create(parent, name, mode, flags, Requester(uid, gid, umask))
+        else:
+            created = self._created_before(number)
         self._reply_created(unique, *created)
 
     def tmpfile(self, base: int, length: int) -> None:
         """FUSE_TMPFILE: as CREATE; the name is only the kernel's."""
         unique, parent, uid, gid, flags, mode, umask, _ = wire.CREATE_REQUEST.unpack_from(self._memory, base)
-        created = self._files.tmpfile(parent, mode, flags, Requester(uid, gid, umask))
+        number = self._begin_open(unique)
+        if number is None:
+            created = self._files.tmpfile(parent, mode, flags, Requester(uid, gid, umask))
+        else:
+            created = self._created_before(number)
         self._reply_created(unique, *created)
+
+    def _created_before(self, number: int) -> tuple[int, int, Attributes]:
+        handle = self._handles.get(number)
+        return number, handle.nodeid, fstatx(handle.descriptor)
 
     def _reply_created(self, unique: int, number: int, nodeid: int, attributes: Attributes) -> None:
         how = self._how(number, nodeid, attributes)
         payload = self._entry(nodeid, attributes) + wire.OPEN_OUT.pack(number, *how)
-        if not self._send(wire.reply(unique, payload)):
+        if self._send(wire.reply(unique, payload)):
+            self._inodes.count(nodeid)
+        else:
             self._files.release(number)
-            self._tree.forget(nodeid, 1)
+            self._tree.forget(nodeid, 0)
 
     def release(self, base: int, length: int) -> None:
         """FUSE_RELEASE and FUSE_RELEASEDIR."""
@@ -163,6 +181,7 @@ class FileRequests(Responder):
         if (
             size <= WRITE_LIMIT
             and handle.write_flags is not None
+            and not flags & APPEND  # a worker notes how far it has come, for an append must not be done twice
             and self._write_in_place(handle, unique, offset, base + wire.WRITE_HEADER_SIZE, size, flags)
         ):
             return
@@ -174,14 +193,10 @@ class FileRequests(Responder):
     def _write_in_place(self, handle: Handle, unique: int, offset: int, start: int, size: int, flags: int) -> bool:
         """Do a WRITE at once if that needs no waiting; return whether it was done.
 
-        What fails or falls short here is a worker's to do again and to explain. Only an append must not be done twice.
+        What fails or falls short here is a worker's to do again and to explain.
         """
         write_flags = handle.write_flags
         assert write_flags is not None
-        if flags & APPEND:
-            if write_flags:
-                return False
-            write_flags = os.RWF_APPEND
         self._mirror.setid.clear(bool(flags & KILL_PRIVILEGES))
         try:
             count = os.pwritev(handle.descriptor, [self._view[start : start + size]], offset, write_flags)
@@ -189,7 +204,7 @@ class FileRequests(Responder):
             if error.errno == errno.EOPNOTSUPP:
                 self._files.promptness.refuse_writes(handle)
             return False
-        if count < size and not flags & APPEND:
+        if count < size:
             return False
         write_reply = wire.WRITE_REPLY
         self._send(write_reply.pack(write_reply.size, 0, unique, count))

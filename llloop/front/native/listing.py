@@ -29,6 +29,9 @@ _WORTHWHILE = 24
 class Listing:
     """A snapshot of a directory. An entry's cookie is its position, counted from one.
 
+    Attributes:
+        data: all entries as ``struct fuse_dirent``.
+
     Args:
         blocks: what getdents64(2) returned, call by call.
         shown: gives the number that the mount shows for a number of the source.
@@ -41,8 +44,20 @@ class Listing:
         self._shown = shown
         for block in blocks:
             self._convert(block, foreign)
-        self._data = b"".join(self._records)
+        self.data = b"".join(self._records)
         self._records = []
+
+    @classmethod
+    def restored(cls, data: bytes) -> Listing:
+        """Return the listing whose `data` were saved."""
+        listing = cls((), lambda number: number, foreign=False)
+        position = 0
+        while position < len(data):
+            _, _, length, _ = wire.DIRENT.unpack_from(data, position)
+            position += wire.DIRENT.size + length + len(_PADDING[length & 7])
+            listing._ends.append(position)
+        listing.data = data
+        return listing
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -86,7 +101,7 @@ class Listing:
         if offset >= len(ends):
             return b""
         start = ends[offset]
-        return self._data[start : ends[bisect_right(ends, start + size, offset) - 1]]
+        return self.data[start : ends[bisect_right(ends, start + size, offset) - 1]]
 
     def record(self, position: int) -> tuple[bytes, bytes]:
         """Return ``struct fuse_dirent`` of an entry, and the entry's name.
@@ -94,7 +109,7 @@ class Listing:
         Args:
             position: counted from zero.
         """
-        record = self._data[self._ends[position] : self._ends[position + 1]]
+        record = self.data[self._ends[position] : self._ends[position + 1]]
         return record, record[wire.DIRENT.size :].rstrip(b"\0")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 
 from ... import wire
 from ...syscalls import Attributes, fstatx
@@ -36,10 +35,6 @@ class NameRequests(Responder):
             return
         self._reply_entry(unique, nodeid, attributes)
 
-    def _reply_entry(self, unique: int, nodeid: int, attributes: Attributes) -> None:
-        if not self._send(wire.reply(unique, self._entry(nodeid, attributes))):
-            self._tree.forget(nodeid, 1)
-
     def forget(self, base: int, length: int) -> None:
         """FUSE_FORGET: has no reply."""
         self._tree.forget(*wire.FORGET_REQUEST.unpack_from(self._memory, base))
@@ -67,12 +62,6 @@ class NameRequests(Responder):
     def _reply_attributes(self, unique: int, nodeid: int, attributes: Attributes) -> None:
         self._send(self._attributes_reply(unique, nodeid, attributes))
 
-    def unlink(self, base: int, length: int) -> None:
-        """FUSE_UNLINK."""
-        unique, parent = wire.NODE_REQUEST.unpack_from(self._memory, base)
-        self._tree.unlink(parent, self._name(base, length))
-        self._send(wire.error_reply(unique, 0))
-
     def setattr(self, base: int, length: int) -> None:
         """FUSE_SETATTR."""
         unique, nodeid, caller, valid, number, size, atime, mtime, atime_nsec, mtime_nsec, mode, uid, gid = (
@@ -89,29 +78,6 @@ class NameRequests(Responder):
         handle = self._handles.get(number) if getattr_flags & wire.FUSE_GETATTR_FH else None
         raw = self._tree.statx_raw(nodeid, mask, flags, handle)
         self._send(wire.reply(unique, wire.STATX_OUT.pack(*self._attr_timeout, 0) + bytes(raw)))
-
-    def rename2(self, base: int, length: int) -> None:
-        """FUSE_RENAME2: rename with flags."""
-        request = wire.RENAME2_REQUEST
-        unique, parent, new_parent, flags = request.unpack_from(self._memory, base)
-        name = self._string(base + request.size, base + length)
-        new_name = self._string(base + request.size + len(name) + 1, base + length)
-        self._tree.rename(parent, name, new_parent, new_name, flags)
-        self._send(wire.error_reply(unique, 0))
-
-    def setxattr(self, base: int, length: int) -> None:
-        """FUSE_SETXATTR in its extended form (SETXATTR_EXT)."""
-        request = wire.SETXATTR_REQUEST
-        unique, nodeid, size, flags, xattr_flags, _ = request.unpack_from(self._memory, base)
-        if not self._mirror.config.xattr:
-            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-        name = self._string(base + request.size, base + length)
-        start = base + request.size + len(name) + 1
-        if start + size > base + length:
-            raise malformed()
-        value = self._memory[start : start + size]
-        self._tree.setxattr(nodeid, name, value, flags, bool(xattr_flags & wire.FUSE_SETXATTR_ACL_KILL_SGID))
-        self._send(wire.error_reply(unique, 0))
 
     def interrupt(self, base: int, length: int) -> None:
         """FUSE_INTERRUPT: not supported, as said once."""

@@ -1,0 +1,110 @@
+"""What changes the tree, and must not be done twice when it is sent twice: each handler says which request it does."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from ... import wire
+from ..tree import Requester
+from .base import Responder, malformed
+
+
+class ChangeRequests(Responder):
+    """The handlers; see `Responder`. `Attempts.unique` has to be set before the tree is asked to do anything."""
+
+    def _names(self, start: int, end: int) -> tuple[bytes, bytes]:
+        """Return the two strings that follow each other at *start*."""
+        first = self._string(start, end)
+        return first, self._string(start + len(first) + 1, end)
+
+    def mknod(self, base: int, length: int) -> None:
+        """FUSE_MKNOD."""
+        request = wire.MKNOD_REQUEST
+        unique, parent, uid, gid, mode, device, umask = request.unpack_from(self._memory, base)
+        name = self._string(base + request.size, base + length)
+        self._attempts.unique = unique
+        number = os.makedev(*wire.decode_device(device))
+        self._reply_entry(unique, *self._tree.mknod(parent, name, mode, number, Requester(uid, gid, umask)))
+
+    def mkdir(self, base: int, length: int) -> None:
+        """FUSE_MKDIR."""
+        request = wire.MKDIR_REQUEST
+        unique, parent, uid, gid, mode, umask = request.unpack_from(self._memory, base)
+        name = self._string(base + request.size, base + length)
+        self._attempts.unique = unique
+        self._reply_entry(unique, *self._tree.mkdir(parent, name, mode, Requester(uid, gid, umask)))
+
+    def symlink(self, base: int, length: int) -> None:
+        """FUSE_SYMLINK."""
+        request = wire.SYMLINK_REQUEST
+        unique, parent, uid, gid = request.unpack_from(self._memory, base)
+        name, target = self._names(base + request.size, base + length)
+        self._attempts.unique = unique
+        self._reply_entry(unique, *self._tree.symlink(parent, name, target, Requester(uid, gid)))
+
+    def link(self, base: int, length: int) -> None:
+        """FUSE_LINK."""
+        request = wire.LINK_REQUEST
+        unique, parent, nodeid = request.unpack_from(self._memory, base)
+        name = self._string(base + request.size, base + length)
+        self._attempts.unique = unique
+        self._reply_entry(unique, *self._tree.link(nodeid, parent, name))
+
+    def unlink(self, base: int, length: int) -> None:
+        """FUSE_UNLINK."""
+        unique, parent = wire.NODE_REQUEST.unpack_from(self._memory, base)
+        self._attempts.unique = unique
+        self._tree.unlink(parent, self._name(base, length))
+        self._send(wire.error_reply(unique, 0))
+
+    def rmdir(self, base: int, length: int) -> None:
+        """FUSE_RMDIR."""
+        unique, parent = wire.NODE_REQUEST.unpack_from(self._memory, base)
+        self._attempts.unique = unique
+        self._tree.rmdir(parent, self._name(base, length))
+        self._send(wire.error_reply(unique, 0))
+
+    def rename(self, base: int, length: int) -> None:
+        """FUSE_RENAME."""
+        request = wire.RENAME_REQUEST
+        unique, parent, new_parent = request.unpack_from(self._memory, base)
+        name, new_name = self._names(base + request.size, base + length)
+        self._attempts.unique = unique
+        self._tree.rename(parent, name, new_parent, new_name, 0)
+        self._send(wire.error_reply(unique, 0))
+
+    def rename2(self, base: int, length: int) -> None:
+        """FUSE_RENAME2: rename with flags."""
+        request = wire.RENAME2_REQUEST
+        unique, parent, new_parent, flags = request.unpack_from(self._memory, base)
+        name, new_name = self._names(base + request.size, base + length)
+        self._attempts.unique = unique
+        self._tree.rename(parent, name, new_parent, new_name, flags)
+        self._send(wire.error_reply(unique, 0))
+
+    def setxattr(self, base: int, length: int) -> None:
+        """FUSE_SETXATTR in its extended form (SETXATTR_EXT)."""
+        request = wire.SETXATTR_REQUEST
+        unique, nodeid, size, flags, xattr_flags, _ = request.unpack_from(self._memory, base)
+        self._check_xattr()
+        name = self._string(base + request.size, base + length)
+        start = base + request.size + len(name) + 1
+        if start + size > base + length:
+            raise malformed()
+        value = self._memory[start : start + size]
+        self._attempts.unique = unique
+        self._tree.setxattr(nodeid, name, value, flags, bool(xattr_flags & wire.FUSE_SETXATTR_ACL_KILL_SGID))
+        self._send(wire.error_reply(unique, 0))
+
+    def removexattr(self, base: int, length: int) -> None:
+        """FUSE_REMOVEXATTR."""
+        unique, nodeid = wire.NODE_REQUEST.unpack_from(self._memory, base)
+        self._check_xattr()
+        self._attempts.unique = unique
+        self._tree.removexattr(nodeid, self._name(base, length))
+        self._send(wire.error_reply(unique, 0))
+
+    def _check_xattr(self) -> None:
+        if not self._mirror.config.xattr:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))  # the kernel then stops asking

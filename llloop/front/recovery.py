@@ -1,0 +1,93 @@
+"""Going on where a dead front left off: its inodes, its open files, and the requests it did not answer."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Collection
+
+from ..ledger import HANDLE, Ledger, Record
+from .mirror import Mirror
+
+_log = logging.getLogger(__name__)
+
+# How long, in seconds, workers may take to finish what a dead front had given them before its requests are asked for
+# again. What is not finished then is done a second time when it comes, after the first.
+_PATIENCE = 1.0
+_PAUSE = 0.002
+
+
+def recover(mirror: Mirror, ledger: Ledger, own: Collection[int]) -> None:
+    """Take over what fronts before this one have left, if there were any.
+
+    Args:
+        mirror: what is to be served, as yet empty.
+        ledger: what they have noted.
+        own: the descriptors that each front starts with. All others that are open are theirs.
+    """
+    records = ledger.recover()
+    mirror.tree.anchors.take_over(mirror.inodes.recover(records))
+    for record in records:
+        if record.kind == HANDLE:
+            _take_over_handle(mirror, ledger, record)
+    known = {*own, *mirror.handles.descriptors(), *mirror.tree.anchors.pinned()}
+    pin = mirror.attempts.left_pin
+    mirror.attempts.adopt([fd for fd in _open_descriptors() if fd not in known and fd != pin])
+
+
+def _take_over_handle(mirror: Mirror, ledger: Ledger, record: Record) -> None:
+    number, nodeid, descriptor, flags, backing, snapshot, _ = record.fields
+    try:
+        handle = mirror.files.take_over(number, nodeid, descriptor, flags, record.place)
+    except OSError as error:
+        _log.warning("a file that was open when the front died is lost to its user: %s", error.strerror)
+        ledger.remove(record.place)
+        return
+    handle.lent = True  # its worker may hold it
+    if backing:
+        mirror.passthrough.take_over(handle, backing)
+    if snapshot:
+        handle.snapshot = snapshot - 1
+
+
+def _open_descriptors() -> list[int]:
+    """Return what this process has open, but for the descriptor that this takes."""
+    found = []
+    for entry in os.listdir("/proc/self/fd"):
+        try:
+            os.fstat(int(entry))
+        except OSError:
+            continue
+        found.append(int(entry))
+    return found
+
+
+def let_workers_finish(mirror: Mirror) -> None:
+    """Wait until the workers have answered all that a dead front had given them, but not for long."""
+    router = mirror.router
+    router.remind()
+    deadline = time.monotonic() + _PATIENCE
+    while router.is_busy():
+        if time.monotonic() > deadline:
+            _log.info("a worker is busy with what the last front gave it; what is sent again comes after that")
+            mirror.files.late_requests = True
+            return
+        time.sleep(_PAUSE)
+
+
+def settle(mirror: Mirror, delivered: bool) -> None:
+    """Decide what was left open, when all requests that the kernel sends again have come.
+
+    Args:
+        mirror: what is served.
+        delivered: whether the answer to the last request that the dead front had in hand was sent.
+    """
+    attempts = mirror.attempts
+    pin = attempts.left_pin
+    # An earlier request may have noted it and closed it, and an open file have its number now.
+    if pin >= 0 and pin not in {*mirror.tree.anchors.pinned(), *mirror.handles.descriptors()}:
+        os.close(pin)
+    attempts.settle()
+    for nodeid in mirror.inodes.settle(delivered):
+        mirror.tree.anchors.drop(nodeid)

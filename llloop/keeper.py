@@ -1,0 +1,153 @@
+"""The keeper: a process that does nothing but share the front's descriptors, so that they outlive the front.
+
+Fronts are cloned from it with CLONE_FILES (clone(2)): keeper and front have one descriptor table. When a
+front is killed, all that it had open stays open under the same numbers, files without names among
+them, and the next front, cloned from the same keeper, has it all. If the keeper dies, another
+fetches the descriptors from the front (pidfd_getfd(2)) and the front is replaced by one that is cloned from it.
+
+The keeper is also the last to see the supervisor end, and cleans up after it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import platform
+import select
+import signal
+import struct
+from collections.abc import Callable, Collection
+from contextlib import suppress
+
+from . import syscalls
+from .children import Cloned, fork
+
+_CLONE_FILES = 0x00000400  # <linux/sched.h>
+_CLONE_PARENT = 0x00008000
+_SYS_CLONE = {"x86_64": 56, "aarch64": 220, "riscv64": 220, "loongarch64": 220, "ppc64le": 120}.get(platform.machine())
+
+_COMMAND = struct.Struct("=ci")
+_ANSWER = struct.Struct("=i")
+_START, _FETCH = b"s", b"f"
+# How long the supervisor waits for the keeper to do what it is told, in seconds.
+_PATIENCE = 10.0
+
+
+def _clone(flags: int) -> int:
+    """Fork with further clone(2) *flags*, as `os.fork` does it, and return the same."""
+    python = ctypes.pythonapi
+    libc = ctypes.PyDLL(None, use_errno=True)  # keeps the interpreter's lock, as a fork must
+    zero = ctypes.c_long(0)
+    python.PyOS_BeforeFork()
+    pid: int = libc.syscall(
+        ctypes.c_long(_SYS_CLONE or 0), ctypes.c_ulong(flags | signal.SIGCHLD), zero, zero, zero, zero
+    )
+    if pid == 0:
+        python.PyOS_AfterFork_Child()
+    else:
+        python.PyOS_AfterFork_Parent()
+    if pid < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return pid
+
+
+def open_descriptors() -> set[int]:
+    """Return the descriptors that this process has open."""
+    found = set()
+    for entry in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # that of the listing itself
+            os.fstat(int(entry))
+            found.add(int(entry))
+    return found
+
+
+def _fetch(pid: int) -> int:
+    """Take over all descriptors of process *pid* under their numbers; return 0 or a negative errno."""
+    try:
+        numbers = sorted(int(entry) for entry in os.listdir(f"/proc/{pid}/fd"))
+        first_free = numbers[-1] + 1
+        low = os.pidfd_open(pid)
+        pidfd = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, first_free)
+        os.close(low)
+        for number in numbers:
+            fd = syscalls.pidfd_getfd(pidfd, number)
+            if fd != number:
+                os.dup2(fd, number, inheritable=False)
+                os.close(fd)
+        os.close(pidfd)
+    except OSError as error:
+        return -(error.errno or 1)
+    return 0
+
+
+class Keeper:
+    """The supervisor's side: starts keepers and has them start fronts.
+
+    Args:
+        front: runs in each front, with the descriptors that are not a front's own; does not return.
+        farewell: runs in the keeper when the supervisor has ended without ending it.
+    """
+
+    def __init__(self, front: Callable[[Collection[int]], None], farewell: Callable[[], None]) -> None:
+        self._front = front
+        self._farewell = farewell
+        self._command_reader, self._command_writer = os.pipe2(os.O_CLOEXEC)
+        self._answer_reader, self._answer_writer = os.pipe2(os.O_CLOEXEC)
+
+    def close(self) -> None:
+        """Let go of the keeper's pipes, when it has ended."""
+        for fd in (self._command_reader, self._command_writer, self._answer_reader, self._answer_writer):
+            os.close(fd)
+
+    def run(self) -> None:
+        """Be the keeper, until the supervisor is gone."""
+        os.close(self._command_writer)  # so that the supervisor's end is the last
+        os.close(self._answer_reader)
+        own = open_descriptors()
+        while True:
+            command = os.read(self._command_reader, _COMMAND.size)
+            if not command:
+                break
+            what, pid = _COMMAND.unpack(command)
+            answer = self._start(own) if what == _START else _fetch(pid)
+            os.write(self._answer_writer, _ANSWER.pack(answer))
+        self._farewell()
+
+    def _start(self, own: Collection[int]) -> int:
+        try:
+            pid = _clone(_CLONE_FILES | _CLONE_PARENT) if _SYS_CLONE else -1
+        except OSError as error:
+            return -(error.errno or 1)
+        if pid == 0:
+            process = fork.Process(target=self._front, args=(own,), name="llloop-front")
+            os._exit(process._bootstrap())  # type: ignore[attr-defined]
+        return pid
+
+    def start_front(self) -> Cloned:
+        """Have the keeper start a front, a child of this process.
+
+        Raises:
+            OSError: it could not, or does not answer.
+        """
+        return Cloned(self._tell(_START, 0))
+
+    def fetch(self, front: int) -> None:
+        """Have a new keeper take over the descriptors of the front with that process id, which must stand still.
+
+        Raises:
+            OSError: it could not, or does not answer.
+        """
+        self._tell(_FETCH, front)
+
+    def _tell(self, what: bytes, pid: int) -> int:
+        os.write(self._command_writer, _COMMAND.pack(what, pid))
+        poll = select.poll()
+        poll.register(self._answer_reader, select.POLLIN)
+        if not poll.poll(_PATIENCE * 1000):
+            raise TimeoutError("the keeper does not answer")
+        (answer,) = _ANSWER.unpack(os.read(self._answer_reader, _ANSWER.size))
+        if answer < 0:
+            raise OSError(-answer, os.strerror(-answer))
+        return int(answer)

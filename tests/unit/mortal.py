@@ -1,0 +1,320 @@
+"""Fronts that die at any moment one chooses, and what stands for the kernel beside them."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest import mock
+
+from llloop import ledger as ledger_module
+from llloop import syscalls, wire
+from llloop.arena import Arena
+from llloop.config import ServeConfig
+from llloop.front import attempts as attempts_module
+from llloop.front.inodes import ROOT
+from llloop.front.loop import Loop
+from llloop.front.mirror import Mirror, build_mirror
+from llloop.front.recovery import let_workers_finish, recover
+from llloop.ledger import Ledger
+from llloop.negotiation import Capabilities, Feature
+from llloop.wire import FUSE_UNIQUE_RESEND, Opcode
+from tests.unit.support import Reply, close_ledger, heir
+
+ME = (os.geteuid(), os.getegid())
+
+# What a front does to the source and to its descriptors.
+_CALLS = (
+    "close",
+    "ftruncate",
+    "link",
+    "memfd_create",
+    "mkdir",
+    "mknod",
+    "open",
+    "pwritev",
+    "readv",
+    "removexattr",
+    "rename",
+    "rmdir",
+    "setxattr",
+    "symlink",
+    "truncate",
+    "unlink",
+    "write",
+)
+
+
+class Killed(BaseException):
+    """SIGKILL: the process does nothing any more, whatever its handlers would like to do."""
+
+
+class Life:
+    """How many steps a process takes until it is killed; a step is a store to the ledger, or one side of a call.
+
+    Args:
+        steps: the number of the step at which it is killed, or None to let it live.
+    """
+
+    def __init__(self, steps: int | None) -> None:
+        self.left = steps
+        self.taken = 0
+
+    def step(self) -> None:
+        if self.left is not None and self.taken >= self.left:
+            raise Killed
+        self.taken += 1
+
+    def around(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def mortal(*arguments: Any, **options: Any) -> Any:
+            self.step()
+            result = call(*arguments, **options)
+            self.step()
+            return result
+
+        return mortal
+
+
+class _Cells:
+    """The ledger's cells, every store to which is a step."""
+
+    def __init__(self, cells: memoryview, life: Life) -> None:
+        self._cells = cells
+        self._life = life
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._cells[index]
+
+    def __setitem__(self, index: int, value: int) -> None:
+        self._life.step()
+        self._cells[index] = value
+
+
+class _Packing:
+    """A struct that is not stored at once, as none of several cells is."""
+
+    def __init__(self, packing: struct.Struct, life: Life) -> None:
+        self._packing = packing
+        self._life = life
+
+    def pack_into(self, memory: Any, start: int, *values: Any) -> None:
+        data = self._packing.pack(*values)
+        middle = len(data) // 16 * 8
+        self._life.step()
+        memory[start : start + middle] = data[:middle]
+        self._life.step()
+        memory[start + middle : start + len(data)] = data[middle:]
+        self._life.step()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._packing, name)
+
+
+def mortal_ledger(ledger: Ledger, life: Life) -> Ledger:
+    """The same memory in the hands of a process of that life."""
+    own = heir(ledger)
+    own.cells = _Cells(own.cells, life)  # type: ignore[assignment]
+    return own
+
+
+@contextmanager
+def living(life: Life) -> Iterator[None]:
+    """Everything in the block is done by a process of that life; it may end in `Killed`."""
+    patches = [
+        mock.patch.multiple(
+            ledger_module, _BODY=_Packing(ledger_module._BODY, life), _TAIL=_Packing(ledger_module._TAIL, life)
+        ),
+        mock.patch.multiple(os, **{name: life.around(getattr(os, name)) for name in _CALLS}),
+        mock.patch.object(syscalls, "renameat2", life.around(syscalls.renameat2)),
+        mock.patch.object(fcntl, "ioctl", life.around(fcntl.ioctl)),
+    ]
+    with ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        yield
+
+
+class Request(NamedTuple):
+    """What the kernel asks."""
+
+    opcode: Opcode
+    nodeid: int
+    body: bytes = b""
+
+    def packed(self, unique: int) -> bytes:
+        header = struct.pack("=IIQQIIIHH", 40 + len(self.body), self.opcode, unique, self.nodeid, *ME, 1, 0, 0)
+        return header + self.body
+
+
+PROBE = Request(Opcode.GETATTR, ROOT, bytes(16))
+
+
+def descriptors() -> set[int]:
+    found = set()
+    for entry in os.listdir("/proc/self/fd"):
+        try:
+            os.fstat(int(entry))
+        except OSError:
+            continue
+        found.add(int(entry))
+    return found
+
+
+class Line:
+    """One mount: fronts that follow each other on one source, and a socket in the place of /dev/fuse."""
+
+    def __init__(self, path: Path, pipes: list[tuple[int, int]], features: int = 0, **options: Any) -> None:
+        self.path = path
+        path.mkdir()
+        self.root = os.open(path, os.O_PATH | os.O_DIRECTORY)
+        self.config = ServeConfig(source=str(path), mountpoint="/nowhere", workers=len(pipes), **options)
+        self.capabilities = Capabilities(42, Feature.SETXATTR_EXT | Feature.HAS_RESEND | Feature(features))
+        self.arena = Arena(4, 32 * wire.PAGE_SIZE, len(pipes))
+        self.ledger = Ledger(1 << 10)
+        self.pipes = pipes
+        self._kernel, self._device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._kernel.setblocking(False)
+        self.device = self._device.fileno()
+        self.unique = 1000
+        self.unanswered: dict[int, Request] = {}
+        self.answers: dict[int, Reply] = {}
+        self.notifications: list[int] = []
+        self.own = descriptors()
+        self.front: Front
+        self.next_front(Life(None))
+
+    def next_front(self, life: Life) -> None:
+        """Start one; it dies of *life*, perhaps before it is ready."""
+        self.arena.new_front(os.getpid())
+        with living(life):
+            self.front = Front(self, life)
+
+    def ask(self, request: Request, life: Life | None = None) -> Reply | None:
+        """Have the front serve a request; None if it died and left no answer."""
+        self.unique += 2
+        unique = self.unique
+        self.unanswered[unique] = request
+        self._kernel.send(request.packed(unique))
+        with living(life or Life(None)):
+            if life is not None:
+                self.front.is_of(life)
+            try:
+                self.front.serve()
+            finally:
+                self.collect()
+        return self.answers.get(unique)
+
+    def take_up(self, life: Life | None = None) -> None:
+        """The front dies; start the next, send it again what has no answer, then ask something new."""
+        self.drop_unread()
+        for unique, request in self.unanswered.items():
+            self._kernel.send(request.packed(unique | FUSE_UNIQUE_RESEND))
+        self.unique += 2
+        self.unanswered[self.unique] = PROBE
+        self._kernel.send(PROBE.packed(self.unique))
+        life = life or Life(None)
+        try:
+            self.next_front(life)
+            with living(life):
+                self.front.loop.take_up()
+        finally:
+            self.collect()
+
+    def drop_unread(self) -> None:
+        """Take back what no front has read."""
+        self._device.setblocking(False)
+        try:
+            while True:
+                self._device.recv(1 << 20)
+        except BlockingIOError:
+            self._device.setblocking(True)
+        for unique, request in list(self.unanswered.items()):
+            if request is PROBE:
+                del self.unanswered[unique]
+
+    def unmount(self) -> None:
+        """No more requests come; unlike /dev/fuse, the socket says so by nothing instead of by an error."""
+        self._kernel.shutdown(socket.SHUT_WR)
+
+    def collect(self) -> None:
+        """Take the replies."""
+        while True:
+            try:
+                data = self._kernel.recv(1 << 20)
+            except BlockingIOError:
+                return
+            length, error, unique = wire.OUT_HEADER.unpack_from(data)
+            assert length == len(data)
+            if unique == 0:
+                self.notifications.append(error)
+                continue
+            unique &= ~FUSE_UNIQUE_RESEND
+            assert unique in self.unanswered, "an answer to what is answered already, or was never asked"
+            del self.unanswered[unique]
+            self.answers[unique] = Reply(unique, -error, data[wire.OUT_HEADER_SIZE :])
+
+    def answer(self, request: Request) -> Reply:
+        """Ask and be answered."""
+        reply = self.ask(request)
+        assert reply is not None
+        return reply
+
+    def lookup(self, name: bytes, parent: int = ROOT) -> int:
+        reply = self.answer(Request(Opcode.LOOKUP, parent, name + b"\0"))
+        assert reply.error == 0, errno.errorcode[reply.error]
+        return int.from_bytes(reply.payload[:8], "little")
+
+    def open(self, nodeid: int, flags: int = os.O_RDWR) -> int:
+        opcode = Opcode.OPENDIR if flags & os.O_DIRECTORY else Opcode.OPEN
+        reply = self.answer(Request(opcode, nodeid, struct.pack("=II", flags, 0)))
+        assert reply.error == 0, errno.errorcode[reply.error]
+        return int.from_bytes(reply.payload[:8], "little")
+
+    @property
+    def mirror(self) -> Mirror:
+        return self.front.mirror
+
+    def extra_descriptors(self) -> set[int]:
+        """What is open besides what each front starts with."""
+        return descriptors() - self.own
+
+    def close(self) -> None:
+        for fd in self.extra_descriptors():
+            os.close(fd)
+        self._kernel.close()
+        self._device.close()
+        os.close(self.root)
+        close_ledger(self.ledger)
+
+
+class Front:
+    """What runs in one front process; nothing is closed when it is dropped."""
+
+    def __init__(self, line: Line, life: Life) -> None:
+        self._ledger = mortal_ledger(line.ledger, life)
+        packing = _Packing(attempts_module._NOTE, life)
+        with mock.patch.object(attempts_module, "_NOTE", packing):
+            writers = [writer for _, writer in line.pipes]
+            mirror = self.mirror = build_mirror(
+                line.config, line.capabilities, line.arena, self._ledger, writers, line.root, line.device
+            )
+        self._packing = packing
+        if line.arena.generation > 1:
+            recover(mirror, self._ledger, line.own)
+            let_workers_finish(mirror)
+        self.loop = Loop(mirror, SimpleNamespace(processor=lambda: None), line.device, self._ledger)  # type: ignore[arg-type]
+
+    def is_of(self, life: Life) -> None:
+        """Go on with another life."""
+        self._ledger.cells._life = self._packing._life = life  # type: ignore[attr-defined]
+
+    def serve(self) -> None:
+        base, length = self.loop._receive()
+        self.loop._serve(base, length)

@@ -1,0 +1,316 @@
+"""What the next front finds of all that a dead one knew and had open."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from llloop.front.inodes import ROOT
+from llloop.front.tree import Tree
+from llloop.negotiation import Feature
+from llloop.syscalls import RENAME_EXCHANGE
+from llloop.wire import Opcode
+from tests.expect import fails
+from tests.unit.mortal import Killed, Life, Line, Request
+from tests.unit.support import packet_pipe
+from tests.unit.test_resent import View, create_request, makedir, pair, rename_request, write
+
+
+@pytest.fixture
+def line(tmp_path: Path) -> Iterator[Line]:
+    umask = os.umask(0o022)
+    with packet_pipe(8) as first, packet_pipe(8) as second:
+        own = Line(tmp_path / "source", [first, second])
+        yield own
+        own.close()
+    os.umask(umask)
+
+
+def listing(line: Line, handle: int, offset: int, size: int = 80) -> list[bytes]:
+    body = struct.pack("=QQIIQII", handle, offset, size, 0, 0, 0, 0)
+    data = line.answer(Request(Opcode.READDIR, ROOT, body)).payload
+    names = []
+    while data:
+        length = int.from_bytes(data[16:20], "little")
+        names.append(data[24 : 24 + length])
+        data = data[24 + (length + 7) // 8 * 8 :]
+    return names
+
+
+def release(line: Line, handle: int) -> int:
+    reply = line.answer(Request(Opcode.RELEASE, 0, struct.pack("=QIIQ", handle, 0, 0, 0)))
+    return reply.error
+
+
+def busy(line: Line) -> None:
+    """A bit of everything that a front has to remember."""
+    line.open(write(line, "open and removed"))
+    line.answer(Request(Opcode.UNLINK, ROOT, b"open and removed\0"))
+    write(line, "removed")
+    line.answer(Request(Opcode.UNLINK, ROOT, b"removed\0"))
+    write(line, "over")
+    line.open(write(line, "victim", "the victim's"), os.O_RDONLY)
+    line.answer(rename_request(b"over", b"victim"))
+    linked = write(line, "linked")
+    line.answer(Request(Opcode.LINK, ROOT, struct.pack("=Q", linked) + b"x" * 255 + b"\0"))
+    directory = makedir(line, "directory")
+    below = line.answer(Request(Opcode.MKDIR, directory, struct.pack("=II", 0o755, 0o022) + b"\xff" * 100 + b"\0"))
+    inside = int.from_bytes(below.payload[:8], "little")
+    line.answer(rename_request(b"linked", b"moved", ROOT, inside))
+    line.answer(rename_request(b"directory", b"victim", flags=RENAME_EXCHANGE))
+    line.answer(create_request())
+    line.answer(Request(Opcode.SYMLINK, ROOT, pair(b"symlink", b"target")))
+    gone = makedir(line, "gone")
+    line.open(gone, os.O_DIRECTORY)
+    line.answer(Request(Opcode.RMDIR, ROOT, b"gone\0"))
+    line.lookup(b"symlink")
+    line.lookup(b"new")
+
+
+def test_everything_is_as_it_was(line: Line) -> None:
+    view = View(line)
+    busy(line)
+    view.learn()
+    before = view.of_table(), view.of_descriptors(), view.of_reachability()
+    assert len(before[0]["pins"]) == 4 and len(before[0]["handles"]) == 4
+    handles = {
+        number: (handle.descriptor, handle.nodeid, handle.flags, handle.shard, handle.write_flags, handle.read_flags)
+        for number, handle in line.mirror.handles._table.items()
+    }
+    for _ in range(3):
+        line.take_up()
+        assert (view.of_table(), view.of_descriptors(), view.of_reachability()) == before
+        assert handles == {
+            number: (one.descriptor, one.nodeid, one.flags, one.shard, one.write_flags, one.read_flags)
+            for number, one in line.mirror.handles._table.items()
+        }
+        assert all(handle.lent for handle in line.mirror.handles._table.values()), "a worker may hold it"
+    # And it goes as it would have gone.
+    for number in handles:
+        assert release(line, number) == 0
+    for nodeid, inode in list(line.mirror.inodes._table.items()):
+        if nodeid != ROOT:
+            line._kernel.send(Request(Opcode.FORGET, nodeid, struct.pack("=Q", inode.lookups)).packed(1))
+            line.front.serve()
+    assert len(line.mirror.inodes) == 1
+    line.mirror.tree.anchors.shrink()
+    assert line.extra_descriptors() == set()
+
+
+def test_new_handles_have_new_numbers(line: Line) -> None:
+    nodeid = write(line, "file")
+    first = line.open(nodeid)
+    line.take_up()
+    second = line.open(nodeid)
+    assert first != second
+    assert release(line, first) == release(line, second) == 0
+
+
+def test_descriptors_that_nothing_is_known_of_are_closed_when_all_has_come(line: Line) -> None:
+    nodeid = write(line, "file")
+    line.open(nodeid)
+    before = line.extra_descriptors()
+    stray = os.open(line.path / "file", os.O_RDONLY)
+    line.take_up()
+    with fails(errno.EBADF):
+        os.fstat(stray)
+    assert before <= line.extra_descriptors()
+
+
+def test_a_listing_goes_on_where_it_was(line: Line) -> None:
+    """Read afresh, it would leave out what moved up (rm -r)."""
+    for number in range(30):
+        (line.path / f"file-{number}").write_text("")
+    handle = line.open(ROOT, os.O_DIRECTORY)
+    found = listing(line, handle, 0)
+    assert 0 < len(found) < 30
+    for name in found:
+        if name not in (b".", b".."):
+            (line.path / os.fsdecode(name)).unlink()
+    line.take_up()
+    while more := listing(line, handle, len(found)):
+        found += more
+        line.take_up()
+    assert len(found) == len(set(found)) == 32
+    rewound = listing(line, handle, 0, 4096)
+    assert len(rewound) == len(os.listdir(line.path)) + 2
+    release(line, handle)
+    line.mirror.tree.anchors.shrink()
+    assert line.extra_descriptors() == set()
+
+
+@pytest.mark.parametrize("instead", [None, "other"])
+def test_a_descriptor_that_is_lost_is_opened_again(line: Line, instead: str | None) -> None:
+    """So it is where the keeper died together with the front."""
+    (line.path / "other").write_text("other")
+    handle = line.open(write(line, "file"))
+    lost = line.mirror.handles.get(handle).descriptor
+    os.close(lost)
+    if instead:
+        own = os.open(line.path / instead, os.O_RDONLY)
+        assert own == lost
+    line.take_up()
+    assert os.pread(line.mirror.handles.get(handle).descriptor, 10, 0) == b"content"
+    assert release(line, handle) == 0
+
+
+def test_a_file_without_names_whose_descriptors_are_lost_is_lost_and_nothing_else(
+    line: Line, caplog: pytest.LogCaptureFixture
+) -> None:
+    nodeid = write(line, "file")
+    handle, other = line.open(nodeid), line.open(write(line, "other"))
+    line.answer(Request(Opcode.UNLINK, ROOT, b"file\0"))
+    os.close(line.mirror.handles.get(handle).descriptor)
+    os.close(line.mirror.tree.anchors._pins[nodeid])
+    with caplog.at_level(logging.WARNING):
+        line.take_up()
+    assert "lost to its user" in caplog.text
+    assert handle not in line.mirror.handles
+    assert line.answer(Request(Opcode.GETATTR, nodeid, bytes(16))).error == errno.ESTALE
+    assert release(line, other) == 0
+    caplog.clear()
+    line.take_up()
+    assert caplog.records == [], "it is told once"
+
+
+def killed_in(line: Line, monkeypatch: pytest.MonkeyPatch, request: Request, method: str) -> None:
+    """Have the front die when the request is done, but for its answer."""
+    do = getattr(Tree, method)
+
+    def die_after(tree: Tree, *arguments: object) -> None:
+        do(tree, *arguments)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tree, method, die_after)
+        with pytest.raises(Killed):
+            line.ask(request)
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_others_get_their_errors_for_what_the_interrupted_one_has_done(
+    line: Line, monkeypatch: pytest.MonkeyPatch, marked: bool
+) -> None:
+    """Only the request itself is told that it has done it."""
+    for request, method, number in (
+        (Request(Opcode.MKDIR, ROOT, struct.pack("=II", 0o755, 0o022) + b"new\0"), "mkdir", errno.EEXIST),
+        (Request(Opcode.RMDIR, ROOT, b"new\0"), "rmdir", errno.ENOENT),
+        (Request(Opcode.SYMLINK, ROOT, pair(b"new", b"to")), "symlink", errno.EEXIST),
+        (Request(Opcode.UNLINK, ROOT, b"new\0"), "unlink", errno.ENOENT),
+    ):
+        killed_in(line, monkeypatch, request, method)
+        (interrupted,) = line.unanswered
+        # Another one of the same words, before it.
+        other = interrupted + 1000
+        del line.unanswered[interrupted]
+        line.unanswered[other] = request
+        if not marked:
+            line.next_front(Life(None))
+            line._kernel.send(request.packed(other))
+            line.front.serve()
+            line.collect()
+        else:
+            line.take_up()
+        assert line.answers[other].error == number, method
+        line.take_up()
+        line.unanswered.clear()
+
+
+def test_without_its_answer_nobody_is_told_of_an_inode(line: Line) -> None:
+    """One that the front had looked up when it died, and that nobody asks for again, is forgotten."""
+    (line.path / "file").write_text("")
+    nodeid = line.mirror.tree.lookup(ROOT, b"file")[0]
+    (line.path / "other").write_text("")
+    line.unanswered[line.unique + 100] = Request(Opcode.LOOKUP, ROOT, b"other\0")  # what it had in hand is sent again
+    line.unique += 200
+    line.take_up()
+    assert nodeid not in line.mirror.inodes
+    assert line.mirror.inodes.get(os.stat(line.path / "other").st_ino).lookups == 1
+
+
+def test_if_nothing_is_sent_again_the_answer_was_sent(line: Line) -> None:
+    (line.path / "file").write_text("")
+    nodeid = line.mirror.tree.lookup(ROOT, b"file")[0]
+    line.take_up()
+    assert line.mirror.inodes.get(nodeid).lookups == 1
+    line.take_up()
+    assert line.mirror.inodes.get(nodeid).lookups == 1
+
+
+# Kernel passthrough
+
+
+class Registrations:
+    """What stands for FUSE_DEV_IOC_BACKING_OPEN and _CLOSE."""
+
+    def __init__(self) -> None:
+        self.live: set[int] = set()
+        self._last = 0
+
+    def ioctl(self, fd: int, what: int, argument: bytearray) -> int:
+        if what == 0x4010E501:
+            self._last += 1
+            self.live.add(self._last)
+            return self._last
+        number = int.from_bytes(argument[:4], "little")
+        if number not in self.live:
+            raise FileNotFoundError(errno.ENOENT, "no such registration")
+        self.live.remove(number)
+        return 0
+
+
+@pytest.fixture
+def registrations(monkeypatch: pytest.MonkeyPatch) -> Registrations:
+    own = Registrations()
+    monkeypatch.setattr(fcntl, "ioctl", own.ioctl)
+    return own
+
+
+def test_registrations_with_the_kernel_go_along(tmp_path: Path, registrations: Registrations) -> None:
+    with packet_pipe(8) as pipe:
+        line = Line(tmp_path / "source", [pipe], Feature.PASSTHROUGH)
+        nodeid = write(line, "file")
+        first = line.open(nodeid)
+        line.take_up()
+        second = line.open(nodeid)
+        assert registrations.live == {1}, "all opens of an inode share one"
+        line.take_up()
+        release(line, first)
+        assert registrations.live == {1}
+        line.take_up()
+        release(line, second)
+        assert registrations.live == set()
+        line.close()
+
+
+def test_no_registration_is_left_wherever_the_front_is_killed(tmp_path: Path, registrations: Registrations) -> None:
+    """But between the kernel's answer and the note of it, for that cannot be known."""
+    lost = []
+    for steps in range(200):
+        with packet_pipe(8) as pipe:
+            line = Line(tmp_path / f"source-{steps}", [pipe], Feature.PASSTHROUGH)
+            nodeid = write(line, "file")
+            registrations.live.clear()
+            died = False
+            try:
+                line.ask(Request(Opcode.OPEN, nodeid, struct.pack("=II", os.O_RDWR, 0)), Life(steps))
+            except Killed:
+                died = True
+                line.take_up()
+            used = {handle.backing for handle in line.mirror.handles._table.values()}
+            assert len(used) == 1
+            assert used <= registrations.live
+            if registrations.live != used:
+                lost.append(steps)
+            line.close()
+        if not died:
+            break
+    assert len(lost) <= 2
+    assert len(lost) < 2 or lost[1] == lost[0] + 1
