@@ -1,0 +1,104 @@
+"""Requests of any bytes before the real libfuse and llfuse: they decode in C, where a bad length is a crash.
+
+A mount is made, and instead of the kernel's requests its loop is fed made-up ones, in a process that may crash.
+Their answers go to the real /dev/fuse, which waits for none of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import llfuse
+import pytest
+
+from llloop import connection, mounting
+from llloop.arena import Arena
+from llloop.config import ServeConfig
+from llloop.front.inodes import ROOT
+from llloop.front.loop import Loop
+from llloop.front.mirror import build_mirror
+from llloop.front.operations import Operations
+from llloop.negotiation import MAX_WRITE
+from tests.hostile import Choices, hostile_request
+from tests.mirror import reachable_directory, remove_tree
+from tests.watchdog import unmount_lazily
+
+pytestmark = [pytest.mark.mounted, pytest.mark.own_loop, pytest.mark.user]
+
+REQUESTS = 4000
+
+
+def feed(source: Path, mountpoint: Path, seed: int) -> None:
+    """Serve made-up requests until they are used up."""
+    config = ServeConfig(source=str(source), mountpoint=str(mountpoint), workers=1)
+    operations = Operations()
+    device = connection.mount(operations, str(mountpoint), mounting.mount_options(config))
+    made = connection.initialise(device, config, str(source))
+    assert made.session is not None
+    arena = Arena(4, MAX_WRITE, 1)
+    arena.new_front(os.getpid())
+    reader, writer = os.pipe2(os.O_DIRECT | os.O_NONBLOCK)
+    root = os.open(source, os.O_PATH | os.O_DIRECTORY)
+    mirror = build_mirror(config, made.capabilities, arena, [writer], root, device)
+    operations.attach(mirror, None, device)
+    nodeids = [ROOT, *(mirror.tree.lookup(ROOT, name)[0] for name in (b"file", b"directory", b"out"))]
+    handles = [mirror.files.open(nodeids[1], os.O_RDWR, False)[0]]
+    choose = random.Random(seed)
+    numbers = iter(range(1, REQUESTS + 1))
+    real_readv = os.readv
+
+    def readv(fd: int, buffers: list[Any]) -> int:
+        if fd != device:
+            return real_readv(fd, buffers)
+        number = next(numbers, None)
+        if number is None:
+            raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+        for slot in range(4):  # no worker takes them
+            if slot != mirror.router.slot:
+                arena.give_back(slot)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.read(reader, 4096)
+        # Above all numbers that the kernel gives out.
+        packet = hostile_request(Choices(choose.randbytes(200)), number << 40, nodeids, handles)[: len(buffers[0])]
+        buffers[0][: len(packet)] = packet
+        return len(packet)
+
+    with mock.patch("os.readv", readv):
+        Loop(mirror, made.session, device).run()
+    llfuse.close()
+    print("survived")
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_libfuse_gets_nothing_that_it_would_trip_over(seed: int) -> None:
+    place = reachable_directory("llloop-hostile-")
+    mountpoint = place / "mnt"
+    try:
+        (place / "canary").write_text("untouched")
+        for directory in (mountpoint, place / "source", place / "source" / "directory"):
+            directory.mkdir()
+        (place / "source" / "file").write_bytes(b"content")
+        (place / "source" / "out").symlink_to("..")
+        top = Path(__file__).parents[2]
+        command = [sys.executable, "-m", "tests.mount.test_malformed_requests", place / "source", mountpoint, str(seed)]
+        done = subprocess.run(command, cwd=top, capture_output=True, text=True, timeout=50)
+        assert (done.returncode, done.stdout) == (0, "survived\n"), done.stderr[-3000:]
+        assert (place / "canary").read_text() == "untouched"
+        assert sorted(os.listdir(place)) == ["canary", "mnt", "source"]
+    finally:
+        if mounting.find_mount(str(mountpoint)):
+            unmount_lazily(str(mountpoint))
+        remove_tree(place)
+
+
+if __name__ == "__main__":
+    feed(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))
