@@ -125,6 +125,11 @@ class Keeper:
             os._exit(process._bootstrap())  # type: ignore[attr-defined]
         return pid
 
+    @property
+    def can_share(self) -> bool:
+        """Whether fronts can be cloned on this kind of machine; elsewhere they have to be forked, and share nothing."""
+        return _SYS_CLONE is not None
+
     def start_front(self) -> Cloned:
         """Have the keeper start a front, a child of this process.
 

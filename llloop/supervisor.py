@@ -31,16 +31,17 @@ from setproctitle import setproctitle
 
 from . import connection, log, mounting, negotiation, wire
 from .arena import Arena
-from .children import LONGEST_PAUSE, PATIENCE, STOP_SIGNALS, Child, child_main, fork, forked
+from .children import LONGEST_PAUSE, PATIENCE, STOP_SIGNALS, Child, Cloned, child_main, fork, forked
 from .config import ServeConfig
 from .errors import HostError, LlloopError, UsageError
 from .front.operations import Operations
 from .front.process import FrontSetup, run_front
-from .keeper import Keeper
+from .keeper import Keeper, open_descriptors
 from .ledger import Ledger
 from .negotiation import Feature
 from .notify import Notifier
 from .oversight import Oversight, Sight
+from .stacks import Stacks
 from .undertaker import detach_dead_mount
 from .workers.process import WorkerSetup, run_worker
 
@@ -194,10 +195,18 @@ class Supervisor:
             if self._oversight is not None:
                 self._oversight.remove_socket()
 
+        def start_front(stacks: Stacks) -> BaseProcess | Cloned:
+            if keeper.can_share:
+                return keeper.start_front()
+            own = open_descriptors()
+            return forked(
+                "llloop-front", lambda: run_front(setup, own, lambda: _tell(ready_writer)), stacks, detached=detached
+            )
+
         name = "llloop-keeper"
         keeper = self._keeper = Keeper(front, farewell)
         self._keepers = Child(name, lambda stacks: forked(name, keeper.run, stacks, detached=detached, outlives=True))
-        self._front = Child("llloop-front", lambda stacks: keeper.start_front())
+        self._front = Child("llloop-front", start_front)
         self._workers = [worker(shard) for shard in range(config.workers)]
         self._children = [self._keepers, *self._workers, self._front]
 
@@ -287,7 +296,7 @@ class Supervisor:
     def _hand_descriptors_over(self) -> None:
         """Have a new keeper take over what the front has open, and replace the front by one that shares it."""
         front = self._front.process
-        if front is None or front.pid is None or self._keeper is None:
+        if front is None or front.pid is None or self._keeper is None or not self._keeper.can_share:
             return
         try:
             os.kill(front.pid, signal.SIGSTOP)

@@ -6,11 +6,13 @@ The workers' successors have to do what was begun, once and not twice, and the f
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 import random
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +22,7 @@ import pytest
 
 from tests.as_user import MYSELF, Caller, Child, run_as
 from tests.conftest import Serve
-from tests.expect import outcome
+from tests.expect import fails, outcome
 from tests.mirror import Mirror
 from tests.server_processes import wait_until
 from tests.syscalls import opened
@@ -240,3 +242,27 @@ def test_a_worker_killed_with_requests_in_hand(serve: Serve) -> None:
     assert (mirror.source / "written").read_bytes() == bytes(5_000) + content
     assert (mirror.source / "appended").read_bytes() == content
     assert (mirror.source / "synchronous").read_bytes() == content
+
+
+@pytest.mark.own_loop
+def test_without_a_keeper_open_files_are_opened_again_by_name(serve: Serve) -> None:
+    """On machines of a kind for which nobody has looked up how fronts are cloned, and where keeper and front both die."""
+    program = "import platform; platform.machine = lambda: 'vax'; from llloop.cli import main; main()"
+    mirror = serve("--workers", "1", command=[sys.executable, "-c", program, "serve"])
+    if "has_resend" not in mirror.output.read_text():
+        pytest.skip("this kernel does not send a dead front's requests again (Linux 6.9)")
+    mirror.expect_log(DEATH_OF_THE_FRONT)
+    mirror.expect_log("a file that was open when the front died is lost to its user")
+    with (
+        opened(mirror.mountpoint / "file", os.O_RDWR | os.O_CREAT) as file,
+        opened(mirror.mountpoint / "gone", os.O_RDWR | os.O_CREAT) as gone,
+    ):
+        os.pwrite(file, b"before", 0)
+        os.pwrite(gone, b"before", 0)
+        os.unlink(mirror.mountpoint / "gone")
+        (front,) = process_ids(mirror, "front")
+        kill(front)
+        assert os.pwrite(file, LARGE * b"a", 6) == LARGE
+        with fails(errno.EBADF):
+            os.pwrite(gone, LARGE * b"a", 6)
+    assert (mirror.source / "file").read_bytes() == b"before" + LARGE * b"a"
