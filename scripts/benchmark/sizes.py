@@ -39,16 +39,16 @@ class Sizes:
 
 
 FULL = Sizes(
-    data=1024 * MIB,
-    share=256 * MIB,
-    duration=1.0,
+    data=512 * MIB,
+    share=128 * MIB,
+    duration=0.7,
     directories=100,
     files=80,
     listed=12000,
     created=4000,
     archive=3000,
     compiled=12,
-    repeats=3,
+    repeats=2,
 )
 QUICK = Sizes(
     data=128 * MIB,
