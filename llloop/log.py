@@ -18,6 +18,8 @@ from pathlib import Path
 
 import multiprocessing_logging
 
+from .records import Records
+
 LEVELS = ("debug", "info", "warning", "error")
 
 # Of an answer that the kernel no longer waits for, since the mount was ended while its request was in hand.
@@ -216,6 +218,9 @@ def gather() -> None:
         multiprocessing_logging.install_mp_handler()
     finally:
         multiprocessing.set_start_method(default, force=True)
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, multiprocessing_logging.MultiProcessingHandler):
+            handler.queue = Records()
 
 
 def release() -> None:

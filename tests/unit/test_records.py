@@ -1,0 +1,75 @@
+"""Log records on their way between processes: whole, and whatever happens to those who send."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+from queue import Empty
+
+import pytest
+
+from llloop.children import fork
+from llloop.records import Records
+
+
+@pytest.fixture
+def records() -> Iterator[Records]:
+    own = Records()
+    yield own
+    own._writer.close()
+    own.close()
+
+
+def record(text: str) -> logging.LogRecord:
+    return logging.LogRecord("llloop.tests", logging.WARNING, __file__, 1, text, None, None)
+
+
+def test_a_record_arrives_as_it_was(records: Records) -> None:
+    sent = record("caf\udce9")
+    sent.once = "name"
+    sent.exc_text = "Traceback"
+    records.put_nowait(sent)
+    assert records.qsize() == 1
+    got = records.get(1)
+    for name in ("msg", "levelno", "name", "process", "processName", "created", "once", "exc_text"):
+        assert getattr(got, name) == getattr(sent, name), name
+    assert records.qsize() == 0
+    with pytest.raises(Empty):
+        records.get(0.01)
+
+
+def test_what_is_too_long_loses_its_end_and_not_its_beginning(records: Records) -> None:
+    records.put_nowait(record("beginning" + "x" * 1_000_000))
+    assert records.get(1).getMessage().startswith("beginningxxx")
+
+
+def test_nobody_waits_long_for_a_log_that_is_not_written(records: Records) -> None:
+    begun = time.monotonic()
+    with pytest.raises(OSError, match="timed out"):
+        for _ in range(100_000):
+            records.put_nowait(record("flood"))
+    assert time.monotonic() - begun < 30
+
+
+def test_processes_killed_while_they_log_silence_nobody(records: Records) -> None:
+    def flood() -> None:
+        while True:
+            with contextlib.suppress(OSError):
+                records.put_nowait(record("flood"))
+
+    for _ in range(5):
+        process = fork.Process(target=flood)
+        process.start()
+        for _ in range(20):
+            assert records.get(10).getMessage() == "flood"
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    while records.qsize():
+        assert records.get(1).getMessage() == "flood"
+    records.put_nowait(record("still there"))
+    assert records.get(1).getMessage() == "still there"
