@@ -1,16 +1,14 @@
 """What is left to do when the supervisor has died: the mount it leaves behind is taken away.
 
 A FUSE mount whose server is gone stays where it is and answers "Transport endpoint is not connected" to everybody.
-The supervisor's own end normally prevents that; a supervisor that was killed has none. So a process that
-outlives it waits for its death and detaches the mount. The front and the workers end by themselves, for the
-kernel kills them with their parent (prctl(2), PR_SET_PDEATHSIG).
+The supervisor's own end normally prevents that; a supervisor that was killed has none. So the keeper, which
+outlives it, detaches the mount. The front and the workers end by themselves, for the kernel kills them with their
+parent (prctl(2), PR_SET_PDEATHSIG).
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import select
 from contextlib import suppress
 from pathlib import Path
 
@@ -51,20 +49,3 @@ def detach_dead_mount(mountpoint: str, device_number: tuple[int, int]) -> bool:
         return False
     _log.error("the supervisor has died; %s was detached, and what was open there answers with errors", mountpoint)
     return True
-
-
-def wait_and_detach(supervisor: int, device: int, mountpoint: str, device_number: tuple[int, int]) -> None:
-    """Wait until the supervisor has died, then detach its mount.
-
-    Args:
-        supervisor: the process id of the supervisor, which is this process's parent.
-        device: a descriptor of /dev/fuse, closed at once: whoever holds one keeps the connection alive.
-        mountpoint, device_number: see `detach_dead_mount`.
-    """
-    os.close(device)
-    pidfd = os.pidfd_open(supervisor)
-    if os.getppid() == supervisor:  # else it has died already, and the number may be another's
-        poll = select.poll()
-        poll.register(pidfd, select.POLLIN)
-        poll.poll()
-    detach_dead_mount(mountpoint, device_number)

@@ -26,6 +26,7 @@ from llloop.front.inodes import ROOT
 from llloop.front.loop import Loop
 from llloop.front.mirror import build_mirror
 from llloop.front.operations import Operations
+from llloop.ledger import Ledger
 from llloop.negotiation import MAX_WRITE
 from tests.hostile import Choices, hostile_request
 from tests.mirror import reachable_directory, remove_tree
@@ -43,11 +44,11 @@ def feed(source: Path, mountpoint: Path, seed: int) -> None:
     device = connection.mount(operations, str(mountpoint), mounting.mount_options(config))
     made = connection.initialise(device, config, str(source))
     assert made.session is not None
-    arena = Arena(4, MAX_WRITE, 1)
+    arena, ledger = Arena(4, MAX_WRITE, 1), Ledger(1 << 16)
     arena.new_front(os.getpid())
     reader, writer = os.pipe2(os.O_DIRECT | os.O_NONBLOCK)
     root = os.open(source, os.O_PATH | os.O_DIRECTORY)
-    mirror = build_mirror(config, made.capabilities, arena, [writer], root, device)
+    mirror = build_mirror(config, made.capabilities, arena, ledger, [writer], root, device)
     operations.attach(mirror, None, device)
     nodeids = [ROOT, *(mirror.tree.lookup(ROOT, name)[0] for name in (b"file", b"directory", b"out"))]
     handles = [mirror.files.open(nodeids[1], os.O_RDWR, False)[0]]
@@ -73,7 +74,7 @@ def feed(source: Path, mountpoint: Path, seed: int) -> None:
         return len(packet)
 
     with mock.patch("os.readv", readv):
-        Loop(mirror, made.session, device).run()
+        Loop(mirror, made.session, device, ledger).run()
     llfuse.close()
     print("survived")
 

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 
@@ -126,14 +125,3 @@ def test_the_keeper_is_replaced_when_it_dies(serve: Serve) -> None:
     check_nothing_is_left(mirror)
     mirror.check_log()
     mirror.clean_up()
-
-
-def test_the_keeper_holds_nothing_of_the_mount(serve: Serve) -> None:
-    """With /dev/fuse in its hand, who waits for an answer would wait as long as it lives."""
-    mirror = serve("--workers", "1")
-    keeper = titles(mirror)["llloop-keeper"]
-
-    def held() -> list[str]:
-        return [os.readlink(entry) for entry in Path(f"/proc/{keeper}/fd").iterdir() if entry.is_symlink()]
-
-    assert wait_until(lambda: "/dev/fuse" not in held()), held()

@@ -230,7 +230,9 @@ def test_a_worker_killed_with_requests_in_hand(serve: Serve) -> None:
         children = [Child(outcome, function, *arguments) for function, arguments, _ in requests]
         try:
             if mirror.via == "own":
-                assert wait_until(lambda: requests_with_workers(mirror) >= len(requests))
+                # Where a user's pipes are small (pipe(7)), the front keeps some of them.
+                small = "pipes hold fewer" in mirror.log.read_text()
+                assert wait_until(lambda: requests_with_workers(mirror) >= (1 if small else len(requests)))
             else:
                 time.sleep(0.5)  # through the fallback there is one at a time
         finally:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
-import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ import pytest
 from llloop import mounting, undertaker
 from llloop.errors import LlloopError
 from llloop.mounting import MountEntry
-from llloop.undertaker import detach_dead_mount, wait_and_detach
+from llloop.undertaker import detach_dead_mount
 
 MNT = "/mnt/photos"
 OURS = (0, 47)
@@ -76,30 +74,3 @@ def test_a_failure_is_logged_not_raised(kernel: Kernel, caplog: pytest.LogCaptur
     kernel.error = error
     assert not detach_dead_mount(MNT, OURS)
     assert str(error) in caplog.text and MNT in caplog.text
-
-
-def test_it_waits_for_the_supervisor_s_death(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three generations: the supervisor is forked from here, the keeper from it, and outlives it."""
-    note = tmp_path / "note"
-    monkeypatch.setattr(undertaker, "detach_dead_mount", lambda *arguments: note.write_text(repr(arguments)))
-    go, going = os.pipe()
-    supervisor = os.fork()
-    if supervisor == 0:
-        parent = os.getpid()
-        os.close(going)
-        if os.fork() == 0:
-            device = os.open("/dev/null", os.O_RDWR)
-            wait_and_detach(parent, device, MNT, OURS)
-            os._exit(0)
-        os.read(go, 1)
-        os._exit(0)
-    os.close(go)
-    time.sleep(0.1)
-    assert not note.exists()
-    os.close(going)
-    os.waitpid(supervisor, 0)
-    deadline = time.monotonic() + 5
-    while not (note.exists() and note.read_text()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    assert note.read_text() == repr((MNT, OURS))
