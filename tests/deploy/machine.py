@@ -28,6 +28,8 @@ mount -t tmpfs -o mode=755 llloop-machine "$holder"
 mkdir "$holder/upper" "$holder/work" "$holder/root"
 root=$holder/root
 mount -t overlay -o "lowerdir=/,upperdir=$holder/upper,workdir=$holder/work" overlay "$root"
+# systemd empties /tmp when it boots: through the overlay file by file, and nobody needs those of the real one.
+mount -t tmpfs -o mode=1777 tmpfs "$root/tmp"
 # An overlay shows no other mounts below /, and what changes below it later may not be seen.
 for shown; do
     mkdir -p "$root$shown"

@@ -1,0 +1,342 @@
+"""The Ansible role: that it is well-formed, and that it does on a host what its README says."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.deploy.machine import Machine
+from tests.deploy.playbook import (
+    ANSIBLE,
+    CHECKOUT,
+    COMMANDS,
+    PLAY_SECONDS,
+    Controller,
+    Mount,
+    controller_environment,
+    make_wheels,
+    run_here,
+)
+from tests.mirror import reachable_directory, remove_tree
+from tests.server_processes import wait_until
+from tests.watchdog import mount_entry, unmount_lazily
+
+ROLE = ANSIBLE / "roles" / "llloop"
+# A play takes some 50 processes, most of them Pythons that start.
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    place = reachable_directory("llloop-ansible-")
+    yield place
+    remove_tree(place)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """llloop's, with those of its dependencies beside it."""
+    return make_wheels(tmp_path_factory.mktemp("wheels"))
+
+
+def ansible(scratch: Path, *command: str, cwd: Path = ANSIBLE) -> str:
+    done = subprocess.run(
+        [str(COMMANDS / command[0]), *command[1:]],
+        cwd=cwd,
+        env=controller_environment(scratch),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_ansible_lint_has_no_objection_in_its_strictest_profile(scratch: Path) -> None:
+    said = ansible(scratch, "ansible-lint", "--offline", "--nocolor", "--profile", "production", "--strict", ".")
+    assert "'production' was required, and it passed" in said
+
+
+def test_the_example_is_a_playbook_for_the_example_inventory(scratch: Path) -> None:
+    ansible(scratch, "ansible-playbook", "--syntax-check", "site.yml")
+    hosts = ansible(scratch, "ansible-playbook", "--list-hosts", "site.yml")
+    assert "files1.example.org" in hosts
+
+
+def test_every_default_is_described_and_every_description_has_a_default() -> None:
+    defaults = [line.partition(":")[0] for line in (ROLE / "defaults" / "main.yml").read_text().splitlines()]
+    named = {line for line in defaults if line.startswith("llloop_")}
+    specified = {
+        line.strip().rstrip(":")
+        for line in (ROLE / "meta" / "argument_specs.yml").read_text().splitlines()
+        if line.startswith("      llloop_")
+    }
+    assert named == specified
+    readme = (ANSIBLE / "README.md").read_text()
+    assert [name for name in sorted(named) if f"`{name}`" not in readme] == []
+
+
+def test_it_can_be_installed_with_ansible_galaxy(scratch: Path) -> None:
+    with tarfile.open(scratch / "llloop-role.tar.gz", "w:gz", dereference=True) as archive:
+        archive.add(ROLE, arcname="llloop")
+    ansible(
+        scratch,
+        "ansible-galaxy",
+        "role",
+        "install",
+        "--roles-path",
+        f"{scratch}/roles",
+        "llloop-role.tar.gz,,llloop",
+        cwd=scratch,
+    )
+    unit = scratch / "roles" / "llloop" / "files" / "llloop@.service"
+    assert not unit.is_symlink()
+    assert unit.read_text() == (CHECKOUT / "scripts" / "systemd" / "llloop@.service").read_text()
+
+
+def everything_below(place: Path) -> set[str]:
+    return {str(path.relative_to(place)) for path in place.rglob("*") if "ansible" not in path.relative_to(place).parts}
+
+
+def workers_of(pid: int) -> int:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return sum(Path(f"/proc/{child}/cmdline").read_bytes().startswith(b"llloop-worker") for child in children)
+
+
+class Places:
+    """Directories of a host, all below one, so that the machine that runs the tests keeps its own as they are."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.top = scratch / "host"
+        self.top.mkdir()
+        for name in ("one", "two"):
+            (self.top / f"source-{name}").mkdir()
+            (self.top / f"source-{name}" / "file").write_text(f"{name}\n")
+        (self.top / "mounted-two").mkdir()
+
+    def variables(self) -> dict[str, str]:
+        return {
+            "llloop_service_manager": "none",
+            "llloop_venv": f"{self.top}/venv",
+            "llloop_command_link": f"{self.top}/llloop",
+            "llloop_config_dir": f"{self.top}/etc",
+            "llloop_state_dir": f"{self.top}/state",
+            "llloop_unit_dir": f"{self.top}/units",
+            "llloop_run_dir": f"{self.top}/run",
+            "llloop_log_dir": f"{self.top}/log",
+            "llloop_fuse_conf": f"{self.top}/fuse.conf",
+        }
+
+    def mount(self, name: str, **more: object) -> Mount:
+        return {"name": name, "source": f"{self.top}/source-{name}", "mountpoint": f"{self.top}/mounted-{name}"} | more
+
+    def pid(self, name: str) -> int:
+        return int((self.top / "run" / name / "pid").read_text())
+
+    def read(self, name: str) -> str:
+        assert mount_entry(f"{self.top}/mounted-{name}")
+        return (self.top / f"mounted-{name}" / "file").read_text()
+
+    def clean_up(self) -> None:
+        for file in self.top.glob("run/*/pid"):
+            with contextlib.suppress(OSError, ValueError):
+                os.kill(int(file.read_text()), signal.SIGTERM)
+        for name in ("one", "two"):
+            place = f"{self.top}/mounted-{name}"
+            if not wait_until(lambda place=place: mount_entry(place) is None):
+                unmount_lazily(place)
+
+
+@pytest.fixture
+def places(scratch: Path) -> Iterator[Places]:
+    made = Places(scratch)
+    try:
+        yield made
+    finally:
+        made.clean_up()
+
+
+@pytest.mark.root
+def test_a_host_without_systemd(scratch: Path, places: Places, wheel: Path) -> None:
+    pip = f"--find-links {wheel.parent}"
+    controller = Controller(
+        str(scratch),
+        scratch,
+        run_here,
+        {
+            **places.variables(),
+            "llloop_install_from": "path",
+            "llloop_path": str(CHECKOUT),
+            "llloop_pip_extra_args": pip,
+        },
+    )
+    checkout_before = set(os.listdir(CHECKOUT))
+    one, two = places.mount("one", workers=1), places.mount("two", workers=1, read_only=True)
+
+    controller.play([one, two])
+    assert (places.read("one"), places.read("two")) == ("one\n", "two\n")
+    (places.top / "mounted-one" / "written").write_text("through the mount\n")
+    assert (places.top / "source-one" / "written").read_text() == "through the mount\n"
+    with pytest.raises(OSError, match="Read-only"):
+        (places.top / "mounted-two" / "written").write_text("")
+    assert set(os.listdir(CHECKOUT)) == checkout_before
+    pids = places.pid("one"), places.pid("two")
+    assert workers_of(pids[0]) == 1
+
+    # Nothing to do.
+    assert controller.play([one, two], "--diff").changed == 0
+    assert (places.pid("one"), places.pid("two")) == pids
+
+    # One option of one mount: in check mode it is shown, and nothing is done.
+    one["workers"] = 2
+    outcome = controller.play([one, two], "--check", "--diff", "--tags=configure,run")
+    assert '-LLLOOP_SERVE_WORKERS="1"\n+LLLOOP_SERVE_WORKERS="2"\n' in outcome.text
+    assert "mounted-one would be unmounted and mounted again" in outcome.text
+    # The environment file and the restart, and no more.
+    assert outcome.changed == 2
+    assert (places.pid("one"), places.pid("two")) == pids
+    # Without check mode, that mount is restarted, the other is not.
+    controller.play([one, two], "--tags=configure,run")
+    assert places.pid("two") == pids[1]
+    assert places.pid("one") != pids[0]
+    assert workers_of(places.pid("one")) == 2
+    assert (places.read("one"), places.read("two")) == ("one\n", "two\n")
+
+    # One mount less; and the other's server was killed, and is started again.
+    os.kill(pids[1], signal.SIGKILL)
+    controller.play([{"name": "one", "state": "absent"}, two], "--tags=run")
+    assert places.read("two") == "two\n"
+    assert places.pid("two") != pids[1]
+    assert mount_entry(f"{places.top}/mounted-one") is None
+    # The role had made this mount point.
+    left = {path for path in everything_below(places.top) if not path.startswith(("venv/", "source-"))}
+    assert {path for path in left if "one" in path} == {"log/one.log"}
+    assert (places.top / "source-one" / "file").read_text() == "one\n"
+    # It had not made this one.
+    controller.play([{"name": "two", "state": "absent"}], "--tags=run")
+    assert mount_entry(f"{places.top}/mounted-two") is None
+    assert os.listdir(places.top / "mounted-two") == []
+    assert os.listdir(places.top / "etc") == os.listdir(places.top / "run") == []
+
+
+AWKWARD = """awk ward's 50% "x" `y` \\ z"""
+
+
+@pytest.mark.root
+def test_a_host_with_systemd(machine: Machine, wheel: Path) -> None:
+    scratch = "/var/tmp/llloop-ansible"
+    wheels = machine.path(scratch) / "wheels"
+    wheels.mkdir(parents=True)
+    for file in wheel.parent.iterdir():
+        (wheels / file.name).write_bytes(file.read_bytes())
+    controller = Controller(
+        scratch,
+        machine.path(scratch),
+        lambda command, environment: (
+            machine.run(*command, check=False, timeout=PLAY_SECONDS, environment=environment).stdout
+        ),
+        {
+            "llloop_install_from": "wheel",
+            "llloop_wheel": f"{scratch}/wheels/{wheel.name}",
+            "llloop_pip_extra_args": f"--no-index --find-links {scratch}/wheels",
+        },
+    )
+    for name in ("plain", AWKWARD):
+        machine.path(f"/srv/{name}").mkdir()
+        machine.path(f"/srv/{name}/file").write_text(f"{name}\n")
+    machine.run("chown", "-R", "games:games", f"/srv/{AWKWARD}")
+    plain: Mount = {"name": "plain", "source": "/srv/plain", "mountpoint": "/mnt/deploy/plain", "workers": 1}
+    awkward: Mount = {
+        "name": "awkward",
+        "source": f"/srv/{AWKWARD}",
+        "mountpoint": f"/mnt/deploy/{AWKWARD}",
+        "fsname": """$HOME's "files" """,
+        "user": "games",
+        "allow_other": True,
+    }
+    mounts = [plain, awkward]
+    defaults = {"llloop_mount_defaults": {"workers": 2, "options": ["noexec"]}}
+
+    def read(name: str) -> str:
+        return machine.run("cat", f"/mnt/deploy/{name}/file").stdout
+
+    def servers() -> tuple[int, int]:
+        units = ("llloop@plain", "llloop@awkward")
+        plain, awkward = machine.run("systemctl", "show", "--value", "--property=MainPID", *units).stdout.split()
+        return int(plain), int(awkward)
+
+    # A fresh host in check mode: all that would be is shown, nothing is done.
+    outcome = controller.play(mounts, "--check", "--diff", **defaults)
+    assert "+WatchdogSec=" in outcome.text
+    assert '+LLLOOP_SOURCE="/srv/plain"\n' in outcome.text
+    assert "llloop@plain.service would be enabled and started" in outcome.text
+    for path in ("/etc/llloop", "/opt/llloop", "/var/lib/llloop", "/mnt/deploy", "/etc/systemd/system/llloop@.service"):
+        assert not machine.path(path).exists()
+
+    controller.play(mounts, **defaults)
+    assert (read("plain"), read(AWKWARD)) == ("plain\n", f"{AWKWARD}\n")
+    table = machine.run("findmnt", "--raw", "--noheadings", "--types=fuse.llloop", "--output=TARGET,OPTIONS").stdout
+    assert table.count("noexec") == 2
+    named = machine.run("findmnt", "--noheadings", "--output=SOURCE", f"/mnt/deploy/{AWKWARD}").stdout
+    assert named == """$HOME's "files" \n"""
+    assert machine.run("systemctl", "is-enabled", "llloop@plain", "llloop@awkward").stdout == "enabled\n" * 2
+    printed = machine.run("/opt/llloop/bin/llloop", "systemd-unit").stdout
+    assert machine.path("/etc/systemd/system/llloop@.service").read_text() == printed
+    # An ordinary user's mount: what root makes there is the user's.
+    machine.run("touch", f"/mnt/deploy/{AWKWARD}/made")
+    assert machine.run("stat", "--format=%U", f"/srv/{AWKWARD}/made").stdout == "games\n"
+    assert "\nuser_allow_other\n" in machine.path("/etc/fuse.conf").read_text()
+    first = servers()
+    workers = workers_of_service(machine, first[1])
+    assert len(workers) == 2
+
+    assert controller.play(mounts, "--diff", **defaults).changed == 0
+    assert servers() == first
+    assert workers_of_service(machine, first[1]) == workers
+
+    # One option of one mount; and a wheel of the same version with other bytes, an upgrade, for which no mount is to
+    # be unmounted.
+    plain["workers"] = 3
+    with zipfile.ZipFile(wheels / wheel.name, "a") as archive:
+        archive.comment = b"built again"
+    controller.play(mounts, llloop_on_upgrade="reload", **defaults)
+    assert servers()[0] not in (0, first[0])
+    assert servers()[1] == first[1]
+    assert wait_until(lambda: not workers & workers_of_service(machine, first[1]))
+    assert (read("plain"), read(AWKWARD)) == ("plain\n", f"{AWKWARD}\n")
+
+    # A mount that cannot be: the run says why, in the server's own words.
+    hidden = {**plain, "name": "hidden", "mountpoint": "/etc/systemd"}
+    outcome = controller.play([hidden], "--tags=configure,run", fails=True)
+    assert "hidden does not serve /etc/systemd" in outcome.text
+    assert "llloop: mount point /etc/systemd" in outcome.text
+
+    # Gone are all that are to be absent, and nothing of them is left. The other is older than what is installed, which
+    # is seen although this run installs nothing.
+    machine.run("touch", "--date=1 minute", "/opt/llloop/installed-by-ansible")
+    absent = [{"name": name, "state": "absent"} for name in ("plain", "hidden")]
+    controller.play([awkward, *absent], "--tags=run", **defaults)
+    assert servers()[0] == 0
+    assert servers()[1] not in (0, first[1])
+    assert read(AWKWARD) == f"{AWKWARD}\n"
+    assert machine.run("findmnt", "--noheadings", "--types", "fuse.llloop").stdout.count("\n") == 1
+    units = machine.run("systemctl", "list-units", "--all", "--plain", "--no-legend", "llloop@*").stdout
+    assert [line.split()[0] for line in units.splitlines()] == ["llloop@awkward.service"]
+    assert os.listdir(machine.path("/etc/llloop")) == ["awkward.env"]
+    assert os.listdir(machine.path("/mnt/deploy")) == [AWKWARD]
+    kept = {path.name for path in machine.path("/etc/systemd/system").rglob("llloop@*")}
+    assert kept == {"llloop@.service", "llloop@awkward.service", "llloop@awkward.service.d"}
+    assert machine.path("/srv/plain/file").read_text() == "plain\n"
+
+
+def workers_of_service(machine: Machine, server: int) -> set[str]:
+    return set(machine.run("pgrep", "--parent", str(server), "--full", "^llloop-worker").stdout.split())
