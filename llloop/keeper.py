@@ -11,12 +11,15 @@ The keeper is also the last to see the supervisor end, and cleans up after it.
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
+import mmap
 import os
 import platform
 import select
 import signal
 import struct
+import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
 
@@ -32,6 +35,7 @@ _ANSWER = struct.Struct("=i")
 _START, _FETCH = b"s", b"f"
 # How long the supervisor waits for the keeper to do what it is told, in seconds.
 _PATIENCE = 10.0
+_PAUSE = 0.001  # seconds between two looks
 
 
 def _clone(flags: int) -> int:
@@ -67,6 +71,8 @@ def _fetch(pid: int) -> int:
     """Take over all descriptors of process *pid* under their numbers; return 0 or a negative errno."""
     try:
         numbers = sorted(int(entry) for entry in os.listdir(f"/proc/{pid}/fd"))
+        if not numbers:  # it has ended
+            return -errno.ESRCH
         first_free = numbers[-1] + 1
         low = os.pidfd_open(pid)
         pidfd = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, first_free)
@@ -82,6 +88,13 @@ def _fetch(pid: int) -> int:
     return 0
 
 
+def is_readable(fd: int) -> bool:
+    """Whether a read would not have to wait."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
 class Keeper:
     """The supervisor's side: starts keepers and has them start fronts.
 
@@ -95,6 +108,10 @@ class Keeper:
         self._farewell = farewell
         self._command_reader, self._command_writer = os.pipe2(os.O_CLOEXEC)
         self._answer_reader, self._answer_writer = os.pipe2(os.O_CLOEXEC)
+        # Returns a descriptor that is readable when the keeper has ended, or -1 if none runs. None: nobody notices.
+        self.sentinel: Callable[[], int] | None = None
+        # The front that may serve. One whose keeper died before it told of it is nobody's, and must not.
+        self._admitted = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("q")
 
     def close(self) -> None:
         """Let go of the keeper's pipes, when it has ended."""
@@ -121,6 +138,7 @@ class Keeper:
         except OSError as error:
             return -(error.errno or 1)
         if pid == 0:
+            self._wait_for_admission()
             process = fork.Process(target=self._front, args=(own,), name="llloop-front")
             os._exit(process._bootstrap())  # type: ignore[attr-defined]
         return pid
@@ -130,13 +148,23 @@ class Keeper:
         """Whether fronts can be cloned on this kind of machine; elsewhere they have to be forked, and share nothing."""
         return _SYS_CLONE is not None
 
+    def _wait_for_admission(self) -> None:
+        pid = os.getpid()
+        deadline = time.monotonic() + _PATIENCE
+        while self._admitted[0] != pid:
+            if time.monotonic() > deadline:
+                os._exit(1)
+            time.sleep(_PAUSE)
+
     def start_front(self) -> Cloned:
         """Have the keeper start a front, a child of this process.
 
         Raises:
             OSError: it could not, or does not answer.
         """
-        return Cloned(self._tell(_START, 0))
+        front = Cloned(self._tell(_START, 0))
+        self._admitted[0] = front.pid
+        return front
 
     def fetch(self, front: int) -> None:
         """Have a new keeper take over the descriptors of the front with that process id, which must stand still.
@@ -147,11 +175,21 @@ class Keeper:
         self._tell(_FETCH, front)
 
     def _tell(self, what: bytes, pid: int) -> int:
-        os.write(self._command_writer, _COMMAND.pack(what, pid))
         poll = select.poll()
         poll.register(self._answer_reader, select.POLLIN)
-        if not poll.poll(_PATIENCE * 1000):
-            raise TimeoutError("the keeper does not answer")
+        if self.sentinel is not None:
+            sentinel = self.sentinel()
+            if sentinel < 0:
+                raise ProcessLookupError(errno.ESRCH, "there is no keeper")
+            poll.register(sentinel, select.POLLIN)
+        os.write(self._command_writer, _COMMAND.pack(what, pid))
+        ready = [fd for fd, _ in poll.poll(_PATIENCE * 1000)]
+        if not ready:
+            raise TimeoutError(errno.ETIMEDOUT, "the keeper does not answer")
+        if self._answer_reader not in ready and not is_readable(self._answer_reader):
+            if is_readable(self._command_reader):  # the next one must not do it
+                os.read(self._command_reader, _COMMAND.size)
+            raise ProcessLookupError(errno.ESRCH, "the keeper has died")
         (answer,) = _ANSWER.unpack(os.read(self._answer_reader, _ANSWER.size))
         if answer < 0:
             raise OSError(-answer, os.strerror(-answer))

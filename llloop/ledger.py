@@ -44,6 +44,7 @@ _AGE_SHIFT = 24
 _HIGH_WATER = _CELLS  # how many places have ever been used
 ATTEMPT = _CELLS + 1  # the first cell of the attempt
 _RESENT, _RESENT_TIMES = _CELLS + 11, _CELLS + 12  # the resent request served last, and by how many fronts in a row
+FORGETTING = _CELLS + 13  # how far a FORGET request has come
 _FIRST = 2  # the first place for a record
 
 
@@ -132,6 +133,10 @@ class Ledger:
         cells[_RESENT] = unique
         cells[_RESENT_TIMES] = times
         return times
+
+    def served_again(self) -> None:
+        """Note that it has been served, or given to a worker: what kills a front now is not this request."""
+        self.cells[_RESENT] = 0
 
     def set(self, place: int, field: int, value: int) -> None:
         """Change one of a record's numbers."""

@@ -66,7 +66,7 @@ class Request(NamedTuple):
         flags: the flags above.
         uid, gid: the file system ids of who writes, for quotas and reserved blocks.
         extra: COPY_FILE_RANGE: the source's handle, descriptor and offset; FALLOCATE: the mode; LSEEK: the whence;
-            RELEASE: the handles to let go of; RESUME: the slots that may still be the worker's.
+            RELEASE: the handles to let go of; RESUME: the numbers of the requests that may still be the worker's.
     """
 
     operation: int

@@ -36,7 +36,7 @@ from .config import ServeConfig
 from .errors import HostError, LlloopError, UsageError
 from .front.operations import Operations
 from .front.process import FrontSetup, run_front
-from .keeper import Keeper, open_descriptors
+from .keeper import Keeper, is_readable, open_descriptors
 from .ledger import Ledger
 from .negotiation import Feature
 from .notify import Notifier
@@ -206,6 +206,8 @@ class Supervisor:
         name = "llloop-keeper"
         keeper = self._keeper = Keeper(front, farewell)
         self._keepers = Child(name, lambda stacks: forked(name, keeper.run, stacks, detached=detached, outlives=True))
+        keepers = self._keepers
+        keeper.sentinel = lambda: keepers.sentinel
         self._front = Child("llloop-front", start_front)
         self._workers = [worker(shard) for shard in range(config.workers)]
         self._children = [self._keepers, *self._workers, self._front]
@@ -302,8 +304,9 @@ class Supervisor:
             os.kill(front.pid, signal.SIGSTOP)
             self._keeper.fetch(front.pid)
         except OSError as error:
-            _log.warning("if the front dies now, files without names are lost to who has them open: %s", error)
             os.kill(front.pid, signal.SIGCONT)
+            if not is_readable(self._front.sentinel):  # else it has ended, which is seen to next
+                _log.warning("if the front dies now, files without names are lost to who has them open: %s", error)
         else:
             self._front.replace()
 

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import select
 import traceback
 import warnings
 from collections.abc import Callable, Iterable
@@ -56,6 +57,10 @@ class Child(Generic[T]):
             finally:
                 os._exit(status)
         os.close(sending)
+
+    def is_done(self) -> bool:
+        """Whether `result` would not have to wait."""
+        return bool(select.select([self._receiving], [], [], 0)[0])
 
     def result(self) -> T:
         with open(self._receiving, "rb") as pipe:

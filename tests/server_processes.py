@@ -1,5 +1,6 @@
 """The server's processes as /proc shows them to an administrator."""
 
+import contextlib
 import os
 import re
 import signal
@@ -30,6 +31,16 @@ def kill_all_at_once(mirror: Mirror) -> None:
     os.kill(titles(mirror)["llloop-keeper"], signal.SIGKILL)
     kill_session(mirror.pid)
     mirror.process.wait(10)
+
+
+def process_ids(mirror: Mirror, role: str) -> list[int]:
+    """The living processes of this title; one that was just forked has none yet."""
+    found = []
+    for pid in mirror.processes():
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(f"llloop-{role}".encode()):
+                found.append(pid)
+    return found
 
 
 def workers(mirror: Mirror) -> dict[str, int]:

@@ -15,6 +15,10 @@ from llloop.syscalls import pidfd_getfd
 _LONGEST_ABSENCE = 30.0
 _ABSENCE_PAUSE = 0.002
 
+# A killed process has lost its descriptors some time before it has ended. Where the kernel does not say so by ESRCH
+# (pidfd_getfd(2) since Linux 6.9), it is waited for no longer than this, in seconds: it can be missing for good.
+_DYING = 0.5
+
 _REFUSED = frozenset({errno.EPERM, errno.ENOSYS})
 _PAUSES = (0.0002,) * 20 + (0.005,) * 20  # seconds between tries
 # What says that a process has no such descriptor, or none at all any more.
@@ -62,7 +66,8 @@ class Leases:
             try:
                 return self._duplicate(descriptor)
             except OSError as error:
-                if error.errno in _GONE and _has_ended(self._pidfd):
+                dying = _LONGEST_ABSENCE if error.errno == errno.ESRCH else _DYING
+                if error.errno in _GONE and _has_ended(self._pidfd, dying):
                     self._start_over()  # the next front has the same descriptors
                 elif error.errno in _FULL and self._held:
                     self._drop_half()
@@ -129,8 +134,8 @@ class Leases:
             os.close(fd)
 
 
-def _has_ended(pidfd: int) -> bool:
-    """Whether a process has ended, even if nobody has waited for it yet (pidfd_open(2))."""
+def _has_ended(pidfd: int, patience: float = 0.0) -> bool:
+    """Whether a process has ended, even if nobody has waited for it yet (pidfd_open(2)), or does within *patience*."""
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(0))
+    return bool(poll.poll(patience * 1000))

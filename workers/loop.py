@@ -70,10 +70,10 @@ class Worker:
             self._arena.give_back(request.slot)
         self._sheet.finished(opcode_of(request), time.monotonic_ns() - begun)
 
-    def _resume_slots(self, slots: Sequence[int]) -> None:
+    def _resume_all(self, uniques: Sequence[int]) -> None:
         """Do what a dead front had lent and may not have told of; what it told of came before this and is done."""
         for request in self._lent():
-            if request.slot in slots:
+            if request.unique in uniques:  # its slot alone may be another request's by now
                 self._resume(request)
 
     def run(self) -> None:
@@ -101,7 +101,7 @@ class Worker:
                 slot = request.slot
                 if slot < 0:  # nobody waits for it
                     if request.operation == Operation.RESUME:
-                        self._resume_slots(request.extra)
+                        self._resume_all(request.extra)
                     else:
                         execute(request)
                     continue

@@ -36,8 +36,9 @@ _APPENDS_OF_OTHERS = 1024 * 1024  # bytes
 _OPCODES = (0, *(int(Opcode[operation.name]) for operation in Operation if operation is not Operation.RESUME))
 
 # How far a request had come that must not be done twice, noted in its slot for a successor, and with it a number: for
-# an append where the end of the file was, for a shift how large the file was, then how much is written, and how much
-# of it was when the rest began to be copied from the pipe into the slot.
+# an append where the end of the file was, for a shift how large the file was, and how much was written when the rest
+# began to be copied from the pipe into the slot. When it is done, the number becomes negative by one store: what the
+# answer says, with all bits turned.
 _BEGUN, _APPENDING, _SHIFTING, _DONE, _COPYING = range(5)
 
 # fallocate(2) modes that move what lies behind the range (<linux/falloc.h>).
@@ -144,30 +145,39 @@ class Transfers:
 
     def _was_done(self, request: Request) -> bool:
         """Answer a request that is sent again if this worker did it before, which must not happen twice."""
-        result = self._unheard.pop(request.unique & ~FUSE_UNIQUE_RESEND, None)
+        result = self._unheard.get(request.unique & ~FUSE_UNIQUE_RESEND)
         if result is not None:
-            self._answer_once(request, result)
+            self._answer(request, result)
         return result is not None
 
-    def _answer_once(self, request: Request, count: int) -> None:
-        """Answer what must not be done twice, and remember that if nobody waits for it under this request's number."""
-        is_write = request.operation == Operation.WRITE
-        if not (self._replies.count(request, count) if is_write else self._replies.error(request, 0)):
+    def _finish(self, request: Request, result: int) -> None:
+        """Note that a request is done that must not be done twice, or not after others, and answer it."""
+        self._arena.results[request.slot] = ~result
+        self._arena.stages[request.slot] = _DONE
+        self._answer(request, result)
+
+    def _answer(self, request: Request, result: int) -> None:
+        """Answer with a number of bytes if it is asked for; remember it if nobody waits for it under this number."""
+        if request.operation == Operation.FALLOCATE:
+            was_heard = self._replies.error(request, 0)
+        else:
+            was_heard = self._replies.count(request, result)
+        if not was_heard:
             if len(self._unheard) >= _UNHEARD_AT_MOST:
                 self._unheard.clear()
-            self._unheard[request.unique & ~FUSE_UNIQUE_RESEND] = count
+            self._unheard[request.unique & ~FUSE_UNIQUE_RESEND] = result
 
     def resume(self, request: Request) -> None:
         """Do a request that a worker before this one left unanswered, without doing twice what counts once."""
         stage = self._arena.stages[request.slot]
         result = self._arena.results[request.slot]
-        if stage == _APPENDING:
-            self._complete_append(request, result)
-        elif stage == _DONE:
-            self._answer_once(request, result)
+        if stage != _BEGUN and result < 0:
+            self._answer(request, ~result)
             self._give_back(request)
+        elif stage == _APPENDING:
+            self._complete_append(request, result)
         elif stage == _SHIFTING and self._has_shifted(request, result):
-            self._answer_once(request, 0)
+            self._answer(request, 0)
             self._give_back(request)
         else:
             self.execute(request)
@@ -184,7 +194,7 @@ class Transfers:
         except OSError:  # what it is will be told when the append is done afresh
             stage, result = _BEGUN, 0
         if stage == _DONE:
-            self._answer_once(request, result)
+            self._answer(request, result)
             self._give_back(request)
         else:
             self.execute(request)
@@ -271,10 +281,8 @@ class Transfers:
                 count += self._pwrite(fd, payload[count:], request.offset + count)
                 while count < request.length and flags & CACHED:
                     count += self._pwrite(fd, payload[count:], request.offset + count)
-        arena.results[slot] = count
-        arena.stages[slot] = _DONE
         self._sheet.add(Opcode.WRITE, BYTES, count)
-        self._answer_once(request, count)
+        self._finish(request, count)
 
     def _move(self, request: Request, fd: int) -> int | None:
         """Move the payload from the pipe into the file.
@@ -326,7 +334,7 @@ class Transfers:
             self._arena.results[request.slot] = os.fstat(fd).st_size
             self._arena.stages[request.slot] = _SHIFTING
         syscalls.fallocate(fd, request.extra[0], request.offset, request.length)
-        self._answer_once(request, 0)
+        self._finish(request, 0)
 
     def _lseek(self, request: Request) -> None:
         self._replies.position(request, os.lseek(self._fd(request), request.offset, request.extra[0]))
@@ -344,8 +352,8 @@ class Transfers:
             if error.errno in (errno.EXDEV, errno.ENOSYS):
                 error.errno = errno.EOPNOTSUPP
             raise
-        self._sheet.add(Opcode.COPY_FILE_RANGE, BYTES, count)
-        self._replies.count(request, count)
+        self._sheet.add(Opcode.WRITE, BYTES, count)
+        self._finish(request, count)
 
     def _syncfs(self, request: Request) -> None:
         syscalls.syncfs(self._fd(request))

@@ -212,6 +212,18 @@ class Inodes:
             inode.parent, inode.name = parent, name
             self._record_again(nodeid, inode)
 
+    def lookups(self, nodeid: int) -> int:
+        """Return how often the kernel has looked up an inode and not forgotten it."""
+        inode = self._table.get(nodeid)
+        return 0 if inode is None else inode.lookups
+
+    def restore_lookups(self, nodeid: int, lookups: int) -> None:
+        """Set how often the kernel has looked up an inode, if it is still in the table."""
+        inode = self._table.get(nodeid)
+        if inode is not None:
+            inode.lookups = lookups
+            self._ledger.set(inode.place, _LOOKUPS, lookups)
+
     def forget(self, nodeid: int, lookups: int) -> bool:
         """Take back *lookups* of an inode; return whether it is gone from the table."""
         inode = self._table.get(nodeid)

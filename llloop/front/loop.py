@@ -112,6 +112,7 @@ class Loop:
                 self._refuse(base, opcode, errno.EIO)
             else:
                 self._serve(base, length)
+            self._ledger.served_again()
 
     def _receive(self) -> tuple[int, int]:
         """Return where the next request lies and its length, which is 0 if the file system is unmounted."""

@@ -17,6 +17,7 @@ from .anchors import Anchors
 from .attempts import Attempts
 from .caching import CachePolicy
 from .files import Files
+from .forgetting import Forgetting
 from .handles import Handles
 from .inodes import Inodes
 from .passthrough import Passthrough
@@ -37,7 +38,7 @@ class Mirror:
     Attributes:
         config: the mount's options.
         capabilities: what was agreed with the kernel; None where llfuse runs the loop.
-        inodes, handles, attempts, tree, files, router, policy, passthrough, setid: see their modules.
+        inodes, handles, attempts, tree, forgetting, files, router, policy, passthrough, setid: see their modules.
         close_can_fail: whether close(2) on the source can report an error of an earlier write.
     """
 
@@ -47,6 +48,7 @@ class Mirror:
     handles: Handles
     attempts: Attempts
     tree: Tree
+    forgetting: Forgetting
     files: Files
     router: Router
     policy: CachePolicy
@@ -102,6 +104,7 @@ def build_mirror(
         handles=handles,
         attempts=attempts,
         tree=tree,
+        forgetting=Forgetting(arena, ledger, tree),
         files=Files(tree, handles, router, passthrough, setid, attempts, Feature.WRITEBACK_CACHE in features),
         router=router,
         policy=CachePolicy(config, Feature.DIRECT_IO_ALLOW_MMAP in features),

@@ -31,6 +31,7 @@ def recover(mirror: Mirror, ledger: Ledger, own: Collection[int]) -> None:
     for record in records:
         if record.kind == HANDLE:
             _take_over_handle(mirror, ledger, record)
+    mirror.forgetting.finish()
     known = {*own, *mirror.handles.descriptors(), *mirror.tree.anchors.pinned()}
     pin = mirror.attempts.left_pin
     mirror.attempts.adopt([fd for fd in _open_descriptors() if fd not in known and fd != pin])

@@ -10,12 +10,12 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from ..arena import Arena
-from ..protocol import MAX_MESSAGE, PIPED, Operation, decode_answer, encode
+from ..protocol import MAX_MESSAGE, PIPED, Operation, decode, decode_answer, encode
 from .handles import Handle
 from .inodes import mix
 
-# As many handles as surely fit into one message, each taking at most nine bytes.
-_RELEASES_AT_ONCE = MAX_MESSAGE // 10
+# As many handles or requests as surely fit into one message, each taking at most nine bytes.
+_NUMBERS_AT_ONCE = MAX_MESSAGE // 10
 
 # Between looks for slots that have come free, of which nobody tells: at first, and at most; in milliseconds.
 _FIRST_PAUSE = 1
@@ -207,10 +207,11 @@ class Router:
     def remind(self) -> None:
         """Have the workers look at what a front before this one has lent them, perhaps without telling them."""
         for shard, pipe in enumerate(self._pipes):
-            slots = [slot for slot, _ in self.arena.lent_to(shard)]
-            message = encode((Operation.RESUME, 0, -1, -1, -1, 0, 0, 0, 0, 0, slots))
-            with suppress(BlockingIOError):  # a full pipe has enough in it to do first
-                os.write(pipe, message)
+            lent = [decode(message).unique for _, message in self.arena.lent_to(shard)]
+            for start in range(0, len(lent), _NUMBERS_AT_ONCE):
+                batch = lent[start : start + _NUMBERS_AT_ONCE]
+                with suppress(BlockingIOError):  # a full pipe has enough in it to do first
+                    os.write(pipe, encode((Operation.RESUME, 0, -1, -1, -1, 0, 0, 0, 0, 0, batch)))
 
     def is_busy(self) -> bool:
         """Whether workers have slots that are not answered yet."""
@@ -220,7 +221,7 @@ class Router:
         waiting = self._waiting[shard]
         try:
             while waiting:
-                batch = waiting[:_RELEASES_AT_ONCE]
+                batch = waiting[:_NUMBERS_AT_ONCE]
                 os.write(self._pipes[shard], encode((Operation.RELEASE, 0, -1, -1, -1, 0, 0, 0, 0, 0, batch)))
                 del waiting[: len(batch)]
         except BlockingIOError:

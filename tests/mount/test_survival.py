@@ -1,6 +1,6 @@
 """What a killed process of the server costs those who use the mount: what README's "When something dies" says, no more.
 
-The workers' successors have to do what was begun, once and not twice, and the front's have to refuse it.
+Their successors have to do what was begun, once and not twice. `tests/chaos` kills at random, and at every moment.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import random
 import re
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,8 +24,11 @@ import pytest
 from tests.as_user import MYSELF, Caller, Child, run_as
 from tests.conftest import Serve
 from tests.expect import fails, outcome
+from tests.filesystems import make_image, mounted, tmpfs
+from tests.kernel_caches import forget_unused
 from tests.mirror import Mirror
-from tests.server_processes import wait_until
+from tests.server_processes import descriptors as descriptors_of
+from tests.server_processes import private_memory, process_ids, titles, wait_until
 from tests.syscalls import opened
 
 pytestmark = [pytest.mark.mounted, pytest.mark.user, pytest.mark.by_workers]
@@ -34,16 +38,6 @@ STRANGER = Caller(4001, 4001)
 LARGE = 200_000
 DEATH_OF_A_WORKER = r"llloop-worker-\d+ was killed by signal 9"
 DEATH_OF_THE_FRONT = "llloop-front was killed by signal 9"
-
-
-def process_ids(mirror: Mirror, role: str) -> list[int]:
-    """The living processes of this title; one that was just forked has none yet."""
-    found = []
-    for pid in mirror.processes():
-        with contextlib.suppress(OSError):
-            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(f"llloop-{role}".encode()):
-                found.append(pid)
-    return found
 
 
 def kill(*pids: int) -> None:
@@ -67,48 +61,234 @@ def direct_read(fd: int, size: int, offset: int) -> bytes:
         return memory[:count]
 
 
+@pytest.fixture
+def resending(serve: Serve) -> Callable[..., Mirror]:
+    """Mounts whose kernel sends a dead front's requests again."""
+
+    def start(*arguments: str) -> Mirror:
+        mirror = serve(*arguments)
+        if "has_resend" not in mirror.output.read_text():
+            pytest.skip("this kernel does not send a dead front's requests again (Linux 6.9)")
+        return mirror
+
+    return start
+
+
+def replace_front(mirror: Mirror) -> None:
+    """Kill the front and wait until another is there."""
+    (front,) = process_ids(mirror, "front")
+    kill(front)
+    assert wait_until(lambda: process_ids(mirror, "front") not in ([], [front]), 30), mirror.all_output()
+
+
 @pytest.mark.at_once("a collected write does not wait for its answer")
 @pytest.mark.own_loop
 @pytest.mark.parametrize("fate", ["goes on", "is killed"])
-def test_a_dead_front_s_request_reaches_no_other_file(serve: Serve, fate: str) -> None:
-    """Descriptors in the new front have the old one's numbers: a worker that trusted them would write elsewhere."""
-    mirror = serve("--workers", "1")
-    if "has_resend" not in mirror.output.read_text():
-        pytest.skip("this kernel does not send a dead front's requests again (Linux 6.9): the writer would wait")
+@pytest.mark.parametrize("deaths", [1, 5])
+def test_a_dead_front_s_request_reaches_its_file_and_no_other(
+    resending: Callable[..., Mirror], fate: str, deaths: int
+) -> None:
+    """A worker has it in hand and stands still while fronts come and go, more than one request may ever kill."""
+    mirror = resending("--workers", "1")
     mirror.expect_log(DEATH_OF_THE_FRONT)
     if fate == "is killed":
         mirror.expect_log(DEATH_OF_A_WORKER)
-    (front,), (worker,) = process_ids(mirror, "front"), process_ids(mirror, "worker")
+    (worker,) = process_ids(mirror, "worker")
     others = [f"other{number}" for number in range(8)]
-    descriptors = [os.open(mirror.mountpoint / "file", os.O_RDWR | os.O_CREAT)]
+    descriptors = [os.open(mirror.mountpoint / name, os.O_RDWR | os.O_CREAT) for name in ("file", "log")]
+    log = os.open(mirror.mountpoint / "log", os.O_WRONLY | os.O_APPEND)
+    descriptors.append(log)
     try:
         os.kill(worker, signal.SIGSTOP)
         writing = Child(outcome, os.pwrite, descriptors[0], b"A" * LARGE, 0)
+        appending = Child(outcome, os.write, log, b"L" * LARGE)
         try:
-            assert wait_until(lambda: requests_with_workers(mirror) == 1)
-            kill(front)
-            assert wait_until(lambda: process_ids(mirror, "front") not in ([], [front]))
+            assert wait_until(lambda: requests_with_workers(mirror) == 2)
+            for _ in range(deaths):
+                replace_front(mirror)
+                # Served again, as far as that goes: the next front is not to die in its beginnings.
+                assert os.listdir(mirror.mountpoint)
             for name in others:
                 descriptors.append(os.open(mirror.mountpoint / name, os.O_RDWR | os.O_CREAT))
                 os.pwrite(descriptors[-1], b"precious", 0)
         finally:
             os.kill(worker, signal.SIGCONT if fate == "goes on" else signal.SIGKILL)
-        assert writing.result() == LARGE
+        assert (writing.result(), appending.result()) == (LARGE, LARGE)
         # The worker takes one request after the other: whatever it did of the old one is done when this is.
         (mirror.mountpoint / "late").write_bytes(b"B" * LARGE)
         assert (mirror.source / "late").read_bytes() == b"B" * LARGE
-        assert {(mirror.source / name).read_bytes()[:10] for name in others} == {b"precious"}
+        assert {(mirror.source / name).read_bytes() for name in others} == {b"precious"}
         assert (mirror.source / "file").read_bytes() == b"A" * LARGE
+        assert (mirror.source / "log").stat().st_size == LARGE, "appended more than once"
         assert os.pread(descriptors[0], 10, 0) == b"A" * 10
     finally:
         for fd in descriptors:
-            with contextlib.suppress(OSError):
-                os.close(fd)
+            os.close(fd)
+
+
+@pytest.mark.own_loop
+def test_keeper_and_front_may_die_in_turn(resending: Callable[..., Mirror]) -> None:
+    """Files without a name pass from one to the other and back."""
+    mirror = resending("--workers", "1")
+    mirror.expect_log(DEATH_OF_THE_FRONT)
+    mirror.expect_log("llloop-keeper was killed by signal 9")
+    path = mirror.mountpoint / "file"
+    with opened(path, os.O_RDWR | os.O_CREAT) as fd:
+        os.unlink(path)
+        for number in range(3):
+            (keeper,), (front,) = process_ids(mirror, "keeper"), process_ids(mirror, "front")
+            kill(keeper)
+            assert wait_until(lambda: process_ids(mirror, "front") not in ([], [front]), 30)  # noqa: B023
+            assert os.pwrite(fd, bytes([number]) * LARGE, number * LARGE) == LARGE
+            replace_front(mirror)
+            assert os.fstat(fd).st_size == (number + 1) * LARGE
+        assert os.pread(fd, 4 * LARGE, 0) == b"".join(bytes([number]) * LARGE for number in range(3))
+
+
+@pytest.mark.own_loop
+@pytest.mark.timeout(120)
+def test_fronts_that_die_at_once_again_and_again(resending: Callable[..., Mirror]) -> None:
+    """Each is killed as soon as it shows; they come after pauses then, which the log says once for each length."""
+    mirror = resending("--workers", "1")
+    mirror.expect_log(DEATH_OF_THE_FRONT)
+    mirror.expect_log("llloop-front was killed by signal 9 again; the next try is in", required=False)
+    path = mirror.mountpoint / "file"
+    with opened(path, os.O_RDWR | os.O_CREAT | os.O_EXCL) as fd:
+        os.unlink(path)
+        working = Child(make_and_remove, mirror.mountpoint, 40)
+        killed: set[int] = set()
+        while len(killed) < 14:
+            fresh = [pid for pid in process_ids(mirror, "front") if pid not in killed]
+            kill(*fresh)
+            killed.update(fresh)
+        assert working.result() == 40
+        assert os.pwrite(fd, b"still there", 0) == 11
+        assert os.pread(fd, 20, 0) == b"still there"
+
+
+def make_and_remove(directory: Path, times: int) -> int:
+    for number in range(times):
+        os.mkdir(directory / f"{number}")
+        (directory / f"{number}" / "file").write_bytes(b"content")
+        os.rename(directory / f"{number}", directory / f"renamed-{number}")
+        os.unlink(directory / f"renamed-{number}" / "file")
+        os.rmdir(directory / f"renamed-{number}")
+    return times
+
+
+@pytest.mark.own_loop
+def test_a_worker_that_stands_still_stops_no_other_shard(serve: Serve) -> None:
+    mirror = serve("--workers", "4", "--cache", "never")
+    stopped, *_ = process_ids(mirror, "worker")
+    files = [mirror.mountpoint / f"{number}" for number in range(24)]
+    for path in files:
+        path.touch()
+    os.kill(stopped, signal.SIGSTOP)
+    try:
+        children = [Child(outcome, path.write_bytes, b"x" * LARGE) for path in files]
+        # The stopped worker has about a quarter of the files.
+        assert wait_until(lambda: sum(child.is_done() for child in children) >= 8), mirror.all_output()
+        waiting = sum(not child.is_done() for child in children)
+        os.mkdir(mirror.mountpoint / "directory")
+        assert len(os.listdir(mirror.mountpoint)) == len(files) + 1
+    finally:
+        os.kill(stopped, signal.SIGCONT)
+    assert [child.result() for child in children] == [LARGE] * len(files)
+    assert waiting > 0, "the stopped worker had nothing to do"
+    assert all((mirror.source / path.name).read_bytes() == b"x" * LARGE for path in files)
+
+
+@pytest.mark.root
+@pytest.mark.own_loop
+def test_a_full_source_and_dying_processes(resending: Callable[..., Mirror], tmp_path: Path) -> None:
+    """What does not fit is refused, whoever died meanwhile; what does fit afterwards is taken."""
+    mirror = resending("--workers", "1", "--cache", "never")
+    mirror.expect_log(DEATH_OF_THE_FRONT)
+    mirror.expect_log(DEATH_OF_A_WORKER)
+    (mirror.source / "small").mkdir()
+    with tmpfs(mirror.source / "small", "size=4m"):
+        path = mirror.mountpoint / "small" / "file"
+        with opened(path, os.O_RDWR | os.O_CREAT) as fd:
+            for _ in range(3):
+                written = 0
+                with pytest.raises(OSError) as caught:
+                    while True:
+                        written += os.pwrite(fd, b"f" * LARGE, written)
+                assert caught.value.errno == errno.ENOSPC
+                replace_front(mirror)
+                (worker,) = process_ids(mirror, "worker")
+                kill(worker)
+                assert wait_until(lambda: process_ids(mirror, "worker") not in ([], [worker]))  # noqa: B023
+                with fails(errno.ENOSPC):
+                    os.pwrite(fd, b"f" * LARGE, written)
+                os.ftruncate(fd, 0)
+                assert os.pwrite(fd, b"again", 0) == 5
+                os.ftruncate(fd, 0)
+        os.unlink(path)
+        # Released a moment after close(2) has returned.
+        assert wait_until(lambda: os.statvfs(mirror.source / "small").f_bavail * 4096 > 3_900_000)
+        forget_unused(mirror.mountpoint)
+
+
+@pytest.mark.root
+def test_a_part_of_the_source_that_goes_and_comes_back(serve: Serve, tmp_path: Path) -> None:
+    """A disk below the source is pulled out and put in again."""
+    mirror = serve("--workers", "1", "--cache", "never")
+    (mirror.source / "disk").mkdir()
+    image = make_image(tmp_path / "image", 8 << 20)
+    path = mirror.mountpoint / "disk" / "file"
+    with mounted(image, mirror.source / "disk", "-o", "loop"):
+        path.write_bytes(b"on the disk")
+        fd = os.open(path, os.O_RDWR)
+        subprocess.run(["umount", "-l", mirror.source / "disk"], check=True)
+        try:
+            assert os.pwrite(fd, b"ON", 0) == 2, "what is open stays open"
+            assert not path.exists()
+            with fails(errno.ENOENT):
+                os.open(path, os.O_RDONLY)
+            assert os.listdir(mirror.mountpoint / "disk") == []
+        finally:
+            os.close(fd)
+            # The last descriptors of the disk go when the server has been told.
+            forget_unused(mirror.mountpoint)
+        subprocess.run(["mount", "-o", "loop", image, mirror.source / "disk"], check=True)
+        assert path.read_bytes() == b"ON the disk"
+        assert os.listdir(mirror.mountpoint / "disk") != []
+        forget_unused(mirror.mountpoint)
+
+
+def descriptor_counts(mirror: Mirror) -> dict[str, int]:
+    return {title: len(descriptors_of(pid)) for title, pid in titles(mirror).items()}
+
+
+@pytest.mark.parametrize("times", [3_000, pytest.param(100_000, marks=[pytest.mark.slow, pytest.mark.timeout(240)])])
+def test_opens_and_closes_leave_nothing(serve: Serve, times: int) -> None:
+    mirror = serve("--workers", "2")
+    files = [mirror.mountpoint / f"{number}" for number in range(50)]
+    for path in files:
+        path.write_bytes(b"content")
+
+    def open_and_close(count: int) -> None:
+        for number in range(count):
+            with opened(files[number % len(files)], os.O_RDWR) as fd:
+                if number % 10 == 0:
+                    os.pread(fd, LARGE, 0)
+
+    open_and_close(500)
+    assert wait_until(lambda: requests_with_workers(mirror) == 0)
+    before = descriptor_counts(mirror)
+    pids = titles(mirror)
+    memory = {title: private_memory(pid) for title, pid in pids.items()}
+    open_and_close(times)
+    assert wait_until(lambda: descriptor_counts(mirror) == before), (before, descriptor_counts(mirror))
+    grown = {title: private_memory(pid) - memory[title] for title, pid in pids.items()}
+    assert all(growth < 1 << 20 for growth in grown.values()), grown
 
 
 def test_nothing_outlives_the_supervisor(serve: Serve) -> None:
     """Acting for another user makes the kernel forget that a process wanted to die with its parent."""
     mirror = serve("--workers", "2")
+    mirror.expect_log("has lost its supervisor: it ends", required=False)
     mirror.source.chmod(0o777)
 
     def make_files(directory: Path) -> None:

@@ -122,6 +122,21 @@ def test_releases_in_the_pipe_are_done_after_a_recovery(
     assert recorder.executed == [0]
 
 
+def test_a_reminder_means_requests_and_not_what_came_into_their_slots_later(
+    worker: Worker, arena: Arena, pipe: tuple[int, int], recorder: Recorder
+) -> None:
+    """It was dead when a new front reminded it; its successor did all that, and the front lent the slot again."""
+    arena.lend(0, SHARD, message(10, 0))
+    os.write(pipe[1], encode((Operation.RESUME, 0, -1, -1, -1, 0, 0, 0, 0, 0, (10, 11))))
+    worker.recover()
+    arena.lend(0, SHARD, message(12, 0))
+    os.write(pipe[1], message(12, 0))
+    os.close(pipe[1])
+    worker.run()
+    assert recorder.resumed == [10]
+    assert recorder.executed == [12]
+
+
 def test_a_slot_that_holds_nonsense_does_not_stop_the_recovery(
     worker: Worker, arena: Arena, pipe: tuple[int, int], recorder: Recorder, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -134,8 +149,8 @@ def test_a_slot_that_holds_nonsense_does_not_stop_the_recovery(
     assert len(caplog.records) == 1
 
 
-def resume(slots: list[int]) -> bytes:
-    return encode((Operation.RESUME, 0, -1, -1, -1, 0, 0, 0, 0, 0, slots))
+def resume(uniques: list[int]) -> bytes:
+    return encode((Operation.RESUME, 0, -1, -1, -1, 0, 0, 0, 0, 0, uniques))
 
 
 def test_what_a_dead_front_lent_and_did_not_tell_of_is_done_when_the_next_says_so(
@@ -146,7 +161,7 @@ def test_what_a_dead_front_lent_and_did_not_tell_of_is_done_when_the_next_says_s
     arena.lend(2, SHARD, message(12, 2))
     arena.lend(1, SHARD, message(11, 1))
     arena.lend(3, 0, message(13, 3))
-    os.write(pipe[1], resume([0, 1, 2]))
+    os.write(pipe[1], resume([10, 11, 12]))
     os.write(pipe[1], resume([]))
     os.close(pipe[1])
     worker.run()
@@ -158,7 +173,7 @@ def test_what_a_dead_front_lent_and_did_not_tell_of_is_done_when_the_next_says_s
 def test_what_was_lent_after_the_reminder_is_told_of_as_ever(
     worker: Worker, arena: Arena, pipe: tuple[int, int], recorder: Recorder
 ) -> None:
-    os.write(pipe[1], resume([0]))
+    os.write(pipe[1], resume([10]))
     arena.lend(1, SHARD, message(11, 1))
     os.write(pipe[1], message(11, 1))
     os.close(pipe[1])
@@ -174,7 +189,7 @@ def test_a_reminder_after_a_recovery_does_nothing_twice(
     arena.lend(0, SHARD, message(10, 0))
     os.write(pipe[1], message(10, 0))
     arena.lend(1, SHARD, message(11, 1))
-    os.write(pipe[1], resume([0, 1]))
+    os.write(pipe[1], resume([10, 11]))
     worker.recover()
     os.close(pipe[1])
     worker.run()

@@ -43,7 +43,7 @@ def native_table(mirror: Mirror, device: int) -> dict[Opcode, Handler]:
     table: dict[Opcode, Handler] = {
         Opcode.LOOKUP: names.lookup,
         Opcode.FORGET: names.forget,
-        Opcode.BATCH_FORGET: names.batch_forget,
+        Opcode.BATCH_FORGET: names.forget,
         Opcode.GETATTR: names.getattr,
         Opcode.SETATTR: names.setattr,
         Opcode.STATX: names.statx,

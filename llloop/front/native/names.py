@@ -16,6 +16,7 @@ class NameRequests(Responder):
 
     def __init__(self, mirror: Mirror, device: int) -> None:
         super().__init__(mirror, device)
+        self._forgetting = mirror.forgetting
         seconds, nanoseconds = mirror.policy.negative
         # struct fuse_entry_out of a name that does not exist; empty where the kernel is not to remember that.
         self._negative = wire.ENTRY_HEAD.pack(0, 0, seconds, 0, nanoseconds, 0) + bytes(wire.ATTR.size)
@@ -36,19 +37,8 @@ class NameRequests(Responder):
         self._reply_entry(unique, nodeid, attributes)
 
     def forget(self, base: int, length: int) -> None:
-        """FUSE_FORGET: has no reply."""
-        self._tree.forget(*wire.FORGET_REQUEST.unpack_from(self._memory, base))
-
-    def batch_forget(self, base: int, length: int) -> None:
-        """FUSE_BATCH_FORGET: has no reply."""
-        request = wire.BATCH_FORGET_REQUEST
-        (count,) = request.unpack_from(self._memory, base)
-        start = base + request.size
-        if request.size + count * wire.FORGET_ONE.size > length:
-            raise malformed()
-        forget = self._tree.forget
-        for nodeid, lookups in wire.FORGET_ONE.iter_unpack(self._memory[start : start + count * wire.FORGET_ONE.size]):
-            forget(nodeid, lookups)
+        """FUSE_FORGET and FUSE_BATCH_FORGET: have no reply."""
+        self._forgetting.forget(base, length)
 
     def getattr(self, base: int, length: int) -> None:
         """FUSE_GETATTR."""

@@ -1,0 +1,31 @@
+"""How long and by which dice: LLLOOP_CHAOS_SECONDS and LLLOOP_CHAOS_SEED."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+
+# A run by hand may take hours; pytest's timeout and the watchdog are told of it when tests are collected.
+BY_HAND = "LLLOOP_CHAOS_SECONDS" in os.environ
+SECONDS = float(os.environ.get("LLLOOP_CHAOS_SECONDS", "3"))
+# What a round of the slowest programs may take beyond that, on a machine with other things to do.
+LAST_ROUND = 120.0
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent.name == "chaos":
+            item.add_marker(pytest.mark.timeout(SECONDS + 2 * LAST_ROUND + 60))
+
+
+@pytest.fixture
+def seconds() -> float:
+    return SECONDS
+
+
+@pytest.fixture
+def seed() -> int:
+    """What every choice follows from, but for the machine's own timing."""
+    return int(os.environ.get("LLLOOP_CHAOS_SEED") or random.SystemRandom().randrange(1 << 32))

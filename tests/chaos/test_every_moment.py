@@ -1,0 +1,197 @@
+"""A process is killed at every single moment of a deed: at the beginning and at the end of each of its system calls.
+
+Chance meets the narrow windows once in a million times. With LLLOOP_CHAOS_SECONDS set, each of them is gone through,
+one after the other; among the tests of every change are some of each deed.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import stat
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.as_user import Child
+from tests.chaos.conftest import BY_HAND
+from tests.chaos.deeds import DATA, LISTING, NAMES, Deed
+from tests.conftest import Serve
+from tests.expect import outcome
+from tests.kernel_caches import forget_unused
+from tests.mirror import Mirror
+from tests.server_processes import descriptors, process_ids, wait_until
+from tests.tracing import Traced
+
+pytestmark = [
+    pytest.mark.root,  # traces
+    pytest.mark.mounted,
+    pytest.mark.own_loop,
+    pytest.mark.by_workers,
+]
+
+# A process that lived for less is, after some times, not replaced at once; in seconds.
+SHORT_LIFE = 0.27
+
+
+def state(directory: Path) -> dict[str, tuple[object, ...]]:
+    """What a deed has left, but for times and numbers."""
+    found = {}
+    for path in sorted(directory.rglob("*")):
+        status = path.lstat()
+        content: object = None
+        if stat.S_ISREG(status.st_mode):
+            content = path.read_bytes()
+        elif path.is_symlink():
+            content = os.readlink(path)
+        names = os.listxattr(path, follow_symlinks=False)
+        attributes = {name: os.getxattr(path, name, follow_symlinks=False) for name in names}
+        found[path.name] = (status.st_mode, status.st_nlink, content, attributes)
+    return found
+
+
+def process_of(mirror: Mirror, role: str, before: int) -> int:
+    found: list[int] = []
+
+    def is_there() -> bool:
+        found[:] = process_ids(mirror, role)
+        return len(found) == 1 and found[0] != before
+
+    assert wait_until(is_there, 30), mirror.all_output()
+    return found[0]
+
+
+class Moments:
+    """Does deeds again and again, each time with a process killed at another moment."""
+
+    def __init__(self, mirror: Mirror, role: str) -> None:
+        self._mirror = mirror
+        self._role = role
+        self._victim = 0
+        self._done = 0
+
+    def kill_at(self, deed: Deed, stops: Iterable[int]) -> int:
+        """Return how often the process was killed; that ends it when the deed is over before the next stop."""
+        expected = self._done_natively(deed)
+        killed = 0
+        for stop in stops:
+            born = time.monotonic()
+            _, was_killed, got = self._do(deed, stop)
+            assert got == expected, f"{deed.name}: the {self._role} was killed at stop {stop}"
+            if not was_killed:
+                break
+            killed += 1
+            time.sleep(max(0.0, SHORT_LIFE - (time.monotonic() - born)))
+        return killed
+
+    def count_stops(self, deed: Deed) -> int:
+        """Do it with nothing killed, and return at how many moments that might have been."""
+        expected = self._done_natively(deed)
+        stops, _, got = self._do(deed, 0)
+        assert got == expected, deed.name
+        return stops
+
+    def _done_natively(self, deed: Deed) -> tuple[object, object]:
+        self._done += 1
+        twin = self._mirror.source.parent / f"twin-{self._done}"
+        twin.mkdir()
+        deed.prepare(twin)
+        return outcome(deed.act, twin), state(twin)
+
+    def _do(self, deed: Deed, stop: int) -> tuple[int, bool, tuple[object, object]]:
+        self._done += 1
+        name = f"{self._done}"
+        source = self._mirror.source / name
+        source.mkdir()
+        deed.prepare(source)
+        victim = process_of(self._mirror, self._role, self._victim)
+        traced = Traced(victim)
+        child: Child[Any] = Child(outcome, deed.act, self._mirror.mountpoint / name)
+        try:
+            killed = traced.kill_at(stop, child.is_done)
+        finally:
+            result = child.result()
+        self._victim = victim if killed else 0
+        return traced.passed, killed, (result, state(source))
+
+
+def check_nothing_left(mirror: Mirror) -> None:
+    """When the kernel has forgotten all, the front is as it was in the beginning."""
+    front = process_of(mirror, "front", 0)
+    reports = r"(\d+) inodes, (\d+) open handles, (\d+) directories kept open, (\d+) of \d+ slots lent"
+
+    def held() -> tuple[list[str], list[str]]:
+        os.kill(mirror.pid, signal.SIGUSR1)
+        time.sleep(0.2)
+        found = [path for path in descriptors(front) if str(mirror.source) in path and path != str(mirror.source)]
+        return found, list(re.findall(reports, mirror.log.read_text())[-1:])
+
+    def is_clean() -> bool:
+        forget_unused(mirror.mountpoint)
+        return held() == ([], [("1", "0", "0", "0")])
+
+    assert wait_until(is_clean), f"the front still holds {held()}"
+
+
+@pytest.fixture
+def begin(serve: Serve) -> Callable[..., Mirror]:
+    def start(*arguments: str) -> Mirror:
+        mirror = serve("--workers", "1", *arguments)
+        if "has_resend" not in mirror.output.read_text():
+            pytest.skip("this kernel does not send a dead front's requests again (Linux 6.9)")
+        mirror.expect_log(r"llloop-(front|worker-0) was killed by signal 9")
+        return mirror
+
+    return start
+
+
+KERNEL = ("--io", "kernel")
+COMBINED = [
+    ("front", (), [*NAMES, *DATA, LISTING]),
+    ("front", KERNEL, [*DATA[:4], DATA[-1]]),
+    ("worker", (), [DATA[1], DATA[3], DATA[-1]]),
+]
+
+
+def _title(what: object) -> str:
+    return what.name if isinstance(what, Deed) else "".join(map(str, what)) if isinstance(what, tuple) else str(what)
+
+
+if BY_HAND:
+
+    @pytest.mark.parametrize(
+        ("role", "arguments", "deed"),
+        [(role, arguments, deed) for role, arguments, deeds in COMBINED for deed in deeds],
+        ids=_title,
+    )
+    def test_every_moment(begin: Callable[..., Mirror], role: str, arguments: tuple[str, ...], deed: Deed) -> None:
+        mirror = begin(*arguments)
+        moments = Moments(mirror, role)
+        # The listing has too many moments, which are all alike.
+        assert moments.kill_at(deed, range(1, 1 << 30, 397 if deed is LISTING else 1)) > 2
+        check_nothing_left(mirror)
+
+else:
+
+    @pytest.mark.parametrize("part", range(3))
+    @pytest.mark.parametrize(("role", "arguments", "deeds"), COMBINED, ids=lambda what: "")
+    def test_some_moments(
+        begin: Callable[..., Mirror], seed: int, role: str, arguments: tuple[str, ...], deeds: list[Deed], part: int
+    ) -> None:
+        mirror = begin(*arguments)
+        moments = Moments(mirror, role)
+        chance = random.Random(seed)
+        for deed in deeds[part::3]:
+            stops = moments.count_stops(deed)
+            # The first are those of waiting for a request.
+            chosen = sorted(chance.sample(range(3, stops), 2))
+            try:
+                moments.kill_at(deed, chosen)
+            except AssertionError as error:
+                raise AssertionError(f"with LLLOOP_CHAOS_SEED={seed}: {error}") from None
+        check_nothing_left(mirror)

@@ -1,0 +1,108 @@
+"""Work that goes on and on leaves the processes as they were: descriptors, inodes, memory."""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.as_user import Child, run_together
+from tests.chaos import loads
+from tests.chaos.conftest import LAST_ROUND
+from tests.chaos.killing import Killer
+from tests.chaos.loads import Load, Place
+from tests.conftest import Serve
+from tests.kernel_caches import forget_unused
+from tests.mirror import Mirror
+from tests.server_processes import descriptors, private_memory, titles, wait_until
+
+pytestmark = [pytest.mark.root, pytest.mark.mounted, pytest.mark.own_loop, pytest.mark.by_workers]
+
+LOADS: list[Load] = [loads.names, loads.unlinked, loads.xattrs, loads.appends, loads.direct]
+# What the interpreter may keep of it for its next objects, in bytes.
+TOLERANCE = 4 << 20
+
+
+def work(mirror: Mirror, scratch: Path, chance: random.Random, seconds: float) -> None:
+    """All loads, one beside the other, and nothing left of them."""
+    end = time.monotonic() + seconds
+
+    def more() -> bool:
+        return time.monotonic() < end
+
+    calls = []
+    for load in LOADS:
+        name = load.__name__
+        (mirror.source / name).mkdir(exist_ok=True)
+        place = Place(mirror.mountpoint / name, mirror.source / name, chance, more, scratch, direct=False, size=0)
+        calls.append((load, (place,)))
+    run_together(calls)
+    for load in LOADS:
+        for path in (mirror.mountpoint / load.__name__).iterdir():
+            path.unlink()
+
+
+def state(mirror: Mirror) -> dict[str, list[str]]:
+    """What each process has open, when the kernel has forgotten what it does not use."""
+    forget_unused(mirror.mountpoint)
+    pids = titles(mirror)
+    found = {}
+    for title, pid in pids.items():
+        paths = [re.sub(r"\d+", "", path) for path in descriptors(pid)]
+        # What of the supervisor's a child has inherited depends on the moment of its fork.
+        inherited = () if title == "llloop-supervisor" else ("anon_inode:[pidfd]", "pipe:[]")
+        found[title] = sorted(path for path in paths if path not in inherited)
+    return found
+
+
+def same_again(mirror: Mirror, before: dict[str, list[str]]) -> None:
+    def is_same() -> bool:
+        return state(mirror) == before
+
+    assert wait_until(is_same, 20), {
+        title: set(paths) ^ set(before[title]) or (len(paths), len(before[title]))
+        for title, paths in state(mirror).items()
+        if paths != before[title]
+    }
+
+
+def test_nothing_grows(serve: Serve, tmp_path: Path, seconds: float, seed: int) -> None:
+    mirror = serve("--workers", "2")
+    chance = random.Random(seed)
+    work(mirror, tmp_path, chance, seconds / 2)
+    before = state(mirror)
+    memory = {title: private_memory(pid) for title, pid in titles(mirror).items()}
+    work(mirror, tmp_path, chance, seconds)
+    same_again(mirror, before)
+    grown = {title: private_memory(pid) - memory[title] for title, pid in titles(mirror).items()}
+    assert all(growth < TOLERANCE for growth in grown.values()), grown
+
+
+def test_nothing_grows_when_processes_die(serve: Serve, tmp_path: Path, seconds: float, seed: int) -> None:
+    """What a dead process has left in the middle of its work is found and put in order by those after it."""
+    mirror = serve("--workers", "2")
+    mirror.expect_log(r"llloop-(front|keeper|worker-\d+) was killed by signal 9")
+    chance = random.Random(seed)
+    killer = Killer(mirror, chance)
+
+    def work_and_kill(seconds: float) -> None:
+        working = Child(work, mirror, tmp_path, random.Random(seed), seconds)
+        killer.kill_until(working.is_done, (0.1, 0.3), seconds + LAST_ROUND)
+        working.result()
+
+    try:
+        work_and_kill(seconds / 2)
+        for role in ("keeper", "front"):
+            killer.kill(role)
+        killer.wait_for_all()
+        before = state(mirror)
+        supervisor = private_memory(mirror.pid)
+        work_and_kill(seconds)
+        killer.wait_for_all()
+        same_again(mirror, before)
+        assert private_memory(mirror.pid) - supervisor < TOLERANCE
+    except AssertionError as error:
+        raise AssertionError(f"with LLLOOP_CHAOS_SEED={seed}: {error}") from None

@@ -1,0 +1,74 @@
+"""Kills a process at a chosen one of its system calls, before or after it is done (ptrace(2)); needs root."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+_SYSCALL, _DETACH, _SEIZE, _INTERRUPT = 24, 17, 0x4206, 0x4207  # <linux/ptrace.h>
+_O_TRACESYSGOOD = 1
+_WALL = 0x40000000  # <linux/wait.h>
+_SYSCALL_STOP = signal.SIGTRAP | 0x80
+_PATIENCE = 30.0  # seconds
+_PAUSE = 0.0002
+
+_ptrace = ctypes.CDLL(None, use_errno=True).ptrace
+_ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
+_ptrace.restype = ctypes.c_long
+
+
+def _do(request: int, pid: int, data: int = 0) -> None:
+    if _ptrace(request, pid, None, data) < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+class Traced:
+    """A process that stops at the beginning and at the end of each of its system calls.
+
+    `passed` is how many of these stops there were.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self.passed = 0
+        _do(_SEIZE, pid, _O_TRACESYSGOOD)
+        _do(_INTERRUPT, pid)
+        self._next_stop(lambda: False)
+
+    def kill_at(self, stop: int, done: Callable[[], bool]) -> bool:
+        """Kill it at the stop with that number, the first being 1; return False if all was *done* before."""
+        while True:
+            _do(_SYSCALL, self._pid)
+            status = self._next_stop(done)
+            if status is None:
+                break
+            self.passed += os.WSTOPSIG(status) == _SYSCALL_STOP
+            if self.passed == stop:
+                os.kill(self._pid, signal.SIGKILL)
+                os.waitpid(self._pid, _WALL)  # its parent hears of the end only after its tracer
+                return True
+        self._let_go()
+        return False
+
+    def _let_go(self) -> None:
+        with suppress(OSError):
+            _do(_INTERRUPT, self._pid)
+            self._next_stop(lambda: False)
+        _do(_DETACH, self._pid)
+
+    def _next_stop(self, done: Callable[[], bool]) -> int | None:
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            pid, status = os.waitpid(self._pid, os.WNOHANG | _WALL)
+            if pid:
+                assert os.WIFSTOPPED(status), f"the traced process has ended: {status:#x}"
+                return status
+            if done():
+                return None
+            assert time.monotonic() < deadline, "the traced process does not come to its next system call"
+            time.sleep(_PAUSE)
