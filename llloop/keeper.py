@@ -108,6 +108,7 @@ class Keeper:
         self._farewell = farewell
         self._command_reader, self._command_writer = os.pipe2(os.O_CLOEXEC)
         self._answer_reader, self._answer_writer = os.pipe2(os.O_CLOEXEC)
+        self.descriptors = (self._command_reader, self._command_writer, self._answer_reader, self._answer_writer)
         # Returns a descriptor that is readable when the keeper has ended, or -1 if none runs. None: nobody notices.
         self.sentinel: Callable[[], int] | None = None
         # The front that may serve. One whose keeper died before it told of it is nobody's, and must not.
@@ -115,7 +116,7 @@ class Keeper:
 
     def close(self) -> None:
         """Let go of the keeper's pipes, when it has ended."""
-        for fd in (self._command_reader, self._command_writer, self._answer_reader, self._answer_writer):
+        for fd in self.descriptors:
             os.close(fd)
 
     def run(self) -> None:

@@ -63,7 +63,7 @@ class DirectoryRequests(Responder):
             )
         return listing
 
-    def _keep_for_next_front(self, handle: Handle, listing: Listing, given: int) -> None:
+    def _keep_for_next_front(self, handle: Handle, listing: Listing, cookie: int) -> None:
         """Save a listing of which the reader has not had all, and so comes back for more.
 
         Read afresh, a directory that has changed meanwhile (rm -r) would have others in their places.
@@ -71,9 +71,9 @@ class DirectoryRequests(Responder):
         Args:
             handle: the directory.
             listing: its entries.
-            given: how many bytes the reader is being given.
+            cookie: how many of them the reader has when it gets the answer at hand.
         """
-        if 0 < given < len(listing.data) and handle.snapshot < 0:
+        if 0 < cookie < len(listing) and handle.snapshot < 0:
             self._handles.note_snapshot(handle, save(listing.data))
 
     def readdir(self, base: int, length: int) -> None:
@@ -81,8 +81,8 @@ class DirectoryRequests(Responder):
         unique, number, offset, size = wire.READDIR_REQUEST.unpack_from(self._memory, base)
         handle = self._handles.get(number)
         listing = self._listing(handle, number, offset)
-        entries = listing.fitting(offset, size)
-        self._keep_for_next_front(handle, listing, len(entries))
+        entries, cookie = listing.fitting(offset, size)
+        self._keep_for_next_front(handle, listing, cookie)
         self._send(wire.reply(unique, entries))
 
     def readdirplus(self, base: int, length: int) -> None:
@@ -93,6 +93,7 @@ class DirectoryRequests(Responder):
         reply = bytearray(wire.OUT_HEADER_SIZE)
         limit = wire.OUT_HEADER_SIZE + size
         looked_up = []
+        given = 0
         end = len(listing)
         if offset == 0 and end > _LARGE:
             end = _SAMPLE
@@ -105,7 +106,8 @@ class DirectoryRequests(Responder):
                 looked_up.append(nodeid)
             reply += head
             reply += record
-        self._keep_for_next_front(handle, listing, len(reply) - wire.OUT_HEADER_SIZE)
+            given += 1
+        self._keep_for_next_front(handle, listing, offset + given)
         wire.OUT_HEADER.pack_into(reply, 0, len(reply), 0, unique)
         if self._send(reply):
             for nodeid in looked_up:

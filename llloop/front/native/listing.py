@@ -95,13 +95,14 @@ class Listing:
             cookie += 1
             position += stride
 
-    def fitting(self, offset: int, size: int) -> bytes:
-        """Return the entries after the first *offset* ones, as many as fit into *size* bytes."""
+    def fitting(self, offset: int, size: int) -> tuple[bytes, int]:
+        """Return as many entries after the first *offset* ones as fit into *size* bytes, and the last one's cookie."""
         ends = self._ends
         if offset >= len(ends):
-            return b""
+            return b"", offset
         start = ends[offset]
-        return self.data[start : ends[bisect_right(ends, start + size, offset) - 1]]
+        cookie = bisect_right(ends, start + size, offset) - 1
+        return self.data[start : ends[cookie]], cookie
 
     def record(self, position: int) -> tuple[bytes, bytes]:
         """Return ``struct fuse_dirent`` of an entry, and the entry's name.

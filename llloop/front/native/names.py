@@ -8,7 +8,7 @@ from ... import wire
 from ...syscalls import Attributes, fstatx
 from ..mirror import Mirror
 from ..tree import Changes
-from .base import Responder, malformed
+from .base import Responder
 
 
 class NameRequests(Responder):
