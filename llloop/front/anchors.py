@@ -62,6 +62,7 @@ class Anchors:
         self._root = root
         self._capacity = max(capacity, 2)
         self._directories: OrderedDict[int, int] = OrderedDict()
+        self._returned = ROOT  # the directory that was asked for last
         self._pins: dict[int, int] = {}
         inodes.on_reuse = self.drop
 
@@ -77,11 +78,14 @@ class Anchors:
             OSError: ESTALE if it is no longer where it was found, or what open(2) says.
         """
         fd = self._held_directory(nodeid)
-        if fd is not None:
-            return fd
-        # Only here, and before anything is opened, so that a path deeper than the capacity can be walked.
-        while len(self._directories) > self._capacity:
-            os.close(self._directories.popitem(last=False)[1])
+        if fd is None:
+            fd = self._walk_to(nodeid)
+        self._returned = nodeid
+        return fd
+
+    def _walk_to(self, nodeid: int) -> int:
+        """Open a directory and all above it that are not kept."""
+        fd: int | None = None
         missing = {nodeid: None}  # in the order they were found missing
         parent = nodeid
         while fd is None:
@@ -96,7 +100,18 @@ class Anchors:
             inode = self._inodes.get(number)
             fd = self._open(fd, inode, _DIRECTORY)
             self._directories[number] = fd
+            self._make_room()
         return fd
+
+    def _make_room(self) -> None:
+        """Close what was not used for longest, but not what was just opened, nor the last that was asked for."""
+        directories = self._directories
+        while len(directories) > self._capacity:
+            oldest = next(iter(directories))
+            if oldest == self._returned:
+                directories.move_to_end(oldest)
+            else:
+                os.close(directories.pop(oldest))
 
     def _held_directory(self, nodeid: int) -> int | None:
         fd = self._directories.get(nodeid)
