@@ -29,7 +29,7 @@ from typing import Any
 import llfuse
 from setproctitle import setproctitle
 
-from . import connection, log, mounting, negotiation, wire
+from . import connection, log, mounting, negotiation, syscalls, wire
 from .arena import Arena
 from .children import LONGEST_PAUSE, PATIENCE, STOP_SIGNALS, Child, Cloned, child_main, fork, forked
 from .config import ServeConfig
@@ -504,6 +504,8 @@ def _unmount(mountpoint: str, lazy: bool) -> None:
     signal.set_wakeup_fd(-1)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    if lazy:
+        _start_writing_back(mountpoint)
     try:
         mounting.unmount(mountpoint, lazy=lazy)
     except OSError as error:
@@ -511,6 +513,19 @@ def _unmount(mountpoint: str, lazy: bool) -> None:
     except LlloopError as error:
         _log.error("%s", error)
         sys.exit(1)
+
+
+def _start_writing_back(mountpoint: str) -> None:
+    """Have the kernel begin to send what it has collected for open files (--writeback), while they can be served."""
+
+    def sync() -> None:
+        with suppress(OSError):
+            fd = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            syscalls.syncfs(fd)
+
+    thread = threading.Thread(target=sync, daemon=True)
+    thread.start()
+    thread.join(GRACE)  # a front that hangs must not keep the mount from being detached
 
 
 def _has_terminal() -> bool:

@@ -388,7 +388,6 @@ def test_what_was_written_before_a_stop_is_in_the_source(serve: Serve) -> None:
     assert len(os.listdir(server.source)) == 20
 
 
-@pytest.mark.at_once("what the kernel has collected is lost when the server ends while a file is open")
 def test_a_busy_mount_point_is_detached_lazily_and_said_so(serve: Serve) -> None:
     server = serve()
     server.expect_log("(?i)busy.*lazi")
