@@ -166,19 +166,9 @@ def places(scratch: Path) -> Iterator[Places]:
 
 
 @pytest.mark.root
-def test_a_host_without_systemd(scratch: Path, places: Places, wheel: Path) -> None:
-    pip = f"--find-links {wheel.parent}"
-    controller = Controller(
-        str(scratch),
-        scratch,
-        run_here,
-        {
-            **places.variables(),
-            "llloop_install_from": "path",
-            "llloop_path": str(CHECKOUT),
-            "llloop_pip_extra_args": pip,
-        },
-    )
+def test_a_host_without_systemd(scratch: Path, places: Places) -> None:
+    installation = {"llloop_install_from": "path", "llloop_path": str(CHECKOUT)}
+    controller = Controller(str(scratch), scratch, run_here, places.variables() | installation)
     checkout_before = set(os.listdir(CHECKOUT))
     one, two = places.mount("one", workers=1), places.mount("two", workers=1, read_only=True)
 
