@@ -11,8 +11,10 @@ import logging
 import mmap
 import multiprocessing
 import os
+import re
 import sys
 import time
+import traceback
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -31,6 +33,9 @@ _JOURNAL_FORMAT = "%(processName)s: %(message)s"
 # Of messages of one kind, that is from one place in the program and one process, so many pass in such a time (seconds).
 _MOST = 20
 _WINDOW = 60.0
+
+# The lines in a traceback as it is printed.
+_TRACED = re.compile(r'^  File ".*", line (\d+), in ', re.MULTILINE)
 
 _log = logging.getLogger(__name__)
 
@@ -74,7 +79,7 @@ class Limiter:
         """Whether *record* is to be logged."""
         now = time.monotonic()
         once = getattr(record, "once", None)
-        key = (record.processName, record.name, record.pathname, record.lineno, once)
+        key = (record.processName, record.name, record.pathname, record.lineno, once, _lines(record))
         kind = self._kinds.get(key)
         if kind is None:
             kind = self._kinds[key] = _Kind(now)
@@ -97,9 +102,17 @@ class Limiter:
         return True
 
 
+def _lines(record: logging.LogRecord) -> tuple[int, ...]:
+    """Return the lines that an exception came through, for all that is unexpected is logged in the same place."""
+    if record.exc_info and record.exc_info[2] is not None:
+        return tuple(frame.lineno or 0 for frame in traceback.extract_tb(record.exc_info[2]))
+    return tuple(map(int, _TRACED.findall(record.exc_text or "")))
+
+
 def _append(record: logging.LogRecord, text: str) -> None:
-    record.msg = record.getMessage() + text
-    record.args = None
+    message = record.getMessage()
+    if not message.endswith(text):  # the process that it comes from may have said so
+        record.msg, record.args = message + text, None
 
 
 class _Journal(logging.Formatter):
