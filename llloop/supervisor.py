@@ -139,6 +139,8 @@ class Supervisor:
             entry = mounting.find_mount(self._mountpoint)
             self._device_number = entry.device if entry else None
             self._connection = connection.initialise(device, self._config, self._source)
+            if self._device_number is not None:
+                mounting.raise_read_ahead(self._device_number)  # only now: INIT's answer may lower it
             self._make_children(root, operations)
             self._oversight = Oversight(self._sight(), self._notifier)
             for child in self._children:

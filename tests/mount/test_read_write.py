@@ -7,11 +7,12 @@ import fcntl
 import os
 import random
 import threading
+from pathlib import Path
 
 import pytest
 
 from tests.expect import fails, outcome, pattern, same_status, start_python
-from tests.mirror import Tree
+from tests.mirror import Mirror, Tree
 from tests.syscalls import opened
 
 KIB = 1024
@@ -376,3 +377,13 @@ def test_write_moves_the_times(tree: Tree) -> None:
         os.write(descriptor, b"y")
         assert os.fstat(descriptor).st_mtime_ns == os.stat(tree.src / "file").st_mtime_ns > 10**18
     same_status(tree.mnt / "file", tree.src / "file")
+
+
+@pytest.mark.mounted
+@pytest.mark.own_loop
+def test_the_kernel_reads_further_ahead_for_root(mirror: Mirror) -> None:
+    if os.geteuid():
+        pytest.skip("only root may say how far")
+    device = mirror.mountpoint.stat().st_dev
+    setting = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
+    assert int(setting.read_text()) >= 512
