@@ -302,6 +302,8 @@ class Supervisor:
         front = self._front.process
         if front is None or front.pid is None or self._keeper is None or not self._keeper.can_share:
             return
+        if self._connection.session is None:  # llfuse's loop cannot be taken up by another front
+            return
         try:
             os.kill(front.pid, signal.SIGSTOP)
             self._keeper.fetch(front.pid)
