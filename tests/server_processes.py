@@ -13,7 +13,18 @@ from tests.watchdog import kill_session
 
 
 def titles(mirror: Mirror) -> dict[str, int]:
-    """Process ids by the names that `ps` shows, such as llloop-worker-0."""
+    """Process ids by the names that `ps` shows, such as llloop-worker-0; one that was just forked gets its own soon."""
+    deadline = time.monotonic() + 5
+    while True:
+        try:
+            return _titles(mirror)
+        except (AssertionError, OSError):
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.02)
+
+
+def _titles(mirror: Mirror) -> dict[str, int]:
     found: dict[str, int] = {}
     for pid in mirror.processes():
         title = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()

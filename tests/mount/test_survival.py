@@ -261,6 +261,7 @@ def descriptor_counts(mirror: Mirror) -> dict[str, int]:
     return {title: len(descriptors_of(pid)) for title, pid in titles(mirror).items()}
 
 
+@pytest.mark.own_loop
 @pytest.mark.parametrize("times", [3_000, pytest.param(100_000, marks=[pytest.mark.slow, pytest.mark.timeout(240)])])
 def test_opens_and_closes_leave_nothing(serve: Serve, times: int) -> None:
     mirror = serve("--workers", "2")
