@@ -551,7 +551,7 @@ def _packet_pipe(messages: int) -> tuple[int, int]:
     try:
         fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, messages * wire.PAGE_SIZE)
     except PermissionError:  # the user's share of pipe pages is used up: fewer messages fit, the front does the rest
-        _log.info("request pipes hold fewer messages than usual; see pipe(7), pipe-user-pages-soft")
+        _log.debug("request pipes hold fewer messages than usual; see pipe(7), pipe-user-pages-soft")
     flags = fcntl.fcntl(writer, fcntl.F_GETFL)
     fcntl.fcntl(writer, fcntl.F_SETFL, flags | os.O_NONBLOCK)
     return reader, writer
