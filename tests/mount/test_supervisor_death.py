@@ -121,9 +121,7 @@ def test_the_keeper_is_replaced_when_it_dies(serve: Serve) -> None:
         return False
 
     assert wait_until(another_is_there), mirror.all_output()
-    assert wait_until(
-        lambda: "llloop-keeper was killed" in mirror.log.read_text()
-    )  # it takes the supervisor to write it
+    assert wait_until(lambda: "llloop-keeper was killed" in mirror.log.read_text())
     kill_supervisor(mirror)
     check_nothing_is_left(mirror)
     mirror.check_log()
