@@ -12,7 +12,7 @@ import click
 
 from . import log, mounting, service
 from .arena import DEFAULT_SLOTS
-from .config import MAX_WORKERS, Cache, IoKind, LoopKind, ServeConfig, help_text
+from .config import MAX_WORKERS, Cache, IoKind, LoopKind, MetadataKind, ServeConfig, help_text
 from .daemon import Daemon
 from .errors import HostError, MountpointError, UsageError
 from .explained import EXIT_CODES, UntouchedPath, explained
@@ -60,6 +60,12 @@ _mountpoint = click.argument("mountpoint", type=UntouchedPath(), envvar="LLLOOP_
 @_option("cache", "--cache", type=click.Choice([cache.value for cache in Cache]), default=Cache.AUTO.value)
 @_option("io", "--io", type=click.Choice([kind.value for kind in IoKind]), default=IoKind.WORKERS.value)
 @_option("writeback", "--writeback", is_flag=True)
+@_option(
+    "metadata",
+    "--metadata",
+    type=click.Choice([kind.value for kind in MetadataKind]),
+    default=MetadataKind.AUTO.value,
+)
 @_option("attr_timeout", "--attr-timeout", type=float, default=None, metavar="SECONDS")
 @_option("entry_timeout", "--entry-timeout", type=float, default=None, metavar="SECONDS")
 @_option("negative_timeout", "--negative-timeout", type=float, default=None, metavar="SECONDS")
@@ -112,6 +118,7 @@ def serve(
     """
     options["cache"] = Cache(options["cache"])
     options["io"] = IoKind(options["io"])
+    options["metadata"] = MetadataKind(options["metadata"])
     options["loop"] = LoopKind(options["loop"])
     options["options"] = tuple(part for option in options["options"] for part in option.split(",") if part)
     config = ServeConfig(source=source, mountpoint=mountpoint, **options)

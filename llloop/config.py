@@ -41,6 +41,14 @@ class IoKind(str, Enum):
     AUTO = "auto"
 
 
+class MetadataKind(str, Enum):
+    """Who meets the source first for a request on names or attributes."""
+
+    FRONT = "front"
+    WORKERS = "workers"
+    AUTO = "auto"
+
+
 _TIMEOUTS = {Cache.NEVER: 0.0, Cache.AUTO: 1.0, Cache.ALWAYS: _DAY}
 
 
@@ -97,6 +105,13 @@ class ServeConfig:
         "it there is hidden and can be overwritten; only for a source nobody else writes to. Data written and not "
         "synced is lost if the machine or the server fails. Not with --io kernel. Default: off.",
     )
+    metadata: MetadataKind = _option(
+        MetadataKind.AUTO,
+        "Who touches the source first for names and attributes. front: the front, which is fastest, and with which a "
+        "source that hangs (a dead file server) stops the whole mount. workers: a worker, and the front only when "
+        "that has been answered, so that what hangs keeps its own share of requests waiting; every request costs two "
+        "wake-ups more. auto: workers where the source is a network or FUSE file system, else front. Default: auto.",
+    )
     attr_timeout: float = _option(
         None, "Seconds the kernel may keep attributes (size, mode, times) without asking. Default: as --cache says."
     )
@@ -137,7 +152,7 @@ class ServeConfig:
         options: Any = self.options
         if isinstance(options, str):
             object.__setattr__(self, "options", tuple(options.split(",")))
-        for name, kind in (("cache", Cache), ("io", IoKind), ("loop", LoopKind)):
+        for name, kind in (("cache", Cache), ("io", IoKind), ("metadata", MetadataKind), ("loop", LoopKind)):
             object.__setattr__(self, name, _member(kind, name, getattr(self, name)))
         defaults = {
             "workers": min(usable_cpus(), MAX_WORKERS),

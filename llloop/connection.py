@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import llfuse
 
 from . import negotiation, syscalls
-from .config import IoKind, LoopKind, ServeConfig
+from .config import IoKind, LoopKind, MetadataKind, ServeConfig
 from .errors import HostError, LlloopError, UsageError
 from .front.operations import Operations
 from .front.passthrough import refusal
@@ -32,18 +32,21 @@ class Connection:
         session: llfuse's session; None where llfuse itself runs the loop and answers INIT.
         capabilities: what was agreed with the kernel, where there is a session.
         fallback_reason: why there is no session.
+        asking: whether workers look at the source before the front does.
     """
 
     device: int
     session: Session | None
     capabilities: Capabilities | None
     fallback_reason: str = ""
+    asking: bool = False
 
     def describe(self) -> str:
         """Return who runs the loop and which features are in force, for the line that serve prints."""
         if self.capabilities is None:
             return f"llfuse's loop ({self.fallback_reason})"
-        return f"own loop, {self.capabilities.describe()}"
+        asking = ", metadata through workers" if self.asking else ""
+        return f"own loop{asking}, {self.capabilities.describe()}"
 
 
 def mount(operations: Operations, mountpoint: str, options: set[str]) -> int:
@@ -92,14 +95,19 @@ def initialise(device: int, config: ServeConfig, source: str) -> Connection:
         LlloopError: the options need a session, and it was not found.
     """
     if config.loop is LoopKind.LLFUSE:
+        if config.metadata is MetadataKind.WORKERS:
+            raise LlloopError("--metadata workers cannot be had with llfuse's own loop; serve with --metadata front")
         return Connection(device, None, None, "asked for")
     try:
         session = find_session(device)
     except SessionNotFound as error:
         if config.loop is LoopKind.OWN or config.io is IoKind.KERNEL or config.writeback:
             raise LlloopError(f"llfuse's session cannot be used: {error}") from None
+        if config.metadata is MetadataKind.WORKERS:
+            raise LlloopError(f"--metadata workers cannot be had: llfuse's session cannot be used: {error}") from None
         _log.warning("falling back to llfuse's request loop, which is slower: %s", error)
         return Connection(device, None, None, str(error))
+    asking = _asks_first(config, source)
     buffer = bytearray(_INIT_BUFFER)
     length = os.readv(device, [buffer])
     request = bytes(buffer[:length])
@@ -109,14 +117,15 @@ def initialise(device: int, config: ServeConfig, source: str) -> Connection:
             posix_acl=config.xattr and _has_acls(source),
             writeback=config.writeback,
             passthrough=config.io is not IoKind.WORKERS and not config.writeback,
-            stack_depth=2 if _is_stacked(source) else 1,
+            stack_depth=2 if _type_of(source) in syscalls.STACKED else 1,
+            readdirplus=not asking,  # the front would touch each entry; without, it is asked for one by one
         )
     except negotiation.UnsupportedProtocol as error:
         raise HostError(str(error)) from None
     os.write(device, answer)
     # libfuse must see the request too, to be initialised; its own answer comes second and is dropped by the kernel.
     session.processor().process_bytes(request)
-    return Connection(device, session, _check_passthrough(device, config, capabilities))
+    return Connection(device, session, _check_passthrough(device, config, capabilities), asking=asking)
 
 
 def _check_passthrough(device: int, config: ServeConfig, capabilities: Capabilities) -> Capabilities:
@@ -135,11 +144,18 @@ def _check_passthrough(device: int, config: ServeConfig, capabilities: Capabilit
     return capabilities.without(Feature.PASSTHROUGH)
 
 
-def _is_stacked(source: str) -> bool:
-    """Whether the source's file system itself lies on top of another, as in containers."""
+def _asks_first(config: ServeConfig, source: str) -> bool:
+    """Whether workers are to look at the source before the front does."""
+    if config.metadata is MetadataKind.AUTO:
+        return _type_of(source) in syscalls.CAN_HANG
+    return config.metadata is MetadataKind.WORKERS
+
+
+def _type_of(source: str) -> int:
+    """Return the magic number of the file system that holds the source."""
     fd = os.open(source, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        return syscalls.file_system_type(fd) in syscalls.STACKED
+        return syscalls.file_system_type(fd)
     finally:
         os.close(fd)
 

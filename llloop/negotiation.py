@@ -99,7 +99,13 @@ class UnsupportedProtocol(Exception):
 
 
 def negotiate(
-    request: bytes, *, posix_acl: bool, writeback: bool, passthrough: bool, stack_depth: int
+    request: bytes,
+    *,
+    posix_acl: bool,
+    writeback: bool,
+    passthrough: bool,
+    stack_depth: int,
+    readdirplus: bool = True,
 ) -> tuple[bytes, Capabilities]:
     """Answer an INIT request.
 
@@ -109,6 +115,7 @@ def negotiate(
         writeback: whether the kernel may collect writes.
         passthrough: whether the kernel may do the I/O of files by itself.
         stack_depth: how many file systems may lie on top of each other, this one included, for that.
+        readdirplus: whether listings are to bring attributes along.
 
     Returns:
         The reply to write to /dev/fuse, and what it agreed to.
@@ -127,6 +134,8 @@ def negotiate(
         (Feature.PASSTHROUGH, passthrough),
     ):
         wanted |= feature if asked else Feature(0)
+    if not readdirplus:
+        wanted &= ~(Feature.DO_READDIRPLUS | Feature.READDIRPLUS_AUTO)
     agreed = Feature(int(wanted) & offered)
     capabilities = Capabilities(min(minor, PROTOCOL_MINOR), agreed)
     payload = wire.INIT_OUT.pack(

@@ -8,6 +8,7 @@ file and kernel without passing through here at all.
 from __future__ import annotations
 
 from enum import IntEnum
+from struct import Struct
 from typing import Any, NamedTuple
 
 import msgpack
@@ -28,6 +29,7 @@ class Operation(IntEnum):
     SYNCFS = 8
     RELEASE = 9
     RESUME = 10
+    PROBE = 11
 
 
 # Flags of a request: what WRITE, FALLOCATE and COPY_FILE_RANGE have in common ...
@@ -42,6 +44,11 @@ BUFFERED = 1 << 3
 CACHED = 1 << 4
 # A WRITE whose payload is not in the slot but in its pipe: see `llloop.payloads`.
 PIPED = 1 << 5
+# What PROBE is to do beyond asking for attributes, which a cache may answer: ask the server, read a directory.
+SERVER = 1 << 6
+LISTING = 1 << 7
+# What a worker writes to the front when it has done a PROBE: the request's number.
+PROBED = Struct("=Q")
 
 
 # Handle numbers of one front: more than can be opened in a lifetime, so that no two fronts of a mount share any.
@@ -66,7 +73,8 @@ class Request(NamedTuple):
         flags: the flags above.
         uid, gid: the file system ids of who writes, for quotas and reserved blocks.
         extra: COPY_FILE_RANGE: the source's handle, descriptor and offset; FALLOCATE: the mode; LSEEK: the whence;
-            RELEASE: the handles to let go of; RESUME: the numbers of the requests that may still be the worker's.
+            RELEASE: the handles to let go of; RESUME: the numbers of the requests that may still be the worker's; PROBE:
+            the places to look at, each a front's descriptor, or -1 for the source, and a path from there.
     """
 
     operation: int
@@ -79,7 +87,7 @@ class Request(NamedTuple):
     flags: int = 0
     uid: int = 0
     gid: int = 0
-    extra: tuple[int, ...] = ()
+    extra: tuple[Any, ...] = ()
 
 
 _packer = msgpack.Packer(use_bin_type=True)
@@ -106,7 +114,13 @@ def decode_strictly(data: bytes) -> Request:
     """
     request = decode(data)
     *numbers, extra = request
-    if type(extra) is not tuple or not all(type(field) is int for field in (*numbers, *extra)):
+    if type(extra) is not tuple:
+        raise Malformed("a field is no list")
+    if request.operation == Operation.PROBE:
+        if not all(type(place) is tuple and [type(field) for field in place] == [int, bytes] for place in extra):
+            raise Malformed("a field is no place")
+        extra = ()
+    if not all(type(field) is int for field in (*numbers, *extra)):
         raise Malformed("a field is no number")
     return request
 

@@ -161,7 +161,9 @@ class Supervisor:
         pipes = [_packet_pipe(config.slots) for _ in range(config.workers)]
         self._ready_reader, ready_writer = os.pipe2(os.O_CLOEXEC)
         answers_reader, answers_writer = os.pipe2(os.O_CLOEXEC | os.O_DIRECT)
+        probed_reader, probed_writer = os.pipe2(os.O_CLOEXEC)
         self._descriptors += [self._ready_reader, ready_writer, answers_reader, answers_writer]
+        self._descriptors += [probed_reader, probed_writer]
         self._descriptors += [end for pipe in pipes for end in pipe]
         setup = FrontSetup(
             config=config,
@@ -174,6 +176,7 @@ class Supervisor:
             session=session,
             capabilities=self._connection.capabilities,
             answers=answers_reader,
+            probed=probed_reader if self._connection.asking else None,
         )
 
         supervisor, detached, mountpoint, number = os.getpid(), self._detached, self._mountpoint, self._device_number
@@ -188,7 +191,7 @@ class Supervisor:
         def worker(shard: int) -> Child:
             name = f"llloop-worker-{shard}"
             answers = None if session is not None else answers_writer
-            setup = WorkerSetup(shard, arena, pipes[shard][0], device, answers)
+            setup = WorkerSetup(shard, arena, pipes[shard][0], device, answers, root, probed_writer)
             return Child(name, lambda stacks: forked(name, lambda: run_worker(setup), stacks, detached=detached))
 
         def farewell() -> None:

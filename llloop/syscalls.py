@@ -243,7 +243,8 @@ RAM_FILE_SYSTEMS = frozenset({0x01021994, 0x858458F6})
 CLOSE_CAN_FAIL = frozenset(
     {0x6969, 0x517B, 0xFF534D42, 0xFE534D42, 0x65735546, 0x5346414F, 0x00C36400, 0x73757245, 0x01021997}
 )
-
+# ... which are those of which a call can take as long as a server likes ...
+CAN_HANG = CLOSE_CAN_FAIL
 # ... and those that lie on top of another: overlayfs, ecryptfs.
 STACKED = frozenset({0x794C7630, 0xF15F})
 

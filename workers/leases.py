@@ -61,6 +61,16 @@ class Leases:
             fd = self._held[handle] = self._pull(descriptor)
         return fd
 
+    def borrow(self, descriptor: int) -> int:
+        """Return a descriptor of whatever the front has open as *descriptor*, for the caller to close.
+
+        Raises:
+            OSError: it could not be pulled.
+        """
+        if self._generation != self._arena.generation:
+            self._start_over()
+        return self._pull(descriptor)
+
     def _pull(self, descriptor: int) -> int:
         while True:
             try:

@@ -68,7 +68,8 @@ class Worker:
         except _SENSELESS as error:
             _log.error("a lent slot's request makes no sense: %s", error)
             self._arena.give_back(request.slot)
-        self._sheet.finished(opcode_of(request), time.monotonic_ns() - begun)
+        if request.operation != Operation.PROBE:
+            self._sheet.finished(opcode_of(request), time.monotonic_ns() - begun)
 
     def _resume_all(self, uniques: Sequence[int]) -> None:
         """Do what a dead front had lent and may not have told of; what it told of came before this and is done."""
@@ -107,6 +108,8 @@ class Worker:
                     continue
                 start = begun[slot]  # with the answer the slot becomes somebody else's
                 execute(request)
+                if request.operation == Operation.PROBE:  # the front counts what it was for
+                    continue
                 finished(opcode_of(request), clock() - start)
             except _SENSELESS as error:
                 _log.error("a message that makes no sense was dropped: %s", error)

@@ -9,6 +9,7 @@ from llloop.privilege import SetidGuard, Writer, keep_only, worker_capabilities
 
 from .leases import Leases
 from .loop import Worker
+from .probes import Probes
 from .replies import FrontReplies, KernelReplies, Replies
 from .transfers import Transfers
 
@@ -23,6 +24,8 @@ class WorkerSetup:
         pipe: the read end of its request pipe.
         device: the descriptor of /dev/fuse.
         answers: the write end of the pipe to a front that waits for answers, or None where they go to the kernel.
+        root: an O_PATH descriptor of the source.
+        probed: the write end of the pipe by which the front is told of what was looked at for it.
     """
 
     shard: int
@@ -30,6 +33,8 @@ class WorkerSetup:
     pipe: int
     device: int
     answers: int | None
+    root: int
+    probed: int
 
 
 def run_worker(setup: WorkerSetup) -> None:
@@ -42,7 +47,9 @@ def run_worker(setup: WorkerSetup) -> None:
         replies = FrontReplies(setup.answers, arena)
     keep_only(worker_capabilities())
     sheet = arena.metrics.workers[setup.shard]
-    transfers = Transfers(arena, Leases(arena), replies, SetidGuard(), Writer(), sheet)
+    leases = Leases(arena)
+    probes = Probes(setup.root, leases, setup.probed)
+    transfers = Transfers(arena, leases, replies, SetidGuard(), Writer(), sheet, probes.look)
     worker = Worker(setup.shard, arena, setup.pipe, transfers, sheet)
     worker.recover()
     worker.run()

@@ -33,7 +33,7 @@ _ROOM_PAUSES = (0.001, 0.01)  # seconds
 _APPENDS_OF_OTHERS = 1024 * 1024  # bytes
 
 # The kernel's number of each operation, under which it is counted; FSYNCDIR counts as FSYNC.
-_OPCODES = (0, *(int(Opcode[operation.name]) for operation in Operation if operation is not Operation.RESUME))
+_OPCODES = (0, *(int(Opcode[operation.name]) for operation in Operation if operation.name in Opcode.__members__))
 
 # How far a request had come that must not be done twice, noted in its slot for a successor, and with it a number: for
 # an append where the end of the file was, for a shift how large the file was, and how much was written when the rest
@@ -89,6 +89,7 @@ class Transfers:
         setid: decides about set-ID bits.
         writer: shows the source who writes.
         sheet: where bytes and errors are counted; requests are by who hands them in.
+        look: does PROBE.
     """
 
     def __init__(
@@ -99,6 +100,7 @@ class Transfers:
         setid: SetidGuard,
         writer: Writer,
         sheet: Sheet,
+        look: Callable[[Request], None] | None = None,
     ) -> None:
         self._arena = arena
         self._descriptors = descriptors
@@ -108,7 +110,7 @@ class Transfers:
         self._sheet = sheet
         # The results of requests that were answered when their front was dead and the kernel had sent them again.
         self._unheard: dict[int, int] = {}
-        self._table = {
+        self._table: dict[Operation, Callable[[Request], None]] = {
             Operation.READ: self._read,
             Operation.WRITE: self._write,
             Operation.FSYNC: self._fsync,
@@ -118,6 +120,8 @@ class Transfers:
             Operation.COPY_FILE_RANGE: self._copy_file_range,
             Operation.SYNCFS: self._syncfs,
         }
+        if look is not None:
+            self._table[Operation.PROBE] = look
 
     def execute(self, request: Request) -> None:
         """Do one request. Whatever happens, it is answered and nothing is raised but the death of /dev/fuse."""

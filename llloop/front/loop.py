@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 from .. import wire
@@ -14,6 +15,7 @@ from ..metrics import ERRORS, NANOSECONDS
 from ..negotiation import Feature
 from ..session import Session
 from ..wire import Opcode
+from .asking import Asking
 from .mirror import Mirror
 from .native import Handler, native_table
 from .native.base import malformed
@@ -54,9 +56,12 @@ class Loop:
         session: llfuse's session, which takes the requests that have no handler here.
         device: the descriptor of /dev/fuse.
         ledger: what fronts leave to each other.
+        asking: has workers look at the source before requests are served that would touch it; None if nobody need.
     """
 
-    def __init__(self, mirror: Mirror, session: Session, device: int, ledger: Ledger) -> None:
+    def __init__(
+        self, mirror: Mirror, session: Session, device: int, ledger: Ledger, asking: Asking | None = None
+    ) -> None:
         self._ledger = ledger
         self._mirror = mirror
         self._arena = mirror.router.arena
@@ -73,11 +78,21 @@ class Loop:
         self._table: list[Handler] = [self._by_libfuse] * self._known
         for opcode, handler in native_table(mirror, device).items():
             self._table[opcode] = handler
+        self._at_once = self._table
+        self._asking = asking
+        self._wait: Callable[[int], object] = mirror.router.wait
+        if asking is not None:
+            # Between poll(2) and read(2) a request may be withdrawn; the read must not wait for the next then.
+            os.set_blocking(device, False)
+            mirror.router.attentive = mirror.router.backlog = True
+            self._wait = self._wait_and_serve
 
     def run(self) -> None:
         """Serve until the file system is unmounted."""
         receive = self._receive
         serve = self._serve
+        if self._asking is not None:
+            self._table = self._by_asking()
         while True:
             base, length = receive()
             if not length:
@@ -119,7 +134,7 @@ class Loop:
         router = self._mirror.router
         while True:
             if router.backlog:
-                router.wait(self._device)
+                self._wait(self._device)
             slot = router.slot
             try:
                 if self._streaming and slot < self._piped_slots:
@@ -135,6 +150,40 @@ class Loop:
                 router.taken = time.monotonic_ns()
                 self._streaming = length >= _LARGE
                 return self._offset_of(slot), length
+
+    def _by_asking(self) -> list[Handler]:
+        """Return a table in which requests that would touch the source are asked about first."""
+        asking = self._asking
+        assert asking is not None
+        table = list(self._at_once)
+        for opcode in asking.opcodes:
+            table[opcode] = self._ask
+        return table
+
+    def _ask(self, base: int, length: int) -> None:
+        """Have a worker look at what a request is about, or serve it if there is nothing to look at."""
+        assert self._asking is not None
+        _, opcode = wire.OPCODE.unpack_from(self._arena.memory, base)
+        if not self._asking.ask(opcode, base, length):
+            self._at_once[opcode](base, length)
+
+    def _wait_and_serve(self, device: int) -> None:
+        """Wait for a request, and meanwhile serve those that were asked about, as the answers come."""
+        asking = self._asking
+        assert asking is not None
+        router = self._mirror.router
+        while True:
+            ready = router.wait(device, asking.answers)
+            if asking.answers in ready:
+                asked_first, self._table = self._table, self._at_once
+                for request, taken in asking.answered():
+                    base = self._offset_of(router.slot)
+                    self._arena.memory[base : base + len(request)] = request
+                    router.taken = taken
+                    self._serve(base, len(request))
+                self._table = asked_first
+            if device in ready:
+                return
 
     def _receive_piped(self, slot: int) -> int:
         """Receive a request through the pipe of *slot*, where a large payload stays."""

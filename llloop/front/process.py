@@ -19,6 +19,7 @@ from ..ledger import Ledger
 from ..negotiation import Capabilities
 from ..privilege import FRONT, keep_only
 from ..session import Session
+from .asking import Asking
 from .loop import Loop
 from .mirror import Mirror, build_mirror
 from .operations import Operations
@@ -43,6 +44,7 @@ class FrontSetup:
         session: llfuse's session if it was found, and
         capabilities: what was agreed with the kernel then.
         answers: the read end of the pipe by which workers answer where llfuse runs the loop.
+        probed: the read end of the pipe by which they tell what they have looked at, or None if they are not asked to.
     """
 
     config: ServeConfig
@@ -55,6 +57,7 @@ class FrontSetup:
     session: Session | None
     capabilities: Capabilities | None
     answers: int
+    probed: int | None
 
 
 def run_front(setup: FrontSetup, own: Collection[int], ready: Callable[[], None]) -> None:
@@ -82,7 +85,8 @@ def run_front(setup: FrontSetup, own: Collection[int], ready: Callable[[], None]
     gc.disable()
     if setup.session is not None:
         setup.operations.attach(mirror, None, setup.device)
-        loop = Loop(mirror, setup.session, setup.device, setup.ledger)
+        asking = Asking(mirror, setup.probed) if setup.probed is not None else None
+        loop = Loop(mirror, setup.session, setup.device, setup.ledger, asking)
         ready()
         if is_successor:
             loop.take_up()

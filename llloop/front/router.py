@@ -7,7 +7,7 @@ import os
 import select
 from collections import deque
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..arena import Arena
 from ..protocol import MAX_MESSAGE, PIPED, Operation, decode, decode_answer, encode
@@ -25,7 +25,7 @@ _PARKED_MOST = 256 * 1024 * 1024
 
 
 # What `Router.submit` is given.
-_Arguments = tuple[Handle, int, Operation, int, int, int, int, int, int, tuple[int, ...]]
+_Arguments = tuple[Handle, int, Operation, int, int, int, int, int, int, tuple[Any, ...]]
 
 
 class _Parked(NamedTuple):
@@ -67,6 +67,8 @@ class Router:
         self._pause = _FIRST_PAUSE
         # Whether releases or requests wait to be handed over: `wait` must be called before the next request is read.
         self.backlog = False
+        # Whether it must be called even if nothing waits.
+        self.attentive = False
         # Whether the payload of the request at hand is in the pipe of `slot`.
         self.piped = False
         # When the request in `slot` was taken (monotonic clock, nanoseconds), for who counts how long it took.
@@ -87,7 +89,7 @@ class Router:
         flags: int = 0,
         uid: int = 0,
         gid: int = 0,
-        extra: tuple[int, ...] = (),
+        extra: tuple[Any, ...] = (),
     ) -> bool:
         """Lend the request in `slot` to the worker of *handle* and take another slot for the next one.
 
@@ -113,7 +115,7 @@ class Router:
         flags: int,
         uid: int,
         gid: int,
-        extra: tuple[int, ...],
+        extra: tuple[Any, ...],
     ) -> bool:
         shard = handle.shard
         if self._waiting[shard] and not self._flush(shard):
@@ -150,7 +152,7 @@ class Router:
         flags: int,
         uid: int,
         gid: int,
-        extra: tuple[int, ...],
+        extra: tuple[Any, ...],
     ) -> None:
         """Keep a request that `submit` has declined, to be handed over in `wait`; `slot` is free for another then.
 
@@ -229,19 +231,28 @@ class Router:
             return False
         return True
 
-    def wait(self, device: int) -> None:
-        """Wait for a request on *device*, and meanwhile hand over what waits as soon as there is room for it."""
+    def wait(self, *sources: int) -> set[int]:
+        """Wait for something to read, and meanwhile hand over what waits as soon as there is room for it.
+
+        Args:
+            sources: the descriptors to read from; /dev/fuse is one.
+
+        Returns:
+            Those that are readable, if it was that for which it had to wait.
+        """
         ready: set[int] = set()
         while True:
             for shard, waiting in enumerate(self._waiting):
                 if waiting and self._pipes[shard] in ready:
                     self._flush(shard)
                 self._deliver(shard)
-            self.backlog = any(self._waiting) or any(self._parked)
-            if not self.backlog or device in ready:
-                return
+            self.backlog = any(self._waiting) or any(self._parked) or self.attentive
+            readable = ready.intersection(sources)
+            if not self.backlog or readable:
+                return readable
             poll = select.poll()
-            poll.register(device, select.POLLIN)
+            for source in sources:
+                poll.register(source, select.POLLIN)
             pause = None
             for shard, waiting in enumerate(self._waiting):
                 if waiting or (self._parked[shard] and self._full[shard]):
