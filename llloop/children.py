@@ -124,6 +124,10 @@ class Child:
         if self.process is not None:
             self.process.kill()
             self.process.join(PATIENCE)
+            if self.process.exitcode is None:
+                _log.warning("%s waits for the source and cannot be ended before that answers", self.name)
+                # Nobody is to wait for it at exit, either, which multiprocessing offers no other way to say.
+                multiprocessing.process._children.discard(self.process)  # type: ignore[attr-defined]
             os.close(self.sentinel)
             self.process, self.sentinel = None, -1
 

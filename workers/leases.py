@@ -141,7 +141,8 @@ class Leases:
         """Close the descriptor of an open file, if it is held."""
         fd = self._held.pop(handle, None)
         if fd is not None:
-            os.close(fd)
+            with suppress(OSError):  # of a server that is gone; who asked by fsync(2) or close(2) has been told
+                os.close(fd)
 
 
 def _has_ended(pidfd: int, patience: float = 0.0) -> bool:

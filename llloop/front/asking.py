@@ -17,7 +17,7 @@ from .. import wire
 from ..protocol import LISTING, PROBED, SERVER, Operation
 from ..wire import Opcode
 from .handles import Handle
-from .inodes import ROOT
+from .inodes import ROOT, stale
 from .mirror import Mirror
 from .tree import check_name
 
@@ -183,9 +183,11 @@ class Asking:
         length = 0
         while number != ROOT:
             inode = self._inodes.get(number)
-            length += len(inode.name) + 1
-            if not inode.parent or length > _LONGEST:  # moved behind the mount, two can each be below the other
+            if not inode.parent:
                 return self._descriptor(number), b"/".join(reversed(names))
+            length += len(inode.name) + 1
+            if length > _LONGEST:  # or without end: moved behind the mount, two can each be below the other
+                raise stale()
             names.append(inode.name)
             number = inode.parent
         return -1, b"/".join(reversed(names))
@@ -193,4 +195,9 @@ class Asking:
     def _descriptor(self, nodeid: int) -> int:
         """Return a descriptor of what has no name."""
         held = self._anchors.held(nodeid)
-        return self._handles.of_inode(nodeid)[0].descriptor if held is None else held
+        if held is not None:
+            return held
+        handles = self._handles.of_inode(nodeid)
+        if not handles:
+            raise stale()
+        return handles[0].descriptor

@@ -124,7 +124,7 @@ def test_a_dead_source_does_not_stop_the_front(serve: Serve) -> None:
     below = serve("--workers", "1")
     for number in range(MANY):
         (below.source / f"{number}").touch()
-    outer = serve("--workers", "2", source=below.mountpoint)
+    outer = serve("--workers", "2", "--metadata", "front", source=below.mountpoint)
     paths = [outer.mountpoint / f"{number}" for number in range(MANY)]
     inner = workers(below)["llloop-worker-0"]
     os.kill(inner, signal.SIGSTOP)

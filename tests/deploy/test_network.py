@@ -1,0 +1,364 @@
+"""A source on the network: sshfs from an SSH server on this machine, which answers, hangs, and comes back."""
+
+from __future__ import annotations
+
+import errno
+import filecmp
+import getpass
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Serve
+from tests.expect import pattern
+from tests.mirror import Mirror, reachable_directory, remove_tree
+from tests.server_processes import titles, wait_until
+from tests.watchdog import abort_connection, unmount_lazily
+
+SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
+pytestmark = [
+    pytest.mark.mounted,
+    pytest.mark.own_loop,
+    pytest.mark.skipif(
+        not (shutil.which("sshfs") and os.access(SSHD, os.X_OK)),
+        reason="needs sshfs and an SSH server (openssh-server)",
+    ),
+]
+
+# sshfs's own caches would go on answering for a while when the server does not.
+UNCACHED = "dir_cache=no,attr_timeout=0,entry_timeout=0"
+LARGE = 3_000_000  # bytes
+# Until a hang is held to be one.
+PATIENCE = 1.0
+
+
+@dataclass
+class Remote:
+    """A directory that an SSH server serves, and where sshfs shows it.
+
+    Attributes:
+        directory: what the server serves.
+        server: the process id of its sshd.
+    """
+
+    directory: Path
+    state: Path
+    port: int
+    server: int
+    mounted: list[Path]
+
+    def mount(self, mountpoint: Path) -> None:
+        self.mounted.append(mountpoint)
+        options = f"port={self.port},IdentityFile={self.state}/user,UserKnownHostsFile={self.state}/known,{UNCACHED}"
+        login = f"{getpass.getuser()}@127.0.0.1:{self.directory}"
+        subprocess.run(
+            ["sshfs", "-F", "/dev/null", "-o", f"{options},IdentitiesOnly=yes,BatchMode=yes", login, str(mountpoint)],
+            check=True,
+            timeout=20,
+        )
+
+    def processes(self) -> list[int]:
+        """The server's processes, those that serve files among them."""
+        found, fresh = [], [self.server]
+        while fresh:
+            found += fresh
+            fresh = [int(child) for pid in fresh for child in children(pid)]
+        return found
+
+    def hang(self) -> None:
+        """Stop the server as a broken network would: connections stay, and nothing is answered."""
+        for pid in self.processes():
+            os.kill(pid, signal.SIGSTOP)
+
+    def come_back(self) -> None:
+        for pid in reversed(self.processes()):
+            os.kill(pid, signal.SIGCONT)
+
+
+def children(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except FileNotFoundError:
+        return []
+
+
+def make_key(path: Path) -> str:
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(path)], check=True, timeout=20)
+    return path.with_suffix(".pub").read_text()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def accepts(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.fixture
+def remote() -> Iterator[Remote]:
+    state = reachable_directory("llloop-network-")
+    process: subprocess.Popen[bytes] | None = None
+    try:
+        host_key = make_key(state / "host")
+        (state / "authorized").write_text(make_key(state / "user"))
+        port = free_port()
+        (state / "known").write_text(f"[127.0.0.1]:{port} {host_key}")
+        (state / "sshd_config").write_text(
+            f"ListenAddress 127.0.0.1:{port}\nHostKey {state}/host\nAuthorizedKeysFile {state}/authorized\n"
+            "PasswordAuthentication no\nKbdInteractiveAuthentication no\nUsePAM no\nStrictModes no\nPidFile none\n"
+            "PermitRootLogin prohibit-password\nSubsystem sftp internal-sftp\n"
+        )
+        if os.geteuid() == 0:
+            Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # the server insists on it, and only boots make it
+        with (state / "sshd.log").open("wb") as log:
+            process = subprocess.Popen([SSHD, "-D", "-e", "-f", str(state / "sshd_config")], stderr=log)
+        assert wait_until(lambda: accepts(port)), (state / "sshd.log").read_text()
+        (state / "exported").mkdir()
+        served = Remote(state / "exported", state, port, process.pid, [])
+        try:
+            yield served
+        finally:
+            served.come_back()
+            for mountpoint in served.mounted:
+                abort_connection(str(mountpoint))
+                unmount_lazily(str(mountpoint))
+    finally:
+        if process is not None:
+            for pid in reversed(served.processes() if accepts(port) else [process.pid]):
+                os.kill(pid, signal.SIGKILL)
+            process.wait(10)
+        remove_tree(state)
+
+
+@pytest.fixture
+def far(remote: Remote) -> Iterator[Path]:
+    """An empty directory of the server's, as sshfs shows it."""
+    mountpoint = remote.state / "far"
+    mountpoint.mkdir()
+    remote.mount(mountpoint)
+    yield mountpoint
+
+
+def ready_line(mirror: Mirror) -> str:
+    return mirror.output.read_text()
+
+
+class Attempt:
+    """A call in a thread of its own, as it may take for ever."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self.result: object = None
+        self.error: OSError | None = None
+        self._thread = threading.Thread(target=self._run, args=(call,), daemon=True)
+        self._thread.start()
+
+    def _run(self, call: Callable[[], object]) -> None:
+        try:
+            self.result = call()
+        except OSError as error:
+            self.error = error
+
+    def over(self, seconds: float) -> bool:
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+
+def llloop(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "llloop", *arguments], capture_output=True, text=True, timeout=20, check=False
+    )
+
+
+def test_what_is_done_through_the_mount_is_done_on_the_server(remote: Remote, far: Path, serve: Serve) -> None:
+    mirror = serve("--workers", "2", source=far)
+    assert "metadata through workers" in ready_line(mirror)
+    mnt, there = mirror.mountpoint, remote.directory
+
+    data = pattern(LARGE)
+    (mnt / "large").write_bytes(data)
+    assert (there / "large").read_bytes() == data
+    assert filecmp.cmp(there / "large", mnt / "large", shallow=False)
+
+    (mnt / "directory").mkdir()
+    for number in range(150):
+        (mnt / "directory" / f"{number}").write_bytes(pattern(number, number))
+    assert sorted(os.listdir(mnt / "directory"), key=int) == [f"{number}" for number in range(150)]
+    assert {entry.name: entry.stat().st_size for entry in os.scandir(mnt / "directory")} == {
+        f"{number}": number for number in range(150)
+    }
+
+    (mnt / "directory" / "7").rename(mnt / "seven")
+    assert (there / "seven").read_bytes() == pattern(7, 7)
+    assert not (there / "directory" / "7").exists()
+    (mnt / "link").symlink_to("seven")
+    assert (mnt / "link").read_bytes() == pattern(7, 7)
+    (mnt / "seven").chmod(0o640)
+    os.truncate(mnt / "seven", 3)
+    assert (there / "seven").stat().st_mode & 0o777 == 0o640
+    assert (there / "seven").stat().st_size == 3
+
+    with pytest.raises(FileNotFoundError):
+        (mnt / "directory" / "7").stat()
+    with pytest.raises(FileExistsError):
+        (mnt / "directory").mkdir()
+    with pytest.raises(OSError, match="directory") as refused:
+        (mnt / "directory").rmdir()
+    # The protocol has no word for it.
+    assert refused.value.errno in (errno.ENOTEMPTY, errno.EPERM, errno.EIO)
+    with (mnt / "open").open("w+b") as file:
+        file.write(b"still there")
+        file.flush()
+        (mnt / "open").unlink()
+        assert not (mnt / "open").exists()
+        assert file.seek(0) == 0
+        assert file.read() == b"still there"
+    shutil.rmtree(mnt / "directory")
+    assert not (there / "directory").exists()
+    assert os.statvfs(mnt).f_blocks == os.statvfs(there).f_blocks
+
+
+def split(local: Path, remote: Remote) -> Path:
+    """Make *local* a source that lies on this machine but for one directory."""
+    far = local / "far"
+    far.mkdir()
+    remote.mount(far)
+    (remote.directory / "file").write_bytes(pattern(LARGE))
+    for number in range(32):
+        (local / f"near{number}").mkdir()
+        (local / f"near{number}" / "file").write_bytes(b"near")
+    return far
+
+
+def use(directory: Path) -> bool:
+    """Everything that passes through the front, in one directory."""
+    path = directory / "new"
+    path.write_bytes(b"new")
+    path.rename(directory / "renamed")
+    (directory / "renamed").unlink()
+    return (directory / "file").read_bytes() == b"near" and os.listdir(directory) == ["file"]
+
+
+def test_what_hangs_keeps_nothing_else_waiting(remote: Remote, serve: Serve) -> None:
+    source = remote.state / "source"
+    source.mkdir()
+    split(source, remote)
+    mirror = serve("--workers", "8", "--metadata", "workers", "--cache", "never", source=source)
+    mnt = mirror.mountpoint
+    assert (mnt / "far" / "file").stat().st_size == LARGE
+    assert all(use(mnt / f"near{number}") for number in range(32))
+
+    remote.hang()
+    try:
+        stuck = Attempt(lambda: os.listdir(mnt / "far"))
+        assert not stuck.over(PATIENCE)
+        # One worker hangs, and what it would have looked at or moved waits; that is an eighth of everything.
+        attempts = [Attempt(lambda number=number: use(mnt / f"near{number}")) for number in range(32)]
+        deadline = time.monotonic() + 5 * PATIENCE
+        done = [attempt.over(max(0.0, deadline - time.monotonic())) for attempt in attempts]
+        assert done.count(True) >= 4, "the front hangs"
+        assert [attempt.result for attempt, over in zip(attempts, done, strict=True) if over] == [True] * sum(done)
+
+        shown = llloop("status", str(mnt))
+        assert shown.returncode == 0, shown.stderr
+        assert "serving" in shown.stdout
+        assert not stuck.over(0)
+    finally:
+        remote.come_back()
+    assert stuck.over(20)
+    assert stuck.error is None
+    assert stuck.result == ["file"]
+    assert all(attempt.over(20) and attempt.result is True for attempt in attempts)
+    assert (mnt / "far" / "file").read_bytes() == pattern(LARGE)
+
+
+def test_a_worker_that_is_replaced_while_it_looks_keeps_nobody_waiting(remote: Remote, far: Path, serve: Serve) -> None:
+    (remote.directory / "file").write_bytes(b"data")
+    mirror = serve("--workers", "2", "--cache", "never", source=far)
+    mirror.expect_log("llloop-worker-. was killed by signal 9; another takes over")
+    remote.hang()
+    try:
+        stuck = [Attempt(lambda: (mirror.mountpoint / "file").read_bytes()) for _ in range(4)]
+        assert not stuck[0].over(PATIENCE)
+        for title, pid in titles(mirror).items():
+            if "worker" in title:
+                os.kill(pid, signal.SIGKILL)
+    finally:
+        remote.come_back()
+    assert all(attempt.over(20) and attempt.result == b"data" for attempt in stuck)
+
+
+def test_a_front_that_is_replaced_is_asked_again(remote: Remote, far: Path, serve: Serve) -> None:
+    (remote.directory / "file").write_bytes(b"data")
+    mirror = serve("--workers", "2", "--cache", "never", source=far)
+    if "has_resend" not in ready_line(mirror):
+        pytest.skip("this kernel does not send requests again")
+    mirror.expect_log("llloop-front was killed by signal 9; another takes over")
+    remote.hang()
+    try:
+        stuck = [Attempt(lambda: (mirror.mountpoint / "file").read_bytes()) for _ in range(4)]
+        assert not stuck[0].over(PATIENCE)
+        os.kill(titles(mirror)["llloop-front"], signal.SIGKILL)
+        assert not stuck[0].over(PATIENCE)
+    finally:
+        remote.come_back()
+    assert all(attempt.over(20) and attempt.result == b"data" for attempt in stuck)
+
+
+def test_a_mount_of_a_server_that_hangs_can_be_detached(remote: Remote, far: Path, serve: Serve) -> None:
+    (remote.directory / "file").write_bytes(b"data")
+    mirror = serve("--workers", "2", "--cache", "never", source=far)
+    remote.hang()
+    try:
+        stuck = Attempt(lambda: os.listdir(mirror.mountpoint))
+        assert not stuck.over(PATIENCE)
+        detached = llloop("umount", "--lazy", str(mirror.mountpoint))
+        assert detached.returncode == 0, detached.stderr
+        assert not mirror.mounted()
+    finally:
+        remote.come_back()
+    # Who was in it may go on, and the mount ends after the last has left.
+    assert stuck.over(20)
+    assert stuck.result == ["file"]
+    assert mirror.process is not None
+    assert mirror.process.wait(20) == 0
+
+
+def test_a_mount_of_a_server_that_hangs_can_be_stopped(remote: Remote, far: Path, serve: Serve) -> None:
+    (remote.directory / "file").write_bytes(b"data")
+    mirror = serve("--workers", "2", "--cache", "never", source=far)
+    mirror.expect_log("busy: detached lazily", required=False)
+    mirror.expect_log("is busy, detaching it lazily", required=False)
+    mirror.expect_log("is still in use after")
+    mirror.expect_log("llloop-worker-. waits for the source and cannot be ended")
+    remote.hang()
+    try:
+        stuck = Attempt(lambda: os.listdir(mirror.mountpoint))
+        assert not stuck.over(PATIENCE)
+        assert mirror.process is not None
+        mirror.process.send_signal(signal.SIGTERM)
+        assert mirror.process.wait(30) == 0
+        assert not mirror.mounted()
+    finally:
+        remote.come_back()
+    # A worker that waits for an answer cannot be killed before it comes, and with it the connection to the kernel ends.
+    assert stuck.over(20)
+    assert stuck.error is not None
+    assert stuck.error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
+    assert wait_until(lambda: not mirror.processes())
