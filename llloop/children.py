@@ -122,12 +122,8 @@ class Child:
     def end(self) -> None:
         """End a process that has nothing left to do, or whose time is up."""
         if self.process is not None:
-            self.process.kill()
-            self.process.join(PATIENCE)
-            if self.process.exitcode is None:
+            if not end(self.process):
                 _log.warning("%s waits for the source and cannot be ended before that answers", self.name)
-                # Nobody is to wait for it at exit, either, which multiprocessing offers no other way to say.
-                multiprocessing.process._children.discard(self.process)  # type: ignore[attr-defined]
             os.close(self.sentinel)
             self.process, self.sentinel = None, -1
 
@@ -142,6 +138,16 @@ class Child:
         self.restarts += 1
         self.asked = False
         return pause
+
+
+def end(process: BaseProcess | Cloned) -> bool:
+    """Kill a process; return whether it has ended. One that waits for a source that hangs does so when that answers."""
+    process.kill()
+    process.join(PATIENCE)
+    if process.exitcode is None:
+        # Nobody is to wait for it at exit, either, which multiprocessing offers no other way to say.
+        multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]
+    return process.exitcode is not None
 
 
 def forked(

@@ -31,7 +31,7 @@ from setproctitle import setproctitle
 
 from . import connection, log, mounting, negotiation, syscalls, wire
 from .arena import Arena
-from .children import LONGEST_PAUSE, PATIENCE, STOP_SIGNALS, Child, Cloned, child_main, fork, forked
+from .children import LONGEST_PAUSE, PATIENCE, STOP_SIGNALS, Child, Cloned, child_main, end, fork, forked
 from .config import ServeConfig
 from .errors import HostError, LlloopError, UsageError
 from .front.operations import Operations
@@ -442,7 +442,11 @@ class Supervisor:
     def _start_unmounting(self, lazy: bool) -> None:
         """Unmount in a process of its own: unmounting writes cached data back through this very mount."""
         self._lazy = lazy
-        self._unmounter = fork.Process(target=_unmount, args=(self._mountpoint, lazy), name="llloop-unmount")
+        if lazy:  # it can hang as any who uses the mount, where the source does
+            self._deadline = time.monotonic() + 2 * GRACE
+        self._unmounter = fork.Process(
+            target=_unmount, args=(self._mountpoint, lazy, self._connection.device), name="llloop-unmount"
+        )
         self._unmounter.start()
 
     def _unmount_ended(self, process: BaseProcess) -> None:
@@ -480,8 +484,7 @@ class Supervisor:
         if self._unmounter is not None and not self._is_mounted():
             self._unmounter.join(PATIENCE)  # it has nothing left to do; killed, it would leave its fusermount behind
         if self._unmounter is not None:
-            self._unmounter.kill()
-            self._unmounter.join(PATIENCE)
+            end(self._unmounter)
         # Only if it is still ours: something else may be mounted in its place by now.
         mounted = self._is_mounted()
         if mounted:
@@ -506,11 +509,14 @@ class Supervisor:
             os.close(fd)
 
 
-def _unmount(mountpoint: str, lazy: bool) -> None:
+def _unmount(mountpoint: str, lazy: bool, device: int) -> None:
     """Run in a process of its own: unmount, and say by the exit code how that went."""
     signal.set_wakeup_fd(-1)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    os.close(
+        device
+    )  # as long as this process held it, what it asks of a mount that nobody serves would wait for itself
     if lazy:
         _start_writing_back(mountpoint)
     try:

@@ -340,6 +340,8 @@ def test_a_mount_of_a_server_that_hangs_can_be_detached(remote: Remote, far: Pat
     assert mirror.process.wait(20) == 0
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(120)
 def test_a_mount_of_a_server_that_hangs_can_be_stopped(remote: Remote, far: Path, serve: Serve) -> None:
     (remote.directory / "file").write_bytes(b"data")
     mirror = serve("--workers", "2", "--cache", "never", source=far)
@@ -353,7 +355,7 @@ def test_a_mount_of_a_server_that_hangs_can_be_stopped(remote: Remote, far: Path
         assert not stuck.over(PATIENCE)
         assert mirror.process is not None
         mirror.process.send_signal(signal.SIGTERM)
-        assert mirror.process.wait(30) == 0
+        assert mirror.process.wait(45) == 0
         assert not mirror.mounted()
     finally:
         remote.come_back()

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 from llloop import cli, errors, log, mounting
 from llloop.api import _arguments
-from llloop.config import Cache, IoKind, LoopKind, ServeConfig
+from llloop.config import Cache, IoKind, LoopKind, MetadataKind, ServeConfig
 from llloop.version import __version__
 
 
@@ -73,6 +73,7 @@ OPTIONS: list[tuple[str, list[str], dict[str, str], Any]] = [
     ("allow_other", ["--no-allow-other"], {"ALLOW_OTHER": "0"}, False),
     ("cache", ["--cache", "always"], {"CACHE": "always"}, Cache.ALWAYS),
     ("io", ["--io", "auto"], {"IO": "auto"}, IoKind.AUTO),
+    ("metadata", ["--metadata", "workers"], {"METADATA": "workers"}, MetadataKind.WORKERS),
     ("writeback", ["--writeback"], {"WRITEBACK": "1"}, True),
     ("attr_timeout", ["--attr-timeout=2.5"], {"ATTR_TIMEOUT": "2.5"}, 2.5),
     ("entry_timeout", ["--entry-timeout=2.5"], {"ENTRY_TIMEOUT": "2.5"}, 2.5),
