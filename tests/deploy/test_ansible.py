@@ -240,11 +240,11 @@ def test_a_host_with_systemd(machine: Machine, wheel: Path) -> None:
             "llloop_pip_extra_args": f"--no-index --find-links {scratch}/wheels",
         },
     )
-    for name in ("plain", AWKWARD):
+    for name in ("listed", AWKWARD):
         machine.path(f"/srv/{name}").mkdir()
         machine.path(f"/srv/{name}/file").write_text(f"{name}\n")
     machine.run("chown", "-R", "games:games", f"/srv/{AWKWARD}")
-    plain: Mount = {"name": "plain", "source": "/srv/plain", "mountpoint": "/mnt/deploy/plain", "workers": 1}
+    listed: Mount = {"name": "listed", "source": "/srv/listed", "mountpoint": "/mnt/deploy/listed", "workers": 1}
     awkward: Mount = {
         "name": "awkward",
         "source": f"/srv/{AWKWARD}",
@@ -253,32 +253,32 @@ def test_a_host_with_systemd(machine: Machine, wheel: Path) -> None:
         "user": "games",
         "allow_other": True,
     }
-    mounts = [plain, awkward]
+    mounts = [listed, awkward]
     defaults = {"llloop_mount_defaults": {"workers": 2, "options": ["noexec"]}}
 
     def read(name: str) -> str:
         return machine.run("cat", f"/mnt/deploy/{name}/file").stdout
 
     def servers() -> tuple[int, int]:
-        units = ("llloop@plain", "llloop@awkward")
-        plain, awkward = machine.run("systemctl", "show", "--value", "--property=MainPID", *units).stdout.split()
-        return int(plain), int(awkward)
+        units = ("llloop@listed", "llloop@awkward")
+        listed, awkward = machine.run("systemctl", "show", "--value", "--property=MainPID", *units).stdout.split()
+        return int(listed), int(awkward)
 
     # A fresh host in check mode: all that would be is shown, nothing is done.
     outcome = controller.play(mounts, "--check", "--diff", **defaults)
     assert "+WatchdogSec=" in outcome.text
-    assert '+LLLOOP_SOURCE="/srv/plain"\n' in outcome.text
-    assert "llloop@plain.service would be enabled and started" in outcome.text
+    assert '+LLLOOP_SOURCE="/srv/listed"\n' in outcome.text
+    assert "llloop@listed.service would be enabled and started" in outcome.text
     for path in ("/etc/llloop", "/opt/llloop", "/var/lib/llloop", "/mnt/deploy", "/etc/systemd/system/llloop@.service"):
         assert not machine.path(path).exists()
 
     controller.play(mounts, **defaults)
-    assert (read("plain"), read(AWKWARD)) == ("plain\n", f"{AWKWARD}\n")
+    assert (read("listed"), read(AWKWARD)) == ("listed\n", f"{AWKWARD}\n")
     table = machine.run("findmnt", "--raw", "--noheadings", "--types=fuse.llloop", "--output=TARGET,OPTIONS").stdout
     assert table.count("noexec") == 2
     named = machine.run("findmnt", "--noheadings", "--output=SOURCE", f"/mnt/deploy/{AWKWARD}").stdout
     assert named == """$HOME's "files" \n"""
-    assert machine.run("systemctl", "is-enabled", "llloop@plain", "llloop@awkward").stdout == "enabled\n" * 2
+    assert machine.run("systemctl", "is-enabled", "llloop@listed", "llloop@awkward").stdout == "enabled\n" * 2
     printed = machine.run("/opt/llloop/bin/llloop", "systemd-unit").stdout
     assert machine.path("/etc/systemd/system/llloop@.service").read_text() == printed
     # An ordinary user's mount: what root makes there is the user's.
@@ -295,17 +295,17 @@ def test_a_host_with_systemd(machine: Machine, wheel: Path) -> None:
 
     # One option of one mount; and a wheel of the same version with other bytes, an upgrade, for which no mount is to
     # be unmounted.
-    plain["workers"] = 3
+    listed["workers"] = 3
     with zipfile.ZipFile(wheels / wheel.name, "a") as archive:
         archive.comment = b"built again"
     controller.play(mounts, llloop_on_upgrade="reload", **defaults)
     assert servers()[0] not in (0, first[0])
     assert servers()[1] == first[1]
     assert wait_until(lambda: not workers & workers_of_service(machine, first[1]))
-    assert (read("plain"), read(AWKWARD)) == ("plain\n", f"{AWKWARD}\n")
+    assert (read("listed"), read(AWKWARD)) == ("listed\n", f"{AWKWARD}\n")
 
     # A mount that cannot be: the run says why, in the server's own words.
-    hidden = {**plain, "name": "hidden", "mountpoint": "/etc/systemd"}
+    hidden = {**listed, "name": "hidden", "mountpoint": "/etc/systemd"}
     outcome = controller.play([hidden], "--tags=configure,run", fails=True)
     assert "hidden does not serve /etc/systemd" in outcome.text
     assert "llloop: mount point /etc/systemd" in outcome.text
@@ -313,7 +313,7 @@ def test_a_host_with_systemd(machine: Machine, wheel: Path) -> None:
     # Gone are all that are to be absent, and nothing of them is left. The other is older than what is installed, which
     # is seen although this run installs nothing.
     machine.run("touch", "--date=1 minute", "/opt/llloop/installed-by-ansible")
-    absent = [{"name": name, "state": "absent"} for name in ("plain", "hidden")]
+    absent = [{"name": name, "state": "absent"} for name in ("listed", "hidden")]
     controller.play([awkward, *absent], "--tags=run", **defaults)
     assert servers()[0] == 0
     assert servers()[1] not in (0, first[1])
@@ -325,7 +325,7 @@ def test_a_host_with_systemd(machine: Machine, wheel: Path) -> None:
     assert os.listdir(machine.path("/mnt/deploy")) == [AWKWARD]
     kept = {path.name for path in machine.path("/etc/systemd/system").rglob("llloop@*")}
     assert kept == {"llloop@.service", "llloop@awkward.service", "llloop@awkward.service.d"}
-    assert machine.path("/srv/plain/file").read_text() == "plain\n"
+    assert machine.path("/srv/listed/file").read_text() == "listed\n"
 
 
 def workers_of_service(machine: Machine, server: int) -> set[str]:
