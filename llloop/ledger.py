@@ -19,6 +19,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+from array import array
 from typing import NamedTuple
 
 RECORD_SIZE = 128  # bytes
@@ -84,7 +85,8 @@ class Ledger:
         finally:
             os.close(fd)
         self.cells = memoryview(self.memory).cast("Q")
-        self._free: list[int] = []
+        # Not a list: its numbers would be objects between those of inodes, and keep the memory of all of them.
+        self._free = array("Q")
         self._age = 0
         if not self.cells[_HIGH_WATER]:
             self.cells[_HIGH_WATER] = _FIRST
@@ -181,5 +183,5 @@ class Ledger:
                 tail, more = _TAIL.unpack_from(self.memory, tail * RECORD_SIZE + _CELL)
                 name += more
             records.append(Record(place, heads[place] & _KIND_MASK, tuple(fields), name[:length]))
-        self._free = [place for place in range(used - 1, _FIRST - 1, -1) if place not in in_use]
+        self._free = array("Q", (place for place in range(used - 1, _FIRST - 1, -1) if place not in in_use))
         return records
