@@ -21,7 +21,6 @@ import signal
 import struct
 import time
 from collections.abc import Callable, Collection
-from contextlib import suppress
 
 from . import syscalls
 from .children import Cloned, fork
@@ -55,16 +54,6 @@ def _clone(flags: int) -> int:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
     return pid
-
-
-def open_descriptors() -> set[int]:
-    """Return the descriptors that this process has open."""
-    found = set()
-    for entry in os.listdir("/proc/self/fd"):
-        with suppress(OSError):  # that of the listing itself
-            os.fstat(int(entry))
-            found.add(int(entry))
-    return found
 
 
 def _fetch(pid: int) -> int:
@@ -123,7 +112,7 @@ class Keeper:
         """Be the keeper, until the supervisor is gone."""
         os.close(self._command_writer)  # so that the supervisor's end is the last
         os.close(self._answer_reader)
-        own = open_descriptors()
+        own = syscalls.open_descriptors()
         while True:
             command = os.read(self._command_reader, _COMMAND.size)
             if not command:

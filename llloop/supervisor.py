@@ -36,7 +36,7 @@ from .config import ServeConfig
 from .errors import HostError, LlloopError, UsageError
 from .front.operations import Operations
 from .front.process import FrontSetup, run_front
-from .keeper import Keeper, is_readable, open_descriptors
+from .keeper import Keeper, is_readable
 from .ledger import Ledger
 from .negotiation import Feature
 from .notify import Notifier
@@ -203,7 +203,7 @@ class Supervisor:
         def start_front(stacks: Stacks) -> BaseProcess | Cloned:
             if keeper.can_share:
                 return keeper.start_front()
-            own = open_descriptors()
+            own = syscalls.open_descriptors()
             return forked(
                 "llloop-front", lambda: run_front(setup, own, lambda: _tell(ready_writer)), stacks, detached=detached
             )

@@ -10,6 +10,7 @@ import ctypes
 import os
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 AT_SYMLINK_NOFOLLOW = 0x100  # <linux/fcntl.h>, as the flags below
@@ -327,3 +328,13 @@ def set_capabilities(effective: int, permitted: int, inheritable: int) -> None:
     words = [one & 0xFFFFFFFF for one in sets] + [one >> 32 for one in sets]
     if _capset(header, _CAPABILITIES.pack(*words)):
         raise _raise()
+
+
+def open_descriptors() -> set[int]:
+    """Return the descriptors that this process has open."""
+    found = set()
+    for entry in os.listdir("/proc/self/fd"):
+        with suppress(OSError):  # that of the listing itself
+            os.fstat(int(entry))
+            found.add(int(entry))
+    return found

@@ -8,6 +8,7 @@ import time
 from collections.abc import Collection
 
 from ..ledger import HANDLE, Ledger, Record
+from ..syscalls import open_descriptors
 from .mirror import Mirror
 
 _log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ def recover(mirror: Mirror, ledger: Ledger, own: Collection[int]) -> None:
     mirror.forgetting.finish()
     known = {*own, *mirror.handles.descriptors(), *mirror.tree.anchors.pinned()}
     pin = mirror.attempts.left_pin
-    mirror.attempts.adopt([fd for fd in _open_descriptors() if fd not in known and fd != pin])
+    mirror.attempts.adopt([fd for fd in open_descriptors() if fd not in known and fd != pin])
 
 
 def _take_over_handle(mirror: Mirror, ledger: Ledger, record: Record) -> None:
@@ -50,18 +51,6 @@ def _take_over_handle(mirror: Mirror, ledger: Ledger, record: Record) -> None:
         mirror.passthrough.take_over(handle, backing)
     if snapshot:
         handle.snapshot = snapshot - 1
-
-
-def _open_descriptors() -> list[int]:
-    """Return what this process has open, but for the descriptor that this takes."""
-    found = []
-    for entry in os.listdir("/proc/self/fd"):
-        try:
-            os.fstat(int(entry))
-        except OSError:
-            continue
-        found.append(int(entry))
-    return found
 
 
 def let_workers_finish(mirror: Mirror) -> None:

@@ -17,8 +17,9 @@ import pytest
 
 from llloop import keeper as keeper_module
 from llloop.children import Child, Cloned, forked
-from llloop.keeper import Keeper, open_descriptors
+from llloop.keeper import Keeper
 from llloop.stacks import Stacks
+from llloop.syscalls import open_descriptors
 from tests.as_user import MYSELF, run_as
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
