@@ -254,9 +254,14 @@ def remove_stale(directory: str) -> None:
     """Remove sockets in *directory* to which nobody listens any more: their servers were killed."""
     for name in os.listdir(directory):
         path = os.path.join(directory, name)
-        if name.endswith(sockets.SUFFIX) and is_stale(path):
+        if name.endswith(sockets.SUFFIX) and not _is_being_made(name) and is_stale(path):
             with suppress(OSError):
                 os.unlink(path)
+
+
+def _is_being_made(name: str) -> bool:
+    """Whether a server that lives has yet to listen there, and to give the socket its name."""
+    return name.startswith(".") and os.path.exists(f"/proc/{name[1:].split('-')[0]}")
 
 
 def is_stale(path: str) -> bool:

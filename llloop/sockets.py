@@ -105,7 +105,9 @@ def sockets() -> Iterator[str]:
             names = sorted(os.listdir(directory))
         except OSError:
             continue
-        yield from (os.path.join(directory, name) for name in names if name.endswith(SUFFIX))
+        # Those that begin with a dot are being made: nobody answers there yet, and nobody is to take them for stale.
+        shown = (name for name in names if name.endswith(SUFFIX) and not name.startswith("."))
+        yield from (os.path.join(directory, name) for name in shown)
 
 
 def encode(message: dict[str, Any]) -> bytes:

@@ -319,10 +319,15 @@ def test_stale_sockets_are_removed_and_others_are_not(bench: Bench, tmp_path: Pa
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(stale))
     (tmp_path / "something else").touch()
+    # One that another server has bound a moment ago, and one whose server was killed in that moment.
+    making, killed = tmp_path / f".{os.getpid()}-name{sockets.SUFFIX}", tmp_path / f".4194305-name{sockets.SUFFIX}"
+    for path in (making, killed):
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(str(path))
     assert control.is_stale(str(stale))
     assert not control.is_stale(bench.path)
     control.remove_stale(str(tmp_path))
-    assert sorted(os.listdir(tmp_path)) == [os.path.basename(bench.path), "something else"]
+    assert sorted(os.listdir(tmp_path)) == sorted([making.name, os.path.basename(bench.path), "something else"])
 
 
 def test_a_forked_child_does_not_listen_on(tmp_path: Path) -> None:
