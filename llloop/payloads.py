@@ -14,10 +14,12 @@ import resource
 import termios
 from struct import Struct
 
-from . import wire
+from . import syscalls, wire
 
 # How many large writes can be on their way at once; beyond that they are copied into their slots.
 _MOST = 16
+# An ordinary user has 64 MiB for all his pipes (pipe(7), pipe-user-pages-soft), and may serve more than one mount.
+_MOST_OF_A_USER = 4
 # Where a process may open few files, most of them are for those of the mount.
 _SHARE = 32
 _INT = Struct("=i")
@@ -37,7 +39,9 @@ class PayloadPipes:
         self._request = wire.WRITE_HEADER_SIZE + payload
         self._pipes: list[tuple[int, int]] = []
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        for _ in range(min(slots, _MOST, descriptors // _SHARE)):
+        effective, _, _ = syscalls.get_capabilities()
+        most = _MOST if effective & 1 << syscalls.CAP_SYS_ADMIN else _MOST_OF_A_USER
+        for _ in range(min(slots, most, descriptors // _SHARE)):
             reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             try:
                 fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, needed)

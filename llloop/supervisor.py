@@ -156,9 +156,9 @@ class Supervisor:
         config = self._config
         device, session = self._connection.device, self._connection.session
         arena = self._arena = Arena(config.slots, negotiation.MAX_WRITE, config.workers)
-        if session is not None:
-            self._descriptors += arena.open_pipes().descriptors
         pipes = [_packet_pipe(config.slots) for _ in range(config.workers)]
+        if session is not None:  # after the others, which must not want for room
+            self._descriptors += arena.open_pipes().descriptors
         self._ready_reader, ready_writer = os.pipe2(os.O_CLOEXEC)
         answers_reader, answers_writer = os.pipe2(os.O_CLOEXEC | os.O_DIRECT)
         probed_reader, probed_writer = os.pipe2(os.O_CLOEXEC)
