@@ -100,6 +100,8 @@ class Keeper:
         self.descriptors = (self._command_reader, self._command_writer, self._answer_reader, self._answer_writer)
         # Returns a descriptor that is readable when the keeper has ended, or -1 if none runs. None: nobody notices.
         self.sentinel: Callable[[], int] | None = None
+        # What every front starts with. A later keeper inherits more, under numbers that are the front's files by then.
+        self.own: Collection[int] = ()
         # The front that may serve. One whose keeper died before it told of it is nobody's, and must not.
         self._admitted = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("q")
 
@@ -112,7 +114,9 @@ class Keeper:
         """Be the keeper, until the supervisor is gone."""
         os.close(self._command_writer)  # so that the supervisor's end is the last
         os.close(self._answer_reader)
-        own = syscalls.open_descriptors()
+        own = syscalls.open_descriptors()  # some of what is inherited is closed in a child
+        if self.own:
+            own &= set(self.own)
         while True:
             command = os.read(self._command_reader, _COMMAND.size)
             if not command:

@@ -143,6 +143,8 @@ class Supervisor:
                 mounting.raise_read_ahead(self._device_number)  # only now: INIT's answer may lower it
             self._make_children(root, operations)
             self._oversight = Oversight(self._sight(), self._notifier)
+            assert self._keeper is not None
+            self._keeper.own = syscalls.open_descriptors()
             for child in self._children:
                 child.start()
             self._watch(signal_reader)
