@@ -7,6 +7,7 @@ Linux UAPI headers; the man page of each call is named where it is wrapped.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import struct
 from collections.abc import Iterator
@@ -23,9 +24,14 @@ UTIME_OMIT = (1 << 30) - 2
 RENAME_NOREPLACE = 1  # <linux/fs.h>
 RENAME_EXCHANGE = 2
 
-_SYS_PIDFD_GETFD = 438  # the same number on every architecture, <asm-generic/unistd.h>
+_SYS_PIDFD_GETFD = 438  # the same numbers on every architecture, <asm-generic/unistd.h>
+_SYS_FCHMODAT2 = 452
 
 _libc = ctypes.CDLL(None, use_errno=True)
+# For calls that most requests need. Without argument types, and without letting go of the interpreter's lock, a call
+# costs two thirds.
+_quick = ctypes.PyDLL(None, use_errno=True)
+_quick_syscall = _quick.syscall
 
 
 def _raise(path: bytes | None = None) -> OSError:
@@ -72,8 +78,7 @@ _STATX_MASK = STATX_BASIC_STATS | STATX_BTIME
 _NAMED = AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT
 _statx_buffer = ctypes.create_string_buffer(STATX_SIZE)
 _statx_unpack = _STATX.unpack_from
-# Called for most requests. Without argument types and without letting go of the interpreter's lock it costs two thirds.
-_statx = ctypes.PyDLL(None, use_errno=True).statx
+_statx = _quick.statx
 _new = tuple.__new__
 
 
@@ -139,8 +144,7 @@ def syncfs(fd: int) -> None:
         raise _raise()
 
 
-_fchownat = _libc.fchownat
-_fchownat.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_int)
+_fchownat = _quick.fchownat
 
 
 def chown(fd: int, uid: int, gid: int) -> None:
@@ -151,31 +155,46 @@ def chown(fd: int, uid: int, gid: int) -> None:
         uid: the new owner, or -1 to leave it.
         gid: the new group, or -1 to leave it.
     """
-    if _fchownat(fd, b"", uid & 0xFFFFFFFF, gid & 0xFFFFFFFF, AT_EMPTY_PATH):
+    if _fchownat(fd, b"", uid, gid, AT_EMPTY_PATH):
         raise _raise()
 
 
-class _Timespec(ctypes.Structure):
-    _fields_ = (("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long))
+_TIMES = struct.Struct("@4l")  # two struct timespec
+_times_buffer = ctypes.create_string_buffer(_TIMES.size)
+_utimensat = _quick.utimensat
 
 
-_utimensat = _libc.utimensat
-_utimensat.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(_Timespec * 2), ctypes.c_int)
-
-
-def utimens(directory: int, name: bytes, atime: tuple[int, int], mtime: tuple[int, int], flags: int) -> None:
-    """Set access and modification time (utimensat(2)).
+def utimens(fd: int, atime: tuple[int, int], mtime: tuple[int, int]) -> None:
+    """Set access and modification time of the open file *fd*; O_PATH will do (utimensat(2), AT_EMPTY_PATH).
 
     Args:
-        directory: a descriptor of the directory.
-        name: a path relative to it.
+        fd: the file.
         atime: seconds and nanoseconds, or UTIME_NOW or UTIME_OMIT for the nanoseconds.
         mtime: the same for the modification time.
-        flags: AT_SYMLINK_NOFOLLOW or 0.
     """
-    times = (_Timespec * 2)(_Timespec(*atime), _Timespec(*mtime))
-    if _utimensat(directory, name, times, flags):
-        raise _raise(name)
+    _TIMES.pack_into(_times_buffer, 0, *atime, *mtime)
+    if _utimensat(fd, b"", _times_buffer, AT_EMPTY_PATH):
+        raise _raise()
+
+
+_chmod_by_descriptor = True
+
+
+def chmod(fd: int, mode: int) -> None:
+    """Change the permissions of the open file *fd*; O_PATH will do (fchmodat2(2), AT_EMPTY_PATH, Linux 6.6).
+
+    Args:
+        fd: the file.
+        mode: the new permissions, set-ID and sticky bits among them.
+    """
+    global _chmod_by_descriptor
+    if _chmod_by_descriptor:
+        if not _quick_syscall(_SYS_FCHMODAT2, fd, b"", mode, AT_EMPTY_PATH):
+            return
+        if ctypes.get_errno() == errno.ENOSYS:
+            _chmod_by_descriptor = False
+    # Also after any other failure: filters that do not know the call say EPERM.
+    os.chmod(f"/proc/self/fd/{fd}", mode)
 
 
 _syscall = _libc.syscall
@@ -278,21 +297,20 @@ PR_GET_SECUREBITS = 27
 PR_SET_SECUREBITS = 28
 PR_SET_NO_NEW_PRIVS = 38
 PR_SET_PTRACER = 0x59616D61
-_prctl = _libc.prctl
+_prctl = _quick.prctl
+_NOTHING = ctypes.c_ulong(0)
 
 
 def prctl(option: int, argument: int = 0) -> int:
     """Call prctl(2) with one argument and return its result."""
-    zero = ctypes.c_ulong(0)
-    result: int = _prctl(ctypes.c_int(option), ctypes.c_ulong(argument), zero, zero, zero)
+    result: int = _prctl(option, ctypes.c_ulong(argument), _NOTHING, _NOTHING, _NOTHING)
     if result < 0:
         raise _raise()
     return result
 
 
-setfsuid = _libc.setfsuid
-setfsgid = _libc.setfsgid
-setfsuid.argtypes = setfsgid.argtypes = (ctypes.c_uint,)
+setfsuid = _quick.setfsuid
+setfsgid = _quick.setfsgid
 
 _CAPABILITY_VERSION_3 = 0x20080522  # <linux/capability.h>
 _CAPABILITIES = struct.Struct("=IIIIII")

@@ -11,8 +11,7 @@ import os
 import stat
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from .. import syscalls, wire
 from ..privilege import Caller, SetidGuard
@@ -23,6 +22,7 @@ from .handles import Handle, Handles
 from .inodes import Inodes
 
 _PIN = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+_TO_TRUNCATE = os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC
 _NO_NAMES = frozenset({b"", b".", b".."})
 _TIMES = wire.FATTR_ATIME | wire.FATTR_ATIME_NOW | wire.FATTR_MTIME | wire.FATTR_MTIME_NOW
 
@@ -44,8 +44,7 @@ def check_name(name: bytes) -> bytes:
     return name
 
 
-@dataclass(frozen=True, slots=True)
-class Changes:
+class Changes(NamedTuple):
     """What a SETATTR request asks for, in its own terms.
 
     Attributes:
@@ -63,8 +62,7 @@ class Changes:
     mtime: tuple[int, int] = (0, 0)
 
 
-@dataclass(frozen=True, slots=True)
-class Requester:
+class Requester(NamedTuple):
     """Who makes a request: the file system ids and the umask of the calling process."""
 
     uid: int
@@ -277,6 +275,15 @@ class Tree:
             return Reached(handles[0].descriptor, is_path=False, is_own=False)
         return self.anchors.reach(nodeid)
 
+    def _reach_to_truncate(self, nodeid: int) -> Reached:
+        """Return a descriptor that is open for writing; what is open of the file may be so for reading only."""
+        handles = self._handles.of_inode(nodeid)
+        if handles:
+            fd = os.open(f"/proc/self/fd/{handles[0].descriptor}", _TO_TRUNCATE)
+        else:
+            fd, _ = self.anchors.open(nodeid, _TO_TRUNCATE | os.O_NOFOLLOW)
+        return Reached(fd, is_path=False, is_own=True)
+
     def setattr(self, nodeid: int, changes: Changes, handle: int | None, *, privileged: bool) -> Attributes:
         """Change attributes of an inode and return what they are then.
 
@@ -286,7 +293,8 @@ class Tree:
             handle: an open file to truncate through, or None.
             privileged: whether the caller is root, whose chown leaves set-group-ID on a file no group executes.
         """
-        with self._reach(nodeid) as reached:
+        truncate = changes.valid & wire.FATTR_SIZE and handle is None
+        with self._reach_to_truncate(nodeid) if truncate else self._reach(nodeid) as reached:
             return self._apply(reached, changes, handle, privileged)
 
     def _apply(self, reached: Reached, changes: Changes, handle: int | None, privileged: bool) -> Attributes:
@@ -299,18 +307,14 @@ class Tree:
             syscalls.chown(fd, uid, gid)
         if valid & wire.FATTR_MODE:
             self._setid.clear(False)
-            os.chmod(reached.target, stat.S_IMODE(changes.mode))
+            syscalls.chmod(fd, stat.S_IMODE(changes.mode))
         if valid & wire.FATTR_SIZE:
             self._setid.clear(bool(valid & wire.FATTR_KILL_SUIDGID))
-            if handle is None:
-                # By path, which takes another open: what is open of the file may be open for reading only.
-                os.truncate(f"/proc/self/fd/{fd}", changes.size)
-            else:
-                os.ftruncate(self._handles.get(handle).descriptor, changes.size)
+            os.ftruncate(fd if handle is None else self._handles.get(handle).descriptor, changes.size)
         if valid & _TIMES:
             atime = _time(valid, wire.FATTR_ATIME, wire.FATTR_ATIME_NOW, changes.atime)
             mtime = _time(valid, wire.FATTR_MTIME, wire.FATTR_MTIME_NOW, changes.mtime)
-            syscalls.utimens(fd, b"", atime, mtime, syscalls.AT_EMPTY_PATH)
+            syscalls.utimens(fd, atime, mtime)
         return fstatx(fd)
 
     def readlink(self, nodeid: int) -> bytes:
