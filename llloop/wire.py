@@ -131,6 +131,7 @@ SYMLINK_REQUEST = Struct("=8xQQII8x")  # unique, nodeid, uid, gid; then name and
 LINK_REQUEST = Struct("=8xQQ16xQ")  # unique, nodeid, oldnodeid; then the name
 RENAME_REQUEST = Struct("=8xQQ16xQ")  # unique, nodeid, newdir; then both names
 RENAME2_REQUEST = Struct("=8xQQ16xQI4x")  # unique, nodeid, newdir, flags; then both names
+GETXATTR_REQUEST = Struct("=8xQQII8xI4x")  # unique, nodeid, uid, gid, size; then GETXATTR's name
 STATX_REQUEST = Struct("=8xQQ16xI4xQII")  # unique, nodeid, getattr_flags, fh, sx_flags, sx_mask
 # unique, nodeid, the caller's uid, valid, fh, size, atime, mtime, atimensec, mtimensec, mode, uid, gid
 SETATTR_REQUEST = Struct("=8xQQI12xI4xQq8xqq8xII4xI4xII")
@@ -192,6 +193,7 @@ ATTR_REPLY = Struct("=IiQQI4xQQQqqqIIIIIIIIII")  # header, attr_valid, attr_vali
 OPEN_REPLY = Struct("=IiQQIi")  # header, fh, open_flags, backing_id
 OPEN_OUT = Struct("=QIi")  # fh, open_flags, backing_id, as in the CREATE reply
 WRITE_REPLY = Struct("=IiQI4x")  # header, size
+GETXATTR_OUT = Struct("=I4x")  # size
 LSEEK_REPLY = Struct("=IiQQ")  # header, offset
 STATX_OUT = Struct("=QII16x")  # attr_valid, attr_valid_nsec, flags; then struct fuse_statx
 DIRENT = Struct("=QQII")  # struct fuse_dirent: ino, off, namelen, type; then the name, padded to 8 bytes

@@ -124,6 +124,7 @@ LAYOUTS = [
     request("LINK_REQUEST", "fuse_link_in", "unique nodeid in.oldnodeid"),
     request("RENAME_REQUEST", "fuse_rename_in", "unique nodeid in.newdir"),
     request("RENAME2_REQUEST", "fuse_rename2_in", "unique nodeid in.newdir in.flags", since=23),
+    request("GETXATTR_REQUEST", "fuse_getxattr_in", "unique nodeid uid gid in.size"),
     request("STATX_REQUEST", "fuse_statx_in", "unique nodeid in.getattr_flags in.fh in.sx_flags in.sx_mask", since=39),
     request(
         "SETATTR_REQUEST",
@@ -148,6 +149,7 @@ LAYOUTS = [
     reply("OPEN_REPLY", "fuse_open_out", "fh open_flags backing_id"),
     plain("OPEN_OUT", "fuse_open_out", "fh open_flags backing_id"),
     reply("WRITE_REPLY", "fuse_write_out", "size"),
+    plain("GETXATTR_OUT", "fuse_getxattr_out", "size"),
     reply("LSEEK_REPLY", "fuse_lseek_out", "offset", since=24),
     plain("STATX_OUT", "fuse_statx_out", "attr_valid attr_valid_nsec flags", since=39, longer=True),
     plain("DIRENT", "fuse_dirent", "ino off namelen type", longer=True),

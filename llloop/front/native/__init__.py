@@ -10,6 +10,7 @@
 * MKNOD, MKDIR, SYMLINK, LINK, UNLINK, RMDIR, RENAME, REMOVEXATTR: what must not be done twice when the kernel sends it
   twice after a front's death, for which the request's number is needed, and llfuse does not tell it.
 * LOOKUP, FORGET, OPENDIR, READDIR, RELEASE: they come most often, and cost half as much here.
+* GETXATTR, LISTXATTR: the kernel asks for security.capability at the first write and at each chown of a file.
 * INTERRUPT: libfuse would wait for a request it never sees. ENOSYS tells the kernel not to send any.
 """
 
@@ -24,6 +25,7 @@ from .changes import ChangeRequests
 from .directories import DirectoryRequests
 from .files import FileRequests
 from .names import NameRequests
+from .xattrs import XattrRequests
 
 # Takes the position of a request in the arena, and its length.
 Handler = Callable[[int, int], None]
@@ -40,6 +42,7 @@ def native_table(mirror: Mirror, device: int) -> dict[Opcode, Handler]:
     changes = ChangeRequests(mirror, device)
     directories = DirectoryRequests(mirror, device)
     files = FileRequests(mirror, device)
+    xattrs = XattrRequests(mirror, device)
     table: dict[Opcode, Handler] = {
         Opcode.LOOKUP: names.lookup,
         Opcode.FORGET: names.forget,
@@ -55,6 +58,8 @@ def native_table(mirror: Mirror, device: int) -> dict[Opcode, Handler]:
         Opcode.RMDIR: changes.rmdir,
         Opcode.RENAME: changes.rename,
         Opcode.RENAME2: changes.rename2,
+        Opcode.GETXATTR: xattrs.getxattr,
+        Opcode.LISTXATTR: xattrs.listxattr,
         Opcode.REMOVEXATTR: changes.removexattr,
         Opcode.INTERRUPT: names.interrupt,
         Opcode.OPENDIR: directories.opendir,

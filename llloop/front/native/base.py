@@ -82,6 +82,11 @@ class Responder:
             raise malformed()
         return self._memory[start:end]
 
+    def _check_xattr(self) -> None:
+        """Refuse a request for an extended attribute if there are to be none."""
+        if not self._mirror.config.xattr:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))  # the kernel then stops asking
+
     def _entry(self, nodeid: int, attributes: Attributes) -> bytes:
         """Return ``struct fuse_entry_out``."""
         return wire.ENTRY.pack(

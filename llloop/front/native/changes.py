@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 
 from ... import wire
@@ -104,7 +103,3 @@ class ChangeRequests(Responder):
         self._attempts.unique = unique
         self._tree.removexattr(nodeid, self._name(base, length))
         self._send(wire.error_reply(unique, 0))
-
-    def _check_xattr(self) -> None:
-        if not self._mirror.config.xattr:
-            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))  # the kernel then stops asking
