@@ -123,8 +123,7 @@ class Asking:
         # do not.
         descriptor, path = places[0]
         errand = self._errands[router.shard_of(crc32(path) if descriptor < 0 else nodeid)]
-        if not router.submit(errand, -1, Operation.PROBE, unique, 0, 0, flags, 0, 0, tuple(places)):
-            router.park(errand, -1, Operation.PROBE, unique, 0, 0, flags, 0, 0, tuple(places))
+        router.entrust(errand, -1, Operation.PROBE, unique, flags=flags, extra=tuple(places))
         return True
 
     def answered(self) -> Iterator[tuple[bytes, int]]:

@@ -19,14 +19,15 @@ from .asking import Asking
 from .mirror import Mirror
 from .native import Handler, native_table
 from .native.base import malformed
+from .promptness import LONE_WRITE_LIMIT
 from .recovery import settle
 
 _log = logging.getLogger(__name__)
 
 # read(2) from /dev/fuse fails so when a request was withdrawn or a signal came: nothing is wrong.
 _AGAIN = frozenset({errno.EINTR, errno.ENOENT, errno.EAGAIN})
-# A request of this many bytes or more mostly is a WRITE, and others like it will follow: from here on a pipe pays.
-_LARGE = 96 * 1024
+# What is longer mostly is a WRITE for a worker, and others like it will follow: from here on a pipe pays.
+_LARGE = wire.WRITE_HEADER_SIZE + LONE_WRITE_LIMIT
 
 # So many fronts may die of one request.
 _MOST_TRIES = 3
@@ -148,7 +149,7 @@ class Loop:
                     raise
             else:
                 router.taken = time.monotonic_ns()
-                self._streaming = length >= _LARGE
+                self._streaming = length > _LARGE
                 return self._offset_of(slot), length
 
     def _by_asking(self) -> list[Handler]:
@@ -192,7 +193,7 @@ class Loop:
         length = pipes.receive(slot, self._device)
         buffer = self._buffers[slot][0]
         taken = pipes.take(slot, buffer[: wire.WRITE_HEADER_SIZE])
-        if length >= _LARGE and wire.OPCODE.unpack_from(buffer)[1] == Opcode.WRITE:
+        if length > _LARGE and wire.OPCODE.unpack_from(buffer)[1] == Opcode.WRITE:
             self._mirror.router.piped = True
         elif taken < length:  # a long BATCH_FORGET, for example
             pipes.take(slot, buffer[taken:length])

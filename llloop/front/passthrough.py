@@ -57,13 +57,15 @@ def refusal(device: int) -> str | None:
     return None
 
 
-def _is_privileged(handle: Handle, attributes: Attributes) -> bool:
+def _is_privileged(handle: Handle, attributes: Attributes, is_new: bool) -> bool:
     """Whether a write by an ordinary user takes something from the file: set-ID bits, or capabilities.
 
     The kernel passes writes through with this process's rights, which take nothing; the workers know better.
     """
     if attributes.mode & (stat.S_ISUID | stat.S_ISGID):
         return True
+    if is_new:  # no file is made with capabilities
+        return False
     try:
         os.getxattr(handle.descriptor, b"security.capability")
     except OSError:
@@ -90,12 +92,13 @@ class Passthrough:
         self._registered: dict[int, tuple[int, int]] = {}
         self._refused: set[int] = set()
 
-    def back(self, handle: Handle, attributes: Attributes) -> int:
+    def back(self, handle: Handle, attributes: Attributes, *, is_new: bool) -> int:
         """Have the kernel do the I/O of a file just opened, if it can.
 
         Args:
             handle: the open file.
             attributes: its attributes.
+            is_new: whether it has just been made.
 
         Returns:
             The registration, or 0 if the workers are to do it.
@@ -107,7 +110,7 @@ class Passthrough:
         if registered is None:
             if any(other is not handle for other in self._handles.of_inode(nodeid)):
                 return 0  # opened the other way before, and so must this one be
-            if _is_privileged(handle, attributes):
+            if _is_privileged(handle, attributes, is_new):
                 return 0
             try:
                 registered = (open_backing(self._device, handle.descriptor), 0)

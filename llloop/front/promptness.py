@@ -10,6 +10,8 @@ from .handles import Handle
 # Up to these sizes in bytes a transfer in place costs less than waking a worker for it (`scripts/bench front`).
 READ_LIMIT = 64 * 1024
 WRITE_LIMIT = 32 * 1024
+# While nobody else's request is under way, there is nobody whom a larger write in place keeps waiting.
+LONE_WRITE_LIMIT = 128 * 1024
 
 
 class Promptness:

@@ -78,6 +78,31 @@ class Router:
         """Return the worker for an inode's data I/O, evenly spread also over consecutive numbers."""
         return mix(nodeid) % self._shards
 
+    def entrust(
+        self,
+        handle: Handle,
+        number: int,
+        operation: Operation,
+        unique: int,
+        offset: int = 0,
+        length: int = 0,
+        flags: int = 0,
+        uid: int = 0,
+        gid: int = 0,
+        extra: tuple[Any, ...] = (),
+    ) -> None:
+        """Hand the request in `slot` to the worker of *handle*, now or, parked, as soon as that can be.
+
+        Args:
+            handle, number, operation, unique, offset, length, flags, uid, gid, extra: as for `submit`.
+
+        Raises:
+            OSError: ENOMEM, if too much is parked already.
+        """
+        arguments = (handle, number, operation, unique, offset, length, flags, uid, gid, extra)
+        if not self.submit(*arguments):
+            self.park(*arguments)
+
     def submit(
         self,
         handle: Handle,

@@ -467,7 +467,7 @@ def create_write_remove(directory: Path, name: str) -> list[str]:
         try:
             fd = os.open(directory / f"{name}-{number}", os.O_RDWR | os.O_CREAT, 0o644)
             try:
-                os.write(fd, b"x" * 66_000)
+                os.write(fd, b"x" * 200_000)
             finally:
                 os.close(fd)
             os.unlink(directory / f"{name}-{number}")

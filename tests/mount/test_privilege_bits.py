@@ -27,7 +27,7 @@ CALLERS = {"root": ROOT, "owner": OWNER, "member": MEMBER, "stranger": STRANGER}
 
 # <linux/capability.h>: version 2 with the effective flag, CAP_NET_RAW permitted.
 CAPABILITY = struct.pack("<IIIII", 0x02000001, 1 << 13, 0, 0, 0)
-SIZE = 100_000
+SIZE = 300_000
 
 # 0o2767 is missing here: see test_setgid_without_group_execution_follows_the_server.
 MODES = (0o4777, 0o2777, 0o6777, 0o2775, 0o4666, 0o1777, 0o777)
@@ -75,7 +75,7 @@ ACTIONS: dict[str, Callable[[Path], Any]] = {
     "open for writing": opened(os.O_RDWR, lambda fd: None),
     "write": opened(os.O_WRONLY, lambda fd: os.write(fd, b"new")),
     "write nothing": opened(os.O_WRONLY, lambda fd: os.write(fd, b"")),
-    "write much": opened(os.O_WRONLY, lambda fd: os.write(fd, b"n" * 90_000)),
+    "write much": opened(os.O_WRONLY, lambda fd: os.write(fd, b"n" * 200_000)),
     "append": opened(os.O_WRONLY | os.O_APPEND, lambda fd: os.write(fd, b"new")),
     "write synchronously": opened(os.O_WRONLY | os.O_SYNC, lambda fd: os.write(fd, b"new")),
     "write in two goes": opened(os.O_WRONLY, lambda fd: (os.write(fd, b"new"), os.pwrite(fd, b"new", 5000))),

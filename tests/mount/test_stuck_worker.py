@@ -20,7 +20,7 @@ from tests.server_processes import wait_until, workers
 
 pytestmark = [pytest.mark.mounted, pytest.mark.own_loop, pytest.mark.by_workers, pytest.mark.user]
 
-LARGE = 40_000  # bytes; more than the front does by itself
+LARGE = 200_000  # bytes; more than the front does by itself
 MANY = 300  # more than there are slots
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from llloop.config import Cache
 from llloop.front.inodes import ROOT
+from llloop.front.native import files as native_files
 from llloop.front.native import native_table
 from llloop.protocol import APPEND, BUFFERED, KILL_PRIVILEGES, Operation, decode
 from llloop.wire import Opcode
@@ -275,6 +276,44 @@ def test_setxattr(source: Source, kernel: Kernel, file: int) -> None:
     assert os.getxattr(source.path / "file", "user.name") == b""
 
 
+def getxattr(size: int, name: bytes = b"") -> bytes:
+    return struct.pack("=II", size, 0) + name
+
+
+def test_xattrs_are_read(source: Source, kernel: Kernel, file: int) -> None:
+    try:
+        os.setxattr(source.path / "file", "user.name", b"\0value")
+    except OSError:
+        pytest.skip("the temporary directory's file system has no user attributes")
+    name = b"user.name\0"
+    handle, _ = kernel.open(file)
+    for _ in range(2):  # by the open file, then by its name
+        assert kernel.payload(Opcode.GETXATTR, file, getxattr(6, name)) == b"\0value"
+        assert kernel.payload(Opcode.GETXATTR, file, getxattr(0, name)) == struct.pack("=II", 6, 0)
+        with fails(errno.ERANGE):
+            kernel.send(Opcode.GETXATTR, file, getxattr(5, name))
+        with fails(errno.ENODATA):
+            kernel.send(Opcode.GETXATTR, file, getxattr(0, b"security.capability\0"))
+        with fails(errno.EINVAL):
+            kernel.send(Opcode.GETXATTR, file, getxattr(6, b"user.name"))
+        assert name in kernel.payload(Opcode.LISTXATTR, file, getxattr(1024))
+        length, _ = struct.unpack("=II", kernel.payload(Opcode.LISTXATTR, file, getxattr(0)))
+        with fails(errno.ERANGE):
+            kernel.send(Opcode.LISTXATTR, file, getxattr(length - 1))
+        if handle in source.mirror.handles:
+            kernel.payload(Opcode.RELEASE, file, struct.pack("=QIIQ", handle, 0, 0, 0))
+
+
+def test_xattrs_can_be_declined(tmp_path: Path, device: Device) -> None:
+    with packet_pipe() as pipe:
+        source = Source(tmp_path, [pipe], xattr=False)
+        kernel = Kernel(source, device)
+        for opcode, body in ((Opcode.GETXATTR, getxattr(0, b"user.name\0")), (Opcode.LISTXATTR, getxattr(0))):
+            with fails(errno.ENOSYS):
+                kernel.send(opcode, ROOT, body)
+        source.close()
+
+
 def test_names_that_do_not_end(source: Source, kernel: Kernel, file: int) -> None:
     """No kernel sends them."""
     with fails(errno.EINVAL):
@@ -438,6 +477,30 @@ def test_data_requests_go_to_the_worker(source: Source, kernel: Kernel, file: in
     assert not sent(Opcode.FALLOCATE, struct.pack("=QQQII", handle, 5, 6, 3, 0), (0, 0))[7] & KILL_PRIVILEGES
     request = sent(Opcode.LSEEK, struct.pack("=QQII", handle, 5, os.SEEK_HOLE, 0))
     assert (request[0], request[5], request[10]) == (Operation.LSEEK, 5, (os.SEEK_HOLE,))
+
+
+def test_a_large_write_in_place_keeps_nobody_waiting(
+    source: Source, kernel: Kernel, file: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native_files, "WRITE_LIMIT", 2)
+    monkeypatch.setattr(native_files, "LONE_WRITE_LIMIT", 4)
+    handle, _ = kernel.open(file)
+    opened = source.mirror.handles.get(handle)
+    opened.write_flags = 0  # as on a file system in memory
+
+    def write(data: bytes) -> None:
+        kernel.send(Opcode.WRITE, file, struct.pack("=QQIIQII", handle, 0, len(data), 0, 0, os.O_RDWR, 0) + data)
+
+    write(b"four")
+    assert kernel.device.only().error == 0 and kernel.handed_over() == []
+    assert (source.path / "file").read_bytes() == b"fourent"
+    write(b"seven")
+    assert len(kernel.handed_over()) == 1, "and from now on a worker has something to do"
+    write(b"more")
+    assert len(kernel.handed_over()) == 1
+    write(b"in")
+    assert kernel.device.only().error == 0
+    assert (source.path / "file").read_bytes() == b"inurent"
 
 
 def test_a_copy_goes_to_the_worker_of_the_target(source: Source, kernel: Kernel, file: int) -> None:

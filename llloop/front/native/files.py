@@ -14,7 +14,7 @@ from ...syscalls import Attributes, fstatx
 from ...wire import Opcode
 from ..handles import Handle
 from ..mirror import Mirror
-from ..promptness import READ_LIMIT, WRITE_LIMIT
+from ..promptness import LONE_WRITE_LIMIT, READ_LIMIT, WRITE_LIMIT
 from ..tree import Requester
 from .base import Responder, malformed
 
@@ -50,14 +50,14 @@ class FileRequests(Responder):
             number, attributes = self._files.open(nodeid, flags, clear_setid)
         else:
             attributes = fstatx(self._handles.get(number).descriptor)
-        how = self._how(number, nodeid, attributes)
+        how = self._how(number, nodeid, attributes, is_new=False)
         if not self._send(wire.OPEN_REPLY.pack(wire.OPEN_REPLY.size, 0, unique, number, *how)):
             self._files.release(number)
 
-    def _how(self, number: int, nodeid: int, attributes: Attributes) -> tuple[int, int]:
+    def _how(self, number: int, nodeid: int, attributes: Attributes, *, is_new: bool) -> tuple[int, int]:
         """Return open_flags and backing_id for a file just opened."""
         mirror = self._mirror
-        backing = mirror.passthrough.back(self._handles.get(number), attributes)
+        backing = mirror.passthrough.back(self._handles.get(number), attributes, is_new=is_new)
         if backing:
             self._gauges[_PASSED_THROUGH] += 1
             return wire.FOPEN_PASSTHROUGH, backing
@@ -96,7 +96,7 @@ class FileRequests(Responder):
         return number, handle.nodeid, fstatx(handle.descriptor)
 
     def _reply_created(self, unique: int, number: int, nodeid: int, attributes: Attributes) -> None:
-        how = self._how(number, nodeid, attributes)
+        how = self._how(number, nodeid, attributes, is_new=True)
         payload = self._entry(nodeid, attributes) + wire.OPEN_OUT.pack(number, *how)
         if self._send(wire.reply(unique, payload)):
             self._inodes.count(nodeid)
@@ -110,24 +110,6 @@ class FileRequests(Responder):
         self._files.release(number)
         self._send(wire.error_reply(unique, 0))
 
-    def _submit(
-        self,
-        handle: Handle,
-        number: int,
-        operation: Operation,
-        unique: int,
-        offset: int = 0,
-        length: int = 0,
-        flags: int = 0,
-        uid: int = 0,
-        gid: int = 0,
-        extra: tuple[int, ...] = (),
-    ) -> None:
-        """Hand a request to the worker of *handle*, now or as soon as that can be."""
-        router = self._router
-        if not router.submit(handle, number, operation, unique, offset, length, flags, uid, gid, extra):
-            router.park(handle, number, operation, unique, offset, length, flags, uid, gid, extra)
-
     def read(self, base: int, length: int) -> None:
         """FUSE_READ."""
         unique, number, offset, size, open_flags = wire.READ_REQUEST.unpack_from(self._memory, base)
@@ -137,7 +119,7 @@ class FileRequests(Responder):
         if size <= READ_LIMIT and handle.read_flags is not None and self._read_in_place(handle, unique, offset, size):
             return
         buffered = handle.direct and not open_flags & os.O_DIRECT
-        self._submit(handle, number, Operation.READ, unique, offset, size, BUFFERED if buffered else 0)
+        self._router.entrust(handle, number, Operation.READ, unique, offset, size, BUFFERED if buffered else 0)
 
     def _read_in_place(self, handle: Handle, unique: int, offset: int, size: int) -> bool:
         """Answer a READ at once if the bytes are in memory; return whether they were.
@@ -178,8 +160,10 @@ class FileRequests(Responder):
         handle = self._handles.get(number)
         if handle.direct and (cached or not open_flags & os.O_DIRECT):
             flags |= BUFFERED
+        # The lowest slot is free, and so it is this request's, while no worker has any.
+        limit = WRITE_LIMIT if self._router.slot else LONE_WRITE_LIMIT
         if (
-            size <= WRITE_LIMIT
+            size <= limit
             and handle.write_flags is not None
             and not flags & APPEND  # a worker notes how far it has come, for an append must not be done twice
             and self._write_in_place(handle, unique, offset, base + wire.WRITE_HEADER_SIZE, size, flags)
@@ -188,7 +172,7 @@ class FileRequests(Responder):
         if self._router.piped:
             self._router.piped = False
             flags |= PIPED
-        self._submit(handle, number, Operation.WRITE, unique, offset, size, flags, uid, gid)
+        self._router.entrust(handle, number, Operation.WRITE, unique, offset, size, flags, uid, gid)
 
     def _write_in_place(self, handle: Handle, unique: int, offset: int, start: int, size: int, flags: int) -> bool:
         """Do a WRITE at once if that needs no waiting; return whether it was done.
@@ -215,7 +199,7 @@ class FileRequests(Responder):
         """FUSE_FLUSH: ENOSYS, after which the kernel stops asking, unless the source's close(2) can fail."""
         unique, number = wire.FLUSH_REQUEST.unpack_from(self._memory, base)
         if self._mirror.close_can_fail:
-            self._submit(self._handles.get(number), number, Operation.FLUSH, unique)
+            self._router.entrust(self._handles.get(number), number, Operation.FLUSH, unique)
         else:
             self._send(wire.error_reply(unique, errno.ENOSYS))
 
@@ -223,12 +207,12 @@ class FileRequests(Responder):
         """FUSE_FSYNC and FUSE_FSYNCDIR."""
         unique, number, fsync_flags = wire.FSYNC_REQUEST.unpack_from(self._memory, base)
         flags = DATA_ONLY if fsync_flags & wire.FUSE_FSYNC_FDATASYNC else 0
-        self._submit(self._handles.get(number), number, Operation.FSYNC, unique, flags=flags)
+        self._router.entrust(self._handles.get(number), number, Operation.FSYNC, unique, flags=flags)
 
     def fallocate(self, base: int, length: int) -> None:
         """FUSE_FALLOCATE."""
         unique, uid, gid, number, offset, size, mode = wire.FALLOCATE_REQUEST.unpack_from(self._memory, base)
-        self._submit(
+        self._router.entrust(
             self._handles.get(number),
             number,
             Operation.FALLOCATE,
@@ -244,7 +228,7 @@ class FileRequests(Responder):
     def lseek(self, base: int, length: int) -> None:
         """FUSE_LSEEK: only SEEK_HOLE and SEEK_DATA are sent."""
         unique, number, offset, whence = wire.LSEEK_REQUEST.unpack_from(self._memory, base)
-        self._submit(self._handles.get(number), number, Operation.LSEEK, unique, offset, extra=(whence,))
+        self._router.entrust(self._handles.get(number), number, Operation.LSEEK, unique, offset, extra=(whence,))
 
     def copy_file_range(self, base: int, length: int) -> None:
         """FUSE_COPY_FILE_RANGE: the worker of the file written to does it."""
@@ -254,7 +238,7 @@ class FileRequests(Responder):
         source_handle = self._handles.get(source)
         source_handle.shared = True
         extra = (source, source_handle.descriptor, source_offset)
-        self._submit(
+        self._router.entrust(
             self._handles.get(number),
             number,
             Operation.COPY_FILE_RANGE,
@@ -271,7 +255,7 @@ class FileRequests(Responder):
         """FUSE_SYNCFS: answered by a worker through a descriptor of the root."""
         unique, _ = wire.NODE_REQUEST.unpack_from(self._memory, base)
         number = self._files.root_handle()
-        self._submit(self._handles.get(number), number, Operation.SYNCFS, unique)
+        self._router.entrust(self._handles.get(number), number, Operation.SYNCFS, unique)
 
 
 def _kill_flag(uid: int) -> int:
