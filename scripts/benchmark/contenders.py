@@ -51,6 +51,7 @@ _OPTIONS: dict[str, list[str]] = {
 PATHS = tuple(_OPTIONS)
 _PEERS: dict[str, Callable[[Installer], tuple[Command, str]]] = {
     "passthrough_ll": peers.passthrough_ll,
+    "passthrough_ll-permissions": peers.passthrough_ll_permissions,
     "passthrough_fh": peers.passthrough_fh,
     "passthrough_hp": peers.passthrough_hp,
     "bindfs": peers.bindfs,

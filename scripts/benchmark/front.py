@@ -31,6 +31,8 @@ from .tools import Unavailable, run
 
 # Made before what removes them or renames them can be measured.
 _BEFORE = {"unlink": "create", "rmdir": "mkdir"}
+# What the front does besides system calls.
+_INTERPRETER = "front outside the kernel"
 PY_SPY = Path(sys.executable).parent / "py-spy"
 # The requests that one operation consists of, as the kernel sends them where nothing is cached that it may use.
 REQUESTS_OF = {
@@ -235,7 +237,10 @@ def _role(pid: int) -> str:
 def _usage(pids: Sequence[int]) -> dict[str, float]:
     usage: defaultdict[str, float] = defaultdict(float)
     for pid in pids:
-        usage[_role(pid)] += processes.cpu_seconds([pid])
+        role = _role(pid)
+        usage[role] += processes.cpu_seconds([pid])
+        if role == "front":
+            usage[_INTERPRETER] += processes.user_seconds([pid])
     return usage
 
 

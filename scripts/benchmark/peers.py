@@ -28,6 +28,13 @@ def passthrough_ll(installer: Installer) -> tuple[Command, str]:
     return lambda source, mountpoint: [program, "-f", "-o", f"source={source}", str(mountpoint)], version
 
 
+def passthrough_ll_permissions(installer: Installer) -> tuple[Command, str]:
+    """The reference again, checking who may do what, as every mirror must that serves more than its owner."""
+    program, version = _libfuse_example(installer, "passthrough_ll.c")
+    remark = f"{version}, with -o default_permissions"
+    return lambda source, mount: [program, "-f", "-o", f"source={source},default_permissions", str(mount)], remark
+
+
 def passthrough_fh(installer: Installer) -> tuple[Command, str]:
     """libfuse's high-level example."""
     program, version = _libfuse_example(installer, "passthrough_fh.c")

@@ -17,6 +17,7 @@ _COLOURS = {
     "llloop-writeback": "#f26a4b",
     "llloop-kernel": "#7f0f18",
     "passthrough_ll": "#8d99ae",
+    "passthrough_ll-permissions": "#6c757d",
     "passthrough_fh": "#b8c4d6",
     "passthrough_hp": "#4a6fa5",
     "bindfs": "#6a994e",
