@@ -77,13 +77,6 @@ def _fetch(pid: int) -> int:
     return 0
 
 
-def is_readable(fd: int) -> bool:
-    """Whether a read would not have to wait."""
-    poll = select.poll()
-    poll.register(fd, select.POLLIN)
-    return bool(poll.poll(0))
-
-
 class Keeper:
     """The supervisor's side: starts keepers and has them start fronts.
 
@@ -180,8 +173,8 @@ class Keeper:
         ready = [fd for fd, _ in poll.poll(_PATIENCE * 1000)]
         if not ready:
             raise TimeoutError(errno.ETIMEDOUT, "the keeper does not answer")
-        if self._answer_reader not in ready and not is_readable(self._answer_reader):
-            if is_readable(self._command_reader):  # the next one must not do it
+        if self._answer_reader not in ready and not syscalls.is_readable(self._answer_reader):
+            if syscalls.is_readable(self._command_reader):  # the next one must not do it
                 os.read(self._command_reader, _COMMAND.size)
             raise ProcessLookupError(errno.ESRCH, "the keeper has died")
         (answer,) = _ANSWER.unpack(os.read(self._answer_reader, _ANSWER.size))

@@ -36,7 +36,7 @@ from .config import ServeConfig
 from .errors import HostError, LlloopError, UsageError
 from .front.operations import Operations
 from .front.process import FrontSetup, run_front
-from .keeper import Keeper, is_readable
+from .keeper import Keeper
 from .ledger import Ledger
 from .negotiation import Feature
 from .notify import Notifier
@@ -184,11 +184,11 @@ class Supervisor:
         supervisor, detached, mountpoint, number = os.getpid(), self._detached, self._mountpoint, self._device_number
         assert number is not None, "the mount was made a moment ago"
 
-        def front(own: Collection[int]) -> None:
-            def run() -> None:
-                run_front(setup, own, lambda: _tell(ready_writer))
+        def serve(own: Collection[int]) -> None:
+            run_front(setup, own, lambda: _tell(ready_writer))
 
-            child_main("llloop-front", run, supervisor, detached, self._front.stacks)
+        def front(own: Collection[int]) -> None:
+            child_main("llloop-front", lambda: serve(own), supervisor, detached, self._front.stacks)
 
         def worker(shard: int) -> Child:
             name = f"llloop-worker-{shard}"
@@ -206,9 +206,7 @@ class Supervisor:
             if keeper.can_share:
                 return keeper.start_front()
             own = syscalls.open_descriptors()
-            return forked(
-                "llloop-front", lambda: run_front(setup, own, lambda: _tell(ready_writer)), stacks, detached=detached
-            )
+            return forked("llloop-front", lambda: serve(own), stacks, detached=detached)
 
         name = "llloop-keeper"
         keeper = self._keeper = Keeper(front, farewell)
@@ -314,7 +312,7 @@ class Supervisor:
             self._keeper.fetch(front.pid)
         except OSError as error:
             os.kill(front.pid, signal.SIGCONT)
-            if not is_readable(self._front.sentinel):  # else it has ended, which is seen to next
+            if not syscalls.is_readable(self._front.sentinel):  # else it has ended, which is seen to next
                 _log.warning("if the front dies now, files without names are lost to who has them open: %s", error)
         else:
             self._front.replace()

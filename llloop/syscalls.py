@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import select
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
@@ -346,6 +347,16 @@ def set_capabilities(effective: int, permitted: int, inheritable: int) -> None:
     words = [one & 0xFFFFFFFF for one in sets] + [one >> 32 for one in sets]
     if _capset(header, _CAPABILITIES.pack(*words)):
         raise _raise()
+
+
+def is_readable(fd: int, patience: float = 0.0) -> bool:
+    """Whether a read would not have to wait, or *patience* seconds at most; of a pidfd: whether the process has ended.
+
+    A process has ended even if nobody has waited for it yet (pidfd_open(2)).
+    """
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(patience * 1000))
 
 
 def open_descriptors() -> set[int]:

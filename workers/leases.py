@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-import select
 import time
 from contextlib import suppress
 
 from llloop.arena import Arena
-from llloop.syscalls import pidfd_getfd
+from llloop.syscalls import is_readable, pidfd_getfd
 
 # How long to wait for another front, in seconds, and between two looks.
 _LONGEST_ABSENCE = 30.0
@@ -77,7 +76,7 @@ class Leases:
                 return self._duplicate(descriptor)
             except OSError as error:
                 dying = _LONGEST_ABSENCE if error.errno == errno.ESRCH else _DYING
-                if error.errno in _GONE and _has_ended(self._pidfd, dying):
+                if error.errno in _GONE and is_readable(self._pidfd, dying):
                     self._start_over()  # the next front has the same descriptors
                 elif error.errno in _FULL and self._held:
                     self._drop_half()
@@ -125,7 +124,7 @@ class Leases:
             if self._front:
                 with suppress(ProcessLookupError):
                     pidfd = os.pidfd_open(self._front)
-                    if not _has_ended(pidfd):
+                    if not is_readable(pidfd):
                         self._pidfd = pidfd
                         return
                     os.close(pidfd)
@@ -143,10 +142,3 @@ class Leases:
         if fd is not None:
             with suppress(OSError):  # of a server that is gone; who asked by fsync(2) or close(2) has been told
                 os.close(fd)
-
-
-def _has_ended(pidfd: int, patience: float = 0.0) -> bool:
-    """Whether a process has ended, even if nobody has waited for it yet (pidfd_open(2)), or does within *patience*."""
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(patience * 1000))

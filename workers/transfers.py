@@ -194,14 +194,14 @@ class Transfers:
             position: where the end of the file was before.
         """
         try:
-            stage, result = self._finish_append(request, position)
+            written = self._finish_append(request, position)
         except OSError:  # what it is will be told when the append is done afresh
-            stage, result = _BEGUN, 0
-        if stage == _DONE:
-            self._answer(request, result)
-            self._give_back(request)
-        else:
+            written = None
+        if written is None:
             self.execute(request)
+        else:
+            self._answer(request, written)
+            self._give_back(request)
 
     def _has_shifted(self, request: Request, size: int) -> bool:
         """Whether a range was taken out of the file, or put into it: then it no longer has the *size* it had before."""
@@ -210,7 +210,7 @@ class Transfers:
         except OSError:
             return False
 
-    def _finish_append(self, request: Request, position: int) -> tuple[int, int]:
+    def _finish_append(self, request: Request, position: int) -> int | None:
         """Find out how much of an append was written before its worker died, and write what is missing.
 
         Args:
@@ -218,7 +218,7 @@ class Transfers:
             position: where the end of the file was before.
 
         Returns:
-            _DONE and the number of bytes in the file, or _BEGUN and 0 if none are.
+            How many of its bytes are in the file now, or None if none of them were.
         """
         payload = bytes(self._arena.payload(request.slot, request.length))
         fd = self._fd(request)
@@ -228,13 +228,13 @@ class Transfers:
                 # Others may have appended in between, so it is looked for a little further on, too.
                 tail = file.read(len(payload) + _APPENDS_OF_OTHERS)
         except OSError:  # a file that may only be written
-            return _BEGUN, 0
+            return None
         if payload in tail:
-            return _DONE, len(payload)
+            return len(payload)
         if not tail or not payload.startswith(tail):
-            return _BEGUN, 0
+            return None
         rest = payload[len(tail) :]
-        return _DONE, len(tail) + os.pwritev(fd, [rest], 0, os.RWF_APPEND)
+        return len(tail) + os.pwritev(fd, [rest], 0, os.RWF_APPEND)
 
     def _fd(self, request: Request) -> int:
         return self._descriptors.get(request.handle, request.descriptor)

@@ -28,13 +28,15 @@ class Reached:
 
     Attributes:
         fd: the descriptor.
+        is_path: whether it was opened with O_PATH.
         target: what stands for the inode in calls of ``os`` that do not take a descriptor opened with O_PATH.
     """
 
-    __slots__ = ("_is_own", "fd", "target")
+    __slots__ = ("_is_own", "fd", "is_path", "target")
 
     def __init__(self, fd: int, *, is_path: bool, is_own: bool) -> None:
         self.fd = fd
+        self.is_path = is_path
         self.target: int | str = f"/proc/self/fd/{fd}" if is_path else fd
         self._is_own = is_own
 

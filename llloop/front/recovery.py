@@ -14,7 +14,7 @@ from .mirror import Mirror
 _log = logging.getLogger(__name__)
 
 # How long, in seconds, workers may take to finish what a dead front had given them before its requests are asked for
-# again. What is not finished then is done a second time when it comes, after the first.
+# again. What is not finished then is answered by the same worker when it comes again, after that.
 _PATIENCE = 1.0
 _PAUSE = 0.002
 

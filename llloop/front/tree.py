@@ -307,7 +307,7 @@ class Tree:
             syscalls.chown(fd, uid, gid)
         if valid & wire.FATTR_MODE:
             self._setid.clear(False)
-            syscalls.chmod(fd, stat.S_IMODE(changes.mode))
+            (syscalls.chmod if reached.is_path else os.fchmod)(fd, stat.S_IMODE(changes.mode))
         if valid & wire.FATTR_SIZE:
             self._setid.clear(bool(valid & wire.FATTR_KILL_SUIDGID))
             os.ftruncate(fd if handle is None else self._handles.get(handle).descriptor, changes.size)
