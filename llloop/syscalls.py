@@ -11,7 +11,7 @@ import errno
 import os
 import select
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -47,9 +47,7 @@ class Attributes(NamedTuple):
     `device` stands for the file system: major and minor number as they lie in memory, good for comparing only.
     """
 
-    mask: int
     blksize: int
-    attributes: int
     nlink: int
     uid: int
     gid: int
@@ -74,7 +72,7 @@ STATX_BASIC_STATS = 0x7FF  # <linux/stat.h>
 STATX_BTIME = 0x800
 STATX_SIZE = 256  # sizeof(struct statx)
 STATX_INO_OFFSET = 32  # offsetof(struct statx, stx_ino)
-_STATX = struct.Struct("=IIQIIIHxxQQQ8xqI4xqI4xqI4xqI4xIIQ")
+_STATX = struct.Struct("=4xI8xIIIHxxQQQ8xqI4xqI4xqI4xqI4xIIQ")
 _STATX_MASK = STATX_BASIC_STATS | STATX_BTIME
 _NAMED = AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT
 _statx_buffer = ctypes.create_string_buffer(STATX_SIZE)
@@ -100,6 +98,38 @@ def fstatx(fd: int) -> Attributes:
     if _statx(fd, b"", AT_EMPTY_PATH, _STATX_MASK, _statx_buffer):
         raise _raise()
     return _new(Attributes, _statx_unpack(_statx_buffer))
+
+
+class StatxTable:
+    """Room for what statx(2) says of several names.
+
+    Attributes:
+        memory: one ``struct statx`` after the other.
+
+    Args:
+        rows: of how many.
+    """
+
+    def __init__(self, rows: int) -> None:
+        buffer = ctypes.create_string_buffer(rows * STATX_SIZE)
+        self._rows = [ctypes.byref(buffer, row * STATX_SIZE) for row in range(rows)]
+        self.memory = memoryview(buffer).cast("B")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def look_at(self, directory: int, names: Iterable[bytes]) -> list[bool]:
+        """Ask for each name in *directory* as `statx` does, a row for each; return of which there are attributes.
+
+        No more names are looked at than there are rows. What stands in the row of a failed one is not defined.
+        """
+        return [
+            not _statx(directory, name, _NAMED, _STATX_MASK, row) for name, row in zip(names, self._rows, strict=False)
+        ]
+
+    def attributes(self, row: int) -> Attributes:
+        """Return what a row says."""
+        return _new(Attributes, _statx_unpack(self.memory, row * STATX_SIZE))
 
 
 def fstatx_raw(fd: int, mask: int, flags: int) -> bytearray:

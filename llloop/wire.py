@@ -189,6 +189,7 @@ INIT_OUT = Struct("=IIIIHHIIHHII24x")
 ATTR = Struct("=QQQqqqIIIIIIIIII")
 ENTRY_HEAD = Struct("=QqQQII")  # nodeid, generation, entry_valid, attr_valid, their nanoseconds; then struct fuse_attr
 ENTRY = Struct("=QqQQIIQQQqqqIIIIIIIIII")  # both
+ENTRY_REPLY = Struct("=IiQQqQQIIQQQqqqIIIIIIIIII")  # header, struct fuse_entry_out
 ATTR_REPLY = Struct("=IiQQI4xQQQqqqIIIIIIIIII")  # header, attr_valid, attr_valid_nsec, struct fuse_attr
 OPEN_REPLY = Struct("=IiQQIi")  # header, fh, open_flags, backing_id
 OPEN_OUT = Struct("=QIi")  # fh, open_flags, backing_id, as in the CREATE reply

@@ -32,7 +32,8 @@ class CachePolicy:
         self.entry = split(config.entry_timeout)
         self.attributes = split(config.attr_timeout)
         self.negative = split(config.negative_timeout)
-        self._listing_ns = int(min(config.entry_timeout, config.attr_timeout) * 1_000_000_000)
+        # How long the kernel keeps both what a name leads to and its attributes, in nanoseconds.
+        self.both_ns = int(min(config.entry_timeout, config.attr_timeout) * 1_000_000_000)
         self._always = config.cache is Cache.ALWAYS
         self._never = config.cache is Cache.NEVER
         self._direct = self._never and direct_mmap
@@ -74,7 +75,7 @@ class CachePolicy:
         times = (attributes.mtime, attributes.mtime_nsec, attributes.ctime, attributes.ctime_nsec)
         if stamp is not None and stamp[1:] == times and now < stamp[0]:
             return wire.FOPEN_CACHE_DIR | wire.FOPEN_KEEP_CACHE
-        inode.stamp = (now + self._listing_ns, *times) if _settled(attributes) else None
+        inode.stamp = (now + self.both_ns, *times) if _settled(attributes) else None
         return wire.FOPEN_CACHE_DIR
 
 

@@ -70,7 +70,8 @@ class Inode:
         return (
             attributes.ino == self.number
             and attributes.device == self.device
-            and (self.birth == 0 or birth_of(attributes) == self.birth)
+            # birth_of(attributes), whose call would cost as much as all of this
+            and (self.birth == 0 or attributes.btime * 1_000_000_000 + attributes.btime_nsec == self.birth)
         )
 
 
@@ -95,6 +96,7 @@ class Inodes:
         self._ledger = ledger
         self._root_device = root.device
         self._root_number = root.ino
+        self._reserved = frozenset({0, ROOT, root.ino})
         self._births = births
         inode = Inode(0, b"", root.ino, root.device)
         inode.lookups = 1  # the kernel never forgets the root
@@ -172,22 +174,26 @@ class Inodes:
             name: its name there.
             attributes: what statx(2) says of it.
         """
-        nodeid = attributes.ino
-        inode = self._table.get(nodeid)
-        # Mostly the number is the source's own, and known as such; all else takes the long way.
-        if inode is None or inode.number != nodeid or attributes.device != inode.device or nodeid <= ROOT:
-            nodeid = self.nodeid(attributes.device, nodeid)
-            inode = self._table.get(nodeid)
-            if inode is None:
-                birth = birth_of(attributes) if self._births else 0
-                inode = Inode(parent, name, attributes.ino, attributes.device, birth)
-                inode.place = self._record(nodeid, inode, 0)
-                self._table[nodeid] = inode
-                self._count[0] = len(self._table)
-                if nodeid != inode.number:
-                    self._renumbered[inode.device, inode.number] = nodeid
-                return nodeid
-        if inode.name != name or inode.parent != parent or not inode.is_same(attributes):
+        table = self._table
+        nodeid = number = attributes.ino
+        device = attributes.device
+        inode = table.get(nodeid)
+        # Mostly the file is where it was, or its own number is free; what takes a number is looked at more closely.
+        if inode is not None and inode.name == name and inode.parent == parent and inode.is_same(attributes):
+            return nodeid
+        if inode is not None or device != self._root_device or self._renumbered or nodeid in self._reserved:
+            nodeid = self.nodeid(device, number)
+            inode = table.get(nodeid)
+        if inode is None:
+            birth = birth_of(attributes) if self._births else 0
+            inode = Inode(parent, name, number, device, birth)
+            # The record comes first: what the kernel is told of, the next front must find.
+            inode.place = self._ledger.add(INODE, (nodeid, parent, number, device, birth & _MASK, 0, 0), name)
+            table[nodeid] = inode
+            self._count[0] = len(table)
+            if nodeid != number:
+                self._renumbered[device, number] = nodeid
+        elif inode.name != name or inode.parent != parent or not inode.is_same(attributes):
             self._found_elsewhere(nodeid, inode, parent, name, attributes)
         return nodeid
 

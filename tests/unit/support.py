@@ -13,7 +13,7 @@ from typing import NamedTuple
 from llloop import wire
 from llloop.ledger import Ledger
 from llloop.privilege import Writer
-from llloop.syscalls import STATX_BTIME, Attributes
+from llloop.syscalls import Attributes
 
 F_SETPIPE_SZ = 1031  # <linux/fcntl.h>
 
@@ -33,7 +33,6 @@ def attributes(
     seconds, nanoseconds = divmod(birth, 1_000_000_000)
     zero = Attributes._make([0] * len(Attributes._fields))
     return zero._replace(
-        mask=0x7FF | STATX_BTIME,
         ino=ino,
         device=device,
         btime=seconds,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llloop import wire
-from llloop.front.native.listing import Listing
+from llloop.front.native.listing import Listing, name_of
 from llloop.syscalls import directory_blocks, read_directory
 
 # struct linux_dirent64 (getdents(2))
@@ -73,9 +73,9 @@ def test_every_entry_comes_once_and_whole(style: str, filler: bytes, size: int) 
         blocks = [block_of(order[start : start + 700], filler) for start in range(0, len(order), 700)]
         listing = Listing(blocks, lambda ino: ino, foreign=False)
         assert all_of(listing, size) == order
-        record, name = listing.record(1234)
-        assert parsed(record, 1234) == [order[1234]]
-        assert name == order[1234][2]
+        records = listing.records(1234, 1300, 1 << 20, 128)
+        assert parsed(b"".join(records), 1234) == order[1234:1300]
+        assert [name_of(record) for record in records] == [name for _, _, name in order[1234:1300]]
 
 
 @pytest.mark.parametrize("style", NAMES)
@@ -102,6 +102,14 @@ def test_numbers_are_those_of_the_mount(foreign: bool) -> None:
     shown = [ino for ino, _, _ in all_of(listing, 4096)]
     assert shown[:2] == [1005, 1002]
     assert shown[2:] == [number + 1000 * foreign for number in range(100, 300)]
+
+
+def test_as_many_entries_as_fit_with_what_goes_along() -> None:
+    listing = Listing([block_of([(n, 8, b"%08d" % n) for n in range(1, 41)])], lambda ino: ino, foreign=False)
+    assert len(listing.records(0, 40, 10 * 160, 128)) == 10
+    assert len(listing.records(0, 40, 10 * 160 - 1, 128)) == 9
+    assert len(listing.records(35, 40, 10 * 160, 128)) == 5
+    assert listing.records(40, 40, 10 * 160, 128) == []
 
 
 def test_an_empty_listing_and_a_cookie_behind_its_end() -> None:

@@ -391,6 +391,53 @@ def test_a_directory_is_listed_whole_and_once(source: Source, kernel: Kernel, pl
         assert len(source.mirror.inodes) == 1, "a listing alone looks nothing up"
 
 
+def test_attributes_just_asked_for_one_by_one_do_not_come_again_with_the_listing(
+    source: Source, kernel: Kernel
+) -> None:
+    router = source.mirror.router
+    for number in range(10):
+        (source.path / f"file{number}").write_text("")
+
+    def listed() -> dict[bytes, int]:
+        handle, _ = source.files.opendir(ROOT)
+        payload = kernel.payload(Opcode.READDIRPLUS, ROOT, struct.pack("=QQIIQII", handle, 0, 65536, 0, 0, 0, 0))
+        source.files.release(handle)
+        found = parse_listing(payload, plus=True)
+        return {entry.name: looked_up.nodeid for looked_up, entry in found if looked_up is not None}
+
+    def told() -> set[bytes]:
+        return {name for name, nodeid in listed().items() if nodeid}
+
+    everything = {b"file%d" % number for number in range(10)}
+    router.taken = 1_000_000_000_000
+    kernel.lookup(b"file0")
+    assert told() == everything, "one name looked up says nothing about the others"
+    router.taken += 5_000_000_000
+    for number in range(7):
+        kernel.lookup(b"file%d" % number)
+    (source.path / "new").write_text("")
+    before = {
+        name: source.mirror.inodes.lookups(os.stat(source.path / os.fsdecode(name)).st_ino) for name in everything
+    }
+    assert listed().keys() == everything | {b"new", b".", b".."}
+    after = {name: source.mirror.inodes.lookups(os.stat(source.path / os.fsdecode(name)).st_ino) for name in everything}
+    assert before == after, "what the kernel was not told of is not counted"
+    assert told() == set(), "the kernel has them all"
+    router.taken += 1_100_000_000
+    assert told() == everything | {b"new"}, "what it has is too old to be used"
+
+
+def test_a_listing_longer_than_the_table_of_attributes(source: Source, kernel: Kernel) -> None:
+    for number in range(300):
+        (source.path / f"{number:03}").write_text("x" * number)
+    payload = kernel.payload(Opcode.READDIRPLUS, ROOT, struct.pack("=QQIIQII", opendir(kernel), 0, 1 << 20, 0, 0, 0, 0))
+    found = {listed.name: entry for entry, listed in parse_listing(payload, plus=True)}
+    for number in range(300):
+        entry = found[b"%03d" % number]
+        assert entry is not None
+        assert entry.attr.size == number
+
+
 def test_a_name_that_goes_during_a_listing(source: Source, kernel: Kernel) -> None:
     for name in ("stays", "goes"):
         (source.path / name).write_text("")

@@ -145,6 +145,7 @@ LAYOUTS = [
     plain("ATTR", "fuse_attr", ATTR_FIELDS, since=32),
     plain("ENTRY_HEAD", "fuse_entry_out", ENTRY_FIELDS, longer=True),
     plain("ENTRY", "fuse_entry_out", f"{ENTRY_FIELDS} {nested('attr', ATTR_FIELDS)}", since=32),
+    reply("ENTRY_REPLY", "fuse_entry_out", f"{ENTRY_FIELDS} {nested('attr', ATTR_FIELDS)}", since=32),
     reply("ATTR_REPLY", "fuse_attr_out", f"attr_valid attr_valid_nsec {nested('attr', ATTR_FIELDS)}", since=32),
     reply("OPEN_REPLY", "fuse_open_out", "fh open_flags backing_id"),
     plain("OPEN_OUT", "fuse_open_out", "fh open_flags backing_id"),

@@ -25,6 +25,7 @@ from .changes import ChangeRequests
 from .directories import DirectoryRequests
 from .files import FileRequests
 from .names import NameRequests
+from .recent import RecentLookups
 from .xattrs import XattrRequests
 
 # Takes the position of a request in the arena, and its length.
@@ -38,9 +39,10 @@ def native_table(mirror: Mirror, device: int) -> dict[Opcode, Handler]:
         mirror: what they work on.
         device: the descriptor of /dev/fuse.
     """
-    names = NameRequests(mirror, device)
+    recent = RecentLookups(mirror.policy.both_ns)
+    names = NameRequests(mirror, device, recent)
     changes = ChangeRequests(mirror, device)
-    directories = DirectoryRequests(mirror, device)
+    directories = DirectoryRequests(mirror, device, recent)
     files = FileRequests(mirror, device)
     xattrs = XattrRequests(mirror, device)
     table: dict[Opcode, Handler] = {

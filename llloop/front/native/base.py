@@ -89,19 +89,34 @@ class Responder:
 
     def _entry(self, nodeid: int, attributes: Attributes) -> bytes:
         """Return ``struct fuse_entry_out``."""
-        return wire.ENTRY.pack(
+        return _pack_entry(
             nodeid,
             self._inodes.get(nodeid).birth,
             *self._validity,
             nodeid,
             *_ATTR_FIELDS(attributes),
-            *_device(attributes),
+            _device(attributes),
+            attributes.blksize,
             0,
         )
 
     def _reply_entry(self, unique: int, nodeid: int, attributes: Attributes) -> None:
-        if self._send(wire.reply(unique, self._entry(nodeid, attributes))):
-            self._inodes.count(nodeid)
+        inodes = self._inodes
+        reply = _pack_entry_reply(
+            _ENTRY_REPLY_SIZE,
+            0,
+            unique,
+            nodeid,
+            inodes.get(nodeid).birth,
+            *self._validity,
+            nodeid,
+            *_ATTR_FIELDS(attributes),
+            _device(attributes),
+            attributes.blksize,
+            0,
+        )
+        if self._send(reply):
+            inodes.count(nodeid)
         else:
             self._tree.forget(nodeid, 0)
 
@@ -115,11 +130,15 @@ class Responder:
             *self._attr_timeout,
             nodeid,
             *_ATTR_FIELDS(attributes),
-            *_device(attributes),
+            _device(attributes),
+            attributes.blksize,
             0,
         )
 
 
+_pack_entry = wire.ENTRY.pack
+_pack_entry_reply = wire.ENTRY_REPLY.pack
+_ENTRY_REPLY_SIZE = wire.ENTRY_REPLY.size
 # What struct fuse_attr says between ino and rdev, in its order.
 _ATTR_FIELDS = itemgetter(
     *map(
@@ -142,8 +161,8 @@ _ATTR_FIELDS = itemgetter(
 )
 
 
-def _device(attributes: Attributes) -> tuple[int, int]:
-    """Return rdev and blksize of struct fuse_attr."""
+def _device(attributes: Attributes) -> int:
+    """Return rdev of struct fuse_attr."""
     if attributes.rdev_major or attributes.rdev_minor:
-        return wire.encode_device(attributes.rdev_major, attributes.rdev_minor), attributes.blksize
-    return 0, attributes.blksize
+        return wire.encode_device(attributes.rdev_major, attributes.rdev_minor)
+    return 0

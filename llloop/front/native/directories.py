@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 from ... import wire
-from ...syscalls import directory_blocks, fstatx, statx
+from ...syscalls import StatxTable, directory_blocks, fstatx
 from ..handles import Handle
 from ..inodes import ROOT
 from ..mirror import Mirror
 from ..snapshots import load, save
 from .base import Responder
-from .listing import Listing
+from .entries import entries
+from .listing import Listing, name_of, number_of
+from .recent import RecentLookups
 
 _NO_ENTRY = bytes(wire.ENTRY.size)
 _NOT_LOOKED_UP = frozenset({b".", b".."})
@@ -17,13 +21,17 @@ _NOT_LOOKED_UP = frozenset({b".", b".."})
 # In a directory with more entries than the first number, the second many are enough to find out.
 _LARGE = 1000
 _SAMPLE = 32
+# So many entries are looked up at once.
+_ROWS = 128
 
 
 class DirectoryRequests(Responder):
-    """The handlers; see `Responder`."""
+    """The handlers; see `Responder`. *recent* says what has been looked up of late."""
 
-    def __init__(self, mirror: Mirror, device: int) -> None:
+    def __init__(self, mirror: Mirror, device: int, recent: RecentLookups) -> None:
         super().__init__(mirror, device)
+        self._recent = recent
+        self._table = StatxTable(_ROWS)
         self._listings: dict[int, Listing] = {}
         self._device_of_root = mirror.inodes.get(ROOT).device
 
@@ -90,39 +98,53 @@ class DirectoryRequests(Responder):
         unique, number, offset, size = wire.READDIR_REQUEST.unpack_from(self._memory, base)
         handle = self._handles.get(number)
         listing = self._listing(handle, number, offset)
-        reply = bytearray(wire.OUT_HEADER_SIZE)
-        limit = wire.OUT_HEADER_SIZE + size
-        looked_up = []
-        given = 0
         end = len(listing)
         if offset == 0 and end > _LARGE:
             end = _SAMPLE
-        for position in range(offset, end):
-            record, name = listing.record(position)
-            if len(reply) + wire.ENTRY.size + len(record) > limit:
-                break
-            nodeid, head = self._look_up(handle, name)
-            if nodeid:
-                looked_up.append(nodeid)
-            reply += head
-            reply += record
-            given += 1
-        self._keep_for_next_front(handle, listing, offset + given)
-        wire.OUT_HEADER.pack_into(reply, 0, len(reply), 0, unique)
-        if self._send(reply):
+        records = listing.records(offset, end, size, wire.ENTRY.size)
+        self._keep_for_next_front(handle, listing, offset + len(records))
+        looked_up, found = self._look_up(handle, records, len(listing)) if records else ([], [])
+        if self._send(wire.reply(unique, b"".join(chain.from_iterable(zip(found, records, strict=True))))):
             for nodeid in looked_up:
                 self._inodes.count(nodeid)
         else:
             for nodeid in looked_up:
                 self._tree.forget(nodeid, 0)
 
-    def _look_up(self, handle: Handle, name: bytes) -> tuple[int, bytes]:
-        """Return an entry's number and ``struct fuse_entry_out``; nothing but zeros if the kernel is to ask itself."""
-        if name in _NOT_LOOKED_UP:
-            return 0, _NO_ENTRY
-        try:
-            attributes = statx(handle.descriptor, name)
-        except OSError:  # gone meanwhile, or not to be reached: a lookup will say so
-            return 0, _NO_ENTRY
-        nodeid = self._tree.inodes.remember(handle.nodeid, name, attributes)
-        return nodeid, self._entry(nodeid, attributes)
+    def _look_up(self, handle: Handle, records: list[bytes], among: int) -> tuple[list[int], list[bytes]]:
+        """Look up what a part of a listing names.
+
+        Args:
+            handle: the directory.
+            records: the part of its listing.
+            among: how many entries the whole has.
+
+        Returns:
+            The numbers of what was found, and ``struct fuse_entry_out`` for each record; nothing but zeros if the
+            kernel is to ask itself.
+        """
+        parent, inodes, table = handle.nodeid, self._inodes, self._table
+        names = [name_of(record) for record in records]
+        wanted = [position for position, name in enumerate(names) if name not in _NOT_LOOKED_UP]
+        if 2 * self._recent.count(parent, self._mirror.router.taken) > among:
+            # Mostly the kernel has just asked for them one by one, and needs no more than the names.
+            wanted = [position for position in wanted if number_of(records[position]) not in inodes]
+        looked_up = []
+        result = [_NO_ENTRY] * len(records)
+        for first in range(0, len(wanted), len(table)):
+            positions = wanted[first : first + len(table)]
+            is_there = table.look_at(handle.descriptor, [names[position] for position in positions])
+            nodeids, births = [], []
+            for row, position in enumerate(positions):
+                nodeid = birth = 0
+                if is_there[row]:  # else gone meanwhile, or not to be reached: a lookup will say so
+                    nodeid = inodes.remember(parent, names[position], table.attributes(row))
+                    birth = inodes.get(nodeid).birth
+                    looked_up.append(nodeid)
+                nodeids.append(nodeid)
+                births.append(birth)
+            found = entries(table, nodeids, births, self._validity)
+            for position, nodeid, entry in zip(positions, nodeids, found, strict=True):
+                if nodeid:
+                    result[position] = entry
+        return looked_up, result

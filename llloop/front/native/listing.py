@@ -7,14 +7,17 @@ column, with slices that take every n-th byte; what is no such run goes one by o
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from struct import Struct
 
 from ... import wire
 
 _HEAD = Struct("=8s8xHB")  # struct linux_dirent64: d_ino, d_reclen, d_type; then the name and a NUL
 _NAME = 19
+_WORD = 8
 _DIRENT = Struct("=8sQII")  # wire.DIRENT with the number as it lies in memory
 _NUMBER = Struct("=Q")
 _TYPE = 20  # offsetof(struct fuse_dirent, type)
@@ -104,14 +107,34 @@ class Listing:
         cookie = bisect_right(ends, start + size, offset) - 1
         return self.data[start : ends[cookie]], cookie
 
-    def record(self, position: int) -> tuple[bytes, bytes]:
-        """Return ``struct fuse_dirent`` of an entry, and the entry's name.
+    def records(self, offset: int, end: int, size: int, each: int) -> list[bytes]:
+        """Return ``struct fuse_dirent`` of as many entries as fit into *size* bytes.
 
         Args:
-            position: counted from zero.
+            offset: how many entries are passed over.
+            end: behind which no more are returned.
+            size: in bytes.
+            each: what goes along with each entry, in bytes.
         """
-        record = self.data[self._ends[position] : self._ends[position + 1]]
-        return record, record[wire.DIRENT.size :].rstrip(b"\0")
+        data, ends = self.data, self._ends[offset : end + 1]
+        records = []
+        for start, following in pairwise(ends):
+            size -= following - start + each
+            if size < 0:
+                break
+            records.append(data[start:following])
+        return records
+
+
+def name_of(record: bytes) -> bytes:
+    """Return the name in one ``struct fuse_dirent``."""
+    return record[wire.DIRENT.size :].rstrip(b"\0")
+
+
+def number_of(record: bytes) -> int:
+    """Return the inode number in one ``struct fuse_dirent``."""
+    number: int = _NUMBER.unpack_from(record)[0]
+    return number
 
 
 def _run(block: bytes, position: int, stride: int, length: int) -> int:
@@ -121,8 +144,9 @@ def _run(block: bytes, position: int, stride: int, length: int) -> int:
     count = _same(block[position + low :: stride], stride & 255)
     count = _same(block[position + high :: stride][:count], stride >> 8)
     count = _same(block[position + end :: stride][:count], 0)
-    # No earlier byte of the name may be NUL; the last one tells, since what follows a name is not defined.
-    for column in range(length - 1, -1, -1):
+    # No earlier byte of the name may be NUL; what follows a name is not defined. Only the last few can be: records
+    # are padded to words of eight bytes (filldir64() of Linux), so names in records of one size differ by less.
+    for column in range(length - 1, max(length - _WORD, -1), -1):
         shorter = block[position + _NAME + column :: stride].find(0, 0, count)
         if shorter >= 0:
             count = shorter
@@ -139,11 +163,17 @@ def _columns(block: bytes, position: int, stride: int, length: int, count: int, 
     size = wire.DIRENT.size + length + len(_PADDING[length & 7])
     end = position + count * stride
     out = bytearray(_DIRENT.pack(bytes(8), 0, length, 0).ljust(size, b"\0") * count)
-    cookies = memoryview(Struct(f"={count}Q").pack(*range(cookie, cookie + count)))
-    for column in range(8):
-        out[column::size] = block[position + column : end : stride]
-        out[8 + column :: size] = cookies[column::8]
-    out[_TYPE::size] = block[position + _HEAD.size - 1 : end : stride]
-    for column in range(length):
+    # Column by column: words of eight bytes while there are any, for which names are seen from where words begin.
+    given = memoryview(block)
+    numbers = given[position:end].cast("Q")
+    names = given[position + _NAME % _WORD : end + _NAME % _WORD - _WORD].cast("Q")
+    words = memoryview(out).cast("Q")
+    step, given_step = size // _WORD, stride // _WORD
+    words[::step] = numbers[::given_step]
+    words[1::step] = memoryview(array("Q", range(cookie, cookie + count)))
+    for word in range(length // _WORD):
+        words[wire.DIRENT.size // _WORD + word :: step] = names[_NAME // _WORD + word :: given_step]
+    for column in range(length // _WORD * _WORD, length):
         out[wire.DIRENT.size + column :: size] = block[position + _NAME + column : end : stride]
+    out[_TYPE::size] = block[position + _HEAD.size - 1 : end : stride]
     return out, size

@@ -9,13 +9,16 @@ from ...syscalls import Attributes, fstatx
 from ..mirror import Mirror
 from ..tree import Changes
 from .base import Responder
+from .recent import RecentLookups
 
 
 class NameRequests(Responder):
-    """The handlers; see `Responder`."""
+    """The handlers; see `Responder`. *recent* is told of lookups."""
 
-    def __init__(self, mirror: Mirror, device: int) -> None:
+    def __init__(self, mirror: Mirror, device: int, recent: RecentLookups) -> None:
         super().__init__(mirror, device)
+        self._recent = recent
+        self._router = mirror.router
         self._forgetting = mirror.forgetting
         seconds, nanoseconds = mirror.policy.negative
         # struct fuse_entry_out of a name that does not exist; empty where the kernel is not to remember that.
@@ -35,6 +38,7 @@ class NameRequests(Responder):
             self._send(wire.reply(unique, self._negative))
             return
         self._reply_entry(unique, nodeid, attributes)
+        self._recent.note(parent, self._router.taken)
 
     def forget(self, base: int, length: int) -> None:
         """FUSE_FORGET and FUSE_BATCH_FORGET: have no reply."""
