@@ -93,6 +93,15 @@ def statx(directory: int, name: bytes) -> Attributes:
     return _new(Attributes, _statx_unpack(_statx_buffer))
 
 
+def find(directory: int, name: bytes) -> Attributes | None:
+    """Return what `statx` does, or None if there is no *name*: most that is looked for is not there."""
+    if _statx(directory, name, _NAMED, _STATX_MASK, _statx_buffer):
+        if ctypes.get_errno() == errno.ENOENT:
+            return None
+        raise _raise(name)
+    return _new(Attributes, _statx_unpack(_statx_buffer))
+
+
 def fstatx(fd: int) -> Attributes:
     """Return the attributes of the open file *fd*; O_PATH will do (statx(2), AT_EMPTY_PATH)."""
     if _statx(fd, b"", AT_EMPTY_PATH, _STATX_MASK, _statx_buffer):

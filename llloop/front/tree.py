@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 from .. import syscalls, wire
 from ..privilege import Caller, SetidGuard
-from ..syscalls import Attributes, fstatx, statx
+from ..syscalls import Attributes, find, fstatx, statx
 from .anchors import Anchors, Reached
 from .attempts import Attempt, Attempts
 from .handles import Handle, Handles
@@ -107,6 +107,11 @@ class Tree:
         """Return number and attributes of *name* in *parent*."""
         attributes = statx(self.anchors.directory(parent), check_name(name))
         return self.inodes.remember(parent, name, attributes), attributes
+
+    def find(self, parent: int, name: bytes) -> tuple[int, Attributes] | None:
+        """Return what `lookup` does, or None if there is no *name* in *parent*."""
+        attributes = find(self.anchors.directory(parent), check_name(name))
+        return None if attributes is None else (self.inodes.remember(parent, name, attributes), attributes)
 
     def forget(self, nodeid: int, lookups: int) -> None:
         """Take back *lookups* of an inode."""

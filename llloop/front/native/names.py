@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 
 from ... import wire
 from ...syscalls import Attributes, fstatx
@@ -30,15 +31,14 @@ class NameRequests(Responder):
         """FUSE_LOOKUP."""
         unique, parent = wire.NODE_REQUEST.unpack_from(self._memory, base)
         name = self._name(base, length)
-        try:
-            nodeid, attributes = self._tree.lookup(parent, name)
-        except FileNotFoundError:
-            if not self._negative:
-                raise
+        found = self._tree.find(parent, name)
+        if found is not None:
+            self._reply_entry(unique, *found)
+            self._recent.note(parent, self._router.taken)
+        elif self._negative:
             self._send(wire.reply(unique, self._negative))
-            return
-        self._reply_entry(unique, nodeid, attributes)
-        self._recent.note(parent, self._router.taken)
+        else:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 
     def forget(self, base: int, length: int) -> None:
         """FUSE_FORGET and FUSE_BATCH_FORGET: have no reply."""
