@@ -21,8 +21,11 @@ PROTOCOL_MINOR = 45  # the newest whose structs wire.py knows
 MAX_WRITE = 512 * 1024
 MAX_PAGES = MAX_WRITE // wire.PAGE_SIZE
 
-# Requests that may be under way without a process waiting for each (read-ahead, writeback, asynchronous I/O).
-MAX_BACKGROUND = 64
+# Requests that may be under way without a process waiting for each (read-ahead, writeback, asynchronous I/O). Those
+# that wait for a worker that hangs count too, and when all do, nobody's are sent any more, for whatever worker.
+MAX_BACKGROUND = 256
+# Where the kernel collects writes, most bring data along, which the front would copy if one worker had no slots left.
+MAX_BACKGROUND_COLLECTED = 64
 
 
 class Feature(IntFlag):
@@ -138,13 +141,14 @@ def negotiate(
         wanted &= ~(Feature.DO_READDIRPLUS | Feature.READDIRPLUS_AUTO)
     agreed = Feature(int(wanted) & offered)
     capabilities = Capabilities(min(minor, PROTOCOL_MINOR), agreed)
+    background = MAX_BACKGROUND_COLLECTED if Feature.WRITEBACK_CACHE in agreed else MAX_BACKGROUND
     payload = wire.INIT_OUT.pack(
         PROTOCOL_MAJOR,
         capabilities.minor,
         max_readahead,
         int(agreed) & 0xFFFFFFFF,
-        MAX_BACKGROUND,
-        MAX_BACKGROUND * 3 // 4,
+        background,
+        background * 3 // 4,
         MAX_WRITE,
         1,  # time granularity in nanoseconds
         MAX_PAGES,

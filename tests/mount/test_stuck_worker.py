@@ -8,11 +8,12 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from llloop import client
 from tests.conftest import Serve
 from tests.expect import pattern
 from tests.mirror import Mirror
@@ -21,7 +22,11 @@ from tests.server_processes import wait_until, workers
 pytestmark = [pytest.mark.mounted, pytest.mark.own_loop, pytest.mark.by_workers, pytest.mark.user]
 
 LARGE = 200_000  # bytes; more than the front does by itself
+# Made once: out of memory that no page has been put to yet, the kernel sends a write in pieces that the front does.
+CONTENT = b"x" * LARGE
 MANY = 300  # more than there are slots
+# The one that is stopped is to hold back data, and not names too.
+WORKERS = ("--workers", "2", "--metadata", "front")
 
 
 def files_by_worker(mirror: Mirror, count: int = 16) -> dict[str, list[Path]]:
@@ -29,16 +34,19 @@ def files_by_worker(mirror: Mirror, count: int = 16) -> dict[str, list[Path]]:
     found: dict[str, list[Path]] = {}
     for number in range(count):
         path = mirror.mountpoint / f"file{number}"
-        before = {title: syscalls_made(pid) for title, pid in workers(mirror).items()}
+        before = moved_by(mirror)
         path.write_bytes(pattern(LARGE, number))
-        after = {title: syscalls_made(pid) for title, pid in workers(mirror).items()}
-        (owner,) = (title for title in after if after[title] != before[title])
+        # A worker counts after it has answered.
+        assert wait_until(lambda: sum(moved_by(mirror).values()) == sum(before.values()) + LARGE)  # noqa: B023
+        (owner,) = (title for title, moved in moved_by(mirror).items() if moved != before[title])
         found.setdefault(owner, []).append(path)
     return found
 
 
-def syscalls_made(pid: int) -> str:
-    return Path(f"/proc/{pid}/io").read_text()
+def moved_by(mirror: Mirror) -> dict[str, int]:
+    """How many bytes of files each worker has moved, by its title."""
+    stats = client.ask_mount(str(mirror.mountpoint), "stats")
+    return {f"llloop-{worker['name']}": worker["bytes"] for worker in stats["workers"]}
 
 
 def files_open_on(device: int) -> int:
@@ -61,12 +69,17 @@ def mounts_of(device: int) -> set[int]:
 def write_some(path: Path) -> None:
     """What may fail is not of interest here, only that it ends."""
     with contextlib.suppress(OSError), path.open("r+b") as file:
-        file.write(bytes(LARGE))
+        file.write(CONTENT)
+
+
+def read_all(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.read_bytes()
 
 
 @contextlib.contextmanager
-def in_threads(paths: list[Path]) -> Iterator[list[threading.Thread]]:
-    threads = [threading.Thread(target=write_some, args=(path,)) for path in paths]
+def in_threads(paths: list[Path], action: Callable[[Path], None] = write_some) -> Iterator[list[threading.Thread]]:
+    threads = [threading.Thread(target=action, args=(path,)) for path in paths]
     for thread in threads:
         thread.start()
     try:
@@ -85,8 +98,9 @@ def all_works(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+@pytest.mark.at_once("the kernel sends 64 collected writes at a time, whichever workers these wait for")
 def test_a_stopped_worker_stops_no_other(serve: Serve) -> None:
-    mirror = serve("--workers", "2")
+    mirror = serve(*WORKERS)
     owners = files_by_worker(mirror)
     (stopped, theirs), (_, others) = sorted(owners.items())
     stuck = []
@@ -111,17 +125,43 @@ def test_a_stopped_worker_stops_no_other(serve: Serve) -> None:
     finally:
         with contextlib.suppress(KeyError):
             os.kill(workers(mirror)[stopped], signal.SIGCONT)
-    assert all((mirror.source / path.name).read_bytes() == bytes(LARGE) for path in [*stuck, *theirs])
+    assert all((mirror.source / path.name).read_bytes() == CONTENT for path in [*stuck, *theirs])
     for path in theirs[:2]:
         all_works(path)
 
 
+@pytest.mark.at_once("collected writes and read-ahead are 64 at a time, whichever workers these wait for")
+def test_many_readers_who_wait_for_a_stopped_worker_stop_no_other(serve: Serve) -> None:
+    """The kernel lets so many read ahead at a time, and these must not all be those who wait."""
+    mirror = serve(*WORKERS)
+    stopped, _ = sorted(workers(mirror))
+    others = next(paths for owner, paths in files_by_worker(mirror).items() if owner != stopped)
+    paths = [mirror.mountpoint / f"more{number}" for number in range(MANY)]
+    for number in range(MANY):
+        (mirror.source / f"more{number}").write_bytes(CONTENT)
+    os.kill(workers(mirror)[stopped], signal.SIGSTOP)
+    try:
+        with in_threads(paths, read_all) as threads:
+            try:
+                assert wait_until(lambda: sum(not thread.is_alive() for thread in threads) > MANY // 4)
+                assert sum(thread.is_alive() for thread in threads) > MANY // 4
+                for path in others[:3]:
+                    all_works(path)
+            finally:
+                os.kill(workers(mirror)[stopped], signal.SIGCONT)
+        assert not any(thread.is_alive() for thread in threads)
+    finally:
+        with contextlib.suppress(KeyError):
+            os.kill(workers(mirror)[stopped], signal.SIGCONT)
+
+
+@pytest.mark.at_once("a collected write does not wait for its answer")
 def test_a_dead_source_does_not_stop_the_front(serve: Serve) -> None:
     """Data below SRC does not come any more: SRC is another mount, whose worker is stopped.
 
     There are more requests than slots, and the front must not try its own hand at what is too much for the workers.
     """
-    below = serve("--workers", "1")
+    below = serve("--workers", "1", "--metadata", "front")
     for number in range(MANY):
         (below.source / f"{number}").touch()
     outer = serve("--workers", "2", "--metadata", "front", source=below.mountpoint)
@@ -144,5 +184,5 @@ def test_a_dead_source_does_not_stop_the_front(serve: Serve) -> None:
         assert not any(thread.is_alive() for thread in threads)
     finally:
         os.kill(inner, signal.SIGCONT)
-    assert all((below.source / path.name).read_bytes() == bytes(LARGE) for path in paths)
+    assert all((below.source / path.name).read_bytes() == CONTENT for path in paths)
     outer.stop()

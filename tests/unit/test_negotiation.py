@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from llloop import wire
 from llloop.negotiation import (
     MAX_BACKGROUND,
+    MAX_BACKGROUND_COLLECTED,
     MAX_PAGES,
     MAX_WRITE,
     PROTOCOL_MINOR,
@@ -122,6 +123,8 @@ def test_sizes_fit_the_pipe_and_each_other() -> None:
     # The header and an unaligned range take two more; more than 256 no ordinary process may have.
     assert MAX_PAGES + 2 <= 256
     assert 0 < answer["congestion"] <= answer["background"] == MAX_BACKGROUND
+    collected = parse(agree(init_request(EVERYTHING), writeback=True)[0])
+    assert 0 < collected["congestion"] <= collected["background"] == MAX_BACKGROUND_COLLECTED
     assert answer["time_gran"] == 1
     assert answer["map_alignment"] == answer["stack_depth"] == answer["timeout"] == 0
 
