@@ -24,6 +24,7 @@ MARKERS = (
     "own_loop: only llloop's own request loop can do it",
     "by_workers: of I/O that passes through llloop, left out with --serve-option=--io=kernel",
     "at_once(reason): needs what --writeback does not promise, left out with --serve-option=--writeback",
+    "within_a_second: of changes in the source that --cache=always does not look for, left out with that option",
     "slow: takes many seconds",
 )
 
@@ -65,6 +66,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="only llloop's own loop can do this"))
         if item.get_closest_marker("by_workers") and "--io=kernel" in config.getoption("--serve-option"):
             item.add_marker(pytest.mark.skip(reason="the kernel does the I/O itself, and this its own way"))
+        if item.get_closest_marker("within_a_second") and "--cache=always" in config.getoption("--serve-option"):
+            item.add_marker(pytest.mark.skip(reason="the kernel keeps names and attributes for a day"))
         at_once = item.get_closest_marker("at_once")
         if at_once and "--writeback" in config.getoption("--serve-option"):
             item.add_marker(pytest.mark.skip(reason=at_once.args[0]))

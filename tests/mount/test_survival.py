@@ -31,7 +31,7 @@ from tests.server_processes import descriptors as descriptors_of
 from tests.server_processes import private_memory, process_ids, titles, wait_until
 from tests.syscalls import opened
 
-pytestmark = [pytest.mark.mounted, pytest.mark.user, pytest.mark.by_workers]
+pytestmark = [pytest.mark.mounted, pytest.mark.user]
 
 STRANGER = Caller(4001, 4001)
 # More than the front does by itself.
@@ -83,13 +83,15 @@ def replace_front(mirror: Mirror) -> None:
 
 @pytest.mark.at_once("a collected write does not wait for its answer")
 @pytest.mark.own_loop
+@pytest.mark.by_workers
 @pytest.mark.parametrize("fate", ["goes on", "is killed"])
 @pytest.mark.parametrize("deaths", [1, 5])
 def test_a_dead_front_s_request_reaches_its_file_and_no_other(
     resending: Callable[..., Mirror], fate: str, deaths: int
 ) -> None:
     """A worker has it in hand and stands still while fronts come and go, more than one request may ever kill."""
-    mirror = resending("--workers", "1")
+    # It is not to be asked about names, for nobody would be told any.
+    mirror = resending("--workers", "1", "--metadata", "front")
     mirror.expect_log(DEATH_OF_THE_FRONT)
     if fate == "is killed":
         mirror.expect_log(DEATH_OF_A_WORKER)
@@ -177,8 +179,9 @@ def make_and_remove(directory: Path, times: int) -> int:
 
 
 @pytest.mark.own_loop
+@pytest.mark.by_workers
 def test_a_worker_that_stands_still_stops_no_other_shard(serve: Serve) -> None:
-    mirror = serve("--workers", "4", "--cache", "never")
+    mirror = serve("--workers", "4", "--cache", "never", "--metadata", "front")
     stopped, *_ = process_ids(mirror, "worker")
     files = [mirror.mountpoint / f"{number}" for number in range(24)]
     for path in files:
@@ -385,6 +388,7 @@ def test_workers_killed_under_load_lose_and_repeat_nothing(serve: Serve, tmp_pat
         assert same == [True, True], f"process {number}: {same}"
 
 
+@pytest.mark.by_workers
 def test_a_worker_killed_with_requests_in_hand(serve: Serve) -> None:
     """It has been told of them and has done none: the next one has to do them all, and appends only once."""
     mirror = serve("--workers", "1", "--cache", "never")
@@ -428,6 +432,8 @@ def test_a_worker_killed_with_requests_in_hand(serve: Serve) -> None:
 
 
 @pytest.mark.own_loop
+@pytest.mark.by_workers
+@pytest.mark.at_once("a collected write does not wait for its answer")
 def test_without_a_keeper_open_files_are_opened_again_by_name(serve: Serve) -> None:
     """On kinds of machines for which nobody has looked up how to clone, and where keeper and front both die."""
     program = "import platform; platform.machine = lambda: 'vax'; from llloop.cli import main; main()"
