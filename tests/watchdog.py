@@ -32,9 +32,11 @@ def processes_of_session(session: int) -> list[int]:
 
 
 def kill_session(session: int) -> None:
-    for pid in processes_of_session(session):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, signal.SIGKILL)
+    # All are stopped before the first dies: the keeper would see that and clean up behind it.
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in processes_of_session(session):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, number)
 
 
 def unescaped(field: str) -> str:

@@ -186,7 +186,7 @@ class Inodes:
             inode = table.get(nodeid)
         if inode is None:
             birth = birth_of(attributes) if self._births else 0
-            inode = Inode(parent, name, number, device, birth)
+            inode = Inode(parent, name, number, self._shared(device), birth)
             # The record comes first: what the kernel is told of, the next front must find.
             inode.place = self._ledger.add(INODE, (nodeid, parent, number, device, birth & _MASK, 0, 0), name)
             table[nodeid] = inode
@@ -196,6 +196,10 @@ class Inodes:
         elif inode.name != name or inode.parent != parent or not inode.is_same(attributes):
             self._found_elsewhere(nodeid, inode, parent, name, attributes)
         return nodeid
+
+    def _shared(self, device: int) -> int:
+        """Return *device*, mostly as the one object that all inodes share: a number for each would cost 32 bytes."""
+        return self._root_device if device == self._root_device else device
 
     def count(self, nodeid: int) -> None:
         """Note that the kernel has been told of an inode once more."""
@@ -335,7 +339,7 @@ class Inodes:
                 nodeid, parent, number, device, birth, lookups, pin = record.fields
                 # A birth before 1970 is negative.
                 name = record.name if parent else b""
-                inode = Inode(parent, name, number, device, birth - (birth >> 63 << 64))
+                inode = Inode(parent, name, number, self._shared(device), birth - (birth >> 63 << 64))
                 inode.lookups = lookups
                 inode.place = record.place
                 superseded = self._table.get(nodeid)

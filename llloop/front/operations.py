@@ -137,11 +137,11 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
 
     @_answered
     def lookup(self, parent: int, name: bytes, context: RequestContext) -> EntryAttributes:
-        try:
-            return self._entry(*self._mirror.tree.lookup(parent, name))
-        except FileNotFoundError:
-            if not self._mirror.config.negative_timeout:
-                raise
+        found = self._mirror.tree.find(parent, name)
+        if found is not None:
+            return self._entry(*found)
+        if not self._mirror.config.negative_timeout:
+            raise FUSEError(errno.ENOENT)
         negative = EntryAttributes()
         negative.st_ino = 0
         negative.entry_timeout = self._mirror.config.negative_timeout

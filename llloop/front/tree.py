@@ -105,11 +105,13 @@ class Tree:
 
     def lookup(self, parent: int, name: bytes) -> tuple[int, Attributes]:
         """Return number and attributes of *name* in *parent*."""
-        attributes = statx(self.anchors.directory(parent), check_name(name))
-        return self.inodes.remember(parent, name, attributes), attributes
+        found = self.find(parent, name)
+        if found is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return found
 
     def find(self, parent: int, name: bytes) -> tuple[int, Attributes] | None:
-        """Return what `lookup` does, or None if there is no *name* in *parent*."""
+        """Return what `lookup` does, or None if there is no such name."""
         attributes = find(self.anchors.directory(parent), check_name(name))
         return None if attributes is None else (self.inodes.remember(parent, name, attributes), attributes)
 

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,7 +143,8 @@ def remote() -> Iterator[Remote]:
     finally:
         if process is not None:
             for pid in reversed(served.processes() if accepts(port) else [process.pid]):
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             process.wait(10)
         remove_tree(state)
 

@@ -19,7 +19,7 @@ from llloop.workers.transfers import Transfers
 
 METHODS: dict[type, tuple[str, ...]] = {
     Tree: (
-        "lookup", "forget", "getattr", "setattr", "readlink", "mknod", "mkdir", "symlink", "link", "unlink", "rmdir",
+        "find", "forget", "getattr", "setattr", "readlink", "mknod", "mkdir", "symlink", "link", "unlink", "rmdir",
         "rename", "statfs", "setxattr", "getxattr", "listxattr", "removexattr", "statx_raw",
     ),
     Files: ("open", "create", "tmpfile", "opendir", "entries", "release"),

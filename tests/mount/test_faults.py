@@ -88,7 +88,7 @@ def faulty(faulty_server: tuple[Mirror, Path], request: pytest.FixtureRequest) -
 
 
 REQUESTS: dict[str, Callable[[Path], object]] = {
-    "Tree.lookup": lambda mnt: os.stat(mnt / "file"),
+    "Tree.find": lambda mnt: os.stat(mnt / "file"),
     "Tree.setattr": lambda mnt: os.chmod(mnt / "file", 0o600),
     "Tree.readlink": lambda mnt: os.readlink(mnt / "symlink"),
     "Tree.mknod": lambda mnt: os.mkfifo(mnt / "new"),
