@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import OrderedDict
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable
 from types import TracebackType
 
 from ..syscalls import Attributes, fstatx, statx
@@ -140,12 +140,11 @@ class Anchors:
             raise stale()
         return fd
 
-    def places(self, nodeid: int) -> Iterator[tuple[int, bytes]]:
-        """Yield each (parent, name) under which *nodeid* was seen, the latest first."""
+    def places(self, nodeid: int) -> list[tuple[int, bytes]]:
+        """Return each (parent, name) under which *nodeid* was seen, the latest first."""
         inode = self._inodes.get(nodeid)
-        if inode.parent:
-            yield inode.parent, inode.name
-        yield from self._inodes.other_names(nodeid)
+        others = self._inodes.other_names(nodeid)
+        return [(inode.parent, inode.name), *others] if inode.parent else others
 
     def attributes(self, nodeid: int) -> Attributes:
         """Return the attributes of *nodeid*.

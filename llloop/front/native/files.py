@@ -34,7 +34,9 @@ class FileRequests(Responder):
         super().__init__(mirror, device)
         self._router = mirror.router
         capabilities = mirror.capabilities
-        self._writeback = capabilities is not None and Feature.WRITEBACK_CACHE in capabilities.features
+        features = capabilities.features if capabilities is not None else Feature(0)
+        self._writeback = Feature.WRITEBACK_CACHE in features
+        self._passes_through = Feature.PASSTHROUGH in features
         arena = mirror.router.arena
         self._view = arena.view
         self._sheet = arena.metrics.front
@@ -56,16 +58,16 @@ class FileRequests(Responder):
 
     def _how(self, number: int, nodeid: int, attributes: Attributes, *, is_new: bool) -> tuple[int, int]:
         """Return open_flags and backing_id for a file just opened."""
-        mirror = self._mirror
-        backing = mirror.passthrough.back(self._handles.get(number), attributes, is_new=is_new)
-        if backing:
-            self._gauges[_PASSED_THROUGH] += 1
-            return wire.FOPEN_PASSTHROUGH, backing
+        if self._passes_through:
+            backing = self._mirror.passthrough.back(self._handles.get(number), attributes, is_new=is_new)
+            if backing:
+                self._gauges[_PASSED_THROUGH] += 1
+                return wire.FOPEN_PASSTHROUGH, backing
         if self._writeback and fcntl.fcntl(self._handles.get(number).descriptor, fcntl.F_GETFL) & os.O_APPEND:
             # An append-only file (chattr +a): whole pages written back would be appended.
             self._gauges[_BYPASSED] += 1
             return wire.FOPEN_DIRECT_IO, 0
-        flags = mirror.policy.open_flags(mirror.inodes.get(nodeid), attributes)
+        flags = self._mirror.policy.open_flags(self._inodes.get(nodeid), attributes)
         self._gauges[_DECISIONS[flags]] += 1
         return flags, 0
 
