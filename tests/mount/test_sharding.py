@@ -78,7 +78,7 @@ def test_io_of_many_files_is_spread_over_the_workers(serve: Serve) -> None:
     files = [os.open(mirror.mountpoint / f"file{number}", os.O_RDWR | os.O_CREAT) for number in range(count)]
     try:
         for fd in files:
-            os.pwrite(fd, PIECE[:100_000], 0)
+            os.pwrite(fd, PIECE[:200_000], 0)
             os.fsync(fd)
         held = {
             title: {path for path in descriptors(pid) if path.startswith(str(mirror.source / "file"))}
