@@ -19,6 +19,7 @@ from ..wire import Opcode
 from .handles import Handle
 from .inodes import ROOT, stale
 from .mirror import Mirror
+from .router import Task
 from .tree import check_name
 
 _ANSWERS_AT_ONCE = 512
@@ -123,7 +124,7 @@ class Asking:
         # do not.
         descriptor, path = places[0]
         errand = self._errands[router.shard_of(crc32(path) if descriptor < 0 else nodeid)]
-        router.entrust(errand, -1, Operation.PROBE, unique, flags=flags, extra=tuple(places))
+        router.entrust(Task(errand, -1, Operation.PROBE, unique, flags=flags, extra=tuple(places)))
         return True
 
     def answered(self) -> Iterator[tuple[bytes, int]]:

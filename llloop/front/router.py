@@ -24,14 +24,30 @@ _LONGEST_PAUSE = 50
 _PARKED_MOST = 256 * 1024 * 1024
 
 
-# What `Router.submit` is given.
-_Arguments = tuple[Handle, int, Operation, int, int, int, int, int, int, tuple[Any, ...]]
+class Task(NamedTuple):
+    """What the request in `Router.slot` asks a worker to do.
+
+    Attributes:
+        handle: the open file, *number* its number.
+        operation, unique, offset, length, flags, uid, gid, extra: see `llloop.protocol.Request`.
+    """
+
+    handle: Handle
+    number: int
+    operation: Operation
+    unique: int
+    offset: int = 0
+    length: int = 0
+    flags: int = 0
+    uid: int = 0
+    gid: int = 0
+    extra: tuple[Any, ...] = ()
 
 
 class _Parked(NamedTuple):
     """A request that could not be handed over yet, with its payload if it is a WRITE."""
 
-    arguments: _Arguments
+    task: Task
     payload: bytes
     taken: int
 
@@ -78,70 +94,25 @@ class Router:
         """Return the worker for an inode's data I/O, evenly spread also over consecutive numbers."""
         return mix(nodeid) % self._shards
 
-    def entrust(
-        self,
-        handle: Handle,
-        number: int,
-        operation: Operation,
-        unique: int,
-        offset: int = 0,
-        length: int = 0,
-        flags: int = 0,
-        uid: int = 0,
-        gid: int = 0,
-        extra: tuple[Any, ...] = (),
-    ) -> None:
-        """Hand the request in `slot` to the worker of *handle*, now or, parked, as soon as that can be.
-
-        Args:
-            handle, number, operation, unique, offset, length, flags, uid, gid, extra: as for `submit`.
+    def entrust(self, task: Task) -> None:
+        """Hand a task to the worker of its file, now or, parked, as soon as that can be.
 
         Raises:
             OSError: ENOMEM, if too much is parked already.
         """
-        arguments = (handle, number, operation, unique, offset, length, flags, uid, gid, extra)
-        if not self.submit(*arguments):
-            self.park(*arguments)
+        if not self.submit(task):
+            self.park(task)
 
-    def submit(
-        self,
-        handle: Handle,
-        number: int,
-        operation: Operation,
-        unique: int,
-        offset: int = 0,
-        length: int = 0,
-        flags: int = 0,
-        uid: int = 0,
-        gid: int = 0,
-        extra: tuple[Any, ...] = (),
-    ) -> bool:
-        """Lend the request in `slot` to the worker of *handle* and take another slot for the next one.
-
-        Args:
-            handle: the open file, *number* its number.
-            operation, unique, offset, length, flags, uid, gid, extra: see `llloop.protocol.Request`.
+    def submit(self, task: Task) -> bool:
+        """Lend the request in `slot` to the worker of its file and take another slot for the next one.
 
         Returns:
             False if the request could not be handed over and is to be parked.
         """
-        if self._parked[handle.shard]:
-            return False
-        return self._hand_over(handle, number, operation, unique, offset, length, flags, uid, gid, extra)
+        return not self._parked[task.handle.shard] and self._hand_over(task)
 
-    def _hand_over(
-        self,
-        handle: Handle,
-        number: int,
-        operation: Operation,
-        unique: int,
-        offset: int,
-        length: int,
-        flags: int,
-        uid: int,
-        gid: int,
-        extra: tuple[Any, ...],
-    ) -> bool:
+    def _hand_over(self, task: Task) -> bool:
+        handle, number, operation, unique, offset, length, flags, uid, gid, extra = task
         shard = handle.shard
         if self._waiting[shard] and not self._flush(shard):
             return False
@@ -166,35 +137,20 @@ class Router:
         arena.give_back(slot)
         return False
 
-    def park(
-        self,
-        handle: Handle,
-        number: int,
-        operation: Operation,
-        unique: int,
-        offset: int,
-        length: int,
-        flags: int,
-        uid: int,
-        gid: int,
-        extra: tuple[Any, ...],
-    ) -> None:
-        """Keep a request that `submit` has declined, to be handed over in `wait`; `slot` is free for another then.
-
-        Args:
-            handle, number, operation, unique, offset, length, flags, uid, gid, extra: as for `submit`.
+    def park(self, task: Task) -> None:
+        """Keep a task that `submit` has declined, to be handed over in `wait`; `slot` is free for another then.
 
         Raises:
             OSError: ENOMEM, if too much is kept already.
         """
         payload = b""
-        if operation == Operation.WRITE:
-            if self._parked_bytes + length > _PARKED_MOST:
+        if task.operation == Operation.WRITE:
+            if self._parked_bytes + task.length > _PARKED_MOST:
                 raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-            payload = self._take_payload(length, flags)
-            self._parked_bytes += length
-        arguments = (handle, number, operation, unique, offset, length, flags & ~PIPED, uid, gid, extra)
-        self._parked[handle.shard].append(_Parked(arguments, payload, self.taken))
+            payload = self._take_payload(task.length, task.flags)
+            self._parked_bytes += task.length
+        copied = task._replace(flags=task.flags & ~PIPED)
+        self._parked[task.handle.shard].append(_Parked(copied, payload, self.taken))
         self.backlog = self.parked = True
 
     def _take_payload(self, length: int, flags: int) -> bytes:
@@ -211,9 +167,9 @@ class Router:
         """Hand parked requests over as far as there is room."""
         parked = self._parked[shard]
         while parked and self._may_lend(shard):
-            arguments, payload, self.taken = parked[0]
+            task, payload, self.taken = parked[0]
             self.arena.payload(self.slot, len(payload))[:] = payload
-            if not self._hand_over(*arguments):
+            if not self._hand_over(task):
                 return
             self._parked_bytes -= len(payload)
             parked.popleft()
@@ -327,7 +283,7 @@ class Exchange:
         slot = router.slot
         data = router.arena.payload(slot, router.arena.payload_size)
         data[: len(payload)] = payload
-        if not router.submit(handle, number, operation, self.calls, offset, length, flags, uid, gid):
+        if not router.submit(Task(handle, number, operation, self.calls, offset, length, flags, uid, gid)):
             raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         while True:
             answer = decode_answer(os.read(self._answers, MAX_MESSAGE))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from llloop import wire
 from llloop.arena import Arena
 from llloop.front.handles import Handle
-from llloop.front.router import Exchange, Router
+from llloop.front.router import Exchange, Router, Task
 from llloop.protocol import MAX_MESSAGE, Operation, Request, decode, encode
 from tests.expect import fails
 from tests.unit.support import packet_pipe, packets
@@ -56,7 +56,7 @@ def handle(shard: int = 0, descriptor: int = 33) -> Handle:
 
 def test_a_request_reaches_the_worker_of_its_handle(router: Router, pipes: Pipes, arena: Arena) -> None:
     opened = handle(shard=1)
-    assert router.submit(opened, 7, Operation.COPY_FILE_RANGE, 2**63, 5, 6, 1, 1000, 1001, (8, 9, 10))
+    assert router.submit(Task(opened, 7, Operation.COPY_FILE_RANGE, 2**63, 5, 6, 1, 1000, 1001, (8, 9, 10)))
     expected = Request(Operation.COPY_FILE_RANGE, 2**63, 0, 7, 33, 5, 6, 1, 1000, 1001, (8, 9, 10))
     assert pipes.take(1) == [expected]
     assert pipes.take(0) == []
@@ -67,15 +67,15 @@ def test_a_request_reaches_the_worker_of_its_handle(router: Router, pipes: Pipes
 
 def test_without_a_free_slot_it_declines(router: Router, pipes: Pipes, arena: Arena) -> None:
     for unique in range(3):
-        assert router.submit(handle(), 1, Operation.READ, unique)
+        assert router.submit(Task(handle(), 1, Operation.READ, unique))
     opened = handle()
     last = router.slot
-    assert not router.submit(opened, 1, Operation.READ, 3)
+    assert not router.submit(Task(opened, 1, Operation.READ, 3))
     assert not opened.lent
     assert router.slot == last == arena.free_slot(), "the request is still to be done from where it lies"
     assert len(pipes.take(0)) == len(arena.lent_to(0)) == 3
     arena.give_back(1)
-    assert router.submit(opened, 1, Operation.READ, 4)
+    assert router.submit(Task(opened, 1, Operation.READ, 4))
     assert [request.slot for request in pipes.take(0)] == [last]
     assert router.slot == 1
 
@@ -84,13 +84,13 @@ def test_with_a_full_pipe_it_declines(router: Router, pipes: Pipes, arena: Arena
     pipes.fill(0)
     opened = handle()
     slot = router.slot
-    assert not router.submit(opened, 1, Operation.READ, 1)
+    assert not router.submit(Task(opened, 1, Operation.READ, 1))
     assert not opened.lent
     assert router.slot == slot
     assert arena.lent_to(0) == []
-    assert router.submit(handle(shard=1), 1, Operation.READ, 2), "the other worker has nothing to do with it"
+    assert router.submit(Task(handle(shard=1), 1, Operation.READ, 2)), "the other worker has nothing to do with it"
     pipes.take(0)
-    assert router.submit(opened, 1, Operation.READ, 3)
+    assert router.submit(Task(opened, 1, Operation.READ, 3))
 
 
 def test_a_release_tells_the_worker_which_handle(router: Router, pipes: Pipes) -> None:
@@ -113,9 +113,9 @@ def test_nothing_overtakes_a_release_that_waits(router: Router, pipes: Pipes) ->
     for number in range(5):
         router.release(number, handle())
     assert router.backlog
-    assert not router.submit(handle(), 9, Operation.READ, 1), "it would go into the pipe before the releases"
+    assert not router.submit(Task(handle(), 9, Operation.READ, 1)), "it would go into the pipe before the releases"
     pipes.take(0)
-    assert router.submit(handle(), 9, Operation.READ, 2)
+    assert router.submit(Task(handle(), 9, Operation.READ, 2))
     taken = pipes.take(0)
     assert [request.operation for request in taken[:-1]] == [Operation.RELEASE] * (len(taken) - 1)
     assert [number for request in taken[:-1] for number in request.extra] == [0, 1, 2, 3, 4]
@@ -145,7 +145,7 @@ def test_whatever_the_order_handles_are_used_before_their_release(steps: list[st
         for step in steps:
             if step == "submit":
                 number += 1
-                if router.submit(handle(), number, Operation.READ, number):
+                if router.submit(Task(handle(), number, Operation.READ, number)):
                     submitted.append(number)
             elif step == "release" and number:
                 router.release(number, handle())
@@ -280,8 +280,8 @@ NOTHING = (0, 0, 0, 0, 0, ())
 
 
 def submit_or_park(router: Router, opened: Handle, unique: int) -> None:
-    if not router.submit(opened, 7, Operation.READ, unique):
-        router.park(opened, 7, Operation.READ, unique, *NOTHING)
+    if not router.submit(Task(opened, 7, Operation.READ, unique)):
+        router.park(Task(opened, 7, Operation.READ, unique, *NOTHING))
 
 
 @pytest.fixture
@@ -306,7 +306,7 @@ def test_workers_that_hang_leave_slots_to_the_others(stuck: int) -> None:
         assert all(len(arena.lent_to(shard)) <= free + 2 for shard in range(stuck))
         # One that works gets all it can have in hand at a time.
         for unique in range(10_000, 10_000 + free // 2):
-            assert router.submit(handle(shard=3), 7, Operation.READ, unique)
+            assert router.submit(Task(handle(shard=3), 7, Operation.READ, unique))
 
 
 def test_parked_requests_are_handed_over_in_their_order_when_slots_come_free(
@@ -338,8 +338,8 @@ def test_a_parked_payload_arrives_as_it_was(router: Router, pipes: Pipes, arena:
     pipes.fill(0)
     arena.payload(router.slot, 4)[:] = b"mine"
     arguments = (handle(), 7, Operation.WRITE, 5, 0, 4, 0, 0, 0, ())
-    assert not router.submit(*arguments)
-    router.park(*arguments)
+    assert not router.submit(Task(*arguments))
+    router.park(Task(*arguments))
     arena.payload(router.slot, 4)[:] = b"next"  # the slot is another request's now
     pipes.take(0)
     router.wait(idle)
@@ -352,21 +352,21 @@ def test_no_request_overtakes_a_parked_one(router: Router, pipes: Pipes) -> None
     pipes.fill(0)
     submit_or_park(router, handle(), 1)
     pipes.take(0)
-    assert not router.submit(handle(), 7, Operation.READ, 2)
-    assert router.submit(handle(shard=1), 7, Operation.READ, 3)
+    assert not router.submit(Task(handle(), 7, Operation.READ, 2))
+    assert router.submit(Task(handle(shard=1), 7, Operation.READ, 3))
 
 
 def test_what_is_parked_is_limited(router: Router, pipes: Pipes, monkeypatch: pytest.MonkeyPatch, idle: int) -> None:
     monkeypatch.setattr("llloop.front.router._PARKED_MOST", 10_000)
     pipes.fill(0)
     arguments = (handle(), 7, Operation.WRITE, 5, 0, 4096, 0, 0, 0, ())
-    router.park(*arguments)
-    router.park(*arguments)
+    router.park(Task(*arguments))
+    router.park(Task(*arguments))
     with fails(errno.ENOMEM):
-        router.park(*arguments)
+        router.park(Task(*arguments))
     pipes.take(0)
     router.wait(idle)
-    router.park(*arguments)
+    router.park(Task(*arguments))
 
 
 def test_a_request_ends_the_waiting_though_a_worker_hangs(router: Router, arena: Arena) -> None:
@@ -385,7 +385,7 @@ def test_a_request_ends_the_waiting_though_a_worker_hangs(router: Router, arena:
 def test_workers_are_reminded_of_what_a_dead_front_has_lent(router: Router, pipes: Pipes, arena: Arena) -> None:
     """It may have died between lending and telling."""
     assert not router.is_busy()
-    router.submit(handle(shard=0), 7, Operation.READ, 1)
+    router.submit(Task(handle(shard=0), 7, Operation.READ, 1))
     pipes.take(0)
     arena.lend(2, 0, encode((Operation.READ, 2, 2, 7, 33)))
     successor = Router(arena, pipes.writers)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from llloop import syscalls, wire
 from llloop.front.inodes import ROOT
+from llloop.front.router import Task
 from llloop.front.tree import Changes, Requester, check_name
 from llloop.protocol import Operation, decode
 from tests.expect import fails
@@ -381,7 +382,7 @@ def test_a_worker_is_told_of_a_release_only_if_it_may_hold_the_file(source: Sour
     assert [packets(reader) for reader in source.readers] == [[], []]
     number, _ = source.files.open(file, os.O_RDONLY, False)
     handle = source.mirror.handles.get(number)
-    source.mirror.router.submit(handle, number, Operation.READ, 1)
+    source.mirror.router.submit(Task(handle, number, Operation.READ, 1))
     source.files.release(number)
     told = [decode(message) for message in packets(source.readers[handle.shard])]
     assert [request.operation for request in told] == [Operation.READ, Operation.RELEASE]

@@ -15,6 +15,7 @@ from ...wire import Opcode
 from ..handles import Handle
 from ..mirror import Mirror
 from ..promptness import LONE_WRITE_LIMIT, READ_LIMIT, WRITE_LIMIT
+from ..router import Task
 from ..tree import Requester
 from .base import Responder, malformed
 
@@ -121,7 +122,7 @@ class FileRequests(Responder):
         if size <= READ_LIMIT and handle.read_flags is not None and self._read_in_place(handle, unique, offset, size):
             return
         buffered = handle.direct and not open_flags & os.O_DIRECT
-        self._router.entrust(handle, number, Operation.READ, unique, offset, size, BUFFERED if buffered else 0)
+        self._router.entrust(Task(handle, number, Operation.READ, unique, offset, size, BUFFERED if buffered else 0))
 
     def _read_in_place(self, handle: Handle, unique: int, offset: int, size: int) -> bool:
         """Answer a READ at once if the bytes are in memory; return whether they were.
@@ -174,7 +175,7 @@ class FileRequests(Responder):
         if self._router.piped:
             self._router.piped = False
             flags |= PIPED
-        self._router.entrust(handle, number, Operation.WRITE, unique, offset, size, flags, uid, gid)
+        self._router.entrust(Task(handle, number, Operation.WRITE, unique, offset, size, flags, uid, gid))
 
     def _write_in_place(self, handle: Handle, unique: int, offset: int, start: int, size: int, flags: int) -> bool:
         """Do a WRITE at once if that needs no waiting; return whether it was done.
@@ -201,7 +202,7 @@ class FileRequests(Responder):
         """FUSE_FLUSH: ENOSYS, after which the kernel stops asking, unless the source's close(2) can fail."""
         unique, number = wire.FLUSH_REQUEST.unpack_from(self._memory, base)
         if self._mirror.close_can_fail:
-            self._router.entrust(self._handles.get(number), number, Operation.FLUSH, unique)
+            self._router.entrust(Task(self._handles.get(number), number, Operation.FLUSH, unique))
         else:
             self._send(wire.error_reply(unique, errno.ENOSYS))
 
@@ -209,28 +210,30 @@ class FileRequests(Responder):
         """FUSE_FSYNC and FUSE_FSYNCDIR."""
         unique, number, fsync_flags = wire.FSYNC_REQUEST.unpack_from(self._memory, base)
         flags = DATA_ONLY if fsync_flags & wire.FUSE_FSYNC_FDATASYNC else 0
-        self._router.entrust(self._handles.get(number), number, Operation.FSYNC, unique, flags=flags)
+        self._router.entrust(Task(self._handles.get(number), number, Operation.FSYNC, unique, flags=flags))
 
     def fallocate(self, base: int, length: int) -> None:
         """FUSE_FALLOCATE."""
         unique, uid, gid, number, offset, size, mode = wire.FALLOCATE_REQUEST.unpack_from(self._memory, base)
         self._router.entrust(
-            self._handles.get(number),
-            number,
-            Operation.FALLOCATE,
-            unique,
-            offset,
-            size,
-            _kill_flag(uid),
-            uid,
-            gid,
-            (mode,),
+            Task(
+                self._handles.get(number),
+                number,
+                Operation.FALLOCATE,
+                unique,
+                offset,
+                size,
+                _kill_flag(uid),
+                uid,
+                gid,
+                (mode,),
+            )
         )
 
     def lseek(self, base: int, length: int) -> None:
         """FUSE_LSEEK: only SEEK_HOLE and SEEK_DATA are sent."""
         unique, number, offset, whence = wire.LSEEK_REQUEST.unpack_from(self._memory, base)
-        self._router.entrust(self._handles.get(number), number, Operation.LSEEK, unique, offset, extra=(whence,))
+        self._router.entrust(Task(self._handles.get(number), number, Operation.LSEEK, unique, offset, extra=(whence,)))
 
     def copy_file_range(self, base: int, length: int) -> None:
         """FUSE_COPY_FILE_RANGE: the worker of the file written to does it."""
@@ -241,23 +244,25 @@ class FileRequests(Responder):
         source_handle.shared = True
         extra = (source, source_handle.descriptor, source_offset)
         self._router.entrust(
-            self._handles.get(number),
-            number,
-            Operation.COPY_FILE_RANGE,
-            unique,
-            offset,
-            size,
-            _kill_flag(uid),
-            uid,
-            gid,
-            extra,
+            Task(
+                self._handles.get(number),
+                number,
+                Operation.COPY_FILE_RANGE,
+                unique,
+                offset,
+                size,
+                _kill_flag(uid),
+                uid,
+                gid,
+                extra,
+            )
         )
 
     def syncfs(self, base: int, length: int) -> None:
         """FUSE_SYNCFS: answered by a worker through a descriptor of the root."""
         unique, _ = wire.NODE_REQUEST.unpack_from(self._memory, base)
         number = self._files.root_handle()
-        self._router.entrust(self._handles.get(number), number, Operation.SYNCFS, unique)
+        self._router.entrust(Task(self._handles.get(number), number, Operation.SYNCFS, unique))
 
 
 def _kill_flag(uid: int) -> int:
