@@ -514,9 +514,8 @@ def _unmount(mountpoint: str, lazy: bool, device: int) -> None:
     signal.set_wakeup_fd(-1)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    os.close(
-        device
-    )  # as long as this process held it, what it asks of a mount that nobody serves would wait for itself
+    # As long as this process held it, what it asks of a mount that nobody serves would wait for itself.
+    os.close(device)
     if lazy:
         _start_writing_back(mountpoint)
     try:

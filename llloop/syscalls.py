@@ -88,9 +88,10 @@ def statx(directory: int, name: bytes) -> Attributes:
         directory: a descriptor of the directory; O_PATH will do.
         name: one path component.
     """
-    if _statx(directory, name, _NAMED, _STATX_MASK, _statx_buffer):
+    attributes = find(directory, name)
+    if attributes is None:
         raise _raise(name)
-    return _new(Attributes, _statx_unpack(_statx_buffer))
+    return attributes
 
 
 def find(directory: int, name: bytes) -> Attributes | None:

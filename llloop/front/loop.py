@@ -106,7 +106,7 @@ class Loop:
         It all comes before anything else, but for what the kernel forgets.
         """
         mirror = self._mirror
-        if mirror.capabilities is None or Feature.HAS_RESEND not in mirror.capabilities.features:
+        if Feature.HAS_RESEND not in mirror.features:
             self._refuse_all()
             settle(mirror, True)
             return

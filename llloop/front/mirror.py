@@ -37,13 +37,13 @@ class Mirror:
 
     Attributes:
         config: the mount's options.
-        capabilities: what was agreed with the kernel; None where llfuse runs the loop.
+        features: what was agreed with the kernel; nothing where llfuse runs the loop.
         inodes, handles, attempts, tree, forgetting, files, router, policy, passthrough, setid: see their modules.
         close_can_fail: whether close(2) on the source can report an error of an earlier write.
     """
 
     config: ServeConfig
-    capabilities: Capabilities | None
+    features: Feature
     inodes: Inodes
     handles: Handles
     attempts: Attempts
@@ -99,7 +99,7 @@ def build_mirror(
     passthrough = Passthrough(device, handles, attempts, Feature.PASSTHROUGH in features)
     return Mirror(
         config=config,
-        capabilities=capabilities,
+        features=features,
         inodes=inodes,
         handles=handles,
         attempts=attempts,

@@ -9,6 +9,9 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+# The clocks of another process (see clock_getcpuclockid(3)): nanoseconds, where /proc counts in 10 ms.
+_USER_CLOCK, _CPU_CLOCK = 1, 2
+
 
 def tree(pid: int) -> list[int]:
     """Return the process and all its descendants, parents first."""
@@ -22,20 +25,19 @@ def tree(pid: int) -> list[int]:
 
 def cpu_seconds(pids: Iterable[int]) -> float:
     """Return the CPU time that the processes have used so far, their ended threads included."""
-    total = 0.0
-    for pid in pids:
-        # The clock of another process (see clock_getcpuclockid(3)): nanoseconds, where /proc counts in 10 ms.
-        with contextlib.suppress(OSError):
-            total += time.clock_gettime((~pid << 3) | 2)
-    return total
+    return _seconds(pids, _CPU_CLOCK)
 
 
 def user_seconds(pids: Iterable[int]) -> float:
     """Return how much of their CPU time the processes have used outside of the kernel, as its clock tick sees it."""
+    return _seconds(pids, _USER_CLOCK)
+
+
+def _seconds(pids: Iterable[int], clock: int) -> float:
     total = 0.0
     for pid in pids:
         with contextlib.suppress(OSError):
-            total += time.clock_gettime((~pid << 3) | 1)
+            total += time.clock_gettime((~pid << 3) | clock)
     return total
 
 

@@ -290,14 +290,20 @@ def test_what_hangs_keeps_nothing_else_waiting(remote: Remote, serve: Serve) -> 
     assert (mnt / "far" / "file").read_bytes() == pattern(LARGE)
 
 
+def four_readers(mirror: Mirror) -> list[Attempt]:
+    """Read a file, which hangs."""
+    attempts = [Attempt((mirror.mountpoint / "file").read_bytes) for _ in range(4)]
+    assert not attempts[0].over(PATIENCE)
+    return attempts
+
+
 def test_a_worker_that_is_replaced_while_it_looks_keeps_nobody_waiting(remote: Remote, far: Path, serve: Serve) -> None:
     (remote.directory / "file").write_bytes(b"data")
     mirror = serve("--workers", "2", "--cache", "never", source=far)
     mirror.expect_log("llloop-worker-. was killed by signal 9; another takes over")
     remote.hang()
     try:
-        stuck = [Attempt(lambda: (mirror.mountpoint / "file").read_bytes()) for _ in range(4)]
-        assert not stuck[0].over(PATIENCE)
+        stuck = four_readers(mirror)
         for title, pid in titles(mirror).items():
             if "worker" in title:
                 os.kill(pid, signal.SIGKILL)
@@ -314,8 +320,7 @@ def test_a_front_that_is_replaced_is_asked_again(remote: Remote, far: Path, serv
     mirror.expect_log("llloop-front was killed by signal 9; another takes over")
     remote.hang()
     try:
-        stuck = [Attempt(lambda: (mirror.mountpoint / "file").read_bytes()) for _ in range(4)]
-        assert not stuck[0].over(PATIENCE)
+        stuck = four_readers(mirror)
         os.kill(titles(mirror)["llloop-front"], signal.SIGKILL)
         assert not stuck[0].over(PATIENCE)
     finally:

@@ -82,7 +82,6 @@ def native_table(mirror: Mirror, device: int) -> dict[Opcode, Handler]:
         Opcode.COPY_FILE_RANGE: files.copy_file_range,
         Opcode.SYNCFS: files.syncfs,
     }
-    capabilities = mirror.capabilities
-    if capabilities is not None and Feature.SETXATTR_EXT in capabilities.features:
+    if Feature.SETXATTR_EXT in mirror.features:
         table[Opcode.SETXATTR] = changes.setxattr  # libfuse knows only the shorter form
     return table

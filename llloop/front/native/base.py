@@ -93,11 +93,7 @@ class Responder:
             nodeid,
             self._inodes.get(nodeid).birth,
             *self._validity,
-            nodeid,
-            *_ATTR_FIELDS(attributes),
-            _device(attributes),
-            attributes.blksize,
-            0,
+            *_attr(nodeid, attributes),
         )
 
     def _reply_entry(self, unique: int, nodeid: int, attributes: Attributes) -> None:
@@ -109,11 +105,7 @@ class Responder:
             nodeid,
             inodes.get(nodeid).birth,
             *self._validity,
-            nodeid,
-            *_ATTR_FIELDS(attributes),
-            _device(attributes),
-            attributes.blksize,
-            0,
+            *_attr(nodeid, attributes),
         )
         if self._send(reply):
             inodes.count(nodeid)
@@ -128,11 +120,7 @@ class Responder:
             0,
             unique,
             *self._attr_timeout,
-            nodeid,
-            *_ATTR_FIELDS(attributes),
-            _device(attributes),
-            attributes.blksize,
-            0,
+            *_attr(nodeid, attributes),
         )
 
 
@@ -161,8 +149,9 @@ _ATTR_FIELDS = itemgetter(
 )
 
 
-def _device(attributes: Attributes) -> int:
-    """Return rdev of struct fuse_attr."""
+def _attr(nodeid: int, attributes: Attributes) -> tuple[int, ...]:
+    """Return what struct fuse_attr says."""
+    device = 0
     if attributes.rdev_major or attributes.rdev_minor:
-        return wire.encode_device(attributes.rdev_major, attributes.rdev_minor)
-    return 0
+        device = wire.encode_device(attributes.rdev_major, attributes.rdev_minor)
+    return nodeid, *_ATTR_FIELDS(attributes), device, attributes.blksize, 0

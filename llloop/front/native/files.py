@@ -34,10 +34,7 @@ class FileRequests(Responder):
     def __init__(self, mirror: Mirror, device: int) -> None:
         super().__init__(mirror, device)
         self._router = mirror.router
-        capabilities = mirror.capabilities
-        features = capabilities.features if capabilities is not None else Feature(0)
-        self._writeback = Feature.WRITEBACK_CACHE in features
-        self._passes_through = Feature.PASSTHROUGH in features
+        self._writeback = Feature.WRITEBACK_CACHE in mirror.features
         arena = mirror.router.arena
         self._view = arena.view
         self._sheet = arena.metrics.front
@@ -59,11 +56,10 @@ class FileRequests(Responder):
 
     def _how(self, number: int, nodeid: int, attributes: Attributes, *, is_new: bool) -> tuple[int, int]:
         """Return open_flags and backing_id for a file just opened."""
-        if self._passes_through:
-            backing = self._mirror.passthrough.back(self._handles.get(number), attributes, is_new=is_new)
-            if backing:
-                self._gauges[_PASSED_THROUGH] += 1
-                return wire.FOPEN_PASSTHROUGH, backing
+        backing = self._mirror.passthrough.back(self._handles.get(number), attributes, is_new=is_new)
+        if backing:
+            self._gauges[_PASSED_THROUGH] += 1
+            return wire.FOPEN_PASSTHROUGH, backing
         if self._writeback and fcntl.fcntl(self._handles.get(number).descriptor, fcntl.F_GETFL) & os.O_APPEND:
             # An append-only file (chattr +a): whole pages written back would be appended.
             self._gauges[_BYPASSED] += 1
