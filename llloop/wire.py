@@ -101,6 +101,11 @@ FUSE_FSYNC_FDATASYNC = 1 << 0  # struct fuse_fsync_in.fsync_flags
 FUSE_GETATTR_FH = 1 << 0  # struct fuse_getattr_in.getattr_flags
 FUSE_SETXATTR_ACL_KILL_SGID = 1 << 0  # struct fuse_setxattr_in.setxattr_flags
 
+# enum fuse_notify_code, in the place of an errno in a message that answers no request
+FUSE_NOTIFY_INVAL_INODE = 2
+FUSE_NOTIFY_INVAL_ENTRY = 3
+FUSE_NOTIFY_RESEND = 7
+
 # Any request: length, opcode, unique, nodeid, uid, gid, pid
 IN_HEADER = Struct("=IIQQIII4x")
 OPCODE = Struct("=II")  # length, opcode
@@ -198,6 +203,10 @@ GETXATTR_OUT = Struct("=I4x")  # size
 LSEEK_REPLY = Struct("=IiQQ")  # header, offset
 STATX_OUT = Struct("=QII16x")  # attr_valid, attr_valid_nsec, flags; then struct fuse_statx
 DIRENT = Struct("=QQII")  # struct fuse_dirent: ino, off, namelen, type; then the name, padded to 8 bytes
+
+# Notifications, from struct fuse_out_header on
+INVAL_INODE = Struct("=IiQQqq")  # header, ino, off, len
+INVAL_ENTRY = Struct("=IiQQII")  # header, parent, namelen, flags; then the name with its NUL
 
 
 def known_errno(number: int) -> int:

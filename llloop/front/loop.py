@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from .. import wire
+from .. import notifications, wire
 from ..ledger import Ledger
 from ..metrics import ERRORS, NANOSECONDS
 from ..negotiation import Feature
@@ -31,7 +31,6 @@ _LARGE = wire.WRITE_HEADER_SIZE + LONE_WRITE_LIMIT
 
 # So many fronts may die of one request.
 _MOST_TRIES = 3
-_FUSE_NOTIFY_RESEND = 7  # enum fuse_notify_code
 # What comes between and is never sent again.
 _NOT_RESENT = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT})
 # Those whose answer makes the kernel know an inode.
@@ -110,7 +109,7 @@ class Loop:
             self._refuse_all()
             settle(mirror, True)
             return
-        os.write(self._device, wire.OUT_HEADER.pack(wire.OUT_HEADER_SIZE, _FUSE_NOTIFY_RESEND, 0))
+        notifications.resend(self._device)
         delivered = True
         while True:
             base, length = self._receive()

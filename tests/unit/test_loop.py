@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import pytest
 
+from llloop import wire
 from llloop.front import loop as loop_module
 from llloop.front.inodes import ROOT
 from llloop.front.tree import Tree
@@ -39,7 +40,7 @@ def deadly(*arguments: object) -> NoReturn:
 def test_the_kernel_is_asked_to_send_again_by_a_successor_only(line: Line) -> None:
     assert line.notifications == []
     line.take_up()
-    assert line.notifications == [loop_module._FUSE_NOTIFY_RESEND]
+    assert line.notifications == [wire.FUSE_NOTIFY_RESEND]
 
 
 def test_a_request_that_kills_fronts_is_refused_in_the_end(

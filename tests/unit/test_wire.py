@@ -14,7 +14,6 @@ import pytest
 
 from llloop import negotiation, wire
 from llloop.front.inodes import ROOT
-from llloop.front.loop import _FUSE_NOTIFY_RESEND
 from llloop.negotiation import Feature
 from llloop.syscalls import STATX_SIZE
 from llloop.wire import Opcode
@@ -154,6 +153,8 @@ LAYOUTS = [
     reply("LSEEK_REPLY", "fuse_lseek_out", "offset", since=24),
     plain("STATX_OUT", "fuse_statx_out", "attr_valid attr_valid_nsec flags", since=39, longer=True),
     plain("DIRENT", "fuse_dirent", "ino off namelen type", longer=True),
+    reply("INVAL_INODE", "fuse_notify_inval_inode_out", "ino off len"),
+    reply("INVAL_ENTRY", "fuse_notify_inval_entry_out", "parent namelen flags", since=38),
 ]
 
 
@@ -296,7 +297,6 @@ def constants() -> list[tuple[str, int, int]]:
     named += [
         ("FUSE_ROOT_ID", ROOT),
         ("FUSE_KERNEL_VERSION", negotiation.PROTOCOL_MAJOR),
-        ("FUSE_NOTIFY_RESEND", _FUSE_NOTIFY_RESEND),
     ]
     return [(name, value, young.get(name, 0)) for name, value in named]
 
