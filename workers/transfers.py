@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from llloop import syscalls
 from llloop.arena import Arena
@@ -49,6 +49,7 @@ _UNHEARD_AT_MOST = 1024
 
 
 _AS_IT_IS = nullcontext()
+_Result = TypeVar("_Result")
 
 
 def opcode_of(request: Request) -> int:
@@ -234,7 +235,7 @@ class Transfers:
         if not tail or not payload.startswith(tail):
             return None
         rest = payload[len(tail) :]
-        return len(tail) + os.pwritev(fd, [rest], 0, os.RWF_APPEND)
+        return len(tail) + self._persistently(lambda: os.pwritev(fd, [rest], 0, os.RWF_APPEND))
 
     def _fd(self, request: Request) -> int:
         return self._descriptors.get(request.handle, request.descriptor)
@@ -247,19 +248,19 @@ class Transfers:
     def _pwrite(self, fd: int, payload: memoryview, offset: int) -> int:
         return self._persistently(lambda: os.pwrite(fd, payload, offset))
 
-    def _persistently(self, write: Callable[[], int]) -> int:
-        """Write, and if there is no room, again a moment later.
+    def _persistently(self, act: Callable[[], _Result]) -> _Result:
+        """Do what takes space, and if there is none, do it again a moment later.
 
         The space of a file removed just before is free only when the front has heard that the kernel forgot it.
         """
         for pause in _ROOM_PAUSES:
             try:
-                return write()
+                return act()
             except OSError as error:
                 if error.errno not in _NO_ROOM:
                     raise
             time.sleep(pause)
-        return write()
+        return act()
 
     def _act_for(self, request: Request) -> None:
         self._setid.clear(bool(request.flags & KILL_PRIVILEGES))
@@ -337,7 +338,7 @@ class Transfers:
         if request.extra[0] & (_FALLOC_FL_COLLAPSE_RANGE | _FALLOC_FL_INSERT_RANGE):
             self._arena.results[request.slot] = os.fstat(fd).st_size
             self._arena.stages[request.slot] = _SHIFTING
-        syscalls.fallocate(fd, request.extra[0], request.offset, request.length)
+        self._persistently(lambda: syscalls.fallocate(fd, request.extra[0], request.offset, request.length))
         self._finish(request, 0)
 
     def _lseek(self, request: Request) -> None:
@@ -350,7 +351,8 @@ class Transfers:
         self._act_for(request)
         length = min(request.length, _COPY_AT_ONCE)
         try:
-            count = os.copy_file_range(source, self._fd(request), length, offset, request.offset)
+            fd = self._fd(request)
+            count = self._persistently(lambda: os.copy_file_range(source, fd, length, offset, request.offset))
         except OSError as error:
             # The kernel then copies through its page cache itself (fs/fuse/file.c, fuse_copy_file_range()).
             if error.errno in (errno.EXDEV, errno.ENOSYS):

@@ -241,18 +241,19 @@ class Anchors:
         """Return the descriptors of removed files."""
         return self._pins.values()
 
-    def release_unused_pins(self, used: Container[int]) -> bool:
+    def release_unused_pins(self, used: Container[int], needed: int = 0) -> bool:
         """Let go of files that were removed and are not open, so that their space is free.
 
         The kernel tells a moment after a removal that it has forgotten the inode, sometimes after the next request.
 
         Args:
             used: the inodes that are open.
+            needed: one more inode whose pin stays.
 
         Returns:
             Whether there were any.
         """
-        unused = [nodeid for nodeid in self._pins if nodeid not in used]
+        unused = [nodeid for nodeid in self._pins if nodeid not in used and nodeid != needed]
         for nodeid in unused:
             self._inodes.note_pin(nodeid, -1)
             os.close(self._pins.pop(nodeid))

@@ -149,12 +149,21 @@ class Tree:
         """Make something in the directory *parent* that belongs to *who*; *make* gets the directory's descriptor."""
         directory = self.anchors.directory(parent)
         with self._caller(who.uid, who.gid, who.umask):
-            try:
-                return make(directory)
-            except OSError as error:
-                if error.errno not in _FULL or not self.anchors.release_unused_pins(self._handles.open_inodes()):
-                    raise
-            return make(directory)
+            return self._with_room(lambda: make(directory))
+
+    def _with_room(self, act: Callable[[], _Made], nodeid: int = 0) -> _Made:
+        """Do what may take space. If there is none, do it again without the removed files that nobody has open.
+
+        Args:
+            act: does it.
+            nodeid: an inode that it needs, whose pin stays.
+        """
+        try:
+            return act()
+        except OSError as error:
+            if error.errno not in _FULL or not self.anchors.release_unused_pins(self._handles.open_inodes(), nodeid):
+                raise
+        return act()
 
     def link(self, nodeid: int, parent: int, name: bytes) -> tuple[int, Attributes]:
         """Give an inode one more name (linkat(2))."""
@@ -165,7 +174,8 @@ class Tree:
             if attempt is None:
                 self._attempts.begin()
             try:
-                os.link(path, check_name(name), dst_dir_fd=directory, follow_symlinks=True)
+                check_name(name)
+                self._with_room(lambda: os.link(path, name, dst_dir_fd=directory, follow_symlinks=True), nodeid)
             except FileExistsError:
                 if attempt is None or not _is_same(statx(directory, name), fstatx(reached.fd)):
                     raise
@@ -237,10 +247,7 @@ class Tree:
                 -1 if victim is None else victim,
                 0 if victim_attributes is None else victim_attributes.ino,
             )
-            if flags:
-                syscalls.renameat2(old_directory, name, new_directory, new_name, flags)
-            else:
-                os.rename(name, new_name, src_dir_fd=old_directory, dst_dir_fd=new_directory)
+            self._with_room(lambda: _rename(old_directory, name, new_directory, new_name, flags))
         except BaseException:
             if victim is not None:
                 os.close(victim)
@@ -302,7 +309,7 @@ class Tree:
         """
         truncate = changes.valid & wire.FATTR_SIZE and handle is None
         with self._reach_to_truncate(nodeid) if truncate else self._reach(nodeid) as reached:
-            return self._apply(reached, changes, handle, privileged)
+            return self._with_room(lambda: self._apply(reached, changes, handle, privileged), nodeid)
 
     def _apply(self, reached: Reached, changes: Changes, handle: int | None, privileged: bool) -> Attributes:
         valid = changes.valid
@@ -352,7 +359,7 @@ class Tree:
                 self._attempts.begin(int(bool(flags & os.XATTR_CREATE) and _has_xattr(reached.target, name)))
             elif flags & os.XATTR_CREATE and not attempt.number and _has_xattr(reached.target, name):
                 return
-            os.setxattr(reached.target, name, value, flags)
+            self._with_room(lambda: os.setxattr(reached.target, name, value, flags), nodeid)
 
     def getxattr(self, nodeid: int, name: bytes) -> bytes:
         """Return the value of an extended attribute (getxattr(2))."""
@@ -393,6 +400,14 @@ class Tree:
                 raw = syscalls.fstatx_raw(reached.fd, mask, flags)
         raw[syscalls.STATX_INO_OFFSET : syscalls.STATX_INO_OFFSET + 8] = nodeid.to_bytes(8, sys.byteorder)
         return raw
+
+
+def _rename(old_directory: int, name: bytes, new_directory: int, new_name: bytes, flags: int) -> None:
+    """Rename with RENAME_ flags (renameat2(2)), or without any by the call that every file system knows."""
+    if flags:
+        syscalls.renameat2(old_directory, name, new_directory, new_name, flags)
+    else:
+        os.rename(name, new_name, src_dir_fd=old_directory, dst_dir_fd=new_directory)
 
 
 def _is_same(one: Attributes, other: Attributes) -> bool:

@@ -519,6 +519,33 @@ def test_unheard_answers_do_not_fill_the_memory(bench: Bench, deaf: Deaf, monkey
     assert os.fstat(bench.files.open[1]).st_size == 100, "the last one is still known"
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_room_that_comes_late_is_waited_for(bench: Bench, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """The space of a file removed just before is free only when the kernel's FORGET has arrived."""
+    bench.open(1)
+    bench.open(2, pattern(5000))
+    for module, name in ((syscalls, "fallocate"), (os, "copy_file_range"), (os, "pwrite"), (os, "pwritev")):
+        _refuse_at_first(monkeypatch, module, name, number)
+    assert bench.do(Operation.FALLOCATE, length=9000, extra=(0,)).error == 0
+    assert bench.do(Operation.COPY_FILE_RANGE, length=5000, extra=(2, 0, 0)).error == 0
+    assert bench.do(Operation.WRITE, payload=b"written", offset=20_000).error == 0
+    assert bench.do(Operation.WRITE, payload=b"appended", flags=APPEND).error == 0
+    content = (bench.directory / "file-1").read_bytes()
+    assert content == pattern(5000).ljust(20_000, b"\0") + b"written" + b"appended"
+
+
+def _refuse_at_first(monkeypatch: pytest.MonkeyPatch, module: object, name: str, number: int) -> None:
+    """Let a system call fail with *number* twice before it does what it should."""
+    call, refusals = getattr(module, name), [number] * 2
+
+    def late(*arguments: object) -> object:
+        if refusals:
+            raise OSError(refusals.pop(), "no room")
+        return call(*arguments)
+
+    monkeypatch.setattr(module, name, late)
+
+
 # fallocate(2) with FALLOC_FL_COLLAPSE_RANGE or FALLOC_FL_INSERT_RANGE: done twice it moves twice
 
 COLLAPSE, INSERT = 0x08, 0x20

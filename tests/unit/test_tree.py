@@ -6,6 +6,8 @@ import errno
 import fcntl
 import os
 import stat
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -479,20 +481,68 @@ def test_the_handle_of_the_root_is_one(source: Source) -> None:
     assert source.files.root_handle() == source.files.root_handle()
 
 
+# Each takes space of the source, for a directory's block, an attribute's, or as another user's share.
+TAKING_SPACE: dict[str, tuple[object, str, Callable[[Source, int], object]]] = {
+    "mkdir": (os, "mkdir", lambda source, _: source.tree.mkdir(ROOT, b"dir", 0o755, MYSELF)),
+    "mknod": (os, "mknod", lambda source, _: source.tree.mknod(ROOT, b"node", 0o644, 0, MYSELF)),
+    "symlink": (os, "symlink", lambda source, _: source.tree.symlink(ROOT, b"symlink", b"target", MYSELF)),
+    "create": (os, "open", lambda source, _: source.files.create(ROOT, b"new", 0o644, os.O_WRONLY, MYSELF)),
+    "link": (os, "link", lambda source, other: source.tree.link(other, ROOT, b"link")),
+    "rename": (os, "rename", lambda source, _: source.tree.rename(ROOT, b"other", ROOT, b"renamed", 0)),
+    "renameat2": (syscalls, "renameat2", lambda source, _: source.tree.rename(ROOT, b"other", ROOT, b"renamed", 1)),
+    "setxattr": (os, "setxattr", lambda source, other: source.tree.setxattr(other, b"user.x", b"1", 0, False)),
+    "chown": (syscalls, "chown", lambda source, other: _set(source, other, wire.FATTR_UID, uid=os.geteuid())),
+    "truncate": (os, "ftruncate", lambda source, other: _set(source, other, wire.FATTR_SIZE, size=100)),
+}
+
+
+def _set(source: Source, nodeid: int, valid: int, **values: int) -> None:
+    source.tree.setattr(nodeid, Changes(valid, **values), None, privileged=True)
+
+
+@pytest.mark.parametrize("what", TAKING_SPACE)
 def test_space_of_removed_files_is_given_free_when_it_runs_out(
-    source: Source, file: int, monkeypatch: pytest.MonkeyPatch
+    source: Source, file: int, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernel's forget comes a moment after the removal: what it still holds must not fill the file system."""
+    module, name, act = TAKING_SPACE[what]
+    (source.path / "other").touch()
+    other, _ = source.tree.lookup(ROOT, b"other")
     source.tree.unlink(ROOT, b"file")
-    mkdir = os.mkdir
+    call = getattr(module, name)
+    refused = 0
 
-    def full_while_pinned(*arguments: object, **options: object) -> None:
-        if source.tree.anchors.held(file) is not None:
+    def full_while_pinned(*arguments: Any, **options: Any) -> Any:
+        nonlocal refused
+        if source.tree.anchors.held(file) is not None and (name != "open" or arguments[1] & os.O_CREAT):
+            refused += 1
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        mkdir(*arguments, **options)  # type: ignore[arg-type]
+        return call(*arguments, **options)
 
-    monkeypatch.setattr(os, "mkdir", full_while_pinned)
-    source.tree.mkdir(ROOT, b"dir", 0o755, MYSELF)
+    monkeypatch.setattr(module, name, full_while_pinned)
+    act(source, other)
+    assert refused == 1
+    # What stays full says so.
     monkeypatch.setattr(os, "mkdir", lambda *arguments, **options: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
     with fails(errno.ENOSPC):
         source.tree.mkdir(ROOT, b"another", 0o755, MYSELF)
+
+
+def test_a_removed_file_that_is_being_changed_is_not_given_free(
+    source: Source, file: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody holds it by a descriptor that opens nothing (O_PATH): its pin is all that leads to it."""
+    (source.path / "other").touch()
+    other, _ = source.tree.lookup(ROOT, b"other")
+    source.tree.unlink(ROOT, b"file")
+    source.tree.unlink(ROOT, b"other")
+    chown = syscalls.chown
+
+    def full_while_the_other_is_pinned(fd: int, uid: int, gid: int) -> None:
+        if source.tree.anchors.held(other) is not None:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        chown(fd, uid, gid)
+
+    monkeypatch.setattr(syscalls, "chown", full_while_the_other_is_pinned)
+    _set(source, file, wire.FATTR_UID, uid=os.geteuid())
+    assert source.tree.anchors.held(file) is not None
