@@ -15,6 +15,7 @@ from .arena import DEFAULT_SLOTS
 from .config import MAX_WORKERS, Cache, IoKind, LoopKind, MetadataKind, ServeConfig, help_text
 from .daemon import Daemon
 from .errors import HostError, MountpointError, UsageError
+from .escape import printable
 from .explained import EXIT_CODES, UntouchedPath, explained
 from .inspection import control, stats, status
 from .notify import Notifier
@@ -134,7 +135,7 @@ def serve(
     def on_ready(line: str) -> None:
         background.ready()
         if not daemon:
-            _say(f"llloop: {line}")
+            _say(f"llloop: {printable(line)}")
         else:
             background.let_go()
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-from contextlib import suppress
 from pathlib import Path
 
+from . import trusted
 from .errors import HostError
 from .redirect import let_go_of_standard_descriptors
 
@@ -16,11 +16,19 @@ class Daemon:
 
     Args:
         pid_file: where to write the process id, or None.
+
+    Raises:
+        HostError: the pid file could not be written there; the text says why.
     """
 
     def __init__(self, pid_file: Path | None) -> None:
-        self._pid_file = pid_file.absolute() if pid_file else None
-        self._written = False
+        self._written: bytes | None = None
+        try:
+            self._pid_file = pid_file.absolute() if pid_file else None
+            if self._pid_file is not None:
+                trusted.check_replaceable(str(self._pid_file))
+        except OSError as error:
+            raise HostError(f"pid file {pid_file}: {error.strerror}") from None
         self._waiting: int | None = None
 
     def start(self) -> None:
@@ -41,11 +49,12 @@ class Daemon:
     def ready(self) -> None:
         """Write the pid file."""
         if self._pid_file is not None:
+            text = f"{os.getpid()}\n".encode()
             try:
-                self._pid_file.write_text(f"{os.getpid()}\n")
+                trusted.replace_file(str(self._pid_file), text)
             except OSError as error:
                 raise HostError(f"pid file {self._pid_file}: {error.strerror}") from None
-            self._written = True
+            self._written = text
 
     def let_go(self) -> None:
         """Let the calling process end and leave its terminal."""
@@ -57,8 +66,6 @@ class Daemon:
             self._waiting = None
 
     def end(self) -> None:
-        """Remove the pid file."""
-        if self._written and self._pid_file is not None:
-            with suppress(OSError):
-                if self._pid_file.read_text() == f"{os.getpid()}\n":  # else another server has taken it over
-                    self._pid_file.unlink()
+        """Remove the pid file, unless another server has taken it over."""
+        if self._written is not None and self._pid_file is not None:
+            trusted.remove_file(str(self._pid_file), self._written)

@@ -11,6 +11,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from .escape import printable
+
 # Wide enough for a table where nobody knows how wide the reader's screen is.
 _WIDTH_OF_FILES = 120
 _GOOD, _BAD, _QUIET = "green", "bold red", "dim"
@@ -23,13 +25,6 @@ def console() -> Console:
     """Return where to print: as wide as the terminal, or wide enough for a file."""
     plain = Console(highlight=False)
     return plain if plain.is_terminal else Console(highlight=False, width=_WIDTH_OF_FILES)
-
-
-def shown(text: str) -> str:
-    """Return *text* with what a terminal or an encoder would stumble over escaped: it may be any file's name."""
-    return "".join(
-        one if one.isprintable() else one.encode("unicode_escape", "surrogatepass").decode("ascii") for one in text
-    )
 
 
 def bytes_text(count: float) -> str:
@@ -74,8 +69,8 @@ def _quiet(text: str, value: float) -> Text:
 
 def _heading(figures: dict[str, Any]) -> Text:
     line = Text()
-    line.append(shown(figures["mountpoint"]), style="bold")
-    line.append(f"  mirrors {shown(figures['source'])}, up {duration_text(figures['uptime'])}", style=_QUIET)
+    line.append(printable(figures["mountpoint"]), style="bold")
+    line.append(f"  mirrors {printable(figures['source'])}, up {duration_text(figures['uptime'])}", style=_QUIET)
     return line
 
 
@@ -173,12 +168,14 @@ def status_view(mounts: list[dict[str, Any]]) -> RenderableType:
 def _mount(one: dict[str, Any]) -> list[RenderableType]:
     state = one["state"]
     head = Text.assemble(
-        (shown(one["mountpoint"]), "bold"), f"  mirrors {shown(one['source'])}  ", (state, _STATES.get(state, _BAD))
+        (printable(one["mountpoint"]), "bold"),
+        f"  mirrors {printable(one['source'])}  ",
+        (state, _STATES.get(state, _BAD)),
     )
     if not one["visible"]:
         head.append("  (not in this mount namespace, or detached)", style=_QUIET)
     if "reason" in one:
-        return [head, Text(f"  {shown(one['reason'])}" + _advice(one))]
+        return [head, Text(f"  {printable(one['reason'])}" + _advice(one))]
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style=_QUIET)
     grid.add_column(overflow="fold")
@@ -202,7 +199,7 @@ def _mount(one: dict[str, Any]) -> list[RenderableType]:
 
 
 def _advice(one: dict[str, Any]) -> str:
-    return f"; detach it: llloop umount --lazy {shown(one['mountpoint'])}" if one["state"] == "dead" else ""
+    return f"; detach it: llloop umount --lazy {printable(one['mountpoint'])}" if one["state"] == "dead" else ""
 
 
 def _options(options: dict[str, Any]) -> list[str]:
@@ -213,7 +210,7 @@ def _options(options: dict[str, Any]) -> list[str]:
         if isinstance(value, bool):
             found += [option] if value else [f"no-{option}"] if name in ("allow_other", "xattr") else []
         elif name == "options":
-            found += [shown(f"-o {','.join(value)}")] if value else []
+            found += [printable(f"-o {','.join(value)}")] if value else []
         else:
-            found.append(shown(f"{option} {value:g}" if isinstance(value, float) else f"{option} {value}"))
+            found.append(printable(f"{option} {value:g}" if isinstance(value, float) else f"{option} {value}"))
     return found

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from .errors import LlloopError
+from .escape import printable
 
 
 class UntouchedPath(click.Path):
@@ -40,7 +41,7 @@ def explained(command: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return command(*args, **kwargs)
         except LlloopError as error:
-            click.echo(f"llloop: {error}", err=True)
+            click.echo(f"llloop: {printable(error)}", err=True)
             sys.exit(error.exit_code)
 
     return wrapper

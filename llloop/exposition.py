@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from prometheus_client import CollectorRegistry, generate_latest, write_to_textfile
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from .display import shown
+from . import trusted
+from .escape import printable
 
 # The buckets shown: up to 2**27 microseconds, some two minutes. More would be series that nobody fills.
 _BUCKETS = 28
@@ -24,7 +26,7 @@ class _Collector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         stats = self._stats
-        mount = shown(stats["mountpoint"])
+        mount = printable(stats["mountpoint"])
         yield from self._operations(mount)
         yield from self._processes(mount)
         for name, text, value in (
@@ -105,6 +107,6 @@ def write(stats: dict[str, Any], file: Path) -> None:
     """Put it into *file*, which is replaced as a whole: no reader sees half of it.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: it cannot be written, or is no regular file.
     """
-    write_to_textfile(str(file), _registry(stats))
+    trusted.replace_file(os.path.abspath(file), text(stats).encode())

@@ -1,11 +1,14 @@
 """Logging of all processes of a mount, gathered by the supervisor through multiprocessing-logging.
 
-One line per event: time, level, the process's role, message. Where standard error is the journal (systemd sets
-JOURNAL_STREAM), the journal knows the time, and the level is told in its own way (sd-daemon(3)).
+One line per event: time, level, the process's role, message. What others chose, such as names of files, is escaped,
+and the lines that follow the first of a record are indented, so that nothing in a message looks like a record. Where
+standard error is the journal (systemd sets JOURNAL_STREAM), the journal knows the time, and the level is told in its
+own way (sd-daemon(3)).
 """
 
 from __future__ import annotations
 
+import datetime
 import errno
 import logging
 import mmap
@@ -20,6 +23,8 @@ from pathlib import Path
 
 import multiprocessing_logging
 
+from . import trusted
+from .escape import printable, printable_lines
 from .records import Records
 
 LEVELS = ("debug", "info", "warning", "error")
@@ -115,7 +120,36 @@ def _append(record: logging.LogRecord, text: str) -> None:
         record.msg, record.args = message + text, None
 
 
-class _Journal(logging.Formatter):
+class Lines(str):
+    """An argument of a log message that has several lines, and keeps its line breaks."""
+
+
+class _Escaping:
+    """Makes the arguments of messages safe to print, in the process that logs them."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if isinstance(record.args, tuple):
+            record.args = tuple(_escaped(one) for one in record.args)
+        return True
+
+
+def _escaped(argument: object) -> object:
+    if isinstance(argument, (int, float)):
+        return argument
+    return printable_lines(argument) if isinstance(argument, Lines) else printable(argument)
+
+
+class _Formatter(logging.Formatter):
+    """Records as lines with a time as ISO 8601 has it, with the offset from UTC."""
+
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        return datetime.datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable_lines(super().format(record)).replace("\n", "\n  ")
+
+
+class _Journal(_Formatter):
     """Lines as sd-daemon(3) wants them: each begins with its syslog priority."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -136,7 +170,9 @@ class _Destination(logging.StreamHandler):  # type: ignore[type-arg]
 
     @staticmethod
     def _opened(file: Path):  # type: ignore[no-untyped-def]
-        return open(file, "a", encoding="utf-8", errors="backslashreplace")
+        # As root too, whatever other users may have put there; and it is not to hang where a named pipe is.
+        fd = trusted.open_file(str(file), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        return open(fd, "a", encoding="utf-8", errors="backslashreplace")
 
     def emit(self, record: logging.LogRecord) -> None:
         # Records of other processes come here past the filters. Theirs have let pass what they may each, but a
@@ -174,10 +210,10 @@ def configure(level: str, file: Path | None) -> None:
     global _threshold, _destination
     _destination = _Destination(file)
     journal = file is None and _is_journal()
-    _destination.setFormatter(_Journal(_JOURNAL_FORMAT) if journal else logging.Formatter(_FORMAT))
+    _destination.setFormatter(_Journal(_JOURNAL_FORMAT) if journal else _Formatter(_FORMAT))
     _threshold = _Threshold(_number(level))
     # First of the filters: what is not logged is not to be counted either.
-    _destination.filters.insert(0, _threshold)
+    _destination.filters[:0] = [_threshold, _Escaping()]
     root = logging.getLogger()
     root.handlers[:] = [_destination]
     # The threshold decides; no message is so frequent that making it for nothing would cost anything.

@@ -16,6 +16,7 @@ import click
 
 from .cli import serve
 from .errors import HostError, UsageError
+from .escape import printable
 from .version import __version__
 
 # Exit codes of mount(8).
@@ -209,10 +210,10 @@ def main() -> None:
         message = error.format_message()
         if isinstance(error, click.BadParameter) and error.param in _offered():
             message = f"mount option {error.param.name}: {error.message}"
-        click.echo(f"mount.llloop: {message}", err=True)
+        click.echo(f"mount.llloop: {printable(message)}", err=True)
         sys.exit(_USAGE)
     except UsageError as error:
-        click.echo(f"mount.llloop: {error}", err=True)
+        click.echo(f"mount.llloop: {printable(error)}", err=True)
         sys.exit(_USAGE)
     except (click.Abort, KeyboardInterrupt):
         sys.exit(_INTERRUPTED)

@@ -8,6 +8,8 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 
+from .escape import printable
+
 
 class Notifier:
     """The manager behind $NOTIFY_SOCKET, or nobody. Nothing here waits or fails: a manager that is gone misses it.
@@ -44,11 +46,11 @@ class Notifier:
 
     def ready(self, status: str) -> None:
         """The mount answers requests, from now on or again."""
-        self._send("READY=1", f"MAINPID={os.getpid()}", f"STATUS={_line(status)}")
+        self._send("READY=1", f"MAINPID={os.getpid()}", f"STATUS={printable(status)}")
 
     def status(self, text: str) -> None:
         """Say in a line what is going on."""
-        self._send(f"STATUS={_line(text)}")
+        self._send(f"STATUS={printable(text)}")
 
     def reloading(self) -> None:
         """A reload has begun; `ready` ends it."""
@@ -61,8 +63,3 @@ class Notifier:
     def alive(self) -> None:
         """The mount still answers."""
         self._send("WATCHDOG=1")
-
-
-def _line(text: str) -> str:
-    """Return *text* as one line, whatever a path holds."""
-    return " ".join(text.split("\n"))

@@ -199,7 +199,7 @@ class Oversight:
         told = [("llloop-supervisor", os.getpid(), self._own_stacks)]
         told += [(child.name, child.pid or 0, child.stacks) for child in self._sight.children]
         for name, pid, its in told:
-            text = its.take() or f"  no answer; its state is {process_state(pid) or 'gone'}"
+            text = log.Lines(its.take() or f"no answer; its state is {process_state(pid) or 'gone'}")
             _log.info("stacks of %s (process %d):\n%s", name, pid, text, extra={"asked_for": True})
 
     # The commands of the control socket

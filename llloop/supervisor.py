@@ -34,6 +34,7 @@ from .arena import Arena
 from .children import LONGEST_PAUSE, PATIENCE, STOP_SIGNALS, Child, Cloned, child_main, end, fork, forked
 from .config import ServeConfig
 from .errors import HostError, LlloopError, UsageError
+from .escape import printable
 from .front.operations import Operations
 from .front.process import FrontSetup, run_front
 from .keeper import Keeper
@@ -456,7 +457,7 @@ class Supervisor:
             _log.warning(
                 "%s is busy: detached lazily; who uses it now may go on for %g seconds", self._mountpoint, GRACE
             )
-            print(f"llloop: {self._mountpoint} is busy, detaching it lazily", file=sys.stderr, flush=True)
+            print(f"llloop: {printable(self._mountpoint)} is busy, detaching it lazily", file=sys.stderr, flush=True)
             self._start_unmounting(lazy=True)
         elif process.exitcode != 0 and self._is_mounted():
             _log.error("%s could not be unmounted", self._mountpoint)

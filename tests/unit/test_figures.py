@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llloop import display, exposition
+from llloop import display, escape, exposition
 from llloop.figures import percentile, since
 from llloop.metrics import Sheet
 from llloop.wire import Opcode
@@ -105,8 +105,8 @@ def test_no_requests_have_no_percentile() -> None:
         (display.latency_text, 3_400, "3.4 ms"),
         (display.latency_text, 2_500_000, "2.5 s"),
         (display.duration_text, 273_906, "3 days, 4:05:06"),
-        (display.shown, "plain \N{SNOWMAN}", "plain \N{SNOWMAN}"),
-        (display.shown, "a\nb\x1b\udcff", r"a\nb\x1b\udcff"),
+        (escape.printable, "plain \N{SNOWMAN}", "plain \N{SNOWMAN}"),
+        (escape.printable, "a\nb\x1b\udcff", r"a\nb\x1b\udcff"),
     ],
 )
 def test_figures_are_short(function: Any, value: Any, text: str) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from tests.as_user import Child
 from tests.server_processes import wait_until
 
 LOGGER = logging.getLogger("llloop.tests")
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +42,63 @@ def test_a_line_has_time_level_process_and_message(tmp_path: Path) -> None:
     LOGGER.info("hello %s", "world")
     LOGGER.debug("not this")
     (line,) = lines(tmp_path / "log")
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d [\d:,]+ INFO \S+: hello world", line)
+    time = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d"
+    assert re.fullmatch(rf"{time} INFO \S+: hello world", line)
+
+
+def test_the_time_is_the_time_zone_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "IST-05:30")
+    time.tzset()
+    try:
+        log.configure("info", tmp_path / "log")
+        LOGGER.info("hello")
+        (line,) = lines(tmp_path / "log")
+        assert datetime.datetime.fromisoformat(line.split(" ")[0]).utcoffset() == datetime.timedelta(hours=5.5)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+FORGED = "a\n2026-01-01T00:00:00.000+00:00 ERROR llloop-front: forged\x1b[2J\r\x85\u202e"
+
+
+def test_names_cannot_forge_records_or_reach_the_terminal(tmp_path: Path) -> None:
+    log.configure("info", tmp_path / "log")
+    LOGGER.info("file %s", FORGED)
+    LOGGER.info("file %s", Path(FORGED))
+    LOGGER.info(f"file {FORGED}")
+    try:
+        raise ValueError(FORGED)
+    except ValueError:
+        LOGGER.exception("failed")
+    text = (tmp_path / "log").read_text()
+    assert all(one.isprintable() or one == "\n" for one in text)
+    records = [line for line in text.split("\n") if line and not line.startswith(" ")]
+    assert [re.sub(r"^\S+ ([A-Z]+) \S+ ", r"\1 ", line).split(" ")[0] for line in records] == ["INFO"] * 3 + ["ERROR"]
+    assert records[0].endswith(r"forged\x1b[2J\r\x85\u202e")
+
+
+@needs_root
+def test_a_planted_log_file_is_not_followed(tmp_path: Path) -> None:
+    shared, victim = tmp_path / "shared", tmp_path / "victim"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    victim.touch()
+    (shared / "log").symlink_to(victim)
+    os.lchown(shared / "log", 4001, 4001)
+    with pytest.raises(OSError, match="symbolic link"):
+        log.configure("info", shared / "log")
+    log.configure("info", shared / "own")
+    LOGGER.info("one")
+    (shared / "own").rename(shared / "own.1")
+    os.mkfifo(shared / "own")
+    os.chown(shared / "own", 4001, 4001)
+    log.reopen()
+    LOGGER.info("two")
+    found = lines(shared / "own.1")
+    assert "cannot be opened again" in found[1]
+    assert found[2].endswith("two")
+    assert victim.read_text() == ""
 
 
 def test_names_that_are_not_text_are_logged(tmp_path: Path) -> None:
@@ -200,7 +259,7 @@ def test_the_journal_is_told_priorities(is_journal: bool, tmp_path: Path, monkey
         return
     assert [line[:3] for line in found] == [f"<{priority}>" for priority in (7, 7, 6, 6, 4, 4, 3, 3, 3, 3)]
     assert re.fullmatch(r"<7>\S+: a debug", found[0])
-    assert found[1] == "<7>of two lines"
+    assert found[1] == "<7>  of two lines"
 
 
 def test_a_log_file_has_no_priorities(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,13 +39,13 @@ def manager(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Manager]
 
 def test_the_manager_hears_everything(manager: Manager) -> None:
     notifier = Notifier({"NOTIFY_SOCKET": manager.address})
-    notifier.ready("serving /a\nb")
+    notifier.ready("serving /a\nb\x1b[2J")
     notifier.reloading()
     notifier.status("waiting")
     notifier.alive()
     notifier.stopping()
     ready, reloading, status, alive, stopping = manager.heard()
-    assert ready == f"READY=1\nMAINPID={os.getpid()}\nSTATUS=serving /a b"
+    assert ready == f"READY=1\nMAINPID={os.getpid()}\nSTATUS=serving /a\\nb\\x1b[2J"
     assert re.fullmatch(r"RELOADING=1\nMONOTONIC_USEC=\d+", reloading)
     assert (status, alive) == ("STATUS=waiting", "WATCHDOG=1")
     assert stopping.startswith("STOPPING=1\n")

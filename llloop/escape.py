@@ -1,0 +1,19 @@
+"""Text that others chose (names of files, messages of other servers) made safe to print, log or send."""
+
+from __future__ import annotations
+
+
+def printable(text: object) -> str:
+    """Return *text* with every character that is not printable as its escape sequence of Python.
+
+    That covers line breaks, which would begin a line of the log, a terminal's control sequences, marks that change
+    the direction of writing, and the bytes of names that are not UTF-8.
+    """
+    return "".join(
+        one if one.isprintable() else one.encode("unicode_escape", "surrogatepass").decode("ascii") for one in str(text)
+    )
+
+
+def printable_lines(text: str) -> str:
+    """Return *text* as `printable` does, but with its line breaks."""
+    return "\n".join(printable(line) for line in text.split("\n"))
