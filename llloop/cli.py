@@ -121,7 +121,6 @@ def serve(
     options["io"] = IoKind(options["io"])
     options["metadata"] = MetadataKind(options["metadata"])
     options["loop"] = LoopKind(options["loop"])
-    options["options"] = tuple(part for option in options["options"] for part in option.split(",") if part)
     config = ServeConfig(source=source, mountpoint=mountpoint, **options)
     for option, file in (("--log-file", log_file), ("--pid-file", pid_file)):
         if file is not None and mounting.is_below(str(file), mountpoint):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
+from . import mount_options
 from .arena import DEFAULT_SLOTS, MAX_SHARDS
 from .errors import MountpointError, SourceError, UsageError
 
@@ -75,7 +76,9 @@ class ServeConfig:
         "Number of worker processes that do the data I/O; a file's I/O is always done by the same one. "
         "Default: the number of usable CPUs. More than CPUs helps only where the source waits for disks or a network.",
     )
-    read_only: bool = _option(False, "Mount read-only: the kernel refuses every change with EROFS. Default: off.")
+    read_only: bool = _option(
+        False, "Mount read-only: the kernel refuses every change with EROFS; wins over -o rw. Default: off."
+    )
     allow_other: bool = _option(
         None,
         "Let users other than the one who mounts use the mount; the kernel checks permissions as it does on the "
@@ -130,7 +133,8 @@ class ServeConfig:
     options: tuple[str, ...] = _option(
         (),
         "Further mount options for libfuse or the kernel, separated by commas: noexec, or as root suid and dev, which "
-        "allow set-ID programs and device nodes. Risk of suid and dev: who can write in the source can become root. "
+        "allow set-ID programs and device nodes. Options that exclude each other are refused. Risk of suid and dev: "
+        "who can write in the source can become root. "
         "noatime has no effect on the source, whose own mount options decide. Default: none; nosuid,nodev are on.",
     )
     fsname: str = _option(None, "Name of the file system shown by mount(8) and df(1). Default: the source.")
@@ -150,8 +154,7 @@ class ServeConfig:
     def __post_init__(self) -> None:
         self._check_paths()
         options: Any = self.options
-        if isinstance(options, str):
-            object.__setattr__(self, "options", tuple(options.split(",")))
+        object.__setattr__(self, "options", mount_options.checked((options,) if isinstance(options, str) else options))
         for name, kind in (("cache", Cache), ("io", IoKind), ("metadata", MetadataKind), ("loop", LoopKind)):
             object.__setattr__(self, name, _member(kind, name, getattr(self, name)))
         defaults = {
@@ -177,6 +180,8 @@ class ServeConfig:
                 raise kind(f"{what} {path!r}: this is not the name of a directory")
 
     def _check(self) -> None:
+        if "ro" in self.options:
+            object.__setattr__(self, "read_only", True)
         if type(self.workers) is not int or not 1 <= self.workers <= MAX_WORKERS:
             raise UsageError(f"--workers must be a whole number from 1 to {MAX_WORKERS}, not {self.workers!r}")
         for name in ("read_only", "allow_other", "xattr", "nonempty", "replace_dead", "writeback"):

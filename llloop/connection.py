@@ -49,16 +49,16 @@ class Connection:
         return f"own loop{asking}, {self.capabilities.describe()}"
 
 
-def mount(operations: Operations, mountpoint: str, options: set[str]) -> int:
+def mount(operations: Operations, mountpoint: str, options: list[str]) -> int:
     """Mount, and return the descriptor of /dev/fuse.
 
     Args:
         operations: what llfuse is to call.
         mountpoint: an absolute path without symlinks.
-        options: libfuse's mount options.
+        options: libfuse's mount options, in their order.
 
     Raises:
-        UsageError: libfuse knows an option not.
+        UsageError: libfuse does not know an option.
         HostError: libfuse or fusermount refused otherwise.
     """
     before = fuse_devices()
@@ -70,7 +70,7 @@ def mount(operations: Operations, mountpoint: str, options: set[str]) -> int:
         # Only libfuse itself, or fusermount, knows why, and says so on standard error.
         reason = complaints.text() or str(error)
         if "fuse_lowlevel_new" in str(error) or "option" in reason:
-            raise UsageError(f"mount options {','.join(sorted(options))}: {reason}") from None
+            raise UsageError(f"mount options {','.join(options)}: {reason}") from None
         raise HostError(f"mount point {mountpoint}: it could not be mounted: {reason}") from None
     try:
         (device,) = fuse_devices() - before

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 
 import click
 
+from . import mount_options
 from .cli import serve
 from .errors import HostError, UsageError
 from .escape import printable
@@ -35,17 +36,15 @@ Exit codes, as mount(8) has them:
 _IGNORED = frozenset(
     {
         *("auto", "noauto", "user", "nouser", "users", "nousers", "owner", "noowner", "group", "nogroup", "nofail"),
-        *("_netdev", "defaults", "rw", "default_permissions", "loud", "silent", "relatime", "norelatime"),
-        *("strictatime", "nostrictatime", "diratime", "nodiratime", "lazytime", "nolazytime"),
+        *("_netdev", "defaults", "default_permissions", "loud", "silent"),
     }
 )
+# With these, mount(8) puts noexec, nosuid and nodev before what the table says.
+_IMPLYING = re.compile("(users?|owner|group)(=.*)?")
+_IMPLIED = ("noexec", "nosuid", "nodev")
 _IGNORED_PREFIXES = ("x-", "X-", "comment=", "user=", "helper=", "uhelper=")
-# What goes to libfuse and the kernel as it is.
-_KERNEL = frozenset(
-    {"suid", "nosuid", "dev", "nodev", "exec", "noexec", "sync", "async", "dirsync", "atime", "noatime"}
-)
 # What a mount option cannot set: these are the helper's own business.
-_NOT_OFFERED = frozenset({"options", "daemon", "lifeline", "help"})
+_NOT_OFFERED = frozenset({"daemon", "lifeline", "help"})
 
 
 def _offered() -> list[click.Option]:
@@ -53,37 +52,16 @@ def _offered() -> list[click.Option]:
     return [one for one in serve.params if isinstance(one, click.Option) and one.name not in _NOT_OFFERED]
 
 
-def _spellings() -> dict[str, tuple[str, bool]]:
-    """Return the mount options: what each is for `llloop serve`, and whether it takes a value."""
+def _spellings() -> dict[str, tuple[str, str, bool]]:
+    """Return the mount options: whose value each sets and what it is for `llloop serve`, and whether it has a value."""
     table = {}
     for option in _offered():
         for spelling in (*option.opts, *option.secondary_opts):
             if spelling.startswith("--"):
                 name = spelling[2:].replace("-", "_")
                 for variant in (spelling[2:], name, re.sub("^no_", "no", name)):
-                    table[variant] = (spelling, not option.is_flag)
+                    table[variant] = (str(option.name), spelling, not option.is_flag)
     return table
-
-
-def split_options(text: str) -> list[str]:
-    """Split what -o is given at its commas.
-
-    A comma is part of a value within double quotes, as mount(8) has it, or after a backslash, as libfuse has it.
-    """
-    parts, part, quoted = [], "", False
-    characters = iter(text)
-    for character in characters:
-        if character == "\\":
-            following = next(characters, "")
-            part += following if following in ("\\", ",", '"') else character + following
-        elif character == '"':
-            quoted = not quoted
-        elif character == "," and not quoted:
-            parts.append(part)
-            part = ""
-        else:
-            part += character
-    return [one for one in (*parts, part) if one]
 
 
 def serve_arguments(options: Iterable[str], *, sloppy: bool = False) -> list[str]:
@@ -94,24 +72,42 @@ def serve_arguments(options: Iterable[str], *, sloppy: bool = False) -> list[str
         sloppy: leave out what nobody knows.
 
     Raises:
-        UsageError: an option lacks its value, has one too many, or asks for what a FUSE mount cannot do.
+        UsageError: an option lacks its value, has one too many, contradicts another, or asks for what a FUSE mount
+            cannot do.
     """
     table = _spellings()
     arguments = []
-    for option in options:
+    seen: dict[str, str] = {}
+    given = _without_implied(options)
+    mount_options.refuse_contradictions(given)
+    for option in given:
         name, assigned, value = option.partition("=")
-        if name in _IGNORED or option.startswith(_IGNORED_PREFIXES):
+        if option in _IGNORED or option in mount_options.WITHOUT_EFFECT or option.startswith(_IGNORED_PREFIXES):
             continue
         if name == "remount":
             raise UsageError("llloop cannot change the options of a mount; unmount it and mount it anew")
         if name in table:
-            spelling, wants_value = table[name]
+            parameter, spelling, wants_value = table[name]
+            if parameter != "options" and seen.setdefault(parameter, option) != option:
+                raise UsageError(f"mount options {seen[parameter]} and {option} exclude each other; give one of them")
             if wants_value != bool(assigned):
                 raise UsageError(f"mount option {option}: {'it needs a value' if wants_value else 'it takes no value'}")
             arguments += [f"{spelling}={value}" if wants_value else spelling]
-        elif name in _KERNEL or not sloppy:
+        elif option in mount_options.KERNEL or not sloppy:
             arguments += ["-o", option]
     return arguments
+
+
+def _without_implied(options: Iterable[str]) -> list[str]:
+    """Return *options* without what mount(8) has put before them because an ordinary user may mount it."""
+    given = list(options)
+    if not any(_IMPLYING.fullmatch(option) for option in given):
+        return given
+    return [
+        option
+        for place, option in enumerate(given)
+        if option not in _IMPLIED or option.removeprefix("no") not in given[place:]
+    ]
 
 
 def _value(option: click.Option) -> str:
@@ -177,7 +173,8 @@ def mount_llloop(
     """
     if namespace is not None:
         raise UsageError("-N is not supported; use nsenter --mount=NAMESPACE mount -t llloop ...")
-    single = [one for text in options for one in split_options(text)] + (["ro"] if read_only else [])
+    single = [one for text in options for one in mount_options.split(text)]
+    single += [*(["ro"] if read_only else []), *(["rw"] if writable else [])]
     arguments = ["--daemon", *serve_arguments(single, sloppy=sloppy), "--", source, mountpoint]
     if verbose:
         click.echo(shlex.join(["llloop", "serve", *arguments]))

@@ -15,9 +15,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import syscalls
+from . import mount_options, syscalls
 from .config import ServeConfig
-from .errors import DeadMountError, HostError, LlloopError, MountpointError, SourceError, UsageError
+from .errors import DeadMountError, HostError, LlloopError, MountpointError, SourceError
 
 # The file system type that mounts of llloop show.
 TYPE = "fuse.llloop"
@@ -258,6 +258,7 @@ def check_host(config: ServeConfig) -> None:
         raise HostError(
             f"{_DEVICE} cannot be opened ({error.strerror}): this user or container is not allowed to use FUSE"
         ) from None
+    mount_options.check_user(config)
     if os.geteuid() == 0:
         return
     if shutil.which("fusermount") is None:
@@ -275,40 +276,6 @@ def _user_allow_other() -> bool:
     except OSError:
         return False
     return any(line.strip() == "user_allow_other" for line in lines)
-
-
-# Mount options that llloop sets by itself, and what to say to who gives them.
-_OWN_OPTIONS = {
-    "allow_other": "say --allow-other or --no-allow-other instead",
-    "fsname": "say --fsname NAME instead",
-    "nonempty": "say --nonempty instead",
-    "subtype": "it is always llloop",
-}
-
-
-def mount_options(config: ServeConfig) -> set[str]:
-    """Return the options to give to libfuse.
-
-    Raises:
-        UsageError: an option is not ASCII, which llfuse cannot pass on.
-    """
-    # libfuse splits options at commas unless they are escaped, and llfuse passes only ASCII.
-    fsname = config.fsname.encode("ascii", "replace").decode().replace("\\", "\\\\").replace(",", "\\,")
-    options = {"default_permissions", "subtype=llloop", f"fsname={fsname}"}
-    for option in config.options:
-        name = option.partition("=")[0]
-        if name in _OWN_OPTIONS:
-            raise UsageError(f"mount option {option}: {_OWN_OPTIONS[name]}")
-        if not option.isascii():
-            raise UsageError(f"mount option {option!r}: only ASCII can be passed to libfuse")
-        options.add(option)
-    if config.allow_other:
-        options.add("allow_other")
-    if config.read_only:
-        options.add("ro")
-    if config.nonempty:
-        options.add("nonempty")
-    return options
 
 
 def unmount(mountpoint: str, *, lazy: bool) -> None:

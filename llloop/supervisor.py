@@ -29,7 +29,7 @@ from typing import Any
 import llfuse
 from setproctitle import setproctitle
 
-from . import connection, log, mounting, negotiation, syscalls, wire
+from . import connection, log, mount_options, mounting, negotiation, syscalls, wire
 from .arena import Arena
 from .children import LONGEST_PAUSE, PATIENCE, STOP_SIGNALS, Child, Cloned, child_main, end, fork, forked
 from .config import ServeConfig
@@ -80,7 +80,7 @@ class Supervisor:
         self._source = mounting.check_source(config.source)
         self._mountpoint = mounting.check_mountpoint(config, self._source)
         mounting.check_host(config)
-        self._options = mounting.mount_options(config)
+        self._options = mount_options.for_libfuse(config)
         self._stop_asked = False
         self._report_asked = False
         self._stacks_asked = False

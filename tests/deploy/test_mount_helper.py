@@ -142,6 +142,25 @@ def test_options_that_make_no_sense(place: Place, options: str, code: int, messa
 
 
 @only_plain
+def test_set_id_programs_and_devices_can_be_allowed_whatever_mount_keeps_for_itself(place: Place) -> None:
+    place.fstab("llloop", "options=suid,options=dev,workers=1")
+    place.mount("-a")
+    assert not {"nosuid", "nodev"} & place.options()
+    place.umount()
+    place.mount("-t", "llloop", "-o", 'options="suid,dev",workers=1', place.source, place.mountpoint)
+    assert not {"nosuid", "nodev"} & place.options()
+    place.umount()
+
+
+@only_plain
+@pytest.mark.parametrize("options", ["rw,read_only", "read_only", "ro", "rw,ro"])
+def test_read_only_however_it_is_said(place: Place, options: str) -> None:
+    place.mount("-t", "llloop", "-o", f"{options},workers=1", place.source, place.mountpoint)
+    assert "ro" in place.options() and "rw" not in place.options()
+    place.umount()
+
+
+@only_plain
 def test_sloppy_is_what_ignores_unknown_options(place: Place) -> None:
     place.mount("-s", "-t", "llloop", "-o", "nonsense,ro", place.source, place.mountpoint)
     assert place.read() == "mirrored\n"

@@ -73,6 +73,13 @@ def test_mount_options_that_do_not_exist(place: Ground, option: str) -> None:
     place.refused(USAGE, option, "-o", option)
 
 
+@pytest.mark.parametrize("options", ["ro,rw", "rw,ro", "noexec,exec", "suid,nosuid"])
+def test_mount_options_that_exclude_each_other(place: Ground, options: str) -> None:
+    place.refused(USAGE, "exclude each other", "-o", options)
+    one, other = options.split(",")
+    place.refused(USAGE, "exclude each other", "-o", one, "-o", other)
+
+
 def test_files_that_cannot_be_written(place: Ground) -> None:
     for option in ("--log-file", "--pid-file"):
         place.refused(HOST, "missing/file", option, place.state / "missing" / "file")

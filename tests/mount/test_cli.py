@@ -90,6 +90,12 @@ def test_read_only(serve: Serve) -> None:
     assert (server.source / "file").read_text() == "content"
 
 
+@pytest.mark.parametrize("seed", ["0", "1", "2", "3"])  # of the hashes of strings, and so of the order of sets
+def test_read_only_wins(serve: Serve, seed: str) -> None:
+    server = serve("--read-only", "-o", "rw", env={"PYTHONHASHSEED": seed})
+    assert os.statvfs(server.mountpoint).f_flag & os.ST_RDONLY
+
+
 def test_no_xattr(serve: Serve) -> None:
     server = serve("--no-xattr")
     (server.mountpoint / "file").write_text("content")

@@ -19,7 +19,7 @@ from unittest import mock
 import llfuse
 import pytest
 
-from llloop import connection, mounting
+from llloop import connection, mount_options, mounting
 from llloop.arena import Arena
 from llloop.config import ServeConfig
 from llloop.front.inodes import ROOT
@@ -41,7 +41,7 @@ def feed(source: Path, mountpoint: Path, seed: int) -> None:
     """Serve made-up requests until they are used up."""
     config = ServeConfig(source=str(source), mountpoint=str(mountpoint), workers=1)
     operations = Operations()
-    device = connection.mount(operations, str(mountpoint), mounting.mount_options(config))
+    device = connection.mount(operations, str(mountpoint), mount_options.for_libfuse(config))
     made = connection.initialise(device, config, str(source))
     assert made.session is not None
     arena, ledger = Arena(4, MAX_WRITE, 1), Ledger(1 << 16)

@@ -4,43 +4,14 @@ from __future__ import annotations
 
 import click
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from llloop.cli import serve
 from llloop.errors import UsageError
-from llloop.mount_helper import serve_arguments, split_options
+from llloop.mount_helper import serve_arguments
 
 # A mount by mount(8) is always a daemon, and each mount option stands for itself.
-OTHERS = {"options", "daemon", "lifeline"}
+OTHERS = {"daemon", "lifeline"}
 SERVE_OPTIONS = [one for one in serve.params if isinstance(one, click.Option) and one.name not in OTHERS]
-
-
-@pytest.mark.parametrize(
-    ("text", "parts"),
-    [
-        ("", []),
-        ("ro", ["ro"]),
-        ("rw,workers=8,,noexec", ["rw", "workers=8", "noexec"]),
-        ('fsname="a,b",ro', ["fsname=a,b", "ro"]),
-        (r"fsname=a\,b,ro", ["fsname=a,b", "ro"]),
-        (r"fsname=a\\,ro", ["fsname=a\\", "ro"]),
-        (r"fsname=a\b", [r"fsname=a\b"]),
-        (r'fsname="a\"b"', ['fsname=a"b']),
-        ("fsname=a b", ["fsname=a b"]),
-        ("trailing\\", ["trailing\\"]),
-    ],
-)
-def test_options_are_split_at_commas(text: str, parts: list[str]) -> None:
-    assert split_options(text) == parts
-
-
-@given(st.lists(st.text(min_size=1)))
-def test_escaped_options_come_back_whole(parts: list[str]) -> None:
-    def escaped(part: str) -> str:
-        return "".join("\\" + character if character in '\\,"' else character for character in part)
-
-    assert split_options(",".join(map(escaped, parts))) == parts
 
 
 def test_options_of_serve_are_mount_options() -> None:
@@ -78,7 +49,7 @@ def test_every_option_of_serve_can_be_given_in_fstab(option: click.Option) -> No
 @pytest.mark.parametrize(
     "option",
     [
-        *("defaults", "auto", "noauto", "user", "users", "owner", "group", "nofail", "_netdev", "user=ann", "rw"),
+        *("defaults", "auto", "noauto", "user", "users", "owner", "group", "nofail", "_netdev", "user=ann"),
         *("x-systemd.automount", "x-systemd.requires=/srv", "X-mount.mkdir=755", "comment=the photos", "relatime"),
     ],
 )
@@ -101,8 +72,44 @@ def test_what_nobody_knows_is_left_to_libfuse_to_refuse_or_ignored_if_asked() ->
         ("workers", "needs a value"),
         ("ro=1", "takes no value"),
         ("remount", "cannot change the options"),
+        ("remount=1", "cannot change the options"),
     ],
 )
 def test_what_makes_no_sense_is_refused(option: str, reason: str) -> None:
     with pytest.raises(UsageError, match=reason):
         serve_arguments([option])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(["ro", "rw"], ["rw", "ro"], ["suid", "nosuid"], ["noexec", "exec"], ["noatime", "relatime"]),
+        *(["strictatime", "nostrictatime"], ["xattr", "noxattr"], ["cache=never", "cache=always"]),
+    ],
+)
+def test_options_that_exclude_each_other_are_refused(options: list[str]) -> None:
+    with pytest.raises(UsageError, match="exclude each other"):
+        serve_arguments(options)
+
+
+def test_the_same_twice_is_no_contradiction() -> None:
+    assert serve_arguments(["ro", "ro", "cache=never", "cache=never"])[-1] == "--cache=never"
+
+
+def test_mount_says_rw_of_whatever_is_not_ro() -> None:
+    """So that is no contradiction to llloop's own option, which wins (see `llloop.mount_options.for_libfuse`)."""
+    assert serve_arguments(["rw", "read_only"]) == ["-o", "rw", "--read-only"]
+
+
+def test_what_a_users_mount_implies_can_be_taken_back() -> None:
+    """mount(8), user: "implies noexec, nosuid, nodev unless overridden by subsequent options"."""
+    assert serve_arguments(["noexec", "nosuid", "nodev", "user", "exec"]) == [
+        *("-o", "nosuid", "-o", "nodev", "-o", "exec"),
+    ]
+    with pytest.raises(UsageError, match="exclude each other"):
+        serve_arguments(["user", "exec", "noexec"])
+
+
+def test_what_mount_keeps_for_itself_can_be_given_all_the_same() -> None:
+    """util-linux before 2.39 does not tell its helpers of suid, dev and the other opposites of a flag."""
+    assert serve_arguments(["rw", "options=suid", "options=dev"]) == ["-o", "rw", "--options=suid", "--options=dev"]

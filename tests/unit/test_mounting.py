@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from llloop import mounting
 from llloop.config import ServeConfig
-from llloop.errors import DeadMountError, HostError, LlloopError, MountpointError, SourceError, UsageError
+from llloop.errors import DeadMountError, HostError, LlloopError, MountpointError, SourceError
 from llloop.mounting import MountEntry
 from tests.as_user import MYSELF, Caller, run_as
 from tests.expect import fails
@@ -302,29 +302,6 @@ def test_allow_other_needs_the_administrators_word(ordinary: Path, text: str | N
     else:
         with pytest.raises(HostError, match=r"user_allow_other in .*fuse\.conf.*--no-allow-other"):
             mounting.check_host(config(allow_other=True))
-
-
-# Options for libfuse
-
-
-def test_mount_options() -> None:
-    made = mounting.mount_options(config(allow_other=False, source="/data"))
-    assert made == {"default_permissions", "subtype=llloop", "fsname=/data"}
-    made = mounting.mount_options(
-        config(allow_other=True, read_only=True, options=("noatime", "max_read=4096"), fsname="name")
-    )
-    assert {"allow_other", "ro", "noatime", "max_read=4096", "fsname=name", "default_permissions"} <= made
-
-
-def test_a_name_cannot_smuggle_options_in() -> None:
-    made = mounting.mount_options(config(allow_other=False, fsname="a,suid,b\\,dev"))
-    assert "fsname=a\\,suid\\,b\\\\\\,dev" in made
-
-
-def test_only_ascii_is_passed_on() -> None:
-    assert "fsname=/d?ta" in mounting.mount_options(config(source="/dåta"))
-    with pytest.raises(UsageError, match="ASCII"):
-        mounting.mount_options(config(options=("foo=ü",)))
 
 
 # Unmounting as an ordinary user
