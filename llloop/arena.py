@@ -20,6 +20,7 @@ from struct import Struct
 from . import wire
 from .metrics import Metrics
 from .payloads import PayloadPipes
+from .pidfds import start_time
 
 # Shard numbers must fit the state byte, in which 0 means free.
 MAX_SHARDS = 254
@@ -51,7 +52,7 @@ class Arena:
         # states, stages: a byte per slot; results: eight
         results = (2 * slots + 7) & ~7
         front = results + 8 * slots
-        first = (front + 16 + pages - 1) // pages * pages
+        first = (front + 24 + pages - 1) // pages * pages
         # The payload is page-aligned, which O_DIRECT needs; the record lies in the page before it, ahead of the header.
         self._stride = pages + payload
         self._records = first
@@ -63,7 +64,7 @@ class Arena:
         self.stages = self.view[slots : 2 * slots]
         self.results = self.view[results:front].cast("q")
         self.metrics = Metrics(shards, slots)
-        self._front = self.view[front : front + 16].cast("q")
+        self._front = self.view[front : front + 24].cast("q")
         size = wire.WRITE_HEADER_SIZE + payload
         starts = [self.request_offset(slot) for slot in range(slots)]
         self.receive_buffers = [[self.view[start : start + size]] for start in starts]
@@ -91,12 +92,18 @@ class Arena:
         """How many fronts there have been; each has to be asked afresh for descriptors."""
         return self._front[1]
 
+    @property
+    def front_started(self) -> int:
+        """When the front was started, as `pidfds.start_time` says it."""
+        return self._front[2]
+
     def no_front(self) -> None:
-        """Note that the front is gone; its process id may soon be another's."""
+        """Note that the front is gone."""
         self._front[0] = 0
 
     def new_front(self, pid: int) -> None:
         """Note that process *pid* is the front from now on."""
+        self._front[2] = start_time(pid)
         self._front[0] = pid
         self._front[1] += 1
 

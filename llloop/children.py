@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 
@@ -93,8 +94,8 @@ class Child:
 
     @property
     def pid(self) -> int | None:
-        """The process id of the one that runs now."""
-        return self.process.pid if self.process is not None else None
+        """The process id of the one that runs now; None if it has ended, for the number may be another's then."""
+        return self.process.pid if self.process is not None and not syscalls.is_readable(self.sentinel) else None
 
     def start(self) -> None:
         """Start the process."""
@@ -104,11 +105,17 @@ class Child:
         self.sentinel = os.pidfd_open(process.pid)
         self.process = process
 
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the process that runs now, if one does, and to no other that may have got its number."""
+        if self.process is not None:
+            with suppress(ProcessLookupError):  # it has ended
+                signal.pidfd_send_signal(self.sentinel, number)
+
     def replace(self) -> None:
         """End the process on purpose; `schedule_restart` then does not count its death against it."""
         if self.process is not None:
             self.asked = True
-            self.process.kill()
+            self.signal(signal.SIGKILL)
 
     def gone(self) -> int:
         """Take leave of a process that has ended, and return its exit code."""

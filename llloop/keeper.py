@@ -24,13 +24,16 @@ from collections.abc import Callable, Collection
 
 from . import syscalls
 from .children import Cloned, fork
+from .pidfds import open_process, start_time
 
 _CLONE_FILES = 0x00000400  # <linux/sched.h>
 _CLONE_PARENT = 0x00008000
 _SYS_CLONE = {"x86_64": 56, "aarch64": 220, "riscv64": 220, "loongarch64": 220, "ppc64le": 120}.get(platform.machine())
 
-_COMMAND = struct.Struct("=ci")
-_ANSWER = struct.Struct("=i")
+# What is to be done, the number of the command, and for FETCH the front's process id and start time.
+_COMMAND = struct.Struct("=cIiQ")
+# The number of the command, and what came of it.
+_ANSWER = struct.Struct("=Ii")
 _START, _FETCH = b"s", b"f"
 # How long the supervisor waits for the keeper to do what it is told, in seconds.
 _PATIENCE = 10.0
@@ -56,15 +59,15 @@ def _clone(flags: int) -> int:
     return pid
 
 
-def _fetch(pid: int) -> int:
-    """Take over all descriptors of process *pid* under their numbers; return 0 or a negative errno."""
+def _fetch(pid: int, started: int) -> int:
+    """Take over all descriptors of the process of that id and start time; return 0 or a negative errno."""
     try:
+        low = open_process(pid, started)
         numbers = sorted(int(entry) for entry in os.listdir(f"/proc/{pid}/fd"))
-        if not numbers:  # it has ended
+        if not numbers or syscalls.is_readable(low):  # it has ended
+            os.close(low)
             return -errno.ESRCH
-        first_free = numbers[-1] + 1
-        low = os.pidfd_open(pid)
-        pidfd = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, first_free)
+        pidfd = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, numbers[-1] + 1)
         os.close(low)
         for number in numbers:
             fd = syscalls.pidfd_getfd(pidfd, number)
@@ -73,7 +76,7 @@ def _fetch(pid: int) -> int:
                 os.close(fd)
         os.close(pidfd)
     except OSError as error:
-        return -(error.errno or 1)
+        return -(error.errno or errno.ESRCH)
     return 0
 
 
@@ -90,6 +93,7 @@ class Keeper:
         self._farewell = farewell
         self._command_reader, self._command_writer = os.pipe2(os.O_CLOEXEC)
         self._answer_reader, self._answer_writer = os.pipe2(os.O_CLOEXEC)
+        self._told = 0  # the number of the last command
         self.descriptors = (self._command_reader, self._command_writer, self._answer_reader, self._answer_writer)
         # Returns a descriptor that is readable when the keeper has ended, or -1 if none runs. None: nobody notices.
         self.sentinel: Callable[[], int] | None = None
@@ -114,9 +118,9 @@ class Keeper:
             command = os.read(self._command_reader, _COMMAND.size)
             if not command:
                 break
-            what, pid = _COMMAND.unpack(command)
-            answer = self._start(own) if what == _START else _fetch(pid)
-            os.write(self._answer_writer, _ANSWER.pack(answer))
+            what, number, pid, started = _COMMAND.unpack(command)
+            answer = self._start(own) if what == _START else _fetch(pid, started)
+            os.write(self._answer_writer, _ANSWER.pack(number, answer))
         self._farewell()
 
     def _start(self, own: Collection[int]) -> int:
@@ -149,7 +153,7 @@ class Keeper:
         Raises:
             OSError: it could not, or does not answer.
         """
-        front = Cloned(self._tell(_START, 0))
+        front = Cloned(self._tell(_START))
         self._admitted[0] = front.pid
         return front
 
@@ -159,9 +163,9 @@ class Keeper:
         Raises:
             OSError: it could not, or does not answer.
         """
-        self._tell(_FETCH, front)
+        self._tell(_FETCH, front, start_time(front))
 
-    def _tell(self, what: bytes, pid: int) -> int:
+    def _tell(self, what: bytes, pid: int = 0, started: int = 0) -> int:
         poll = select.poll()
         poll.register(self._answer_reader, select.POLLIN)
         if self.sentinel is not None:
@@ -169,15 +173,20 @@ class Keeper:
             if sentinel < 0:
                 raise ProcessLookupError(errno.ESRCH, "there is no keeper")
             poll.register(sentinel, select.POLLIN)
-        os.write(self._command_writer, _COMMAND.pack(what, pid))
-        ready = [fd for fd, _ in poll.poll(_PATIENCE * 1000)]
-        if not ready:
-            raise TimeoutError(errno.ETIMEDOUT, "the keeper does not answer")
-        if self._answer_reader not in ready and not syscalls.is_readable(self._answer_reader):
-            if syscalls.is_readable(self._command_reader):  # the next one must not do it
-                os.read(self._command_reader, _COMMAND.size)
-            raise ProcessLookupError(errno.ESRCH, "the keeper has died")
-        (answer,) = _ANSWER.unpack(os.read(self._answer_reader, _ANSWER.size))
+        self._told += 1
+        os.write(self._command_writer, _COMMAND.pack(what, self._told, pid, started))
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            ready = [fd for fd, _ in poll.poll(max(0.0, deadline - time.monotonic()) * 1000)]
+            if not ready:
+                raise TimeoutError(errno.ETIMEDOUT, "the keeper does not answer")
+            if self._answer_reader not in ready and not syscalls.is_readable(self._answer_reader):
+                if syscalls.is_readable(self._command_reader):  # the next one must not do it
+                    os.read(self._command_reader, _COMMAND.size)
+                raise ProcessLookupError(errno.ESRCH, "the keeper has died")
+            number, answer = _ANSWER.unpack(os.read(self._answer_reader, _ANSWER.size))
+            if number == self._told:  # else nobody waits any more for what it answers
+                break
         if answer < 0:
             raise OSError(-answer, os.strerror(-answer))
         return int(answer)

@@ -10,7 +10,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -189,9 +188,7 @@ class Oversight:
         """Have every process write down what it is doing; it is logged a moment later."""
         for child in self._sight.children:
             child.stacks.take()
-            if child.pid is not None:
-                with suppress(ProcessLookupError):
-                    os.kill(child.pid, signal.SIGUSR2)
+            child.signal(signal.SIGUSR2)
         self._own_stacks.dump()
         self._dumped = time.monotonic() + stacks.PATIENCE
 

@@ -309,10 +309,10 @@ class Supervisor:
         if self._connection.session is None:  # llfuse's loop cannot be taken up by another front
             return
         try:
-            os.kill(front.pid, signal.SIGSTOP)
+            self._front.signal(signal.SIGSTOP)
             self._keeper.fetch(front.pid)
         except OSError as error:
-            os.kill(front.pid, signal.SIGCONT)
+            self._front.signal(signal.SIGCONT)
             if not syscalls.is_readable(self._front.sentinel):  # else it has ended, which is seen to next
                 _log.warning("if the front dies now, files without names are lost to who has them open: %s", error)
         else:
@@ -375,8 +375,7 @@ class Supervisor:
                 *(counts[name].bytes if name in counts else 0 for name in ("READ", "WRITE")),
                 child.restarts,
             )
-        if self._front.process is not None and self._front.process.pid is not None:
-            os.kill(self._front.process.pid, signal.SIGUSR1)
+        self._front.signal(signal.SIGUSR1)
 
     def _sight(self) -> Sight:
         """Return what is to be seen of this mount from outside."""
@@ -478,7 +477,7 @@ class Supervisor:
         serving = [child for child in self._children if child is not self._keepers]
         for child in serving:
             if child.process is not None:
-                child.process.kill()  # all at once, for each may take its time
+                child.signal(signal.SIGKILL)  # all at once, for each may take its time
         for child in serving:
             child.end()
         self._let_go()  # first, for what follows needs descriptors, and there may be none left

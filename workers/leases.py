@@ -8,6 +8,7 @@ import time
 from contextlib import suppress
 
 from llloop.arena import Arena
+from llloop.pidfds import open_process
 from llloop.syscalls import is_readable, pidfd_getfd
 
 # How long to wait for another front, in seconds, and between two looks.
@@ -105,7 +106,13 @@ class Leases:
     def _open_again(self, descriptor: int) -> int:
         with open(f"/proc/{self._front}/fdinfo/{descriptor}") as info:
             flags = next(int(line.split()[1], 8) for line in info if line.startswith("flags:"))
-        return os.open(f"/proc/{self._front}/fd/{descriptor}", flags & _REOPEN | os.O_CLOEXEC)
+        found = os.open(f"/proc/{self._front}/fd/{descriptor}", os.O_PATH | os.O_CLOEXEC)
+        try:
+            if is_readable(self._pidfd):  # the front has ended, and its process id may have been another's
+                raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+            return os.open(f"/proc/self/fd/{found}", flags & _REOPEN | os.O_CLOEXEC)
+        finally:
+            os.close(found)
 
     def _start_over(self) -> None:
         """Turn to the front that lives now, or to the next if none does, and let go of all that is held.
@@ -114,20 +121,17 @@ class Leases:
         """
         for handle in list(self._held):
             self.release(handle)
-        pidfd, self._pidfd = self._pidfd, -1
-        if pidfd >= 0:
-            os.close(pidfd)
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
         deadline = time.monotonic() + _LONGEST_ABSENCE
         while True:
             self._generation = self._arena.generation
             self._front = self._arena.front_pid
             if self._front:
                 with suppress(ProcessLookupError):
-                    pidfd = os.pidfd_open(self._front)
-                    if not is_readable(pidfd):
-                        self._pidfd = pidfd
-                        return
-                    os.close(pidfd)
+                    self._pidfd = open_process(self._front, self._arena.front_started)
+                    return
             if time.monotonic() > deadline:
                 raise OSError(errno.EIO, "there is no front")
             time.sleep(_ABSENCE_PAUSE)

@@ -9,6 +9,7 @@ an O_PATH descriptor until the kernel forgets it.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from collections import OrderedDict
 from collections.abc import Container, Iterable
@@ -225,14 +226,17 @@ class Anchors:
         if old is not None and old != fd:
             os.close(old)
 
-    def take_over(self, pins: dict[int, int]) -> None:
-        """Take in the pins of a front that is gone, by inode; those whose descriptors are lost are left out."""
+    def take_over(self, pins: dict[int, int], left: set[int]) -> None:
+        """Take in the pins of a front that is gone; those whose descriptors are lost are left out.
+
+        Args:
+            pins: the descriptors by inode.
+            left: the descriptors that the front has left, from which the pins are taken out.
+        """
         for nodeid, fd in pins.items():
-            try:
-                is_ours = self._inodes.get(nodeid).is_same(fstatx(fd))
-            except OSError:
-                is_ours = False
-            if is_ours:
+            is_path = fd in left and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH
+            if is_path and self._inodes.get(nodeid).is_same(fstatx(fd)):
+                left.discard(fd)
                 self._pins[nodeid] = fd
             else:
                 self._inodes.note_pin(nodeid, -1)

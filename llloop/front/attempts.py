@@ -99,9 +99,14 @@ class Attempts:
                 cells[_BACKING],
             )
 
-    def adopt(self, orphans: list[int]) -> None:
-        """Take in the descriptors that a dead front had opened and not noted, until all that is sent again has come."""
-        self._orphans = orphans
+    def find_pin(self, left: set[int]) -> None:
+        """Make sure that the pin is one of the descriptors that a dead front has *left*, and still of its file."""
+        if self._left is not None and not (self._left.pin in left and self._left.has_pin()):
+            self._left = self._left._replace(pin=-1)
+
+    def adopt(self, left: set[int]) -> None:
+        """Take in what a dead front had opened and no record names, until all that is sent again has come."""
+        self._orphans = sorted(left - {self.left_pin})
 
     def take_orphan(self, attributes: Attributes) -> int | None:
         """Return a descriptor of that file which a dead front had opened for I/O and not noted, or None."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 
@@ -134,7 +135,7 @@ class Files:
         self._attempts.made_handle(self._handles.next_number)  # first: a handle nobody knows of is never released
         return self._handles.add(handle)
 
-    def take_over(self, number: int, nodeid: int, descriptor: int, flags: int, place: int) -> Handle:
+    def take_over(self, number: int, nodeid: int, descriptor: int, flags: int, place: int, left: set[int]) -> Handle:
         """Take in an open file of a front that is gone, whose descriptors have stayed open.
 
         Args:
@@ -143,23 +144,30 @@ class Files:
             descriptor: the descriptor it had.
             flags: the caller's open(2) flags.
             place: where its record is in the ledger.
+            left: the descriptors that the front has left, from which this one is taken out.
 
         Raises:
             OSError: the descriptor is lost, and the file could not be opened again.
         """
-        inode = self._inodes.get(nodeid)
-        try:
+        wanted = self._source_flags(flags) if flags != _DIRECTORY_FLAGS else _OPEN_DIRECTORY
+        if descriptor in left and self._is_open(descriptor, nodeid, wanted):
+            left.discard(descriptor)
             attributes = fstatx(descriptor)
-            lost = (attributes.ino, attributes.device) != (inode.number, inode.device)
-        except OSError:
-            lost = True
-        if lost:
-            wanted = self._source_flags(flags) if flags != _DIRECTORY_FLAGS else _OPEN_DIRECTORY
+        else:
             descriptor, attributes = self._reopen(nodeid, wanted)
         handle = Handle(descriptor, nodeid, self._router.shard_of(nodeid), flags)
         self.promptness.decide(handle, attributes, flags)
         self._handles.take_over(number, handle, place)
         return handle
+
+    def _is_open(self, descriptor: int, nodeid: int, flags: int) -> bool:
+        """Whether a descriptor is one of that inode, opened with those flags or with what `_open` makes of them."""
+        inode = self._inodes.get(nodeid)
+        attributes = fstatx(descriptor)
+        opened = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+        modes = {flags & os.O_ACCMODE, os.O_WRONLY} if self._writeback else {flags & os.O_ACCMODE}
+        is_same = (attributes.ino, attributes.device) == (inode.number, inode.device)
+        return is_same and not opened & os.O_PATH and opened & os.O_ACCMODE in modes
 
     def create(self, parent: int, name: bytes, mode: int, flags: int, who: Requester) -> tuple[int, int, Attributes]:
         """Make and open a file that must not exist yet.

@@ -10,10 +10,11 @@ from ..ledger import HANDLE, Ledger
 from ..metrics import own_cell
 from ..protocol import HANDLES_PER_FRONT
 from ..syscalls import DirectoryEntry
+from .snapshots import is_snapshot
 
 # The numbers of a handle's record: its own, nodeid, descriptor, open(2) flags, registration with the kernel,
 # the snapshot's descriptor + 1.
-_BACKING, _SNAPSHOT = 4, 5
+_DESCRIPTOR, _BACKING, _SNAPSHOT = 2, 4, 5
 
 
 class Handle:
@@ -148,7 +149,16 @@ class Handles:
     def take_over(self, number: int, handle: Handle, place: int) -> None:
         """Take in a handle of a front that is gone, whose record is at *place*."""
         handle.place = place
+        self._ledger.set(place, _DESCRIPTOR, handle.descriptor)  # another, if the one it had was lost
         self._enter(number, handle)
+
+    def take_over_snapshot(self, handle: Handle, descriptor: int, left: set[int]) -> None:
+        """Take in the snapshot of a front that is gone, if it is among the descriptors that are *left*."""
+        if descriptor in left and is_snapshot(descriptor):
+            left.discard(descriptor)
+            handle.snapshot = descriptor
+        else:
+            self._ledger.set(handle.place, _SNAPSHOT, 0)
 
     def note_backing(self, handle: Handle, backing: int) -> None:
         """Note by which registration the kernel does the I/O of *handle* itself."""

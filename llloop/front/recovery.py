@@ -28,20 +28,22 @@ def recover(mirror: Mirror, ledger: Ledger, own: Collection[int]) -> None:
         own: the descriptors that each front starts with. All others that are open are theirs.
     """
     records = ledger.recover()
-    mirror.tree.anchors.take_over(mirror.inodes.recover(records))
+    # Each descriptor that they have left belongs to one record at most. What is opened from now on is this front's: if
+    # the keeper has died as well, it gets numbers that records name.
+    left = open_descriptors().difference(own)
+    mirror.attempts.find_pin(left)
+    mirror.tree.anchors.take_over(mirror.inodes.recover(records), left)
     for record in records:
         if record.kind == HANDLE:
-            _take_over_handle(mirror, ledger, record)
+            _take_over_handle(mirror, ledger, record, left)
+    mirror.attempts.adopt(left)
     mirror.forgetting.finish()
-    known = {*own, *mirror.handles.descriptors(), *mirror.tree.anchors.pinned()}
-    pin = mirror.attempts.left_pin
-    mirror.attempts.adopt([fd for fd in open_descriptors() if fd not in known and fd != pin])
 
 
-def _take_over_handle(mirror: Mirror, ledger: Ledger, record: Record) -> None:
+def _take_over_handle(mirror: Mirror, ledger: Ledger, record: Record, left: set[int]) -> None:
     number, nodeid, descriptor, flags, backing, snapshot, _ = record.fields
     try:
-        handle = mirror.files.take_over(number, nodeid, descriptor, flags, record.place)
+        handle = mirror.files.take_over(number, nodeid, descriptor, flags, record.place, left)
     except OSError as error:
         _log.warning("a file that was open when the front died is lost to its user: %s", error.strerror)
         ledger.remove(record.place)
@@ -50,7 +52,7 @@ def _take_over_handle(mirror: Mirror, ledger: Ledger, record: Record) -> None:
     if backing:
         mirror.passthrough.take_over(handle, backing)
     if snapshot:
-        handle.snapshot = snapshot - 1
+        mirror.handles.take_over_snapshot(handle, snapshot - 1, left)
 
 
 def let_workers_finish(mirror: Mirror) -> None:

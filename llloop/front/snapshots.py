@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import os
 
+_NAME = "llloop-listing"
+
 
 def save(data: bytes) -> int:
     """Return a descriptor of memory that holds *data* (memfd_create(2))."""
-    fd = os.memfd_create("llloop-listing", os.MFD_CLOEXEC)
+    fd = os.memfd_create(_NAME, os.MFD_CLOEXEC)
     with open(fd, "wb", closefd=False) as file:
         file.write(data)
     return fd
+
+
+def is_snapshot(fd: int) -> bool:
+    """Whether a descriptor is one that `save` has returned (proc(5), /proc/self/fd)."""
+    return os.readlink(f"/proc/self/fd/{fd}").startswith(f"/memfd:{_NAME} ")
 
 
 def load(fd: int) -> bytes:

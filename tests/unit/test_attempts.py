@@ -150,7 +150,7 @@ def test_of_orphans_only_what_is_open_for_data_is_taken_and_the_rest_is_closed(l
         os.open(tmp_path / "file", os.O_RDWR),
     )
     attempts = Attempts(ledger)
-    attempts.adopt([path_only, other, file])
+    attempts.adopt({path_only, other, file})
     assert attempts.take_orphan(fstatx(file)) == file
     assert attempts.take_orphan(fstatx(file)) is None, "it is another's now"
     attempts.settle()

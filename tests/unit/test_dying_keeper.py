@@ -9,11 +9,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
 
 import pytest
 
+from llloop import keeper as keeper_module
 from llloop.children import Cloned
-from llloop.keeper import _COMMAND, _START, Keeper
+from llloop.keeper import _ANSWER, _COMMAND, _START, Keeper
+from llloop.pidfds import start_time
 from tests.expect import fails
 
 
@@ -115,8 +118,42 @@ def test_a_front_of_which_nobody_was_told_does_not_serve(processes: Processes) -
     keeper = processes.keeper
     processes.start_keeper()
     _, command, answer, _ = keeper.descriptors
-    os.write(command, _COMMAND.pack(_START, 0))
-    processes._pids.append(int.from_bytes(os.read(answer, 4), "little"))
+    os.write(command, _COMMAND.pack(_START, 1000, 0, 0))
+    processes._pids.append(_ANSWER.unpack(os.read(answer, _ANSWER.size))[1])
     assert processes.serving(0.5) == 0
     processes.start_front()
     assert processes.serving(0.5) == 1
+
+
+def test_an_answer_that_came_too_late_is_not_taken_for_the_next(
+    processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The keeper was held up while the supervisor waited; the process id in its late answer is of no use any more."""
+    keeper = processes.start_keeper()
+    os.kill(keeper, signal.SIGSTOP)
+    with monkeypatch.context() as patch:
+        patch.setattr(keeper_module, "_PATIENCE", 0.05)
+        with fails(errno.ETIMEDOUT):
+            processes.start_front()
+    os.kill(keeper, signal.SIGCONT)
+    _, _, late, _ = processes.keeper.descriptors
+    assert select.select([late], [], [], 10)[0]
+    front = processes.start_front()
+    assert processes.serving(0.5) == 1
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    processes._pids += set(map(int, children)) - {keeper, front.pid}
+    assert Path(f"/proc/{front.pid}/stat").exists()
+
+
+def test_the_descriptors_of_a_process_that_has_the_fronts_number_are_not_fetched(
+    processes: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The front has ended; who has its process id now was started at another time."""
+    processes.start_keeper()
+    stranger = os.fork()
+    if stranger == 0:
+        signal.pause()
+    processes._pids.append(stranger)
+    monkeypatch.setattr(keeper_module, "start_time", lambda pid: start_time(pid) - 1)
+    with fails(errno.ESRCH):
+        processes.keeper.fetch(stranger)

@@ -218,6 +218,46 @@ def test_a_request_of_a_front_before_gets_its_file_from_the_next(
         successor.end()
 
 
+def test_a_process_that_got_the_number_of_a_front_is_not_the_front(
+    leases: Leases, front: Front, arena: Arena, paths: list[Path], short_absence: None
+) -> None:
+    """The supervisor notes a front's end a moment after the number was free for others."""
+    started = arena.front_started
+    front.end()
+    stranger = Front(paths[3:], numbers=front.descriptors[:3])
+    try:
+        arena._front[0], arena._front[2] = stranger.pid, started
+        with fails(errno.EIO):
+            leases.get(FIRST + 1, front.descriptors[0])
+        assert len(leases) == 0
+    finally:
+        os.kill(stranger.pid, signal.SIGKILL)
+        os.waitpid(stranger.pid, 0)
+        front.pid = os.fork()  # for the fixture to end
+        if front.pid == 0:
+            signal.pause()
+
+
+def test_where_files_are_opened_again_a_stranger_is_not_taken_for_the_front_either(
+    leases: Leases, front: Front, arena: Arena, monkeypatch: pytest.MonkeyPatch, short_absence: None
+) -> None:
+    """It got the number after the worker had made sure that it was the front's."""
+
+    def refused(pidfd: int, fd: int) -> int:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(leases_module, "pidfd_getfd", refused)
+    leases.get(FIRST + 1, front.descriptors[0])
+    ended = Child(os.getpid)
+    pidfd = os.pidfd_open(ended.pid)
+    ended.result()
+    os.dup2(pidfd, leases._pidfd)  # as if the front had ended; /proc shows a process of its number all the same
+    os.close(pidfd)
+    arena.no_front()
+    with fails(errno.EIO):
+        leases.get(FIRST + 2, front.descriptors[1])
+
+
 def test_without_a_front_there_is_nothing_to_pull(
     leases: Leases, front: Front, arena: Arena, short_absence: None
 ) -> None:

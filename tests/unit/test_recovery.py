@@ -180,6 +180,93 @@ def test_a_file_without_names_whose_descriptors_are_lost_is_lost_and_nothing_els
     assert caplog.records == [], "it is told once"
 
 
+def lose(line: Line, *kept: int) -> list[int]:
+    """Close what the front has open, as when the keeper dies with it; return the numbers, in their order."""
+    lost = sorted(line.extra_descriptors() - set(kept))
+    for fd in lost:
+        os.close(fd)
+    return lost
+
+
+def places_of(line: Line, directories: list[int]) -> dict[int, int]:
+    return {nodeid: os.fstat(line.mirror.tree.anchors.directory(nodeid)).st_ino for nodeid in directories}
+
+
+def test_what_is_opened_to_find_lost_files_again_is_not_taken_for_the_dead_fronts(line: Line) -> None:
+    """The directories on the way stay open; closed as strays, their numbers would come to mean others."""
+    directories = []
+    for number in range(8):
+        directory = makedir(line, f"directory-{number}")
+        directories.append(directory)
+        (line.path / f"directory-{number}" / "file").write_text("content")
+        line.open(line.lookup(b"file", directory))
+    lose(line)
+    line.take_up()
+    expected = {nodeid: nodeid for nodeid in directories}
+    assert places_of(line, directories) == expected
+    for nodeid in directories:  # what is opened now may get numbers that were closed
+        line.open(nodeid, os.O_DIRECTORY)
+    assert places_of(line, directories) == expected
+
+
+@pytest.mark.parametrize("flags", [(os.O_RDWR, os.O_RDWR), (os.O_RDONLY, os.O_RDWR), (os.O_RDWR, os.O_RDONLY)])
+def test_no_two_open_files_come_to_share_a_descriptor(line: Line, flags: tuple[int, int]) -> None:
+    """A file that is opened again gets a number that the record of another may name, which was lost as well."""
+    nodeid = write(line, "file")
+    first, second = (line.open(nodeid, how) for how in flags)
+    lose(line)
+    line.take_up()
+    handles = [line.mirror.handles.get(number) for number in (first, second)]
+    assert handles[0].descriptor != handles[1].descriptor
+    for handle, how in zip(handles, flags, strict=True):
+        assert fcntl.fcntl(handle.descriptor, fcntl.F_GETFL) & os.O_ACCMODE == how
+    line.take_up()
+    assert [line.mirror.handles.get(number).descriptor for number in (first, second)] == [
+        handle.descriptor for handle in handles
+    ], "where it is now is not in the ledger"
+    assert release(line, first) == 0
+    assert os.pread(handles[1].descriptor, 10, 0) == b"content"
+
+
+@pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_WRONLY, os.O_PATH])
+def test_a_descriptor_of_the_same_file_that_was_opened_otherwise_is_another(line: Line, flags: int) -> None:
+    handle = line.open(write(line, "file"))
+    lost = line.mirror.handles.get(handle).descriptor
+    os.close(lost)
+    assert os.open(line.path / "file", flags) == lost
+    line.take_up()
+    assert os.pwrite(line.mirror.handles.get(handle).descriptor, b"C", 0) == 1
+
+
+def test_a_lost_listing_is_read_afresh_and_nothing_else_is_taken_for_it(line: Line) -> None:
+    for number in range(30):
+        (line.path / f"file-{number}").write_text("")
+    handle = line.open(ROOT, os.O_DIRECTORY)
+    listing(line, handle, 0)
+    lost = line.mirror.handles.get(handle).snapshot
+    assert lost >= 0
+    os.close(lost)
+    (line.path / "another").write_text("another")
+    assert os.open(line.path / "another", os.O_RDONLY) == lost
+    line.take_up()
+    assert line.mirror.handles.get(handle).snapshot == -1
+    assert listing(line, handle, 0, 4096)
+    assert release(line, handle) == 0
+
+
+def test_a_lost_pin_is_not_looked_for_among_what_was_opened_since(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The note of an unlink names a descriptor of the file; the file is opened again under that number."""
+    nodeid = write(line, "file")
+    line.answer(Request(Opcode.LINK, ROOT, struct.pack("=Q", nodeid) + b"second\0"))
+    handle = line.open(nodeid)
+    killed_in(line, monkeypatch, Request(Opcode.UNLINK, ROOT, b"file\0"), "unlink")
+    lose(line)
+    line.take_up()
+    assert os.pread(line.mirror.handles.get(handle).descriptor, 10, 0) == b"content"
+    assert release(line, handle) == 0
+    assert line.answer(Request(Opcode.GETATTR, nodeid, bytes(16))).error == 0
+
+
 def killed_in(line: Line, monkeypatch: pytest.MonkeyPatch, request: Request, method: str) -> None:
     """Have the front die when the request is done, but for its answer."""
     do = getattr(Tree, method)
