@@ -6,10 +6,13 @@ import os
 import socket
 import struct
 import time
+from collections.abc import Iterator
 from typing import Any
 
-from . import mounting, sockets
-from .errors import LlloopError, MountpointError
+from . import answers, mounting, sockets
+from .answers import Unfit
+from .errors import LlloopError
+from .mounting import MountEntry
 from .sockets import HEADER, MAX_REPLY, BadMessage
 
 # How long to wait for an answer, in seconds: the supervisor does nothing that takes long.
@@ -21,46 +24,53 @@ class NotReachable(LlloopError):
     """Nobody answers at a control socket. Exit code 1."""
 
 
-def ask(path: str, command: str, **arguments: Any) -> Any:
+def ask(path: str, command: str, *, owner: int | None = None, deadline: float | None = None, **arguments: Any) -> Any:
     """Send a request to the socket at *path* and return the result.
 
     Args:
         path: the socket.
         command: the name of the command.
+        owner: who may answer besides root and this user.
+        deadline: until when to wait (monotonic clock); default: `PATIENCE` seconds.
         **arguments: its arguments.
 
     Raises:
-        NotReachable: nobody answers there, or not for this user.
+        NotReachable: nobody answers there, not for this user, or with something else than an answer.
         LlloopError: the server's own error.
     """
-    deadline = time.monotonic() + PATIENCE
+    if deadline is None:
+        deadline = time.monotonic() + PATIENCE
+    patience = max(0.0, deadline - time.monotonic())
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as connection:
-            connection.settimeout(PATIENCE)
+            connection.settimeout(patience + 0.001)
             connection.connect(path)
-            _check_peer(connection)
+            _check_peer(connection, {0, os.geteuid()} if owner is None else {owner})
             connection.sendall(sockets.encode({"command": command, **arguments}))
             (length,) = HEADER.unpack(_receive(connection, HEADER.size, deadline))
             if length > MAX_REPLY:
                 raise BadMessage(f"a reply of {length} bytes")
             reply = sockets.decode(_receive(connection, length, deadline))
+        if "error" in reply:
+            raise LlloopError(answers.fitting(reply["error"], str, "the error"))
+        result = reply.get("result")
+        return answers.fitting(result, answers.SHAPES[command]) if command in answers.SHAPES else result
     except (FileNotFoundError, ConnectionRefusedError):
         raise NotReachable("its server is gone") from None
     except PermissionError:
         raise NotReachable("it is another user's, who alone may ask it, besides root") from None
     except TimeoutError:
-        raise NotReachable(f"its server has not answered within {PATIENCE:g} seconds") from None
+        raise NotReachable(f"its server has not answered within {patience:.2g} seconds") from None
+    except Unfit as error:
+        raise NotReachable(f"its server answers as no server of this version does: {error}") from None
     except (OSError, BadMessage) as error:
         raise NotReachable(f"its server does not answer properly: {error}") from None
-    if "error" in reply:
-        raise LlloopError(str(reply["error"]))
-    return reply.get("result")
 
 
-def _check_peer(connection: socket.socket) -> None:
-    """Refuse to believe an ordinary user who is not this one."""
+def _check_peer(connection: socket.socket, users: set[int]) -> None:
+    """Believe nobody but *users*."""
     _, uid, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-    if os.geteuid() != 0 and uid not in (0, os.geteuid()):
+    if uid not in users:
         raise BadMessage(f"it is run by user {uid}")
 
 
@@ -75,21 +85,35 @@ def _receive(connection: socket.socket, length: int, deadline: float) -> bytes:
     return bytes(data)
 
 
-def find(mountpoint: str) -> str:
-    """Return the path of the control socket of the llloop mount at *mountpoint*.
+def find(entry: MountEntry) -> Iterator[tuple[str, int | None]]:
+    """Yield where the control socket of a mount may be, and who may answer there besides root and this user."""
+    name = sockets.socket_name(entry.mountpoint, entry.device)
+    places: list[tuple[str, int | None]] = [(directory, None) for directory in sockets.all_directories()]
+    if os.geteuid() == 0 and entry.owner is not None and entry.owner[0] != 0:
+        # Its server may say what it likes of this one mount, which is its own, and of no other.
+        places += [(directory, entry.owner[0]) for directory in sockets.directories_of(entry.owner[0])]
+    for directory, owner in places:
+        path = os.path.join(directory, name)
+        if os.path.lexists(path):
+            yield path, owner
+
+
+def ask_entry(entry: MountEntry, command: str, *, deadline: float | None = None, **arguments: Any) -> Any:
+    """As `ask`, of a mount.
 
     Raises:
-        MountpointError: no llloop mount is there.
-        NotReachable: it has no socket that this user can see.
+        LlloopError: it does not answer, or answers with an error.
     """
-    path = mounting.resolve_mountpoint(mountpoint)
-    entry = mounting.find_llloop(path, mountpoint)
-    name = sockets.socket_name(path, entry.device)
-    for directory in sockets.all_directories():
-        candidate = os.path.join(directory, name)
-        if os.path.lexists(candidate):
-            return candidate
-    raise NotReachable(f"{mountpoint}: it has no control socket here; its server is gone, or another user's")
+    problem: LlloopError = NotReachable("it has no control socket here; its server is gone, or another user's")
+    for path, owner in find(entry):
+        try:
+            found = ask(path, command, owner=owner, deadline=deadline, **arguments)
+        except LlloopError as error:
+            problem = error
+            continue
+        # Whatever it says, this is the mount that was asked for.
+        return {**found, "mountpoint": entry.mountpoint} if command in answers.SHAPES else found
+    raise problem
 
 
 def ask_mount(mountpoint: str, command: str, **arguments: Any) -> Any:
@@ -99,10 +123,8 @@ def ask_mount(mountpoint: str, command: str, **arguments: Any) -> Any:
         MountpointError: no llloop mount is there.
         LlloopError: it does not answer, or answers with an error.
     """
-    path = find(mountpoint)
+    entry = mounting.find_llloop(mounting.resolve_mountpoint(mountpoint), mountpoint)
     try:
-        return ask(path, command, **arguments)
-    except MountpointError:
-        raise
+        return ask_entry(entry, command, **arguments)
     except LlloopError as error:
         raise type(error)(f"{mountpoint}: {error}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import sys
 from typing import Any
 
 from rich import box
@@ -11,7 +12,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .escape import printable
+from .escape import printable_texts
 
 # Wide enough for a table where nobody knows how wide the reader's screen is.
 _WIDTH_OF_FILES = 120
@@ -23,8 +24,9 @@ _PROCESS_STATES = {"R": "running", "S": "sleeping", "D": "waits for a disk", "T"
 
 def console() -> Console:
     """Return where to print: as wide as the terminal, or wide enough for a file."""
-    plain = Console(highlight=False)
-    return plain if plain.is_terminal else Console(highlight=False, width=_WIDTH_OF_FILES)
+    width = None if sys.stdout.isatty() else _WIDTH_OF_FILES
+    # No markup: a text that others chose would be taken for some, and could be none that makes sense.
+    return Console(highlight=False, markup=False, emoji=False, width=width)
 
 
 def bytes_text(count: float) -> str:
@@ -69,8 +71,8 @@ def _quiet(text: str, value: float) -> Text:
 
 def _heading(figures: dict[str, Any]) -> Text:
     line = Text()
-    line.append(printable(figures["mountpoint"]), style="bold")
-    line.append(f"  mirrors {printable(figures['source'])}, up {duration_text(figures['uptime'])}", style=_QUIET)
+    line.append(figures["mountpoint"], style="bold")
+    line.append(f"  mirrors {figures['source']}, up {duration_text(figures['uptime'])}", style=_QUIET)
     return line
 
 
@@ -150,6 +152,7 @@ def _state(figures: dict[str, Any]) -> Text:
 
 def stats_view(figures: dict[str, Any]) -> RenderableType:
     """Return the table of `llloop.figures.since`'s figures."""
+    figures = printable_texts(figures)
     return Group(_heading(figures), _summary(figures), _operations(figures), _processes(figures), _state(figures))
 
 
@@ -158,7 +161,7 @@ def status_view(mounts: list[dict[str, Any]]) -> RenderableType:
     if not mounts:
         return Text("no llloop mounts")
     parts: list[RenderableType] = []
-    for one in mounts:
+    for one in printable_texts(mounts):
         if parts:
             parts.append(Text())
         parts += _mount(one)
@@ -168,14 +171,14 @@ def status_view(mounts: list[dict[str, Any]]) -> RenderableType:
 def _mount(one: dict[str, Any]) -> list[RenderableType]:
     state = one["state"]
     head = Text.assemble(
-        (printable(one["mountpoint"]), "bold"),
-        f"  mirrors {printable(one['source'])}  ",
+        (one["mountpoint"], "bold"),
+        f"  mirrors {one['source']}  ",
         (state, _STATES.get(state, _BAD)),
     )
     if not one["visible"]:
         head.append("  (not in this mount namespace, or detached)", style=_QUIET)
     if "reason" in one:
-        return [head, Text(f"  {printable(one['reason'])}" + _advice(one))]
+        return [head, Text(f"  {one['reason']}" + _advice(one))]
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style=_QUIET)
     grid.add_column(overflow="fold")
@@ -199,7 +202,7 @@ def _mount(one: dict[str, Any]) -> list[RenderableType]:
 
 
 def _advice(one: dict[str, Any]) -> str:
-    return f"; detach it: llloop umount --lazy {printable(one['mountpoint'])}" if one["state"] == "dead" else ""
+    return f"; detach it: llloop umount --lazy {one['mountpoint']}" if one["state"] == "dead" else ""
 
 
 def _options(options: dict[str, Any]) -> list[str]:
@@ -210,7 +213,7 @@ def _options(options: dict[str, Any]) -> list[str]:
         if isinstance(value, bool):
             found += [option] if value else [f"no-{option}"] if name in ("allow_other", "xattr") else []
         elif name == "options":
-            found += [printable(f"-o {','.join(value)}")] if value else []
+            found += [f"-o {','.join(value)}"] if value else []
         else:
-            found.append(printable(f"{option} {value:g}" if isinstance(value, float) else f"{option} {value}"))
+            found.append(f"{option} {value:g}" if isinstance(value, float) else f"{option} {value}")
     return found

@@ -12,7 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from . import trusted
-from .escape import printable
+from .escape import printable_texts
 
 # The buckets shown: up to 2**27 microseconds, some two minutes. More would be series that nobody fills.
 _BUCKETS = 28
@@ -22,11 +22,11 @@ class _Collector(Collector):
     """One answer to ``stats`` as metrics."""
 
     def __init__(self, stats: dict[str, Any]) -> None:
-        self._stats = stats
+        self._stats = printable_texts(stats)
 
     def collect(self) -> Iterator[Metric]:
         stats = self._stats
-        mount = printable(stats["mountpoint"])
+        mount = stats["mountpoint"]
         yield from self._operations(mount)
         yield from self._processes(mount)
         for name, text, value in (

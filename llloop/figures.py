@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import zip_longest
+from itertools import chain, repeat, zip_longest
 from typing import Any
 
 _OPERATION = ("requests", "errors", "bytes", "nanoseconds")
@@ -60,14 +60,14 @@ def since(now: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
             "p50_us": percentile(histogram, 0.5),
             "p99_us": percentile(histogram, 0.99),
         }
+    workers_then = chain(before["workers"] if before else (), repeat(None))
     return {
         **now,
         "seconds": seconds,
         "operations": operations,
         "front": _process(now["front"], before and before["front"], seconds),
         "workers": [
-            _process(worker, then, seconds)
-            for worker, then in zip_longest(now["workers"], before["workers"] if before else [])
+            _process(worker, then, seconds) for worker, then in zip(now["workers"], workers_then, strict=False)
         ],
         "cache": {key: value - (before["cache"][key] if before else 0) for key, value in now["cache"].items()},
     }

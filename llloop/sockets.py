@@ -10,19 +10,23 @@ import hashlib
 import os
 import stat
 import struct
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgpack
 
+from .trusted import is_trusted_directory
+
 SUFFIX = ".sock"
 HEADER = struct.Struct("!I")
 # In bytes. A request is a name and a few words; a reply lists every operation of every worker.
 MAX_REQUEST = 4096
-MAX_REPLY = 16 << 20
+MAX_REPLY = 1 << 20
 
 _ROOT_DIRECTORY = "/run/llloop"
+_SHARED = "/tmp"
 
 
 class BadMessage(Exception):
@@ -30,37 +34,44 @@ class BadMessage(Exception):
 
 
 def own_directories() -> list[str]:
-    """Return where a server of this user may put its socket, the best place first."""
+    """Return where sockets of this user may be, the best place first; some are not there, or not to be trusted."""
     uid = os.geteuid()
     found = [_ROOT_DIRECTORY] if uid == 0 else []
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     if os.path.isabs(runtime):
         found.append(os.path.join(runtime, "llloop"))
     found.append(f"/run/user/{uid}/llloop")
-    # For users without a login session, as systemd makes none for su and cron.
-    found.append(f"/tmp/llloop-{uid}")
-    return found
+    return found + _shared_directories(uid)
+
+
+def _shared_directories(uid: int) -> list[str]:
+    """Return the places of users without a login session, for whom systemd makes no directory (su, cron).
+
+    Several users may be called the same, each in a user namespace of his own; whoever comes late has a longer name.
+    """
+    first = os.path.join(_SHARED, f"llloop-{uid}")
+    return [first, *(str(path) for path in sorted(Path(_SHARED).glob(f"llloop-{uid}-*")))]
 
 
 def all_directories() -> list[str]:
-    """Return where sockets may be that this user can see: its own and root's, for root everybody's."""
+    """Return the directories of sockets that this user trusts: its own and root's."""
     found = own_directories()
-    if os.geteuid() == 0:
-        for parent, pattern in (("/run/user", "*/llloop"), ("/tmp", "llloop-*")):
-            found += [str(path) for path in sorted(Path(parent).glob(pattern))]
-    else:
+    if os.geteuid() != 0:
         found.append(_ROOT_DIRECTORY)
-    return [path for path in dict.fromkeys(found) if is_trustworthy(path)]
+    return [path for path in dict.fromkeys(found) if _owner(path) in (0, os.geteuid()) and is_trusted_directory(path)]
 
 
-def is_trustworthy(directory: str) -> bool:
-    """Whether only its owner puts things into *directory*, and that is this user or root (for root: anybody)."""
+def directories_of(uid: int) -> list[str]:
+    """Return where the sockets of another user may be, for root, who is to trust nothing there but who answers."""
+    return [path for path in (f"/run/user/{uid}/llloop", *_shared_directories(uid)) if _owner(path) == uid]
+
+
+def _owner(directory: str) -> int | None:
     try:
         kind = os.lstat(directory)
     except OSError:
-        return False
-    known = os.geteuid() == 0 or kind.st_uid in (0, os.geteuid())
-    return known and stat.S_ISDIR(kind.st_mode) and not kind.st_mode & 0o022
+        return None
+    return kind.st_uid if stat.S_ISDIR(kind.st_mode) else None
 
 
 def make_directory() -> str:
@@ -72,18 +83,21 @@ def make_directory() -> str:
     problem: OSError | None = None
     for path in own_directories():
         try:
-            os.mkdir(path, 0o700)
-            os.chmod(path, 0o755 if path == _ROOT_DIRECTORY else 0o700)  # whatever the umask is
+            if is_trusted_directory(os.path.dirname(path), sticky=True):
+                os.mkdir(path, 0o700)
+                os.chmod(path, 0o755 if path == _ROOT_DIRECTORY else 0o700)  # whatever the umask is
         except FileExistsError:
             pass
         except OSError as error:
             problem = problem or error
             continue
-        if is_trustworthy(path) and os.lstat(path).st_uid == os.geteuid() and os.access(path, os.W_OK | os.X_OK):
+        own = _owner(path) == os.geteuid() and is_trusted_directory(path)
+        if own and os.access(path, os.W_OK | os.X_OK):
             return path
-        problem = problem or PermissionError(13, "it is another user's, or others can write to it", path)
-    assert problem is not None
-    raise problem
+    try:
+        return tempfile.mkdtemp(prefix=f"llloop-{os.geteuid()}-", dir=_SHARED)
+    except OSError as error:
+        raise problem or error from None
 
 
 def socket_name(mountpoint: str, device: tuple[int, int]) -> str:
@@ -99,7 +113,7 @@ def socket_name(mountpoint: str, device: tuple[int, int]) -> str:
 
 
 def sockets() -> Iterator[str]:
-    """Yield the paths of all sockets that this user can see."""
+    """Yield the paths of all sockets in directories that this user trusts."""
     for directory in all_directories():
         try:
             names = sorted(os.listdir(directory))

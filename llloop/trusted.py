@@ -97,7 +97,8 @@ class _Walk:
         for fd in self._fds:
             os.close(fd)
 
-    def _open(self, name: str, directory: _Directory | None, flags: int = 0) -> int:
+    def open(self, name: str, directory: _Directory | None, flags: int = 0) -> int:
+        """Return an O_PATH descriptor of what is called *name* there, that of a link where it is one."""
         fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC | flags, dir_fd=directory.fd if directory else None)
         self._fds.append(fd)
         return fd
@@ -109,7 +110,7 @@ class _Walk:
             OSError: a directory is missing, or a link on the way is not to be followed.
         """
         start = "/" if path.startswith("/") else "."
-        directory = _Directory.of(self._open(start, None, os.O_DIRECTORY))
+        directory = _Directory.of(self.open(start, None, os.O_DIRECTORY))
         left = path.split("/")[::-1]
         links = 0
         while left:
@@ -118,7 +119,7 @@ class _Walk:
             if name in ("", "."):
                 continue
             try:
-                fd = self._open(name, directory)
+                fd = self.open(name, directory)
             except FileNotFoundError:
                 if last and name != "..":
                     return _Place(directory, name, None)
@@ -133,7 +134,7 @@ class _Walk:
                 if syscalls.file_system_type(directory.fd) != _PROC:
                     target = os.readlink("", dir_fd=fd)
                     if target.startswith("/"):
-                        directory = _Directory.of(self._open("/", None, os.O_DIRECTORY))
+                        directory = _Directory.of(self.open("/", None, os.O_DIRECTORY))
                     left += target.split("/")[::-1]
                     continue
                 if last:
@@ -150,16 +151,20 @@ class _Walk:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
 
 
-def is_trusted_directory(path: str) -> bool:
-    """Whether no user but root and this one can replace the directory *path* or put something into it."""
+def is_trusted_directory(path: str, *, sticky: bool = False) -> bool:
+    """Whether no user but root and this one can replace the directory *path* or put something into it.
+
+    Args:
+        path: an absolute path.
+        sticky: whether a directory is good enough in which others can put things, but not replace what is not theirs.
+    """
     try:
         with _Walk() as walk:
             place = walk.to(path)
             if place.kind is None or not stat.S_ISDIR(place.kind.st_mode):
                 return False
-            fd = walk._open(place.name, place.directory, os.O_DIRECTORY)
-            itself = _Directory.of(fd)
-            return place.directory.vouches_for(place.kind) and itself.exclusive
+            itself = _Directory.of(walk.open(place.name, place.directory, os.O_DIRECTORY))
+            return place.directory.vouches_for(place.kind) and (itself.trusted if sticky else itself.exclusive)
     except OSError:
         return False
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -83,6 +84,52 @@ def test_a_user_serves_as_root_of_a_user_namespace(place: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "mirrored\n0\n")
     assert (place / "src" / "new").stat().st_uid == os.getuid()
     assert os.listdir(place / "mnt") == []
+
+
+@pytest.mark.root
+def test_users_who_serve_as_root_of_their_namespaces_do_not_disturb_each_other(place: Path) -> None:
+    """All of them are user 0 there, and share /tmp."""
+    users = (4001, 4002)
+    for user in users:
+        for name in (f"{user}", f"{user}/src", f"{user}/mnt"):
+            (place / name).mkdir()
+            os.chown(place / name, user, user)
+    (place / "script").write_text(
+        f'cd "$1"; {SERVE} --log-file log && touch ready && read go; '
+        f"{LLLOOP} status mnt | head -1; {LLLOOP} umount mnt; cat log"
+    )
+    (place / "script").chmod(0o755)
+    os.mknod(place / "fuse", stat.S_IFCHR | 0o666, os.makedev(10, 229))
+    (place / "fuse").chmod(0o666)  # where nothing has opened /dev/fuse to everybody
+    script = (
+        f"mount --bind {place}/fuse /dev/fuse; exec setpriv --reuid=$0 --regid=$0 --clear-groups --inh-caps=-all "
+        f"unshare --user --map-root-user --mount bash {place}/script {place}/$0"
+    )
+    running = [
+        subprocess.Popen(
+            ["unshare", "--mount", "--propagation=slave", "sh", "-ec", script, str(user)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment({"HOME": "/tmp", "XDG_RUNTIME_DIR": ""}),
+            start_new_session=True,
+        )
+        for user in users
+    ]
+    try:
+        wait_until(lambda: all((place / f"{user}" / "ready").exists() for user in users), "both serve")
+        for process in running:
+            output, _ = process.communicate("go\n", timeout=SECONDS)
+            assert "serving" in output.splitlines()[0], output
+            assert "control socket" not in output
+    finally:
+        for process in running:
+            kill_session(process.pid)
+            process.wait()
+        for path in Path("/tmp").glob("llloop-0*"):
+            if path.stat().st_uid in users:
+                remove_tree(path)
 
 
 @pytest.mark.root

@@ -22,7 +22,7 @@ from click.testing import CliRunner
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
-from llloop import client, display, exposition, figures, survey
+from llloop import client, display, exposition, figures, mounting, survey
 from llloop.cli import main
 from llloop.errors import LlloopError
 from tests.as_user import Caller, Child, run_as
@@ -53,6 +53,13 @@ def status(mirror: Mirror) -> dict[str, Any]:
 
 def ask(mirror: Mirror, command: str, **arguments: Any) -> Any:
     return client.ask_mount(str(mirror.mountpoint), command, **arguments)
+
+
+def socket_of(mirror: Mirror) -> str:
+    entry = mounting.find_mount(str(mirror.mountpoint))
+    assert entry
+    ((path, _),) = client.find(entry)
+    return path
 
 
 def counted(mirror: Mirror, operation: str, what: str = "requests") -> int:
@@ -498,7 +505,7 @@ def test_bad_control_commands(serve: Serve) -> None:
 
 def test_garbage_in_the_socket_harms_nothing(serve: Serve) -> None:
     mirror = serve("--workers", "1")
-    path = client.find(str(mirror.mountpoint))
+    path = socket_of(mirror)
     assert os.stat(path).st_mode & 0o777 == 0o600
     held = []
     for garbage in (b"", b"\0", b"\xff" * 5000, struct.pack("!I", 9) + b"\xc1" * 9, struct.pack("!I", 4000) + b"half"):
@@ -525,7 +532,7 @@ def test_garbage_in_the_socket_harms_nothing(serve: Serve) -> None:
 
 def test_nothing_is_left_of_the_socket(serve: Serve) -> None:
     mirror = serve()
-    path = client.find(str(mirror.mountpoint))
+    path = socket_of(mirror)
     mirror.stop()
     assert not os.path.exists(path)
 
@@ -533,7 +540,7 @@ def test_nothing_is_left_of_the_socket(serve: Serve) -> None:
 def test_a_killed_supervisor_leaves_no_socket(serve: Serve) -> None:
     mirror = serve()
     mirror.expect_log("the supervisor has died")
-    path = client.find(str(mirror.mountpoint))
+    path = socket_of(mirror)
     assert mirror.process
     os.kill(mirror.pid, signal.SIGKILL)
     mirror.process.wait(10)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import io
 import itertools
+import math
 import os
 import socket
 import stat
@@ -18,12 +20,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llloop import client, control, sockets
+from llloop import answers, client, control, display, exposition, figures, sockets, survey
 from llloop.control import MAX_CLIENTS, Control
 from llloop.errors import LlloopError, UsageError
 from llloop.sockets import MAX_REQUEST
-from tests.as_user import Child
+from tests.as_user import MYSELF, Caller, Child
+from tests.mirror import reachable_directory, remove_tree
 from tests.server_processes import wait_until
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
 
 
 def refuse(request: dict[str, Any]) -> Any:
@@ -410,6 +415,155 @@ def test_the_client_believes_nothing(tmp_path: Path, reply: bytes, reason: str) 
         child.result()
 
 
+STATUS = {
+    **{"source": "/src", "mountpoint": "/mnt", "version": "1", "state": "serving", "pid": 1, "began": 1.5, "uptime": 2},
+    **{"loop": "own", "protocol": "7.45", "capabilities": ["async_read"], "options": {"workers": 2, "options": ["ro"]}},
+    "processes": [{"role": "front", "pid": 7, "state": "S", "restarts": 0}],
+}
+COUNTS = {"requests": 1, "errors": 0, "bytes": 0}
+PROCESS = {**COUNTS, "pid": None, "restarts": 0, "descriptors": 9, "cpu_seconds": 0.5}
+STATS = {
+    **{"source": "/src", "mountpoint": "/mnt", "time": 5.0, "uptime": 2, "inodes": 1, "handles": 0},
+    "operations": {"READ": {**COUNTS, "nanoseconds": 5, "histogram": [0, 1]}},
+    "front": PROCESS,
+    "workers": [{**PROCESS, "name": "worker-0", "queue": 0}],
+    "slots": {"used": 0, "total": 2},
+    "cache": {"kept": 0, "dropped": 0, "bypassed": 0, "passed_through": 0},
+}
+ANSWERS = {"status": STATUS, "stats": STATS}
+# What a value may be replaced by.
+STRANGE = (None, -1, 1 << 70, math.nan, math.inf, True, "x" * 100_000, [], [[]], {}, {"": {}}, b"\xff", "serving")
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The way to every value in *value*."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, one in items:
+        yield from places(one, (*path, key))
+
+
+def replaced(value: Any, path: tuple[Any, ...], by: Any) -> Any:
+    if not path:
+        return by
+    copied = dict(value) if isinstance(value, dict) else list(value)
+    copied[path[0]] = replaced(copied[path[0]], path[1:], by)
+    return copied
+
+
+def show(command: str, answer: Any) -> str:
+    """Everything that is made of an answer."""
+    console = display.console()
+    console.file = io.StringIO()
+    if command == "status":
+        console.print(display.status_view([{**answer, "visible": True}]))
+    else:
+        console.print(display.stats_view(figures.since(answer, None)))
+        console.print(display.stats_view(figures.since(answer, {**STATS, "time": 1.0})))
+        exposition.text(answer)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("command", ANSWERS)
+def test_an_answer_of_another_shape_is_an_error_and_no_fault(command: str) -> None:
+    """Whether it is of another version, or another user's, who may answer anything."""
+    answer, shape = ANSWERS[command], answers.SHAPES[command]
+    show(command, answers.fitting(answer, shape))
+    refused = 0
+    for path in places(answer):
+        for strange in STRANGE:
+            received = msgpack.unpackb(msgpack.packb(replaced(answer, path, "")))
+            received = replaced(received, path, strange)
+            try:
+                believed = answers.fitting(received, shape)
+            except answers.Unfit:
+                refused += 1
+                continue
+            show(command, believed)
+    assert refused > 200
+    for key in answer:
+        with pytest.raises(answers.Unfit):
+            answers.fitting({name: value for name, value in answer.items() if name != key}, shape)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.recursive(
+        st.none() | st.floats() | st.integers() | st.text(), lambda one: st.lists(one) | st.dictionaries(st.text(), one)
+    )
+)
+def test_no_answer_is_a_fault(answer: Any) -> None:
+    for shape in answers.SHAPES.values():
+        with pytest.raises(answers.Unfit):
+            answers.fitting(answer, shape)
+
+
+def test_what_others_chose_reaches_the_terminal_escaped() -> None:
+    evil = "[/red][bold]:warning:\x1b[2J\x1b]0;x\x07\n\u202e\x9b"
+    answer = replaced(STATUS, ("options",), {evil: evil, "options": [evil]})
+    for path in (("source",), ("mountpoint",), ("loop",), ("protocol",), ("capabilities", 0), ("version",)):
+        answer = replaced(answer, path, evil)
+    for key in ("role", "state"):
+        answer = replaced(answer, ("processes", 0, key), evil)
+    text = show("status", answers.fitting(answer, answers.STATUS))
+    silent = {"mountpoint": evil, "source": evil, "state": "unknown", "visible": True, "reason": evil}
+    text += show("status", silent)
+    stats = replaced(replaced(replaced(STATS, ("mountpoint",), evil), ("source",), evil), ("workers", 0, "name"), evil)
+    stats = {**stats, "operations": {evil: STATS["operations"]["READ"]}}  # type: ignore[index]
+    text += show("stats", answers.fitting(stats, answers.STATS)) + exposition.text(stats)
+    assert all(one.isprintable() or one == "\n" for one in text)
+
+
+@needs_root
+def test_only_the_owner_of_the_socket_is_believed(bench: Bench) -> None:
+    """Whoever else has got hold of a place where one is looked for."""
+    child = Child(client.ask, bench.path, "echo", caller=MYSELF)
+    bench.serve(0.3)
+    assert child.result() is None
+    os.chmod(bench.path, 0o666)
+    reader, writer = os.pipe()
+
+    def impostor() -> None:
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(shared / "0.sock"))
+            server.listen()
+            os.write(writer, b"!")
+            connection, _ = server.accept()
+            connection.settimeout(5)
+            assert connection.recv(1000) == b"", "it has been told something"
+
+    shared = reachable_directory("llloop-impostor-")
+    shared.chmod(0o777)
+    try:
+        child = Child(impostor, caller=Caller(4001, 4001))
+        os.read(reader, 1)
+        with pytest.raises(client.NotReachable, match="run by user 4001"):
+            client.ask(str(shared / "0.sock"), "status")
+        child.result()
+    finally:
+        os.close(reader)
+        os.close(writer)
+        remove_tree(shared)
+
+
+def test_all_together_are_waited_for_no_longer_than_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "PATIENCE", 0.3)
+    silent = []
+    for number in range(100):
+        one = socket.socket(socket.AF_UNIX)
+        one.bind(str(tmp_path / f"{number}.sock"))
+        one.listen()
+        silent.append(one)
+    monkeypatch.setattr(sockets, "all_directories", lambda: [str(tmp_path)])
+    begun = time.monotonic()
+    paths = list(sockets.sockets())
+    assert len(paths) == 100
+    assert survey._of_hidden(paths) == []
+    assert time.monotonic() - begun < 3
+    for one in silent:
+        one.close()
+
+
 # Where sockets are
 
 
@@ -431,17 +585,49 @@ def test_a_directory_that_others_write_to_is_not_used(tmp_path: Path, monkeypatc
     monkeypatch.setattr(sockets, "own_directories", lambda: [str(theirs), str(link), str(own)])
     assert sockets.make_directory() == str(own)
     assert stat.S_IMODE(own.stat().st_mode) == 0o700
-    assert not sockets.is_trustworthy(str(theirs))
-    assert not sockets.is_trustworthy(str(link))
-    monkeypatch.setattr(sockets, "own_directories", lambda: [str(theirs)])
-    with pytest.raises(PermissionError):
-        sockets.make_directory()
+    assert sockets.all_directories()[:1] == [str(own)]
 
 
-def test_where_a_user_puts_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+@needs_root
+def test_a_directory_below_another_user_s_is_not_used(monkeypatch: pytest.MonkeyPatch, shared: Path) -> None:
+    """Its owner could put another in its place at any moment. XDG_RUNTIME_DIR is the user's own after su(1), too."""
+    theirs = shared / "theirs"
+    theirs.mkdir()
+    os.chown(theirs, 4001, 4001)
+    monkeypatch.setattr(sockets, "_ROOT_DIRECTORY", str(shared / "missing" / "llloop"))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(theirs))
+    found = Path(sockets.make_directory())
+    assert found.parent != theirs
+    assert os.listdir(theirs) == []
+
+
+def test_users_of_one_number_have_directories_of_their_own(monkeypatch: pytest.MonkeyPatch, shared: Path) -> None:
+    """As root has who serves in a user namespace; anybody can make a directory of that name, too."""
+    monkeypatch.setattr(sockets, "own_directories", lambda: sockets._shared_directories(os.geteuid()))
+    first = shared / f"llloop-{os.geteuid()}"
+    first.mkdir()
+    first.chmod(0o777)  # somebody else's, as far as an ordinary user can make one such
+    made = sockets.make_directory()
+    assert made.startswith(f"{first}-")
+    assert stat.S_IMODE(os.stat(made).st_mode) == 0o700
+    assert sockets.make_directory() == made, "it is used again"
+    assert made in sockets.all_directories()
+    assert str(first) not in sockets.all_directories()
+
+
+@pytest.fixture
+def shared(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    path = reachable_directory("llloop-control-")
+    path.chmod(0o1777)
+    monkeypatch.setattr(sockets, "_SHARED", str(path))
+    yield path
+    remove_tree(path)
+
+
+def test_where_a_user_puts_sockets(monkeypatch: pytest.MonkeyPatch, shared: Path) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/somewhere")
-    assert sockets.own_directories() == ["/run/somewhere/llloop", "/run/user/1000/llloop", "/tmp/llloop-1000"]
+    assert sockets.own_directories() == ["/run/somewhere/llloop", "/run/user/1000/llloop", f"{shared}/llloop-1000"]
     monkeypatch.setenv("XDG_RUNTIME_DIR", "not absolute")
     assert sockets.own_directories()[0] == "/run/user/1000/llloop"
     monkeypatch.setattr(os, "geteuid", lambda: 0)

@@ -1,0 +1,87 @@
+"""What a server's answers must look like. A server of another version, or another user's, may answer anything.
+
+A shape is a type, a tuple of shapes of which one must fit, a set of the values allowed, a list of one shape for every
+item, a map of one shape for every value (``{str: shape}``), or a map of the names that must be there to their shapes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+# The longest text that is believed: some paths and mount options. The largest number: the counters have 64 bits.
+_LONGEST = 16 * 1024
+_LARGEST = 1 << 64
+_MOST = 1024  # items of a list or a map
+
+_OPERATION = {"requests": int, "errors": int, "bytes": int, "nanoseconds": int, "histogram": [int]}
+_PROCESS = {
+    **{"pid": (int, type(None)), "restarts": int, "descriptors": int, "cpu_seconds": float},
+    **{"requests": int, "errors": int, "bytes": int},
+}
+_STATES = {"serving", "reloading", "stopping", "not answering"}
+
+STATUS: dict[Any, Any] = {
+    **{"source": str, "mountpoint": str, "version": str, "state": _STATES, "pid": int},
+    **{"began": float, "uptime": float, "loop": str, "protocol": (str, type(None)), "capabilities": [str]},
+    "options": {str: (str, bool, float, [str])},
+    "processes": [{"role": str, "pid": (int, type(None)), "state": str, "restarts": int}],
+}
+STATS: dict[Any, Any] = {
+    **{"source": str, "mountpoint": str, "time": float, "uptime": float, "inodes": int, "handles": int},
+    "operations": {str: _OPERATION},
+    "front": _PROCESS,
+    "workers": [{"name": str, "queue": int, **_PROCESS}],
+    "slots": {"used": int, "total": int},
+    "cache": {"kept": int, "dropped": int, "bypassed": int, "passed_through": int},
+}
+SHAPES = {"status": STATUS, "stats": STATS}
+
+
+class Unfit(Exception):
+    """An answer has another shape; the text says where."""
+
+
+def fitting(value: Any, shape: Any, place: str = "it") -> Any:
+    """Return the part of *value* that *shape* names.
+
+    Args:
+        value: what was answered.
+        shape: see above.
+        place: what *value* is called in the message.
+
+    Raises:
+        Unfit: *value* is of another shape.
+    """
+    if isinstance(shape, tuple):
+        for one in shape:
+            try:
+                return fitting(value, one, place)
+            except Unfit:
+                pass
+    elif isinstance(shape, set):
+        if isinstance(value, str) and value in shape:
+            return value
+    elif isinstance(shape, list):
+        if isinstance(value, list) and len(value) <= _MOST:
+            return [fitting(one, shape[0], place) for one in value]
+    elif isinstance(shape, dict):
+        if isinstance(value, dict) and len(value) <= _MOST:
+            if str in shape:
+                return {fitting(key, str, place): fitting(one, shape[str], place) for key, one in value.items()}
+            if shape.keys() <= value.keys():
+                return {key: fitting(value[key], one, key) for key, one in shape.items()}
+    elif _is(value, shape):
+        return value
+    raise Unfit(f"{place} is not what it should be")
+
+
+def _is(value: Any, kind: type) -> bool:
+    """Whether *value* is of a plain type; where a fraction may come a whole number may, too."""
+    if kind is str:
+        return isinstance(value, str) and len(value) <= _LONGEST
+    if isinstance(value, bool) or kind not in (int, float):
+        return type(value) is kind
+    if kind is float and isinstance(value, float):
+        return math.isfinite(value) and 0 <= value < _LARGEST
+    return isinstance(value, int) and 0 <= value < _LARGEST
