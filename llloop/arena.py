@@ -5,22 +5,30 @@ and payload, so that a WRITE reaches its worker without being copied. Lending a 
 also keeps the message that was sent about it, so that a request lives on when its worker dies:
 the successor finds the slot still lent to its shard and does the work again.
 
-The memory is one anonymous shared ``mmap``, made before the first fork. Nothing in it is locked:
+The memory is one anonymous shared ``mmap``, made before the first fork. No mutex guards it:
 each byte has one writer at a time. The front marks a slot as lent (last, when all else is in
 place), the borrower marks it as free (last, when the answer is written).
+
+The kernel copies requests only into pages that are in the front's page table already. A process that is killed while
+it reads a request gets no new pages any more, and the kernel then answers that request with EIO by itself
+(fs/fuse/dev.c, fuse_dev_do_read()) instead of keeping it for the next front. So each front first touches one page of
+payload in each slot, and the *landing area*, which takes what is longer. From there it is copied into its slot once;
+that much of the slot is touched then, and the next request is received in it directly.
 """
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+import resource
 from contextlib import suppress
 from struct import Struct
 
-from . import wire
+from . import syscalls, wire
 from .metrics import Metrics
 from .payloads import PayloadPipes
 from .pidfds import start_time
+from .wire import Opcode
 
 # Shard numbers must fit the state byte, in which 0 means free.
 MAX_SHARDS = 254
@@ -31,8 +39,6 @@ DEFAULT_SLOTS = 256
 
 _LENGTH = Struct("=H")
 _MADV_POPULATE_WRITE = 23  # <asm-generic/mman-common.h>
-# The lowest free slot is always taken, so these are used most.
-_HOT_SLOTS = 8
 _FREE = b"\0"
 
 
@@ -49,10 +55,12 @@ class Arena:
         self.slots = slots
         self.payload_size = payload
         pages = wire.PAGE_SIZE
-        # states, stages: a byte per slot; results: eight
+        # states, stages: a byte per slot; results, touched: eight
         results = (2 * slots + 7) & ~7
-        front = results + 8 * slots
-        first = (front + 24 + pages - 1) // pages * pages
+        touched = results + 8 * slots
+        front = touched + 8 * slots
+        self._landing = (front + 24 + pages - 1) // pages * pages
+        first = self._landing + payload
         # The payload is page-aligned, which O_DIRECT needs; the record lies in the page before it, ahead of the header.
         self._stride = pages + payload
         self._records = first
@@ -62,12 +70,13 @@ class Arena:
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
         self.states = self.view[:slots]
         self.stages = self.view[slots : 2 * slots]
-        self.results = self.view[results:front].cast("q")
+        self.results = self.view[results:touched].cast("q")
+        # How many bytes of each slot's payload the front receives in place; what lies behind them lands elsewhere.
+        self.touched = self.view[touched:front].cast("Q")
         self.metrics = Metrics(shards, slots)
         self._front = self.view[front : front + 24].cast("q")
-        size = wire.WRITE_HEADER_SIZE + payload
-        starts = [self.request_offset(slot) for slot in range(slots)]
-        self.receive_buffers = [[self.view[start : start + size]] for start in starts]
+        self.receive_buffers: list[list[memoryview]] = []
+        self._receive_by_landing()
         self.pipes: PayloadPipes | None = None
 
     def open_pipes(self) -> PayloadPipes:
@@ -107,17 +116,61 @@ class Arena:
         self._front[0] = pid
         self._front[1] += 1
 
-    def prefault(self) -> None:
-        """Enter the pages that most requests are received in into this process's page table (madvise(2), Linux 5.14).
+    def lock(self) -> None:
+        """Keep in memory what this process touches of it, as much as it may lock (mlock2(2), RLIMIT_MEMLOCK).
 
-        A process that is killed while it reads a request gets no new pages any more, and the kernel then answers that
-        request with EIO by itself (fs/fuse/dev.c, fuse_dev_do_read()) instead of keeping it for the next front.
+        What is swapped out is not in the page table any more.
         """
-        size = wire.PAGE_SIZE
+        allowed, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+        size = len(self.memory)
+        for length in (size, min(size, allowed // wire.PAGE_SIZE * wire.PAGE_SIZE)):
+            try:
+                syscalls.lock_on_fault(self.address, length)
+            except OSError:
+                continue
+            return
+
+    def touch(self) -> None:
+        """Enter all that requests are received in into this process's page table (madvise(2), Linux 5.14)."""
+        page = wire.PAGE_SIZE
         with suppress(OSError):
+            self.memory.madvise(_MADV_POPULATE_WRITE, self._landing, self.payload_size)
             for slot in range(self.slots):
-                pages = 2 * size if slot >= _HOT_SLOTS else self._stride
-                self.memory.madvise(_MADV_POPULATE_WRITE, self._records + slot * self._stride, pages)
+                self.memory.madvise(_MADV_POPULATE_WRITE, self._records + slot * self._stride, 2 * page)
+        self._receive_by_landing()
+
+    def _receive_by_landing(self) -> None:
+        """Have all but the first page of each payload received in the landing area."""
+        page = wire.PAGE_SIZE
+        self.receive_buffers[:] = [self._buffers(slot, page) for slot in range(self.slots)]
+        for slot in range(self.slots):
+            self.touched[slot] = page
+
+    def _buffers(self, slot: int, touched: int) -> list[memoryview]:
+        """Return where a request is received for *slot*, of whose payload that many bytes are touched."""
+        start = self.request_offset(slot)
+        in_place = self.view[start : start + wire.WRITE_HEADER_SIZE + touched]
+        return [in_place, self.view[self._landing : self._landing + self.payload_size - touched]]
+
+    def complete(self, slot: int, length: int) -> None:
+        """Bring a request together in its *slot* that has just been received and is *length* bytes long.
+
+        A front that dies before the end of this leaves the rest in the landing area, from which the next one, before
+        it receives anything, can do this again.
+        """
+        size = length - wire.WRITE_HEADER_SIZE
+        touched = self.touched[slot]
+        if size > touched:
+            rest = self._landing + size - touched
+            self.payload(slot, size)[touched:] = self.view[self._landing : rest]
+            touched = min((size + wire.PAGE_SIZE - 1) // wire.PAGE_SIZE * wire.PAGE_SIZE, self.payload_size)
+            self.receive_buffers[slot] = self._buffers(slot, touched)
+            self.touched[slot] = touched
+
+    def buffer(self, slot: int) -> memoryview:
+        """Return where a request and its payload lie in *slot*."""
+        start = self.request_offset(slot)
+        return self.view[start : start + wire.WRITE_HEADER_SIZE + self.payload_size]
 
     def request_offset(self, slot: int) -> int:
         """Return where in `memory` the request header of *slot* begins."""
@@ -145,12 +198,35 @@ class Arena:
         """Mark *slot* as free."""
         self.states[slot] = 0
 
-    def discard_unlent(self) -> None:
-        """Throw away what lies in the pipes of slots that are not lent: a front that died had just received it."""
-        if self.pipes is not None:
-            for slot in range(len(self.pipes)):
-                if not self.states[slot]:
-                    self.discard(slot)
+    def empty_pipes(self) -> None:
+        """Empty the pipes of slots that are not lent: a front that died had just received what they hold.
+
+        The kernel sends it again, but for BATCH_FORGET, which is taken into its slot.
+        """
+        for slot in range(len(self.pipes) if self.pipes is not None else 0):
+            if not self.states[slot]:
+                self._take_forget(slot)
+                self.discard(slot)
+
+    def _take_forget(self, slot: int) -> None:
+        """Take a BATCH_FORGET out of the pipe of *slot*, of which the front may have taken the beginning already."""
+        assert self.pipes is not None
+        left = self.pipes.left(slot)
+        buffer = self.buffer(slot)
+        taken = wire.WRITE_HEADER_SIZE
+        length, opcode = wire.OPCODE.unpack_from(buffer)
+        if length == taken + left and opcode == Opcode.BATCH_FORGET:
+            self._take(slot, buffer[taken:length])
+        elif length != taken + left and left:  # else it is the rest of what the slot begins with
+            self._take(slot, buffer[: min(taken, left)])
+            length, opcode = wire.OPCODE.unpack_from(buffer)
+            if length == left and opcode == Opcode.BATCH_FORGET:
+                self._take(slot, buffer[taken:length])
+
+    def _take(self, slot: int, buffer: memoryview) -> None:
+        assert self.pipes is not None
+        while buffer:
+            buffer = buffer[self.pipes.take(slot, buffer) :]
 
     def lent_to(self, shard: int) -> list[tuple[int, bytes]]:
         """Return the slots lent to *shard*, each with its message."""

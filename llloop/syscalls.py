@@ -318,6 +318,17 @@ def file_system_type(fd: int) -> int:
     return int(result.type) & 0xFFFFFFFF
 
 
+_MLOCK_ONFAULT = 1  # <asm-generic/mman-common.h>
+_mlock2 = _libc.mlock2
+_mlock2.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint)
+
+
+def lock_on_fault(address: int, length: int) -> None:
+    """Have pages of this process's memory stay there once they have been touched (mlock2(2))."""
+    if _mlock2(address, length, _MLOCK_ONFAULT):
+        raise _raise()
+
+
 MNT_DETACH = 2
 UMOUNT_NOFOLLOW = 8
 _umount2 = _libc.umount2

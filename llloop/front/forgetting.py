@@ -71,7 +71,9 @@ class Forgetting:
         begun = note >> _LOOKUPS_BITS
         for slot, state in enumerate(self._arena.states):
             base = self._arena.request_offset(slot)
-            if not state and OPCODE.unpack_from(self._memory, base)[1] in (Opcode.FORGET, Opcode.BATCH_FORGET):
+            length, opcode = OPCODE.unpack_from(self._memory, base)
+            if not state and opcode in (Opcode.FORGET, Opcode.BATCH_FORGET):
+                self._arena.complete(slot, length)
                 if begun:
                     nodeid, _ = self._entries(base)[begun - 1]
                     self._tree.inodes.restore_lookups(nodeid, note & _LOOKUPS_MASK)

@@ -26,6 +26,8 @@ _log = logging.getLogger(__name__)
 
 # read(2) from /dev/fuse fails so when a request was withdrawn or a signal came: nothing is wrong.
 _AGAIN = frozenset({errno.EINTR, errno.ENOENT, errno.EAGAIN})
+# What is not longer lies in its slot as soon as it is received.
+_SHORT = wire.WRITE_HEADER_SIZE + wire.PAGE_SIZE
 # What is longer mostly is a WRITE for a worker, and others like it will follow: from here on a pipe pays.
 _LARGE = wire.WRITE_HEADER_SIZE + LONE_WRITE_LIMIT
 
@@ -141,6 +143,8 @@ class Loop:
                     length = self._receive_piped(slot)
                 else:
                     length = os.readv(self._device, self._buffers[slot])
+                    if length > _SHORT:
+                        self._arena.complete(slot, length)
             except OSError as error:
                 if error.errno == errno.ENODEV:
                     return 0, 0
@@ -190,7 +194,7 @@ class Loop:
         pipes = self._arena.pipes
         assert pipes is not None
         length = pipes.receive(slot, self._device)
-        buffer = self._buffers[slot][0]
+        buffer = self._arena.buffer(slot)
         taken = pipes.take(slot, buffer[: wire.WRITE_HEADER_SIZE])
         if length > _LARGE and wire.OPCODE.unpack_from(buffer)[1] == Opcode.WRITE:
             self._mirror.router.piped = True

@@ -70,15 +70,16 @@ def run_front(setup: FrontSetup, own: Collection[int], ready: Callable[[], None]
     """
     arena = setup.arena
     _let_workers_pull()
+    arena.lock()
     keep_only(FRONT)
     arena.new_front(os.getpid())
-    arena.prefault()
-    arena.discard_unlent()
+    arena.empty_pipes()
     mirror = build_mirror(setup.config, setup.capabilities, arena, setup.ledger, setup.pipes, setup.root, setup.device)
     is_successor = arena.generation > 1
     if is_successor:
         recover(mirror, setup.ledger, own)
         let_workers_finish(mirror)
+    arena.touch()
     signal.signal(signal.SIGUSR1, lambda number, frame: _report(mirror))
     # Nothing here makes reference cycles, and passing over a million inodes to find none would stop every request.
     gc.freeze()

@@ -309,6 +309,7 @@ class Front:
         if line.arena.generation > 1:
             recover(mirror, self._ledger, line.own)
             let_workers_finish(mirror)
+        line.arena.touch()
         self.loop = Loop(mirror, SimpleNamespace(processor=lambda: None), line.device, self._ledger)  # type: ignore[arg-type]
 
     def is_of(self, life: Life) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import re
+import resource
+import tempfile
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -71,7 +76,9 @@ def test_a_request_and_its_payload_are_received_in_one_piece(arena: Arena) -> No
             header = bytes([slot + 1]) * wire.WRITE_HEADER_SIZE
             payload = bytes([slot + 101]) * 5000
             os.write(writer, header + payload)
-            assert os.readv(reader, arena.receive_buffers[slot]) == len(header) + len(payload)
+            length = os.readv(reader, arena.receive_buffers[slot])
+            assert length == len(header) + len(payload)
+            arena.complete(slot, length)
             start = arena.request_offset(slot)
             assert arena.memory[start : start + len(header)] == header
             assert arena.payload(slot, 5000) == payload
@@ -80,17 +87,101 @@ def test_a_request_and_its_payload_are_received_in_one_piece(arena: Arena) -> No
         os.close(writer)
 
 
+def room(buffers: list[memoryview]) -> int:
+    return sum(map(len, buffers))
+
+
 def test_a_receive_buffer_takes_the_largest_write(arena: Arena) -> None:
-    for (buffer,) in arena.receive_buffers:
-        assert len(buffer) == wire.WRITE_HEADER_SIZE + arena.payload_size
-    assert arena.receive_buffers[0][0].nbytes >= 8192, "FUSE_MIN_READ_BUFFER: the kernel refuses to read into less"
+    for buffers in arena.receive_buffers:
+        assert room(buffers) == wire.WRITE_HEADER_SIZE + arena.payload_size
+    assert room(arena.receive_buffers[0]) >= 8192, "FUSE_MIN_READ_BUFFER: the kernel refuses to read into less"
+
+
+def receive(arena: Arena, slot: int, request: bytes) -> None:
+    with tempfile.TemporaryFile() as device:
+        device.write(request)
+        device.seek(0)
+        arena.complete(slot, os.readv(device.fileno(), arena.receive_buffers[slot]))
+
+
+def faults_of_receiving(slots: int, again: bool) -> list[int]:
+    """How many pages the largest requests met that were not in the page table, one request for each slot."""
+    arena = Arena(slots, 128 * wire.PAGE_SIZE, 1)
+    arena.touch()
+    if again:
+        for slot in range(slots):
+            receive(arena, slot, bytes(room(arena.receive_buffers[slot])))
+    device = os.memfd_create("device")
+    os.truncate(device, room(arena.receive_buffers[0]))
+    faults = []
+    for slot in range(slots):
+        os.lseek(device, 0, os.SEEK_SET)
+        buffers = arena.receive_buffers[slot]
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        os.readv(device, buffers)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    return faults
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_process_that_is_killed_needs_no_more_pages_to_receive_a_request(again: bool) -> None:
+    """The kernel answers a request with EIO that it cannot copy."""
+    faults = Child(faults_of_receiving, 40, again).result()
+    assert sum(faults) < 20, "what Python itself touches is not much"
+
+
+def test_the_next_process_begins_with_a_page_table_of_its_own() -> None:
+    arena = Arena(4, 128 * wire.PAGE_SIZE, 1)
+    arena.touch()
+    receive(arena, 1, b"x" * 300_000)
+    assert len(arena.receive_buffers[1][0]) > 300_000
+    assert len(arena.receive_buffers[0][0]) < 5000
+    arena.touch()
+    assert len(arena.receive_buffers[1][0]) < 5000
+    receive(arena, 1, b"y" * 400_000)
+    assert bytes(arena.buffer(1)[:400_001]) == b"y" * 400_000 + b"\0"
+
+
+def test_what_is_received_stays_in_memory() -> None:
+    def locked() -> int:
+        arena = Arena(4, 128 * wire.PAGE_SIZE, 1)
+        arena.lock()
+        arena.touch()
+        return int(re.findall(r"VmLck:\s+(\d+) kB", Path("/proc/self/status").read_text())[0])
+
+    assert Child(locked).result() > 600
+
+
+def test_who_may_not_lock_all_of_it_locks_the_beginning() -> None:
+    def locked() -> int:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (1 << 20, 1 << 20))
+        os.setuid(65534)
+        arena = Arena(100, 128 * wire.PAGE_SIZE, 1)
+        arena.lock()
+        return int(re.findall(r"VmLck:\s+(\d+) kB", Path("/proc/self/status").read_text())[0])
+
+    if os.geteuid() == 0:
+        assert Child(locked).result() == 1024
+
+
+@pytest.mark.parametrize("size", [5000, 300_000])
+def test_a_request_whose_front_died_before_it_was_brought_together_is_so_by_the_next(arena: Arena, size: int) -> None:
+    request = bytes(range(256)) * (size // 256)
+    with tempfile.TemporaryFile() as device:
+        device.write(request)
+        device.seek(0)
+        assert os.readv(device.fileno(), arena.receive_buffers[2]) == len(request)
+    successor = copy.copy(arena)
+    successor.complete(2, len(request))
+    successor.complete(2, len(request))
+    assert bytes(arena.buffer(2)[: len(request)]) == request
 
 
 def test_nothing_of_a_slot_lies_in_another(arena: Arena) -> None:
     messages = [bytes([65 + slot]) * len(LONGEST) for slot in range(arena.slots)]
     for slot, message in enumerate(messages):
         arena.lend(slot, slot % 2, message)
-        (buffer,) = arena.receive_buffers[slot]
+        buffer = arena.buffer(slot)
         buffer[:] = bytes([slot + 1]) * len(buffer)
         arena.results[slot] = -slot
         arena.stages[slot] = slot
@@ -128,7 +219,7 @@ def test_any_number_of_slots(slots: int) -> None:
     arena.lend(last, 2, b"last")
     arena.results[last] = 5
     arena.new_front(7)
-    (buffer,) = arena.receive_buffers[last]
+    buffer = arena.buffer(last)
     buffer[:] = b"\xff" * len(buffer)
     assert arena.lent_to(2) == [(last, b"last")]
     assert (arena.results[last], arena.front_pid) == (5, 7)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from llloop import wire
 from llloop.arena import Arena
 from llloop.payloads import PayloadPipes
 from llloop.protocol import APPEND, BUFFERED, CACHED, PIPED, Operation, Request
@@ -165,8 +167,39 @@ def test_what_a_dead_front_had_received_is_thrown_away(bench: Bench) -> None:
     pipes = pipes_of(bench)
     lent = lend(bench, b"lent")
     fill(pipes, 1, pattern(SIZE))
-    bench.arena.discard_unlent()
+    bench.arena.empty_pipes()
     assert (pipes.left(lent.slot), pipes.left(1)) == (4, 0)
+
+
+def batch_forget(count: int) -> bytes:
+    body = struct.pack("=II", count, 0) + b"".join(struct.pack("=QQ", 100 + number, 1) for number in range(count))
+    return struct.pack("=IIQQIIIHH", 40 + len(body), wire.Opcode.BATCH_FORGET, 7, 0, 0, 0, 0, 0, 0) + body
+
+
+@pytest.mark.parametrize("count", [2, 3, 1000])
+@pytest.mark.parametrize("begun", [False, True])
+def test_what_a_dead_front_was_to_forget_is_taken_into_its_slot(bench: Bench, count: int, begun: bool) -> None:
+    """The kernel does not send it again."""
+    pipes = pipes_of(bench)
+    request = batch_forget(count)
+    fill(pipes, 1, request)
+    buffer = bench.arena.buffer(1)
+    if begun:
+        pipes.take(1, buffer[: wire.WRITE_HEADER_SIZE])
+    bench.arena.empty_pipes()
+    assert pipes.left(1) == 0
+    assert bytes(buffer[: len(request)]) == request
+
+
+def test_data_that_looks_like_it_is_not_taken_for_it(bench: Bench) -> None:
+    pipes = pipes_of(bench)
+    data = batch_forget(1000)
+    header = struct.pack("=II", wire.WRITE_HEADER_SIZE + len(data), wire.Opcode.WRITE)
+    fill(pipes, 1, data)
+    bench.arena.buffer(1)[:8] = header
+    bench.arena.empty_pipes()
+    assert pipes.left(1) == 0
+    assert bytes(bench.arena.buffer(1)[:8]) == header
 
 
 def test_a_user_whose_share_of_pipes_is_used_up_goes_without(monkeypatch: pytest.MonkeyPatch) -> None:
