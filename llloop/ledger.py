@@ -28,7 +28,7 @@ DEFAULT_CAPACITY = 1 << 24
 
 _CELL = 8
 _CELLS = RECORD_SIZE // _CELL
-_FIELDS = 8
+_FIELDS = 9
 # The part of a name that lies in the record itself, and in each record that holds more of it.
 _NAME = RECORD_SIZE - (1 + _FIELDS) * _CELL
 _MORE = RECORD_SIZE - 2 * _CELL
@@ -96,7 +96,7 @@ class Ledger:
 
         Args:
             kind: what it stands for.
-            fields: seven numbers of 64 bits.
+            fields: eight numbers of 64 bits.
             name: at most 65535 bytes.
         """
         length = len(name)

@@ -45,6 +45,7 @@ class Attributes(NamedTuple):
     """What statx(2) says of a file. Times are whole seconds and nanoseconds apart.
 
     `device` stands for the file system: major and minor number as they lie in memory, good for comparing only.
+    `mount` is the id of the mount that the file was reached through: never used again since Linux 6.8, 0 before 5.8.
     """
 
     blksize: int
@@ -66,14 +67,17 @@ class Attributes(NamedTuple):
     rdev_major: int
     rdev_minor: int
     device: int
+    mount: int
 
 
 STATX_BASIC_STATS = 0x7FF  # <linux/stat.h>
 STATX_BTIME = 0x800
+STATX_MNT_ID = 0x1000
+STATX_MNT_ID_UNIQUE = 0x4000
 STATX_SIZE = 256  # sizeof(struct statx)
 STATX_INO_OFFSET = 32  # offsetof(struct statx, stx_ino)
-_STATX = struct.Struct("=4xI8xIIIHxxQQQ8xqI4xqI4xqI4xqI4xIIQ")
-_STATX_MASK = STATX_BASIC_STATS | STATX_BTIME
+_STATX = struct.Struct("=4xI8xIIIHxxQQQ8xqI4xqI4xqI4xqI4xIIQQ")
+_STATX_MASK = STATX_BASIC_STATS | STATX_BTIME | STATX_MNT_ID | STATX_MNT_ID_UNIQUE
 _NAMED = AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT
 _statx_buffer = ctypes.create_string_buffer(STATX_SIZE)
 _statx_unpack = _STATX.unpack_from

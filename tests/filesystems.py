@@ -41,7 +41,8 @@ def _unmount(where: Path) -> None:
 
 @contextmanager
 def mounted(what: str | Path, where: Path, *arguments: str) -> Iterator[Path]:
-    where.mkdir(exist_ok=True)
+    if not where.exists():
+        where.mkdir()
     _run("mount", *arguments, what, where)
     try:
         yield where

@@ -21,6 +21,8 @@ from .inodes import ROOT, Inode, Inodes, stale
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # What says that a name does not lead to the inode any more (ELOOP: a symlink stands there now).
 _MOVED = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ELOOP})
+# What a mount can forbid whatever the file system allows (statvfs(3)).
+_MOUNT_FLAGS = os.ST_RDONLY | os.ST_NOSUID | os.ST_NODEV | os.ST_NOEXEC
 _ANY = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -68,6 +70,7 @@ class Anchors:
         self._returned = ROOT  # the directory that was asked for last
         self._pins: dict[int, int] = {}
         inodes.on_reuse = self.drop
+        inodes.is_alike = self._is_alike
 
     @property
     def kept(self) -> int:
@@ -140,6 +143,28 @@ class Anchors:
             os.close(fd)
             raise stale()
         return fd
+
+    def _is_alike(self, directory: int, name: bytes) -> bool:
+        """Whether the mount of *name* in *directory*, or of the directory itself, allows what the source's does."""
+        try:
+            fd = os.open(name or b".", _ANY, dir_fd=self.directory(directory))
+        except OSError:
+            return False
+        try:
+            return not (os.fstatvfs(fd).f_flag ^ os.fstatvfs(self._root).f_flag) & _MOUNT_FLAGS
+        finally:
+            os.close(fd)
+
+    def open_name(self, nodeid: int, parent: int, name: bytes) -> int | None:
+        """Return an O_PATH descriptor of *nodeid* if a name still leads to it, else None."""
+        try:
+            fd = os.open(name, _ANY, dir_fd=self.directory(parent))
+        except OSError:
+            return None
+        if self._inodes.get(nodeid).is_same(fstatx(fd)):
+            return fd
+        os.close(fd)
+        return None
 
     def places(self, nodeid: int) -> list[tuple[int, bytes]]:
         """Return each (parent, name) under which *nodeid* was seen, the latest first."""

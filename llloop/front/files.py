@@ -166,8 +166,7 @@ class Files:
         attributes = fstatx(descriptor)
         opened = fcntl.fcntl(descriptor, fcntl.F_GETFL)
         modes = {flags & os.O_ACCMODE, os.O_WRONLY} if self._writeback else {flags & os.O_ACCMODE}
-        is_same = (attributes.ino, attributes.device) == (inode.number, inode.device)
-        return is_same and not opened & os.O_PATH and opened & os.O_ACCMODE in modes
+        return inode.is_same(attributes) and not opened & os.O_PATH and opened & os.O_ACCMODE in modes
 
     def create(self, parent: int, name: bytes, mode: int, flags: int, who: Requester) -> tuple[int, int, Attributes]:
         """Make and open a file that must not exist yet.
@@ -235,7 +234,7 @@ class Files:
         except BaseException:
             os.close(descriptor)
             raise
-        nodeid = self._inodes.remember(0, b"", attributes)
+        nodeid = self._inodes.remember(0, b"", attributes, parent)
         self._anchors.pin(nodeid, pin)
         return self._add(descriptor, nodeid, flags, attributes), nodeid, attributes
 
@@ -268,7 +267,7 @@ class Files:
         return self._add(descriptor, nodeid, _DIRECTORY_FLAGS, attributes), attributes
 
     def entries(self, number: int, offset: int) -> list[DirectoryEntry]:
-        """Return the entries of an open directory as they were when it was first read from its start.
+        """Return the entries of an open directory as they were when it was first read, where llfuse runs the loop.
 
         Args:
             number: the handle.

@@ -137,7 +137,7 @@ class Handles:
         """Take *handle* in and return its number."""
         number = self._next
         self._next = number + 1
-        handle.place = self._ledger.add(HANDLE, (number, handle.nodeid, handle.descriptor, handle.flags, 0, 0, 0))
+        handle.place = self._ledger.add(HANDLE, (number, handle.nodeid, handle.descriptor, handle.flags, 0, 0, 0, 0))
         self._enter(number, handle)
         return number
 

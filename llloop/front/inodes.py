@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Callable
 
 from ..ledger import INODE, LINK, Ledger, Record
@@ -19,8 +20,12 @@ from ..syscalls import Attributes, DirectoryEntry
 ROOT = 1  # FUSE_ROOT_ID of <linux/fuse.h>
 _MASK = (1 << 64) - 1
 
-# The numbers of an inode's record: nodeid, parent, number, device, birth, lookups, pinned descriptor + 1.
+# The numbers of an inode's record: nodeid, parent, number, device, birth, lookups, pinned descriptor + 1, mount.
 _PARENT, _LOOKUPS, _PIN = 1, 5, 6
+
+_TYPE, _DIRECTORY = 0o170000, 0o040000  # of st_mode
+# For so long, in seconds, it is taken for granted that a mount is or is not as the root's.
+_MOUNTS_STAY = 1.0
 
 
 def mix(number: int) -> int:
@@ -49,19 +54,22 @@ class Inode:
         lookups: how often the kernel has looked it up and not yet forgotten it.
         device, number: st_dev and st_ino in the source.
         birth: its birth time in nanoseconds, 0 where unknown; the generation told to the kernel.
+        mount: the mount that it belongs to, as in `llloop.syscalls.Attributes`, or 0 if it may be reached through
+            several: see `Inodes`.
         place: where its record is in the ledger.
         stamp: the size and times at which the kernel's page cache was last known to be right, or None.
     """
 
-    __slots__ = ("birth", "device", "lookups", "name", "number", "parent", "place", "stamp")
+    __slots__ = ("birth", "device", "lookups", "mount", "name", "number", "parent", "place", "stamp")
 
-    def __init__(self, parent: int, name: bytes, number: int, device: int, birth: int = 0) -> None:
+    def __init__(self, parent: int, name: bytes, number: int, device: int, birth: int = 0, mount: int = 0) -> None:
         self.parent = parent
         self.name = name
         self.lookups = 0
         self.device = device
         self.number = number
         self.birth = birth
+        self.mount = mount
         self.place = 0
         self.stamp: tuple[int, ...] | None = None
 
@@ -72,6 +80,7 @@ class Inode:
             and attributes.device == self.device
             # birth_of(attributes), whose call would cost as much as all of this
             and (self.birth == 0 or attributes.btime * 1_000_000_000 + attributes.btime_nsec == self.birth)
+            and (self.mount == 0 or attributes.mount == self.mount)
         )
 
 
@@ -79,8 +88,19 @@ def _nothing(nodeid: int) -> None:
     """Nobody keeps anything."""
 
 
+def _alike(directory: int, name: bytes) -> bool:
+    """Nobody looks: all mounts allow the same."""
+    return True
+
+
 class Inodes:
     """The table.
+
+    One directory of the source can be reached through several mounts below it (bind mounts, a device mounted twice).
+    The kernel moves a directory that it knows to wherever it is found, so a directory is an inode for each mount.
+    Anything else is one inode for all mounts that allow the same, so that what is written by one path is read by the
+    other; through a mount that allows less (read-only, noexec) it is another inode, since the kernel does not say by
+    which path it opens one.
 
     Args:
         root: the attributes of the source directory.
@@ -98,15 +118,20 @@ class Inodes:
         self._root_number = root.ino
         self._reserved = frozenset({0, ROOT, root.ino})
         self._births = births
-        inode = Inode(0, b"", root.ino, root.device)
+        self._root_mount = root.mount
+        inode = Inode(0, b"", root.ino, root.device, mount=root.mount)
         inode.lookups = 1  # the kernel never forgets the root
         self._table: dict[int, Inode] = {ROOT: inode}
         self._count = own_cell() if count is None else count
         self._count[0] = 1
         # The numbers of inodes whose own could not be used; they stay as long as the kernel knows the inode.
-        self._renumbered: dict[tuple[int, int], int] = {}
+        self._renumbered: dict[tuple[int, int, int], int] = {}
         # Called with a number that was given to another file, so that nothing kept for the old one is used for it.
         self.on_reuse: Callable[[int], None] = _nothing
+        # Says whether the mount that holds a name in a directory allows what the root's does.
+        self.is_alike: Callable[[int, bytes], bool] = _alike
+        # What it said of a mount, and until when that counts (monotonic clock, seconds).
+        self._mounts: dict[int, tuple[bool, float]] = {}
         # Further names of hard-linked inodes that the kernel has seen, each with the place of its record.
         self._links: dict[int, dict[tuple[int, bytes], int]] = {}
 
@@ -128,43 +153,68 @@ class Inodes:
         return inode
 
     def with_shown_numbers(self, device: int, entries: list[DirectoryEntry]) -> list[DirectoryEntry]:
-        """Return a directory's entries with the numbers that the mount shows for them."""
+        """Return a directory's entries with the numbers that the mount shows for them where llfuse runs the loop."""
         if device != self._root_device:
-            return [(self.nodeid(device, number), kind, name) for number, kind, name in entries]
+            return [(self.shown(device, number), kind, name) for number, kind, name in entries]
         root = self._root_number
         return [(ROOT, entry[1], entry[2]) if entry[0] == root else entry for entry in entries]
 
-    def nodeid(self, device: int, number: int) -> int:
-        """Return the number under which the kernel knows, or is to know, an inode of the source.
+    def shown(self, device: int, number: int) -> int:
+        """Return the inode number that the mount shows: the source's own, so that tools see the same in both.
 
-        It is the inode's own number, so that tools see in the mount what they see in the source. Only an
-        inode on another file system below the source, one whose number is the root's, and one
-        whose number is taken get another.
+        The mount shows one device number for all, so those of other file systems below the source are mixed with their
+        device's: two files must not be taken for one.
 
         Args:
             device: st_dev in the source.
             number: st_ino in the source.
         """
-        if number == self._root_number and device == self._root_device:
+        return number if device == self._root_device else mix(number ^ mix(device))
+
+    def _mount_of(self, directory: int, name: bytes, attributes: Attributes) -> int:
+        """Return what an inode's `mount` is if it is found under a name."""
+        mount = attributes.mount
+        if attributes.mode & _TYPE == _DIRECTORY:
+            return mount
+        if mount == self._root_mount:
+            return 0
+        is_alike, end = self._mounts.get(mount, (False, 0.0))
+        now = time.monotonic()
+        if now >= end:
+            is_alike = self.is_alike(directory, name)
+            self._mounts[mount] = (is_alike, now + _MOUNTS_STAY)
+        return 0 if is_alike else mount
+
+    def nodeid(self, device: int, number: int, mount: int = 0) -> int:
+        """Return the number under which the kernel knows, or is to know, an inode of the source.
+
+        It is the inode's own number if that is free, which makes it quickly found.
+
+        Args:
+            device: st_dev in the source.
+            number: st_ino in the source.
+            mount: see `Inode`.
+        """
+        if number == self._root_number and device == self._root_device and mount == self._root_mount:
             return ROOT
-        nodeid = self._renumbered.get((device, number))
+        nodeid = self._renumbered.get((device, number, mount))
         if nodeid is not None:
             return nodeid
-        nodeid = number if device == self._root_device else mix(number ^ mix(device))
+        nodeid = self.shown(device, number)
         while True:
             if nodeid > ROOT:
                 taken = self._table.get(nodeid)
-                if taken is None or (taken.number == number and taken.device == device):
+                if taken is None or (taken.number == number and taken.device == device and taken.mount == mount):
                     return nodeid
             nodeid = mix(nodeid + 0x9E3779B97F4A7C15 & _MASK)
 
-    def known(self, attributes: Attributes) -> int | None:
-        """Return the number under which the kernel knows this very file, or None if it does not."""
-        nodeid = self.nodeid(attributes.device, attributes.ino)
+    def known(self, parent: int, name: bytes, attributes: Attributes) -> int | None:
+        """Return the number under which the kernel knows this very file, found under a name, or None."""
+        nodeid = self.nodeid(attributes.device, attributes.ino, self._mount_of(parent, name, attributes))
         inode = self._table.get(nodeid)
         return nodeid if inode is not None and inode.is_same(attributes) else None
 
-    def remember(self, parent: int, name: bytes, attributes: Attributes) -> int:
+    def remember(self, parent: int, name: bytes, attributes: Attributes, directory: int = 0) -> int:
         """Note an inode that the kernel is about to be told of, and return the number to tell it.
 
         Only `count` says that the kernel has been told.
@@ -173,6 +223,7 @@ class Inodes:
             parent: the number of the directory it was found in, 0 if it has no name.
             name: its name there.
             attributes: what statx(2) says of it.
+            directory: the number of the directory in which it was made without a name.
         """
         table = self._table
         nodeid = number = attributes.ino
@@ -181,18 +232,19 @@ class Inodes:
         # Mostly the file is where it was, or its own number is free; what takes a number is looked at more closely.
         if inode is not None and inode.name == name and inode.parent == parent and inode.is_same(attributes):
             return nodeid
+        mount = self._mount_of(parent or directory, name, attributes)
         if inode is not None or device != self._root_device or self._renumbered or nodeid in self._reserved:
-            nodeid = self.nodeid(device, number)
+            nodeid = self.nodeid(device, number, mount)
             inode = table.get(nodeid)
         if inode is None:
             birth = birth_of(attributes) if self._births else 0
-            inode = Inode(parent, name, number, self._shared(device), birth)
+            inode = Inode(parent, name, number, self._shared(device), birth, self._shared_mount(mount))
             # The record comes first: what the kernel is told of, the next front must find.
-            inode.place = self._ledger.add(INODE, (nodeid, parent, number, device, birth & _MASK, 0, 0), name)
+            inode.place = self._ledger.add(INODE, (nodeid, parent, number, device, birth & _MASK, 0, 0, mount), name)
             table[nodeid] = inode
             self._count[0] = len(table)
             if nodeid != number:
-                self._renumbered[device, number] = nodeid
+                self._renumbered[device, number, mount] = nodeid
         elif inode.name != name or inode.parent != parent or not inode.is_same(attributes):
             self._found_elsewhere(nodeid, inode, parent, name, attributes)
         return nodeid
@@ -200,6 +252,10 @@ class Inodes:
     def _shared(self, device: int) -> int:
         """Return *device*, mostly as the one object that all inodes share: a number for each would cost 32 bytes."""
         return self._root_device if device == self._root_device else device
+
+    def _shared_mount(self, mount: int) -> int:
+        """Return *mount* in the same way."""
+        return self._root_mount if mount == self._root_mount else mount
 
     def count(self, nodeid: int) -> None:
         """Note that the kernel has been told of an inode once more."""
@@ -213,14 +269,18 @@ class Inodes:
             inode.birth = birth_of(attributes)
             inode.stamp = None
             self.on_reuse(nodeid)
-        elif attributes.nlink == 1:
+        elif attributes.nlink == 1 and self._are_on_one_mount(inode.parent, parent):
             self._drop_links(nodeid)
-        elif inode.parent and attributes.mode & 0o170000 != 0o040000:
+        elif inode.parent and attributes.mode & _TYPE != _DIRECTORY:
             self._add_link(nodeid, (inode.parent, inode.name))
             self._drop_link(nodeid, (parent, name))
         if nodeid != ROOT:
             inode.parent, inode.name = parent, name
             self._record_again(nodeid, inode)
+
+    def _are_on_one_mount(self, *directories: int) -> bool:
+        """Whether some directories are; then a file with one link has only one name in all of them."""
+        return len({self._table[nodeid].mount for nodeid in directories if nodeid in self._table}) < 2
 
     def lookups(self, nodeid: int) -> int:
         """Return how often the kernel has looked up an inode and not forgotten it."""
@@ -248,7 +308,7 @@ class Inodes:
         del self._table[nodeid]
         self._count[0] = len(self._table)
         if inode.number != nodeid:
-            del self._renumbered[inode.device, inode.number]
+            del self._renumbered[inode.device, inode.number, inode.mount]
         self._drop_links(nodeid)
         return True
 
@@ -293,7 +353,7 @@ class Inodes:
     def _record(self, nodeid: int, inode: Inode, pin: int) -> int:
         return self._ledger.add(
             INODE,
-            (nodeid, inode.parent, inode.number, inode.device, inode.birth & _MASK, inode.lookups, pin),
+            (nodeid, inode.parent, inode.number, inode.device, inode.birth & _MASK, inode.lookups, pin, inode.mount),
             inode.name,
         )
 
@@ -313,7 +373,7 @@ class Inodes:
     def _add_link(self, nodeid: int, link: tuple[int, bytes]) -> None:
         links = self._links.setdefault(nodeid, {})
         if link not in links:
-            links[link] = self._ledger.add(LINK, (nodeid, link[0], 0, 0, 0, 0, 0), link[1])
+            links[link] = self._ledger.add(LINK, (nodeid, link[0], 0, 0, 0, 0, 0, 0), link[1])
 
     def _drop_link(self, nodeid: int, link: tuple[int, bytes]) -> None:
         links = self._links.get(nodeid)
@@ -336,10 +396,11 @@ class Inodes:
         pins: dict[int, int] = {}
         for record in records:
             if record.kind == INODE:
-                nodeid, parent, number, device, birth, lookups, pin = record.fields
+                nodeid, parent, number, device, birth, lookups, pin, mount = record.fields
                 # A birth before 1970 is negative.
                 name = record.name if parent else b""
-                inode = Inode(parent, name, number, self._shared(device), birth - (birth >> 63 << 64))
+                shared = self._shared(device), birth - (birth >> 63 << 64), self._shared_mount(mount)
+                inode = Inode(parent, name, number, *shared)
                 inode.lookups = lookups
                 inode.place = record.place
                 superseded = self._table.get(nodeid)
@@ -348,7 +409,7 @@ class Inodes:
                     pins.pop(nodeid, None)
                 self._table[nodeid] = inode
                 if nodeid != number:
-                    self._renumbered[device, number] = nodeid
+                    self._renumbered[device, number, mount] = nodeid
                 if pin:
                     pins[nodeid] = pin - 1
         for record in records:

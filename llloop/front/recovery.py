@@ -41,7 +41,7 @@ def recover(mirror: Mirror, ledger: Ledger, own: Collection[int]) -> None:
 
 
 def _take_over_handle(mirror: Mirror, ledger: Ledger, record: Record, left: set[int]) -> None:
-    number, nodeid, descriptor, flags, backing, snapshot, _ = record.fields
+    number, nodeid, descriptor, flags, backing, snapshot, *_ = record.fields
     try:
         handle = mirror.files.take_over(number, nodeid, descriptor, flags, record.place, left)
     except OSError as error:

@@ -11,6 +11,7 @@ import os
 import stat
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple, Protocol, TypeVar
 
 from .. import syscalls, wire
@@ -168,19 +169,33 @@ class Tree:
     def link(self, nodeid: int, parent: int, name: bytes) -> tuple[int, Attributes]:
         """Give an inode one more name (linkat(2))."""
         with self._reach(nodeid) as reached:
-            path = f"/proc/self/fd/{reached.fd}"
             directory = self.anchors.directory(parent)
+            check_name(name)
             attempt = self._attempts.interrupted()
             if attempt is None:
                 self._attempts.begin()
             try:
-                check_name(name)
-                self._with_room(lambda: os.link(path, name, dst_dir_fd=directory, follow_symlinks=True), nodeid)
+                self._with_room(lambda: self._link(reached.fd, nodeid, parent, name), nodeid)
             except FileExistsError:
                 if attempt is None or not _is_same(statx(directory, name), fstatx(reached.fd)):
                     raise
             attributes = fstatx(reached.fd)
         return self.inodes.remember(parent, name, attributes), attributes
+
+    def _link(self, fd: int, nodeid: int, parent: int, name: bytes) -> None:
+        try:
+            _link(fd, self.anchors.directory(parent), name)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            # One mount is linked to by another: perhaps the inode was found on the new name's mount, too.
+            for old_parent, old_name in self.anchors.places(nodeid):
+                other = self.anchors.open_name(nodeid, old_parent, old_name)
+                if other is not None:
+                    with Reached(other, is_path=True, is_own=True), suppress(OSError):
+                        _link(other, self.anchors.directory(parent), name)
+                        return
+            raise
 
     def unlink(self, parent: int, name: bytes) -> None:
         """Remove a name of anything but a directory (unlink(2))."""
@@ -200,7 +215,7 @@ class Tree:
         pin = os.open(check_name(name), _PIN, dir_fd=directory)
         try:
             attributes = fstatx(pin)
-            nodeid = self.inodes.known(attributes)
+            nodeid = self.inodes.known(parent, name, attributes)
             self._attempts.begin(attributes.ino, nodeid or 0, 0, pin, attributes.ino)
             remove(name, dir_fd=directory)
         except BaseException:
@@ -235,11 +250,13 @@ class Tree:
                 self.inodes.renamed(attempt.nodeid, (parent, name), (new_parent, new_name))
             return
         moved_attributes = statx(old_directory, name)
-        moved = self.inodes.known(moved_attributes)
+        moved = self.inodes.known(parent, name, moved_attributes)
         victim = self._pin_if_there(new_directory, new_name)
         try:
             victim_attributes = None if victim is None else fstatx(victim)
-            target = None if victim_attributes is None else self.inodes.known(victim_attributes)
+            target = None
+            if victim_attributes is not None:
+                target = self.inodes.known(new_parent, new_name, victim_attributes)
             self._attempts.begin(
                 moved_attributes.ino,
                 moved or 0,
@@ -398,8 +415,15 @@ class Tree:
         else:
             with self._reach(nodeid) as reached:
                 raw = syscalls.fstatx_raw(reached.fd, mask, flags)
-        raw[syscalls.STATX_INO_OFFSET : syscalls.STATX_INO_OFFSET + 8] = nodeid.to_bytes(8, sys.byteorder)
+        inode = self.inodes.get(nodeid)
+        shown = self.inodes.shown(inode.device, inode.number)
+        raw[syscalls.STATX_INO_OFFSET : syscalls.STATX_INO_OFFSET + 8] = shown.to_bytes(8, sys.byteorder)
         return raw
+
+
+def _link(fd: int, directory: int, name: bytes) -> None:
+    """Give the file behind *fd*, which may be opened with O_PATH, one more name (linkat(2))."""
+    os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=directory, follow_symlinks=True)
 
 
 def _rename(old_directory: int, name: bytes, new_directory: int, new_name: bytes, flags: int) -> None:

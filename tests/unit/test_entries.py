@@ -27,7 +27,7 @@ def fill(table: StatxTable, row: int, dice: random.Random, rdev: tuple[int, int]
     table.memory[row * STATX_SIZE : (row + 1) * STATX_SIZE] = _STATX.pack(*given).ljust(STATX_SIZE, b"\xa5")
     seconds, nanoseconds = zip(atime, mtime, ctime, strict=True)
     device = wire.encode_device(*rdev)
-    attr = (7 + row, size, blocks, *seconds, *nanoseconds, mode, nlink, uid, gid, device, blksize, 0)
+    attr = (70 + row, size, blocks, *seconds, *nanoseconds, mode, nlink, uid, gid, device, blksize, 0)
     return wire.ENTRY.pack(7 + row, -row, 1, 2, 3, 4, *attr)
 
 
@@ -36,5 +36,6 @@ def fill(table: StatxTable, row: int, dice: random.Random, rdev: tuple[int, int]
 def test_every_field_has_its_place(rows: int, rdev: tuple[int, int]) -> None:
     dice, table = random.Random(rows), StatxTable(5)
     expected = [fill(table, row, dice, rdev if row % 2 == 0 else (0, 0)) for row in range(rows)]
-    made = entries(table, [7 + row for row in range(rows)], [-row for row in range(rows)], (1, 2, 3, 4))
+    nodeids, births, shown = ([first + step * row for row in range(rows)] for first, step in ((7, 1), (0, -1), (70, 1)))
+    made = entries(table, nodeids, births, shown, (1, 2, 3, 4))
     assert made == expected

@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from llloop.front.inodes import ROOT, Inodes, mix
 from llloop.ledger import Ledger
+from llloop.syscalls import Attributes
 from tests.expect import fails
 from tests.unit.support import attributes, close_ledger, heir
 
@@ -342,3 +343,82 @@ def test_what_finds_no_room_in_the_ledger_works_and_is_looked_up_again_afterward
     assert first in recovered and second not in recovered
     assert table.forget(second, 1) and table.forget(first, 1)
     assert heir(ledger).recover() == []
+
+
+# Mounts below the source: the root's is 50
+
+DIRECTORY = stat.S_IFDIR | 0o755
+
+
+def on_mount(mount: int, ino: int, mode: int = DIRECTORY, **more: int) -> Attributes:
+    return attributes(ino, device=ROOT_DEVICE, mode=mode, **more)._replace(mount=mount)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def mounts() -> tuple[Inodes, Ledger]:
+    ledger = Ledger(CAPACITY)
+    return Inodes(on_mount(50, ROOT_NUMBER), ledger), ledger
+
+
+def test_a_directory_is_another_inode_by_each_mount(mounts: tuple[Inodes, Ledger]) -> None:
+    table, _ = mounts
+    one = table.remember(ROOT, b"one", on_mount(50, 100))
+    two = table.remember(ROOT, b"two", on_mount(51, 100))
+    again = table.remember(ROOT, b"again", on_mount(50, ROOT_NUMBER + 1))
+    itself = table.remember(ROOT, b"itself", on_mount(52, ROOT_NUMBER))
+    assert len({one, two, again, itself, ROOT}) == 5
+    for _ in range(2):
+        assert table.remember(ROOT, b"two", on_mount(51, 100)) == two
+        assert table.remember(ROOT, b"one", on_mount(50, 100)) == one
+    assert (table.get(one).name, table.get(two).name, table.get(ROOT).name) == (b"one", b"two", b"")
+    assert table.known(ROOT, b"two", on_mount(51, 100)) == two
+    assert table.known(ROOT, b"two", on_mount(53, 100)) is None
+    assert not table.get(one).is_same(on_mount(51, 100))
+    assert table.shown(ROOT_DEVICE, 100) == 100
+
+
+def test_a_file_is_one_inode_by_all_mounts_that_allow_the_same(mounts: tuple[Inodes, Ledger]) -> None:
+    table, _ = mounts
+    table.is_alike = lambda directory, name: name != b"read-only"
+    directories = [table.remember(ROOT, b"d%d" % mount, on_mount(mount, 100)) for mount in (50, 51)]
+    files = {
+        table.remember(directory, b"file", on_mount(mount, 200, stat.S_IFREG))
+        for directory, mount in zip(directories, (50, 51), strict=True)
+    }
+    assert files == {200}
+    assert set(table.other_names(200)) == {(directories[0], b"file")}, "one link, but a name on each mount"
+    assert table.remember(ROOT, b"read-only", on_mount(52, 200, stat.S_IFREG)) != 200
+    assert table.known(ROOT, b"read-only", on_mount(52, 200, stat.S_IFREG)) not in (200, None)
+
+
+def test_a_mount_that_comes_to_forbid_more_is_noticed(
+    mounts: tuple[Inodes, Ledger], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table, _ = mounts
+    now, alike = 1000.0, True
+    monkeypatch.setattr("llloop.front.inodes.time.monotonic", lambda: now)
+    table.is_alike = lambda directory, name: alike
+    file = on_mount(51, 200, stat.S_IFREG)
+    first = table.remember(ROOT, b"file", file)
+    alike, now = False, now + 1.5
+    assert table.known(ROOT, b"file", file) is None
+    assert table.remember(ROOT, b"other", file) != first
+
+
+def test_mounts_are_known_to_the_next_front(mounts: tuple[Inodes, Ledger]) -> None:
+    table, ledger = mounts
+    table.is_alike = lambda directory, name: False
+    found = [
+        (b"one", on_mount(50, 100)),
+        (b"two", on_mount(2**63 + 5, 100)),
+        (b"file", on_mount(53, 100, stat.S_IFREG)),
+    ]
+    nodeids = [table.remember(ROOT, name, one) for name, one in found]
+    successor = Inodes(on_mount(50, ROOT_NUMBER), heir(ledger))
+    successor.is_alike = table.is_alike
+    successor.recover(successor._ledger.recover())
+    assert [successor.remember(ROOT, name, one) for name, one in found] == nodeids
+    assert len(set(nodeids)) == 3
+    for nodeid in nodeids:
+        assert successor.forget(nodeid, 1)
+    assert successor._renumbered == {}

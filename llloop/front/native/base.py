@@ -93,7 +93,7 @@ class Responder:
             nodeid,
             self._inodes.get(nodeid).birth,
             *self._validity,
-            *_attr(nodeid, attributes),
+            *_attr(self._inodes.shown(attributes.device, attributes.ino), attributes),
         )
 
     def _reply_entry(self, unique: int, nodeid: int, attributes: Attributes) -> None:
@@ -105,14 +105,14 @@ class Responder:
             nodeid,
             inodes.get(nodeid).birth,
             *self._validity,
-            *_attr(nodeid, attributes),
+            *_attr(inodes.shown(attributes.device, attributes.ino), attributes),
         )
         if self._send(reply):
             inodes.count(nodeid)
         else:
             self._tree.forget(nodeid, 0)
 
-    def _attributes_reply(self, unique: int, nodeid: int, attributes: Attributes) -> bytes:
+    def _attributes_reply(self, unique: int, attributes: Attributes) -> bytes:
         """Return the reply to GETATTR and SETATTR."""
         attr_reply = wire.ATTR_REPLY
         return attr_reply.pack(
@@ -120,7 +120,7 @@ class Responder:
             0,
             unique,
             *self._attr_timeout,
-            *_attr(nodeid, attributes),
+            *_attr(self._inodes.shown(attributes.device, attributes.ino), attributes),
         )
 
 
@@ -149,9 +149,9 @@ _ATTR_FIELDS = itemgetter(
 )
 
 
-def _attr(nodeid: int, attributes: Attributes) -> tuple[int, ...]:
-    """Return what struct fuse_attr says."""
+def _attr(number: int, attributes: Attributes) -> tuple[int, ...]:
+    """Return what struct fuse_attr says; *number* is the inode number that is shown."""
     device = 0
     if attributes.rdev_major or attributes.rdev_minor:
         device = wire.encode_device(attributes.rdev_major, attributes.rdev_minor)
-    return nodeid, *_ATTR_FIELDS(attributes), device, attributes.blksize, 0
+    return number, *_ATTR_FIELDS(attributes), device, attributes.blksize, 0

@@ -66,7 +66,7 @@ class DirectoryRequests(Responder):
             inodes = self._inodes
             listing = self._listings[number] = Listing(
                 directory_blocks(handle.descriptor),
-                lambda ino: inodes.nodeid(device, ino),
+                lambda ino: inodes.shown(device, ino),
                 foreign=device != self._device_of_root,
             )
         return listing
@@ -134,16 +134,19 @@ class DirectoryRequests(Responder):
         for first in range(0, len(wanted), len(table)):
             positions = wanted[first : first + len(table)]
             is_there = table.look_at(handle.descriptor, [names[position] for position in positions])
-            nodeids, births = [], []
+            nodeids, births, numbers = [], [], []
             for row, position in enumerate(positions):
-                nodeid = birth = 0
+                nodeid = birth = number = 0
                 if is_there[row]:  # else gone meanwhile, or not to be reached: a lookup will say so
-                    nodeid = inodes.remember(parent, names[position], table.attributes(row))
+                    attributes = table.attributes(row)
+                    nodeid = inodes.remember(parent, names[position], attributes)
+                    number = inodes.shown(attributes.device, attributes.ino)
                     birth = inodes.get(nodeid).birth
                     looked_up.append(nodeid)
                 nodeids.append(nodeid)
                 births.append(birth)
-            found = entries(table, nodeids, births, self._validity)
+                numbers.append(number)
+            found = entries(table, nodeids, births, numbers, self._validity)
             for position, nodeid, entry in zip(positions, nodeids, found, strict=True):
                 if nodeid:
                     result[position] = entry

@@ -40,7 +40,11 @@ def _column(rows: memoryview, size: int, position: int) -> memoryview:
 
 
 def entries(
-    table: StatxTable, nodeids: Sequence[int], births: Iterable[int], validity: tuple[int, int, int, int]
+    table: StatxTable,
+    nodeids: Sequence[int],
+    births: Iterable[int],
+    shown: Iterable[int],
+    validity: tuple[int, int, int, int],
 ) -> list[bytes]:
     """Return ``struct fuse_entry_out`` for each of the first rows of a table.
 
@@ -48,6 +52,7 @@ def entries(
         table: what statx(2) said of them.
         nodeids: under which number the kernel is to know each.
         births: the generation of each.
+        shown: the inode number that the mount shows for each.
         validity: entry_valid, attr_valid, entry_valid_nsec, attr_valid_nsec.
     """
     count = len(nodeids)
@@ -60,9 +65,8 @@ def entries(
         _column(made_long, _SIZE, target)[:] = _column(given_long, STATX_SIZE, source)
     for source, target in _SHORT:
         _column(made_short, _SIZE, target)[:] = _column(given_short, STATX_SIZE, source)
-    numbers = memoryview(array("Q", nodeids))
-    _column(made_long, _SIZE, _NODEID)[:] = numbers
-    _column(made_long, _SIZE, _INO)[:] = numbers
+    _column(made_long, _SIZE, _NODEID)[:] = memoryview(array("Q", nodeids))
+    _column(made_long, _SIZE, _INO)[:] = memoryview(array("Q", shown))
     _column(made_signed, _SIZE, _GENERATION)[:] = memoryview(array("q", births))
     _column(made_short, _SIZE, _MODE)[:] = memoryview(array("I", _column(given.cast("H"), STATX_SIZE, _STATX_MODE)))
     majors, minors = (_column(given_short, STATX_SIZE, field).tolist() for field in (_STATX_MAJOR, _STATX_MINOR))

@@ -51,10 +51,10 @@ class NameRequests(Responder):
             attributes = fstatx(self._handles.get(number).descriptor)
         else:
             attributes = self._tree.getattr(nodeid)
-        self._reply_attributes(unique, nodeid, attributes)
+        self._reply_attributes(unique, attributes)
 
-    def _reply_attributes(self, unique: int, nodeid: int, attributes: Attributes) -> None:
-        self._send(self._attributes_reply(unique, nodeid, attributes))
+    def _reply_attributes(self, unique: int, attributes: Attributes) -> None:
+        self._send(self._attributes_reply(unique, attributes))
 
     def setattr(self, base: int, length: int) -> None:
         """FUSE_SETATTR."""
@@ -64,7 +64,7 @@ class NameRequests(Responder):
         changes = Changes(valid, mode, uid, gid, size, (atime, atime_nsec), (mtime, mtime_nsec))
         handle = number if valid & wire.FATTR_FH else None
         attributes = self._tree.setattr(nodeid, changes, handle, privileged=caller == 0)
-        self._reply_attributes(unique, nodeid, attributes)
+        self._reply_attributes(unique, attributes)
 
     def statx(self, base: int, length: int) -> None:
         """FUSE_STATX: sent where somebody asks for the birth time."""
