@@ -75,9 +75,7 @@ _mountpoint = click.argument("mountpoint", type=UntouchedPath(), envvar="LLLOOP_
 @_option("fsname", "--fsname", default=None, metavar="NAME")
 @_option("nonempty", "--nonempty", is_flag=True)
 @_option("replace_dead", "--replace-dead", is_flag=True)
-@_option(
-    "loop", "--loop", type=click.Choice([kind.value for kind in LoopKind]), default=LoopKind.AUTO.value, hidden=True
-)
+@_option("loop", "--loop", type=click.Choice([kind.value for kind in LoopKind]), default=LoopKind.OWN.value)
 @_option("slots", "--slots", type=click.IntRange(2, 4096), default=DEFAULT_SLOTS, hidden=True)
 @click.option(
     "--daemon",

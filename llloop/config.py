@@ -29,7 +29,6 @@ class Cache(str, Enum):
 class LoopKind(str, Enum):
     """Who runs the request loop."""
 
-    AUTO = "auto"
     OWN = "own"
     LLFUSE = "llfuse"
 
@@ -49,6 +48,12 @@ class MetadataKind(str, Enum):
     WORKERS = "workers"
     AUTO = "auto"
 
+
+# What a mount lacks if llfuse runs its loop.
+WITHOUT_OWN_LOOP = (
+    "POSIX ACLs, fallocate, SEEK_HOLE, flags of renameat2, O_TMPFILE, birth times, and recovery: a worker that hangs "
+    "stops the mount, and the death of the front ends it"
+)
 
 _TIMEOUTS = {Cache.NEVER: 0.0, Cache.AUTO: 1.0, Cache.ALWAYS: _DAY}
 
@@ -147,7 +152,10 @@ class ServeConfig:
         "Default: off.",
     )
     loop: LoopKind = _option(
-        LoopKind.AUTO, "Who runs the request loop; for tests. own fails where auto would fall back to llfuse."
+        LoopKind.OWN,
+        "Who runs the request loop. own: llloop. llfuse: the library llfuse, the plain way. Risk of llfuse: it is "
+        f"slower, and the mount lacks {WITHOUT_OWN_LOOP}. It excludes --io kernel, --writeback and --metadata workers. "
+        "Default: own.",
     )
     slots: int = _option(DEFAULT_SLOTS, "How many requests may be with the workers at a time; for tests.")
 
@@ -189,6 +197,14 @@ class ServeConfig:
                 raise UsageError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if not isinstance(self.fsname, str) or not self.fsname or "\0" in self.fsname:
             raise UsageError(f"--fsname must be a name, not {self.fsname!r}")
+        if self.loop is LoopKind.LLFUSE:
+            for unfit, option in (
+                (self.io is IoKind.KERNEL, "--io kernel"),
+                (self.writeback, "--writeback"),
+                (self.metadata is MetadataKind.WORKERS, "--metadata workers"),
+            ):
+                if unfit:
+                    raise UsageError(f"{option} and --loop llfuse exclude each other: llfuse's loop cannot do that")
         if self.writeback and self.io is IoKind.KERNEL:
             raise UsageError("--writeback and --io kernel exclude each other: the kernel has nothing to collect then")
         for name in ("attr_timeout", "entry_timeout", "negative_timeout"):

@@ -1,22 +1,22 @@
-"""The connection with the kernel: mounting, llfuse's session, INIT, and what both sides agreed on."""
+"""The connection with the kernel: mounting, INIT, and what both sides agreed on."""
 
 from __future__ import annotations
 
 import errno
 import logging
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 
 import llfuse
 
 from . import negotiation, syscalls
-from .config import IoKind, LoopKind, MetadataKind, ServeConfig
+from .config import WITHOUT_OWN_LOOP, IoKind, LoopKind, MetadataKind, ServeConfig
 from .errors import HostError, LlloopError, UsageError
 from .front.operations import Operations
 from .front.passthrough import refusal
 from .negotiation import Capabilities, Feature
 from .redirect import CapturedStderr
-from .session import Session, SessionNotFound, find_session, fuse_devices
 
 _log = logging.getLogger(__name__)
 
@@ -29,22 +29,18 @@ class Connection:
 
     Attributes:
         device: the descriptor of /dev/fuse.
-        session: llfuse's session; None where llfuse itself runs the loop and answers INIT.
-        capabilities: what was agreed with the kernel, where there is a session.
-        fallback_reason: why there is no session.
+        capabilities: what was agreed with the kernel; None where llfuse answers INIT and runs the loop.
         asking: whether workers look at the source before the front does.
     """
 
     device: int
-    session: Session | None
     capabilities: Capabilities | None
-    fallback_reason: str = ""
     asking: bool = False
 
     def describe(self) -> str:
         """Return who runs the loop and which features are in force, for the line that serve prints."""
         if self.capabilities is None:
-            return f"llfuse's loop ({self.fallback_reason})"
+            return "llfuse's loop"
         asking = ", metadata through workers" if self.asking else ""
         return f"own loop{asking}, {self.capabilities.describe()}"
 
@@ -83,7 +79,7 @@ def mount(operations: Operations, mountpoint: str, options: list[str]) -> int:
 
 
 def initialise(device: int, config: ServeConfig, source: str) -> Connection:
-    """Find llfuse's session and answer INIT; where that cannot be, leave both to llfuse.
+    """Answer INIT, or leave that to llfuse if it is to run the loop.
 
     Args:
         device: the descriptor of /dev/fuse of a mount just made.
@@ -92,21 +88,10 @@ def initialise(device: int, config: ServeConfig, source: str) -> Connection:
 
     Raises:
         HostError: the kernel lacks what the options need.
-        LlloopError: the options need a session, and it was not found.
     """
     if config.loop is LoopKind.LLFUSE:
-        if config.metadata is MetadataKind.WORKERS:
-            raise LlloopError("--metadata workers cannot be had with llfuse's own loop; serve with --metadata front")
-        return Connection(device, None, None, "asked for")
-    try:
-        session = find_session(device)
-    except SessionNotFound as error:
-        if config.loop is LoopKind.OWN or config.io is IoKind.KERNEL or config.writeback:
-            raise LlloopError(f"llfuse's session cannot be used: {error}") from None
-        if config.metadata is MetadataKind.WORKERS:
-            raise LlloopError(f"--metadata workers cannot be had: llfuse's session cannot be used: {error}") from None
-        _log.warning("falling back to llfuse's request loop, which is slower: %s", error)
-        return Connection(device, None, None, str(error))
+        _log.info("llfuse runs the request loop. This mount lacks %s", WITHOUT_OWN_LOOP)
+        return Connection(device, None)
     asking = _asks_first(config, source)
     buffer = bytearray(_INIT_BUFFER)
     length = os.readv(device, [buffer])
@@ -123,9 +108,17 @@ def initialise(device: int, config: ServeConfig, source: str) -> Connection:
     except negotiation.UnsupportedProtocol as error:
         raise HostError(str(error)) from None
     os.write(device, answer)
-    # libfuse must see the request too, to be initialised; its own answer comes second and is dropped by the kernel.
-    session.processor().process_bytes(request)
-    return Connection(device, session, _check_passthrough(device, config, capabilities), asking=asking)
+    return Connection(device, _check_passthrough(device, config, capabilities), asking=asking)
+
+
+def fuse_devices() -> frozenset[int]:
+    """Return this process's open descriptors of /dev/fuse (proc(5), /proc/self/fd)."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # the descriptor of the listing itself
+            if os.readlink(f"/proc/self/fd/{name}") == "/dev/fuse":
+                found.add(int(name))
+    return frozenset(found)
 
 
 def _check_passthrough(device: int, config: ServeConfig, capabilities: Capabilities) -> Capabilities:

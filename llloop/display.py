@@ -183,7 +183,7 @@ def _mount(one: dict[str, Any]) -> list[RenderableType]:
     grid.add_column(style=_QUIET)
     grid.add_column(overflow="fold")
     grid.add_row("  up", duration_text(one["uptime"]))
-    loop = "llloop's own" if one["loop"] == "own" else "llfuse's (the fallback)"
+    loop = "llloop's own" if one["loop"] == "own" else "llfuse's"
     grid.add_row("  loop", f"{loop}, FUSE {one['protocol']}" if one["protocol"] else loop)
     grid.add_row("  options", ", ".join(_options(one["options"])))
     if one["capabilities"]:

@@ -157,10 +157,10 @@ class Supervisor:
 
     def _make_children(self, root: int, operations: Operations) -> None:
         config = self._config
-        device, session = self._connection.device, self._connection.session
+        device, own_loop = self._connection.device, self._connection.capabilities is not None
         arena = self._arena = Arena(config.slots, negotiation.MAX_WRITE, config.workers)
         pipes = [_packet_pipe(config.slots) for _ in range(config.workers)]
-        if session is not None:  # after the others, which must not want for room
+        if own_loop:  # after the others, which must not want for room
             self._descriptors += arena.open_pipes().descriptors
         self._ready_reader, ready_writer = os.pipe2(os.O_CLOEXEC)
         answers_reader, answers_writer = os.pipe2(os.O_CLOEXEC | os.O_DIRECT)
@@ -176,7 +176,6 @@ class Supervisor:
             root=root,
             device=device,
             operations=operations,
-            session=session,
             capabilities=self._connection.capabilities,
             answers=answers_reader,
             probed=probed_reader if self._connection.asking else None,
@@ -193,7 +192,7 @@ class Supervisor:
 
         def worker(shard: int) -> Child:
             name = f"llloop-worker-{shard}"
-            answers = None if session is not None else answers_writer
+            answers = None if own_loop else answers_writer
             setup = WorkerSetup(shard, arena, pipes[shard][0], device, answers, root, probed_writer)
             return Child(name, lambda stacks: forked(name, lambda: run_worker(setup), stacks, detached=detached))
 
@@ -274,7 +273,7 @@ class Supervisor:
             _log.error("%s was %s before it served anything", child.name, how)
             self._failed = self._ended = True
             return
-        if child is self._front and self._connection.session is None:
+        if child is self._front and self._connection.capabilities is None:
             _log.error("%s was %s; llfuse's own loop cannot be taken up again, so the mount ends", child.name, how)
             self._failed = self._ended = True
             return
@@ -306,7 +305,7 @@ class Supervisor:
         front = self._front.process
         if front is None or front.pid is None or self._keeper is None or not self._keeper.can_share:
             return
-        if self._connection.session is None:  # llfuse's loop cannot be taken up by another front
+        if self._connection.capabilities is None:  # llfuse's loop cannot be taken up by another front
             return
         try:
             self._front.signal(signal.SIGSTOP)
@@ -389,7 +388,7 @@ class Supervisor:
             "source": self._source,
             "mountpoint": self._mountpoint,
             "options": options,
-            "loop": "own" if self._connection.session is not None else "llfuse",
+            "loop": "own" if capabilities is not None else "llfuse",
             "protocol": f"7.{capabilities.minor}" if capabilities is not None else None,
             "capabilities": capabilities.names() if capabilities is not None else [],
         }

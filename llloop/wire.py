@@ -140,6 +140,8 @@ GETXATTR_REQUEST = Struct("=8xQQII8xI4x")  # unique, nodeid, uid, gid, size; the
 STATX_REQUEST = Struct("=8xQQ16xI4xQII")  # unique, nodeid, getattr_flags, fh, sx_flags, sx_mask
 # unique, nodeid, the caller's uid, valid, fh, size, atime, mtime, atimensec, mtimensec, mode, uid, gid
 SETATTR_REQUEST = Struct("=8xQQI12xI4xQq8xqq8xII4xI4xII")
+# The form of kernels before 5.14, which have no SETXATTR_EXT: unique, nodeid, size, flags; then name, value
+SHORT_SETXATTR_REQUEST = Struct("=8xQQ16xII")
 SETXATTR_REQUEST = Struct("=8xQQ16xIIII")  # unique, nodeid, size, flags, setxattr_flags, padding; then name, value
 
 _NAME = 2  # the shortest name, with its NUL
@@ -183,8 +185,6 @@ _SHORTEST: dict[Opcode, int] = {
 }
 # By opcode; of those not named here nothing but the header is looked at.
 SHORTEST = [_SHORTEST.get(number, IN_HEADER_SIZE) for number in range(max(Opcode) + 1)]  # type: ignore[call-overload]
-# struct fuse_setxattr_in as libfuse 2.9 knows it, from the header on: size; then name, value
-SHORT_SETXATTR_REQUEST = Struct("=40xI4x")
 
 # Replies, from struct fuse_out_header on
 OUT_HEADER = Struct("=IiQ")  # length, error (negative errno), unique
@@ -201,6 +201,8 @@ OPEN_OUT = Struct("=QIi")  # fh, open_flags, backing_id, as in the CREATE reply
 WRITE_REPLY = Struct("=IiQI4x")  # header, size
 GETXATTR_OUT = Struct("=I4x")  # size
 LSEEK_REPLY = Struct("=IiQQ")  # header, offset
+# struct fuse_kstatfs: blocks, bfree, bavail, files, ffree, bsize, namelen, frsize
+STATFS_OUT = Struct("=QQQQQIII28x")
 STATX_OUT = Struct("=QII16x")  # attr_valid, attr_valid_nsec, flags; then struct fuse_statx
 DIRENT = Struct("=QQII")  # struct fuse_dirent: ino, off, namelen, type; then the name, padded to 8 bytes
 

@@ -1,4 +1,4 @@
-"""The request loop: one read per request, a table of handlers, and libfuse for the rest."""
+"""The request loop: one read per request, and a table of handlers."""
 
 from __future__ import annotations
 
@@ -13,12 +13,10 @@ from .. import notifications, wire
 from ..ledger import Ledger
 from ..metrics import ERRORS, NANOSECONDS
 from ..negotiation import Feature
-from ..session import Session
 from ..wire import Opcode
 from .asking import Asking
 from .mirror import Mirror
 from .native import Handler, native_table
-from .native.base import malformed
 from .promptness import LONE_WRITE_LIMIT
 from .recovery import settle
 
@@ -55,15 +53,12 @@ class Loop:
 
     Args:
         mirror: what is served.
-        session: llfuse's session, which takes the requests that have no handler here.
         device: the descriptor of /dev/fuse.
         ledger: what fronts leave to each other.
         asking: has workers look at the source before requests are served that would touch it; None if nobody need.
     """
 
-    def __init__(
-        self, mirror: Mirror, session: Session, device: int, ledger: Ledger, asking: Asking | None = None
-    ) -> None:
+    def __init__(self, mirror: Mirror, device: int, ledger: Ledger, asking: Asking | None = None) -> None:
         self._ledger = ledger
         self._mirror = mirror
         self._arena = mirror.router.arena
@@ -73,11 +68,10 @@ class Loop:
         self._piped_slots = len(pipes) if pipes is not None else 0
         self._streaming = False
         self._device = device
-        self._process = session.processor()
         self._known = max(Opcode) + 1
         self._rows = self._arena.metrics.front.rows
         self._complained = False
-        self._table: list[Handler] = [self._by_libfuse] * self._known
+        self._table: list[Handler] = [self._unknown] * self._known
         for opcode, handler in native_table(mirror, device).items():
             self._table[opcode] = handler
         self._at_once = self._table
@@ -238,16 +232,9 @@ class Loop:
             if not state and wire.UNIQUE.unpack_from(self._arena.memory, base)[0]:  # 0: nothing has ever been there
                 self._refuse(base, 0, errno.EIO)
 
-    def _by_libfuse(self, base: int, length: int) -> None:
-        """Have libfuse decode a request, which takes on trust that strings end and sizes are right."""
-        arena = self._arena
-        arena.memory[base + length : base + length + 2] = b"\0\0"
-        _, opcode = wire.OPCODE.unpack_from(arena.memory, base)
-        if opcode == Opcode.SETXATTR:
-            (size,) = wire.SHORT_SETXATTR_REQUEST.unpack_from(arena.memory, base)
-            if wire.SHORT_SETXATTR_REQUEST.size + size > length:
-                raise malformed()
-        self._process(arena.address + base, length)
+    def _unknown(self, base: int, length: int) -> None:
+        """Say that there is no handler, so that the kernel does not send such a request again."""
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     def _malformed(self, base: int, opcode: int, length: int) -> None:
         """Refuse what is no FUSE request, if that much of it is there that an answer finds its way."""

@@ -1,8 +1,7 @@
 """llfuse's handlers: the requests that libfuse decodes, one short method each.
 
-Under llloop's own loop these serve the requests that `native` does not answer itself; under
-``llfuse.main()`` (the fallback) they serve all. An exception other than FUSEError would end the
-mount, so `_answered` turns every other one into an errno.
+They serve a mount with ``--loop llfuse``. An exception other than FUSEError would end it, so `_answered` turns every
+other one into an errno.
 """
 
 from __future__ import annotations
@@ -76,11 +75,11 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
     """
 
     _mirror: Mirror
-    _exchange: Exchange | None
+    _exchange: Exchange
     _invalidator: Invalidator
 
-    def attach(self, mirror: Mirror, exchange: Exchange | None, device: int) -> None:
-        """Serve *mirror*; with *exchange*, llfuse runs the loop and answers of workers are waited for."""
+    def attach(self, mirror: Mirror, exchange: Exchange, device: int) -> None:
+        """Serve *mirror*, waiting for the answers of workers by *exchange*."""
         self._mirror = mirror
         self._exchange = exchange
         self._invalidator = Invalidator(device)
@@ -88,23 +87,20 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
         self._calls = 0
 
     def _begin(self) -> None:
-        """Note when a request was taken, where llloop's own loop does not."""
-        if self._exchange is not None:
-            self._mirror.router.taken = time.monotonic_ns()
-            self._calls = self._exchange.calls
+        """Note when a request was taken."""
+        self._mirror.router.taken = time.monotonic_ns()
+        self._calls = self._exchange.calls
 
     def _finish(self, opcode: int, number: int) -> None:
         """Count a request that ended with errno *number*, or 0; those that a worker has done are counted by it."""
-        exchange = self._exchange
-        if exchange is not None:
-            if exchange.calls != self._calls:
-                return
-            self._sheet.finished(opcode, time.monotonic_ns() - self._mirror.router.taken)
+        if self._exchange.calls != self._calls:
+            return
+        self._sheet.finished(opcode, time.monotonic_ns() - self._mirror.router.taken)
         if number:
             self._sheet.add(opcode, ERRORS)
 
     def init(self) -> None:
-        """Nothing is left to do: llloop has answered INIT before libfuse sees it."""
+        """Nothing is left to do: libfuse has answered INIT."""
 
     def destroy(self) -> None:
         """Nothing is left to do: the supervisor ends the processes."""
@@ -225,7 +221,7 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
 
     @_answered
     def statfs(self, context: RequestContext) -> llfuse.StatvfsData:
-        state = self._mirror.tree.statfs()
+        state = self._mirror.tree.statfs(ROOT)
         data = llfuse.StatvfsData()
         for name in ("f_bsize", "f_frsize", "f_blocks", "f_bfree", "f_bavail", "f_files", "f_ffree", "f_favail"):
             setattr(data, name, getattr(state, name))
@@ -284,11 +280,9 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
     def releasedir(self, handle: int) -> None:
         self._mirror.files.release(handle)
 
-    # Files, where llfuse runs the loop
+    # Files
 
     def _ask(self, number: int, operation: Operation, offset: int = 0, length: int = 0, flags: int = 0) -> Any:
-        if self._exchange is None:
-            raise FUSEError(errno.ENOSYS)
         return self._exchange.call(self._mirror.handles.get(number), number, operation, offset, length, flags)
 
     def _note_writer(self, handle: int, flags: int, context: RequestContext) -> None:
@@ -322,8 +316,6 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
 
     @_answered
     def write(self, handle: int, offset: int, payload: bytes) -> int:
-        if self._exchange is None:
-            raise FUSEError(errno.ENOSYS)
         open_file = self._mirror.handles.get(handle)
         flags = APPEND if open_file.append else 0
         count, _ = self._exchange.call(

@@ -18,7 +18,6 @@ from ..config import ServeConfig
 from ..ledger import Ledger
 from ..negotiation import Capabilities
 from ..privilege import FRONT, keep_only
-from ..session import Session
 from .asking import Asking
 from .loop import Loop
 from .mirror import Mirror, build_mirror
@@ -41,8 +40,7 @@ class FrontSetup:
         root: an O_PATH descriptor of the source.
         device: the descriptor of /dev/fuse.
         operations: the object given to ``llfuse.init()``.
-        session: llfuse's session if it was found, and
-        capabilities: what was agreed with the kernel then.
+        capabilities: what llloop has agreed with the kernel, or None where llfuse runs the loop.
         answers: the read end of the pipe by which workers answer where llfuse runs the loop.
         probed: the read end of the pipe by which they tell what they have looked at, or None if they are not asked to.
     """
@@ -54,7 +52,6 @@ class FrontSetup:
     root: int
     device: int
     operations: Operations
-    session: Session | None
     capabilities: Capabilities | None
     answers: int
     probed: int | None
@@ -84,10 +81,9 @@ def run_front(setup: FrontSetup, own: Collection[int], ready: Callable[[], None]
     # Nothing here makes reference cycles, and passing over a million inodes to find none would stop every request.
     gc.freeze()
     gc.disable()
-    if setup.session is not None:
-        setup.operations.attach(mirror, None, setup.device)
+    if setup.capabilities is not None:
         asking = Asking(mirror, setup.probed) if setup.probed is not None else None
-        loop = Loop(mirror, setup.session, setup.device, setup.ledger, asking)
+        loop = Loop(mirror, setup.device, setup.ledger, asking)
         ready()
         if is_successor:
             loop.take_up()

@@ -353,9 +353,10 @@ class Tree:
         with self._reach(nodeid) as reached:
             return os.readlink(b"", dir_fd=reached.fd)
 
-    def statfs(self) -> os.statvfs_result:
-        """Return the state of the file system that holds the source (statvfs(3))."""
-        return os.fstatvfs(self._root)
+    def statfs(self, nodeid: int) -> os.statvfs_result:
+        """Return the state of the file system that holds an inode, which may be one mounted below SRC (statvfs(3))."""
+        with self._reach(nodeid) as reached:
+            return os.fstatvfs(reached.fd)
 
     # Extended attributes
 

@@ -506,11 +506,11 @@ def test_help_shows_every_option_and_no_test_switch() -> None:
             "--entry-timeout",
         ),
         *("--negative-timeout", "--xattr", "--no-xattr", "-o", "--fsname", "--nonempty", "--daemon", "--pid-file"),
-        *("--log-level", "--log-file", "--replace-dead"),
+        *("--log-level", "--log-file", "--replace-dead", "--loop"),
     }
     for option in options:
         assert option in text
-    assert "--loop" not in text
+    assert "--slots" not in text
     overview = llloop("--help").stdout
     assert "LLLOOP_SERVE_WORKERS" in overview, "the environment variables are documented"
     assert {"serve", "umount"} <= set(overview.split())

@@ -55,3 +55,19 @@ def test_df(tree: Tree) -> None:
     ).stdout.splitlines()[1]
     native = os.statvfs(tree.src)
     assert int(listed.split()[0]) == native.f_blocks * native.f_frsize
+
+
+@pytest.mark.root
+def test_a_file_system_below_the_source_tells_its_own_room(serve: Serve, tmp_path: Path, via: str) -> None:
+    if via == "llfuse":
+        pytest.skip("llfuse does not say of which inode")
+    (tmp_path / "source" / "below").mkdir(parents=True)
+    with tmpfs(tmp_path / "source" / "below", "size=16m") as below:
+        mirror = serve(source=tmp_path / "source")
+        try:
+            shown = os.statvfs(mirror.mountpoint / "below")
+            assert constant(shown) == constant(os.statvfs(below))
+            assert shown.f_blocks * shown.f_frsize == 16 * MIB
+            assert constant(os.statvfs(mirror.mountpoint)) == constant(os.statvfs(tmp_path / "source"))
+        finally:
+            mirror.stop()

@@ -10,7 +10,6 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -310,7 +309,7 @@ class Front:
             recover(mirror, self._ledger, line.own)
             let_workers_finish(mirror)
         line.arena.touch()
-        self.loop = Loop(mirror, SimpleNamespace(processor=lambda: None), line.device, self._ledger)  # type: ignore[arg-type]
+        self.loop = Loop(mirror, line.device, self._ledger)
 
     def is_of(self, life: Life) -> None:
         """Go on with another life."""

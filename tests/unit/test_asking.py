@@ -188,9 +188,8 @@ def test_the_loop_goes_on_while_a_worker_looks(front: Front) -> None:
     """Of two requests the second is answered, because its worker is back, and the first is not."""
     kernel, device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     kernel.settimeout(10)
-    session = type("Session", (), {"processor": lambda self: None})()
     ledger = Ledger(64)
-    loop = Loop(front.mirror, session, device.fileno(), ledger, front.asking)
+    loop = Loop(front.mirror, device.fileno(), ledger, front.asking)
     thread = threading.Thread(target=loop.run, daemon=True)
     thread.start()
     try:

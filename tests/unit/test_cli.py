@@ -150,7 +150,7 @@ def test_help_shows_every_option_and_hides_the_hidden() -> None:
     for option in shown(cli.serve):
         assert option.opts[0] in output
         assert " ".join((option.help or "?").split()[:4]) in output
-    for hidden in ("--loop", "--slots", "--lifeline"):
+    for hidden in ("--slots", "--lifeline"):
         assert hidden not in output
 
 

@@ -26,7 +26,7 @@ def test_defaults() -> None:
     assert made.cache is Cache.AUTO
     assert (made.attr_timeout, made.entry_timeout, made.negative_timeout) == (1.0, 1.0, 1.0)
     assert made.xattr is True
-    assert made.loop is LoopKind.AUTO
+    assert made.loop is LoopKind.OWN
     assert made.io is IoKind.WORKERS
     assert made.options == ()
     assert made.fsname == "/src"

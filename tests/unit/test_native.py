@@ -323,8 +323,20 @@ def test_names_that_do_not_end(source: Source, kernel: Kernel, file: int) -> Non
     assert os.listdir(source.path) == ["file"]
 
 
-def test_interrupt_is_said_to_be_unknown(kernel: Kernel) -> None:
-    assert kernel.ask(Opcode.INTERRUPT, 0, struct.pack("=Q", 5)).error == errno.ENOSYS
+def test_a_link_s_target(kernel: Kernel, source: Source) -> None:
+    target = b"/\xff" + b"t" * 4000
+    os.symlink(target, os.fsencode(source.path / "link"))
+    nodeid, _ = source.tree.lookup(1, b"link")
+    assert kernel.ask(Opcode.READLINK, nodeid).payload == target
+    with pytest.raises(OSError, match="Stale"):
+        kernel.send(Opcode.READLINK, 4711)
+
+
+def test_the_room_of_the_file_system(kernel: Kernel, source: Source) -> None:
+    status = os.statvfs(source.path)
+    *counts, block_size, longest, fragment = struct.unpack("=QQQQQIII28x", kernel.ask(Opcode.STATFS, 1).payload)
+    assert (block_size, longest, fragment) == (status.f_bsize, status.f_namemax, status.f_frsize)
+    assert (counts[0], counts[3]) == (status.f_blocks, status.f_files)
 
 
 # Directories

@@ -18,6 +18,7 @@ import pytest
 from llloop.arena import Arena
 from llloop.front.inodes import ROOT
 from llloop.front.operations import Operations
+from llloop.front.router import Exchange
 from tests.unit.source import Source
 
 CONTEXT = SimpleNamespace(uid=os.geteuid(), gid=os.getegid(), umask=0o022, pid=1)
@@ -35,7 +36,7 @@ def refused(number: int) -> Iterator[None]:
 @pytest.fixture
 def operations(source: Source) -> Operations:
     own = Operations()
-    own.attach(source.mirror, None, -1)
+    own.attach(source.mirror, Exchange(source.mirror.router, -1), -1)
     return own
 
 
@@ -99,16 +100,6 @@ def test_errors_keep_their_number(operations: Operations) -> None:
         operations.mkdir(ROOT, b"..", 0o755, CONTEXT)
     with refused(errno.EBADF):
         operations.release(99)
-
-
-def test_data_has_no_way_without_a_worker(operations: Operations, source: Source) -> None:
-    (source.path / "file").write_text("content")
-    nodeid = operations.lookup(ROOT, b"file", CONTEXT).st_ino
-    handle, _ = source.files.open(nodeid, os.O_RDWR, False)
-    with refused(errno.ENOSYS):
-        operations.read(handle, 0, 10)
-    with refused(errno.ENOSYS):
-        operations.write(handle, 0, b"x")
 
 
 HANDLERS: dict[str, tuple[Any, ...]] = {

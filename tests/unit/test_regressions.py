@@ -6,8 +6,6 @@ import errno
 import os
 import signal
 import stat
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -230,18 +228,3 @@ def test_a_mount_point_with_a_carriage_return_is_one_mount(tmp_path: Path, monke
     table.write_bytes(b"36 35 98:0 / /mnt/a\rb rw - tmpfs tmpfs rw\n")
     monkeypatch.setattr(mounting, "Path", lambda name: table)
     assert [entry.mountpoint for entry in mounting.mounts()] == ["/mnt/a\rb"]
-
-
-def test_what_looks_like_a_channel_but_leads_nowhere_is_passed_over() -> None:
-    """In a process of its own: libfuse would follow the bad pointer and crash."""
-    code = """
-import ctypes, os
-from llloop import session
-fd = os.open("/dev/null", os.O_RDWR)
-channel = session._CHANNEL.pack(1, 2, 3, 0x7FFF00000000, fd, session._LIBFUSE_BUFFER_SIZE)
-buffer = ctypes.create_string_buffer(channel, len(channel))
-with open("/proc/self/mem", "rb", buffering=0) as memory:
-    print(session._check(ctypes.PyDLL("libfuse.so.2"), memory.fileno(), ctypes.addressof(buffer), fd))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "None\n"), done.stderr

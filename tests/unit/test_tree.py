@@ -354,7 +354,7 @@ def test_only_root_sees_trusted_attributes(source: Source, file: int) -> None:
 
 
 def test_statfs_and_raw_statx(source: Source, file: int) -> None:
-    assert source.tree.statfs().f_blocks == os.statvfs(source.path).f_blocks
+    assert source.tree.statfs(file).f_blocks == os.statvfs(source.path).f_blocks
     raw = source.tree.statx_raw(ROOT, syscalls.STATX_BASIC_STATS, 0)
     assert len(raw) == syscalls.STATX_SIZE
     assert int.from_bytes(raw[32:40], "little") == source.path.stat().st_ino

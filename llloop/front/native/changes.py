@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from ... import wire
+from ...negotiation import Feature
 from ..tree import Requester
 from .base import Responder, malformed
 
@@ -83,9 +84,14 @@ class ChangeRequests(Responder):
         self._send(wire.error_reply(unique, 0))
 
     def setxattr(self, base: int, length: int) -> None:
-        """FUSE_SETXATTR in its extended form (SETXATTR_EXT)."""
-        request = wire.SETXATTR_REQUEST
-        unique, nodeid, size, flags, xattr_flags, _ = request.unpack_from(self._memory, base)
+        """FUSE_SETXATTR, in its extended form where that was agreed on (SETXATTR_EXT, Linux 5.14)."""
+        if Feature.SETXATTR_EXT in self._mirror.features:
+            request = wire.SETXATTR_REQUEST
+            unique, nodeid, size, flags, xattr_flags, _ = request.unpack_from(self._memory, base)
+        else:
+            request = wire.SHORT_SETXATTR_REQUEST
+            unique, nodeid, size, flags = request.unpack_from(self._memory, base)
+            xattr_flags = 0
         self._check_xattr()
         name = self._string(base + request.size, base + length)
         start = base + request.size + len(name) + 1

@@ -73,7 +73,23 @@ class NameRequests(Responder):
         raw = self._tree.statx_raw(nodeid, mask, flags, handle)
         self._send(wire.reply(unique, wire.STATX_OUT.pack(*self._attr_timeout, 0) + bytes(raw)))
 
-    def interrupt(self, base: int, length: int) -> None:
-        """FUSE_INTERRUPT: not supported, as said once."""
-        (unique,) = wire.UNIQUE.unpack_from(self._memory, base)
-        self._send(wire.error_reply(unique, errno.ENOSYS))
+    def readlink(self, base: int, length: int) -> None:
+        """FUSE_READLINK."""
+        unique, nodeid = wire.NODE_REQUEST.unpack_from(self._memory, base)
+        self._send(wire.reply(unique, self._tree.readlink(nodeid)))
+
+    def statfs(self, base: int, length: int) -> None:
+        """FUSE_STATFS."""
+        unique, nodeid = wire.NODE_REQUEST.unpack_from(self._memory, base)
+        state = self._tree.statfs(nodeid)
+        payload = wire.STATFS_OUT.pack(
+            state.f_blocks,
+            state.f_bfree,
+            state.f_bavail,
+            state.f_files,
+            state.f_ffree,
+            state.f_bsize,
+            state.f_namemax,
+            state.f_frsize,
+        )
+        self._send(wire.reply(unique, payload))
