@@ -1,4 +1,4 @@
-"""Manual pages (man(7)) and shell completions, made of what the commands say of themselves.
+"""Manual pages (man(7)), shell completions and the page of options, made of what the commands say of themselves.
 
 They are made beforehand and kept with the sources, since a build has no llfuse to import the commands with.
 click-man would make a page of each subcommand, and would not know mount.llloop's list of mount options.
@@ -10,15 +10,27 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import click
 from click.shell_completion import get_completion_class
 
 from llloop import cli, mount_helper
+from llloop.config import ServeConfig
 from llloop.version import __version__
 
+_SHARE = "scripts/share/"
 _COMPLETIONS = {"bash": "bash/llloop", "zsh": "zsh/_llloop", "fish": "fish/llloop.fish"}
+_OPTIONS_HEAD = """<!-- Made by scripts/man from llloop/config.py and the command. Do not edit. -->
+# Options
+
+`llloop serve [OPTION...] SRC MNT` mirrors the directory SRC at MNT. Both directories must exist.
+
+[Choosing a mode](modes.md) says which options fit a case. The names in Python are those of `llloop.mount()`; the names
+in `/etc/fstab` are those of `mount -t llloop -o`.
+
+"""
 _FURTHER = """.SH ENVIRONMENT
 .TP
 .B LLLOOP_SERVE_...
@@ -104,8 +116,45 @@ def page(command: click.Command, name: str, section: int, summary: str, see_also
     return "".join(parts)
 
 
+def options_page() -> str:
+    """Return the page docs/options.md: a section for each option of `llloop serve`."""
+    serve = cli.serve
+    context = click.Context(serve, info_name="llloop serve", auto_envvar_prefix="LLLOOP_SERVE")
+    command = mount_helper.mount_llloop
+    assert isinstance(command, mount_helper.Command)
+    in_fstab = {one.partition("=")[0]: names for names, _ in command.rows() for one in names.split(", ")}
+    in_python = {one.name for one in fields(ServeConfig)}
+    parts = [_OPTIONS_HEAD]
+    for option in serve.get_params(context):
+        record = option.get_help_record(context)
+        if not isinstance(option, click.Option) or record is None or option.name == "help":
+            continue
+        assert option.name is not None
+        spelling, text = record[0], " ".join(str(option.help).split())
+        parts.append(f"## `{spelling}`\n\n{_markdown(text)}\n\n")
+        parts.append(f"- Environment: `LLLOOP_SERVE_{option.name.upper()}`\n")
+        if option.name in in_python:
+            parts.append(f"- Python: `{option.name}=`\n")
+        if option.name in in_fstab:
+            parts.append(f"- `/etc/fstab`: `{in_fstab[option.name]}`\n")
+        parts.append("\n")
+    return "".join(parts).rstrip("\n") + "\n"
+
+
+def _markdown(text: str) -> str:
+    """Return help text as Markdown: nothing in it is markup."""
+    return re.sub(r"([*_<>|])", r"\\\1", text)
+
+
 def documents() -> dict[str, str]:
-    """Return the files to write, by their names."""
+    """Return the files to write, by their names in the checkout."""
+    made = {_SHARE + name: text for name, text in shared_documents().items()}
+    made["docs/options.md"] = options_page()
+    return made
+
+
+def shared_documents() -> dict[str, str]:
+    """Return the manual pages and completions, which are installed, by their names in scripts/share."""
     made = {
         "man/llloop.1": page(
             cli.main, "llloop", 1, "mirror a directory at a mount point", ".BR mount.llloop (8),\n.BR fuse (4)"

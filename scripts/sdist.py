@@ -6,8 +6,8 @@ import os
 
 from setuptools.command.sdist import sdist
 
-_DIRECTORIES = (".ci", "scripts", "tests", "workers")
-_FILES = (".gitignore", "CHANGELOG.md")
+_DIRECTORIES = (".ci", "docs", "scripts", "tests", "workers")
+_FILES = (".gitignore", ".pre-commit-config.yaml", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 
 
 class Sdist(sdist):

@@ -1,4 +1,4 @@
-"""The README's examples do what it says, and it explains every option and exit code of the command.
+"""The examples in README and docs/ do what they show, and the documentation is complete and leads everywhere.
 
 A code block is an example if an HTML comment stands above it: `<!-- test: NAME -->`. Blocks of one name belong
 together and run in one empty directory and one shell, in their order; `, as root` after the name says that it takes
@@ -27,10 +27,12 @@ from tests.mirror import reachable_directory, remove_tree
 from tests.mount.command_line import environment, wait_until
 from tests.watchdog import abort_connection, kill_session, unescaped, unmount_lazily
 
-README = Path(__file__).parents[2] / "README.md"
+CHECKOUT = Path(__file__).parents[2]
+PAGES = sorted([*CHECKOUT.glob("*.md"), *CHECKOUT.glob("docs/*.md")])
+TEXT = {page.name: page.read_text() for page in PAGES}
 BLOCK = re.compile(r"^<!-- test: ([\w-]+)((?:, [\w. -]+)*) -->\n```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SECONDS = 40.0
-# Between the outputs of two commands; nothing in the README prints it.
+# Between the outputs of two commands; no example prints it.
 MARK = "\x1e"
 # The next command of the example may ask for the status of the last.
 KEEPING_STATUS = f"{{ status=$?; printf '{MARK}'; (exit $status); }}\n"
@@ -64,8 +66,9 @@ class Example:
 
 def examples() -> dict[str, Example]:
     found: dict[str, Example] = {}
-    for name, remarks, _, text in BLOCK.findall(README.read_text()):
-        found.setdefault(name, Example()).take([part for part in remarks.split(", ") if part], text)
+    for page in TEXT.values():
+        for name, remarks, _, text in BLOCK.findall(page):
+            found.setdefault(name, Example()).take([part for part in remarks.split(", ") if part], text)
     return found
 
 
@@ -97,7 +100,7 @@ def users_of(directory: Path) -> list[int]:
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """An empty directory with the commands of the README beside it; whatever is left mounted there is taken away."""
+    """An empty directory with the commands of the examples beside it; whatever is left mounted there is taken away."""
     holder = reachable_directory("llloop-readme-")
     (holder / "bin").mkdir()
     for name, arguments in {"llloop": "-m llloop", "python": ""}.items():
@@ -160,29 +163,58 @@ def test_an_example_does_what_it_shows(name: str, place: Path, via: str) -> None
     wait_until(lambda: not users_of(place), "the processes of the example's mounts end", 10)
 
 
-def test_the_readme_has_examples() -> None:
-    assert {"tour", "namespace", "sandbox"} <= set(EXAMPLES)
-    marked = README.read_text().count("<!-- test:")
-    assert marked == len(BLOCK.findall(README.read_text())), "a marked block is not understood"
+def test_there_are_examples() -> None:
+    assert {"readme", "tour", "namespace", "sandbox", "front", "supervisor", "inside", "report"} <= set(EXAMPLES)
+    for name, text in TEXT.items():
+        assert text.count("<!-- test:") == len(BLOCK.findall(text)), f"{name}: a marked block is not understood"
 
 
-@pytest.mark.parametrize("command", ["serve", "umount", "status", "stats"])
-def test_the_readme_explains_every_option(command: str) -> None:
-    text = README.read_text()
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_stands_on_one_page(name: str) -> None:
+    pages = [page for page, text in TEXT.items() if f"<!-- test: {name} -->" in text or f"<!-- test: {name}," in text]
+    assert len(pages) == 1, pages
+
+
+@pytest.mark.parametrize("command", ["umount", "status", "stats"])
+def test_the_documentation_explains_every_option(command: str) -> None:
+    text = TEXT["commands.md"] + TEXT["monitoring.md"]
     parameters = main.commands[command].params  # type: ignore[attr-defined]
     options = [one for one in parameters if isinstance(one, click.Option) and not one.hidden]
     assert options
     for one in options:
         for spelling in [*one.opts, *one.secondary_opts]:
-            if spelling != "--options":
-                assert re.search(rf"^\*\*[^*\n]*`{spelling}\b[^*\n]*\*\* - ", text, re.MULTILINE), (
-                    f"{spelling} has no entry"
-                )
+            assert re.search(rf"^- `{spelling}\b", text, re.MULTILINE), f"{spelling} has no entry"
 
 
-def test_the_readme_lists_every_exit_code() -> None:
-    table = dict(re.findall(r"^\| (\d) \| (.+) \|$", README.read_text(), re.MULTILINE))
+def test_the_documentation_lists_every_exit_code() -> None:
+    table = dict(re.findall(r"^\| (\d) \| (.+) \|$", TEXT["commands.md"], re.MULTILINE))
     kinds: list[type[LlloopError]] = [LlloopError, *LlloopError.__subclasses__()]
     assert set(table) == {"0", *(str(kind.exit_code) for kind in kinds)}
     shown = dict(re.findall(r"^  (\d)  (.+)$", str(main.epilog), re.MULTILINE))
     assert shown == table
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(
+        r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL), re.MULTILINE
+    )
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)", page.read_text()):
+        path = (page.parent / target) if target else page
+        assert path.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in anchors(path), f"{page.name} links to {target}#{anchor}"
+
+
+def test_the_readme_is_short() -> None:
+    assert len(TEXT["README.md"].splitlines()) <= 200
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (CHECKOUT / "scripts" / "mkdocs.yml").read_text()
+    for page in CHECKOUT.glob("docs/*.md"):
+        assert re.search(rf"(?:- |: ){page.name}$", navigation, re.MULTILINE), page.name
