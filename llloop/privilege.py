@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import stat
 from contextlib import suppress
 from types import TracebackType
 
@@ -21,6 +22,8 @@ from . import syscalls
 _log = logging.getLogger(__name__)
 
 _SECBIT_NO_SETUID_FIXUP = 1 << 2  # <linux/securebits.h>
+
+SETID = stat.S_ISUID | stat.S_ISGID
 
 
 def _set_of(*capabilities: int) -> int:
@@ -118,9 +121,9 @@ class Caller:
         if self._able and not _keep_capabilities():
             _log.info("the source checks a caller's permission to create again, without supplementary groups")
 
-    def __call__(self, uid: int, gid: int, umask: int) -> Caller:
-        """Act as *uid* and *gid* with *umask* until the ``with`` block ends."""
-        if umask != self._umask:
+    def __call__(self, uid: int, gid: int, umask: int | None = None) -> Caller:
+        """Act as *uid* and *gid* until the ``with`` block ends, with *umask* if something is created."""
+        if umask is not None and umask != self._umask:
             os.umask(umask)
             self._umask = umask
         if self._able and (uid, gid) != self._own:
@@ -160,6 +163,14 @@ class Writer:
             syscalls.setfsuid(uid)
             _after_change_of_ids()
             self._current = (uid, gid)
+
+
+def has_locking_mark(mode: int) -> bool:
+    """Whether a mode has set-group-ID without group execution.
+
+    That lends nobody a group: it was the mark of mandatory locks. A member of the file's group does not clear it.
+    """
+    return mode & (stat.S_ISGID | stat.S_IXGRP) == stat.S_ISGID and stat.S_ISREG(mode)
 
 
 class SetidGuard:

@@ -90,6 +90,7 @@ FATTR_MTIME = 1 << 5
 FATTR_FH = 1 << 6
 FATTR_ATIME_NOW = 1 << 7
 FATTR_MTIME_NOW = 1 << 8
+FATTR_CTIME = 1 << 10
 FATTR_KILL_SUIDGID = 1 << 11
 
 FUSE_UNIQUE_RESEND = 1 << 63  # in the number of a request that is sent again
@@ -114,12 +115,13 @@ OPCODE_AND_UNIQUE = Struct("=4xIQ")
 
 # Requests, from the header on. Positions are signed, so that a source refuses those that no file has.
 NODE_REQUEST = Struct("=8xQQ")  # unique, nodeid
+CALLER_REQUEST = Struct("=8xQQIII4x")  # unique, nodeid, uid, gid, pid
 FORGET_REQUEST = Struct("=16xQ16xQ")  # nodeid, nlookup
 BATCH_FORGET_REQUEST = Struct("=40xI4x")  # count; then struct fuse_forget_one
 FORGET_ONE = Struct("=QQ")  # nodeid, nlookup
 GETATTR_REQUEST = Struct("=8xQQ16xI4xQ")  # unique, nodeid, getattr_flags, fh
 INIT_REQUEST = Struct("=8xQ24xIIIII")  # unique, major, minor, max_readahead, flags, flags2
-OPEN_REQUEST = Struct("=8xQQ16xII")  # unique, nodeid, flags, open_flags
+OPEN_REQUEST = Struct("=8xQQIII4xII")  # unique, nodeid, uid, gid, pid, flags, open_flags
 CREATE_REQUEST = Struct("=8xQQII8xIIII")  # unique, nodeid, uid, gid, flags, mode, umask, open_flags; then the name
 READ_REQUEST = Struct("=8xQ24xQqI12xI")  # unique, fh, offset, size, flags
 WRITE_REQUEST = Struct("=8xQ8xII8xQqII8xI")  # unique, uid, gid, fh, offset, size, write_flags, flags
@@ -138,11 +140,13 @@ RENAME_REQUEST = Struct("=8xQQ16xQ")  # unique, nodeid, newdir; then both names
 RENAME2_REQUEST = Struct("=8xQQ16xQI4x")  # unique, nodeid, newdir, flags; then both names
 GETXATTR_REQUEST = Struct("=8xQQII8xI4x")  # unique, nodeid, uid, gid, size; then GETXATTR's name
 STATX_REQUEST = Struct("=8xQQ16xI4xQII")  # unique, nodeid, getattr_flags, fh, sx_flags, sx_mask
-# unique, nodeid, the caller's uid, valid, fh, size, atime, mtime, atimensec, mtimensec, mode, uid, gid
-SETATTR_REQUEST = Struct("=8xQQI12xI4xQq8xqq8xII4xI4xII")
-# The form of kernels before 5.14, which have no SETXATTR_EXT: unique, nodeid, size, flags; then name, value
-SHORT_SETXATTR_REQUEST = Struct("=8xQQ16xII")
-SETXATTR_REQUEST = Struct("=8xQQ16xIIII")  # unique, nodeid, size, flags, setxattr_flags, padding; then name, value
+# unique, nodeid, the caller's uid, gid and pid, valid, fh, size, atime, mtime, atimensec, mtimensec, mode, uid, gid
+SETATTR_REQUEST = Struct("=8xQQIII4xI4xQq8xqq8xII4xI4xII")
+# The form of kernels before 5.14, which have no SETXATTR_EXT: unique, nodeid, uid, gid, pid, size, flags; then name,
+# value
+SHORT_SETXATTR_REQUEST = Struct("=8xQQIII4xII")
+# unique, nodeid, uid, gid, pid, size, flags, setxattr_flags, padding; then name, value
+SETXATTR_REQUEST = Struct("=8xQQIII4xIIII")
 
 _NAME = 2  # the shortest name, with its NUL
 # The least number of bytes that a request can have. Anything shorter would be completed by what lay there before.

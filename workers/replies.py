@@ -8,7 +8,7 @@ import mmap
 import os
 from typing import Protocol
 
-from llloop import wire
+from llloop import notifications, wire
 from llloop.arena import Arena
 from llloop.protocol import Request, encode
 
@@ -18,6 +18,9 @@ COPY_LIMIT = 32 * 1024
 
 class Replies(Protocol):
     """How requests are answered. An answer the kernel no longer waits for is dropped silently."""
+
+    def expire(self, nodeid: int) -> None:
+        """Have the kernel ask again for an inode's attributes, of which the next answer does not tell."""
 
     def error(self, request: Request, number: int) -> bool:
         """Answer with an errno, or with 0 for success without a result; return whether it was waited for."""
@@ -68,6 +71,9 @@ class KernelReplies:
         self._header = wire.PAGE_SIZE - wire.OUT_HEADER_SIZE
         self._pipe: tuple[int, int] | None = None
         self._room = 0
+
+    def expire(self, nodeid: int) -> None:
+        notifications.expire_attributes(self._device, nodeid)
 
     def error(self, request: Request, number: int) -> bool:
         return self._send(wire.error_reply(request.unique, number))
@@ -170,6 +176,9 @@ class FrontReplies:
     def __init__(self, pipe: int, arena: Arena) -> None:
         self._pipe = pipe
         self._arena = arena
+
+    def expire(self, nodeid: int) -> None:
+        """Do nothing: where llfuse runs the loop, the kernel clears set-ID bits itself."""
 
     def error(self, request: Request, number: int) -> bool:
         return self._send(request, -number)

@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 from llloop import syscalls
 from llloop.arena import Arena
 from llloop.metrics import BYTES, ERRORS, Sheet
-from llloop.privilege import SetidGuard, Writer
+from llloop.privilege import SETID, SetidGuard, Writer
 from llloop.protocol import APPEND, BUFFERED, CACHED, DATA_ONLY, KILL_PRIVILEGES, PIPED, Operation, Request
 from llloop.wire import FUSE_UNIQUE_RESEND, Opcode
 
@@ -273,6 +273,7 @@ class Transfers:
         flags = request.flags
         payload = arena.payload(slot, request.length)
         self._act_for(request)
+        watched = request.extra and os.fstat(fd).st_mode & SETID
         moved = self._move(request, fd) if flags & PIPED else None
         if moved is not None:
             count = moved
@@ -287,6 +288,8 @@ class Transfers:
                 while count < request.length and flags & CACHED:
                     count += self._pwrite(fd, payload[count:], request.offset + count)
         self._sheet.add(Opcode.WRITE, BYTES, count)
+        if watched:
+            self._replies.expire(request.extra[0])
         self._finish(request, count)
 
     def _move(self, request: Request, fd: int) -> int | None:

@@ -6,6 +6,7 @@ import time
 
 from .. import wire
 from ..config import Cache, ServeConfig
+from ..privilege import SETID
 from ..syscalls import Attributes
 from .inodes import Inode
 
@@ -46,7 +47,8 @@ class CachePolicy:
         """
         if self._always:
             return wire.FOPEN_KEEP_CACHE
-        if self._direct:
+        # Only before a write through its page cache the kernel asks for set-ID bits to be cleared, and knows it then.
+        if self._direct and not attributes.mode & SETID:
             return wire.FOPEN_DIRECT_IO
         if self._never:
             return 0

@@ -7,16 +7,18 @@ import fcntl
 import os
 import stat
 
-from ..privilege import SetidGuard
+from ..notifications import expire_attributes
 from ..syscalls import Attributes, DirectoryEntry, fstatx, read_directory, statx
 from .anchors import Anchors
 from .attempts import Attempts
 from .handles import Handle, Handles
 from .inodes import ROOT, Inodes
 from .passthrough import Passthrough
+from .privileges import Privileges
 from .promptness import Promptness
+from .requester import Requester
 from .router import Router
-from .tree import Requester, Tree, check_name
+from .tree import Tree, check_name
 
 # What of the caller's open(2) flags the source has to know. O_APPEND is not among them: each WRITE request says
 # whether to append, so that fcntl(F_SETFL) counts too. O_TRUNC must wait until the file is known to be the right one.
@@ -28,6 +30,8 @@ _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 # What the record of a directory's handle has for flags.
 _DIRECTORY_FLAGS = os.O_DIRECTORY
+# Nothing is written to a directory, so it does not matter who has opened it.
+_NOBODY = Requester(0, 0)
 
 
 class Files:
@@ -38,9 +42,10 @@ class Files:
         handles: where they are kept.
         router: chooses their workers and tells them of a release.
         passthrough: knows which files the kernel serves itself.
-        setid: decides about set-ID bits on truncation.
+        privileges: takes set-ID bits on truncation.
         attempts: tells of what a front before this one had begun and not answered.
         writeback: whether the kernel collects writes, for which it must be able to read what is written to.
+        device: the descriptor of /dev/fuse.
     """
 
     def __init__(
@@ -49,9 +54,10 @@ class Files:
         handles: Handles,
         router: Router,
         passthrough: Passthrough,
-        setid: SetidGuard,
+        privileges: Privileges,
         attempts: Attempts,
         writeback: bool,
+        device: int,
     ) -> None:
         self._tree = tree
         self._anchors: Anchors = tree.anchors
@@ -59,21 +65,23 @@ class Files:
         self._handles = handles
         self._router = router
         self._passthrough = passthrough
-        self._setid = setid
+        self._privileges = privileges
         self._attempts = attempts
         self._writeback = writeback
+        self._device = device
         self.promptness = Promptness()
         self._root_handle: int | None = None
         # Whether a worker may still have requests of a dead front, and ask for descriptors by the numbers they had.
         self.late_requests = False
 
-    def open(self, nodeid: int, flags: int, clear_setid: bool) -> tuple[int, Attributes]:
+    def open(self, nodeid: int, flags: int, clear_setid: bool, who: Requester) -> tuple[int, Attributes]:
         """Open a file.
 
         Args:
             nodeid: its inode.
             flags: the caller's open(2) flags.
             clear_setid: whether O_TRUNC clears set-ID bits.
+            who: the caller.
 
         Returns:
             The handle's number and the file's attributes.
@@ -82,16 +90,19 @@ class Files:
         descriptor, attributes = self._open(nodeid, self._source_flags(flags), flags)
         if flags & os.O_TRUNC:
             try:
-                self._setid.clear(clear_setid)
-                if flags & os.O_ACCMODE == os.O_RDONLY:  # odd, but Linux truncates then too
-                    os.truncate(f"/proc/self/fd/{descriptor}", 0)
-                else:
-                    os.ftruncate(descriptor, 0)
+                with self._privileges.clearing(descriptor, clear_setid, who):
+                    if flags & os.O_ACCMODE == os.O_RDONLY:  # odd, but Linux truncates then too
+                        os.truncate(f"/proc/self/fd/{descriptor}", 0)
+                    else:
+                        os.ftruncate(descriptor, 0)
+                mode = attributes.mode
                 attributes = fstatx(descriptor)
+                if attributes.mode != mode:  # with the reply to OPEN the kernel drops no more than size and times
+                    expire_attributes(self._device, nodeid)
             except BaseException:
                 os.close(descriptor)
                 raise
-        return self._add(descriptor, nodeid, flags, attributes), attributes
+        return self._add(descriptor, nodeid, flags, attributes, who), attributes
 
     def _source_flags(self, flags: int) -> int:
         """Return what a file is opened with in the source for the caller's *flags*."""
@@ -129,13 +140,16 @@ class Files:
         descriptor = os.open(f"/proc/self/fd/{handles[0].descriptor}", flags & ~os.O_NOFOLLOW)
         return descriptor, fstatx(descriptor)
 
-    def _add(self, descriptor: int, nodeid: int, flags: int, attributes: Attributes) -> int:
-        handle = Handle(descriptor, nodeid, self._router.shard_of(nodeid), flags)
+    def _add(self, descriptor: int, nodeid: int, flags: int, attributes: Attributes, who: Requester) -> int:
+        handle = Handle(descriptor, nodeid, self._router.shard_of(nodeid), flags, (who.uid, who.gid))
+        handle.note_mode(attributes)
         self.promptness.decide(handle, attributes, flags)
         self._attempts.made_handle(self._handles.next_number)  # first: a handle nobody knows of is never released
         return self._handles.add(handle)
 
-    def take_over(self, number: int, nodeid: int, descriptor: int, flags: int, place: int, left: set[int]) -> Handle:
+    def take_over(
+        self, number: int, nodeid: int, descriptor: int, flags: int, opener: int, place: int, left: set[int]
+    ) -> Handle:
         """Take in an open file of a front that is gone, whose descriptors have stayed open.
 
         Args:
@@ -143,6 +157,7 @@ class Files:
             nodeid: its inode.
             descriptor: the descriptor it had.
             flags: the caller's open(2) flags.
+            opener: the uid and gid that opened it, as its record has them.
             place: where its record is in the ledger.
             left: the descriptors that the front has left, from which this one is taken out.
 
@@ -155,7 +170,9 @@ class Files:
             attributes = fstatx(descriptor)
         else:
             descriptor, attributes = self._reopen(nodeid, wanted)
-        handle = Handle(descriptor, nodeid, self._router.shard_of(nodeid), flags)
+        handle = Handle(descriptor, nodeid, self._router.shard_of(nodeid), flags, divmod(opener, 1 << 32))
+        handle.note_mode(attributes)
+        handle.uncached = True
         self.promptness.decide(handle, attributes, flags)
         self._handles.take_over(number, handle, place)
         return handle
@@ -199,7 +216,7 @@ class Files:
             os.close(descriptor)
             raise
         nodeid = self._inodes.remember(parent, name, attributes)
-        return self._add(descriptor, nodeid, flags, attributes), nodeid, attributes
+        return self._add(descriptor, nodeid, flags, attributes, who), nodeid, attributes
 
     def _made_before(self, parent: int, name: bytes, flags: int) -> int | None:
         """Return the descriptor of a file that a dead front had made for this very request, or None if it had not.
@@ -236,7 +253,7 @@ class Files:
             raise
         nodeid = self._inodes.remember(0, b"", attributes, parent)
         self._anchors.pin(nodeid, pin)
-        return self._add(descriptor, nodeid, flags, attributes), nodeid, attributes
+        return self._add(descriptor, nodeid, flags, attributes, who), nodeid, attributes
 
     def release(self, number: int) -> None:
         """Close an open file; its worker is told if it may hold the descriptor too."""
@@ -264,7 +281,7 @@ class Files:
         """Open a directory and return the handle's number and the directory's attributes."""
         self._handles.ensure_room()
         descriptor, attributes = self._reopen(nodeid, _OPEN_DIRECTORY)
-        return self._add(descriptor, nodeid, _DIRECTORY_FLAGS, attributes), attributes
+        return self._add(descriptor, nodeid, _DIRECTORY_FLAGS, attributes, _NOBODY), attributes
 
     def entries(self, number: int, offset: int) -> list[DirectoryEntry]:
         """Return the entries of an open directory as they were when it was first read, where llfuse runs the loop.

@@ -8,12 +8,13 @@ from collections.abc import Container, Iterator
 
 from ..ledger import HANDLE, Ledger
 from ..metrics import own_cell
+from ..privilege import has_locking_mark
 from ..protocol import HANDLES_PER_FRONT
-from ..syscalls import DirectoryEntry
+from ..syscalls import Attributes, DirectoryEntry
 from .snapshots import is_snapshot
 
 # The numbers of a handle's record: its own, nodeid, descriptor, open(2) flags, registration with the kernel,
-# the snapshot's descriptor + 1.
+# the snapshot's descriptor + 1, the opener's uid and gid.
 _DESCRIPTOR, _BACKING, _SNAPSHOT = 2, 4, 5
 
 
@@ -35,8 +36,13 @@ class Handle:
         entries: a directory's entries as they were when it was opened or rewound, or None.
         snapshot: a descriptor of memory that holds these entries for the next front, or -1.
         place: where its record is in the ledger.
-        append, writer: whether it was opened with O_APPEND, and by which uid and gid; only used where llfuse runs
-            the loop, whose write handler says neither.
+        opener: the uid and gid that opened it: what the kernel writes from its page cache counts as theirs.
+        locking_group: the group whose members do not clear the set-group-ID bit by writing, -1 where anybody's write
+            clears it.
+        uncached: whether the kernel passes its page cache over, and so does not ask to clear set-ID bits before it
+            writes; also if that is not known.
+        append: whether it was opened with O_APPEND; only used where llfuse runs the loop, whose write handler does not
+            say.
     """
 
     __slots__ = (
@@ -48,17 +54,19 @@ class Handle:
         "entries",
         "flags",
         "lent",
+        "locking_group",
         "nodeid",
+        "opener",
         "place",
         "read_flags",
         "shard",
         "shared",
         "snapshot",
+        "uncached",
         "write_flags",
-        "writer",
     )
 
-    def __init__(self, descriptor: int, nodeid: int, shard: int, flags: int) -> None:
+    def __init__(self, descriptor: int, nodeid: int, shard: int, flags: int, opener: tuple[int, int] = (0, 0)) -> None:
         self.descriptor = descriptor
         self.nodeid = nodeid
         self.shard = shard
@@ -70,11 +78,22 @@ class Handle:
         self.read_flags: int | None = None
         self.write_flags: int | None = None
         self.shared = False
+        self.opener = opener
+        self.locking_group = -1
+        self.uncached = False
         self.append = False
-        self.writer = (0, 0)
         self.entries: list[DirectoryEntry] | None = None
         self.snapshot = -1
         self.place = 0
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether the file is open for writing."""
+        return self.flags & os.O_ACCMODE != os.O_RDONLY
+
+    def note_mode(self, attributes: Attributes) -> None:
+        """Note what follows from the mode that the file has now."""
+        self.locking_group = attributes.gid if has_locking_mark(attributes.mode) else -1
 
 
 class Handles:
@@ -137,7 +156,9 @@ class Handles:
         """Take *handle* in and return its number."""
         number = self._next
         self._next = number + 1
-        handle.place = self._ledger.add(HANDLE, (number, handle.nodeid, handle.descriptor, handle.flags, 0, 0, 0, 0))
+        uid, gid = handle.opener
+        fields = (number, handle.nodeid, handle.descriptor, handle.flags, 0, 0, uid << 32 | gid, 0)
+        handle.place = self._ledger.add(HANDLE, fields)
         self._enter(number, handle)
         return number
 

@@ -21,6 +21,7 @@ from .forgetting import Forgetting
 from .handles import Handles
 from .inodes import Inodes
 from .passthrough import Passthrough
+from .privileges import Privileges
 from .router import Router
 from .tree import Tree
 
@@ -94,9 +95,11 @@ def build_mirror(
     caller = Caller()
     setid = SetidGuard()
     attempts = Attempts(ledger)
-    tree = Tree(root, inodes, anchors, handles, attempts, caller, setid)
+    privileges = Privileges(setid, caller, handles)
+    tree = Tree(root, inodes, anchors, handles, attempts, caller, setid, privileges)
     features = capabilities.features if capabilities is not None else Feature(0)
-    passthrough = Passthrough(device, handles, attempts, Feature.PASSTHROUGH in features)
+    passthrough = Passthrough(device, handles, attempts, caller, setid, Feature.PASSTHROUGH in features)
+    collecting = Feature.WRITEBACK_CACHE in features
     return Mirror(
         config=config,
         features=features,
@@ -105,7 +108,7 @@ def build_mirror(
         attempts=attempts,
         tree=tree,
         forgetting=Forgetting(arena, ledger, tree),
-        files=Files(tree, handles, router, passthrough, setid, attempts, Feature.WRITEBACK_CACHE in features),
+        files=Files(tree, handles, router, passthrough, privileges, attempts, collecting, device),
         router=router,
         policy=CachePolicy(config, Feature.DIRECT_IO_ALLOW_MMAP in features),
         passthrough=passthrough,

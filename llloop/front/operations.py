@@ -25,8 +25,9 @@ from ..wire import Opcode
 from .inodes import ROOT
 from .invalidation import Invalidator
 from .mirror import Mirror
+from .requester import Requester
 from .router import Exchange
-from .tree import Changes, Requester
+from .tree import Changes
 
 _log = logging.getLogger(__name__)
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -65,7 +66,7 @@ def _answered(method: _Method) -> _Method:
 
 
 def _requester(context: RequestContext) -> Requester:
-    return Requester(context.uid, context.gid, context.umask)
+    return Requester(context.uid, context.gid, context.umask, context.pid)
 
 
 class Operations(llfuse.Operations):  # type: ignore[misc]
@@ -212,7 +213,7 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
             atime=divmod(values.st_atime_ns, _NS),
             mtime=divmod(values.st_mtime_ns, _NS),
         )
-        return self._attributes(nodeid, self._mirror.tree.setattr(nodeid, changes, handle, privileged=context.uid == 0))
+        return self._attributes(nodeid, self._mirror.tree.setattr(nodeid, changes, handle, _requester(context)))
 
     @_answered
     def access(self, nodeid: int, mode: int, context: RequestContext) -> bool:
@@ -237,7 +238,7 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
     @_answered
     def setxattr(self, nodeid: int, name: bytes, value: bytes, context: RequestContext) -> None:
         self._check_xattr()
-        self._mirror.tree.setxattr(nodeid, name, value, 0, kill_sgid=False)
+        self._mirror.tree.setxattr(nodeid, name, value, 0, _requester(context), kill_sgid=False)
 
     @_answered
     def getxattr(self, nodeid: int, name: bytes, context: RequestContext | None = None) -> bytes:
@@ -253,7 +254,7 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
     @_answered
     def removexattr(self, nodeid: int, name: bytes, context: RequestContext) -> None:
         self._check_xattr()
-        self._mirror.tree.removexattr(nodeid, name)
+        self._mirror.tree.removexattr(nodeid, name, _requester(context))
 
     # Directories
 
@@ -285,15 +286,13 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
     def _ask(self, number: int, operation: Operation, offset: int = 0, length: int = 0, flags: int = 0) -> Any:
         return self._exchange.call(self._mirror.handles.get(number), number, operation, offset, length, flags)
 
-    def _note_writer(self, handle: int, flags: int, context: RequestContext) -> None:
-        open_file = self._mirror.handles.get(handle)
-        open_file.append = bool(flags & os.O_APPEND)
-        open_file.writer = (context.uid, context.gid)
+    def _note_append(self, handle: int, flags: int) -> None:
+        self._mirror.handles.get(handle).append = bool(flags & os.O_APPEND)
 
     @_answered
     def open(self, nodeid: int, flags: int, context: RequestContext) -> int:
-        handle, attributes = self._mirror.files.open(nodeid, flags & ~_DIRECT, clear_setid=False)
-        self._note_writer(handle, flags, context)
+        handle, attributes = self._mirror.files.open(nodeid, flags & ~_DIRECT, False, _requester(context))
+        self._note_append(handle, flags)
         inode = self._mirror.inodes.get(nodeid)
         if not self._mirror.policy.open_flags(inode, attributes) & wire.FOPEN_KEEP_CACHE:
             self._invalidator.drop_pages(nodeid)  # llfuse has the kernel keep them at every open
@@ -306,7 +305,7 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
         handle, nodeid, attributes = self._mirror.files.create(
             parent, name, mode, flags & ~_DIRECT, _requester(context)
         )
-        self._note_writer(handle, flags, context)
+        self._note_append(handle, flags)
         return handle, self._entry(nodeid, attributes)
 
     @_answered
@@ -319,7 +318,7 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
         open_file = self._mirror.handles.get(handle)
         flags = APPEND if open_file.append else 0
         count, _ = self._exchange.call(
-            open_file, handle, Operation.WRITE, offset, len(payload), flags, *open_file.writer, payload
+            open_file, handle, Operation.WRITE, offset, len(payload), flags, *open_file.opener, payload
         )
         return count
 

@@ -14,9 +14,11 @@ import stat
 import struct
 from contextlib import suppress
 
-from ..syscalls import Attributes
+from ..privilege import SETID, Caller, SetidGuard
+from ..syscalls import CAN_HANG, Attributes, file_system_type
 from .attempts import Attempts
 from .handles import Handle, Handles
+from .privileges import has_capability
 
 _log = logging.getLogger(__name__)
 
@@ -60,17 +62,9 @@ def refusal(device: int) -> str | None:
 def _is_privileged(handle: Handle, attributes: Attributes, is_new: bool) -> bool:
     """Whether a write by an ordinary user takes something from the file: set-ID bits, or capabilities.
 
-    The kernel passes writes through with this process's rights, which take nothing; the workers know better.
+    No file is made with capabilities.
     """
-    if attributes.mode & (stat.S_ISUID | stat.S_ISGID):
-        return True
-    if is_new:  # no file is made with capabilities
-        return False
-    try:
-        os.getxattr(handle.descriptor, b"security.capability")
-    except OSError:
-        return False
-    return True
+    return bool(attributes.mode & SETID) or (not is_new and has_capability(handle.descriptor))
 
 
 class Passthrough:
@@ -80,17 +74,25 @@ class Passthrough:
         device: the descriptor of /dev/fuse.
         handles: the open files.
         attempts: where a registration is noted until its file's handle has it.
+        caller: gives a registration the identity with which the kernel writes.
+        setid: has the source clear set-ID bits at such a write, should the file get some while it is open.
         wanted: whether files are to be passed through at all.
     """
 
-    def __init__(self, device: int, handles: Handles, attempts: Attempts, wanted: bool) -> None:
+    def __init__(
+        self, device: int, handles: Handles, attempts: Attempts, caller: Caller, setid: SetidGuard, wanted: bool
+    ) -> None:
         self._device = device
         self._handles = handles
         self._attempts = attempts
+        self._caller = caller
+        self._setid = setid
         self._wanted = wanted
         # The registration of an inode, and how many open files use it.
         self._registered: dict[int, tuple[int, int]] = {}
         self._refused: set[int] = set()
+        # Whether a file system is a file server's, by device.
+        self._remote: dict[int, bool] = {}
 
     def back(self, handle: Handle, attributes: Attributes, *, is_new: bool) -> int:
         """Have the kernel do the I/O of a file just opened, if it can.
@@ -110,10 +112,13 @@ class Passthrough:
         if registered is None:
             if any(other is not handle for other in self._handles.of_inode(nodeid)):
                 return 0  # opened the other way before, and so must this one be
-            if _is_privileged(handle, attributes, is_new):
+            identity = self._identity(handle, attributes)
+            if identity is None or _is_privileged(handle, attributes, is_new):
                 return 0
+            self._setid.clear(identity[0] != 0)
             try:
-                registered = (open_backing(self._device, handle.descriptor), 0)
+                with self._caller(*identity):
+                    registered = (open_backing(self._device, handle.descriptor), 0)
             except OSError as error:
                 self._note_refusal(handle, error)
                 return 0
@@ -122,6 +127,32 @@ class Passthrough:
         self._registered[nodeid] = (backing, users + 1)
         self._handles.note_backing(handle, backing)
         return backing
+
+    def _identity(self, handle: Handle, attributes: Attributes) -> tuple[int, int] | None:
+        """Return the uid and gid with which the kernel is to write to a file, or None if there is no right one.
+
+        All opens share the registration of the first. So root's identity, for which file systems reserve blocks, is
+        taken only where nobody else can open the file for writing; file servers decide by it about every access.
+        """
+        uid, gid = handle.opener
+        if uid:
+            own = uid, gid
+        elif attributes.uid:
+            own = attributes.uid, attributes.gid
+        elif attributes.mode & (stat.S_IWGRP | stat.S_IWOTH):
+            own = None
+        else:
+            own = 0, 0
+        if own != (0, 0) and self._is_remote(handle):
+            return 0, 0
+        return own
+
+    def _is_remote(self, handle: Handle) -> bool:
+        """Whether a file is a file server's."""
+        known = self._remote.get(handle.device)
+        if known is None:
+            known = self._remote[handle.device] = file_system_type(handle.descriptor) in CAN_HANG
+        return known
 
     def take_over(self, handle: Handle, backing: int) -> None:
         """Take in a file of a front that is gone, whose I/O the kernel does by the registration *backing*."""

@@ -41,9 +41,9 @@ def recover(mirror: Mirror, ledger: Ledger, own: Collection[int]) -> None:
 
 
 def _take_over_handle(mirror: Mirror, ledger: Ledger, record: Record, left: set[int]) -> None:
-    number, nodeid, descriptor, flags, backing, snapshot, *_ = record.fields
+    number, nodeid, descriptor, flags, backing, snapshot, opener, _ = record.fields
     try:
-        handle = mirror.files.take_over(number, nodeid, descriptor, flags, record.place, left)
+        handle = mirror.files.take_over(number, nodeid, descriptor, flags, opener, record.place, left)
     except OSError as error:
         _log.warning("a file that was open when the front died is lost to its user: %s", error.strerror)
         ledger.remove(record.place)

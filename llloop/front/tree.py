@@ -21,11 +21,14 @@ from .anchors import Anchors, Reached
 from .attempts import Attempt, Attempts
 from .handles import Handle, Handles
 from .inodes import Inodes
+from .privileges import CAPABILITY, Privileges
+from .requester import Requester
 
 _PIN = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _TO_TRUNCATE = os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC
 _NO_NAMES = frozenset({b"", b".", b".."})
 _TIMES = wire.FATTR_ATIME | wire.FATTR_ATIME_NOW | wire.FATTR_MTIME | wire.FATTR_MTIME_NOW
+_SETS = wire.FATTR_MODE | wire.FATTR_UID | wire.FATTR_GID | wire.FATTR_SIZE | _TIMES
 
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -63,14 +66,6 @@ class Changes(NamedTuple):
     mtime: tuple[int, int] = (0, 0)
 
 
-class Requester(NamedTuple):
-    """Who makes a request: the file system ids and the umask of the calling process."""
-
-    uid: int
-    gid: int
-    umask: int = 0
-
-
 class Tree:
     """The namespace and the attributes of the source.
 
@@ -82,6 +77,7 @@ class Tree:
         attempts: tells of what a front before this one had begun and not answered.
         caller: acts as the requester where something is created.
         setid: decides about set-ID bits.
+        privileges: takes from files what a change takes from them.
     """
 
     def __init__(
@@ -93,6 +89,7 @@ class Tree:
         attempts: Attempts,
         caller: Caller,
         setid: SetidGuard,
+        privileges: Privileges,
     ) -> None:
         self._root = root
         self.inodes = inodes
@@ -101,6 +98,7 @@ class Tree:
         self._attempts = attempts
         self._caller = caller
         self._setid = setid
+        self._privileges = privileges
 
     # Names
 
@@ -315,38 +313,45 @@ class Tree:
             fd, _ = self.anchors.open(nodeid, _TO_TRUNCATE | os.O_NOFOLLOW)
         return Reached(fd, is_path=False, is_own=True)
 
-    def setattr(self, nodeid: int, changes: Changes, handle: int | None, *, privileged: bool) -> Attributes:
+    def setattr(self, nodeid: int, changes: Changes, handle: int | None, who: Requester) -> Attributes:
         """Change attributes of an inode and return what they are then.
 
         Args:
             nodeid: the inode.
             changes: what to change.
             handle: an open file to truncate through, or None.
-            privileged: whether the caller is root, whose chown leaves set-group-ID on a file no group executes.
+            who: the caller.
         """
         truncate = changes.valid & wire.FATTR_SIZE and handle is None
         with self._reach_to_truncate(nodeid) if truncate else self._reach(nodeid) as reached:
-            return self._with_room(lambda: self._apply(reached, changes, handle, privileged), nodeid)
+            if changes.valid & _SETS:
+                self._with_room(lambda: self._apply(reached, changes, handle, who), nodeid)
+            else:
+                self._privileges.give_up(reached, nodeid, changes.valid, who)
+            attributes = fstatx(reached.fd)
+        for one in self._handles.of_inode(nodeid):
+            one.note_mode(attributes)
+        return attributes
 
-    def _apply(self, reached: Reached, changes: Changes, handle: int | None, privileged: bool) -> Attributes:
+    def _apply(self, reached: Reached, changes: Changes, handle: int | None, who: Requester) -> None:
         valid = changes.valid
         fd = reached.fd
         if valid & (wire.FATTR_UID | wire.FATTR_GID):
             uid = changes.uid if valid & wire.FATTR_UID else -1
             gid = changes.gid if valid & wire.FATTR_GID else -1
-            self._setid.clear(not privileged)
-            syscalls.chown(fd, uid, gid)
+            with self._privileges.clearing(fd, who.uid != 0, who):
+                syscalls.chown(fd, uid, gid)
         if valid & wire.FATTR_MODE:
             self._setid.clear(False)
             (syscalls.chmod if reached.is_path else os.fchmod)(fd, stat.S_IMODE(changes.mode))
         if valid & wire.FATTR_SIZE:
-            self._setid.clear(bool(valid & wire.FATTR_KILL_SUIDGID))
-            os.ftruncate(fd if handle is None else self._handles.get(handle).descriptor, changes.size)
+            descriptor = fd if handle is None else self._handles.get(handle).descriptor
+            with self._privileges.clearing(descriptor, bool(valid & wire.FATTR_KILL_SUIDGID), who):
+                os.ftruncate(descriptor, changes.size)
         if valid & _TIMES:
             atime = _time(valid, wire.FATTR_ATIME, wire.FATTR_ATIME_NOW, changes.atime)
             mtime = _time(valid, wire.FATTR_MTIME, wire.FATTR_MTIME_NOW, changes.mtime)
             syscalls.utimens(fd, atime, mtime)
-        return fstatx(fd)
 
     def readlink(self, nodeid: int) -> bytes:
         """Return where a symlink points (readlink(2))."""
@@ -360,7 +365,7 @@ class Tree:
 
     # Extended attributes
 
-    def setxattr(self, nodeid: int, name: bytes, value: bytes, flags: int, kill_sgid: bool) -> None:
+    def setxattr(self, nodeid: int, name: bytes, value: bytes, flags: int, who: Requester, *, kill_sgid: bool) -> None:
         """Set an extended attribute (setxattr(2)).
 
         Args:
@@ -368,6 +373,7 @@ class Tree:
             name: the attribute's name with its namespace.
             value: its new value.
             flags: XATTR_CREATE, XATTR_REPLACE or 0.
+            who: the caller.
             kill_sgid: whether a new access ACL clears the set-group-ID bit.
         """
         self._setid.clear(kill_sgid)
@@ -377,7 +383,9 @@ class Tree:
                 self._attempts.begin(int(bool(flags & os.XATTR_CREATE) and _has_xattr(reached.target, name)))
             elif flags & os.XATTR_CREATE and not attempt.number and _has_xattr(reached.target, name):
                 return
-            self._with_room(lambda: os.setxattr(reached.target, name, value, flags), nodeid)
+            # The blocks that it takes are the caller's, and the source asks for the caller's group.
+            with self._caller(who.uid, who.gid):
+                self._with_room(lambda: os.setxattr(reached.target, name, value, flags), nodeid)
 
     def getxattr(self, nodeid: int, name: bytes) -> bytes:
         """Return the value of an extended attribute (getxattr(2))."""
@@ -390,9 +398,11 @@ class Tree:
             names = [os.fsencode(name) for name in os.listxattr(reached.target)]
         return names if who.uid == 0 else [name for name in names if not name.startswith(b"trusted.")]
 
-    def removexattr(self, nodeid: int, name: bytes) -> None:
-        """Remove an extended attribute (removexattr(2))."""
+    def removexattr(self, nodeid: int, name: bytes, who: Requester) -> None:
+        """Remove an extended attribute (removexattr(2)) for *who*."""
         with self._reach(nodeid) as reached:
+            if name == CAPABILITY and not self._privileges.takes_capability(reached, nodeid, who):
+                return
             attempt = self._attempts.interrupted()
             if attempt is None:
                 self._attempts.begin(int(_has_xattr(reached.target, name)))

@@ -13,7 +13,10 @@ from typing import Any
 import pytest
 
 from tests.as_user import Caller, run_as
+from tests.conftest import Serve
 from tests.mirror import Tree
+from tests.syscalls import STATX_MODE, statx
+from tests.syscalls import opened as opened_file
 from tests.twins import Twins, outcome_of
 
 pytestmark = pytest.mark.root
@@ -22,20 +25,23 @@ TEAM = 5000
 ROOT = Caller(0, 0)
 OWNER = Caller(4001, 4001)
 MEMBER = Caller(4002, 4002, groups=(TEAM,))
+TEAMMATE = Caller(4004, TEAM)
 STRANGER = Caller(4003, 4003)
-CALLERS = {"root": ROOT, "owner": OWNER, "member": MEMBER, "stranger": STRANGER}
+CALLERS = {"root": ROOT, "owner": OWNER, "member": MEMBER, "teammate": TEAMMATE, "stranger": STRANGER}
 
 # <linux/capability.h>: version 2 with the effective flag, CAP_NET_RAW permitted.
 CAPABILITY = struct.pack("<IIIII", 0x02000001, 1 << 13, 0, 0, 0)
 SIZE = 300_000
+ID = "/usr/bin/id"
 
-# 0o2767 is missing here: see test_setgid_without_group_execution_follows_the_server.
 MODES = (0o4777, 0o2777, 0o6777, 0o2775, 0o4666, 0o1777, 0o777)
+# With set-group-ID and without group execution: the mark of the mandatory locks that Linux gave up.
+MARKED = (0o2767, 0o6766, 0o2740)
 
 
-def make_privileged(directory: Path) -> None:
+def make_privileged(directory: Path, modes: tuple[int, ...] = MODES) -> None:
     directory.chmod(0o777)
-    for mode in MODES:
+    for mode in modes:
         for suffix in ("", "+capability"):
             path = directory / f"{mode:o}{suffix}"
             path.write_bytes(b"x" * SIZE)
@@ -101,8 +107,17 @@ OWN_LOOP_ACTIONS: dict[str, Callable[[Path], Any]] = {
 everyone = pytest.mark.parametrize("caller", CALLERS.values(), ids=CALLERS.keys())
 
 
+def mode_of(target: Path | int) -> int:
+    """The mode, asked for alone: with the size, which a write drops, the kernel would ask for everything afresh."""
+    return stat.S_IMODE(statx(target, STATX_MODE).stx_mode)
+
+
 def do_to_all(directory: Path, action: Callable[[Path], Any]) -> dict[str, Any]:
-    return {name: outcome_of(action, directory / name) for name in sorted(os.listdir(directory))}
+    """Each outcome, and the mode that is seen immediately afterwards."""
+    return {
+        name: (outcome_of(action, directory / name), mode_of(directory / name))
+        for name in sorted(os.listdir(directory))
+    }
 
 
 @everyone
@@ -124,38 +139,113 @@ def test_privileges_go_with_newer_calls_too(tree: Tree, caller: Caller, action: 
 
 @pytest.mark.own_loop
 @everyone
-@pytest.mark.parametrize("mode", [0o2767, 0o6766])
-def test_setgid_without_group_execution_follows_the_server(tree: Tree, caller: Caller, mode: int) -> None:
-    """This mark of the mandatory locks that Linux gave up lends nobody a group.
-
-    Natively it is dropped unless the caller is in the file's group, which a FUSE server is not told. So here a
-    write may drop more than natively, never less; and setuid has to go as ever. (Through the fallback the kernel
-    itself decides, and never drops the mark.)
-    """
-    found = {}
-    for side in (tree.src, tree.mnt):
-        path = tree.src / f"file of {side.parent.name}"
-        path.write_bytes(b"content")
-        os.chown(path, 4001, TEAM)
-        path.chmod(mode)
-        outcome = run_as(caller, outcome_of, opened(os.O_WRONLY, lambda fd: os.write(fd, b"new")), side / path.name)
-        found[side] = (outcome, stat.S_IMODE(path.stat().st_mode))
-        path.unlink()
-    assert found[tree.mnt][0] == found[tree.src][0]
-    assert found[tree.mnt][1] | stat.S_ISGID == found[tree.src][1] | stat.S_ISGID
-    assert found[tree.mnt][1] & ~found[tree.src][1] == 0
+def test_the_mark_of_mandatory_locks_goes_when_it_goes_natively(tree: Tree, caller: Caller) -> None:
+    """Members of the file's group keep it. (Through the fallback the kernel itself decides, and always keeps it.)"""
+    for number, action in enumerate((ACTIONS | OWN_LOOP_ACTIONS).values()):
+        directory = Tree(tree.src / str(number), tree.mnt / str(number), tree.mirror)
+        directory.src.mkdir()
+        twins = Twins.of(directory)
+        twins.prepare(lambda path: make_privileged(path, MARKED))
+        twins.both(do_to_all, action, caller=caller)
 
 
-def test_a_chown_that_names_nobody_is_harmless(tree: Tree) -> None:
-    """Natively it drops set-ID bits; through FUSE the kernel finds nothing to ask for and the server never sees it."""
-    path = tree.mnt / "file"
-    path.write_bytes(b"content")
-    path.chmod(0o4755)
-    os.chown(path, -1, -1)
-    found = path.stat()
-    assert (found.st_uid, found.st_gid) == (os.geteuid(), os.getegid())
-    assert stat.S_IMODE(found.st_mode) in (0o755, 0o4755)
-    assert stat.S_IMODE((tree.src / "file").stat().st_mode) == stat.S_IMODE(found.st_mode)
+@everyone
+def test_a_chown_that_names_nobody_takes_what_it_takes_natively(tree: Tree, caller: Caller) -> None:
+    """But not the capabilities of another user's file, which the kernel lets anybody take away."""
+    twins = Twins.of(tree)
+    twins.prepare(make_privileged)
+    for directory in (twins.native, twins.mounted):
+        for path in directory.glob("*+capability"):
+            path.unlink()
+    twins.both(do_to_all, lambda path: os.chown(path, -1, -1), caller=caller)
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o777, 0o4755])
+def test_only_the_owner_takes_capabilities_with_a_chown_that_names_nobody(tree: Tree, mode: int) -> None:
+    path = tree.mnt / "program"
+    path.write_bytes(b"program")
+    os.chown(path, 4001, TEAM)
+    path.chmod(mode)
+    os.setxattr(path, "security.capability", CAPABILITY)
+    for caller in (STRANGER, MEMBER):
+        assert run_as(caller, outcome_of, os.chown, path, -1, -1) == "EPERM"
+        assert os.getxattr(tree.src / "program", "security.capability") == CAPABILITY
+        assert mode_of(path) == stat.S_IMODE((tree.src / "program").stat().st_mode) == mode
+    run_as(OWNER, os.chown, path, -1, -1)
+    assert outcome_of(os.getxattr, tree.src / "program", "security.capability") == "ENODATA"
+    assert mode_of(path) == stat.S_IMODE((tree.src / "program").stat().st_mode) == mode & 0o777
+
+
+@pytest.mark.parametrize("options", [["--io=kernel"], ["--writeback"], ["--cache=never"], ["--cache=always"]], ids=str)
+@pytest.mark.own_loop
+def test_a_set_id_program_that_a_user_wrote_runs_without_it(serve: Serve, options: list[str]) -> None:
+    """However the kernel writes: it executes what it has cached of the mode."""
+    mirror = serve("-o", "suid", *options)
+    shutil.copy(ID, mirror.mountpoint / "pristine")
+    content = (mirror.mountpoint / "pristine").read_bytes()
+
+    def effective(path: Path) -> int:
+        return int(subprocess.run([path, "-u"], capture_output=True, check=True, timeout=30).stdout)
+
+    def rewrite(path: Path, write: Callable[[int], Any], flags: int) -> tuple[int, int, int]:
+        fd = os.open(path, os.O_RDWR | flags)
+        before = mode_of(path)
+        write(fd)
+        seen = mode_of(fd)
+        os.close(fd)
+        return before & 0o7000, seen & 0o7000, effective(path)
+
+    def copy_from_pristine(fd: int) -> None:
+        with opened_file(mirror.mountpoint / "pristine", os.O_RDONLY) as source:
+            os.copy_file_range(source, fd, 1000, 0, 0)
+
+    ways: dict[str, tuple[Callable[[int], Any], int]] = {
+        "write": (lambda fd: os.write(fd, content[:10]), 0),
+        "much": (lambda fd: os.write(fd, content), 0),
+        "append": (lambda fd: os.write(fd, b"more"), os.O_APPEND),
+        "synchronous": (lambda fd: os.write(fd, content[:10]), os.O_SYNC),
+        "shorten": (lambda fd: os.ftruncate(fd, len(content) + 1), 0),
+        "truncate": (lambda fd: os.write(fd, content), os.O_TRUNC),
+        "allocate": (lambda fd: os.posix_fallocate(fd, 0, len(content) + 10), 0),
+        "copy": (copy_from_pristine, 0),
+    }
+    for name, (write, flags) in ways.items():
+        path = mirror.mountpoint / name
+        shutil.copy(ID, path)
+        path.chmod(0o4777)
+        assert run_as(STRANGER, effective, path) == 0, f"{name}: set-ID programs do not run at all"
+        found = run_as(STRANGER, rewrite, path, write, flags)
+        assert found == (0 if flags & os.O_TRUNC else stat.S_ISUID, 0, STRANGER.uid), name
+
+
+@pytest.mark.parametrize("options", [["--io=kernel"], ["--writeback"], ["--cache=never"], []], ids=str)
+@pytest.mark.parametrize("through", ["mount", "source"])
+@pytest.mark.own_loop
+def test_a_file_that_becomes_set_id_while_it_is_open_loses_it_by_a_write(
+    serve: Serve, options: list[str], through: str
+) -> None:
+    mirror = serve(*options)
+    for size in (10, 300_000):
+        name = f"program of {size}"
+        path = mirror.mountpoint / name
+        path.write_bytes(b"p" * size)
+        path.chmod(0o777)
+        os.seteuid(STRANGER.uid)  # what the kernel collects counts as written by who opened the file
+        try:
+            fd = os.open(path, os.O_WRONLY)
+        finally:
+            os.seteuid(0)
+        ((mirror.mountpoint if through == "mount" else mirror.source) / name).chmod(0o6777)
+
+        def write_and_look(fd: int = fd, size: int = size, path: Path = path) -> int:
+            os.write(fd, b"e" * size)
+            os.fsync(fd)
+            return mode_of(path)
+
+        assert mode_of(path) == 0o6777 or through == "source"
+        assert run_as(STRANGER, write_and_look) == 0o777
+        assert stat.S_IMODE((mirror.source / name).stat().st_mode) == 0o777
+        os.close(fd)
 
 
 @pytest.mark.parametrize("mode", [0o4777, 0o6777])
@@ -169,6 +259,7 @@ def test_a_users_write_drops_setuid_at_once(tree: Tree, mode: int) -> None:
     def write_and_look() -> tuple[int, int, int]:
         fd = os.open(path, os.O_WRONLY)
         os.write(fd, b"evil")
+        assert (mode_of(fd), mode_of(path)) == (0o777, 0o777)
         return tuple(stat.S_IMODE(a.st_mode) for a in (os.fstat(fd), path.stat(), (tree.src / "file").stat()))  # type: ignore[return-value]
 
     assert run_as(STRANGER, write_and_look) == (0o777, 0o777, 0o777)

@@ -10,7 +10,7 @@ from llloop import wire
 from llloop.arena import Arena
 from llloop.config import ServeConfig
 from llloop.front.mirror import Mirror, build_mirror
-from llloop.front.tree import Requester
+from llloop.front.requester import Requester
 from llloop.ledger import Ledger
 from llloop.negotiation import Capabilities, Feature
 from tests.unit.support import close_ledger

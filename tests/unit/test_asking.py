@@ -128,7 +128,7 @@ def test_a_file_without_a_name_is_looked_at_by_a_descriptor(front: Front) -> Non
 
 
 def test_a_file_is_closed_by_its_worker_first(front: Front) -> None:
-    number, _ = front.source.files.open(front.file, os.O_RDONLY, False)
+    number, _ = front.source.files.open(front.file, os.O_RDONLY, False, MYSELF)
     release = request(Opcode.RELEASE, front.file, number.to_bytes(8, "little") + bytes(16))
     assert front.places(release) == ((front.mirror.handles.get(number).descriptor, b""),)
 

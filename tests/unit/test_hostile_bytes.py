@@ -30,7 +30,7 @@ from llloop.workers.loop import Worker
 from llloop.workers.replies import KernelReplies
 from llloop.workers.transfers import Transfers
 from tests.hostile import Choices, hostile_request
-from tests.unit.source import Source
+from tests.unit.source import MYSELF, Source
 from tests.unit.support import Device, OwnIdentity, Reply, packet_pipe
 from tests.unit.test_protocol import VALUES
 
@@ -52,7 +52,7 @@ class Front:
         self.loop = Loop(self.source.mirror, self.device.fd, Ledger(64))
         self.nodeids = [ROOT, *(self.source.tree.lookup(ROOT, name)[0] for name in (b"file", b"directory", b"out"))]
         self.handles = [
-            self.source.files.open(self.nodeids[1], os.O_RDWR, False)[0],
+            self.source.files.open(self.nodeids[1], os.O_RDWR, False, MYSELF)[0],
             self.source.files.opendir(ROOT)[0],
         ]
 

@@ -16,7 +16,7 @@ from llloop.ledger import Ledger
 from llloop.metrics import BUCKETS, BYTES, ERRORS, NANOSECONDS, OPERATIONS, ROW, Gauge, Metrics, Sheet
 from llloop.wire import Opcode
 from tests.as_user import Child
-from tests.unit.source import Source
+from tests.unit.source import MYSELF, Source
 
 
 def test_a_sheet_counts_requests_errors_bytes_and_latencies() -> None:
@@ -139,7 +139,7 @@ def test_what_a_worker_answers_is_left_to_it_to_count(
 ) -> None:
     (source.path / "file").write_bytes(b"content")
     nodeid, _ = source.tree.lookup(1, b"file")
-    number, _ = source.files.open(nodeid, os.O_RDWR, False)
+    number, _ = source.files.open(nodeid, os.O_RDWR, False, MYSELF)
     fsync = request(Opcode.FSYNC, nodeid, struct.pack("=QII", number, 0, 0))
     run_loop(source, device.fd, monkeypatch, fsync)
     assert sheet.snapshot() == {}

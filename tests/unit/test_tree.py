@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from llloop import syscalls, wire
 from llloop.front.inodes import ROOT
+from llloop.front.requester import Requester
 from llloop.front.router import Task
-from llloop.front.tree import Changes, Requester, check_name
+from llloop.front.tree import Changes, check_name
 from llloop.protocol import Operation, decode
 from tests.expect import fails
 from tests.unit.source import MYSELF, Source
@@ -151,8 +152,8 @@ def test_unlink_keeps_what_the_kernel_knows(source: Source, file: int) -> None:
     assert os.listdir(source.path) == []
     found = source.tree.getattr(file)
     assert (found.nlink, found.size) == (0, 7)
-    source.tree.setattr(file, Changes(wire.FATTR_SIZE | wire.FATTR_MODE, mode=0o600, size=3), None, privileged=True)
-    number, found = source.files.open(file, os.O_RDONLY, False)
+    source.tree.setattr(file, Changes(wire.FATTR_SIZE | wire.FATTR_MODE, mode=0o600, size=3), None, MYSELF)
+    number, found = source.files.open(file, os.O_RDONLY, False, MYSELF)
     assert os.pread(source.mirror.handles.get(number).descriptor, 10, 0) == b"con"
     assert stat.S_IMODE(found.mode) == 0o600
 
@@ -272,50 +273,50 @@ def test_renames_that_fail_change_nothing(source: Source, file: int) -> None:
 
 def test_setattr_changes_what_it_is_told_to_and_nothing_else(source: Source, file: int) -> None:
     before = source.tree.getattr(file)
-    after = source.tree.setattr(file, Changes(0), None, privileged=True)
+    after = source.tree.setattr(file, Changes(0), None, MYSELF)
     assert after == before
     changes = Changes(wire.FATTR_MODE, mode=stat.S_IFREG | 0o640, size=1, atime=(5, 5), mtime=(5, 5))
-    after = source.tree.setattr(file, changes, None, privileged=True)
+    after = source.tree.setattr(file, changes, None, MYSELF)
     assert stat.S_IMODE(after.mode) == 0o640
     assert (after.size, after.mtime, after.atime) == (before.size, before.mtime, before.atime)
-    after = source.tree.setattr(file, Changes(wire.FATTR_SIZE, size=100), None, privileged=True)
+    after = source.tree.setattr(file, Changes(wire.FATTR_SIZE, size=100), None, MYSELF)
     assert (after.size, stat.S_IMODE(after.mode)) == (100, 0o640)
 
 
 def test_times_are_set_to_the_nanosecond_and_apart(source: Source, file: int) -> None:
-    after = source.tree.setattr(file, Changes(wire.FATTR_MTIME, mtime=(-5, 123456789)), None, privileged=True)
+    after = source.tree.setattr(file, Changes(wire.FATTR_MTIME, mtime=(-5, 123456789)), None, MYSELF)
     assert (after.mtime, after.mtime_nsec) == (-5, 123456789)
-    after = source.tree.setattr(file, Changes(wire.FATTR_ATIME, atime=(2**33, 1)), None, privileged=True)
+    after = source.tree.setattr(file, Changes(wire.FATTR_ATIME, atime=(2**33, 1)), None, MYSELF)
     assert (after.atime, after.atime_nsec) == (2**33, 1)
     assert (after.mtime, after.mtime_nsec) == (-5, 123456789)
     now = wire.FATTR_MTIME | wire.FATTR_MTIME_NOW
-    after = source.tree.setattr(file, Changes(now, mtime=(1, 1)), None, privileged=True)
+    after = source.tree.setattr(file, Changes(now, mtime=(1, 1)), None, MYSELF)
     assert abs(after.mtime - os.stat(source.path).st_mtime) < 100
     assert after.atime == 2**33
 
 
 def test_times_of_a_symlink_are_its_own(source: Source, file: int) -> None:
     link, _ = source.tree.symlink(ROOT, b"link", b"file", MYSELF)
-    source.tree.setattr(link, Changes(wire.FATTR_MTIME, mtime=(77, 0)), None, privileged=True)
+    source.tree.setattr(link, Changes(wire.FATTR_MTIME, mtime=(77, 0)), None, MYSELF)
     assert os.lstat(source.path / "link").st_mtime == 77
     assert os.stat(source.path / "file").st_mtime != 77
 
 
 def test_truncation_through_a_handle(source: Source, file: int) -> None:
-    number, _ = source.files.open(file, os.O_RDWR, False)
+    number, _ = source.files.open(file, os.O_RDWR, False, MYSELF)
     valid = wire.FATTR_SIZE | wire.FATTR_FH
-    assert source.tree.setattr(file, Changes(valid, size=2), number, privileged=True).size == 2
+    assert source.tree.setattr(file, Changes(valid, size=2), number, MYSELF).size == 2
     with fails(errno.EBADF):
-        source.tree.setattr(file, Changes(valid, size=2), 999, privileged=True)
+        source.tree.setattr(file, Changes(valid, size=2), 999, MYSELF)
 
 
 def test_an_open_file_that_lost_its_name_behind_the_mount_can_be_asked(source: Source, file: int) -> None:
-    number, _ = source.files.open(file, os.O_RDWR, False)
+    number, _ = source.files.open(file, os.O_RDWR, False, MYSELF)
     (source.path / "file").unlink()
     (source.path / "file").write_text("another file")
     assert source.tree.getattr(file).size == 7
-    assert source.tree.setattr(file, Changes(wire.FATTR_SIZE, size=1), None, privileged=True).size == 1
-    again, found = source.files.open(file, os.O_RDONLY, False)
+    assert source.tree.setattr(file, Changes(wire.FATTR_SIZE, size=1), None, MYSELF).size == 1
+    again, found = source.files.open(file, os.O_RDONLY, False, MYSELF)
     assert found.size == 1
     assert (source.path / "file").read_text() == "another file"
     source.files.release(number)
@@ -330,14 +331,14 @@ def test_extended_attributes(source: Source, file: int) -> None:
         os.setxattr(source.path / "file", "user.probe", b"")
     except OSError:
         pytest.skip("the temporary directory's file system has no user attributes")
-    tree.setxattr(file, b"user.a", b"\0\xff", 0, False)
+    tree.setxattr(file, b"user.a", b"\0\xff", 0, MYSELF, kill_sgid=False)
     assert tree.getxattr(file, b"user.a") == b"\0\xff"
     assert sorted(tree.listxattr(file, MYSELF)) == [b"user.a", b"user.probe"]
     with fails(errno.EEXIST):
-        tree.setxattr(file, b"user.a", b"", os.XATTR_CREATE, False)
+        tree.setxattr(file, b"user.a", b"", os.XATTR_CREATE, MYSELF, kill_sgid=False)
     with fails(errno.ENODATA):
-        tree.setxattr(file, b"user.b", b"", os.XATTR_REPLACE, False)
-    tree.removexattr(file, b"user.a")
+        tree.setxattr(file, b"user.b", b"", os.XATTR_REPLACE, MYSELF, kill_sgid=False)
+    tree.removexattr(file, b"user.a", MYSELF)
     with fails(errno.ENODATA):
         tree.getxattr(file, b"user.a")
 
@@ -366,7 +367,7 @@ def test_statfs_and_raw_statx(source: Source, file: int) -> None:
 
 def test_open_and_release(source: Source, file: int) -> None:
     before = open_descriptors()
-    number, found = source.files.open(file, os.O_RDWR | os.O_APPEND, False)
+    number, found = source.files.open(file, os.O_RDWR | os.O_APPEND, False, MYSELF)
     handle = source.mirror.handles.get(number)
     assert (handle.nodeid, found.size) == (file, 7)
     assert handle.shard == source.mirror.router.shard_of(file)
@@ -379,10 +380,10 @@ def test_open_and_release(source: Source, file: int) -> None:
 
 
 def test_a_worker_is_told_of_a_release_only_if_it_may_hold_the_file(source: Source, file: int) -> None:
-    number, _ = source.files.open(file, os.O_RDONLY, False)
+    number, _ = source.files.open(file, os.O_RDONLY, False, MYSELF)
     source.files.release(number)
     assert [packets(reader) for reader in source.readers] == [[], []]
-    number, _ = source.files.open(file, os.O_RDONLY, False)
+    number, _ = source.files.open(file, os.O_RDONLY, False, MYSELF)
     handle = source.mirror.handles.get(number)
     source.mirror.router.submit(Task(handle, number, Operation.READ, 1))
     source.files.release(number)
@@ -394,7 +395,7 @@ def test_a_worker_is_told_of_a_release_only_if_it_may_hold_the_file(source: Sour
 def test_truncation_at_open(source: Source, file: int) -> None:
     for flags in (os.O_WRONLY, os.O_RDWR, os.O_RDONLY):
         (source.path / "file").write_text("content")
-        number, found = source.files.open(file, flags | os.O_TRUNC, False)
+        number, found = source.files.open(file, flags | os.O_TRUNC, False, MYSELF)
         assert found.size == 0
         source.files.release(number)
 
@@ -404,7 +405,7 @@ def test_a_replaced_file_is_not_truncated(source: Source, file: int) -> None:
     (source.path / "file").write_text("precious")
     before = open_descriptors()
     with fails(errno.ESTALE):
-        source.files.open(file, os.O_WRONLY | os.O_TRUNC, False)
+        source.files.open(file, os.O_WRONLY | os.O_TRUNC, False, MYSELF)
     assert (source.path / "file").read_text() == "precious"
     assert open_descriptors() == before
 
@@ -490,14 +491,22 @@ TAKING_SPACE: dict[str, tuple[object, str, Callable[[Source, int], object]]] = {
     "link": (os, "link", lambda source, other: source.tree.link(other, ROOT, b"link")),
     "rename": (os, "rename", lambda source, _: source.tree.rename(ROOT, b"other", ROOT, b"renamed", 0)),
     "renameat2": (syscalls, "renameat2", lambda source, _: source.tree.rename(ROOT, b"other", ROOT, b"renamed", 1)),
-    "setxattr": (os, "setxattr", lambda source, other: source.tree.setxattr(other, b"user.x", b"1", 0, False)),
+    "setxattr": (
+        os,
+        "setxattr",
+        lambda source, other: source.tree.setxattr(other, b"user.x", b"1", 0, MYSELF, kill_sgid=False),
+    ),
     "chown": (syscalls, "chown", lambda source, other: _set(source, other, wire.FATTR_UID, uid=os.geteuid())),
     "truncate": (os, "ftruncate", lambda source, other: _set(source, other, wire.FATTR_SIZE, size=100)),
 }
 
 
+def _set_xattr(source: Source, nodeid: int) -> None:
+    source.tree.setxattr(nodeid, b"user.x", b"1", 0, MYSELF, kill_sgid=False)
+
+
 def _set(source: Source, nodeid: int, valid: int, **values: int) -> None:
-    source.tree.setattr(nodeid, Changes(valid, **values), None, privileged=True)
+    source.tree.setattr(nodeid, Changes(valid, **values), None, MYSELF)
 
 
 @pytest.mark.parametrize("what", TAKING_SPACE)

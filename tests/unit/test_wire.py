@@ -91,15 +91,16 @@ LAYOUTS = [
     request("IN_HEADER", "", "len opcode unique nodeid uid gid pid"),
     request("OPCODE", "", "len opcode"),
     request("UNIQUE", "", "unique"),
-    request("SHORT_SETXATTR_REQUEST", "fuse_setxattr_in", "unique nodeid in.size in.flags"),
+    request("SHORT_SETXATTR_REQUEST", "fuse_setxattr_in", "unique nodeid uid gid pid in.size in.flags"),
     request("OPCODE_AND_UNIQUE", "", "opcode unique"),
     request("NODE_REQUEST", "", "unique nodeid"),
+    request("CALLER_REQUEST", "", "unique nodeid uid gid pid"),
     request("FORGET_REQUEST", "fuse_forget_in", "nodeid in.nlookup"),
     request("BATCH_FORGET_REQUEST", "fuse_batch_forget_in", "in.count"),
     plain("FORGET_ONE", "fuse_forget_one", "nodeid nlookup"),
     request("GETATTR_REQUEST", "fuse_getattr_in", "unique nodeid in.getattr_flags in.fh"),
     request("INIT_REQUEST", "fuse_init_in", "unique in.major in.minor in.max_readahead in.flags in.flags2", 36),
-    request("OPEN_REQUEST", "fuse_open_in", "unique nodeid in.flags in.open_flags", 33),
+    request("OPEN_REQUEST", "fuse_open_in", "unique nodeid uid gid pid in.flags in.open_flags", 33),
     request(
         "CREATE_REQUEST", "fuse_create_in", "unique nodeid uid gid in.flags in.mode in.umask in.open_flags", since=33
     ),
@@ -128,10 +129,14 @@ LAYOUTS = [
     request(
         "SETATTR_REQUEST",
         "fuse_setattr_in",
-        "unique nodeid uid in.valid in.fh in.size in.atime in.mtime in.atimensec in.mtimensec in.mode in.uid in.gid",
+        "unique nodeid uid gid pid"
+        " in.valid in.fh in.size in.atime in.mtime in.atimensec in.mtimensec in.mode in.uid in.gid",
     ),
     request(
-        "SETXATTR_REQUEST", "fuse_setxattr_in", "unique nodeid in.size in.flags in.setxattr_flags in.padding", since=33
+        "SETXATTR_REQUEST",
+        "fuse_setxattr_in",
+        "unique nodeid uid gid pid in.size in.flags in.setxattr_flags in.padding",
+        since=33,
     ),
     reply("OUT_HEADER", "", ""),
     plain(

@@ -6,7 +6,7 @@ import os
 
 from ... import wire
 from ...negotiation import Feature
-from ..tree import Requester
+from ..requester import Requester
 from .base import Responder, malformed
 
 
@@ -87,10 +87,10 @@ class ChangeRequests(Responder):
         """FUSE_SETXATTR, in its extended form where that was agreed on (SETXATTR_EXT, Linux 5.14)."""
         if Feature.SETXATTR_EXT in self._mirror.features:
             request = wire.SETXATTR_REQUEST
-            unique, nodeid, size, flags, xattr_flags, _ = request.unpack_from(self._memory, base)
+            unique, nodeid, uid, gid, pid, size, flags, xattr_flags, _ = request.unpack_from(self._memory, base)
         else:
             request = wire.SHORT_SETXATTR_REQUEST
-            unique, nodeid, size, flags = request.unpack_from(self._memory, base)
+            unique, nodeid, uid, gid, pid, size, flags = request.unpack_from(self._memory, base)
             xattr_flags = 0
         self._check_xattr()
         name = self._string(base + request.size, base + length)
@@ -99,13 +99,15 @@ class ChangeRequests(Responder):
             raise malformed()
         value = self._memory[start : start + size]
         self._attempts.unique = unique
-        self._tree.setxattr(nodeid, name, value, flags, bool(xattr_flags & wire.FUSE_SETXATTR_ACL_KILL_SGID))
+        who = Requester(uid, gid, pid=pid)
+        kill_sgid = bool(xattr_flags & wire.FUSE_SETXATTR_ACL_KILL_SGID)
+        self._tree.setxattr(nodeid, name, value, flags, who, kill_sgid=kill_sgid)
         self._send(wire.error_reply(unique, 0))
 
     def removexattr(self, base: int, length: int) -> None:
         """FUSE_REMOVEXATTR."""
-        unique, nodeid = wire.NODE_REQUEST.unpack_from(self._memory, base)
+        unique, nodeid, uid, gid, pid = wire.CALLER_REQUEST.unpack_from(self._memory, base)
         self._check_xattr()
         self._attempts.unique = unique
-        self._tree.removexattr(nodeid, self._name(base, length))
+        self._tree.removexattr(nodeid, self._name(base, length), Requester(uid, gid, pid=pid))
         self._send(wire.error_reply(unique, 0))

@@ -9,14 +9,16 @@ import os
 from ... import wire
 from ...metrics import BYTES, Gauge
 from ...negotiation import Feature
+from ...notifications import expire_attributes
+from ...privilege import SETID
 from ...protocol import APPEND, BUFFERED, CACHED, DATA_ONLY, KILL_PRIVILEGES, PIPED, Operation
 from ...syscalls import Attributes, fstatx
 from ...wire import Opcode
 from ..handles import Handle
 from ..mirror import Mirror
 from ..promptness import LONE_WRITE_LIMIT, READ_LIMIT, WRITE_LIMIT
+from ..requester import Requester
 from ..router import Task
-from ..tree import Requester
 from .base import Responder, malformed
 
 # How an open is counted, by the flags of its reply.
@@ -25,7 +27,7 @@ _DECISIONS = {
     wire.FOPEN_DIRECT_IO: int(Gauge.BYPASSED),
     0: int(Gauge.DROPPED),
 }
-_PASSED_THROUGH, _BYPASSED = int(Gauge.PASSED_THROUGH), int(Gauge.BYPASSED)
+_PASSED_THROUGH = int(Gauge.PASSED_THROUGH)
 
 
 class FileRequests(Responder):
@@ -43,11 +45,11 @@ class FileRequests(Responder):
 
     def open(self, base: int, length: int) -> None:
         """FUSE_OPEN: reply with a handle and whether the kernel may keep the pages it has."""
-        unique, nodeid, flags, open_flags = wire.OPEN_REQUEST.unpack_from(self._memory, base)
+        unique, nodeid, uid, gid, pid, flags, open_flags = wire.OPEN_REQUEST.unpack_from(self._memory, base)
         number = self._begin_open(unique)
         if number is None:
             clear_setid = bool(open_flags & wire.FUSE_OPEN_KILL_SUIDGID)
-            number, attributes = self._files.open(nodeid, flags, clear_setid)
+            number, attributes = self._files.open(nodeid, flags, clear_setid, Requester(uid, gid, pid=pid))
         else:
             attributes = fstatx(self._handles.get(number).descriptor)
         how = self._how(number, nodeid, attributes, is_new=False)
@@ -56,15 +58,17 @@ class FileRequests(Responder):
 
     def _how(self, number: int, nodeid: int, attributes: Attributes, *, is_new: bool) -> tuple[int, int]:
         """Return open_flags and backing_id for a file just opened."""
-        backing = self._mirror.passthrough.back(self._handles.get(number), attributes, is_new=is_new)
+        handle = self._handles.get(number)
+        backing = self._mirror.passthrough.back(handle, attributes, is_new=is_new)
         if backing:
             self._gauges[_PASSED_THROUGH] += 1
             return wire.FOPEN_PASSTHROUGH, backing
-        if self._writeback and fcntl.fcntl(self._handles.get(number).descriptor, fcntl.F_GETFL) & os.O_APPEND:
+        if self._writeback and fcntl.fcntl(handle.descriptor, fcntl.F_GETFL) & os.O_APPEND:
             # An append-only file (chattr +a): whole pages written back would be appended.
-            self._gauges[_BYPASSED] += 1
-            return wire.FOPEN_DIRECT_IO, 0
-        flags = self._mirror.policy.open_flags(self._inodes.get(nodeid), attributes)
+            flags = wire.FOPEN_DIRECT_IO
+        else:
+            flags = self._mirror.policy.open_flags(self._inodes.get(nodeid), attributes)
+        handle.uncached = flags == wire.FOPEN_DIRECT_IO
         self._gauges[_DECISIONS[flags]] += 1
         return flags, 0
 
@@ -151,12 +155,15 @@ class FileRequests(Responder):
         if wire.WRITE_HEADER_SIZE + size != length or offset < 0:  # what lies behind it is another's
             raise malformed()
         flags = KILL_PRIVILEGES if write_flags & wire.FUSE_WRITE_KILL_SUIDGID else 0
-        cached = write_flags & wire.FUSE_WRITE_CACHE
-        if cached:
-            flags |= CACHED
-        if open_flags & os.O_APPEND and not cached:
-            flags |= APPEND
         handle = self._handles.get(number)
+        cached = write_flags & wire.FUSE_WRITE_CACHE
+        if cached:  # it does not say whose
+            flags |= CACHED
+            uid, gid = handle.opener
+            if self._writeback:  # nor what to clear, should the file have become set-ID behind the mount
+                flags |= _kill_flag(uid)
+        elif open_flags & os.O_APPEND:
+            flags |= APPEND
         if handle.direct and (cached or not open_flags & os.O_DIRECT):
             flags |= BUFFERED
         # The lowest slot is free, and so it is this request's, while no worker has any.
@@ -165,13 +172,17 @@ class FileRequests(Responder):
             size <= limit
             and handle.write_flags is not None
             and not flags & APPEND  # a worker notes how far it has come, for an append must not be done twice
+            and handle.locking_group < 0  # this process has a group of its own
             and self._write_in_place(handle, unique, offset, base + wire.WRITE_HEADER_SIZE, size, flags)
         ):
             return
         if self._router.piped:
             self._router.piped = False
             flags |= PIPED
-        self._router.entrust(Task(handle, number, Operation.WRITE, unique, offset, size, flags, uid, gid))
+        if flags & KILL_PRIVILEGES:
+            gid = _group(handle, gid)
+        extra = (handle.nodeid,) if _is_watched(handle, flags) else ()
+        self._router.entrust(Task(handle, number, Operation.WRITE, unique, offset, size, flags, uid, gid, extra))
 
     def _write_in_place(self, handle: Handle, unique: int, offset: int, start: int, size: int, flags: int) -> bool:
         """Do a WRITE at once if that needs no waiting; return whether it was done.
@@ -181,8 +192,11 @@ class FileRequests(Responder):
         write_flags = handle.write_flags
         assert write_flags is not None
         self._mirror.setid.clear(bool(flags & KILL_PRIVILEGES))
+        watched = _is_watched(handle, flags) and os.fstat(handle.descriptor).st_mode & SETID
         try:
             count = os.pwritev(handle.descriptor, [self._view[start : start + size]], offset, write_flags)
+            if watched:
+                expire_attributes(self._device, handle.nodeid)
         except OSError as error:
             if error.errno == errno.EOPNOTSUPP:
                 self._files.promptness.refuse_writes(handle)
@@ -211,9 +225,10 @@ class FileRequests(Responder):
     def fallocate(self, base: int, length: int) -> None:
         """FUSE_FALLOCATE."""
         unique, uid, gid, number, offset, size, mode = wire.FALLOCATE_REQUEST.unpack_from(self._memory, base)
+        handle = self._handles.get(number)
         self._router.entrust(
             Task(
-                self._handles.get(number),
+                handle,
                 number,
                 Operation.FALLOCATE,
                 unique,
@@ -221,7 +236,7 @@ class FileRequests(Responder):
                 size,
                 _kill_flag(uid),
                 uid,
-                gid,
+                _group(handle, gid),
                 (mode,),
             )
         )
@@ -239,9 +254,10 @@ class FileRequests(Responder):
         source_handle = self._handles.get(source)
         source_handle.shared = True
         extra = (source, source_handle.descriptor, source_offset)
+        handle = self._handles.get(number)
         self._router.entrust(
             Task(
-                self._handles.get(number),
+                handle,
                 number,
                 Operation.COPY_FILE_RANGE,
                 unique,
@@ -249,7 +265,7 @@ class FileRequests(Responder):
                 size,
                 _kill_flag(uid),
                 uid,
-                gid,
+                _group(handle, gid),
                 extra,
             )
         )
@@ -264,3 +280,17 @@ class FileRequests(Responder):
 def _kill_flag(uid: int) -> int:
     """Guess from the user id what some requests do not say: whether the caller lacks CAP_FSETID."""
     return KILL_PRIVILEGES if uid else 0
+
+
+def _group(handle: Handle, gid: int) -> int:
+    """Return the group to write with for a caller who lacks CAP_FSETID and has the primary group *gid*.
+
+    Who writes to a file with a locking group is a member of it, for the kernel asks to clear the set-group-ID bit
+    before it writes for anybody else.
+    """
+    return gid if handle.locking_group < 0 else handle.locking_group
+
+
+def _is_watched(handle: Handle, flags: int) -> bool:
+    """Whether a WRITE may clear set-ID bits of which the kernel has not asked to clear them."""
+    return bool(flags & KILL_PRIVILEGES) and (handle.uncached or bool(flags & CACHED))

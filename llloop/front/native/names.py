@@ -8,6 +8,7 @@ import os
 from ... import wire
 from ...syscalls import Attributes, fstatx
 from ..mirror import Mirror
+from ..requester import Requester
 from ..tree import Changes
 from .base import Responder
 from .recent import RecentLookups
@@ -58,12 +59,13 @@ class NameRequests(Responder):
 
     def setattr(self, base: int, length: int) -> None:
         """FUSE_SETATTR."""
-        unique, nodeid, caller, valid, number, size, atime, mtime, atime_nsec, mtime_nsec, mode, uid, gid = (
+        unique, nodeid, *caller, valid, number, size, atime, mtime, atime_nsec, mtime_nsec, mode, uid, gid = (
             wire.SETATTR_REQUEST.unpack_from(self._memory, base)
         )
+        who = Requester(caller[0], caller[1], pid=caller[2])
         changes = Changes(valid, mode, uid, gid, size, (atime, atime_nsec), (mtime, mtime_nsec))
         handle = number if valid & wire.FATTR_FH else None
-        attributes = self._tree.setattr(nodeid, changes, handle, privileged=caller == 0)
+        attributes = self._tree.setattr(nodeid, changes, handle, who)
         self._reply_attributes(unique, attributes)
 
     def statx(self, base: int, length: int) -> None:

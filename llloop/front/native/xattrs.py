@@ -10,7 +10,7 @@ import errno
 import os
 
 from ... import wire
-from ..tree import Requester
+from ..requester import Requester
 from .base import Responder
 
 

@@ -1,0 +1,20 @@
+"""Who makes a request."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Requester(NamedTuple):
+    """The calling process as the header of its request describes it.
+
+    Attributes:
+        uid, gid: its file system ids.
+        umask: its umask, where the request creates something.
+        pid: the number of the calling thread, 0 if it is outside of the server's PID namespace.
+    """
+
+    uid: int
+    gid: int
+    umask: int = 0
+    pid: int = 0
