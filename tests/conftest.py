@@ -209,6 +209,8 @@ def serve(via: str, serve_options: list[str], watchdog: Watchdog) -> Iterator[Se
         env: Mapping[str, str] | None = None,
         command: list[str] | None = None,
     ) -> Mirror:
+        if {"--io=kernel", "--writeback"} <= {*serve_options, *arguments}:
+            pytest.skip("--writeback and --io=kernel exclude each other")
         own = Mirror.prepare(via, watchdog, [*serve_options, *arguments], source, command, env)
         started.append(own)
         own.start()
