@@ -103,8 +103,8 @@ class ServeConfig:
         "Who reads and writes open files. workers: the worker processes, each file always the same one. kernel: the "
         "kernel itself, as fast as the source (passthrough; needs root and Linux 6.9; not with --writeback); fails "
         "where that cannot be had. auto: the kernel where it can, else the workers. Risk of kernel: all writes to "
-        "a file count as those of the user who opened it first, root loses its reserved blocks for the files of others, "
-        "and O_APPEND and O_DIRECT cannot be switched on an open file. Default: workers.",
+        "a file count as those of the user who opened it first, root loses its reserved blocks for the files of "
+        "others, and O_APPEND and O_DIRECT cannot be switched on an open file. Default: workers.",
     )
     writeback: bool = _option(
         False,
