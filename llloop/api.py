@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import IO, Any
+from typing import Any
 
 from . import errors, log, mounting
 from .config import ServeConfig
 from .errors import LlloopError
+from .server_process import ServerProcess
 from .supervisor import Supervisor
-
-# How long the processes of a mount may take to end, in seconds: a busy mount is given five, each process five more.
-_PATIENCE = 30.0
-_NOT_INHERITED = ("LLLOOP_", "NOTIFY_SOCKET", "WATCHDOG_")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +63,12 @@ def mount(
 ) -> Iterator[Mounted]:
     """Mirror *source* at *mountpoint* for the duration of a ``with`` block.
 
-    The mount is served by processes of its own, so threads and forks of the calling program do not matter.
-    It ends with the block, and also when the calling program dies.
+    The mount is served by processes of its own, so threads and forks of the calling program do not matter: a fork that
+    leaves the block ends nothing. The mount ends with the block, and also when the process that made it dies.
+
+    When the block has been left, nothing is mounted any more. If somebody still uses the mount, it is detached from the
+    tree all the same, and they may go on for some seconds. What the kernel cannot write back to the source within 30
+    seconds is lost.
 
     Args:
         source: the directory to mirror.
@@ -84,40 +82,14 @@ def mount(
     config = _config(source, mountpoint, options)
     if log_level not in log.LEVELS:
         raise errors.UsageError(f"log_level must be one of {', '.join(log.LEVELS)}, not {log_level!r}")
-    reader, lifeline = os.pipe2(os.O_CLOEXEC)
-    command = [sys.executable, "-m", "llloop", "serve", "--lifeline", str(reader), "--log-level", log_level]
-    command += [*_arguments(config), "--", config.source, config.mountpoint]
-    with tempfile.TemporaryFile("w+") as messages:
-        # Own session: Ctrl-C at the program's terminal is the program's to handle.
-        process = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=messages,
-            text=True,
-            pass_fds=(reader,),
-            start_new_session=True,
-            # What is asked for here is said in full; the environment is for who types commands, and a service manager
-            # waits for the program's own word.
-            env={name: value for name, value in os.environ.items() if not name.startswith(_NOT_INHERITED)},
-        )
-        os.close(reader)
-        try:
-            assert process.stdout is not None
-            line = process.stdout.readline().strip()
-            if not line:
-                raise _failure(process.wait(_PATIENCE), messages)
-            yield Mounted(
-                os.path.realpath(config.source),
-                mounting.resolve_mountpoint(config.mountpoint),
-                process.pid,
-                line.removeprefix("llloop: "),
-            )
-        finally:
-            os.close(lifeline)
-            code = _wait(process)
-            sys.stderr.write(_text(messages))
-        if code != 0:
-            raise LlloopError(f"the mount at {config.mountpoint} ended with exit code {code}")
+    server = ServerProcess(config, log_level)
+    code = 1
+    try:
+        yield Mounted(server.source, server.mountpoint, server.pid, server.description)
+    finally:
+        code = server.end()
+    if code != 0:
+        raise LlloopError(f"the mount at {config.mountpoint} ended with exit code {code}")
 
 
 def _config(source: str | os.PathLike[str], mountpoint: str | os.PathLike[str], options: dict[str, Any]) -> ServeConfig:
@@ -125,44 +97,9 @@ def _config(source: str | os.PathLike[str], mountpoint: str | os.PathLike[str], 
     unknown = sorted(set(options) - known)
     if unknown:
         raise errors.UsageError(f"unknown option {unknown[0]!r}; there are: {', '.join(sorted(known))}")
-    return ServeConfig(source=os.fspath(source), mountpoint=os.fspath(mountpoint), **options)
-
-
-def _arguments(config: ServeConfig) -> list[str]:
-    """Return the command line options that stand for *config*."""
-    arguments = []
-    for one in fields(config):
-        value = getattr(config, one.name)
-        option = "--" + one.name.replace("_", "-")
-        if one.name in ("source", "mountpoint") or value is None:
-            continue
-        if one.name == "options":
-            arguments += ["-o", ",".join(value)] if value else []
-        elif one.name in ("allow_other", "xattr"):
-            arguments.append(option if value else option.replace("--", "--no-"))
-        elif isinstance(value, bool):
-            arguments += [option] if value else []
-        else:
-            arguments += [option, str(getattr(value, "value", value))]
-    return arguments
-
-
-def _wait(process: subprocess.Popen[str]) -> int:
-    try:
-        return process.wait(_PATIENCE)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return process.wait()
-
-
-def _text(messages: IO[str]) -> str:
-    messages.seek(0)
-    return messages.read()
-
-
-def _failure(code: int, messages: IO[str]) -> LlloopError:
-    """Return the error that the command has put into words, with the class of its exit code."""
-    text = _text(messages).strip().removeprefix("llloop: ") or f"llloop ended with exit code {code}"
-    messages.truncate(0)
-    kinds = [errors.UsageError, errors.SourceError, errors.MountpointError, errors.HostError, errors.DeadMountError]
-    return next((kind(text) for kind in kinds if kind.exit_code == code), LlloopError(text))
+    # The server has another working directory.
+    places: dict[str, Any] = {
+        "source": mounting.absolute(os.fspath(source), errors.SourceError(f"source {source}")),
+        "mountpoint": mounting.absolute(os.fspath(mountpoint), errors.MountpointError(f"mount point {mountpoint}")),
+    }
+    return ServeConfig(**places, **options)

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from . import log, mounting, service
+from . import log, mount_identity, mounting, service, start_checks
 from .arena import DEFAULT_SLOTS
 from .config import MAX_WORKERS, Cache, IoKind, LoopKind, MetadataKind, ServeConfig, help_text
 from .daemon import Daemon
@@ -19,6 +19,7 @@ from .escape import printable
 from .explained import EXIT_CODES, UntouchedPath, explained
 from .inspection import control, stats, status
 from .notify import Notifier
+from .redirect import open_missing_standard_descriptors
 from .supervisor import Supervisor
 from .version import __version__
 
@@ -38,7 +39,15 @@ def _say(line: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-@click.group(context_settings=_CONTEXT, epilog=EXIT_CODES)
+class _Commands(click.Group):
+    """The command as a whole, which may be started without standard descriptors."""
+
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        open_missing_standard_descriptors()
+        return super().main(*arguments, **options)
+
+
+@click.group(cls=_Commands, context_settings=_CONTEXT, epilog=EXIT_CODES)
 @click.version_option(__version__, prog_name="llloop", message="%(prog)s %(version)s")
 def main() -> None:
     """Mirror a directory at a mount point through FUSE, with its data I/O spread over worker processes.
@@ -99,7 +108,18 @@ _mountpoint = click.argument("mountpoint", type=UntouchedPath(), envvar="LLLOOP_
     type=click.Path(path_type=Path),
     help="Append log messages of all processes to this file. Default: standard error.",
 )
-@click.option("--lifeline", type=int, hidden=True, help="End when this inherited descriptor's other end is closed.")
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Mount nothing: say whether the mount could be made, with the exit code and the message that it would end "
+    "with. Default: off.",
+)
+@click.option(
+    "--check-restart",
+    is_flag=True,
+    help="As --check, for an llloop mount that is served at MOUNTPOINT now and is to be started anew with other "
+    "options: that it is there is no hindrance. Default: off.",
+)
 @explained
 def serve(
     source: str,
@@ -108,7 +128,8 @@ def serve(
     pid_file: Path | None,
     log_level: str,
     log_file: Path | None,
-    lifeline: int | None,
+    check: bool,
+    check_restart: bool,
     **options: Any,
 ) -> None:
     """Mirror the directory SOURCE at MOUNTPOINT until it is unmounted.
@@ -124,10 +145,19 @@ def serve(
         if file is not None and mounting.is_below(str(file), mountpoint):
             raise UsageError(f"{option} {file}: it lies in the mount point, where the mount would hide it")
     try:
-        log.configure(log_level, log_file and log_file.absolute())
+        if log_file is not None:
+            log_file = log_file.absolute()
+        if not (check or check_restart):
+            log.configure(log_level, log_file)
+        elif log_file is not None:
+            log.check(log_file)
     except OSError as error:
         raise HostError(f"log file {log_file}: {error.strerror}") from None
     background = Daemon(pid_file)
+    if check or check_restart:
+        checked = start_checks.check(config, restart=check_restart)
+        _say(printable(f"llloop: {checked.source} can be served at {checked.mountpoint}"))
+        return
 
     def on_ready(line: str) -> None:
         background.ready()
@@ -136,7 +166,7 @@ def serve(
         else:
             background.let_go()
 
-    supervisor = Supervisor(config, on_ready, lifeline=lifeline, detached=daemon, notifier=Notifier(os.environ))
+    supervisor = Supervisor(config, on_ready, detached=daemon, notifier=Notifier(os.environ))
     if daemon:
         background.start()
     try:
@@ -163,17 +193,12 @@ def serve(
 def umount(mountpoint: str, lazy: bool, if_dead: bool) -> None:
     """End the llloop mount at MOUNTPOINT: its server stops cleanly."""
     path = mounting.resolve_mountpoint(mountpoint)
-    entry = mounting.find_mount(path)
-    if if_dead and (entry is None or entry.type != "fuse.llloop" or not mounting.is_dead(path)):
-        return
-    if entry is None:
-        raise MountpointError(f"{mountpoint}: nothing is mounted there")
-    if entry.type != "fuse.llloop":
-        raise MountpointError(
-            f"{mountpoint}: {entry.source} ({entry.type}) is mounted there, which is not llloop's; use umount"
-        )
     try:
-        mounting.unmount(path, lazy=lazy)
+        entry = mounting.find_mount(path) if if_dead else mounting.find_llloop(path, mountpoint)
+        if not if_dead and entry is not None:
+            mount_identity.of(entry).unmount(lazy=lazy)
+        elif entry is not None and entry.type == mounting.TYPE:
+            mount_identity.detach_if_dead(path, lazy=lazy)
     except OSError as error:
         hint = "; close what uses it, or detach it with --lazy" if not lazy else ""
         raise MountpointError(f"{mountpoint}: {error.strerror}{hint}") from None

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
-from . import trusted
+from . import syscalls, trusted
+from .children import STOP_SIGNALS
 from .errors import HostError
 from .redirect import let_go_of_standard_descriptors
 
@@ -27,6 +31,7 @@ class Daemon:
             self._pid_file = pid_file.absolute() if pid_file else None
             if self._pid_file is not None:
                 trusted.check_replaceable(str(self._pid_file))
+                _check_writable(self._pid_file.parent)
         except OSError as error:
             raise HostError(f"pid file {pid_file}: {error.strerror}") from None
         self._waiting: int | None = None
@@ -34,17 +39,23 @@ class Daemon:
     def start(self) -> None:
         """Go on in a child; the calling process ends when that calls `let_go`, or with its exit code."""
         reader, writer = os.pipe2(os.O_CLOEXEC)
+        caller = os.getpid()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # none is to be lost between the two
         child = os.fork()
         if child:
             os.close(writer)
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the child is in the group still and will end by it
-            if os.read(reader, 1):
-                os._exit(0)
-            _, status = os.waitpid(child, 0)
-            os._exit(os.waitstatus_to_exitcode(status) if os.WIFEXITED(status) else 1)
+            for number in STOP_SIGNALS:
+                signal.signal(number, lambda *_: os.kill(child, signal.SIGTERM))
+            signal.pthread_sigmask(signal.SIG_SETMASK, before - set(STOP_SIGNALS))
+            _wait_for(child, reader)
         os.close(reader)
         os.setsid()
         self._waiting = writer
+        # A caller that was killed has no use for the mount.
+        syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGTERM)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if os.getppid() != caller:
+            os._exit(1)
 
     def ready(self) -> None:
         """Write the pid file."""
@@ -61,6 +72,7 @@ class Daemon:
         let_go_of_standard_descriptors()
         os.chdir("/")
         if self._waiting is not None:
+            syscalls.prctl(syscalls.PR_SET_PDEATHSIG, 0)
             os.write(self._waiting, b"!")
             os.close(self._waiting)
             self._waiting = None
@@ -69,3 +81,21 @@ class Daemon:
         """Remove the pid file, unless another server has taken it over."""
         if self._written is not None and self._pid_file is not None:
             trusted.remove_file(str(self._pid_file), self._written)
+
+
+def _wait_for(child: int, reader: int) -> NoReturn:
+    """End as soon as *child* lets go, or with its exit code."""
+    if os.read(reader, 1):
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:
+        with suppress(OSError):
+            os.write(2, f"llloop: killed by {signal.Signals(-code).name} before the mount was ready\n".encode())
+    os._exit(code if code >= 0 else 1)
+
+
+def _check_writable(directory: Path) -> None:
+    if not os.access(directory, os.W_OK | os.X_OK):
+        number = errno.EACCES if directory.is_dir() else errno.ENOENT
+        raise OSError(number, os.strerror(number))

@@ -37,3 +37,9 @@ class DeadMountError(LlloopError):
     """A dead mount is in the way. Exit code 6."""
 
     exit_code = 6
+
+
+def of_code(code: int, text: str) -> LlloopError:
+    """Return the error of the class that has this exit code, with *text*."""
+    kinds = (UsageError, SourceError, MountpointError, HostError, DeadMountError)
+    return next((kind(text) for kind in kinds if kind.exit_code == code), LlloopError(text))

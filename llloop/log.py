@@ -12,7 +12,6 @@ import datetime
 import errno
 import logging
 import mmap
-import multiprocessing
 import os
 import re
 import sys
@@ -221,6 +220,20 @@ def configure(level: str, file: Path | None) -> None:
     logging.getLogger("llfuse").addFilter(lambda record: not record.getMessage().endswith(_TOO_LATE))
 
 
+def check(file: Path) -> None:
+    """Check that *file* can be appended to, or made; change nothing.
+
+    Raises:
+        OSError: not so.
+    """
+    try:
+        os.close(trusted.open_file(str(file), os.O_WRONLY | os.O_APPEND))
+    except FileNotFoundError:
+        if not os.access(file.parent, os.W_OK | os.X_OK):
+            number = errno.EACCES if file.parent.is_dir() else errno.ENOENT
+            raise OSError(number, os.strerror(number)) from None
+
+
 def _is_journal() -> bool:
     """Whether standard error is connected to the journal (systemd.exec(5), JOURNAL_STREAM)."""
     try:
@@ -258,20 +271,44 @@ def reopen() -> None:
             _log.warning("the log file cannot be opened again, the old one stays in use: %s", error)
 
 
+class _Multiprocessing:
+    """What multiprocessing-logging takes from `multiprocessing`: the start method that is used here, and a queue.
+
+    multiprocessing's own queue needs /dev/shm, and has locks that die with their holders.
+    """
+
+    @staticmethod
+    def get_start_method() -> str:
+        return "fork"
+
+    @staticmethod
+    def Queue(size: int) -> Records:
+        return Records()
+
+
+multiprocessing_logging.multiprocessing = _Multiprocessing
+
+_gatherer = 0  # the process that `gather` was called in
+
+
 def gather() -> None:
-    """Have the records of processes forked from now on written by this one."""
-    # It takes its queue from the default start method and wants that to be fork, which it is not since Python 3.14.
-    default = multiprocessing.get_start_method(allow_none=True)
-    multiprocessing.set_start_method("fork", force=True)
-    try:
-        multiprocessing_logging.install_mp_handler()
-    finally:
-        multiprocessing.set_start_method(default, force=True)
-    for handler in logging.getLogger().handlers:
-        if isinstance(handler, multiprocessing_logging.MultiProcessingHandler):
-            handler.queue = Records()
+    """Have the records of processes forked from now on written by this one.
+
+    Raises:
+        RuntimeError: the thread that does this cannot be started.
+    """
+    global _gatherer
+    _gatherer = os.getpid()
+    multiprocessing_logging.install_mp_handler()
 
 
 def release() -> None:
     """Undo `gather`: write what has been sent and log directly again."""
+    handlers = logging.getLogger().handlers
+    gathering = [one for one in handlers if isinstance(one, multiprocessing_logging.MultiProcessingHandler)]
     multiprocessing_logging.uninstall_mp_handler()
+    if _gatherer == os.getpid():  # no fork of it has the threads
+        for handler in gathering:
+            handler.queue.end()
+            handler._receive_thread.join()
+            handler.queue.forget()

@@ -18,6 +18,7 @@ from . import mount_options
 from .cli import serve
 from .errors import HostError, UsageError
 from .escape import printable
+from .redirect import open_missing_standard_descriptors
 from .version import __version__
 
 # Exit codes of mount(8).
@@ -44,7 +45,7 @@ _IMPLYING = re.compile("(users?|owner|group)(=.*)?")
 _IMPLIED = ("noexec", "nosuid", "nodev")
 _IGNORED_PREFIXES = ("x-", "X-", "comment=", "user=", "helper=", "uhelper=")
 # What a mount option cannot set: these are the helper's own business.
-_NOT_OFFERED = frozenset({"daemon", "lifeline", "help"})
+_NOT_OFFERED = frozenset({"daemon", "check", "check_restart", "help"})
 
 
 def _offered() -> list[click.Option]:
@@ -201,6 +202,7 @@ def _code_of(code: int) -> int:
 
 def main() -> None:
     """Run `mount.llloop` with the arguments of this process."""
+    open_missing_standard_descriptors()
     try:
         mount_llloop(standalone_mode=False)
     except click.ClickException as error:

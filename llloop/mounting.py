@@ -1,35 +1,29 @@
-"""What a mount needs before it can be made, and how one is ended.
-
-The checks exist to say what is wrong and what to do in one line, before anything is mounted;
-libfuse's own messages come too late and say less.
-"""
+"""What is mounted, and how a mount is ended."""
 
 from __future__ import annotations
 
 import errno
 import os
 import shutil
-import stat
 import subprocess
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import mount_options, syscalls
-from .config import ServeConfig
-from .errors import DeadMountError, HostError, LlloopError, MountpointError, SourceError
+from . import syscalls
+from .errors import HostError, LlloopError, MountpointError
 
 # The file system type that mounts of llloop show.
 TYPE = "fuse.llloop"
 
-_DEVICE = "/dev/fuse"
 # How far the kernel reads ahead, in KiB: as much as the largest READ request asks for.
 _READ_AHEAD = 512
-_FUSE_CONF = Path("/etc/fuse.conf")
 # How long fusermount may take, in seconds, before it is taken to hang.
 _FUSERMOUNT_PATIENCE = 30
+# Where it is looked for besides PATH.
+_SYSTEM_PATH = ("/usr/local/bin", "/usr/bin", "/bin")
 # What a FUSE mount without a server says; the second one to who was waiting when it went.
-_DEAD = frozenset({errno.ENOTCONN, errno.ECONNABORTED})
+DEAD = frozenset({errno.ENOTCONN, errno.ECONNABORTED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +98,7 @@ def is_dead(mountpoint: str) -> bool:
     try:
         os.statvfs(mountpoint)
     except OSError as error:
-        return error.errno in _DEAD
+        return error.errno in DEAD
     return False
 
 
@@ -118,13 +112,35 @@ def find_llloop(path: str, shown: str) -> MountEntry:
     if entry is None:
         raise MountpointError(f"{shown}: nothing is mounted there")
     if entry.type != TYPE:
-        raise MountpointError(f"{shown}: {entry.source} ({entry.type}) is mounted there, which is not llloop's")
+        raise MountpointError(
+            f"{shown}: {entry.source} ({entry.type}) is mounted there, which is not llloop's; use umount"
+        )
     return entry
 
 
+def absolute(path: str, error: LlloopError) -> str:
+    """Return *path* as an absolute one.
+
+    Args:
+        path: a path.
+        error: what to raise if that is impossible; the reason is put behind its text.
+
+    Raises:
+        LlloopError: *path* is relative, and the working directory was removed.
+    """
+    try:
+        return os.path.abspath(path)
+    except OSError:
+        raise type(error)(f"{error}: it is relative, and the working directory does not exist any more") from None
+
+
 def resolve_mountpoint(mountpoint: str) -> str:
-    """Return *mountpoint* as an absolute path without symlinks, not touching the directory itself: it may be dead."""
-    path = os.path.abspath(mountpoint)
+    """Return *mountpoint* as an absolute path without symlinks, not touching the directory itself: it may be dead.
+
+    Raises:
+        MountpointError: it is relative, and the working directory was removed.
+    """
+    path = absolute(mountpoint, MountpointError(f"mount point {mountpoint}"))
     parent, name = os.path.split(path)
     resolved = os.path.join(os.path.realpath(parent), name)
     # What is mounted on is no symlink; whoever looks at it all the same waits for a server that may hang.
@@ -134,148 +150,28 @@ def resolve_mountpoint(mountpoint: str) -> str:
 
 
 def is_below(path: str, directory: str) -> bool:
-    """Whether *path* lies below *directory*, going by their names."""
-    parent = os.path.realpath(os.path.dirname(os.path.abspath(path)))
+    """Whether *path* lies below *directory*, going by their names.
+
+    Raises:
+        LlloopError: one is relative, and the working directory was removed.
+    """
+    parent = os.path.realpath(os.path.dirname(absolute(path, HostError(path))))
     above = resolve_mountpoint(directory)
     return os.path.commonpath([parent, above]) == above
 
 
-def check_source(source: str) -> str:
-    """Return the absolute path of the source.
+def fusermount() -> str:
+    """Return the path of fusermount(1), through which ordinary users mount and unmount.
 
     Raises:
-        SourceError: it is missing, not a directory, or cannot be read.
+        HostError: it is not installed.
     """
-    path = os.path.realpath(source)
-    try:
-        kind = os.stat(path)
-    except FileNotFoundError:
-        raise SourceError(f"source {source}: there is no such directory") from None
-    except OSError as error:
-        raise SourceError(f"source {source}: {error.strerror}") from None
-    if not stat.S_ISDIR(kind.st_mode):
-        raise SourceError(f"source {source}: this is not a directory; llloop mirrors directories")
-    if not os.access(path, os.R_OK | os.X_OK):
-        raise SourceError(f"source {source}: you may not read it; it needs read and search permission (r-x)")
-    return path
-
-
-def check_mountpoint(config: ServeConfig, source: str) -> str:
-    """Return the absolute path of the mount point.
-
-    Args:
-        config: the mount's options.
-        source: the absolute path of the source.
-
-    Raises:
-        MountpointError: it is missing, not a directory, in use, or in a place that would deadlock.
-        DeadMountError: a mount whose server is gone is in the way.
-    """
-    path = resolve_mountpoint(config.mountpoint)
-    shown = config.mountpoint
-    try:
-        kind = os.stat(path)
-        os.statvfs(path)  # for the attributes of a dead mount may still be cached, as is_dead() says
-    except FileNotFoundError:
-        raise MountpointError(f"mount point {shown}: there is no such directory; make it first: mkdir {path}") from None
-    except OSError as error:
-        if error.errno in _DEAD and config.replace_dead:
-            unmount(path, lazy=True)
-            return check_mountpoint(config, source)
-        if error.errno in _DEAD:
-            raise DeadMountError(
-                f"mount point {shown}: a FUSE mount whose server died is in the way ({error.strerror}); "
-                f"detach it with: llloop umount --lazy {path} (or serve with --replace-dead)"
-            ) from None
-        raise MountpointError(f"mount point {shown}: {error.strerror}") from None
-    if not stat.S_ISDIR(kind.st_mode):
-        raise MountpointError(f"mount point {shown}: this is not a directory")
-    _check_places(path, source)
-    mounted = find_mount(path)
-    if mounted is not None:
-        raise MountpointError(
-            f"mount point {shown}: {mounted.source} ({mounted.type}) is mounted there already; "
-            f"unmount it first: llloop umount {path}"
-        )
-    try:
-        filled = bool(os.listdir(path))
-    except OSError as error:
-        raise MountpointError(f"mount point {shown}: {error.strerror}") from None
-    if filled and not config.nonempty:
-        raise MountpointError(
-            f"mount point {shown}: the directory is not empty; a mount would hide its files "
-            "(--nonempty mounts all the same)"
-        )
-    if os.geteuid() != 0 and not os.access(path, os.W_OK):
-        raise MountpointError(
-            f"mount point {shown}: you may not write to it, so fusermount will not let you mount on it"
-        )
-    return path
-
-
-def _check_places(mountpoint: str, source: str) -> None:
-    """Refuse a mount point inside the source, where llloop would ask itself and wait for ever, and the reverse."""
-    if _is_within(mountpoint, source):
-        raise MountpointError(
-            f"mount point {mountpoint}: it is the source or lies inside it ({source}); the mirror would contain itself "
-            "and deadlock. Choose a mount point outside of the source"
-        )
-    if _is_within(source, mountpoint):
-        raise MountpointError(
-            f"mount point {mountpoint}: the source {source} lies inside it and would be hidden by the mount. "
-            "Choose a mount point elsewhere"
-        )
-
-
-def _is_within(path: str, directory: str) -> bool:
-    """Whether *path* is *directory* or below it, also by way of a bind mount."""
-    wanted = os.stat(directory)
-    while True:
-        try:
-            if os.path.samestat(os.stat(path), wanted):
-                return True
-        except OSError:
-            pass
-        parent = os.path.dirname(path)
-        if parent == path:
-            return False
-        path = parent
-
-
-def check_host(config: ServeConfig) -> None:
-    """Check that this machine and this user can mount with FUSE.
-
-    Raises:
-        HostError: not so; the message says what to do.
-    """
-    try:
-        os.close(os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC))
-    except FileNotFoundError:
-        raise HostError(
-            f"{_DEVICE} is missing: load the kernel module (modprobe fuse), or, in a container, pass the device in"
-        ) from None
-    except OSError as error:
-        raise HostError(
-            f"{_DEVICE} cannot be opened ({error.strerror}): this user or container is not allowed to use FUSE"
-        ) from None
-    mount_options.check_user(config)
-    if os.geteuid() == 0:
-        return
-    if shutil.which("fusermount") is None:
+    # Directories that are not absolute are those of whoever made the working directory.
+    places = [place for place in os.get_exec_path() if os.path.isabs(place)]
+    found = shutil.which("fusermount", path=os.pathsep.join([*places, *_SYSTEM_PATH]))
+    if found is None:
         raise HostError("fusermount is missing, which lets users mount: install Debian's package fuse3 (or fuse)")
-    if config.allow_other and not _user_allow_other():
-        raise HostError(
-            f"--allow-other needs the line user_allow_other in {_FUSE_CONF}, which root can add; "
-            "or serve with --no-allow-other"
-        )
-
-
-def _user_allow_other() -> bool:
-    try:
-        lines = _FUSE_CONF.read_text(errors="replace").splitlines()
-    except OSError:
-        return False
-    return any(line.strip() == "user_allow_other" for line in lines)
+    return found
 
 
 def unmount(mountpoint: str, *, lazy: bool) -> None:
@@ -292,7 +188,7 @@ def unmount(mountpoint: str, *, lazy: bool) -> None:
     if os.geteuid() == 0:
         syscalls.umount(mountpoint, syscalls.UMOUNT_NOFOLLOW | (syscalls.MNT_DETACH if lazy else 0))
         return
-    command = ["fusermount", "-u", *(["-z"] if lazy else []), "--", mountpoint]
+    command = [fusermount(), "-u", *(["-z"] if lazy else []), "--", mountpoint]
     try:
         done = subprocess.run(
             command,
@@ -302,10 +198,6 @@ def unmount(mountpoint: str, *, lazy: bool) -> None:
             check=False,
             env={**os.environ, "LC_ALL": "C"},
         )
-    except FileNotFoundError:
-        raise HostError(
-            "fusermount is missing, which lets users unmount: install Debian's package fuse3 (or fuse)"
-        ) from None
     except subprocess.TimeoutExpired:
         raise LlloopError(f"fusermount did not end within {_FUSERMOUNT_PATIENCE} seconds") from None
     if done.returncode != 0:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import select
 import socket
-from queue import Empty
 from typing import Any
 
 import msgpack
@@ -48,26 +47,32 @@ class Records:
         self._writer.send(data)
 
     def get(self, timeout: float) -> logging.LogRecord:
-        """Return the next record.
-
-        Args:
-            timeout: how long to wait for it, in seconds.
+        """Return the next record. It is waited for without waking up in between, whatever *timeout* says.
 
         Raises:
-            queue.Empty: there was none.
+            EOFError: there is none any more, since `end`.
         """
-        if not self._poll.poll(timeout * 1000):
-            raise Empty
-        told = msgpack.unpackb(self._reader.recv(2 * _LARGEST), unicode_errors="surrogateescape")
+        data = self._reader.recv(2 * _LARGEST)
+        if not data:
+            raise EOFError
+        told = msgpack.unpackb(data, unicode_errors="surrogateescape")
         return logging.makeLogRecord(told)
 
     def qsize(self) -> int:
         """Return 0 if nothing is there to get, else 1."""
         return len(self._poll.poll(0))
 
+    def end(self) -> None:
+        """Let nobody send any more; what was sent can still be got."""
+        self._writer.shutdown(socket.SHUT_WR)
+
     def close(self) -> None:
         """Let go of the reading end; who sends after that gets an error."""
         self._reader.close()
+
+    def forget(self) -> None:
+        """Let go of the sending end."""
+        self._writer.close()
 
     def join_thread(self) -> None:
         """Do nothing: no thread has to finish sending."""

@@ -12,26 +12,36 @@ import fcntl
 import logging
 import multiprocessing
 import os
-import resource
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection
-from contextlib import suppress
+from collections.abc import Callable, Collection, Sequence
+from contextlib import ExitStack
 from dataclasses import fields
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import llfuse
 from setproctitle import setproctitle
 
-from . import connection, log, mount_options, mounting, negotiation, syscalls, wire
+from . import (
+    connection,
+    limits,
+    log,
+    mount_identity,
+    mount_options,
+    mounting,
+    negotiation,
+    start_checks,
+    syscalls,
+    unmounting,
+    wire,
+)
 from .arena import Arena
-from .children import LONGEST_PAUSE, PATIENCE, STOP_SIGNALS, Child, Cloned, child_main, end, fork, forked
+from .children import LONGEST_PAUSE, PATIENCE, STOP_SIGNALS, Child, Cloned, child_main, end, forked
 from .config import ServeConfig
 from .errors import HostError, LlloopError, UsageError
 from .escape import printable
@@ -39,17 +49,38 @@ from .front.operations import Operations
 from .front.process import FrontSetup, run_front
 from .keeper import Keeper
 from .ledger import Ledger
+from .mount_identity import MountIdentity
 from .negotiation import Feature
 from .notify import Notifier
 from .oversight import Oversight, Sight
+from .process_state import ProcessState
 from .stacks import Stacks
+from .start_guard import StartGuard
 from .undertaker import detach_dead_mount
+from .unmounting import GRACE
 from .workers.process import WorkerSetup, run_worker
 
 _log = logging.getLogger(__name__)
 
-# After a lazy unmount, how long in seconds those who still use the mount may go on.
-GRACE = 5.0
+_SIGNALS = (*STOP_SIGNALS, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class _Shared(NamedTuple):
+    """What the processes share besides the arena: the journal of the front, and pipes as (reader, writer).
+
+    Attributes:
+        ledger: what a front leaves to the next.
+        requests: to each worker.
+        ready: the end that a front writes to when it serves.
+        answers: from the workers to a front that waits for answers.
+        probed: from the workers, of what they have looked at for the front.
+    """
+
+    ledger: Ledger
+    requests: list[tuple[int, int]]
+    ready: int
+    answers: tuple[int, int]
+    probed: tuple[int, int]
 
 
 class Supervisor:
@@ -58,7 +89,7 @@ class Supervisor:
     Args:
         config: the mount's options.
         on_ready: called with a line that describes the mount when it answers requests.
-        lifeline: a descriptor to watch; the mount ends when its other end is closed.
+        lifelines: descriptors to watch; the mount ends when one becomes readable.
         detached: whether the processes of the tree let go of the standard descriptors.
         notifier: the service manager, if it is this process that it has started.
     """
@@ -68,20 +99,20 @@ class Supervisor:
         config: ServeConfig,
         on_ready: Callable[[str], None],
         *,
-        lifeline: int | None = None,
+        lifelines: Sequence[int] = (),
         detached: bool = False,
         notifier: Notifier | None = None,
     ) -> None:
         self._config = config
         self._on_ready = on_ready
-        self._lifeline = lifeline
+        self._lifelines = list(lifelines)
         self._detached = detached
         self._notifier = notifier or Notifier({})
-        self._source = mounting.check_source(config.source)
-        self._mountpoint = mounting.check_mountpoint(config, self._source)
-        mounting.check_host(config)
+        checked = start_checks.make_way(config)
+        self._source, self._mountpoint = checked.source, checked.mountpoint
         self._options = mount_options.for_libfuse(config)
         self._stop_asked = False
+        self._stopped_by: str | None = None
         self._report_asked = False
         self._stacks_asked = False
         self._reload_asked = False
@@ -91,16 +122,28 @@ class Supervisor:
         self._deadline: float | None = None
         self._unmounter: BaseProcess | None = None
         self._lazy = False
-        self._device_number: tuple[int, int] | None = None
+        self._guard: StartGuard | None = None
+        self._device: int | None = None
+        self._mount: MountIdentity | None = None
         self._children: list[Child] = []
         self._keeper: Keeper | None = None
         self._keepers: Child | None = None
         self._announced = False
         self._ended = False
         self._failed = False
-        self._handlers: dict[int, Any] = {}  # what the program did at our signals before
         # Everything opened here, to be closed at the end: a program may serve more than one mount in its life.
         self._descriptors: list[int] = []
+
+    @property
+    def source(self) -> str:
+        """The source, an absolute path without symlinks."""
+        return self._source
+
+    @property
+    def mount(self) -> MountIdentity:
+        """The mount, once it is made."""
+        assert self._mount is not None
+        return self._mount
 
     def run(self) -> int:
         """Mount, serve until unmounted or told to stop, and clean up.
@@ -113,65 +156,84 @@ class Supervisor:
         """
         if threading.current_thread() is not threading.main_thread():
             raise UsageError("a mount can be served by the main thread only; llloop.mount() works in any")
-        try:
-            return self._run()
-        except OSError as error:
-            hint = ""
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                hint = "; allow more open files (ulimit -n) or serve with fewer workers"
-            raise HostError(f"mount point {self._mountpoint}: it could not be served: {error.strerror}{hint}") from None
+        with ProcessState(_SIGNALS):
+            setproctitle("llloop-supervisor")
+            multiprocessing.current_process().name = "llloop-supervisor"
+            try:
+                self._start()
+                self._watch()
+            except (OSError, MemoryError) as error:
+                raise HostError(f"mount point {self._mountpoint}: it could not be served: {_reason(error)}") from None
+            finally:
+                self._clean_up()
+        if not self._announced and self._stopped_by is not None:
+            raise LlloopError(f"mount point {self._mountpoint}: stopped by {self._stopped_by} before it was ready")
+        return 1 if self._failed else 0
 
-    def _run(self) -> int:
-        setproctitle("llloop-supervisor")
-        multiprocessing.current_process().name = "llloop-supervisor"
-        _raise_descriptor_limit()
+    def _start(self) -> None:
+        """Mount and start all processes. What can fail for want of something comes before the mount."""
+        limits.raise_descriptor_limit()
+        self._catch_signals()
         root = os.open(self._source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._descriptors.append(root)
-        operations = Operations()
-        signal_reader = self._catch_signals()
-        _log.debug("mounting %s at %s with %s", self._source, self._mountpoint, self._options)
-        try:
-            device = connection.mount(operations, self._mountpoint, self._options)
-        except BaseException:
-            self._let_go()
-            raise
+        shared = self._make_shared()
         try:
             log.gather()
-            entry = mounting.find_mount(self._mountpoint)
-            self._device_number = entry.device if entry else None
-            self._connection = connection.initialise(device, self._config, self._source)
-            if self._device_number is not None:
-                mounting.raise_read_ahead(self._device_number)  # only now: INIT's answer may lower it
-            self._make_children(root, operations)
-            self._oversight = Oversight(self._sight(), self._notifier)
-            assert self._keeper is not None
-            self._keeper.own = syscalls.open_descriptors()
-            for child in self._children:
-                child.start()
-            self._watch(signal_reader)
-            return 1 if self._failed else 0
-        finally:
-            self._clean_up()
+        except RuntimeError as error:  # Python's word for a thread that cannot be started
+            raise OSError(errno.EAGAIN, str(error)) from None
+        operations = Operations()
+        _log.debug("mounting %s at %s with %s", self._source, self._mountpoint, self._options)
+        self._guard = StartGuard(self._mountpoint)
+        device = connection.mount(operations, self._mountpoint, self._options)
+        self._device = device
+        self._mount = mount = mount_identity.identify(self._mountpoint)
+        if mount is None:
+            raise LlloopError(f"mount point {self._mountpoint}: the mount is gone as soon as it was made")
+        self._connection = connection.initialise(device, self._config, self._source)
+        mounting.raise_read_ahead(mount.device)  # only now: INIT's answer may lower it
+        self._make_children(root, operations, shared, mount)
+        self._oversight = Oversight(self._sight(mount), self._notifier)
+        assert self._keeper is not None
+        self._keeper.own = syscalls.open_descriptors()
+        for child in self._children:
+            child.start()
+        self._dismiss_guard()
+
+    def _dismiss_guard(self) -> None:
+        if self._guard is not None:
+            self._guard.dismiss()
+            self._guard = None
 
     # The children
 
-    def _make_children(self, root: int, operations: Operations) -> None:
+    def _pipe(self, flags: int = 0) -> tuple[int, int]:
+        ends = os.pipe2(os.O_CLOEXEC | flags)
+        self._descriptors += ends
+        return ends
+
+    def _make_shared(self) -> _Shared:
+        """Make what the processes share and the mount has no part in."""
         config = self._config
+        self._arena = Arena(config.slots, negotiation.MAX_WRITE, config.workers)
+        pipes = []
+        for _ in range(config.workers):
+            pipes.append(self._pipe(os.O_DIRECT))
+            _make_room(pipes[-1][1], config.slots)
+        self._ready_reader, ready_writer = self._pipe()
+        return _Shared(Ledger(), pipes, ready_writer, self._pipe(os.O_DIRECT), self._pipe())
+
+    def _make_children(self, root: int, operations: Operations, shared: _Shared, mount: MountIdentity) -> None:
+        config, arena = self._config, self._arena
         device, own_loop = self._connection.device, self._connection.capabilities is not None
-        arena = self._arena = Arena(config.slots, negotiation.MAX_WRITE, config.workers)
-        pipes = [_packet_pipe(config.slots) for _ in range(config.workers)]
-        if own_loop:  # after the others, which must not want for room
+        pipes, ready_writer = shared.requests, shared.ready
+        answers_reader, answers_writer = shared.answers
+        probed_reader, probed_writer = shared.probed
+        if own_loop:
             self._descriptors += arena.open_pipes().descriptors
-        self._ready_reader, ready_writer = os.pipe2(os.O_CLOEXEC)
-        answers_reader, answers_writer = os.pipe2(os.O_CLOEXEC | os.O_DIRECT)
-        probed_reader, probed_writer = os.pipe2(os.O_CLOEXEC)
-        self._descriptors += [self._ready_reader, ready_writer, answers_reader, answers_writer]
-        self._descriptors += [probed_reader, probed_writer]
-        self._descriptors += [end for pipe in pipes for end in pipe]
         setup = FrontSetup(
             config=config,
             arena=arena,
-            ledger=Ledger(),
+            ledger=shared.ledger,
             pipes=[writer for _, writer in pipes],
             root=root,
             device=device,
@@ -181,8 +243,7 @@ class Supervisor:
             probed=probed_reader if self._connection.asking else None,
         )
 
-        supervisor, detached, mountpoint, number = os.getpid(), self._detached, self._mountpoint, self._device_number
-        assert number is not None, "the mount was made a moment ago"
+        supervisor, detached = os.getpid(), self._detached
 
         def serve(own: Collection[int]) -> None:
             run_front(setup, own, lambda: _tell(ready_writer))
@@ -197,8 +258,7 @@ class Supervisor:
             return Child(name, lambda stacks: forked(name, lambda: run_worker(setup), stacks, detached=detached))
 
         def farewell() -> None:
-            os.close(device)  # whoever holds it keeps the connection alive
-            detach_dead_mount(mountpoint, number)
+            detach_dead_mount(mount, device)
             if self._oversight is not None:
                 self._oversight.remove_socket()
 
@@ -217,20 +277,18 @@ class Supervisor:
         self._workers = [worker(shard) for shard in range(config.workers)]
         self._children = [self._keepers, *self._workers, self._front]
 
-    def _watch(self, signal_reader: int) -> None:
+    def _watch(self) -> None:
         """Wait for children to end and signals to come until the mount has ended."""
         while not self._ended:
             running = {child.sentinel: child for child in self._children if child.process is not None}
-            watched: list[Any] = [*running, signal_reader, self._ready_reader]
+            watched: list[Any] = [*running, self._signal_reader, self._ready_reader, *self._lifelines]
             if self._unmounter is not None:
                 watched.append(self._unmounter.sentinel)
-            if self._lifeline is not None:
-                watched.append(self._lifeline)
             assert self._oversight is not None
             watched += self._oversight.watched
             for event in wait(watched, self._patience()):
-                if event == signal_reader:
-                    self._take_signals(signal_reader)
+                if event == self._signal_reader:
+                    self._take_signals(self._signal_reader)
                 elif event == self._ready_reader:
                     os.read(self._ready_reader, 1)
                     if not self._announced:
@@ -239,8 +297,9 @@ class Supervisor:
                         self._oversight.ready(self._describe())
                 elif event in running:
                     self._child_ended(running[event])
-                elif event == self._lifeline:
-                    self._lifeline = None  # readable means closed: nothing is ever written to it
+                elif event in self._lifelines:
+                    # One is enough: another at the same time must not count as impatience.
+                    self._lifelines.clear()
                     self._request_stop()
                 elif self._unmounter is not None and event == self._unmounter.sentinel:
                     self._unmount_ended(self._unmounter)
@@ -325,14 +384,13 @@ class Supervisor:
 
     # Signals and the end
 
-    def _catch_signals(self) -> int:
+    def _catch_signals(self) -> None:
         self._terminal = _has_terminal()
-        reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._descriptors += [reader, writer]
+        self._signal_reader, writer = self._pipe(os.O_NONBLOCK)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        for number in (*STOP_SIGNALS, signal.SIGUSR1, signal.SIGUSR2):
-            self._handlers[number] = signal.signal(number, self._on_signal)
-        return reader
+        for number in _SIGNALS:
+            signal.signal(number, self._on_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # whoever started this may have blocked them
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGUSR1:
@@ -343,6 +401,7 @@ class Supervisor:
             self._reload_asked = True
         else:
             self._stop_asked = True
+            self._stopped_by = signal.Signals(number).name
 
     def _take_signals(self, reader: int) -> None:
         os.read(reader, 4096)
@@ -376,7 +435,7 @@ class Supervisor:
             )
         self._front.signal(signal.SIGUSR1)
 
-    def _sight(self) -> Sight:
+    def _sight(self, mount: MountIdentity) -> Sight:
         """Return what is to be seen of this mount from outside."""
         config, capabilities = self._config, self._connection.capabilities
         options = {
@@ -394,7 +453,7 @@ class Supervisor:
         }
         return Sight(
             mountpoint=self._mountpoint,
-            device=self._device_number or (0, 0),
+            device=mount.device,
             facts=facts,
             children=self._children,
             front=self._front,
@@ -439,14 +498,11 @@ class Supervisor:
             self._start_unmounting(lazy=False)
 
     def _start_unmounting(self, lazy: bool) -> None:
-        """Unmount in a process of its own: unmounting writes cached data back through this very mount."""
         self._lazy = lazy
         if lazy:  # it can hang as any who uses the mount, where the source does
             self._deadline = time.monotonic() + 2 * GRACE
-        self._unmounter = fork.Process(
-            target=_unmount, args=(self._mountpoint, lazy, self._connection.device), name="llloop-unmount"
-        )
-        self._unmounter.start()
+        assert self._mount is not None
+        self._unmounter = unmounting.start(self._mount, self._connection.device, lazy=lazy)
 
     def _unmount_ended(self, process: BaseProcess) -> None:
         process.join()
@@ -457,86 +513,67 @@ class Supervisor:
             )
             print(f"llloop: {printable(self._mountpoint)} is busy, detaching it lazily", file=sys.stderr, flush=True)
             self._start_unmounting(lazy=True)
-        elif process.exitcode != 0 and self._is_mounted():
+        elif process.exitcode != 0 and (self._is_mounted() or self._is_covered()):
             _log.error("%s could not be unmounted", self._mountpoint)
             self._failed = self._ended = True
         else:
             self._deadline = time.monotonic() + GRACE
 
     def _is_mounted(self) -> bool:
-        entry = mounting.find_mount(self._mountpoint)
-        return entry is not None and entry.device == self._device_number
+        return self._mount is not None and self._mount.is_there(self._device)
+
+    def _is_covered(self) -> bool:
+        return self._mount is not None and self._mount.is_covered()
 
     def _clean_up(self) -> None:
-        """End every process and what is left of the mount."""
-        if self._oversight is not None:
-            self._oversight.stopping()
-            self._oversight.close()
-        # The keeper stays to the end: a supervisor that is killed in the middle of this leaves a mount behind, too.
-        serving = [child for child in self._children if child is not self._keepers]
-        for child in serving:
-            if child.process is not None:
-                child.signal(signal.SIGKILL)  # all at once, for each may take its time
-        for child in serving:
-            child.end()
-        self._let_go()  # first, for what follows needs descriptors, and there may be none left
-        if self._unmounter is not None and not self._is_mounted():
-            self._unmounter.join(PATIENCE)  # it has nothing left to do; killed, it would leave its fusermount behind
+        """End every process and what is left of the mount. Each step is taken whatever becomes of the others."""
+        with ExitStack() as steps:  # the last first
+            steps.callback(log.release)
+            steps.callback(self._dismiss_guard)
+            if self._device is not None:
+                steps.callback(llfuse.close, unmount=False)
+            if self._keeper is not None:
+                steps.callback(self._keeper.close)
+            for child in self._children:
+                steps.callback(child.stacks.close)
+                steps.callback(child.end)
+            steps.callback(self._detach)
+            steps.callback(self._end_unmounter)
+            steps.callback(self._let_go)  # before these, for they need descriptors, and there may be none left
+            # The keeper stays to the end: a supervisor that is killed in the middle of this leaves a mount behind, too.
+            serving = [child for child in self._children if child is not self._keepers]
+            for child in serving:
+                steps.callback(child.end)
+            for child in serving:
+                steps.callback(child.signal, signal.SIGKILL)  # all at once, for each may take its time
+            if self._oversight is not None:
+                steps.callback(self._oversight.close)
+                steps.callback(self._oversight.stopping)
+
+    def _end_unmounter(self) -> None:
         if self._unmounter is not None:
+            if not self._is_mounted():
+                self._unmounter.join(
+                    PATIENCE
+                )  # it has nothing left to do; killed, it would leave its fusermount behind
             end(self._unmounter)
-        # Only if it is still ours: something else may be mounted in its place by now.
-        mounted = self._is_mounted()
-        if mounted:
-            try:
-                mounting.unmount(self._mountpoint, lazy=True)
-            except (OSError, LlloopError) as error:
-                _log.error("%s could not be detached: %s", self._mountpoint, error)
-        for child in self._children:
-            child.end()
-            child.stacks.close()
-        if self._keeper is not None:
-            self._keeper.close()
-        llfuse.close(unmount=False)
-        log.release()
+
+    def _detach(self) -> None:
+        if self._mount is None:
+            if self._device is not None:  # which one it is was not found out
+                mount_identity.detach_if_dead(self._mountpoint)
+            return
+        try:
+            if self._is_mounted():
+                self._mount.unmount(lazy=True)
+        except (OSError, LlloopError) as error:
+            _log.error("%s could not be detached: %s", self._mountpoint, error)
 
     def _let_go(self) -> None:
-        """Leave nothing of this mount in the process: signal handlers, descriptors."""
+        """Close what was opened for this mount."""
         signal.set_wakeup_fd(-1)
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
         for fd in self._descriptors:
             os.close(fd)
-
-
-def _unmount(mountpoint: str, lazy: bool, device: int) -> None:
-    """Run in a process of its own: unmount, and say by the exit code how that went."""
-    signal.set_wakeup_fd(-1)
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    # As long as this process held it, what it asks of a mount that nobody serves would wait for itself.
-    os.close(device)
-    if lazy:
-        _start_writing_back(mountpoint)
-    try:
-        mounting.unmount(mountpoint, lazy=lazy)
-    except OSError as error:
-        os._exit(error.errno or 1)
-    except LlloopError as error:
-        _log.error("%s", error)
-        sys.exit(1)
-
-
-def _start_writing_back(mountpoint: str) -> None:
-    """Have the kernel begin to send what it has collected for open files (--writeback), while they can be served."""
-
-    def sync() -> None:
-        with suppress(OSError):
-            fd = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            syscalls.syncfs(fd)
-
-    thread = threading.Thread(target=sync, daemon=True)
-    thread.start()
-    thread.join(GRACE)  # a front that hangs must not keep the mount from being detached
 
 
 def _has_terminal() -> bool:
@@ -552,23 +589,25 @@ def _tell(writer: int) -> None:
     os.write(writer, b"!")
 
 
-def _packet_pipe(messages: int) -> tuple[int, int]:
-    """Return a pipe in packet mode (pipe(7)) with room for that many messages, whose writer never waits."""
-    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_DIRECT)
+def _make_room(writer: int, messages: int) -> None:
+    """Make room in a pipe in packet mode (pipe(7)) for that many messages; its writer never waits."""
     try:
         fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, messages * wire.PAGE_SIZE)
     except PermissionError:  # the user's share of pipe pages is used up: fewer messages fit, the front does the rest
         _log.debug("request pipes hold fewer messages than usual; see pipe(7), pipe-user-pages-soft")
     flags = fcntl.fcntl(writer, fcntl.F_GETFL)
     fcntl.fcntl(writer, fcntl.F_SETFL, flags | os.O_NONBLOCK)
-    return reader, writer
 
 
-def _raise_descriptor_limit() -> None:
-    """Raise the soft limit of open files to the hard one: each open file of the mount needs a descriptor."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(OSError, ValueError):  # only with CAP_SYS_RESOURCE
-        most = int(Path("/proc/sys/fs/nr_open").read_text())
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        return
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+def _reason(error: OSError | MemoryError) -> str:
+    """Return what *error* says, with the file it is about and what can be done."""
+    if isinstance(error, MemoryError):
+        return "there is not enough memory; allow more (ulimit -v) or serve with fewer workers"
+    hints = {
+        errno.EMFILE: "; allow more open files (ulimit -n) or serve with fewer workers",
+        errno.ENFILE: "; allow more open files (/proc/sys/fs/file-max) or serve with fewer workers",
+        errno.EAGAIN: "; allow more processes (ulimit -u, or the cgroup's pids.max) or serve with fewer workers",
+        errno.ENOMEM: "; allow more memory (ulimit -v) or serve with fewer workers",
+    }
+    file = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+    return f"{file}{error.strerror or error}{hints.get(error.errno or 0, '')}"

@@ -11,6 +11,7 @@ import errno
 import os
 import select
 import struct
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import NamedTuple
@@ -157,6 +158,35 @@ def fstatx_raw(fd: int, mask: int, flags: int) -> bytearray:
     if _statx(fd, b"", AT_EMPTY_PATH | flags, mask, _statx_buffer):
         raise _raise()
     return bytearray(_statx_buffer.raw)
+
+
+_AT_FDCWD = -100  # <linux/fcntl.h>
+_AT_STATX_DONT_SYNC = 0x4000
+_STATX_MNT_ID_UNIQUE = 0x4000  # <linux/stat.h>
+_STATX_MNT_ID_OFFSET = 144  # offsetof(struct statx, stx_mnt_id)
+_slow_statx = _libc.statx
+
+
+def unique_mount_id(place: str | int) -> int | None:
+    """Return the ID of a mount that no other mount ever gets (statx(2), STATX_MNT_ID_UNIQUE, Linux 6.8).
+
+    No file system is asked, so a FUSE server that hangs or is gone does not matter.
+
+    Args:
+        place: a path, of which the last component is not followed if it is a symlink, or an open file; O_PATH will do.
+
+    Returns:
+        The ID; None if this kernel has none, or does not tell it: of a FUSE mount only who may use it is told.
+    """
+    buffer = ctypes.create_string_buffer(STATX_SIZE)
+    directory, name, flags = (
+        (place, b"", AT_EMPTY_PATH) if isinstance(place, int) else (_AT_FDCWD, os.fsencode(place), _NAMED)
+    )
+    if _slow_statx(directory, name, flags | _AT_STATX_DONT_SYNC, _STATX_MNT_ID_UNIQUE, buffer):
+        return None
+    mask = int.from_bytes(buffer.raw[:4], sys.byteorder)
+    end = _STATX_MNT_ID_OFFSET + 8
+    return int.from_bytes(buffer.raw[_STATX_MNT_ID_OFFSET:end], sys.byteorder) if mask & _STATX_MNT_ID_UNIQUE else None
 
 
 _renameat2 = _libc.renameat2

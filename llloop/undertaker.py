@@ -9,11 +9,13 @@ parent (prctl(2), PR_SET_PDEATHSIG).
 from __future__ import annotations
 
 import logging
+import os
 from contextlib import suppress
 from pathlib import Path
 
-from . import log, mounting
+from . import log
 from .errors import LlloopError
+from .mount_identity import MountIdentity
 
 _log = logging.getLogger(__name__)
 
@@ -21,7 +23,7 @@ _log = logging.getLogger(__name__)
 _CONNECTIONS = Path("/sys/fs/fuse/connections")
 
 
-def detach_dead_mount(mountpoint: str, device_number: tuple[int, int]) -> bool:
+def detach_dead_mount(mount: MountIdentity, device: int) -> bool:
     """Detach a mount whose supervisor is dead, if it is still there.
 
     It never waits for the mount: who waits for an answer gets an error first (ECONNABORTED, or ENOTCONN when the
@@ -29,23 +31,26 @@ def detach_dead_mount(mountpoint: str, device_number: tuple[int, int]) -> bool:
     is logged, straight to the log's own place: the process that gathered records is dead.
 
     Args:
-        mountpoint: an absolute path without symlinks.
-        device_number: major and minor number of the mount; another one in its place is left alone.
+        mount: the mount; another one in its place is left alone.
+        device: this process's descriptor of /dev/fuse, which keeps the connection alive and is closed here.
 
     Returns:
         Whether there was something to detach, and it was detached.
     """
     log.release()
-    entry = mounting.find_mount(mountpoint)
-    if entry is None or entry.device != device_number:
+    is_there = mount.is_there(device)
+    os.close(device)
+    if not is_there:
         return False
     # A worker that hangs in a dead source cannot be killed and would keep the connection, and all who wait, alive.
     with suppress(OSError):  # not mounted in every container
-        (_CONNECTIONS / str(device_number[1]) / "abort").write_text("1")
+        (_CONNECTIONS / str(mount.device[1]) / "abort").write_text("1")
     try:
-        mounting.unmount(mountpoint, lazy=True)
+        mount.unmount(lazy=True)
     except (OSError, LlloopError) as error:
-        _log.error("the supervisor has died and %s could not be detached: %s", mountpoint, error)
+        _log.error("the supervisor has died and %s could not be detached: %s", mount.mountpoint, error)
         return False
-    _log.error("the supervisor has died; %s was detached, and what was open there answers with errors", mountpoint)
+    _log.error(
+        "the supervisor has died; %s was detached, and what was open there answers with errors", mount.mountpoint
+    )
     return True

@@ -10,7 +10,7 @@ from llloop.errors import UsageError
 from llloop.mount_helper import serve_arguments
 
 # A mount by mount(8) is always a daemon, and each mount option stands for itself.
-OTHERS = {"daemon", "lifeline"}
+OTHERS = {"daemon", "check", "check_restart"}
 SERVE_OPTIONS = [one for one in serve.params if isinstance(one, click.Option) and one.name not in OTHERS]
 
 

@@ -8,7 +8,6 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from queue import Empty
 
 import pytest
 
@@ -38,8 +37,16 @@ def test_a_record_arrives_as_it_was(records: Records) -> None:
     for name in ("msg", "levelno", "name", "process", "processName", "created", "once", "exc_text"):
         assert getattr(got, name) == getattr(sent, name), name
     assert records.qsize() == 0
-    with pytest.raises(Empty):
-        records.get(0.01)
+
+
+def test_what_was_sent_is_there_after_the_end(records: Records) -> None:
+    records.put_nowait(record("the last"))
+    records.end()
+    assert records.get(1).getMessage() == "the last"
+    with pytest.raises(EOFError):
+        records.get(1)
+    with pytest.raises(OSError):
+        records.put_nowait(record("too late"))
 
 
 def test_what_is_too_long_loses_its_end_and_not_its_beginning(records: Records) -> None:

@@ -4,36 +4,43 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from pathlib import Path
 
 import pytest
 
-from llloop import mounting, undertaker
+from llloop import mounting, syscalls, undertaker
 from llloop.errors import LlloopError
+from llloop.mount_identity import MountIdentity
 from llloop.mounting import MountEntry
 from llloop.undertaker import detach_dead_mount
 
 MNT = "/mnt/photos"
-OURS = (0, 47)
+OURS = MountIdentity(MNT, (0, 47), 5, 1001)
 
 
 class Kernel:
     """What is mounted, and what is done about it."""
 
     def __init__(self, connections: Path) -> None:
-        self.device: tuple[int, int] | None = OURS
+        self.entry: MountEntry | None = MountEntry(5, (0, 47), MNT, "fuse.llloop", "/srv")
+        self.unique: int | None = 1001
         self.error: Exception | None = None
         self.calls: list[str] = []
         self.abort = connections / "47" / "abort"
         self.abort.parent.mkdir()
+        self.device = os.open(os.devnull, os.O_RDONLY)
 
     def find_mount(self, mountpoint: str) -> MountEntry | None:
         assert mountpoint == MNT
-        return None if self.device is None else MountEntry(5, self.device, MNT, "fuse.llloop", "/srv")
+        return self.entry
 
-    def unmount(self, mountpoint: str, *, lazy: bool) -> None:
+    def unmount(self, mount: MountIdentity, *, lazy: bool) -> None:
         # In this order: a request that hangs would keep the unmount waiting for what is still to be written back.
-        self.calls.append(f"unmount {mountpoint} lazy={lazy} aborted={self.abort.exists()}")
+        # And who holds the device keeps the connection alive.
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(self.device)
+        self.calls.append(f"unmount {mount.mountpoint} lazy={lazy} aborted={self.abort.exists()}")
         if self.error:
             raise self.error
 
@@ -43,34 +50,44 @@ def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kernel:
     own = Kernel(tmp_path)
     monkeypatch.setattr(undertaker, "_CONNECTIONS", tmp_path)
     monkeypatch.setattr(mounting, "find_mount", own.find_mount)
-    monkeypatch.setattr(mounting, "unmount", own.unmount)
+    monkeypatch.setattr(syscalls, "unique_mount_id", lambda place: own.unique)
+    monkeypatch.setattr(MountIdentity, "unmount", lambda mount, *, lazy: own.unmount(mount, lazy=lazy))
     return own
 
 
 def test_it_is_aborted_and_then_detached(kernel: Kernel, caplog: pytest.LogCaptureFixture) -> None:
-    assert detach_dead_mount(MNT, OURS)
+    assert detach_dead_mount(OURS, kernel.device)
     assert kernel.calls == [f"unmount {MNT} lazy=True aborted=True"]
     assert kernel.abort.read_text() == "1"
     assert [(record.levelno, MNT in record.getMessage()) for record in caplog.records] == [(logging.ERROR, True)]
 
 
-@pytest.mark.parametrize("device", [None, (0, 48), (8, 47)])
+@pytest.mark.parametrize(
+    ("entry", "unique"),
+    [
+        (None, None),
+        (MountEntry(5, (0, 48), MNT, "fuse.llloop", "/srv"), 1001),
+        (MountEntry(6, (0, 47), MNT, "fuse.llloop", "/srv"), 1001),
+        # The kernel has given both numbers again.
+        (MountEntry(5, (0, 47), MNT, "fuse.llloop", "/srv"), 1002),
+    ],
+)
 def test_what_is_not_ours_is_left_alone(
-    kernel: Kernel, caplog: pytest.LogCaptureFixture, device: tuple[int, int] | None
+    kernel: Kernel, caplog: pytest.LogCaptureFixture, entry: MountEntry | None, unique: int | None
 ) -> None:
-    kernel.device = device
-    assert not detach_dead_mount(MNT, OURS)
+    kernel.entry, kernel.unique = entry, unique
+    assert not detach_dead_mount(OURS, kernel.device)
     assert kernel.calls == [] and not kernel.abort.exists() and caplog.records == []
 
 
 def test_without_fusectl_it_is_detached_all_the_same(kernel: Kernel) -> None:
     kernel.abort.parent.rmdir()
-    assert detach_dead_mount(MNT, OURS)
+    assert detach_dead_mount(OURS, kernel.device)
     assert len(kernel.calls) == 1
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EPERM, "Operation not permitted"), LlloopError("fusermount says no")])
 def test_a_failure_is_logged_not_raised(kernel: Kernel, caplog: pytest.LogCaptureFixture, error: Exception) -> None:
     kernel.error = error
-    assert not detach_dead_mount(MNT, OURS)
+    assert not detach_dead_mount(OURS, kernel.device)
     assert str(error) in caplog.text and MNT in caplog.text
