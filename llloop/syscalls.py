@@ -326,7 +326,19 @@ def read_directory(fd: int) -> list[DirectoryEntry]:
 class _Statfs(ctypes.Structure):
     """The beginning of ``struct statfs`` (statfs(2)); the rest is of no interest here."""
 
-    _fields_ = (("type", ctypes.c_long), ("rest", ctypes.c_long * 32))
+    _fields_ = (
+        ("type", ctypes.c_long),
+        ("block_size", ctypes.c_long),
+        ("blocks", ctypes.c_uint64),
+        ("rest", ctypes.c_long * 32),
+    )
+
+
+class FileSystem(NamedTuple):
+    """What statfs(2) says of a file system: its magic number (<linux/magic.h>), and how many blocks it has."""
+
+    type: int
+    blocks: int
 
 
 _fstatfs = _libc.fstatfs
@@ -344,12 +356,17 @@ CAN_HANG = CLOSE_CAN_FAIL
 STACKED = frozenset({0x794C7630, 0xF15F})
 
 
-def file_system_type(fd: int) -> int:
-    """Return the magic number of the file system that holds *fd* (fstatfs(2), <linux/magic.h>)."""
+def file_system(fd: int) -> FileSystem:
+    """Return what fstatfs(2) says of the file system that holds *fd*."""
     result = _Statfs()
     if _fstatfs(fd, ctypes.byref(result)):
         raise _raise()
-    return int(result.type) & 0xFFFFFFFF
+    return FileSystem(int(result.type) & 0xFFFFFFFF, int(result.blocks))
+
+
+def file_system_type(fd: int) -> int:
+    """Return the magic number of the file system that holds *fd*."""
+    return file_system(fd).type
 
 
 _MLOCK_ONFAULT = 1  # <asm-generic/mman-common.h>

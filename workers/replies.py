@@ -10,7 +10,7 @@ from typing import Protocol
 
 from llloop import notifications, wire
 from llloop.arena import Arena
-from llloop.protocol import Request, encode
+from llloop.protocol import ONCE, Request, encode
 
 # Up to this size, in bytes, copying through a buffer costs less than the system calls of a splice.
 COPY_LIMIT = 32 * 1024
@@ -55,6 +55,16 @@ def read_fully(fd: int, buffer: memoryview, offset: int) -> int:
     return done
 
 
+def read_once(fd: int, buffer: memoryview, offset: int) -> int:
+    """Read by one system call, at the position of the open file if there are no others (ESPIPE)."""
+    try:
+        return os.preadv(fd, [buffer], offset)
+    except OSError as error:
+        if error.errno != errno.ESPIPE:
+            raise
+    return os.readv(fd, [buffer])
+
+
 class KernelReplies:
     """Writes answers to /dev/fuse, data by splice: file -> pipe -> kernel, never through this process's memory.
 
@@ -95,7 +105,7 @@ class KernelReplies:
         size = request.length
         if size > self._largest:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))  # an answer cut short would mean the end of the file
-        if size <= COPY_LIMIT:
+        if size <= COPY_LIMIT or request.flags & ONCE:
             return self._copy(request, fd, 0)
         return self._splice(request, fd)
 
@@ -103,7 +113,8 @@ class KernelReplies:
         """Answer through the buffer, in which the first *done* bytes are in place already."""
         start = wire.PAGE_SIZE
         rest = self._memory[start + done : start + request.length]
-        done += read_fully(fd, rest, request.offset + done)
+        read = read_once if request.flags & ONCE else read_fully
+        done += read(fd, rest, request.offset + done)
         length = wire.OUT_HEADER_SIZE + done
         wire.OUT_HEADER.pack_into(self._memory, self._header, length, 0, request.unique)
         self._send(self._memory[self._header : self._header + length])

@@ -15,7 +15,7 @@ from llloop import syscalls
 from llloop.arena import Arena
 from llloop.metrics import BYTES, ERRORS, Sheet
 from llloop.privilege import SETID, SetidGuard, Writer
-from llloop.protocol import APPEND, BUFFERED, CACHED, DATA_ONLY, KILL_PRIVILEGES, PIPED, Operation, Request
+from llloop.protocol import APPEND, BUFFERED, CACHED, DATA_ONLY, KILL_PRIVILEGES, ONCE, PIPED, Operation, Request
 from llloop.wire import FUSE_UNIQUE_RESEND, Opcode
 
 from .replies import Replies
@@ -56,6 +56,16 @@ def opcode_of(request: Request) -> int:
     """Return the kernel's number of what is asked for, 0 if it is nothing known."""
     operation = request.operation
     return _OPCODES[operation] if 0 <= operation < len(_OPCODES) else 0
+
+
+def _write_once(fd: int, payload: memoryview, offset: int) -> int:
+    """Write by one system call, at the position of the open file if there are no others (ESPIPE)."""
+    try:
+        return os.pwrite(fd, payload, offset)
+    except OSError as error:
+        if error.errno != errno.ESPIPE:
+            raise
+    return os.write(fd, payload)
 
 
 @contextmanager
@@ -277,6 +287,8 @@ class Transfers:
         moved = self._move(request, fd) if flags & PIPED else None
         if moved is not None:
             count = moved
+        elif flags & ONCE:
+            count = _write_once(fd, payload, 0 if flags & APPEND else request.offset)
         elif flags & APPEND:
             arena.results[slot] = os.fstat(fd).st_size
             arena.stages[slot] = _APPENDING
@@ -307,7 +319,7 @@ class Transfers:
         slot, length = request.slot, request.length
         done = length - pipes.left(slot)
         if arena.stages[slot] != _COPYING:
-            if not request.flags & (APPEND | BUFFERED):
+            if not request.flags & (APPEND | BUFFERED | ONCE):
                 try:
                     while done < length:
                         done += pipes.move(slot, fd, length - done, request.offset + done)

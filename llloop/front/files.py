@@ -18,6 +18,7 @@ from .privileges import Privileges
 from .promptness import Promptness
 from .requester import Requester
 from .router import Router
+from .sizes import Sizes
 from .tree import Tree, check_name
 
 # What of the caller's open(2) flags the source has to know. O_APPEND is not among them: each WRITE request says
@@ -70,6 +71,7 @@ class Files:
         self._writeback = writeback
         self._device = device
         self.promptness = Promptness()
+        self._sizes = Sizes()
         self._root_handle: int | None = None
         # Whether a worker may still have requests of a dead front, and ask for descriptors by the numbers they had.
         self.late_requests = False
@@ -140,12 +142,35 @@ class Files:
         descriptor = os.open(f"/proc/self/fd/{handles[0].descriptor}", flags & ~os.O_NOFOLLOW)
         return descriptor, fstatx(descriptor)
 
-    def _add(self, descriptor: int, nodeid: int, flags: int, attributes: Attributes, who: Requester) -> int:
-        handle = Handle(descriptor, nodeid, self._router.shard_of(nodeid), flags, (who.uid, who.gid))
-        handle.note_mode(attributes)
-        self.promptness.decide(handle, attributes, flags)
+    def _add(
+        self,
+        descriptor: int,
+        nodeid: int,
+        flags: int,
+        attributes: Attributes,
+        who: Requester,
+        *,
+        is_new: bool = False,
+    ) -> int:
+        handle = self._handle(descriptor, nodeid, flags, attributes, (who.uid, who.gid), is_new=is_new)
         self._attempts.made_handle(self._handles.next_number)  # first: a handle nobody knows of is never released
         return self._handles.add(handle)
+
+    def _handle(
+        self,
+        descriptor: int,
+        nodeid: int,
+        flags: int,
+        attributes: Attributes,
+        opener: tuple[int, int],
+        *,
+        is_new: bool = False,
+    ) -> Handle:
+        handle = Handle(descriptor, nodeid, self._router.shard_of(nodeid), flags, opener)
+        handle.note_mode(attributes)
+        handle.unsized = self._sizes.are_void(descriptor, attributes, flags, is_new=is_new)
+        self.promptness.decide(handle, attributes, flags)
+        return handle
 
     def take_over(
         self, number: int, nodeid: int, descriptor: int, flags: int, opener: int, place: int, left: set[int]
@@ -170,10 +195,8 @@ class Files:
             attributes = fstatx(descriptor)
         else:
             descriptor, attributes = self._reopen(nodeid, wanted)
-        handle = Handle(descriptor, nodeid, self._router.shard_of(nodeid), flags, divmod(opener, 1 << 32))
-        handle.note_mode(attributes)
+        handle = self._handle(descriptor, nodeid, flags, attributes, divmod(opener, 1 << 32))
         handle.uncached = True
-        self.promptness.decide(handle, attributes, flags)
         self._handles.take_over(number, handle, place)
         return handle
 
@@ -216,7 +239,7 @@ class Files:
             os.close(descriptor)
             raise
         nodeid = self._inodes.remember(parent, name, attributes)
-        return self._add(descriptor, nodeid, flags, attributes, who), nodeid, attributes
+        return self._add(descriptor, nodeid, flags, attributes, who, is_new=True), nodeid, attributes
 
     def _made_before(self, parent: int, name: bytes, flags: int) -> int | None:
         """Return the descriptor of a file that a dead front had made for this very request, or None if it had not.
@@ -253,7 +276,7 @@ class Files:
             raise
         nodeid = self._inodes.remember(0, b"", attributes, parent)
         self._anchors.pin(nodeid, pin)
-        return self._add(descriptor, nodeid, flags, attributes, who), nodeid, attributes
+        return self._add(descriptor, nodeid, flags, attributes, who, is_new=True), nodeid, attributes
 
     def release(self, number: int) -> None:
         """Close an open file; its worker is told if it may hold the descriptor too."""

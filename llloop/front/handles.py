@@ -25,7 +25,7 @@ class Handle:
         descriptor: the front's descriptor of it.
         nodeid: its inode.
         shard: the worker that does its I/O.
-        device: the file system it is on, as in `llloop.syscalls.Attributes`.
+        mount: the mount it was opened through, as in `llloop.syscalls.Attributes`; its device where there is none.
         flags: the caller's open(2) flags.
         direct: whether O_DIRECT is among them.
         backing: the registration by which the kernel does its I/O itself, or 0.
@@ -33,6 +33,7 @@ class Handle:
         shared: whether any worker may, because the file was copied from.
         read_flags, write_flags: the RWF_ flags (preadv2(2)) with which the front may try a small read or write itself
             because it cannot block, or None if it may not.
+        unsized: whether the file's size says nothing about what can be read from it (see `llloop.front.sizes`).
         entries: a directory's entries as they were when it was opened or rewound, or None.
         snapshot: a descriptor of memory that holds these entries for the next front, or -1.
         place: where its record is in the ledger.
@@ -49,12 +50,12 @@ class Handle:
         "append",
         "backing",
         "descriptor",
-        "device",
         "direct",
         "entries",
         "flags",
         "lent",
         "locking_group",
+        "mount",
         "nodeid",
         "opener",
         "place",
@@ -63,6 +64,7 @@ class Handle:
         "shared",
         "snapshot",
         "uncached",
+        "unsized",
         "write_flags",
     )
 
@@ -70,7 +72,7 @@ class Handle:
         self.descriptor = descriptor
         self.nodeid = nodeid
         self.shard = shard
-        self.device = 0
+        self.mount = 0
         self.flags = flags
         self.direct = bool(flags & os.O_DIRECT)
         self.backing = 0
@@ -81,6 +83,7 @@ class Handle:
         self.opener = opener
         self.locking_group = -1
         self.uncached = False
+        self.unsized = False
         self.append = False
         self.entries: list[DirectoryEntry] | None = None
         self.snapshot = -1

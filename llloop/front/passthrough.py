@@ -110,6 +110,8 @@ class Passthrough:
         nodeid = handle.nodeid
         registered = self._registered.get(nodeid)
         if registered is None:
+            if handle.unsized:
+                return 0
             if any(other is not handle for other in self._handles.of_inode(nodeid)):
                 return 0  # opened the other way before, and so must this one be
             identity = self._identity(handle, attributes)
@@ -149,9 +151,9 @@ class Passthrough:
 
     def _is_remote(self, handle: Handle) -> bool:
         """Whether a file is a file server's."""
-        known = self._remote.get(handle.device)
+        known = self._remote.get(handle.mount)
         if known is None:
-            known = self._remote[handle.device] = file_system_type(handle.descriptor) in CAN_HANG
+            known = self._remote[handle.mount] = file_system_type(handle.descriptor) in CAN_HANG
         return known
 
     def take_over(self, handle: Handle, backing: int) -> None:
@@ -168,8 +170,8 @@ class Passthrough:
 
     def _note_refusal(self, handle: Handle, error: OSError) -> None:
         """Say once for each file system that the workers do what the kernel does not."""
-        if handle.device not in self._refused:
-            self._refused.add(handle.device)
+        if handle.mount not in self._refused:
+            self._refused.add(handle.mount)
             _log.info("the kernel does not pass files of one file system through (%s); workers do", error.strerror)
 
     def release(self, handle: Handle) -> None:

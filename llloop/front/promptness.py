@@ -15,7 +15,7 @@ LONE_WRITE_LIMIT = 128 * 1024
 
 
 class Promptness:
-    """Decides, file system by file system, how the front may try.
+    """Decides, mount by mount, how the front may try.
 
     On a file system that lives in memory nothing blocks. Elsewhere RWF_NOWAIT (preadv2(2)) makes a call fail
     rather than wait for a disk; a file system that does not know it is remembered.
@@ -33,22 +33,24 @@ class Promptness:
             attributes: its attributes.
             flags: the flags it was opened with.
         """
-        device = attributes.device
-        if device not in self._read_flags:
+        mount = attributes.mount or attributes.device
+        if mount not in self._read_flags:
             in_ram = file_system_type(handle.descriptor) in RAM_FILE_SYSTEMS
-            self._read_flags[device] = self._write_flags[device] = 0 if in_ram else os.RWF_NOWAIT
-        handle.device = device
-        read_flags = self._read_flags[device]
+            self._read_flags[mount] = self._write_flags[mount] = 0 if in_ram else os.RWF_NOWAIT
+        handle.mount = mount
+        if handle.unsized:
+            return
+        read_flags = self._read_flags[mount]
         # Direct I/O and synchronous writes wait for a disk by their nature, if there is one.
         if read_flags == 0 or not flags & os.O_DIRECT:
             handle.read_flags = read_flags
             if read_flags == 0 or not flags & os.O_DSYNC:
-                handle.write_flags = self._write_flags[device]
+                handle.write_flags = self._write_flags[mount]
 
     def refuse_reads(self, handle: Handle) -> None:
         """Note that the file system of *handle* knows no RWF_NOWAIT for reads."""
-        handle.read_flags = self._read_flags[handle.device] = None
+        handle.read_flags = self._read_flags[handle.mount] = None
 
     def refuse_writes(self, handle: Handle) -> None:
         """Note that the file system of *handle* knows no RWF_NOWAIT for writes."""
-        handle.write_flags = self._write_flags[handle.device] = None
+        handle.write_flags = self._write_flags[handle.mount] = None

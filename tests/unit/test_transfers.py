@@ -7,6 +7,7 @@ import logging
 import os
 import stat
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from llloop import syscalls
 from llloop.arena import Arena
 from llloop.metrics import BYTES, ERRORS, Sheet
 from llloop.privilege import SetidGuard, Writer
-from llloop.protocol import APPEND, DATA_ONLY, KILL_PRIVILEGES, Operation, Request, encode
+from llloop.protocol import APPEND, DATA_ONLY, KILL_PRIVILEGES, ONCE, Operation, Request, encode
 from llloop.wire import Opcode
 from llloop.workers.replies import KernelReplies
 from llloop.workers.transfers import Transfers, opcode_of
@@ -517,6 +518,37 @@ def test_unheard_answers_do_not_fill_the_memory(bench: Bench, deaf: Deaf, monkey
     bench.transfers.execute(resent)
     bench.answered(resent)
     assert os.fstat(bench.files.open[1]).st_size == 100, "the last one is still known"
+
+
+@pytest.mark.parametrize("length", [100, 100_000])
+def test_what_has_no_size_is_read_and_written_by_one_call(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    """The next read would get the next message, and the second half of a command is another command."""
+    bench.open(1, b"message")
+    calls = []
+    for name in ("preadv", "pwrite"):
+        monkeypatch.setattr(os, name, _counted(getattr(os, name), calls))
+    assert bench.do(Operation.READ, length=length, flags=ONCE).payload == b"message"
+    assert count_of(bench.do(Operation.WRITE, payload=pattern(length), flags=ONCE | APPEND)) == length
+    assert len(calls) == 2
+    assert (bench.directory / "file-1").read_bytes() == pattern(length), "an append begins at the start, as natively"
+
+
+def test_what_has_no_positions_is_read_and_written_where_it_stands(bench: Bench) -> None:
+    """As trace_pipe and trace_marker of tracefs, for which a pipe stands here."""
+    reader, writer = os.pipe()
+    bench.files.open |= {1: reader, 2: writer}
+    assert count_of(bench.do(Operation.WRITE, handle=2, payload=b"message", flags=ONCE)) == 7
+    assert bench.do(Operation.READ, length=100, offset=50, flags=ONCE).payload == b"message"
+
+
+def _counted(call: Callable[..., int], calls: list[int]) -> Callable[..., int]:
+    def counted(*arguments: object) -> int:
+        calls.append(call(*arguments))
+        return calls[-1]
+
+    return counted
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])

@@ -11,7 +11,7 @@ from ...metrics import BYTES, Gauge
 from ...negotiation import Feature
 from ...notifications import expire_attributes
 from ...privilege import SETID
-from ...protocol import APPEND, BUFFERED, CACHED, DATA_ONLY, KILL_PRIVILEGES, PIPED, Operation
+from ...protocol import APPEND, BUFFERED, CACHED, DATA_ONLY, KILL_PRIVILEGES, ONCE, PIPED, Operation
 from ...syscalls import Attributes, fstatx
 from ...wire import Opcode
 from ..handles import Handle
@@ -63,7 +63,9 @@ class FileRequests(Responder):
         if backing:
             self._gauges[_PASSED_THROUGH] += 1
             return wire.FOPEN_PASSTHROUGH, backing
-        if self._writeback and fcntl.fcntl(handle.descriptor, fcntl.F_GETFL) & os.O_APPEND:
+        if handle.unsized:
+            flags = wire.FOPEN_DIRECT_IO
+        elif self._writeback and fcntl.fcntl(handle.descriptor, fcntl.F_GETFL) & os.O_APPEND:
             # An append-only file (chattr +a): whole pages written back would be appended.
             flags = wire.FOPEN_DIRECT_IO
         else:
@@ -121,8 +123,10 @@ class FileRequests(Responder):
         handle = self._handles.get(number)
         if size <= READ_LIMIT and handle.read_flags is not None and self._read_in_place(handle, unique, offset, size):
             return
-        buffered = handle.direct and not open_flags & os.O_DIRECT
-        self._router.entrust(Task(handle, number, Operation.READ, unique, offset, size, BUFFERED if buffered else 0))
+        flags = BUFFERED if handle.direct and not open_flags & os.O_DIRECT else 0
+        if handle.unsized:
+            flags |= ONCE
+        self._router.entrust(Task(handle, number, Operation.READ, unique, offset, size, flags))
 
     def _read_in_place(self, handle: Handle, unique: int, offset: int, size: int) -> bool:
         """Answer a READ at once if the bytes are in memory; return whether they were.
@@ -166,6 +170,8 @@ class FileRequests(Responder):
             flags |= APPEND
         if handle.direct and (cached or not open_flags & os.O_DIRECT):
             flags |= BUFFERED
+        if handle.unsized:
+            flags |= ONCE
         # The lowest slot is free, and so it is this request's, while no worker has any.
         limit = WRITE_LIMIT if self._router.slot else LONE_WRITE_LIMIT
         if (
