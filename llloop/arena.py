@@ -30,8 +30,9 @@ from .payloads import PayloadPipes
 from .pidfds import start_time
 from .wire import Opcode
 
-# Shard numbers must fit the state byte, in which 0 means free.
-MAX_SHARDS = 254
+# Shard numbers must fit the state byte, in which 0 means free and the highest number that the front has it.
+MAX_SHARDS = 253
+_HELD = 255
 
 # Every request handed to a worker holds a slot until it is answered, so this bounds how many
 # can be under way; beyond it requests are parked in the front. Memory is used only when touched.
@@ -115,6 +116,9 @@ class Arena:
         self._front[2] = start_time(pid)
         self._front[0] = pid
         self._front[1] += 1
+        for slot, state in enumerate(bytes(self.states)):
+            if state == _HELD:
+                self.states[slot] = 0
 
     def lock(self) -> None:
         """Keep in memory what this process touches of it, as much as it may lock (mlock2(2), RLIMIT_MEMLOCK).
@@ -197,6 +201,15 @@ class Arena:
     def give_back(self, slot: int) -> None:
         """Mark *slot* as free."""
         self.states[slot] = 0
+
+    def hold(self, slot: int) -> None:
+        """Note that *slot* holds a request that the front is still doing while it receives others."""
+        self.states[slot] = _HELD
+
+    def let_go(self, slot: int) -> None:
+        """Mark *slot* as free, if the front still holds it."""
+        if self.states[slot] == _HELD:
+            self.states[slot] = 0
 
     def empty_pipes(self) -> None:
         """Empty the pipes of slots that are not lent: a front that died had just received what they hold.

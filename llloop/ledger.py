@@ -8,8 +8,9 @@ three ways, and a process killed at any moment leaves each of them done or not d
 * one of its cells changes by one store;
 * it moves: the new record appears first, then the old one goes. Of two for the same thing the later counts.
 
-Besides, there is the *attempt*: the one request in the front's hands that must not simply be done
-again when the kernel sends it to the next front (see `llloop.front.attempts`).
+Besides, there is an *attempt* for each thread of the front: the request in its hands that must not simply be done
+again when the kernel sends it to the next front (see `llloop.front.attempts`). The first thread's lies in front of the
+records, the others' behind them.
 
 The memory is sparse: what no record has touched takes none.
 """
@@ -21,6 +22,8 @@ import os
 import struct
 from array import array
 from typing import NamedTuple
+
+from .leadership import MOST_THREADS
 
 RECORD_SIZE = 128  # bytes
 # Beyond so many, what comes is not recorded: the kernel has to look it up again when a front has died.
@@ -40,6 +43,8 @@ _TAIL = struct.Struct(f"=Q{_MORE}s")
 _KIND_MASK = 0xFF
 _LENGTH_SHIFT, _LENGTH_MASK = 8, 0xFFFF
 _AGE_SHIFT = 24
+
+_ATTEMPTS = MOST_THREADS
 
 # The first place takes what is said of things that found no room, and is never read. The cells of the second:
 _HIGH_WATER = _CELLS  # how many places have ever been used
@@ -80,8 +85,9 @@ class Ledger:
         self._capacity = capacity
         fd = os.memfd_create("llloop-ledger", os.MFD_CLOEXEC)
         try:
-            os.ftruncate(fd, capacity * RECORD_SIZE)
-            self.memory = mmap.mmap(fd, capacity * RECORD_SIZE)
+            size = (capacity + _ATTEMPTS - 1) * RECORD_SIZE
+            os.ftruncate(fd, size)
+            self.memory = mmap.mmap(fd, size)
         finally:
             os.close(fd)
         self.cells = memoryview(self.memory).cast("Q")
@@ -127,6 +133,10 @@ class Ledger:
             return 0
         self.cells[_HIGH_WATER] = place + 1
         return place
+
+    def attempt_of(self, thread: int) -> int:
+        """Return the first cell of a thread's attempt; threads are counted from 0."""
+        return (self._capacity + thread - 1) * _CELLS if thread else ATTEMPT
 
     def serving_again(self, unique: int) -> int:
         """Note that a request that was sent again is being served; return how many fronts in a row have begun it."""

@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import stat
+import threading
 from contextlib import suppress
 from types import TracebackType
 
@@ -94,7 +95,7 @@ def _keep_capabilities() -> bool:
     return True
 
 
-def _after_change_of_ids() -> None:
+def after_change_of_ids() -> None:
     """Set again what the kernel resets when a process's file system ids change (prctl(2)).
 
     An undumpable process's descriptors could not be pulled by the workers, and without the signal at the
@@ -104,12 +105,12 @@ def _after_change_of_ids() -> None:
     syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-class Caller:
+class Caller(threading.local):
     """Makes new files the caller's: ``with caller(uid, gid, umask): os.mkdir(...)``.
 
     The file system ids decide the owner (setfsuid(2)); the supplementary groups and the mode of the
     directory play no part any more, since the kernel has checked them and this process keeps CAP_DAC_OVERRIDE.
-    The umask stays as the last caller's, because callers rarely differ.
+    The umask stays as the last caller's, because callers rarely differ. All of this is each thread's own.
     """
 
     def __init__(self) -> None:
@@ -143,13 +144,13 @@ class Caller:
             uid, gid = self._own
             syscalls.setfsuid(uid)
             syscalls.setfsgid(gid)
-            _after_change_of_ids()
+            after_change_of_ids()
 
 
-class Writer:
+class Writer(threading.local):
     """Lets the source see who writes, for quotas and for the blocks that file systems reserve for root.
 
-    The identity stays until another comes, for a stream of requests mostly has one writer.
+    The identity stays until another comes, for a stream of requests mostly has one writer. Each thread has its own.
     """
 
     def __init__(self) -> None:
@@ -161,7 +162,7 @@ class Writer:
         if self._able and (uid, gid) != self._current:
             syscalls.setfsgid(gid)
             syscalls.setfsuid(uid)
-            _after_change_of_ids()
+            after_change_of_ids()
             self._current = (uid, gid)
 
 
@@ -173,17 +174,17 @@ def has_locking_mark(mode: int) -> bool:
     return mode & (stat.S_ISGID | stat.S_IXGRP) == stat.S_ISGID and stat.S_ISREG(mode)
 
 
-class SetidGuard:
+class SetidGuard(threading.local):
     """Decides whether the next write, truncation or ACL change clears set-ID bits.
 
     The kernel clears them for a process without CAP_FSETID (capabilities(7)), so the capability is
-    lowered and raised as the request says; in a stream of requests alike nothing is done.
+    lowered and raised as the request says; in a stream of requests alike nothing is done. Each thread has its own.
     """
 
     def __init__(self) -> None:
         self._effective, self._permitted, self._inheritable = syscalls.get_capabilities()
         self._keeping = bool(self._effective & 1 << syscalls.CAP_FSETID)
-        self._able = self._keeping
+        self._able = bool(self._permitted & 1 << syscalls.CAP_FSETID)
 
     def clear(self, clearing: bool) -> None:
         """Make the next calls clear set-ID bits, or keep them."""

@@ -33,7 +33,6 @@ _libc = ctypes.CDLL(None, use_errno=True)
 # For calls that most requests need. Without argument types, and without letting go of the interpreter's lock, a call
 # costs two thirds.
 _quick = ctypes.PyDLL(None, use_errno=True)
-_quick_syscall = _quick.syscall
 
 
 def _raise(path: bytes | None = None) -> OSError:
@@ -219,7 +218,7 @@ def syncfs(fd: int) -> None:
         raise _raise()
 
 
-_fchownat = _quick.fchownat
+_fchownat = _libc.fchownat  # like all that may wait for a frozen file system, without the interpreter's lock
 
 
 def chown(fd: int, uid: int, gid: int) -> None:
@@ -235,8 +234,7 @@ def chown(fd: int, uid: int, gid: int) -> None:
 
 
 _TIMES = struct.Struct("@4l")  # two struct timespec
-_times_buffer = ctypes.create_string_buffer(_TIMES.size)
-_utimensat = _quick.utimensat
+_utimensat = _libc.utimensat
 
 
 def utimens(fd: int, atime: tuple[int, int], mtime: tuple[int, int]) -> None:
@@ -247,12 +245,12 @@ def utimens(fd: int, atime: tuple[int, int], mtime: tuple[int, int]) -> None:
         atime: seconds and nanoseconds, or UTIME_NOW or UTIME_OMIT for the nanoseconds.
         mtime: the same for the modification time.
     """
-    _TIMES.pack_into(_times_buffer, 0, *atime, *mtime)
-    if _utimensat(fd, b"", _times_buffer, AT_EMPTY_PATH):
+    if _utimensat(fd, b"", _TIMES.pack(*atime, *mtime), AT_EMPTY_PATH):
         raise _raise()
 
 
 _chmod_by_descriptor = True
+_syscall = _libc.syscall
 
 
 def chmod(fd: int, mode: int) -> None:
@@ -264,15 +262,12 @@ def chmod(fd: int, mode: int) -> None:
     """
     global _chmod_by_descriptor
     if _chmod_by_descriptor:
-        if not _quick_syscall(_SYS_FCHMODAT2, fd, b"", mode, AT_EMPTY_PATH):
+        if not _syscall(_SYS_FCHMODAT2, fd, b"", mode, AT_EMPTY_PATH):
             return
         if ctypes.get_errno() == errno.ENOSYS:
             _chmod_by_descriptor = False
     # Also after any other failure: filters that do not know the call say EPERM.
     os.chmod(f"/proc/self/fd/{fd}", mode)
-
-
-_syscall = _libc.syscall
 
 
 def pidfd_getfd(pidfd: int, fd: int) -> int:
@@ -377,6 +372,15 @@ _mlock2.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint)
 def lock_on_fault(address: int, length: int) -> None:
     """Have pages of this process's memory stay there once they have been touched (mlock2(2))."""
     if _mlock2(address, length, _MLOCK_ONFAULT):
+        raise _raise()
+
+
+_unshare = _libc.unshare
+
+
+def unshare(flags: int) -> None:
+    """Give the calling thread its own of what it shared with others, as the CLONE_ *flags* say (unshare(2))."""
+    if _unshare(flags):
         raise _raise()
 
 

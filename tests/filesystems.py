@@ -1,11 +1,13 @@
 """Small file systems of a test's own, so that a full, read-only or broken source is real."""
 
+import fcntl
 import os
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -92,3 +94,34 @@ def overlay(directory: Path, lower: Path) -> Iterator[Path]:
             except AssertionError as error:
                 pytest.skip(f"no overlay can be mounted here: {error}")
             yield where
+
+
+_FIFREEZE, _FITHAW = 0xC0045877, 0xC0045878  # <linux/fs.h>
+# A file system that stays frozen stops whoever writes to it, the test's own watchdog included.
+_LONGEST_FREEZE = 30.0
+
+
+def thaw(directory: Path) -> None:
+    """End what `frozen` began, while its block goes on."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):  # it is thawed already
+            fcntl.ioctl(fd, _FITHAW, 0)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def frozen(directory: Path) -> Iterator[None]:
+    """The file system that holds `directory` lets everybody wait who changes anything, as while a snapshot is made."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    timer = threading.Timer(_LONGEST_FREEZE, thaw, (directory,))
+    fcntl.ioctl(fd, _FIFREEZE, 0)
+    try:
+        timer.start()
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        thaw(directory)
+        os.close(fd)

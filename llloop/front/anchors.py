@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Container, Iterable
 from types import TracebackType
 
+from ..leadership import Leadership
 from ..syscalls import Attributes, fstatx, statx
 from .inodes import ROOT, Inode, Inodes, stale
 
@@ -60,9 +61,13 @@ class Anchors:
         inodes: the inode table.
         root: an O_PATH descriptor of the source; stays the caller's.
         capacity: how many directories are kept open.
+        leadership: which thread serves.
+        closing: takes the descriptors of removed files and directories, which may take long to close.
     """
 
-    def __init__(self, inodes: Inodes, root: int, capacity: int) -> None:
+    def __init__(self, inodes: Inodes, root: int, capacity: int, leadership: Leadership, closing: list[int]) -> None:
+        self._leadership = leadership
+        self._closing = closing
         self._inodes = inodes
         self._root = root
         self._capacity = max(capacity, 2)
@@ -223,16 +228,18 @@ class Anchors:
             OSError: ESTALE if none of its names leads to it any more, or what open(2) says.
         """
         inode = self._inodes.get(nodeid)
+        # To open for writing waits for a file system that is frozen.
+        open_ = os.open if flags & os.O_ACCMODE == os.O_RDONLY else self._open_writing
         pin = self._pins.get(nodeid)
         if pin is not None:
-            fd = os.open(f"/proc/self/fd/{pin}", flags & ~os.O_NOFOLLOW)
+            fd = open_(f"/proc/self/fd/{pin}", flags & ~os.O_NOFOLLOW)
             return fd, fstatx(fd)
         if nodeid == ROOT:
-            fd = os.open(".", flags, dir_fd=self._root)
+            fd = open_(".", flags, dir_fd=self._root)
             return fd, fstatx(fd)
         for parent, name in self.places(nodeid):
             try:
-                fd = os.open(name, flags, dir_fd=self.directory(parent))
+                fd = open_(name, flags, dir_fd=self.directory(parent))
             except OSError as error:
                 if error.errno in _MOVED:
                     continue
@@ -243,13 +250,16 @@ class Anchors:
             os.close(fd)
         raise stale()
 
+    def _open_writing(self, path: str | bytes, flags: int, *, dir_fd: int | None = None) -> int:
+        return self._leadership.call(os.open, path, flags, dir_fd=dir_fd)
+
     def pin(self, nodeid: int, fd: int) -> None:
         """Keep *fd*, an O_PATH descriptor of *nodeid*, until the kernel has forgotten it."""
         old = self._pins.get(nodeid)
         self._pins[nodeid] = fd
         self._inodes.note_pin(nodeid, fd)
         if old is not None and old != fd:
-            os.close(old)
+            self._closing.append(old)
 
     def take_over(self, pins: dict[int, int], left: set[int]) -> None:
         """Take in the pins of a front that is gone; those whose descriptors are lost are left out.
@@ -284,8 +294,10 @@ class Anchors:
         """
         unused = [nodeid for nodeid in self._pins if nodeid not in used and nodeid != needed]
         for nodeid in unused:
-            self._inodes.note_pin(nodeid, -1)
-            os.close(self._pins.pop(nodeid))
+            pin = self._pins.pop(nodeid, None)
+            if pin is not None:  # else another thread has closed it during the last call
+                self._inodes.note_pin(nodeid, -1)
+                self._leadership.call(os.close, pin)
         return bool(unused)
 
     def drop(self, nodeid: int) -> None:
@@ -293,10 +305,10 @@ class Anchors:
         pin = self._pins.pop(nodeid, None)
         if pin is not None:
             self._inodes.note_pin(nodeid, -1)
-            os.close(pin)
+            self._closing.append(pin)
         directory = self._directories.pop(nodeid, None)
         if directory is not None:
-            os.close(directory)
+            self._closing.append(directory)
 
     def shrink(self) -> None:
         """Close all directories that can be opened again, for when descriptors run out."""

@@ -3,8 +3,8 @@
 When a front dies, the kernel sends the next one every request that has no answer yet, marked
 (FUSE_NOTIFY_RESEND, Linux 6.9). Most can simply be done again. Those that cannot (a second mkdir
 would say EEXIST, a second rename ENOENT) are noted in the ledger before they are begun; appends are
-the workers' to note, who outlive the front. A front does one request at a time, so there is one
-note, and at most one request of which it must be found out how far it had come.
+the workers' to note, who outlive the front. Each thread of a front does one request at a time, so there is one note
+for each of them. Mostly that is one, and others only where system calls have held threads up.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import time
 from struct import Struct
 from typing import NamedTuple
 
-from ..ledger import ATTEMPT, Ledger
+from ..leadership import MOST_THREADS
+from ..ledger import Ledger
 from ..syscalls import Attributes, fstatx
 from ..wire import FUSE_UNIQUE_RESEND as RESENT
 
 _CLOCK_REALTIME_COARSE = 5  # <linux/time.h>; the clock that file systems take their times from
 
-_UNIQUE, _DONE, _STARTED, _NUMBER, _NODEID, _TARGET, _PIN, _VICTIM, _HANDLE, _BACKING = range(ATTEMPT, ATTEMPT + 10)
+_UNIQUE, _DONE, _STARTED, _NUMBER, _NODEID, _TARGET, _PIN, _VICTIM, _HANDLE, _BACKING = range(10)
 
 
 # All of it but the number of the request, which comes last, and the registration.
 _NOTE = Struct("=8Q")
-_NOTE_START = 8 * _DONE
 
 
 class Attempt(NamedTuple):
@@ -77,36 +77,58 @@ class Attempts:
     """
 
     def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
         self._cells = ledger.cells
         self._memory = ledger.memory
         self._pack = _NOTE.pack_into
         self.unique = 0
+        # Where the note of the thread lies that serves.
+        self._note = ledger.attempt_of(0)
         # Descriptors that a dead front had opened and not noted.
         self._orphans: list[int] = []
-        self._left: Attempt | None = None
-        self._left_unique = self._cells[_UNIQUE] & ~RESENT
-        if self._left_unique:
-            cells = self._cells
-            self._left = Attempt(
-                bool(cells[_DONE]),
-                cells[_STARTED],
-                cells[_NUMBER],
-                cells[_NODEID],
-                cells[_TARGET],
-                cells[_PIN] - 1,
-                cells[_VICTIM],
-                cells[_HANDLE],
-                cells[_BACKING],
-            )
+        # What a dead front's threads noted, by the number of the request.
+        self._left: dict[int, Attempt] = {}
+        for thread in range(MOST_THREADS):
+            cells = self._cells[ledger.attempt_of(thread) :]
+            unique = cells[_UNIQUE] & ~RESENT
+            if unique:
+                self._left[unique] = Attempt(
+                    bool(cells[_DONE]),
+                    cells[_STARTED],
+                    cells[_NUMBER],
+                    cells[_NODEID],
+                    cells[_TARGET],
+                    cells[_PIN] - 1,
+                    cells[_VICTIM],
+                    cells[_HANDLE],
+                    cells[_BACKING],
+                )
 
-    def find_pin(self, left: set[int]) -> None:
-        """Make sure that the pin is one of the descriptors that a dead front has *left*, and still of its file."""
-        if self._left is not None and not (self._left.pin in left and self._left.has_pin()):
-            self._left = self._left._replace(pin=-1)
+    def set_aside(self, thread: int) -> tuple[int, int]:
+        """Return what is known of the request in hand, for `exchange`; from now on *thread* serves, which has none."""
+        aside = (self.unique, self._note)
+        self.unique, self._note = 0, self._ledger.attempt_of(thread)
+        return aside
+
+    def exchange(self, other: tuple[int, int]) -> tuple[int, int]:
+        """Go on with the request that *other* was set aside for; return the same of the one in hand."""
+        mine = (self.unique, self._note)
+        self.unique, self._note = other
+        return mine
+
+    def finished(self) -> None:
+        """Note that the request in hand needs no note any more."""
+        self._cells[self._note + _UNIQUE] = 0
+
+    def find_pins(self, left: set[int]) -> None:
+        """Make sure that pins are among the descriptors that a dead front has *left*, and still of their files."""
+        for unique, attempt in self._left.items():
+            if not (attempt.pin in left and attempt.has_pin()):
+                self._left[unique] = attempt._replace(pin=-1)
 
     def adopt(self, left: set[int]) -> None:
         """Take in what a dead front had opened and no record names, until all that is sent again has come."""
-        self._orphans = sorted(left - {self.left_pin})
+        self._orphans = sorted(left - self.left_pins)
 
     def take_orphan(self, attributes: Attributes) -> int | None:
         """Return a descriptor of that file which a dead front had opened for I/O and not noted, or None."""
@@ -119,48 +141,47 @@ class Attempts:
         return None
 
     @property
-    def left_pin(self) -> int:
-        """The descriptor that a dead front's attempt still needs, or -1."""
-        return self._left.pin if self._left is not None and self._left.has_pin() else -1
+    def left_pins(self) -> set[int]:
+        """The descriptors that a dead front's attempts still need."""
+        return {attempt.pin for attempt in self._left.values() if attempt.has_pin()}
 
     def interrupted(self) -> Attempt | None:
         """Return what a dead front noted of the very request that is being served, if it did."""
-        if self._left is None or not self.unique & RESENT or self.unique & ~RESENT != self._left_unique:
-            return None
-        return self._left
+        return self._left.get(self.unique & ~RESENT) if self._left and self.unique & RESENT else None
 
     def begin(self, number: int = 0, nodeid: int = 0, target: int = 0, pin: int = -1, victim: int = 0) -> None:
         """Note that the request that is being served is begun; for the arguments see `Attempt`."""
-        cells = self._cells
-        cells[_UNIQUE] = 0
+        cells, note = self._cells, self._note
+        cells[note + _UNIQUE] = 0
         started = time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
-        self._pack(self._memory, _NOTE_START, 0, started, number, nodeid, target, pin + 1, victim, 0)
-        cells[_UNIQUE] = self.unique
+        self._pack(self._memory, 8 * (note + _DONE), 0, started, number, nodeid, target, pin + 1, victim, 0)
+        cells[note + _UNIQUE] = self.unique
 
     def begin_open(self, unique: int) -> None:
         """Note that a file is being opened, which can be done again if it is known which handle it made."""
-        cells = self._cells
-        cells[_HANDLE] = 0
-        cells[_UNIQUE] = self.unique = unique
+        cells, note = self._cells, self._note
+        cells[note + _HANDLE] = 0
+        cells[note + _UNIQUE] = self.unique = unique
 
     def done(self) -> None:
         """Note that it is done, so that only its answer is missing."""
-        self._cells[_DONE] = 1
+        self._cells[self._note + _DONE] = 1
 
     def made_handle(self, number: int) -> None:
         """Note the handle that it has made."""
-        self._cells[_HANDLE] = number
+        self._cells[self._note + _HANDLE] = number
 
     def made_backing(self, backing: int) -> None:
         """Note the kernel registration that it has made."""
-        self._cells[_BACKING] = backing
+        self._cells[self._note + _BACKING] = backing
 
     def settle(self) -> None:
         """Forget what a dead front noted: all that is sent again has come."""
         for fd in self._orphans:
             os.close(fd)
         self._orphans = []
-        if self._left is not None:
-            if self._cells[_UNIQUE] & ~RESENT == self._left_unique:
-                self._cells[_UNIQUE] = 0
-            self._left = None
+        for thread in range(MOST_THREADS) if self._left else ():
+            place = self._ledger.attempt_of(thread) + _UNIQUE
+            if self._cells[place] & ~RESENT in self._left:
+                self._cells[place] = 0
+        self._left = {}

@@ -7,6 +7,7 @@ import fcntl
 import os
 import stat
 
+from ..leadership import Leadership
 from ..notifications import expire_attributes
 from ..syscalls import Attributes, DirectoryEntry, fstatx, read_directory, statx
 from .anchors import Anchors
@@ -47,6 +48,8 @@ class Files:
         attempts: tells of what a front before this one had begun and not answered.
         writeback: whether the kernel collects writes, for which it must be able to read what is written to.
         device: the descriptor of /dev/fuse.
+        leadership: which thread serves.
+        closing: takes the descriptors of closed files, which may take long to close.
     """
 
     def __init__(
@@ -59,7 +62,11 @@ class Files:
         attempts: Attempts,
         writeback: bool,
         device: int,
+        leadership: Leadership,
+        closing: list[int],
     ) -> None:
+        self._call = leadership.call
+        self._closing = closing
         self._tree = tree
         self._anchors: Anchors = tree.anchors
         self._inodes: Inodes = tree.inodes
@@ -94,9 +101,9 @@ class Files:
             try:
                 with self._privileges.clearing(descriptor, clear_setid, who):
                     if flags & os.O_ACCMODE == os.O_RDONLY:  # odd, but Linux truncates then too
-                        os.truncate(f"/proc/self/fd/{descriptor}", 0)
+                        self._call(os.truncate, f"/proc/self/fd/{descriptor}", 0)
                     else:
-                        os.ftruncate(descriptor, 0)
+                        self._call(os.ftruncate, descriptor, 0)
                 mode = attributes.mode
                 attributes = fstatx(descriptor)
                 if attributes.mode != mode:  # with the reply to OPEN the kernel drops no more than size and times
@@ -225,7 +232,7 @@ class Files:
             self._attempts.begin()
         try:
             descriptor = self._tree.as_requester(
-                parent, who, lambda directory: os.open(name, source_flags, permissions, dir_fd=directory)
+                parent, who, lambda at: self._call(os.open, name, source_flags, permissions, dir_fd=at)
             )
         except FileExistsError:
             found = self._made_before(parent, name, source_flags & ~(os.O_CREAT | os.O_EXCL))
@@ -266,7 +273,7 @@ class Files:
         source_flags = self._source_flags(flags) & ~os.O_NOFOLLOW | flags & os.O_EXCL | os.O_TMPFILE
         permissions = stat.S_IMODE(mode)
         descriptor = self._tree.as_requester(
-            parent, who, lambda directory: os.open(f"/proc/self/fd/{directory}", source_flags, permissions)
+            parent, who, lambda at: self._call(os.open, f"/proc/self/fd/{at}", source_flags, permissions)
         )
         try:
             attributes = fstatx(descriptor)
@@ -290,9 +297,9 @@ class Files:
             if self.late_requests and self._handles.is_inherited(number):
                 self.late_requests = self._router.is_busy()
             if not self.late_requests or not self._handles.is_inherited(number):
-                os.close(handle.descriptor)
+                self._closing.append(handle.descriptor)
             if handle.snapshot >= 0:
-                os.close(handle.snapshot)
+                self._closing.append(handle.snapshot)
 
     def root_handle(self) -> int:
         """Return the number of a handle of the source directory that stays open, for what concerns all of it."""

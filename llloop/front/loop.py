@@ -6,15 +6,17 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections import deque
 from contextlib import suppress
 
 from .. import notifications, wire
+from ..leadership import Postponed
 from ..ledger import Ledger
 from ..metrics import ERRORS, NANOSECONDS
 from ..negotiation import Feature
 from ..wire import Opcode
 from .asking import Asking
+from .in_hand import FrontsInHand
 from .mirror import Mirror
 from .native import Handler, native_table
 from .promptness import LONE_WRITE_LIMIT
@@ -31,6 +33,8 @@ _LARGE = wire.WRITE_HEADER_SIZE + LONE_WRITE_LIMIT
 
 # So many fronts may die of one request.
 _MOST_TRIES = 3
+# How long to wait, in milliseconds, between looks whether what was postponed can be done.
+_POSTPONED_PAUSE = 20
 # What comes between and is never sent again.
 _NOT_RESENT = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT})
 # Those whose answer makes the kernel know an inode.
@@ -74,26 +78,38 @@ class Loop:
         self._table: list[Handler] = [self._unknown] * self._known
         for opcode, handler in native_table(mirror, device).items():
             self._table[opcode] = handler
-        self._at_once = self._table
+        # What serves a request that has just come, and what one that was put aside, and whose time has come.
+        self._first = self._at_once = self._table
         self._asking = asking
-        self._wait: Callable[[int], object] = mirror.router.wait
+        # Requests of which a worker is back, and those for which no thread was left, each with when it was taken.
+        self._answered: deque[tuple[bytes, int]] = deque()
+        self._postponed: deque[tuple[bytes, int]] = deque()
+        self._closing = mirror.closing
+        self._leadership = mirror.leadership
+        self._leadership.in_hand = FrontsInHand(mirror.attempts, mirror.router)
         if asking is not None:
             # Between poll(2) and read(2) a request may be withdrawn; the read must not wait for the next then.
             os.set_blocking(device, False)
             mirror.router.attentive = mirror.router.backlog = True
-            self._wait = self._wait_and_serve
 
     def run(self) -> None:
         """Serve until the file system is unmounted."""
+        if self._asking is not None:
+            self._first = self._table = self._by_asking()
+        self._leadership.run(self._lead)
+
+    def _lead(self) -> bool:
+        """Serve until the file system is unmounted, or another thread does it; return whether it is unmounted."""
         receive = self._receive
         serve = self._serve
-        if self._asking is not None:
-            self._table = self._by_asking()
+        leadership = self._leadership
         while True:
             base, length = receive()
             if not length:
-                return
+                return True
             serve(base, length)
+            if leadership.stalled and leadership.must_leave():
+                return False
 
     def take_up(self) -> None:
         """Have the kernel send again what a dead front left unanswered, and serve that (Linux 6.9, HAS_RESEND).
@@ -128,15 +144,23 @@ class Loop:
     def _receive(self) -> tuple[int, int]:
         """Return where the next request lies and its length, which is 0 if the file system is unmounted."""
         router = self._mirror.router
+        leadership = self._leadership
         while True:
             if router.backlog:
-                self._wait(self._device)
+                request = self._wait()
+                if request is not None:
+                    self._table = self._at_once
+                    return request
+                self._table = self._first
             slot = router.slot
             try:
                 if self._streaming and slot < self._piped_slots:
                     length = self._receive_piped(slot)
                 else:
-                    length = os.readv(self._device, self._buffers[slot])
+                    if leadership.stalled:
+                        length = leadership.wait(os.readv, self._device, self._buffers[slot])
+                    else:
+                        length = os.readv(self._device, self._buffers[slot])
                     if length > _SHORT:
                         self._arena.complete(slot, length)
             except OSError as error:
@@ -165,29 +189,58 @@ class Loop:
         if not self._asking.ask(opcode, base, length):
             self._at_once[opcode](base, length)
 
-    def _wait_and_serve(self, device: int) -> None:
-        """Wait for a request, and meanwhile serve those that were asked about, as the answers come."""
-        asking = self._asking
-        assert asking is not None
-        router = self._mirror.router
+    def _wait(self) -> tuple[int, int] | None:
+        """Wait until there is a request to receive, and return None; or place one that was put aside, and return it.
+
+        Meanwhile workers are given what waits for them.
+        """
+        asking, router, device = self._asking, self._mirror.router, self._device
         while True:
-            ready = router.wait(device, asking.answers)
+            if self._postponed and not self._leadership.alone:
+                return self._place(*self._postponed.popleft())
+            if self._answered:
+                return self._place(*self._answered.popleft())
+            router.attentive = asking is not None or bool(self._postponed)
+            patience = _POSTPONED_PAUSE if self._postponed else None
+            if asking is None:
+                ready = router.wait(device, patience=patience)
+                if not self._postponed or device in ready:
+                    return None
+                continue
+            ready = router.wait(device, asking.answers, patience=patience)
             if asking.answers in ready:
-                asked_first, self._table = self._table, self._at_once
-                for request, taken in asking.answered():
-                    base = self._offset_of(router.slot)
-                    self._arena.memory[base : base + len(request)] = request
-                    router.taken = taken
-                    self._serve(base, len(request))
-                self._table = asked_first
-            if device in ready:
-                return
+                self._answered += asking.answered()
+            elif device in ready:
+                return None
+
+    def _place(self, request: bytes, taken: int) -> tuple[int, int]:
+        """Put a request where one that has just been received would be."""
+        router = self._mirror.router
+        base = self._offset_of(router.slot)
+        self._arena.memory[base : base + len(request)] = request
+        router.taken = taken
+        return base, len(request)
+
+    def _postpone(self, base: int, length: int) -> None:
+        """Put a request aside that could hold up the last thread that serves."""
+        router = self._mirror.router
+        self._postponed.append((self._arena.memory[base : base + length], router.taken))
+        self._mirror.attempts.finished()
+        router.attentive = router.backlog = router.parked = True
+
+    def _close(self) -> None:
+        """Close what is not needed any more. For a large file that was removed, the last close(2) takes long."""
+        closing = self._closing
+        leadership = self._leadership
+        while closing and not (leadership.alone and leadership.leads):
+            with suppress(OSError):  # of a server that is gone; who asked by fsync(2) or close(2) has been told
+                leadership.call(os.close, closing.pop())
 
     def _receive_piped(self, slot: int) -> int:
         """Receive a request through the pipe of *slot*, where a large payload stays."""
         pipes = self._arena.pipes
         assert pipes is not None
-        length = pipes.receive(slot, self._device)
+        length = self._leadership.wait(pipes.receive, slot, self._device)
         buffer = self._arena.buffer(slot)
         taken = pipes.take(slot, buffer[: wire.WRITE_HEADER_SIZE])
         if length > _LARGE and wire.OPCODE.unpack_from(buffer)[1] == Opcode.WRITE:
@@ -208,6 +261,8 @@ class Loop:
         else:
             try:
                 self._table[opcode](base, length)
+            except Postponed:
+                self._postpone(base, length)
             except OSError as error:
                 self._refuse(base, opcode, error.errno or errno.EIO)
             except Exception:
@@ -224,6 +279,8 @@ class Loop:
             row = self._rows[opcode]
             row[NANOSECONDS] += latency
             row[(latency // 1000).bit_length()] += 1
+        if self._closing:
+            self._close()
 
     def _refuse_all(self) -> None:
         """Answer what a dead front had taken and given to nobody with EIO, for nobody else will."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ..arena import Arena
 from ..config import ServeConfig
+from ..leadership import Leadership
 from ..ledger import Ledger
 from ..metrics import Gauge
 from ..negotiation import Capabilities, Feature
@@ -41,6 +42,8 @@ class Mirror:
         features: what was agreed with the kernel; nothing where llfuse runs the loop.
         inodes, handles, attempts, tree, forgetting, files, router, policy, passthrough, setid: see their modules.
         close_can_fail: whether close(2) on the source can report an error of an earlier write.
+        leadership: which thread serves.
+        closing: descriptors that are to be closed when the request at hand is answered, since that may take long.
     """
 
     config: ServeConfig
@@ -56,6 +59,8 @@ class Mirror:
     passthrough: Passthrough
     setid: SetidGuard
     close_can_fail: bool
+    leadership: Leadership
+    closing: list[int]
 
 
 def build_mirror(
@@ -87,16 +92,18 @@ def build_mirror(
     metrics = arena.metrics
     inodes = Inodes(fstatx(root), ledger, births=kind not in STACKED, count=metrics.gauge(Gauge.INODES))
     directories = min(_DIRECTORIES_MOST, limit // _DIRECTORIES_SHARE)
-    anchors = Anchors(inodes, root, directories)
+    leadership = Leadership()
+    closing: list[int] = []
+    anchors = Anchors(inodes, root, directories, leadership, closing)
     payload_pipes = arena.pipes.descriptors if arena.pipes is not None else []
     capacity = limit - directories - _RESERVE - len(pipes) - len(payload_pipes)
     handles = Handles(ledger, arena.generation, capacity, metrics.gauge(Gauge.HANDLES))
-    router = Router(arena, pipes)
+    router = Router(arena, pipes, leadership)
     caller = Caller()
     setid = SetidGuard()
     attempts = Attempts(ledger)
-    privileges = Privileges(setid, caller, handles)
-    tree = Tree(root, inodes, anchors, handles, attempts, caller, setid, privileges)
+    privileges = Privileges(setid, caller, handles, leadership)
+    tree = Tree(root, inodes, anchors, handles, attempts, caller, setid, privileges, leadership)
     features = capabilities.features if capabilities is not None else Feature(0)
     passthrough = Passthrough(device, handles, attempts, caller, setid, Feature.PASSTHROUGH in features)
     collecting = Feature.WRITEBACK_CACHE in features
@@ -108,10 +115,12 @@ def build_mirror(
         attempts=attempts,
         tree=tree,
         forgetting=Forgetting(arena, ledger, tree),
-        files=Files(tree, handles, router, passthrough, privileges, attempts, collecting, device),
+        files=Files(tree, handles, router, passthrough, privileges, attempts, collecting, device, leadership, closing),
         router=router,
         policy=CachePolicy(config, Feature.DIRECT_IO_ALLOW_MMAP in features),
         passthrough=passthrough,
         setid=setid,
         close_can_fail=kind in CLOSE_CAN_FAIL,
+        leadership=leadership,
+        closing=closing,
     )

@@ -94,6 +94,9 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
 
     def _finish(self, opcode: int, number: int) -> None:
         """Count a request that ended with errno *number*, or 0; those that a worker has done are counted by it."""
+        closing = self._mirror.closing
+        while closing:
+            os.close(closing.pop())
         if self._exchange.calls != self._calls:
             return
         self._sheet.finished(opcode, time.monotonic_ns() - self._mirror.router.taken)
@@ -151,6 +154,9 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
                 self._mirror.tree.forget(nodeid, lookups)
             except Exception:
                 _log.exception("forget(%d, %d) failed", nodeid, lookups)
+        closing = self._mirror.closing
+        while closing:
+            os.close(closing.pop())
 
     @_answered
     def mknod(self, parent: int, name: bytes, mode: int, device: int, context: RequestContext) -> EntryAttributes:

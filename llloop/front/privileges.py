@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 from .. import syscalls, wire
 from ..credentials import supplementary_groups
+from ..leadership import Leadership
 from ..privilege import Caller, SetidGuard, has_locking_mark
 from ..syscalls import fstatx
 from .anchors import Reached
@@ -45,9 +46,11 @@ class Privileges:
         setid: has the source clear set-ID bits.
         caller: acts with another group.
         handles: the open files.
+        leadership: which thread serves.
     """
 
-    def __init__(self, setid: SetidGuard, caller: Caller, handles: Handles) -> None:
+    def __init__(self, setid: SetidGuard, caller: Caller, handles: Handles, leadership: Leadership) -> None:
+        self._leadership = leadership
         self._setid = setid
         self._caller = caller
         self._handles = handles
@@ -98,7 +101,8 @@ class Privileges:
         self._stripped = (0, 0)
         if bits:
             self._setid.clear(False)
-            (syscalls.chmod if reached.is_path else os.fchmod)(reached.fd, stat.S_IMODE(attributes.mode) & ~bits)
+            chmod = syscalls.chmod if reached.is_path else os.fchmod
+            self._leadership.call(chmod, reached.fd, stat.S_IMODE(attributes.mode) & ~bits)
 
     def _is_write(self, nodeid: int, valid: int = 0) -> bool:
         """Whether the kernel may be about to write to a file; with FATTR_CTIME a change of the owner is meant."""

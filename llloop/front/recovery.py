@@ -31,7 +31,7 @@ def recover(mirror: Mirror, ledger: Ledger, own: Collection[int]) -> None:
     # Each descriptor that they have left belongs to one record at most. What is opened from now on is this front's: if
     # the keeper has died as well, it gets numbers that records name.
     left = open_descriptors().difference(own)
-    mirror.attempts.find_pin(left)
+    mirror.attempts.find_pins(left)
     mirror.tree.anchors.take_over(mirror.inodes.recover(records), left)
     for record in records:
         if record.kind == HANDLE:
@@ -76,9 +76,8 @@ def settle(mirror: Mirror, delivered: bool) -> None:
         delivered: whether the answer to the last request that the dead front had in hand was sent.
     """
     attempts = mirror.attempts
-    pin = attempts.left_pin
-    # An earlier request may have noted it and closed it, and an open file have its number now.
-    if pin >= 0 and pin not in {*mirror.tree.anchors.pinned(), *mirror.handles.descriptors()}:
+    # An earlier request may have noted one and closed it, and an open file have its number now.
+    for pin in attempts.left_pins.difference(mirror.tree.anchors.pinned(), mirror.handles.descriptors()):
         os.close(pin)
     attempts.settle()
     for nodeid in mirror.inodes.settle(delivered):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import select
+import time
 from collections import deque
 from contextlib import suppress
 from typing import Any, NamedTuple
 
 from ..arena import Arena
+from ..leadership import TICK, Leadership
 from ..protocol import MAX_MESSAGE, PIPED, Operation, decode, decode_answer, encode
 from .handles import Handle
 from .inodes import mix
@@ -63,10 +65,12 @@ class Router:
     Args:
         arena: the shared memory.
         pipes: the write ends of the workers' request pipes, not blocking.
+        leadership: which thread of the front serves.
     """
 
-    def __init__(self, arena: Arena, pipes: list[int]) -> None:
+    def __init__(self, arena: Arena, pipes: list[int], leadership: Leadership | None = None) -> None:
         self.arena = arena
+        self._leadership = leadership or Leadership()
         self._begun = arena.metrics.begun
         self._pipes = pipes
         self._shards = len(pipes)
@@ -212,11 +216,35 @@ class Router:
             return False
         return True
 
-    def wait(self, *sources: int) -> set[int]:
+    def set_aside(self) -> tuple[int, int, bool]:
+        """Return what is known of the request in hand, for `exchange`, and take another slot for the next one."""
+        arena = self.arena
+        slot = self.slot
+        aside = (slot, self.taken, self.parked)
+        self._begun[slot] = self.taken
+        arena.hold(slot)
+        while (free := arena.free_slot()) < 0:  # workers have all others, and give them back
+            time.sleep(TICK)
+        self.slot = free
+        self.parked = False
+        return aside
+
+    def exchange(self, other: tuple[int, int, bool]) -> tuple[int, int, bool]:
+        """Go on with the request that *other* was set aside for; return the same of the one in hand."""
+        mine = (self.slot, self.taken, self.parked)
+        self.slot, self.taken, self.parked = other
+        return mine
+
+    def finished(self) -> None:
+        """Give back the slot of the request in hand, unless a worker has it."""
+        self.arena.let_go(self.slot)
+
+    def wait(self, *sources: int, patience: int | None = None) -> set[int]:
         """Wait for something to read, and meanwhile hand over what waits as soon as there is room for it.
 
         Args:
             sources: the descriptors to read from; /dev/fuse is one.
+            patience: for how many milliseconds at most; None for any time.
 
         Returns:
             Those that are readable, if it was that for which it had to wait.
@@ -234,15 +262,17 @@ class Router:
             poll = select.poll()
             for source in sources:
                 poll.register(source, select.POLLIN)
-            pause = None
+            pause = patience
             for shard, waiting in enumerate(self._waiting):
                 if waiting or (self._parked[shard] and self._full[shard]):
                     poll.register(self._pipes[shard], select.POLLOUT)
                 elif self._parked[shard]:
                     pause = self._pause  # for slots, of which nobody tells when they are free
-            ready = {fd for fd, _ in poll.poll(pause)}
+            ready = {fd for fd, _ in self._leadership.wait(poll.poll, pause)}
             if not ready:
                 self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+                if patience is not None:
+                    return set()
 
 
 class Exchange:

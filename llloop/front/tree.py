@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import NamedTuple, Protocol, TypeVar
 
 from .. import syscalls, wire
+from ..leadership import Leadership
 from ..privilege import Caller, SetidGuard
 from ..syscalls import Attributes, find, fstatx, statx
 from .anchors import Anchors, Reached
@@ -78,6 +79,9 @@ class Tree:
         caller: acts as the requester where something is created.
         setid: decides about set-ID bits.
         privileges: takes from files what a change takes from them.
+        leadership: which thread serves. Every change is made by its `call`: a file system that is frozen lets it wait.
+            What was read before a call may be out of date after it, descriptors included that are not the request's
+            own.
     """
 
     def __init__(
@@ -90,7 +94,10 @@ class Tree:
         caller: Caller,
         setid: SetidGuard,
         privileges: Privileges,
+        leadership: Leadership,
     ) -> None:
+        self._leadership = leadership
+        self._call = leadership.call
         self._root = root
         self.inodes = inodes
         self.anchors = anchors
@@ -121,15 +128,15 @@ class Tree:
 
     def mknod(self, parent: int, name: bytes, mode: int, device: int, who: Requester) -> tuple[int, Attributes]:
         """Make a file, fifo, socket or device (mknod(2)); *device* is as makedev(3) gives it."""
-        return self._make(parent, name, who, lambda directory: os.mknod(name, mode, device, dir_fd=directory))
+        return self._make(parent, name, who, lambda at: self._call(os.mknod, name, mode, device, dir_fd=at))
 
     def mkdir(self, parent: int, name: bytes, mode: int, who: Requester) -> tuple[int, Attributes]:
         """Make a directory (mkdir(2))."""
-        return self._make(parent, name, who, lambda directory: os.mkdir(name, stat.S_IMODE(mode), dir_fd=directory))
+        return self._make(parent, name, who, lambda at: self._call(os.mkdir, name, stat.S_IMODE(mode), dir_fd=at))
 
     def symlink(self, parent: int, name: bytes, target: bytes, who: Requester) -> tuple[int, Attributes]:
         """Make a symlink (symlink(2))."""
-        return self._make(parent, name, who, lambda directory: os.symlink(target, name, dir_fd=directory))
+        return self._make(parent, name, who, lambda at: self._call(os.symlink, target, name, dir_fd=at))
 
     def _make(self, parent: int, name: bytes, who: Requester, make: Callable[[int], None]) -> tuple[int, Attributes]:
         check_name(name)
@@ -146,9 +153,8 @@ class Tree:
 
     def as_requester(self, parent: int, who: Requester, make: Callable[[int], _Made]) -> _Made:
         """Make something in the directory *parent* that belongs to *who*; *make* gets the directory's descriptor."""
-        directory = self.anchors.directory(parent)
         with self._caller(who.uid, who.gid, who.umask):
-            return self._with_room(lambda: make(directory))
+            return self._with_room(lambda: make(self.anchors.directory(parent)))
 
     def _with_room(self, act: Callable[[], _Made], nodeid: int = 0) -> _Made:
         """Do what may take space. If there is none, do it again without the removed files that nobody has open.
@@ -166,34 +172,38 @@ class Tree:
 
     def link(self, nodeid: int, parent: int, name: bytes) -> tuple[int, Attributes]:
         """Give an inode one more name (linkat(2))."""
-        with self._reach(nodeid) as reached:
-            directory = self.anchors.directory(parent)
-            check_name(name)
-            attempt = self._attempts.interrupted()
-            if attempt is None:
-                self._attempts.begin()
-            try:
-                self._with_room(lambda: self._link(reached.fd, nodeid, parent, name), nodeid)
-            except FileExistsError:
-                if attempt is None or not _is_same(statx(directory, name), fstatx(reached.fd)):
-                    raise
-            attributes = fstatx(reached.fd)
+        check_name(name)
+        attempt = self._attempts.interrupted()
+        if attempt is None:
+            self._attempts.begin()
+        try:
+            attributes = self._with_room(lambda: self._link(nodeid, parent, name), nodeid)
+        except FileExistsError:
+            attributes = statx(self.anchors.directory(parent), name)
+            if attempt is None or not _is_same(attributes, self.getattr(nodeid)):
+                raise
         return self.inodes.remember(parent, name, attributes), attributes
 
-    def _link(self, fd: int, nodeid: int, parent: int, name: bytes) -> None:
-        try:
-            _link(fd, self.anchors.directory(parent), name)
-        except OSError as error:
-            if error.errno != errno.EXDEV:
-                raise
-            # One mount is linked to by another: perhaps the inode was found on the new name's mount, too.
-            for old_parent, old_name in self.anchors.places(nodeid):
-                other = self.anchors.open_name(nodeid, old_parent, old_name)
-                if other is not None:
-                    with Reached(other, is_path=True, is_own=True), suppress(OSError):
-                        _link(other, self.anchors.directory(parent), name)
-                        return
-            raise
+    def _link(self, nodeid: int, parent: int, name: bytes) -> Attributes:
+        with self._reach(nodeid) as reached:
+            try:
+                self._call(_link, reached.fd, self.anchors.directory(parent), name)
+            except OSError as error:
+                if error.errno != errno.EXDEV or not self._link_on_mount(nodeid, parent, name):
+                    raise
+            if self._leadership.leads:
+                return fstatx(reached.fd)
+        return statx(self.anchors.directory(parent), name)
+
+    def _link_on_mount(self, nodeid: int, parent: int, name: bytes) -> bool:
+        """Link a file that was found on another mount: perhaps it was found on the new name's mount, too."""
+        for old_parent, old_name in self.anchors.places(nodeid):
+            other = self.anchors.open_name(nodeid, old_parent, old_name)
+            if other is not None:
+                with Reached(other, is_path=True, is_own=True), suppress(OSError):
+                    self._call(_link, other, self.anchors.directory(parent), name)
+                    return True
+        return False
 
     def unlink(self, parent: int, name: bytes) -> None:
         """Remove a name of anything but a directory (unlink(2))."""
@@ -215,7 +225,7 @@ class Tree:
             attributes = fstatx(pin)
             nodeid = self.inodes.known(parent, name, attributes)
             self._attempts.begin(attributes.ino, nodeid or 0, 0, pin, attributes.ino)
-            remove(name, dir_fd=directory)
+            self._call(remove, name, dir_fd=directory)
         except BaseException:
             os.close(pin)
             raise
@@ -262,7 +272,7 @@ class Tree:
                 -1 if victim is None else victim,
                 0 if victim_attributes is None else victim_attributes.ino,
             )
-            self._with_room(lambda: _rename(old_directory, name, new_directory, new_name, flags))
+            self._with_room(lambda: self._rename(parent, name, new_parent, new_name, flags))
         except BaseException:
             if victim is not None:
                 os.close(victim)
@@ -280,6 +290,13 @@ class Tree:
                 self._lost_name(target, new_parent, new_name, victim)
         if moved is not None:
             self.inodes.renamed(moved, (parent, name), (new_parent, new_name))
+
+    def _rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int) -> None:
+        old, new = self.anchors.directory(parent), self.anchors.directory(new_parent)
+        if flags:
+            self._call(syscalls.renameat2, old, name, new, new_name, flags)
+        else:  # the call that every file system knows
+            self._call(os.rename, name, new_name, src_dir_fd=old, dst_dir_fd=new)
 
     @staticmethod
     def _pin_if_there(directory: int, name: bytes) -> int | None:
@@ -308,7 +325,7 @@ class Tree:
         """Return a descriptor that is open for writing; what is open of the file may be so for reading only."""
         handles = self._handles.of_inode(nodeid)
         if handles:
-            fd = os.open(f"/proc/self/fd/{handles[0].descriptor}", _TO_TRUNCATE)
+            fd = self._call(os.open, f"/proc/self/fd/{handles[0].descriptor}", _TO_TRUNCATE)
         else:
             fd, _ = self.anchors.open(nodeid, _TO_TRUNCATE | os.O_NOFOLLOW)
         return Reached(fd, is_path=False, is_own=True)
@@ -322,36 +339,50 @@ class Tree:
             handle: an open file to truncate through, or None.
             who: the caller.
         """
-        truncate = changes.valid & wire.FATTR_SIZE and handle is None
-        with self._reach_to_truncate(nodeid) if truncate else self._reach(nodeid) as reached:
-            if changes.valid & _SETS:
-                self._with_room(lambda: self._apply(reached, changes, handle, who), nodeid)
-            else:
+        if changes.valid & _SETS:
+            attributes = self._with_room(lambda: self._set(nodeid, changes, handle, who), nodeid)
+        else:
+            with self._reach(nodeid) as reached:
                 self._privileges.give_up(reached, nodeid, changes.valid, who)
-            attributes = fstatx(reached.fd)
+            attributes = self.getattr(nodeid)
         for one in self._handles.of_inode(nodeid):
             one.note_mode(attributes)
         return attributes
 
-    def _apply(self, reached: Reached, changes: Changes, handle: int | None, who: Requester) -> None:
-        valid = changes.valid
+    def _set(self, nodeid: int, changes: Changes, handle: int | None, who: Requester) -> Attributes:
+        left = changes.valid
+        while True:
+            truncate = left & wire.FATTR_SIZE and handle is None
+            with self._reach_to_truncate(nodeid) if truncate else self._reach(nodeid) as reached:
+                while left & _SETS:
+                    left &= ~self._apply(reached, left, changes, handle, who)
+                    if not self._leadership.leads:
+                        break
+                else:
+                    return fstatx(reached.fd)
+
+    def _apply(self, reached: Reached, valid: int, changes: Changes, handle: int | None, who: Requester) -> int:
+        """Make the first of the *changes* that *valid* asks for, and return what of *valid* that was."""
         fd = reached.fd
         if valid & (wire.FATTR_UID | wire.FATTR_GID):
             uid = changes.uid if valid & wire.FATTR_UID else -1
             gid = changes.gid if valid & wire.FATTR_GID else -1
             with self._privileges.clearing(fd, who.uid != 0, who):
-                syscalls.chown(fd, uid, gid)
+                self._call(syscalls.chown, fd, uid, gid)
+            return wire.FATTR_UID | wire.FATTR_GID
         if valid & wire.FATTR_MODE:
             self._setid.clear(False)
-            (syscalls.chmod if reached.is_path else os.fchmod)(fd, stat.S_IMODE(changes.mode))
+            self._call(syscalls.chmod if reached.is_path else os.fchmod, fd, stat.S_IMODE(changes.mode))
+            return wire.FATTR_MODE
         if valid & wire.FATTR_SIZE:
             descriptor = fd if handle is None else self._handles.get(handle).descriptor
             with self._privileges.clearing(descriptor, bool(valid & wire.FATTR_KILL_SUIDGID), who):
-                os.ftruncate(descriptor, changes.size)
-        if valid & _TIMES:
-            atime = _time(valid, wire.FATTR_ATIME, wire.FATTR_ATIME_NOW, changes.atime)
-            mtime = _time(valid, wire.FATTR_MTIME, wire.FATTR_MTIME_NOW, changes.mtime)
-            syscalls.utimens(fd, atime, mtime)
+                self._call(os.ftruncate, descriptor, changes.size)
+            return wire.FATTR_SIZE
+        atime = _time(valid, wire.FATTR_ATIME, wire.FATTR_ATIME_NOW, changes.atime)
+        mtime = _time(valid, wire.FATTR_MTIME, wire.FATTR_MTIME_NOW, changes.mtime)
+        self._call(syscalls.utimens, fd, atime, mtime)
+        return _TIMES
 
     def readlink(self, nodeid: int) -> bytes:
         """Return where a symlink points (readlink(2))."""
@@ -377,15 +408,23 @@ class Tree:
             kill_sgid: whether a new access ACL clears the set-group-ID bit.
         """
         self._setid.clear(kill_sgid)
+        attempt = self._attempts.interrupted()
+        exists = bool(flags & os.XATTR_CREATE) and self._has_xattr(nodeid, name)
+        if attempt is None:
+            self._attempts.begin(int(exists))
+        elif exists and not attempt.number:
+            return
+        # The blocks that it takes are the caller's, and the source asks for the caller's group.
+        with self._caller(who.uid, who.gid):
+            self._with_room(lambda: self._setxattr(nodeid, name, value, flags), nodeid)
+
+    def _has_xattr(self, nodeid: int, name: bytes) -> bool:
         with self._reach(nodeid) as reached:
-            attempt = self._attempts.interrupted()
-            if attempt is None:
-                self._attempts.begin(int(bool(flags & os.XATTR_CREATE) and _has_xattr(reached.target, name)))
-            elif flags & os.XATTR_CREATE and not attempt.number and _has_xattr(reached.target, name):
-                return
-            # The blocks that it takes are the caller's, and the source asks for the caller's group.
-            with self._caller(who.uid, who.gid):
-                self._with_room(lambda: os.setxattr(reached.target, name, value, flags), nodeid)
+            return _has_xattr(reached.target, name)
+
+    def _setxattr(self, nodeid: int, name: bytes, value: bytes, flags: int) -> None:
+        with self._reach(nodeid) as reached:
+            self._call(os.setxattr, reached.target, name, value, flags)
 
     def getxattr(self, nodeid: int, name: bytes) -> bytes:
         """Return the value of an extended attribute (getxattr(2))."""
@@ -408,7 +447,7 @@ class Tree:
                 self._attempts.begin(int(_has_xattr(reached.target, name)))
             elif attempt.number and not _has_xattr(reached.target, name):
                 return
-            os.removexattr(reached.target, name)
+            self._call(os.removexattr, reached.target, name)
 
     # What llloop's own requests add
 
@@ -435,14 +474,6 @@ class Tree:
 def _link(fd: int, directory: int, name: bytes) -> None:
     """Give the file behind *fd*, which may be opened with O_PATH, one more name (linkat(2))."""
     os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=directory, follow_symlinks=True)
-
-
-def _rename(old_directory: int, name: bytes, new_directory: int, new_name: bytes, flags: int) -> None:
-    """Rename with RENAME_ flags (renameat2(2)), or without any by the call that every file system knows."""
-    if flags:
-        syscalls.renameat2(old_directory, name, new_directory, new_name, flags)
-    else:
-        os.rename(name, new_name, src_dir_fd=old_directory, dst_dir_fd=new_directory)
 
 
 def _is_same(one: Attributes, other: Attributes) -> bool:

@@ -169,13 +169,15 @@ def descriptors() -> set[int]:
 class Line:
     """One mount: fronts that follow each other on one source, and a socket in the place of /dev/fuse."""
 
-    def __init__(self, path: Path, pipes: list[tuple[int, int]], features: int = 0, **options: Any) -> None:
+    def __init__(
+        self, path: Path, pipes: list[tuple[int, int]], features: int = 0, slots: int = 4, **options: Any
+    ) -> None:
         self.path = path
         path.mkdir()
         self.root = os.open(path, os.O_PATH | os.O_DIRECTORY)
         self.config = ServeConfig(source=str(path), mountpoint="/nowhere", workers=len(pipes), **options)
         self.capabilities = Capabilities(42, Feature.SETXATTR_EXT | Feature.HAS_RESEND | Feature(features))
-        self.arena = Arena(4, 32 * wire.PAGE_SIZE, len(pipes))
+        self.arena = Arena(slots, 32 * wire.PAGE_SIZE, len(pipes))
         self.ledger = Ledger(1 << 10)
         self.pipes = pipes
         self._kernel, self._device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -188,6 +190,14 @@ class Line:
         self.own = descriptors()
         self.front: Front
         self.next_front(Life(None))
+
+    def replace_device(self) -> None:
+        """Put another socket in the device's place: a thread of a dead front that still reads gets the end of it."""
+        kernel, device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        kernel.setblocking(False)
+        with kernel, device:
+            os.dup2(device.fileno(), self._device.fileno(), inheritable=False)
+            os.dup2(kernel.fileno(), self._kernel.fileno(), inheritable=False)
 
     def next_front(self, life: Life) -> None:
         """Start one; it dies of *life*, perhaps before it is ready."""

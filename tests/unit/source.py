@@ -13,7 +13,7 @@ from llloop.front.mirror import Mirror, build_mirror
 from llloop.front.requester import Requester
 from llloop.ledger import Ledger
 from llloop.negotiation import Capabilities, Feature
-from tests.unit.support import close_ledger
+from tests.unit.support import ClosedAtOnce, close_ledger
 
 MYSELF = Requester(os.geteuid(), os.getegid(), 0o022)
 
@@ -34,6 +34,8 @@ class Source:
         self.mirror: Mirror = build_mirror(config, capabilities, arena, self.ledger, writers, self.root, -1)
         self.tree = self.mirror.tree
         self.files = self.mirror.files
+        # Nobody takes up here what a loop does when it has answered.
+        self.tree.anchors._closing = self.files._closing = ClosedAtOnce()
 
     def close(self) -> None:
         for number in list(self.mirror.handles._table):

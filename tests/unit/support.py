@@ -62,6 +62,13 @@ class OwnIdentity(Writer):
         """Change nothing."""
 
 
+class ClosedAtOnce(list[int]):
+    """In the place of the list of what a front closes when it has answered."""
+
+    def append(self, fd: int, /) -> None:
+        os.close(fd)
+
+
 class Device:
     """A file in the place of /dev/fuse: what is written or spliced to it is read back as replies."""
 

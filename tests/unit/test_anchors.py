@@ -11,10 +11,11 @@ import pytest
 
 from llloop.front.anchors import Anchors
 from llloop.front.inodes import ROOT, Inodes
+from llloop.leadership import Leadership
 from llloop.ledger import Ledger
 from llloop.syscalls import Attributes, fstatx, statx
 from tests.expect import fails
-from tests.unit.support import close_ledger, open_descriptors
+from tests.unit.support import ClosedAtOnce, close_ledger, open_descriptors
 
 CAPACITY = 4
 
@@ -27,7 +28,7 @@ class Place:
         self.root = os.open(path, os.O_PATH | os.O_DIRECTORY)
         self.ledger = Ledger(1 << 13)
         self.inodes = Inodes(fstatx(self.root), self.ledger)
-        self.anchors = Anchors(self.inodes, self.root, capacity)
+        self.anchors = Anchors(self.inodes, self.root, capacity, Leadership(), ClosedAtOnce())
 
     def look_up(self, parent: int, name: str) -> int:
         found = statx(self.anchors.directory(parent), name.encode())

@@ -132,13 +132,13 @@ def test_a_pin_counts_only_while_it_is_of_its_file(ledger: Ledger, tmp_path: Pat
         (tmp_path / name).write_text(name)
     pin = os.open(tmp_path / "file", os.O_PATH)
     begun(ledger, pin=pin, victim=os.fstat(pin).st_ino)
-    assert again(ledger, 0).left_pin == pin
+    assert again(ledger, 0).left_pins == {pin}
     other = os.open(tmp_path / "other", os.O_PATH)
     os.dup2(other, pin)
-    assert again(ledger, 0).left_pin == -1
+    assert again(ledger, 0).left_pins == set()
     os.close(pin)
     os.close(other)
-    assert again(ledger, 0).left_pin == -1
+    assert again(ledger, 0).left_pins == set()
 
 
 def test_of_orphans_only_what_is_open_for_data_is_taken_and_the_rest_is_closed(ledger: Ledger, tmp_path: Path) -> None:

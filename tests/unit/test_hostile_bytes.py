@@ -71,7 +71,7 @@ class Front:
             return len(packet)
 
         with mock.patch("os.readv", readv):
-            self.loop.run()
+            self.loop._lead()
         return self.device.take()
 
     def close(self) -> None:

@@ -139,6 +139,7 @@ class Faulty:
     def __init__(self, arena: Arena) -> None:
         self.router = SimpleNamespace(arena=arena, taken=0)
         self.calls = 0
+        self.closing: list[int] = []
 
     def __getattr__(self, name: str) -> Any:
         raise ZeroDivisionError("a fault")

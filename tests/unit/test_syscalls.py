@@ -26,7 +26,7 @@ def test_permissions_change_where_the_newer_call_is_not_to_be_had(
         return -1
 
     monkeypatch.setattr(syscalls, "_chmod_by_descriptor", True)
-    monkeypatch.setattr(syscalls, "_quick_syscall", refuse)
+    monkeypatch.setattr(syscalls, "_syscall", refuse)
     (tmp_path / "file").touch()
     fd = os.open(tmp_path / "file", os.O_PATH)
     try:

@@ -36,6 +36,7 @@ class FileRequests(Responder):
     def __init__(self, mirror: Mirror, device: int) -> None:
         super().__init__(mirror, device)
         self._router = mirror.router
+        self._leadership = mirror.leadership
         self._writeback = Feature.WRITEBACK_CACHE in mirror.features
         arena = mirror.router.arena
         self._view = arena.view
@@ -197,10 +198,13 @@ class FileRequests(Responder):
         """
         write_flags = handle.write_flags
         assert write_flags is not None
+        if self._leadership.alone:  # even with RWF_NOWAIT it waits for a file system that is frozen
+            return False
         self._mirror.setid.clear(bool(flags & KILL_PRIVILEGES))
         watched = _is_watched(handle, flags) and os.fstat(handle.descriptor).st_mode & SETID
         try:
-            count = os.pwritev(handle.descriptor, [self._view[start : start + size]], offset, write_flags)
+            buffers = [self._view[start : start + size]]
+            count = self._leadership.call(os.pwritev, handle.descriptor, buffers, offset, write_flags)
             if watched:
                 expire_attributes(self._device, handle.nodeid)
         except OSError as error:
