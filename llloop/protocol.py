@@ -74,10 +74,10 @@ class Request(NamedTuple):
         length: a length in bytes.
         flags: the flags above.
         uid, gid: the file system ids of who writes, for quotas and reserved blocks.
-        extra: COPY_FILE_RANGE: the source's handle, descriptor and offset; FALLOCATE: the mode; LSEEK: the whence;
-            WRITE: the inode, where the kernel has not asked to clear set-ID bits before; RELEASE: the handles to let go
-            of; RESUME: the numbers of the requests that may still be the worker's; PROBE: the places to look at, each a
-            front's descriptor, or -1 for the source, and a path from there.
+        extra: COPY_FILE_RANGE: the source's handle, descriptor, offset and inode; FALLOCATE: the mode; LSEEK: the
+            whence; WRITE: the inode, where the kernel has not asked to clear set-ID bits before; RELEASE: the handles
+            to let go of; RESUME: the numbers of the requests that may still be the worker's; PROBE: the places to look
+            at, each a front's descriptor, or -1 for the source, and a path from there.
     """
 
     operation: int

@@ -360,11 +360,12 @@ class Transfers:
         self._replies.position(request, os.lseek(self._fd(request), request.offset, request.extra[0]))
 
     def _copy_file_range(self, request: Request) -> None:
-        handle, descriptor, offset = request.extra
+        handle, descriptor, offset, nodeid = request.extra
         self._fd(request)
         source = self._descriptors.get(handle, descriptor)
         self._act_for(request)
         length = min(request.length, _COPY_AT_ONCE)
+        accessed = os.fstat(source).st_atime_ns
         try:
             fd = self._fd(request)
             count = self._persistently(lambda: os.copy_file_range(source, fd, length, offset, request.offset))
@@ -374,6 +375,8 @@ class Transfers:
                 error.errno = errno.EOPNOTSUPP
             raise
         self._sheet.add(Opcode.WRITE, BYTES, count)
+        if os.fstat(source).st_atime_ns != accessed:  # of which the kernel does not think
+            self._replies.expire(nodeid)
         self._finish(request, count)
 
     def _syncfs(self, request: Request) -> None:

@@ -17,7 +17,7 @@ from llloop.arena import Arena
 from llloop.metrics import BYTES, ERRORS, Sheet
 from llloop.privilege import SetidGuard, Writer
 from llloop.protocol import APPEND, DATA_ONLY, KILL_PRIVILEGES, ONCE, Operation, Request, encode
-from llloop.wire import Opcode
+from llloop.wire import FUSE_NOTIFY_INVAL_INODE, Opcode
 from llloop.workers.replies import KernelReplies
 from llloop.workers.transfers import Transfers, opcode_of
 from tests.as_user import Child
@@ -62,6 +62,8 @@ class Bench:
             self.sheet,
         )
         self.unique = 0
+        # The notifications before the last answer.
+        self.told: list[Reply] = []
 
     def open(self, handle: int, content: bytes = b"", flags: int = os.O_RDWR) -> Path:
         path = self.directory / f"file-{handle}"
@@ -87,8 +89,9 @@ class Bench:
         return self.answered(request)
 
     def answered(self, request: Request) -> Reply:
-        reply = self.device.only()
+        *self.told, reply = self.device.take()
         assert reply.unique == request.unique
+        assert not any(notification.unique for notification in self.told), "the request was answered twice"
         assert self.arena.free_slot() == 0, "the slot was not given back"
         return reply
 
@@ -185,11 +188,29 @@ def test_lseek(bench: Bench) -> None:
 
 
 def test_copy_file_range(bench: Bench) -> None:
-    bench.open(1, b"source data")
+    source = bench.open(1, b"source data")
     path = bench.open(2, b"target")
-    reply = bench.do(Operation.COPY_FILE_RANGE, handle=2, offset=3, length=100, extra=(1, 0, 7))
+    os.utime(source, (1, 2))
+    reply = bench.do(Operation.COPY_FILE_RANGE, handle=2, offset=3, length=100, extra=(1, 0, 7, 5))
     assert count_of(reply) == 4
     assert path.read_bytes() == b"tardata"
+    # The kernel knows that the target has changed, but not that the source's access time has.
+    assert [struct.unpack_from("=Q", told.payload)[0] for told in bench.told] == [5] * (source.stat().st_atime != 1)
+    bench.do(Operation.COPY_FILE_RANGE, handle=2, offset=3, length=100, extra=(1, 0, 7, 5))
+    assert bench.told == []
+
+
+def test_the_kernel_hears_of_set_id_bits_before_the_answer(bench: Bench) -> None:
+    """Where it has not asked to clear them: the inode comes with the request then."""
+    path = bench.open(1, b"program")
+    path.chmod(0o4755)
+    bench.do(Operation.WRITE, payload=b"x", extra=(9,))
+    assert [(-told.error, told.payload) for told in bench.told] == [
+        (FUSE_NOTIFY_INVAL_INODE, struct.pack("=Qqq", 9, -1, 0))
+    ]
+    path.chmod(0o755)
+    bench.do(Operation.WRITE, payload=b"x", extra=(9,))
+    assert bench.told == []
 
 
 @pytest.mark.parametrize("number", [errno.EXDEV, errno.ENOSYS])
@@ -203,7 +224,7 @@ def test_a_copy_that_the_source_cannot_do_is_left_to_the_kernel(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "copy_file_range", refuse)
-    assert bench.do(Operation.COPY_FILE_RANGE, handle=2, length=1, extra=(1, 0, 0)).error == errno.EOPNOTSUPP
+    assert bench.do(Operation.COPY_FILE_RANGE, handle=2, length=1, extra=(1, 0, 0, 5)).error == errno.EOPNOTSUPP
 
 
 def test_a_copy_of_more_than_a_reply_can_report_is_cut(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +232,7 @@ def test_a_copy_of_more_than_a_reply_can_report_is_cut(bench: Bench, monkeypatch
     bench.open(2)
     asked = []
     monkeypatch.setattr(os, "copy_file_range", lambda *arguments: asked.append(arguments[2]) or 0)
-    bench.do(Operation.COPY_FILE_RANGE, handle=2, length=2**63, extra=(1, 0, 0))
+    bench.do(Operation.COPY_FILE_RANGE, handle=2, length=2**63, extra=(1, 0, 0, 5))
     assert 0 < asked[0] < 2**32
 
 
@@ -559,7 +580,7 @@ def test_room_that_comes_late_is_waited_for(bench: Bench, monkeypatch: pytest.Mo
     for module, name in ((syscalls, "fallocate"), (os, "copy_file_range"), (os, "pwrite"), (os, "pwritev")):
         _refuse_at_first(monkeypatch, module, name, number)
     assert bench.do(Operation.FALLOCATE, length=9000, extra=(0,)).error == 0
-    assert bench.do(Operation.COPY_FILE_RANGE, length=5000, extra=(2, 0, 0)).error == 0
+    assert bench.do(Operation.COPY_FILE_RANGE, length=5000, extra=(2, 0, 0, 5)).error == 0
     assert bench.do(Operation.WRITE, payload=b"written", offset=20_000).error == 0
     assert bench.do(Operation.WRITE, payload=b"appended", flags=APPEND).error == 0
     content = (bench.directory / "file-1").read_bytes()
