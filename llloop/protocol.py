@@ -44,9 +44,8 @@ BUFFERED = 1 << 3
 CACHED = 1 << 4
 # A WRITE whose payload is not in the slot but in its pipe: see `llloop.payloads`.
 PIPED = 1 << 5
-# What PROBE is to do beyond asking for attributes, which a cache may answer: ask the server, read a directory.
+# What PROBE is to do beyond asking for attributes, which a cache may answer: ask the server.
 SERVER = 1 << 6
-LISTING = 1 << 7
 # READ and WRITE of a file whose size says nothing: each is one system call, for another would get or be something else.
 ONCE = 1 << 8
 # What a worker writes to the front when it has done a PROBE: the request's number.

@@ -12,7 +12,8 @@ import os
 import select
 import struct
 import sys
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -286,20 +287,48 @@ _DIRENT = struct.Struct("=QqHB")
 _getdents64 = _libc.getdents64
 _getdents64.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)
 _getdents64.restype = ctypes.c_ssize_t
-_DIRENT_BUFFER_SIZE = 128 * 1024
-_dirent_buffer = ctypes.create_string_buffer(_DIRENT_BUFFER_SIZE)
+# What is converted at a time; others wait meanwhile.
+_DIRENT_BUFFER_SIZE = 64 * 1024
 
 
-def directory_blocks(fd: int) -> Iterator[bytes]:
-    """Yield all of the open directory *fd* as sequences of ``struct linux_dirent64`` (getdents64(2))."""
-    os.lseek(fd, 0, os.SEEK_SET)
-    while True:
-        length = _getdents64(fd, _dirent_buffer, _DIRENT_BUFFER_SIZE)
+class _Own(threading.local):
+    """A buffer of each thread's own."""
+
+    def __init__(self) -> None:
+        self.buffer = ctypes.create_string_buffer(_DIRENT_BUFFER_SIZE)
+
+
+_own = _Own()
+
+
+def _call(function: Callable[..., int], *arguments: object) -> int:
+    return function(*arguments)
+
+
+class DirectoryBlocks:
+    """An open directory as sequences of ``struct linux_dirent64``, each read when it is asked for (getdents64(2)).
+
+    Args:
+        fd: the directory.
+        position: its cookie (d_off) of the entry behind which to begin, 0 for the start.
+        call: makes the system call.
+    """
+
+    def __init__(self, fd: int, position: int = 0, call: Callable[..., int] = _call) -> None:
+        self._fd = fd
+        self._call = call
+        os.lseek(fd, position, os.SEEK_SET)
+
+    def __iter__(self) -> DirectoryBlocks:
+        return self
+
+    def __next__(self) -> bytes:
+        length = self._call(_getdents64, self._fd, _own.buffer, _DIRENT_BUFFER_SIZE)
         if length < 0:
             raise _raise()
         if length == 0:
-            return
-        yield ctypes.string_at(_dirent_buffer, length)
+            raise StopIteration
+        return ctypes.string_at(_own.buffer, length)
 
 
 def read_directory(fd: int) -> list[DirectoryEntry]:
@@ -308,7 +337,7 @@ def read_directory(fd: int) -> list[DirectoryEntry]:
     append = entries.append
     unpack = _DIRENT.unpack_from
     header = _DIRENT.size
-    for data in directory_blocks(fd):
+    for data in DirectoryBlocks(fd):
         position = 0
         while position < len(data):
             ino, _, record_length, kind = unpack(data, position)

@@ -6,8 +6,8 @@ import logging
 import os
 from contextlib import suppress
 
-from llloop.protocol import LISTING, PROBED, SERVER, Request
-from llloop.syscalls import directory_blocks, file_system_type, fstatx, fstatx_raw
+from llloop.protocol import PROBED, SERVER, Request
+from llloop.syscalls import file_system_type, fstatx, fstatx_raw
 
 from .leases import Leases
 
@@ -58,8 +58,6 @@ class Probes:
             fstatx(base)
             if flags & SERVER:
                 _ask_server(base)
-            elif flags & LISTING:
-                _list(base)
         finally:
             os.close(base)
 
@@ -69,12 +67,3 @@ def _ask_server(fd: int) -> None:
     with suppress(OSError):
         fstatx_raw(fd, 0xFFF, _AT_STATX_FORCE_SYNC)
     file_system_type(fd)
-
-
-def _list(fd: int) -> None:
-    directory = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
-    try:
-        for _ in directory_blocks(directory):
-            pass
-    finally:
-        os.close(directory)

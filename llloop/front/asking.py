@@ -14,7 +14,7 @@ from struct import Struct
 from zlib import crc32
 
 from .. import wire
-from ..protocol import LISTING, PROBED, SERVER, Operation
+from ..protocol import PROBED, SERVER, Operation
 from ..wire import Opcode
 from .handles import Handle
 from .inodes import ROOT, stale
@@ -87,7 +87,7 @@ class Asking:
         self._errands = [Handle(-1, 0, shard, 0) for shard in range(len(mirror.router.arena.metrics.workers))]
         finders: dict[Opcode, Callable[[int, int, int], list[_Place]]] = {
             Opcode.LINK: self._of_link,
-            Opcode.READDIR: self._of_listing,
+            Opcode.READDIR: self._of_inode,
             Opcode.RELEASE: self._of_handle,
         }
         finders |= dict.fromkeys(_NAME_AT, self._of_name)
@@ -117,7 +117,7 @@ class Asking:
         if not places or sum(len(path) for _, path in places) > _LONGEST:
             return False
         unique, nodeid = wire.NODE_REQUEST.unpack_from(self._memory, base)
-        flags = 0 if kind in _BY_CACHE else LISTING if kind is Opcode.READDIR else SERVER
+        flags = 0 if kind in _BY_CACHE else SERVER
         router = self._router
         self._asked[unique] = (self._memory[base : base + length], router.taken)
         # By path, so that all requests on one object wait for the same worker if it hangs, and those on its neighbours
@@ -153,10 +153,6 @@ class Asking:
 
     def _of_inode(self, opcode: int, base: int, end: int) -> list[_Place]:
         return [self._place(self._nodeid(base))]
-
-    def _of_listing(self, opcode: int, base: int, end: int) -> list[_Place]:
-        _, _, offset, _ = wire.READDIR_REQUEST.unpack_from(self._memory, base)
-        return [] if offset else self._of_inode(opcode, base, end)  # the rest is in memory
 
     def _of_handle(self, opcode: int, base: int, end: int) -> list[_Place]:
         """What is closed: where close(2) waits for a server, the worker's does."""

@@ -15,7 +15,7 @@ from llloop.front.asking import Asking
 from llloop.front.inodes import ROOT
 from llloop.front.loop import Loop
 from llloop.ledger import Ledger
-from llloop.protocol import LISTING, PROBED, SERVER, Operation, Request, decode_strictly, encode
+from llloop.protocol import PROBED, SERVER, Operation, Request, decode_strictly, encode
 from llloop.wire import Opcode
 from llloop.workers.leases import Leases
 from llloop.workers.probes import Probes
@@ -133,12 +133,11 @@ def test_a_file_is_closed_by_its_worker_first(front: Front) -> None:
     assert front.places(release) == ((front.mirror.handles.get(number).descriptor, b""),)
 
 
-def test_a_listing_is_read_once(front: Front) -> None:
-    body = (1).to_bytes(8, "little") + bytes(8) + (4096).to_bytes(4, "little") + bytes(12)
-    assert front.ask(request(Opcode.READDIR, front.inner, body))
-    assert front.sent()[0].flags == LISTING
-    later = (1).to_bytes(8, "little") + (3).to_bytes(8, "little") + (4096).to_bytes(4, "little") + bytes(12)
-    assert not front.ask(request(Opcode.READDIR, front.inner, later))
+def test_each_portion_of_a_listing_asks_the_server(front: Front) -> None:
+    for offset in (0, 3):
+        body = (1).to_bytes(8, "little") + offset.to_bytes(8, "little") + (4096).to_bytes(4, "little") + bytes(12)
+        assert front.ask(request(Opcode.READDIR, front.inner, body))
+        assert front.sent()[0].flags == SERVER
 
 
 def test_what_a_cache_does_not_answer_asks_the_server(front: Front) -> None:
@@ -221,7 +220,7 @@ def probe(*places: tuple[int, bytes], flags: int = 0) -> Request:
     return decode_strictly(encode((Operation.PROBE, 7, 0, -1, -1, 0, 0, flags, 0, 0, places)))
 
 
-@pytest.mark.parametrize("flags", [0, SERVER, LISTING])
+@pytest.mark.parametrize("flags", [0, SERVER])
 @pytest.mark.parametrize(
     "path", [b"", b"outer", b"outer/inner/file", b"outer/none", b"none/none", b"outer/inner/file/x"]
 )

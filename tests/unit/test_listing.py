@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import random
 import stat
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llloop import wire
-from llloop.front.native.listing import Listing, name_of
-from llloop.syscalls import directory_blocks, read_directory
+from llloop.front import snapshots
+from llloop.front.native.listing import Listing, Part, name_of
+from llloop.syscalls import DirectoryBlocks, read_directory
+from tests.expect import fails
 
 # struct linux_dirent64 (getdents(2))
 _LINUX_DIRENT = struct.Struct("=QqHB")
@@ -73,9 +78,9 @@ def test_every_entry_comes_once_and_whole(style: str, filler: bytes, size: int) 
         blocks = [block_of(order[start : start + 700], filler) for start in range(0, len(order), 700)]
         listing = Listing(blocks, lambda ino: ino, foreign=False)
         assert all_of(listing, size) == order
-        records = listing.records(1234, 1300, 1 << 20, 128)
-        assert parsed(b"".join(records), 1234) == order[1234:1300]
-        assert [name_of(record) for record in records] == [name for _, _, name in order[1234:1300]]
+        records = listing.records(1234, 1 << 20, 128)
+        assert parsed(b"".join(records), 1234) == order[1234:1400], "what one block has brought"
+        assert [name_of(record) for record in records] == [name for _, _, name in order[1234:1400]]
 
 
 @pytest.mark.parametrize("style", NAMES)
@@ -89,7 +94,7 @@ def test_as_the_kernel_lists(style: str, tmp_path: Path) -> None:
     fd = os.open(tmp_path, os.O_RDONLY)
     try:
         expected = read_directory(fd)
-        assert all_of(Listing(directory_blocks(fd), lambda ino: ino, foreign=False), 4096) == expected
+        assert all_of(Listing(DirectoryBlocks(fd), lambda ino: ino, foreign=False), 4096) == expected
     finally:
         os.close(fd)
     assert {kind for _, kind, _ in expected} == {stat.S_IFREG >> 12, stat.S_IFDIR >> 12}
@@ -106,12 +111,71 @@ def test_numbers_are_those_of_the_mount(foreign: bool) -> None:
 
 def test_as_many_entries_as_fit_with_what_goes_along() -> None:
     listing = Listing([block_of([(n, 8, b"%08d" % n) for n in range(1, 41)])], lambda ino: ino, foreign=False)
-    assert len(listing.records(0, 40, 10 * 160, 128)) == 10
-    assert len(listing.records(0, 40, 10 * 160 - 1, 128)) == 9
-    assert len(listing.records(35, 40, 10 * 160, 128)) == 5
-    assert listing.records(40, 40, 10 * 160, 128) == []
+    assert len(listing.records(0, 10 * 160, 128)) == 10
+    assert len(listing.records(0, 10 * 160 - 1, 128)) == 9
+    assert len(listing.records(35, 10 * 160, 128)) == 5
+    assert listing.records(40, 10 * 160, 128) == []
 
 
 def test_an_empty_listing_and_a_cookie_behind_its_end() -> None:
     assert Listing([], lambda ino: ino, foreign=False).fitting(0, 4096) == (b"", 0)
     assert Listing([block_of([(5, 4, b".")])], lambda ino: ino, foreign=False).fitting(9, 4096) == (b"", 9)
+
+
+def numbered(start: int, end: int) -> list[Entry]:
+    return [(n, 8, b"%08d" % n) for n in range(start, end)]
+
+
+def test_no_more_is_read_than_is_asked_for() -> None:
+    taken = []
+
+    def blocks() -> Iterator[bytes]:
+        for start in range(1, 1001, 100):
+            taken.append(start)
+            yield block_of(numbered(start, start + 100))
+
+    listing = Listing(blocks(), lambda ino: ino, foreign=False)
+    assert taken == []
+    assert parsed(listing.fitting(0, 4096)[0]) == numbered(1, 101)
+    assert taken == [1]
+    assert parsed(listing.fitting(99, 4096)[0], 99) == numbered(100, 101)
+    assert taken == [1], "the rest of a part is no reason to read on"
+    assert len(listing.records(100, 4096, 0)) == 100
+    assert taken == [1, 101]
+    assert parsed(listing.fitting(50, 4096)[0], 50) == numbered(51, 101), "seekdir(3) leads back"
+    assert not listing.complete
+
+
+def test_a_listing_goes_on_behind_what_was_saved() -> None:
+    first = Listing([block_of(numbered(1, 101))], lambda ino: ino, foreign=False)
+    first.fitting(0, 4096)
+    assert first.position == 99 * 7, "the directory's own cookie of the last entry"
+    snapshot = snapshots.make()
+    try:
+        assert snapshots.load(snapshot) == (b"", 0)
+        snapshots.append(snapshot, first.parts[0].data, first.position)
+        os.pwrite(snapshot, b"what a front was about to add when it died", os.fstat(snapshot).st_size)
+        data, position = snapshots.load(snapshot)
+    finally:
+        os.close(snapshot)
+    assert position == 99 * 7
+    rest = [block_of(numbered(101, 151))]
+    second = Listing(rest, lambda ino: ino, foreign=False, first=Part.restored(data))
+    assert all_of(second, 1000) == numbered(1, 151)
+
+
+def test_what_fails_once_is_tried_again(tmp_path: Path) -> None:
+    fd = os.open(tmp_path, os.O_RDONLY)
+    failures = [-1]
+
+    def fail_once(*arguments: Any) -> int:
+        ctypes.set_errno(errno.EIO)
+        return failures.pop() if failures else arguments[0](*arguments[1:])
+
+    try:
+        listing = Listing(DirectoryBlocks(fd, 0, fail_once), lambda ino: ino, foreign=False)
+        with fails(errno.EIO):
+            listing.fitting(0, 4096)
+        assert len(all_of(listing, 4096)) == 2
+    finally:
+        os.close(fd)

@@ -146,6 +146,25 @@ def test_a_listing_goes_on_where_it_was(line: Line) -> None:
     assert line.extra_descriptors() == set()
 
 
+def test_a_large_directory_is_read_in_portions_by_several_fronts(line: Line) -> None:
+    names = {b"name-%06d" % number for number in range(6000)}
+    for name in names:
+        (line.path / os.fsdecode(name)).touch()
+    handle = line.open(ROOT, os.O_DIRECTORY)
+    found: list[bytes] = []
+    while more := listing(line, handle, len(found), 65536):
+        found += more
+        for name in more[:10]:
+            if name not in (b".", b".."):
+                (line.path / os.fsdecode(name)).unlink()
+        line.take_up()
+    assert len(found) == len(set(found))
+    assert set(found) == names | {b".", b".."}
+    release(line, handle)
+    line.mirror.tree.anchors.shrink()
+    assert line.extra_descriptors() == set()
+
+
 @pytest.mark.parametrize("instead", [None, "other"])
 def test_a_descriptor_that_is_lost_is_opened_again(line: Line, instead: str | None) -> None:
     """So it is where the keeper died together with the front."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 from itertools import chain
 
 from ... import wire
-from ...syscalls import StatxTable, directory_blocks, fstatx
+from ...syscalls import DirectoryBlocks, StatxTable, fstatx
 from ..handles import Handle
 from ..inodes import ROOT
 from ..mirror import Mirror
-from ..snapshots import load, save
+from ..snapshots import append, load, make
 from .base import Responder
 from .entries import entries
-from .listing import Listing, name_of, number_of
+from .listing import Listing, Part, name_of, number_of
 from .recent import RecentLookups
 
 _NO_ENTRY = bytes(wire.ENTRY.size)
@@ -55,20 +55,25 @@ class DirectoryRequests(Responder):
         self._send(wire.error_reply(unique, 0))
 
     def _listing(self, handle: Handle, number: int, offset: int) -> Listing:
-        """Return a directory's entries as they were when it was first read, or read from its start (rewinddir(3))."""
+        """Return what was read of a directory since it was opened, or since its start was asked for (rewinddir(3))."""
         listing = self._listings.get(number)
-        if listing is None and offset and handle.snapshot >= 0:
-            listing = self._listings[number] = Listing.restored(load(handle.snapshot))
         if listing is None or offset == 0:
+            first, position = None, 0
             if handle.snapshot >= 0:
-                self._handles.note_snapshot(handle, -1)
+                if offset:
+                    data, position = load(handle.snapshot)
+                    first = Part.restored(data)
+                else:
+                    self._handles.note_snapshot(handle, -1)
             device = self._inodes.get(handle.nodeid).device
             inodes = self._inodes
             listing = self._listings[number] = Listing(
-                directory_blocks(handle.descriptor),
+                DirectoryBlocks(handle.descriptor, position, self._mirror.leadership.call_anyway),
                 lambda ino: inodes.shown(device, ino),
                 foreign=device != self._device_of_root,
+                first=first,
             )
+            listing.saved = len(listing.parts)
         return listing
 
     def _keep_for_next_front(self, handle: Handle, listing: Listing, cookie: int) -> None:
@@ -81,8 +86,13 @@ class DirectoryRequests(Responder):
             listing: its entries.
             cookie: how many of them the reader has when it gets the answer at hand.
         """
-        if 0 < cookie < len(listing) and handle.snapshot < 0:
-            self._handles.note_snapshot(handle, save(listing.data))
+        parts = listing.parts
+        if cookie and listing.saved < len(parts) and not (listing.complete and cookie == len(listing)):
+            snapshot = handle.snapshot if handle.snapshot >= 0 else make()
+            append(snapshot, b"".join(part.data for part in parts[listing.saved :]), listing.position)
+            listing.saved = len(parts)
+            if handle.snapshot < 0:
+                self._handles.note_snapshot(handle, snapshot)
 
     def readdir(self, base: int, length: int) -> None:
         """FUSE_READDIR: as many entries as fit, from the cookie on, which is the number of entries already had."""
@@ -98,10 +108,9 @@ class DirectoryRequests(Responder):
         unique, number, offset, size = wire.READDIR_REQUEST.unpack_from(self._memory, base)
         handle = self._handles.get(number)
         listing = self._listing(handle, number, offset)
-        end = len(listing)
-        if offset == 0 and end > _LARGE:
-            end = _SAMPLE
-        records = listing.records(offset, end, size, wire.ENTRY.size)
+        records = listing.records(offset, size, wire.ENTRY.size)
+        if offset == 0 and len(listing) > _LARGE:
+            del records[_SAMPLE:]
         self._keep_for_next_front(handle, listing, offset + len(records))
         looked_up, found = self._look_up(handle, records, len(listing)) if records else ([], [])
         if self._send(wire.reply(unique, b"".join(chain.from_iterable(zip(found, records, strict=True))))):
@@ -117,7 +126,7 @@ class DirectoryRequests(Responder):
         Args:
             handle: the directory.
             records: the part of its listing.
-            among: how many entries the whole has.
+            among: how many entries of the whole are known.
 
         Returns:
             The numbers of what was found, and ``struct fuse_entry_out`` for each record; nothing but zeros if the

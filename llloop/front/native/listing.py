@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from struct import Struct
 
 from ... import wire
 
 _HEAD = Struct("=8s8xHB")  # struct linux_dirent64: d_ino, d_reclen, d_type; then the name and a NUL
+_OFFSET = Struct("=8xQ")  # d_off
 _NAME = 19
 _WORD = 8
 _DIRENT = Struct("=8sQII")  # wire.DIRENT with the number as it lies in memory
@@ -29,47 +30,92 @@ _ALIKE = 4
 _WORTHWHILE = 24
 
 
-class Listing:
-    """A snapshot of a directory. An entry's cookie is its position, counted from one.
+class Part:
+    """Entries that follow each other in a listing.
 
     Attributes:
-        data: all entries as ``struct fuse_dirent``.
-
-    Args:
-        blocks: what getdents64(2) returned, call by call.
-        shown: gives the number that the mount shows for a number of the source.
-        foreign: whether `shown` has something to say about any entry, not about "." and ".." only.
+        data: these entries as ``struct fuse_dirent``.
+        before: how many entries come before them.
+        ends: where each of them ends in *data*; first, where they begin.
     """
 
-    def __init__(self, blocks: Iterable[bytes], shown: Callable[[int], int], *, foreign: bool) -> None:
-        self._records: list[bytes | bytearray] = []
-        self._ends = [0]
-        self._shown = shown
-        for block in blocks:
-            self._convert(block, foreign)
-        self.data = b"".join(self._records)
-        self._records = []
+    __slots__ = ("before", "data", "ends")
+
+    def __init__(self, data: bytes, before: int, ends: Sequence[int]) -> None:
+        self.data = data
+        self.before = before
+        self.ends = ends
 
     @classmethod
-    def restored(cls, data: bytes) -> Listing:
-        """Return the listing whose `data` were saved."""
-        listing = cls((), lambda number: number, foreign=False)
+    def restored(cls, data: bytes) -> Part:
+        """Return the first part of a listing from its `data`."""
+        ends = array("I", (0,))
         position = 0
         while position < len(data):
             _, _, length, _ = wire.DIRENT.unpack_from(data, position)
             position += wire.DIRENT.size + length + len(_PADDING[length & 7])
-            listing._ends.append(position)
-        listing.data = data
-        return listing
+            ends.append(position)
+        return cls(data, 0, ends)
 
     def __len__(self) -> int:
-        return len(self._ends) - 1
+        return len(self.ends) - 1
 
-    def _convert(self, block: bytes, foreign: bool) -> None:
+
+class Listing:
+    """What was read of an open directory so far. An entry's cookie is its position, counted from one.
+
+    It is read as far as somebody asks for, so that a large directory keeps nobody else waiting for long.
+
+    Attributes:
+        parts: what was read, one part for each block.
+        complete: whether there is no more to be read.
+        position: the directory's own cookie (d_off) of the last entry that was read, from where reading goes on.
+        saved: how many of the parts the next front would find.
+
+    Args:
+        blocks: what getdents64(2) returns, call by call.
+        shown: gives the number that the mount shows for a number of the source.
+        foreign: whether `shown` has something to say about any entry, not about "." and ".." only.
+        first: what was read before, by a front that is gone.
+    """
+
+    def __init__(
+        self, blocks: Iterable[bytes], shown: Callable[[int], int], *, foreign: bool, first: Part | None = None
+    ) -> None:
+        self._blocks = iter(blocks)
+        self._shown = shown
+        self._foreign = foreign
+        self.parts = [first] if first else []
+        self._befores = [part.before for part in self.parts]
+        self._count = len(first) if first else 0
+        self.complete = False
+        self.position = 0
+        self.saved = 0
+
+    def __len__(self) -> int:
+        """How many entries were read."""
+        return self._count
+
+    def _reach(self, offset: int) -> Part | None:
+        """Return the part with the entry after the first *offset* ones, or None if there are no more."""
+        while offset >= self._count:
+            block = None if self.complete else next(self._blocks, None)
+            if block is None:
+                self.complete = True
+                return None
+            part = self._converted(block)
+            self._befores.append(self._count)
+            self.parts.append(part)
+            self._count += len(part)
+        return self.parts[bisect_right(self._befores, offset) - 1]
+
+    def _converted(self, block: bytes) -> Part:
         head, pack, index = _HEAD.unpack_from, _DIRENT.pack, block.index
-        records, ends = self._records, self._ends
-        position, end, cookie, total = 0, len(block), len(ends), ends[-1]
-        last = alike = 0
+        foreign, shown = self._foreign, self._shown
+        records: list[bytes | bytearray] = []
+        ends = array("I", (0,))
+        position, end, cookie, total = 0, len(block), self._count + 1, 0
+        last = alike = previous = 0
         while position < end:
             number, stride, kind = head(block, position)
             start = position + _NAME
@@ -82,41 +128,48 @@ class Listing:
                 if count >= _WORTHWHILE:
                     run, size = _columns(block, position, stride, length, count, cookie)
                     records.append(run)
-                    ends += range(total + size, total + size * count + 1, size)
+                    ends.extend(range(total + size, total + size * count + 1, size))
                     total = ends[-1]
                     cookie += count
+                    previous = position + stride * (count - 1)
                     position += stride * count
                     alike = 0
                     continue
             name = block[start : start + length]
             if foreign or name in _DOTS:
-                number = _NUMBER.pack(self._shown(*_NUMBER.unpack(number)))
+                number = _NUMBER.pack(shown(*_NUMBER.unpack(number)))
             record = pack(number, cookie, length, kind) + name + _PADDING[length & 7]
             records.append(record)
             total += len(record)
             ends.append(total)
             cookie += 1
+            previous = position
             position += stride
+        (self.position,) = _OFFSET.unpack_from(block, previous)
+        return Part(b"".join(records), self._count, ends)
 
     def fitting(self, offset: int, size: int) -> tuple[bytes, int]:
-        """Return as many entries after the first *offset* ones as fit into *size* bytes, and the last one's cookie."""
-        ends = self._ends
-        if offset >= len(ends):
+        """Return entries after the first *offset* ones, at most *size* bytes of them, and the last one's cookie."""
+        part = self._reach(offset)
+        if part is None:
             return b"", offset
-        start = ends[offset]
-        cookie = bisect_right(ends, start + size, offset) - 1
-        return self.data[start : ends[cookie]], cookie
+        ends = part.ends
+        start = ends[offset - part.before]
+        last = bisect_right(ends, start + size, offset - part.before) - 1
+        return part.data[start : ends[last]], part.before + last
 
-    def records(self, offset: int, end: int, size: int, each: int) -> list[bytes]:
-        """Return ``struct fuse_dirent`` of as many entries as fit into *size* bytes.
+    def records(self, offset: int, size: int, each: int) -> list[bytes]:
+        """Return ``struct fuse_dirent`` of entries that fit into *size* bytes.
 
         Args:
             offset: how many entries are passed over.
-            end: behind which no more are returned.
             size: in bytes.
             each: what goes along with each entry, in bytes.
         """
-        data, ends = self.data, self._ends[offset : end + 1]
+        part = self._reach(offset)
+        if part is None:
+            return []
+        data, ends = part.data, part.ends[offset - part.before :]
         records = []
         for start, following in pairwise(ends):
             size -= following - start + each
