@@ -92,7 +92,8 @@ class Privileges:
             has_locking_mark(attributes.mode) and (who.uid == 0 or _is_member(who, attributes.gid))
         ):
             bits |= stat.S_ISGID
-        if self._is_write(nodeid, valid):
+        is_write = self._is_write(nodeid, valid)
+        if is_write:
             # Before it writes for who has CAP_FSETID, the kernel sends it only because of capabilities.
             if who.uid == 0 and self._stripped == (nodeid, who.pid):
                 bits = 0
@@ -102,7 +103,13 @@ class Privileges:
         if bits:
             self._setid.clear(False)
             chmod = syscalls.chmod if reached.is_path else os.fchmod
-            self._leadership.call(chmod, reached.fd, stat.S_IMODE(attributes.mode) & ~bits)
+            try:
+                self._leadership.call(chmod, reached.fd, stat.S_IMODE(attributes.mode) & ~bits)
+            except PermissionError:  # this process may only write to the file
+                if not is_write:
+                    raise
+                for handle in self._handles.of_inode(nodeid):
+                    handle.uncached = True  # so the write clears the bits, and the kernel is told then
 
     def _is_write(self, nodeid: int, valid: int = 0) -> bool:
         """Whether the kernel may be about to write to a file; with FATTR_CTIME a change of the owner is meant."""
