@@ -2,8 +2,23 @@
 
 A *slot* is where one request lies from the moment the front reads it off /dev/fuse: its header
 and payload, so that a WRITE reaches its worker without being copied. Lending a slot to a worker
-also keeps the message that was sent about it, so that a request lives on when its worker dies:
-the successor finds the slot still lent to its shard and does the work again.
+also keeps the message that was sent about it, so that a request lives on when its worker dies.
+
+Each process may die at any moment. That a request is done once, and never after newer ones, rests on these rules:
+
+* A slot goes through these states, each entered by one store: *lent* to a shard by the front; *begun* and *done* by
+  the worker (`stages`, `results`; done is noted before the answer is sent); *given back* by the worker.
+* From lent to given back, only the worker of that shard does the request, even if the kernel sends it again. A worker's
+  successor is started when the dead one has ended, so there is never more than one.
+* The worker gives a slot back when the kernel has taken the answer, and not before. Whatever is still in a pipe about
+  it then is recognised by the request's number, which the kernel does not use twice, and dropped.
+* When a front has died, the kernel sends again what has no answer, under a number with one more bit, and takes
+  no answer under the old number any more. The next front looks for a slot in which that request is lent. If there is
+  one, it *claims* it: it notes the new number (`numbers`), then that it has done so (`claims`), and reminds the worker,
+  which answers under the new number. The request is not served anew.
+* An answer that the kernel does not take was either given before (by a worker that died before it gave the slot back),
+  or the request is being sent again. `settled` tells: as soon as the present front has noted that all that is sent
+  again has come, a slot that it has not claimed was answered before.
 
 The memory is one anonymous shared ``mmap``, made before the first fork. No mutex guards it:
 each byte has one writer at a time. The front marks a slot as lent (last, when all else is in
@@ -56,11 +71,10 @@ class Arena:
         self.slots = slots
         self.payload_size = payload
         pages = wire.PAGE_SIZE
-        # states, stages: a byte per slot; results, touched: eight
+        # states, stages: a byte per slot; results, written, numbers, claims, touched: eight
         results = (2 * slots + 7) & ~7
-        touched = results + 8 * slots
-        front = touched + 8 * slots
-        self._landing = (front + 24 + pages - 1) // pages * pages
+        written, numbers, claims, touched, front = (results + 8 * slots * place for place in range(1, 6))
+        self._landing = (front + 32 + pages - 1) // pages * pages
         first = self._landing + payload
         # The payload is page-aligned, which O_DIRECT needs; the record lies in the page before it, ahead of the header.
         self._stride = pages + payload
@@ -71,11 +85,15 @@ class Arena:
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
         self.states = self.view[:slots]
         self.stages = self.view[slots : 2 * slots]
-        self.results = self.view[results:touched].cast("q")
+        self.results = self.view[results:written].cast("q")
+        self.written = self.view[written:numbers].cast("q")
+        # Under which number the kernel waits for the answer, and which front has noted that last, as a `generation`.
+        self.numbers = self.view[numbers:claims].cast("Q")
+        self.claims = self.view[claims:touched].cast("Q")
         # How many bytes of each slot's payload the front receives in place; what lies behind them lands elsewhere.
         self.touched = self.view[touched:front].cast("Q")
         self.metrics = Metrics(shards, slots)
-        self._front = self.view[front : front + 24].cast("q")
+        self._front = self.view[front : front + 32].cast("q")
         self.receive_buffers: list[list[memoryview]] = []
         self._receive_by_landing()
         self.pipes: PayloadPipes | None = None
@@ -99,8 +117,17 @@ class Arena:
 
     @property
     def generation(self) -> int:
-        """How many fronts there have been; each has to be asked afresh for descriptors."""
+        """How many fronts have taken over; each has to be asked afresh for descriptors."""
         return self._front[1]
+
+    @property
+    def settled(self) -> bool:
+        """Whether all that the kernel sends again has come to the present front."""
+        return self._front[3] == self._front[1]
+
+    def settle(self) -> None:
+        """Note that all that the kernel sends again has come."""
+        self._front[3] = self._front[1]
 
     @property
     def front_started(self) -> int:
@@ -189,14 +216,27 @@ class Arena:
         """Return the lowest free slot, which is the one most likely still in a cache, or -1."""
         return self.memory.find(_FREE, 0, self.slots)
 
-    def lend(self, slot: int, shard: int, message: bytes) -> None:
-        """Lend *slot* to the worker of *shard*, with the *message* that tells it what to do."""
+    def lend(self, slot: int, shard: int, message: bytes, unique: int = 0) -> None:
+        """Lend *slot* to the worker of *shard*.
+
+        Args:
+            slot: the slot.
+            shard: the worker's.
+            message: tells it what to do.
+            unique: the number under which the kernel waits for the answer.
+        """
         start = self._records + slot * self._stride
         memory = self.memory
         memory[start + 2 : start + 2 + len(message)] = message
         _LENGTH.pack_into(memory, start, len(message))
+        self.numbers[slot] = unique
         self.stages[slot] = 0
         self.states[slot] = shard + 1
+
+    def claim(self, slot: int, unique: int) -> None:
+        """Note that the kernel has sent the request in *slot* again, and waits for the answer under this number."""
+        self.numbers[slot] = unique
+        self.claims[slot] = self.generation
 
     def give_back(self, slot: int) -> None:
         """Mark *slot* as free."""
@@ -241,12 +281,12 @@ class Arena:
         while buffer:
             buffer = buffer[self.pipes.take(slot, buffer) :]
 
+    def message(self, slot: int) -> bytes:
+        """Return the message about a lent *slot*."""
+        start = self._records + slot * self._stride
+        (length,) = _LENGTH.unpack_from(self.memory, start)
+        return self.memory[start + 2 : start + 2 + length]
+
     def lent_to(self, shard: int) -> list[tuple[int, bytes]]:
         """Return the slots lent to *shard*, each with its message."""
-        found = []
-        for slot, state in enumerate(bytes(self.states)):
-            if state == shard + 1:
-                start = self._records + slot * self._stride
-                (length,) = _LENGTH.unpack_from(self.memory, start)
-                found.append((slot, self.memory[start + 2 : start + 2 + length]))
-        return found
+        return [(slot, self.message(slot)) for slot, state in enumerate(bytes(self.states)) if state == shard + 1]

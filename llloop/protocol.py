@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import msgpack
 
+from .syscalls import Attributes
+
 MAX_MESSAGE = 4096  # PIPE_BUF (pipe(7)): the longest packet that is written whole
 
 
@@ -52,6 +54,8 @@ ONCE = 1 << 8
 PROBED = Struct("=Q")
 
 
+_ALL_BITS = (1 << 64) - 1
+
 # Handle numbers of one front: more than can be opened in a lifetime, so that no two fronts of a mount share any.
 HANDLES_PER_FRONT = 1 << 40
 
@@ -73,10 +77,11 @@ class Request(NamedTuple):
         length: a length in bytes.
         flags: the flags above.
         uid, gid: the file system ids of who writes, for quotas and reserved blocks.
-        extra: COPY_FILE_RANGE: the source's handle, descriptor, offset and inode; FALLOCATE: the mode; LSEEK: the
-            whence; WRITE: the inode, where the kernel has not asked to clear set-ID bits before; RELEASE: the handles
-            to let go of; RESUME: the numbers of the requests that may still be the worker's; PROBE: the places to look
-            at, each a front's descriptor, or -1 for the source, and a path from there.
+        extra: COPY_FILE_RANGE: the source's handle, descriptor, offset, inode and identity; FALLOCATE: the mode; LSEEK:
+            the whence; WRITE: the inode, where the kernel has not asked to clear set-ID bits before; RELEASE: the
+            handles to let go of; RESUME: the numbers of the requests that may still be the worker's; PROBE: the places
+            to look at, each a front's descriptor, or -1 for the source, and a path from there.
+        file: the identity of the file, see `identity_of`.
     """
 
     operation: int
@@ -90,6 +95,12 @@ class Request(NamedTuple):
     uid: int = 0
     gid: int = 0
     extra: tuple[Any, ...] = ()
+    file: int = 0
+
+
+def identity_of(attributes: Attributes) -> int:
+    """Return 64 bits that tell a file from others, whatever descriptor it is seen through; 0 stands for any."""
+    return hash((attributes.ino, attributes.device, attributes.btime, attributes.btime_nsec)) & _ALL_BITS
 
 
 _packer = msgpack.Packer(use_bin_type=True)
@@ -103,9 +114,9 @@ def decode(data: bytes) -> Request:
         Malformed: *data* is not a request. That its fields are numbers is left to their use, for this is the hot path.
     """
     fields = _unpack(data)
-    if type(fields) is not tuple or not 5 <= len(fields) <= 11:
+    if type(fields) is not tuple or not 5 <= len(fields) <= 12:
         raise Malformed("not a request")
-    return Request._make(fields) if len(fields) == 11 else Request(*fields)
+    return Request._make(fields) if len(fields) == 12 else Request(*fields)
 
 
 def decode_strictly(data: bytes) -> Request:
@@ -115,14 +126,14 @@ def decode_strictly(data: bytes) -> Request:
         Malformed: *data* is not a request.
     """
     request = decode(data)
-    *numbers, extra = request
+    *numbers, extra, file = request
     if type(extra) is not tuple:
         raise Malformed("a field is no list")
     if request.operation == Operation.PROBE:
         if not all(type(place) is tuple and [type(field) for field in place] == [int, bytes] for place in extra):
             raise Malformed("a field is no place")
         extra = ()
-    if not all(type(field) is int for field in (*numbers, *extra)):
+    if not all(type(field) is int for field in (*numbers, *extra, file)):
         raise Malformed("a field is no number")
     return request
 

@@ -9,7 +9,8 @@ from contextlib import suppress
 
 from llloop.arena import Arena
 from llloop.pidfds import open_process
-from llloop.syscalls import is_readable, pidfd_getfd
+from llloop.protocol import identity_of
+from llloop.syscalls import fstatx, is_readable, pidfd_getfd
 
 # How long to wait for another front, in seconds, and between two looks.
 _LONGEST_ABSENCE = 30.0
@@ -44,21 +45,26 @@ class Leases:
     def __len__(self) -> int:
         return len(self._held)
 
-    def get(self, handle: int, descriptor: int) -> int:
+    def get(self, handle: int, descriptor: int, file: int = 0) -> int:
         """Return this process's own descriptor of an open file.
 
         Args:
             handle: the number of the open file.
             descriptor: the front's descriptor of it, open as long as a request for it is unanswered.
+            file: the identity of the file.
 
         Raises:
-            OSError: it could not be pulled.
+            OSError: it could not be pulled; EBADF if the front has another file open as *descriptor*.
         """
         if self._generation != self._arena.generation:
             self._start_over()
         fd = self._held.get(handle)
         if fd is None:
-            fd = self._held[handle] = self._pull(descriptor)
+            fd = self._pull(descriptor)
+            if file and identity_of(fstatx(fd)) != file:  # the file is lost: front and keeper have died together
+                os.close(fd)
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+            self._held[handle] = fd
         return fd
 
     def borrow(self, descriptor: int) -> int:

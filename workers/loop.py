@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from llloop.arena import Arena
 from llloop.metrics import Sheet
 from llloop.protocol import MAX_MESSAGE, Malformed, Operation, Request, decode, decode_strictly
+from llloop.wire import FUSE_UNIQUE_RESEND as RESENT
 
 from .transfers import Transfers, opcode_of
 
@@ -37,19 +38,20 @@ class Worker:
         self._pipe = pipe
         self._transfers = transfers
         self._sheet = sheet
-        # Requests done by `recover` whose messages may still lie in the pipe.
-        self._recovered: set[int] = set()
 
     def recover(self) -> None:
         """Do what a worker before this one had taken off the pipe, or may have, but not answered."""
         for request in self._lent():
-            self._recovered.add(request.unique)
             self._resume(request)
 
     def _lent(self) -> list[Request]:
-        """Return the requests in the slots that are lent to this shard, the older first."""
+        """Return the requests in the slots that are lent to this shard: the one that was begun, then the older first.
+
+        Nothing else is done while one is begun: how far it had come shows in the state of its open file.
+        """
+        arena = self._arena
         requests = []
-        for slot, message in self._arena.lent_to(self._shard):
+        for slot, message in arena.lent_to(self._shard):
             try:
                 request = decode_strictly(message)
                 if request.slot != slot or request.operation == Operation.RELEASE:
@@ -57,8 +59,8 @@ class Worker:
                 requests.append(request)
             except Malformed as error:
                 _log.error("a lent slot holds no request: %s", error)
-                self._arena.give_back(slot)
-        return sorted(requests, key=_by_age)
+                arena.give_back(slot)
+        return sorted(requests, key=lambda request: (not arena.stages[request.slot], request.unique & ~RESENT))
 
     def _resume(self, request: Request) -> None:
         """Do what a worker, or a front, before this one has left."""
@@ -68,13 +70,14 @@ class Worker:
         except _SENSELESS as error:
             _log.error("a lent slot's request makes no sense: %s", error)
             self._arena.give_back(request.slot)
-        if request.operation != Operation.PROBE:
+        if request.operation != Operation.PROBE and self._arena.states[request.slot] != self._shard + 1:
             self._sheet.finished(opcode_of(request), time.monotonic_ns() - begun)
 
     def _resume_all(self, uniques: Sequence[int]) -> None:
-        """Do what a dead front had lent and may not have told of; what it told of came before this and is done."""
+        """Do those of the requests that are lent to this worker still, whatever a slot that they had holds now."""
+        wanted = {unique & ~RESENT for unique in uniques}
         for request in self._lent():
-            if request.unique in uniques:  # its slot alone may be another request's by now
+            if request.unique & ~RESENT in wanted:
                 self._resume(request)
 
     def run(self) -> None:
@@ -82,8 +85,9 @@ class Worker:
         execute = self._transfers.execute
         pipe = self._pipe
         read = os.read
-        recovered = self._recovered
         begun = self._arena.metrics.begun
+        states, numbers, stages = self._arena.states, self._arena.numbers, self._arena.stages
+        own = self._shard + 1
         clock = time.monotonic_ns
         finished = self._sheet.finished
         while True:
@@ -96,15 +100,15 @@ class Worker:
                 _log.error("a message that is no request was dropped: %s", error)
                 continue
             try:
-                if recovered and request.unique in recovered:
-                    recovered.discard(request.unique)
-                    continue
                 slot = request.slot
                 if slot < 0:  # nobody waits for it
                     if request.operation == Operation.RESUME:
                         self._resume_all(request.extra)
                     else:
                         execute(request)
+                    continue
+                if states[slot] != own or numbers[slot] != request.unique or stages[slot]:
+                    self._resume_all((request.unique,))  # a worker before this one has had it
                     continue
                 start = begun[slot]  # with the answer the slot becomes somebody else's
                 execute(request)
@@ -113,7 +117,3 @@ class Worker:
                 finished(opcode_of(request), clock() - start)
             except _SENSELESS as error:
                 _log.error("a message that makes no sense was dropped: %s", error)
-
-
-def _by_age(request: Request) -> int:
-    return request.unique

@@ -17,16 +17,22 @@ COPY_LIMIT = 32 * 1024
 
 
 class Replies(Protocol):
-    """How requests are answered. An answer the kernel no longer waits for is dropped silently."""
+    """How requests are answered.
+
+    Attributes:
+        heard: whether the last answer was waited for.
+    """
+
+    heard: bool
 
     def expire(self, nodeid: int) -> None:
         """Have the kernel ask again for an inode's attributes, of which the next answer does not tell."""
 
-    def error(self, request: Request, number: int) -> bool:
-        """Answer with an errno, or with 0 for success without a result; return whether it was waited for."""
+    def error(self, request: Request, number: int) -> None:
+        """Answer with an errno, or with 0 for success without a result."""
 
-    def count(self, request: Request, count: int) -> bool:
-        """Answer with the number of bytes written; return whether it was waited for."""
+    def count(self, request: Request, count: int) -> None:
+        """Answer with the number of bytes written."""
 
     def position(self, request: Request, offset: int) -> None:
         """Answer with a position in the file."""
@@ -81,25 +87,27 @@ class KernelReplies:
         self._header = wire.PAGE_SIZE - wire.OUT_HEADER_SIZE
         self._pipe: tuple[int, int] | None = None
         self._room = 0
+        self.heard = True
 
     def expire(self, nodeid: int) -> None:
         notifications.expire_attributes(self._device, nodeid)
 
-    def error(self, request: Request, number: int) -> bool:
-        return self._send(wire.error_reply(request.unique, number))
+    def error(self, request: Request, number: int) -> None:
+        self._send(wire.error_reply(request.unique, number))
 
-    def count(self, request: Request, count: int) -> bool:
-        return self._send(wire.WRITE_REPLY.pack(wire.WRITE_REPLY.size, 0, request.unique, count))
+    def count(self, request: Request, count: int) -> None:
+        self._send(wire.WRITE_REPLY.pack(wire.WRITE_REPLY.size, 0, request.unique, count))
 
     def position(self, request: Request, offset: int) -> None:
         self._send(wire.LSEEK_REPLY.pack(wire.LSEEK_REPLY.size, 0, request.unique, offset))
 
-    def _send(self, reply: bytes | memoryview) -> bool:
+    def _send(self, reply: bytes | memoryview) -> None:
         try:
             os.write(self._device, reply)
         except FileNotFoundError:
-            return False
-        return True
+            self.heard = False
+        else:
+            self.heard = True
 
     def data(self, request: Request, fd: int) -> int:
         size = request.length
@@ -152,7 +160,9 @@ class KernelReplies:
             return self._copy(request, fd, moved)
         try:
             os.splice(reader, self._device, wire.OUT_HEADER_SIZE + size, flags=os.SPLICE_F_MOVE)
+            self.heard = True
         except FileNotFoundError:
+            self.heard = False
             self._close_pipe()
         except OSError:
             self._close_pipe()
@@ -187,15 +197,16 @@ class FrontReplies:
     def __init__(self, pipe: int, arena: Arena) -> None:
         self._pipe = pipe
         self._arena = arena
+        self.heard = True
 
     def expire(self, nodeid: int) -> None:
         """Do nothing: where llfuse runs the loop, the kernel clears set-ID bits itself."""
 
-    def error(self, request: Request, number: int) -> bool:
-        return self._send(request, -number)
+    def error(self, request: Request, number: int) -> None:
+        self._send(request, -number)
 
-    def count(self, request: Request, count: int) -> bool:
-        return self._send(request, count)
+    def count(self, request: Request, count: int) -> None:
+        self._send(request, count)
 
     def position(self, request: Request, offset: int) -> None:
         self._send(request, offset)
@@ -205,6 +216,5 @@ class FrontReplies:
         self._send(request, done)
         return done
 
-    def _send(self, request: Request, result: int) -> bool:
+    def _send(self, request: Request, result: int) -> None:
         os.write(self._pipe, encode((request.unique, result)))
-        return True

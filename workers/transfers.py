@@ -16,7 +16,7 @@ from llloop.arena import Arena
 from llloop.metrics import BYTES, ERRORS, Sheet
 from llloop.privilege import SETID, SetidGuard, Writer
 from llloop.protocol import APPEND, BUFFERED, CACHED, DATA_ONLY, KILL_PRIVILEGES, ONCE, PIPED, Operation, Request
-from llloop.wire import FUSE_UNIQUE_RESEND, Opcode
+from llloop.wire import Opcode
 
 from .replies import Replies
 
@@ -30,22 +30,21 @@ _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 _TO_COPY = _NO_ROOM | {errno.EINVAL}
 _ROOM_PAUSES = (0.001, 0.01)  # seconds
 
-_APPENDS_OF_OTHERS = 1024 * 1024  # bytes
+# Where the position of an open file is put before an append, in bytes behind where its end should be then: the first
+# that the file system allows.
+_MARKS = (1 << 31, 4093)
 
 # The kernel's number of each operation, under which it is counted; FSYNCDIR counts as FSYNC.
 _OPCODES = (0, *(int(Opcode[operation.name]) for operation in Operation if operation.name in Opcode.__members__))
 
 # How far a request had come that must not be done twice, noted in its slot for a successor, and with it a number: for
-# an append where the end of the file was, for a shift how large the file was, and how much was written when the rest
-# began to be copied from the pipe into the slot. When it is done, the number becomes negative by one store: what the
-# answer says, with all bits turned.
+# an append and a shift how large the file was before, and how much was written when the rest began to be copied from
+# the pipe into the slot. When it is done, the number becomes negative by one store: what the answer says, with all bits
+# turned.
 _BEGUN, _APPENDING, _SHIFTING, _DONE, _COPYING = range(5)
 
 # fallocate(2) modes that move what lies behind the range (<linux/falloc.h>).
 _FALLOC_FL_COLLAPSE_RANGE, _FALLOC_FL_INSERT_RANGE = 0x08, 0x20
-
-# How many results are kept that nobody waited for, in case their requests are sent again.
-_UNHEARD_AT_MOST = 1024
 
 
 _AS_IT_IS = nullcontext()
@@ -86,7 +85,7 @@ def _buffered(fd: int) -> Iterator[None]:
 class Descriptors(Protocol):
     """Where descriptors of open files come from: see `llloop.workers.leases`."""
 
-    def get(self, handle: int, descriptor: int) -> int: ...
+    def get(self, handle: int, descriptor: int, file: int = 0) -> int: ...
     def release(self, handle: int) -> None: ...
 
 
@@ -119,8 +118,6 @@ class Transfers:
         self._setid = setid
         self._writer = writer
         self._sheet = sheet
-        # The results of requests that were answered when their front was dead and the kernel had sent them again.
-        self._unheard: dict[int, int] = {}
         self._table: dict[Operation, Callable[[Request], None]] = {
             Operation.READ: self._read,
             Operation.WRITE: self._write,
@@ -140,9 +137,16 @@ class Transfers:
             for handle in request.extra:
                 self._descriptors.release(handle)
             return
+        self._do(request)
+        if request.slot >= 0:
+            if self._replies.heard or request.operation == Operation.PROBE:
+                self._give_back(request)
+            else:
+                self.resume(request)
+
+    def _do(self, request: Request) -> None:
         try:
-            if request.unique < FUSE_UNIQUE_RESEND or not self._was_done(request):
-                self._table[request.operation](request)  # type: ignore[index]
+            self._table[request.operation](request)  # type: ignore[index]
         except OSError as error:
             self._sheet.add(opcode_of(request), ERRORS)
             self._replies.error(request, error.errno or errno.EIO)
@@ -150,20 +154,39 @@ class Transfers:
             _log.exception("request %s failed", request)
             self._sheet.add(opcode_of(request), ERRORS)
             self._replies.error(request, errno.EIO)
-        if request.slot >= 0:
-            self._give_back(request)
 
     def _give_back(self, request: Request) -> None:
         if request.operation == Operation.WRITE and request.flags & PIPED:
             self._arena.discard(request.slot)
         self._arena.give_back(request.slot)
 
-    def _was_done(self, request: Request) -> bool:
-        """Answer a request that is sent again if this worker did it before, which must not happen twice."""
-        result = self._unheard.get(request.unique & ~FUSE_UNIQUE_RESEND)
-        if result is not None:
-            self._answer(request, result)
-        return result is not None
+    def resume(self, request: Request) -> None:
+        """Do a request that was begun before, and answer it, without doing twice what counts once.
+
+        An answer that the kernel does not take is due under another number, or was given before by a worker that died
+        then. As long as it is not known which, the slot stays lent; the front sends a reminder when it knows.
+        """
+        arena, slot = self._arena, request.slot
+        while True:
+            claim = arena.claims[slot]  # first: the front notes it last
+            number = arena.numbers[slot]
+            self._do_again(request._replace(unique=number))
+            if self._replies.heard or request.operation == Operation.PROBE:
+                self._give_back(request)
+                return
+            settled = arena.settled
+            if (arena.claims[slot], arena.numbers[slot]) == (claim, number):
+                if settled:
+                    self._give_back(request)
+                return
+
+    def _do_again(self, request: Request) -> None:
+        stage = self._arena.stages[request.slot]
+        result = self._arena.results[request.slot]
+        if stage != _BEGUN and result < 0:
+            self._answer(request, ~result)
+        else:
+            self._do(request)
 
     def _finish(self, request: Request, result: int) -> None:
         """Note that a request is done that must not be done twice, or not after others, and answer it."""
@@ -172,83 +195,14 @@ class Transfers:
         self._answer(request, result)
 
     def _answer(self, request: Request, result: int) -> None:
-        """Answer with a number of bytes if it is asked for; remember it if nobody waits for it under this number."""
+        """Answer with a number of bytes if it is asked for."""
         if request.operation == Operation.FALLOCATE:
-            was_heard = self._replies.error(request, 0)
+            self._replies.error(request, 0)
         else:
-            was_heard = self._replies.count(request, result)
-        if not was_heard:
-            if len(self._unheard) >= _UNHEARD_AT_MOST:
-                self._unheard.clear()
-            self._unheard[request.unique & ~FUSE_UNIQUE_RESEND] = result
-
-    def resume(self, request: Request) -> None:
-        """Do a request that a worker before this one left unanswered, without doing twice what counts once."""
-        stage = self._arena.stages[request.slot]
-        result = self._arena.results[request.slot]
-        if stage != _BEGUN and result < 0:
-            self._answer(request, ~result)
-            self._give_back(request)
-        elif stage == _APPENDING:
-            self._complete_append(request, result)
-        elif stage == _SHIFTING and self._has_shifted(request, result):
-            self._answer(request, 0)
-            self._give_back(request)
-        else:
-            self.execute(request)
-
-    def _complete_append(self, request: Request, position: int) -> None:
-        """Do an append that a process before this one may have done in part or in full.
-
-        Args:
-            request: the append.
-            position: where the end of the file was before.
-        """
-        try:
-            written = self._finish_append(request, position)
-        except OSError:  # what it is will be told when the append is done afresh
-            written = None
-        if written is None:
-            self.execute(request)
-        else:
-            self._answer(request, written)
-            self._give_back(request)
-
-    def _has_shifted(self, request: Request, size: int) -> bool:
-        """Whether a range was taken out of the file, or put into it: then it no longer has the *size* it had before."""
-        try:
-            return os.fstat(self._fd(request)).st_size != size
-        except OSError:
-            return False
-
-    def _finish_append(self, request: Request, position: int) -> int | None:
-        """Find out how much of an append was written before its worker died, and write what is missing.
-
-        Args:
-            request: the append.
-            position: where the end of the file was before.
-
-        Returns:
-            How many of its bytes are in the file now, or None if none of them were.
-        """
-        payload = bytes(self._arena.payload(request.slot, request.length))
-        fd = self._fd(request)
-        try:
-            with open(f"/proc/self/fd/{fd}", "rb") as file:
-                file.seek(position)
-                # Others may have appended in between, so it is looked for a little further on, too.
-                tail = file.read(len(payload) + _APPENDS_OF_OTHERS)
-        except OSError:  # a file that may only be written
-            return None
-        if payload in tail:
-            return len(payload)
-        if not tail or not payload.startswith(tail):
-            return None
-        rest = payload[len(tail) :]
-        return len(tail) + self._persistently(lambda: os.pwritev(fd, [rest], 0, os.RWF_APPEND))
+            self._replies.count(request, result)
 
     def _fd(self, request: Request) -> int:
-        return self._descriptors.get(request.handle, request.descriptor)
+        return self._descriptors.get(request.handle, request.descriptor, request.file)
 
     def _read(self, request: Request) -> None:
         fd = self._fd(request)
@@ -284,15 +238,13 @@ class Transfers:
         payload = arena.payload(slot, request.length)
         self._act_for(request)
         watched = request.extra and os.fstat(fd).st_mode & SETID
-        moved = self._move(request, fd) if flags & PIPED else None
+        moved = self._move(request, fd) if flags & PIPED and arena.stages[slot] != _APPENDING else None
         if moved is not None:
             count = moved
         elif flags & ONCE:
             count = _write_once(fd, payload, 0 if flags & APPEND else request.offset)
         elif flags & APPEND:
-            arena.results[slot] = os.fstat(fd).st_size
-            arena.stages[slot] = _APPENDING
-            count = self._persistently(lambda: os.pwritev(fd, [payload], request.offset, os.RWF_APPEND))
+            count = self._append(slot, fd, payload)
         else:
             with _buffered(fd) if flags & BUFFERED else _AS_IT_IS:
                 count = arena.results[slot] if arena.stages[slot] == _COPYING else 0
@@ -303,6 +255,69 @@ class Transfers:
         if watched:
             self._replies.expire(request.extra[0])
         self._finish(request, count)
+
+    def _append(self, slot: int, fd: int, payload: memoryview) -> int:
+        """Append once what a worker that died may have appended in part or in full, and return how much that is.
+
+        The position of the open file tells. It belongs to the front's open file, so it outlives the worker, and nothing
+        else moves it. It is put to a mark before the append; the append puts it to its own end, in one system call.
+        """
+        arena = self._arena
+        if arena.stages[slot] == _APPENDING:
+            size = arena.results[slot]
+            done = arena.written[slot] + self._appended(fd, payload[arena.written[slot] :], size, arena.written[slot])
+        else:
+            size = os.fstat(fd).st_size
+            done = 0
+        self._mark(fd, size + len(payload) + done)
+        arena.written[slot] = done
+        arena.results[slot] = size
+        arena.stages[slot] = _APPENDING
+        if done < len(payload):
+            rest = payload[done:]
+            done += self._persistently(lambda: os.pwritev(fd, [rest], -1, os.RWF_APPEND))
+        return done
+
+    @staticmethod
+    def _mark(fd: int, position: int) -> None:
+        for mark in _MARKS:
+            try:
+                os.lseek(fd, position + mark, os.SEEK_SET)
+                return
+            except OSError:  # no file can become so large there
+                continue
+
+    @staticmethod
+    def _appended(fd: int, payload: memoryview, size: int, before: int) -> int:
+        """Return how much a worker that died had appended when it died; see `_append`.
+
+        Args:
+            fd: the file.
+            payload: what it was to append.
+            size: how large the file was at first.
+            before: how much had been appended before that.
+
+        Raises:
+            OSError: EIO, if it cannot be known.
+        """
+        length = len(payload)
+        end = os.lseek(fd, 0, os.SEEK_CUR)
+        for mark in _MARKS:
+            # A worker that died while it noted how much was done has left that in the mark.
+            noted = end - mark - (size + before + length) - before
+            if 0 <= noted <= length:
+                return noted
+        if end == 0 and os.fstat(fd).st_size == size + before:  # opened again since, and nothing was appended
+            return 0
+        with open(f"/proc/self/fd/{fd}", "rb") as file:
+            file.seek(max(end - length, 0))
+            tail = file.read(min(end, length))
+        likely = end - size - before  # if nobody else has appended anything; a kill can cut a write short
+        counts = (likely, *range(length, 0, -1)) if 0 < likely <= length else range(length, 0, -1)
+        for count in counts:
+            if count <= len(tail) and tail[len(tail) - count :] == payload[:count]:
+                return count
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     def _move(self, request: Request, fd: int) -> int | None:
         """Move the payload from the pipe into the file.
@@ -351,18 +366,37 @@ class Transfers:
         self._act_for(request)
         fd = self._fd(request)
         if request.extra[0] & (_FALLOC_FL_COLLAPSE_RANGE | _FALLOC_FL_INSERT_RANGE):
-            self._arena.results[request.slot] = os.fstat(fd).st_size
-            self._arena.stages[request.slot] = _SHIFTING
+            arena, slot = self._arena, request.slot
+            now = os.fstat(fd)
+            if arena.stages[slot] == _SHIFTING and self._has_shifted(request, now):
+                self._finish(request, 0)
+                return
+            arena.results[slot], arena.written[slot] = now.st_size, now.st_ctime_ns
+            arena.stages[slot] = _SHIFTING
         self._persistently(lambda: syscalls.fallocate(fd, request.extra[0], request.offset, request.length))
         self._finish(request, 0)
+
+    def _has_shifted(self, request: Request, now: os.stat_result) -> bool:
+        """Whether a worker that died had taken the range out of the file, or put it in.
+
+        Raises:
+            OSError: EIO, if that cannot be known, since others have changed the file meanwhile.
+        """
+        size, changed = self._arena.results[request.slot], self._arena.written[request.slot]
+        shift = -request.length if request.extra[0] & _FALLOC_FL_COLLAPSE_RANGE else request.length
+        if now.st_size == size + shift:
+            return True
+        if (now.st_size, now.st_ctime_ns) == (size, changed):
+            return False
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     def _lseek(self, request: Request) -> None:
         self._replies.position(request, os.lseek(self._fd(request), request.offset, request.extra[0]))
 
     def _copy_file_range(self, request: Request) -> None:
-        handle, descriptor, offset, nodeid = request.extra
+        handle, descriptor, offset, nodeid, file = request.extra
         self._fd(request)
-        source = self._descriptors.get(handle, descriptor)
+        source = self._descriptors.get(handle, descriptor, file)
         self._act_for(request)
         length = min(request.length, _COPY_AT_ONCE)
         accessed = os.fstat(source).st_atime_ns

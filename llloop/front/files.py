@@ -9,6 +9,7 @@ import stat
 
 from ..leadership import Leadership
 from ..notifications import expire_attributes
+from ..protocol import identity_of
 from ..syscalls import Attributes, DirectoryEntry, fstatx, read_directory, statx
 from .anchors import Anchors
 from .attempts import Attempts
@@ -80,8 +81,6 @@ class Files:
         self.promptness = Promptness()
         self._sizes = Sizes()
         self._root_handle: int | None = None
-        # Whether a worker may still have requests of a dead front, and ask for descriptors by the numbers they had.
-        self.late_requests = False
 
     def open(self, nodeid: int, flags: int, clear_setid: bool, who: Requester) -> tuple[int, Attributes]:
         """Open a file.
@@ -174,6 +173,7 @@ class Files:
         is_new: bool = False,
     ) -> Handle:
         handle = Handle(descriptor, nodeid, self._router.shard_of(nodeid), flags, opener)
+        handle.file = identity_of(attributes) if self._inodes.births else 0
         handle.note_mode(attributes)
         handle.unsized = self._sizes.are_void(descriptor, attributes, flags, is_new=is_new)
         self.promptness.decide(handle, attributes, flags)
@@ -201,7 +201,11 @@ class Files:
             left.discard(descriptor)
             attributes = fstatx(descriptor)
         else:
-            descriptor, attributes = self._reopen(nodeid, wanted)
+            found, attributes = self._reopen(nodeid, wanted)
+            # Requests that a worker has name the number that it had.
+            os.dup2(found, descriptor, inheritable=False)
+            left.discard(descriptor)
+            os.close(found)
         handle = self._handle(descriptor, nodeid, flags, attributes, divmod(opener, 1 << 32))
         handle.uncached = True
         self._handles.take_over(number, handle, place)
@@ -294,10 +298,7 @@ class Files:
             if handle.lent or handle.shared:
                 self._router.release(number, handle)
         finally:
-            if self.late_requests and self._handles.is_inherited(number):
-                self.late_requests = self._router.is_busy()
-            if not self.late_requests or not self._handles.is_inherited(number):
-                self._closing.append(handle.descriptor)
+            self._closing.append(handle.descriptor)
             if handle.snapshot >= 0:
                 self._closing.append(handle.snapshot)
 

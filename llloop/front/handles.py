@@ -15,7 +15,7 @@ from .snapshots import is_snapshot
 
 # The numbers of a handle's record: its own, nodeid, descriptor, open(2) flags, registration with the kernel,
 # the snapshot's descriptor + 1, the opener's uid and gid.
-_DESCRIPTOR, _BACKING, _SNAPSHOT = 2, 4, 5
+_BACKING, _SNAPSHOT = 4, 5
 
 
 class Handle:
@@ -25,6 +25,8 @@ class Handle:
         descriptor: the front's descriptor of it.
         nodeid: its inode.
         shard: the worker that does its I/O.
+        file: the identity of the file, by which a worker knows the descriptor (`protocol.identity_of`); 0 if files have
+            none that lasts.
         mount: the mount it was opened through, as in `llloop.syscalls.Attributes`; its device where there is none.
         flags: the caller's open(2) flags.
         direct: whether O_DIRECT is among them.
@@ -52,6 +54,7 @@ class Handle:
         "descriptor",
         "direct",
         "entries",
+        "file",
         "flags",
         "lent",
         "locking_group",
@@ -72,6 +75,7 @@ class Handle:
         self.descriptor = descriptor
         self.nodeid = nodeid
         self.shard = shard
+        self.file = 0
         self.mount = 0
         self.flags = flags
         self.direct = bool(flags & os.O_DIRECT)
@@ -118,7 +122,7 @@ class Handles:
         self._count[0] = 0
         self._table: dict[int, Handle] = {}
         self._of_inode: dict[int, list[Handle]] = {}
-        self._first = self._next = generation * HANDLES_PER_FRONT
+        self._next = generation * HANDLES_PER_FRONT
 
     @property
     def next_number(self) -> int:
@@ -130,10 +134,6 @@ class Handles:
 
     def __contains__(self, number: int) -> bool:
         return number in self._table
-
-    def is_inherited(self, number: int) -> bool:
-        """Whether the handle with that number was made by a front before this one."""
-        return number < self._first
 
     def descriptors(self) -> Iterator[int]:
         """Yield every descriptor that belongs to an open file or directory."""
@@ -173,7 +173,6 @@ class Handles:
     def take_over(self, number: int, handle: Handle, place: int) -> None:
         """Take in a handle of a front that is gone, whose record is at *place*."""
         handle.place = place
-        self._ledger.set(place, _DESCRIPTOR, handle.descriptor)  # another, if the one it had was lost
         self._enter(number, handle)
 
     def take_over_snapshot(self, handle: Handle, descriptor: int, left: set[int]) -> None:

@@ -117,7 +117,7 @@ class Inodes:
         self._root_device = root.device
         self._root_number = root.ino
         self._reserved = frozenset({0, ROOT, root.ino})
-        self._births = births
+        self.births = births
         self._root_mount = root.mount
         inode = Inode(0, b"", root.ino, root.device, mount=root.mount)
         inode.lookups = 1  # the kernel never forgets the root
@@ -237,7 +237,7 @@ class Inodes:
             nodeid = self.nodeid(device, number, mount)
             inode = table.get(nodeid)
         if inode is None:
-            birth = birth_of(attributes) if self._births else 0
+            birth = birth_of(attributes) if self.births else 0
             inode = Inode(parent, name, number, self._shared(device), birth, self._shared_mount(mount))
             # The record comes first: what the kernel is told of, the next front must find.
             inode.place = self._ledger.add(INODE, (nodeid, parent, number, device, birth & _MASK, 0, 0, mount), name)

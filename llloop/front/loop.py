@@ -134,7 +134,9 @@ class Loop:
                 self._serve(base, length)
                 return
             delivered = delivered and opcode not in _ENTRIES
-            if opcode not in _NOT_RESENT and self._ledger.serving_again(unique) > _MOST_TRIES:
+            if self._mirror.router.claim(unique):
+                pass
+            elif opcode not in _NOT_RESENT and self._ledger.serving_again(unique) > _MOST_TRIES:
                 _log.error("request %d (opcode %d) has killed %d fronts: it is refused", unique, opcode, _MOST_TRIES)
                 self._refuse(base, opcode, errno.EIO)
             else:

@@ -97,7 +97,7 @@ def build_mirror(
     anchors = Anchors(inodes, root, directories, leadership, closing)
     payload_pipes = arena.pipes.descriptors if arena.pipes is not None else []
     capacity = limit - directories - _RESERVE - len(pipes) - len(payload_pipes)
-    handles = Handles(ledger, arena.generation, capacity, metrics.gauge(Gauge.HANDLES))
+    handles = Handles(ledger, arena.generation + 1, capacity, metrics.gauge(Gauge.HANDLES))
     router = Router(arena, pipes, leadership)
     caller = Caller()
     setid = SetidGuard()

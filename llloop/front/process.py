@@ -22,7 +22,7 @@ from .asking import Asking
 from .loop import Loop
 from .mirror import Mirror, build_mirror
 from .operations import Operations
-from .recovery import let_workers_finish, recover
+from .recovery import recover
 from .router import Exchange
 
 _log = logging.getLogger(__name__)
@@ -69,13 +69,14 @@ def run_front(setup: FrontSetup, own: Collection[int], ready: Callable[[], None]
     _let_workers_pull()
     arena.lock()
     keep_only(FRONT)
-    arena.new_front(os.getpid())
     arena.empty_pipes()
     mirror = build_mirror(setup.config, setup.capabilities, arena, setup.ledger, setup.pipes, setup.root, setup.device)
-    is_successor = arena.generation > 1
+    is_successor = arena.generation > 0
     if is_successor:
         recover(mirror, setup.ledger, own)
-        let_workers_finish(mirror)
+    arena.new_front(os.getpid())  # now the numbers of descriptors mean what they meant
+    if not is_successor:
+        arena.settle()
     arena.touch()
     signal.signal(signal.SIGUSR1, lambda number, frame: _report(mirror))
     # Nothing here makes reference cycles, and passing over a million inodes to find none would stop every request.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Collection
 
 from ..ledger import HANDLE, Ledger, Record
@@ -12,11 +11,6 @@ from ..syscalls import open_descriptors
 from .mirror import Mirror
 
 _log = logging.getLogger(__name__)
-
-# How long, in seconds, workers may take to finish what a dead front had given them before its requests are asked for
-# again. What is not finished then is answered by the same worker when it comes again, after that.
-_PATIENCE = 1.0
-_PAUSE = 0.002
 
 
 def recover(mirror: Mirror, ledger: Ledger, own: Collection[int]) -> None:
@@ -33,11 +27,23 @@ def recover(mirror: Mirror, ledger: Ledger, own: Collection[int]) -> None:
     left = open_descriptors().difference(own)
     mirror.attempts.find_pins(left)
     mirror.tree.anchors.take_over(mirror.inodes.recover(records), left)
+    _reserve({record.fields[2] for record in records if record.kind == HANDLE} - left)
     for record in records:
         if record.kind == HANDLE:
             _take_over_handle(mirror, ledger, record, left)
     mirror.attempts.adopt(left)
+    mirror.router.take_over()
     mirror.forgetting.finish()
+
+
+def _reserve(lost: set[int]) -> None:
+    """Take the numbers of open files' descriptors that are lost, so that nothing else is opened under them."""
+    if lost:
+        placeholder = os.open("/", os.O_PATH | os.O_CLOEXEC)
+        for number in lost - {placeholder}:
+            os.dup2(placeholder, number, inheritable=False)
+        if placeholder not in lost:
+            os.close(placeholder)
 
 
 def _take_over_handle(mirror: Mirror, ledger: Ledger, record: Record, left: set[int]) -> None:
@@ -47,25 +53,14 @@ def _take_over_handle(mirror: Mirror, ledger: Ledger, record: Record, left: set[
     except OSError as error:
         _log.warning("a file that was open when the front died is lost to its user: %s", error.strerror)
         ledger.remove(record.place)
+        if descriptor not in left:
+            os.close(descriptor)
         return
     handle.lent = True  # its worker may hold it
     if backing:
         mirror.passthrough.take_over(handle, backing)
     if snapshot:
         mirror.handles.take_over_snapshot(handle, snapshot - 1, left)
-
-
-def let_workers_finish(mirror: Mirror) -> None:
-    """Wait until the workers have answered all that a dead front had given them, but not for long."""
-    router = mirror.router
-    router.remind()
-    deadline = time.monotonic() + _PATIENCE
-    while router.is_busy():
-        if time.monotonic() > deadline:
-            _log.info("a worker is busy with what the last front gave it; what is sent again comes after that")
-            mirror.files.late_requests = True
-            return
-        time.sleep(_PAUSE)
 
 
 def settle(mirror: Mirror, delivered: bool) -> None:
@@ -80,5 +75,6 @@ def settle(mirror: Mirror, delivered: bool) -> None:
     for pin in attempts.left_pins.difference(mirror.tree.anchors.pinned(), mirror.handles.descriptors()):
         os.close(pin)
     attempts.settle()
+    mirror.router.settle()
     for nodeid in mirror.inodes.settle(delivered):
         mirror.tree.anchors.drop(nodeid)

@@ -7,12 +7,12 @@ import os
 import select
 import time
 from collections import deque
-from contextlib import suppress
 from typing import Any, NamedTuple
 
 from ..arena import Arena
 from ..leadership import TICK, Leadership
 from ..protocol import MAX_MESSAGE, PIPED, Operation, decode, decode_answer, encode
+from ..wire import FUSE_UNIQUE_RESEND
 from .handles import Handle
 from .inodes import mix
 
@@ -74,11 +74,13 @@ class Router:
         self._begun = arena.metrics.begun
         self._pipes = pipes
         self._shards = len(pipes)
-        # Handles whose release did not fit into a pipe; nothing may overtake them.
-        self._waiting: list[list[int]] = [[] for _ in pipes]
+        # Handles to be released, and requests to be resumed, of which a worker was not told, for its pipe was full.
+        self._waiting: list[list[tuple[Operation, int]]] = [[] for _ in pipes]
         self.slot = arena.free_slot()
         self._parked: list[deque[_Parked]] = [deque() for _ in pipes]
         self._parked_bytes = 0
+        # The slots that fronts before this one have lent, by the requests' numbers.
+        self._inherited: dict[int, int] = {}
         # Whether the request at hand has just been parked.
         self.parked = False
         self._full = [False] * len(pipes)  # whether it was the pipe that had no room
@@ -125,9 +127,11 @@ class Router:
         self._full[shard] = False
         if slot >= self._plenty and not self._may_lend(shard):
             return False
-        message = encode((operation, unique, slot, number, handle.descriptor, offset, length, flags, uid, gid, extra))
+        message = encode(
+            (operation, unique, slot, number, handle.descriptor, offset, length, flags, uid, gid, extra, handle.file)
+        )
         self._begun[slot] = self.taken
-        arena.lend(slot, shard, message)
+        arena.lend(slot, shard, message, unique)
         following = arena.free_slot()
         if following >= 0:
             try:
@@ -188,29 +192,56 @@ class Router:
     def release(self, number: int, handle: Handle) -> None:
         """Tell the worker of *handle*, or all of them where it is shared, to let go of its descriptor."""
         for shard in range(self._shards) if handle.shared else (handle.shard,):
-            self._waiting[shard].append(number)
+            self._waiting[shard].append((Operation.RELEASE, number))
             self._flush(shard)
 
-    def remind(self) -> None:
-        """Have the workers look at what a front before this one has lent them, perhaps without telling them."""
-        for shard, pipe in enumerate(self._pipes):
-            lent = [decode(message).unique for _, message in self.arena.lent_to(shard)]
-            for start in range(0, len(lent), _NUMBERS_AT_ONCE):
-                batch = lent[start : start + _NUMBERS_AT_ONCE]
-                with suppress(BlockingIOError):  # a full pipe has enough in it to do first
-                    os.write(pipe, encode((Operation.RESUME, 0, -1, -1, -1, 0, 0, 0, 0, 0, batch)))
+    def take_over(self) -> None:
+        """Find what fronts before this one have lent: it stays the workers'."""
+        for slot, state in enumerate(bytes(self.arena.states)):
+            if state:
+                self._inherited[self.arena.numbers[slot] & ~FUSE_UNIQUE_RESEND] = slot
 
-    def is_busy(self) -> bool:
-        """Whether workers have slots that are not answered yet."""
-        return any(self.arena.states)
+    def claim(self, unique: int) -> bool:
+        """Have the worker that has a request answer it under the number under which it was sent again.
+
+        Returns:
+            False if no worker has it, so that it is to be served.
+        """
+        slot = self._inherited.get(unique & ~FUSE_UNIQUE_RESEND)
+        if slot is None:
+            return False
+        arena = self.arena
+        state = arena.states[slot]
+        # A look at the source that was to be made before a request is served is not that request.
+        if not state or decode(arena.message(slot)).operation == Operation.PROBE:
+            return False
+        arena.claim(slot, unique)
+        self._remind(state - 1, unique)
+        return True
+
+    def settle(self) -> None:
+        """Have the workers give back what was answered before: all that is sent again has come."""
+        arena = self.arena
+        arena.settle()
+        for slot in self._inherited.values():
+            state = arena.states[slot]
+            if state and arena.claims[slot] != arena.generation:
+                self._remind(state - 1, arena.numbers[slot])
+        self._inherited.clear()
+
+    def _remind(self, shard: int, unique: int) -> None:
+        self._waiting[shard].append((Operation.RESUME, unique))
+        self._flush(shard)
 
     def _flush(self, shard: int) -> bool:
         waiting = self._waiting[shard]
         try:
             while waiting:
-                batch = waiting[:_NUMBERS_AT_ONCE]
-                os.write(self._pipes[shard], encode((Operation.RELEASE, 0, -1, -1, -1, 0, 0, 0, 0, 0, batch)))
-                del waiting[: len(batch)]
+                operation, _ = waiting[0]
+                batch = [number for kind, number in waiting[:_NUMBERS_AT_ONCE] if kind == operation]
+                rest = [one for one in waiting[:_NUMBERS_AT_ONCE] if one[0] != operation]
+                os.write(self._pipes[shard], encode((operation, 0, -1, -1, -1, 0, 0, 0, 0, 0, batch)))
+                waiting[:_NUMBERS_AT_ONCE] = rest
         except BlockingIOError:
             self.backlog = True
             return False

@@ -21,7 +21,7 @@ from llloop.front import attempts as attempts_module
 from llloop.front.inodes import ROOT
 from llloop.front.loop import Loop
 from llloop.front.mirror import Mirror, build_mirror
-from llloop.front.recovery import let_workers_finish, recover
+from llloop.front.recovery import recover
 from llloop.ledger import Ledger
 from llloop.negotiation import Capabilities, Feature
 from llloop.wire import FUSE_UNIQUE_RESEND, Opcode
@@ -32,6 +32,7 @@ ME = (os.geteuid(), os.getegid())
 # What a front does to the source and to its descriptors.
 _CALLS = (
     "close",
+    "dup2",
     "ftruncate",
     "link",
     "memfd_create",
@@ -201,7 +202,6 @@ class Line:
 
     def next_front(self, life: Life) -> None:
         """Start one; it dies of *life*, perhaps before it is ready."""
-        self.arena.new_front(os.getpid())
         with living(life):
             self.front = Front(self, life)
 
@@ -315,9 +315,12 @@ class Front:
                 line.config, line.capabilities, line.arena, self._ledger, writers, line.root, line.device
             )
         self._packing = packing
-        if line.arena.generation > 1:
+        is_successor = line.arena.generation > 0
+        if is_successor:
             recover(mirror, self._ledger, line.own)
-            let_workers_finish(mirror)
+        line.arena.new_front(os.getpid())
+        if not is_successor:
+            line.arena.settle()
         line.arena.touch()
         self.loop = Loop(mirror, line.device, self._ledger)
 

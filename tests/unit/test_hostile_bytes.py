@@ -182,7 +182,7 @@ class Files:
         self.fd = os.memfd_create("file")
         os.write(self.fd, b"content")
 
-    def get(self, handle: int, descriptor: int) -> int:
+    def get(self, handle: int, descriptor: int, file: int = 0) -> int:
         if handle % 3 == 0:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         return self.fd
@@ -212,7 +212,7 @@ FIELDS = st.one_of(st.integers(-3, 70_000), st.sampled_from([1 << 63, -(1 << 63)
 MESSAGES = st.one_of(
     st.binary(min_size=1, max_size=200),
     VALUES.map(encode),
-    st.lists(FIELDS, min_size=5, max_size=11).map(encode),
+    st.lists(FIELDS, min_size=5, max_size=12).map(encode),
     st.builds(
         lambda operation, numbers, extra: encode((operation, *numbers, extra)),
         st.sampled_from(list(Operation)),
@@ -253,7 +253,7 @@ def test_a_worker_s_successor_survives_any_record(messages: list[bytes], stages:
 @given(st.lists(st.integers(0, 9), min_size=10, max_size=10), st.integers(0, 10), VALUES)
 def test_nothing_but_numbers_makes_a_strict_request(numbers: list[int], place: int, value: Any) -> None:
     fields: list[Any] = [*numbers, [1, 2]]
-    assert decode_strictly(encode(fields)) == (*numbers, (1, 2))
+    assert decode_strictly(encode(fields)) == (*numbers, (1, 2), 0)
     fields[place] = value
     if type(value) is int and place < 10:
         return

@@ -155,7 +155,7 @@ def test_where_nothing_is_sent_again_what_was_in_hand_is_refused(line: Line, mon
     assert line.answer(request).error in (0, errno.EEXIST)
 
 
-def test_there_what_workers_have_is_left_to_them(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_there_what_workers_have_is_left_to_them(line: Line) -> None:
     without_resend(line)
     nodeid = write(line, "file")
     handle = line.open(nodeid)
@@ -163,7 +163,6 @@ def test_there_what_workers_have_is_left_to_them(line: Line, monkeypatch: pytest
     read = Request(Opcode.READ, nodeid, struct.pack("=QQIIQII", handle, 0, 2, 0, 0, 0, 0))
     assert line.ask(read) is None, "it is the worker's"
     unique = line.unique
-    monkeypatch.setattr("llloop.front.recovery._PATIENCE", 0.02)
     line.next_front(Life(None))
     line.front.loop.take_up()
     line.collect()

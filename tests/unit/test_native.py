@@ -571,7 +571,7 @@ def test_a_copy_goes_to_the_worker_of_the_target(source: Source, kernel: Kernel,
     (request,) = kernel.handed_over()
     handles = source.mirror.handles
     assert (request[0], request[3], request[5], request[6]) == (Operation.COPY_FILE_RANGE, to_handle, 4, 5)
-    assert request[10] == (from_handle, handles.get(from_handle).descriptor, 3, file)
+    assert request[10] == (from_handle, handles.get(from_handle).descriptor, 3, file, handles.get(from_handle).file)
     assert handles.get(from_handle).shared
 
 

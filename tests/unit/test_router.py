@@ -382,22 +382,78 @@ def test_a_request_ends_the_waiting_though_a_worker_hangs(router: Router, arena:
         os.close(request)
 
 
-def test_workers_are_reminded_of_what_a_dead_front_has_lent(router: Router, pipes: Pipes, arena: Arena) -> None:
-    """It may have died between lending and telling."""
-    assert not router.is_busy()
-    router.submit(Task(handle(shard=0), 7, Operation.READ, 1))
-    pipes.take(0)
-    arena.lend(2, 0, encode((Operation.READ, 2, 2, 7, 33)))
-    successor = Router(arena, pipes.writers)
-    assert successor.is_busy()
-    successor.remind()
-    (reminder,) = pipes.take(0)
-    assert (reminder.operation, reminder.slot, sorted(reminder.extra)) == (Operation.RESUME, -1, [1, 2])
-    assert pipes.take(1) == [], "it has been lent nothing"
-    for slot in (0, 2):
-        assert successor.is_busy()
-        arena.give_back(slot)
-    assert not successor.is_busy()
+RESENT = 1 << 63
+
+
+def lend(arena: Arena, slot: int, shard: int, unique: int, operation: Operation = Operation.READ) -> None:
+    arena.lend(slot, shard, encode((operation, unique, slot, 7, 33)), unique)
+
+
+def successor(arena: Arena, pipes: Pipes) -> Router:
+    arena.new_front(os.getpid())
+    router = Router(arena, pipes.writers)
+    router.take_over()
+    return router
+
+
+def reminded(pipes: Pipes, shard: int) -> list[int]:
+    found: list[int] = []
+    for request in pipes.take(shard):
+        assert (request.operation, request.slot) == (Operation.RESUME, -1)
+        found += request.extra
+    return found
+
+
+def test_what_a_worker_has_is_left_to_it_when_it_is_sent_again(pipes: Pipes, arena: Arena) -> None:
+    """It answers under the new number, though it may have been told of nothing yet."""
+    lend(arena, 2, 1, 100)
+    router = successor(arena, pipes)
+    assert router.claim(100 | RESENT)
+    assert (arena.numbers[2], arena.claims[2]) == (100 | RESENT, arena.generation)
+    assert reminded(pipes, 1) == [100 | RESENT]
+    assert not router.claim(102 | RESENT), "that is nobody's"
+    router.settle()
+    assert reminded(pipes, 1) == [], "it will be answered under the new number"
+    assert arena.lent_to(1) != []
+
+
+def test_it_is_so_however_often_it_is_sent_again(pipes: Pipes, arena: Arena) -> None:
+    lend(arena, 2, 1, 100)
+    for _ in range(3):
+        router = successor(arena, pipes)
+        assert not arena.settled
+        assert router.claim(100 | RESENT)
+        assert arena.claims[2] == arena.generation
+        assert reminded(pipes, 1) == [100 | RESENT]
+
+
+def test_what_is_not_sent_again_was_answered_and_only_its_slot_is_due(pipes: Pipes, arena: Arena) -> None:
+    lend(arena, 0, 0, 100)
+    lend(arena, 1, 1, 102)
+    router = successor(arena, pipes)
+    assert router.claim(100 | RESENT)
+    reminded(pipes, 0)
+    router.settle()
+    assert arena.settled
+    assert reminded(pipes, 1) == [102]
+    assert reminded(pipes, 0) == []
+
+
+def test_a_look_at_the_source_is_not_the_request_that_waits_for_it(pipes: Pipes, arena: Arena) -> None:
+    lend(arena, 0, 0, 100, Operation.PROBE)
+    router = successor(arena, pipes)
+    assert not router.claim(100 | RESENT), "the request is asked about again, or served"
+    router.settle()
+    assert reminded(pipes, 0) == [100]
+
+
+def test_what_was_given_back_meanwhile_is_not_claimed(pipes: Pipes, arena: Arena) -> None:
+    lend(arena, 0, 0, 100)
+    router = successor(arena, pipes)
+    arena.give_back(0)
+    assert not router.claim(100 | RESENT)
+    router.settle()
+    assert reminded(pipes, 0) == []
 
 
 def test_as_many_reminders_are_sent_as_it_takes(pipes: Pipes) -> None:
@@ -405,18 +461,34 @@ def test_as_many_reminders_are_sent_as_it_takes(pipes: Pipes) -> None:
     uniques = [1 << 63 | number for number in range(1000)]
     arena = Arena(len(uniques), 4096, 1)
     for slot, unique in enumerate(uniques):
-        arena.lend(slot, 0, encode((Operation.READ, unique, slot, 7, 33)))
-    Router(arena, pipes.writers[:1]).remind()
-    reminders = pipes.take(0)
-    assert sorted(unique for reminder in reminders for unique in reminder.extra) == uniques
+        lend(arena, slot, 0, unique)
+    router = successor(arena, Pipes([(pipes.readers[0], pipes.writers[0])]))
+    router.settle()
+    found = reminded(pipes, 0)
+    while router._waiting[0]:
+        router._flush(0)
+        found += reminded(pipes, 0)
+    assert sorted(found) == uniques
 
 
-def test_a_worker_whose_pipe_is_full_is_not_reminded_and_nobody_waits(
-    router: Router, pipes: Pipes, arena: Arena
-) -> None:
+def test_a_worker_whose_pipe_is_full_is_reminded_later_and_nobody_waits(pipes: Pipes, arena: Arena) -> None:
     for shard in (0, 1):
-        arena.lend(shard, shard, encode((Operation.READ, 1 + shard, shard, 7, 33)))
+        lend(arena, shard, shard, 100 + shard)
     pipes.fill(0)
-    router.remind()
+    router = successor(arena, pipes)
+    router.settle()
+    router.release(7, handle(shard=0))
     assert {request.operation for request in pipes.take(0)} == {Operation.FSYNC}
-    assert [request.operation for request in pipes.take(1)] == [Operation.RESUME]
+    assert reminded(pipes, 1) == [101]
+    assert router.backlog
+    device, tell = os.pipe()
+    os.write(tell, b"!")
+    while router._waiting[0]:
+        router.wait(device)
+        router._flush(0)
+    assert [(request.operation, request.extra) for request in pipes.take(0)] == [
+        (Operation.RESUME, (100,)),
+        (Operation.RELEASE, (7,)),
+    ]
+    os.close(device)
+    os.close(tell)

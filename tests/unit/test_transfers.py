@@ -8,7 +8,9 @@ import os
 import stat
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,6 +25,8 @@ from llloop.workers.transfers import Transfers, opcode_of
 from tests.as_user import Child
 from tests.expect import pattern
 from tests.syscalls import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
+from tests.unit import mortal as mortal_module
+from tests.unit.mortal import Life
 from tests.unit.support import Device, OwnIdentity, Reply
 
 _BEGUN, _APPENDING, _SHIFTING, _DONE, _COPYING = range(5)
@@ -35,7 +39,7 @@ class Files:
         self.open: dict[int, int] = {}
         self.released: list[int] = []
 
-    def get(self, handle: int, descriptor: int) -> int:
+    def get(self, handle: int, descriptor: int, file: int = 0) -> int:
         if handle not in self.open:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         return self.open[handle]
@@ -80,7 +84,7 @@ class Bench:
         length = len(payload) or length
         request = Request(operation, self.unique, slot, handle, 0, offset, length, extra=extra, **more)  # type: ignore[arg-type]
         self.arena.payload(slot, len(payload))[:] = payload
-        self.arena.lend(slot, 1, encode(request))
+        self.arena.lend(slot, 1, encode(request), self.unique)
         return request
 
     def do(self, operation: Operation, **fields: object) -> Reply:
@@ -191,12 +195,12 @@ def test_copy_file_range(bench: Bench) -> None:
     source = bench.open(1, b"source data")
     path = bench.open(2, b"target")
     os.utime(source, (1, 2))
-    reply = bench.do(Operation.COPY_FILE_RANGE, handle=2, offset=3, length=100, extra=(1, 0, 7, 5))
+    reply = bench.do(Operation.COPY_FILE_RANGE, handle=2, offset=3, length=100, extra=(1, 0, 7, 5, 0))
     assert count_of(reply) == 4
     assert path.read_bytes() == b"tardata"
     # The kernel knows that the target has changed, but not that the source's access time has.
     assert [struct.unpack_from("=Q", told.payload)[0] for told in bench.told] == [5] * (source.stat().st_atime != 1)
-    bench.do(Operation.COPY_FILE_RANGE, handle=2, offset=3, length=100, extra=(1, 0, 7, 5))
+    bench.do(Operation.COPY_FILE_RANGE, handle=2, offset=3, length=100, extra=(1, 0, 7, 5, 0))
     assert bench.told == []
 
 
@@ -224,7 +228,7 @@ def test_a_copy_that_the_source_cannot_do_is_left_to_the_kernel(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "copy_file_range", refuse)
-    assert bench.do(Operation.COPY_FILE_RANGE, handle=2, length=1, extra=(1, 0, 0, 5)).error == errno.EOPNOTSUPP
+    assert bench.do(Operation.COPY_FILE_RANGE, handle=2, length=1, extra=(1, 0, 0, 5, 0)).error == errno.EOPNOTSUPP
 
 
 def test_a_copy_of_more_than_a_reply_can_report_is_cut(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +236,7 @@ def test_a_copy_of_more_than_a_reply_can_report_is_cut(bench: Bench, monkeypatch
     bench.open(2)
     asked = []
     monkeypatch.setattr(os, "copy_file_range", lambda *arguments: asked.append(arguments[2]) or 0)
-    bench.do(Operation.COPY_FILE_RANGE, handle=2, length=2**63, extra=(1, 0, 0, 5))
+    bench.do(Operation.COPY_FILE_RANGE, handle=2, length=2**63, extra=(1, 0, 0, 5, 0))
     assert 0 < asked[0] < 2**32
 
 
@@ -352,7 +356,7 @@ def test_what_was_done_is_not_done_again_after_others_have_written(bench: Bench,
     path = bench.open(1, b"0123456789")
     bench.open(2, b"abcdefghij")
     hole = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
-    extra = (hole,) if operation == Operation.FALLOCATE else (2, 0, 0)
+    extra = (hole,) if operation == Operation.FALLOCATE else (2, 0, 0, 5, 0)
     request = bench.lend(operation, length=10, extra=extra)  # type: ignore[arg-type]
     bench.arena.results[request.slot] = ~10
     bench.arena.stages[request.slot] = _DONE
@@ -371,48 +375,168 @@ def test_an_append_that_was_not_begun_is_done(bench: Bench) -> None:
 
 def test_an_append_that_was_about_to_begin_is_done(bench: Bench) -> None:
     path = bench.open(1, b"log\n")
-    request = bench.lend(Operation.WRITE, payload=b"line\n", flags=APPEND)
-    bench.arena.results[request.slot] = 4
-    bench.arena.stages[request.slot] = _APPENDING
+    request = begun(bench, b"line\n")
     bench.transfers.resume(request)
     assert count_of(bench.answered(request)) == 5
     assert path.read_bytes() == b"log\nline\n"
+
+
+class Killed(BaseException):
+    """SIGKILL."""
+
+
+def begun(bench: Bench, payload: bytes, written: int = -1, flags: int = APPEND) -> Request:
+    """An append of *payload* whose worker was killed in the middle of the system call that appends.
+
+    Args:
+        bench: where.
+        payload: what was to be appended.
+        written: how much of it was written; -1: the call was not made.
+        flags: of the request.
+    """
+    request = bench.lend(Operation.WRITE, payload=payload, flags=flags)
+    die(bench, request, written)
+    return request
+
+
+def die(bench: Bench, request: Request, written: int, resume: bool = False) -> None:
+    pwritev = os.pwritev
+
+    def cut_short(fd: int, buffers: list[memoryview], offset: int, flags: int) -> int:
+        if written >= 0:
+            pwritev(fd, [memoryview(buffers[0])[:written]], offset, flags)
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "pwritev", cut_short)
+        with pytest.raises(Killed):
+            (bench.transfers.resume if resume else bench.transfers.execute)(request)
+
+
+def others_append(path: Path, content: bytes) -> None:
+    with open(path, "ab") as file:
+        file.write(content)
 
 
 @pytest.mark.parametrize("after", [b"", b"another's line\n"])
-@pytest.mark.parametrize("between", [b"", b"somebody was quicker\n"])
-def test_an_append_is_not_doubled(bench: Bench, between: bytes, after: bytes) -> None:
+@pytest.mark.parametrize("before", [b"", b"somebody was quicker\n"])
+@pytest.mark.parametrize("flags", [os.O_RDWR, os.O_WRONLY])
+def test_an_append_is_not_doubled(bench: Bench, before: bytes, after: bytes, flags: int) -> None:
     """The worker died between the write and its note that it was done."""
-    whole = b"log\n" + between + b"line\n" + after
-    path = bench.open(1, whole)
-    request = bench.lend(Operation.WRITE, payload=b"line\n", flags=APPEND)
-    bench.arena.results[request.slot] = 4
-    bench.arena.stages[request.slot] = _APPENDING
+    path = bench.open(1, b"log\n", flags)
+    request = begun(bench, b"line\n")
+    others_append(path, before)
+    die(bench, request, 5, resume=True)
+    others_append(path, after)
     bench.transfers.resume(request)
     assert count_of(bench.answered(request)) == 5
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == b"log\n" + before + b"line\n" + after
 
 
+@pytest.mark.parametrize("theirs", [b"line\n", b"line\nline\n", b"line", b"line\nl"])
+def test_what_others_append_is_not_taken_for_it(bench: Bench, theirs: bytes) -> None:
+    """However alike it is."""
+    path = bench.open(1, b"log\n")
+    request = begun(bench, b"line\n")
+    others_append(path, theirs)
+    bench.transfers.resume(request)
+    assert count_of(bench.answered(request)) == 5
+    assert path.read_bytes() == b"log\n" + theirs + b"line\n"
+
+
+@pytest.mark.parametrize("theirs", [b"", b"line\n", b"theirs\n"])
 @pytest.mark.parametrize("written", [1, 4])
-def test_an_append_that_was_cut_short_is_completed(bench: Bench, written: int) -> None:
+def test_an_append_that_was_cut_short_is_completed(bench: Bench, written: int, theirs: bytes) -> None:
     """SIGKILL can end a write in the middle."""
-    path = bench.open(1, b"log\n" + b"line\n"[:written])
-    request = bench.lend(Operation.WRITE, payload=b"line\n", flags=APPEND)
-    bench.arena.results[request.slot] = 4
-    bench.arena.stages[request.slot] = _APPENDING
+    path = bench.open(1, b"log\n")
+    request = begun(bench, b"line\n", written)
+    others_append(path, theirs)
+    bench.transfers.resume(request)
+    assert count_of(bench.answered(request)) == 5
+    assert path.read_bytes() == b"log\n" + b"line\n"[:written] + theirs + b"line\n"[written:]
+
+
+@pytest.mark.parametrize("second", [-1, 1, 2, 4])
+@pytest.mark.parametrize("first", [1, 3])
+def test_so_it_is_if_its_successor_is_killed_too(bench: Bench, first: int, second: int) -> None:
+    path = bench.open(1, b"log\n")
+    request = begun(bench, b"line\n", first)
+    die(bench, request, second, resume=True)
     bench.transfers.resume(request)
     assert count_of(bench.answered(request)) == 5
     assert path.read_bytes() == b"log\nline\n"
 
 
-def test_a_line_like_an_earlier_one_is_appended_all_the_same(bench: Bench) -> None:
-    path = bench.open(1, b"line\nline\n")
-    request = bench.lend(Operation.WRITE, payload=b"line\n", flags=APPEND)
-    bench.arena.results[request.slot] = 10
-    bench.arena.stages[request.slot] = _APPENDING
+@pytest.mark.parametrize("step", range(12))
+def test_wherever_a_successor_is_killed_while_it_notes_what_it_finds(bench: Bench, step: int) -> None:
+    path = bench.open(1, b"log\n")
+    request = begun(bench, b"line\n", 3)
+    life = Life(step)
+
+    def mortal(call: Any) -> Any:
+        return life.around(call)
+
+    class Cells:
+        def __init__(self, cells: memoryview) -> None:
+            self._cells = cells
+
+        def __getitem__(self, place: int) -> int:
+            return int(self._cells[place])
+
+        def __setitem__(self, place: int, value: int) -> None:
+            life.step()
+            self._cells[place] = value
+
+    arena = bench.arena
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("lseek", "pwritev"):
+            patch.setattr(os, name, mortal(getattr(os, name)))
+        for name in ("results", "written", "stages"):
+            patch.setattr(arena, name, Cells(getattr(arena, name)))
+        with suppress(mortal_module.Killed):
+            bench.transfers.resume(request)
+    if bench.arena.states[request.slot]:
+        bench.transfers.resume(request)
+    assert count_of(bench.answered(request)) == 5
+    assert path.read_bytes() == b"log\nline\n"
+
+
+def test_where_it_cannot_be_known_an_error_is_told(bench: Bench) -> None:
+    """The file was opened again since, and others have written to it."""
+    path = bench.open(1, b"log\n")
+    request = begun(bench, b"line\n", 5)
+    os.close(bench.files.open[1])
+    bench.files.open[1] = os.open(path, os.O_RDWR)
     bench.transfers.resume(request)
-    bench.answered(request)
-    assert path.read_bytes() == b"line\nline\nline\n"
+    assert bench.answered(request).error == errno.EIO
+    assert path.read_bytes() == b"log\nline\n"
+
+
+def test_opened_again_it_is_done_if_nothing_has_come_to_the_file(bench: Bench) -> None:
+    path = bench.open(1, b"log\n")
+    request = begun(bench, b"line\n")
+    os.close(bench.files.open[1])
+    bench.files.open[1] = os.open(path, os.O_RDWR)
+    bench.transfers.resume(request)
+    assert count_of(bench.answered(request)) == 5
+    assert path.read_bytes() == b"log\nline\n"
+
+
+def test_where_files_cannot_be_so_large_the_mark_is_nearer(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    lseek = os.lseek
+
+    def limited(fd: int, position: int, whence: int) -> int:
+        if position > 1 << 20:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return lseek(fd, position, whence)
+
+    monkeypatch.setattr(os, "lseek", limited)
+    path = bench.open(1, b"log\n")
+    request = begun(bench, b"line\n")
+    others_append(path, b"line\n")
+    bench.transfers.resume(request)
+    assert count_of(bench.answered(request)) == 5
+    assert path.read_bytes() == b"log\nline\nline\n"
 
 
 def test_an_append_notes_how_far_it_has_come(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -444,32 +568,25 @@ RESENT = 1 << 63
 
 
 class Deaf(KernelReplies):
-    """The kernel no longer waits for the answers to some requests: it has sent them again under other numbers."""
+    """The kernel waits for answers under some numbers only."""
 
     def __init__(self, device: int, largest: int) -> None:
         super().__init__(device, largest)
         self.unheard: set[int] = set()
 
-    def error(self, request: Request, number: int) -> bool:
-        return request.unique not in self.unheard and super().error(request, number)
-
-    def count(self, request: Request, count: int) -> bool:
-        return request.unique not in self.unheard and super().count(request, count)
+    def _send(self, reply: bytes | memoryview) -> None:
+        (unique,) = struct.unpack_from("=Q", reply, 8)
+        self.heard = unique not in self.unheard
+        if self.heard:
+            super()._send(reply)
 
 
 @pytest.fixture
 def deaf(bench: Bench) -> Deaf:
     own = Deaf(bench.device.fd, bench.arena.payload_size)
     bench.transfers._replies = own
+    bench.arena.new_front(os.getpid())  # which has yet to hear all that is sent again
     return own
-
-
-def again(bench: Bench, request: Request, payload: bytes) -> Request:
-    slot = bench.arena.free_slot()
-    resent = request._replace(unique=request.unique | RESENT, slot=slot)
-    bench.arena.payload(slot, len(payload))[:] = payload
-    bench.arena.lend(slot, 1, encode(resent))
-    return resent
 
 
 def test_an_append_whose_answer_nobody_heard_is_only_answered_when_it_comes_again(bench: Bench, deaf: Deaf) -> None:
@@ -478,67 +595,87 @@ def test_an_append_whose_answer_nobody_heard_is_only_answered_when_it_comes_agai
     deaf.unheard.add(request.unique)
     bench.transfers.execute(request)
     assert bench.device.take() == []
-    assert bench.arena.free_slot() == 0, "its slot is free all the same"
-    resent = again(bench, request, b"line\n")
-    bench.transfers.execute(resent)
-    assert count_of(bench.answered(resent)) == 5
-    assert path.read_bytes() == b"log\nline\n"
-    # It may come once more, if yet another front has died meanwhile; its number is never another request's.
-    resent = again(bench, request, b"line\n")
-    bench.transfers.execute(resent)
-    assert count_of(bench.answered(resent)) == 5
-    assert path.read_bytes() == b"log\nline\n"
-
-
-def test_a_request_that_was_heard_or_never_came_is_done_when_it_comes_again(bench: Bench, deaf: Deaf) -> None:
-    path = bench.open(1, b"log\n")
-    heard = bench.lend(Operation.WRITE, payload=b"one\n", flags=APPEND)
-    bench.transfers.execute(heard)
-    bench.answered(heard)
-    for request in (again(bench, heard, b"two\n"), again(bench, heard._replace(unique=4711), b"two\n")):
-        bench.transfers.execute(request)
-        assert count_of(bench.answered(request)) == 4
-    assert path.read_bytes() == b"log\none\ntwo\ntwo\n"
-
-
-def test_an_unheard_answer_of_a_resumed_append_counts_too(bench: Bench, deaf: Deaf) -> None:
-    path = bench.open(1, b"log\nli")
-    request = bench.lend(Operation.WRITE, payload=b"line\n", flags=APPEND)
-    bench.arena.results[request.slot] = 4
-    bench.arena.stages[request.slot] = _APPENDING
-    deaf.unheard.add(request.unique)
-    bench.transfers.resume(request)
-    resent = again(bench, request, b"line\n")
-    bench.transfers.execute(resent)
-    assert count_of(bench.answered(resent)) == 5
-    assert path.read_bytes() == b"log\nline\n"
-
-
-def test_a_request_sent_again_and_unheard_again_is_still_done_once(bench: Bench, deaf: Deaf) -> None:
-    path = bench.open(1, b"log\n")
-    request = bench.lend(Operation.WRITE, payload=b"line\n", flags=APPEND)
-    deaf.unheard |= {request.unique, request.unique | RESENT}
-    bench.transfers.execute(request)
-    bench.transfers.execute(again(bench, request, b"line\n"))
+    assert bench.arena.states[request.slot], "it was given back though nobody has had the answer"
+    for _ in range(2):  # another front has died meanwhile
+        bench.arena.new_front(os.getpid())
+        deaf.unheard.add(request.unique | RESENT)
+        bench.arena.claim(request.slot, request.unique | RESENT)
+        bench.transfers.resume(request)
+        assert bench.arena.states[request.slot]
     deaf.unheard.clear()
-    resent = again(bench, request, b"line\n")
-    bench.transfers.execute(resent)
-    assert count_of(bench.answered(resent)) == 5
+    bench.transfers.resume(request)
+    assert count_of(bench.answered(request._replace(unique=request.unique | RESENT))) == 5
     assert path.read_bytes() == b"log\nline\n"
 
 
-def test_unheard_answers_do_not_fill_the_memory(bench: Bench, deaf: Deaf, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llloop.workers.transfers._UNHEARD_AT_MOST", 10)
-    bench.open(1)
-    for _ in range(100):
-        request = bench.lend(Operation.WRITE, payload=b"x", flags=APPEND)
-        deaf.unheard.add(request.unique)
+def test_a_read_whose_answer_nobody_heard_is_done_when_it_comes_again(bench: Bench, deaf: Deaf) -> None:
+    bench.open(1, b"content")
+    request = bench.lend(Operation.READ, length=100)
+    deaf.unheard.add(request.unique)
+    bench.transfers.execute(request)
+    bench.arena.claim(request.slot, request.unique | RESENT)
+    bench.transfers.resume(request)
+    assert bench.answered(request._replace(unique=request.unique | RESENT)).payload == b"content"
+
+
+@pytest.mark.parametrize("operation", [Operation.READ, Operation.WRITE])
+def test_what_comes_again_while_the_worker_answers_is_answered_at_once(
+    bench: Bench, deaf: Deaf, operation: Operation
+) -> None:
+    path = bench.open(1, b"content")
+    payload = b"CON" if operation == Operation.WRITE else b""
+    request = bench.lend(operation, length=3, payload=payload)
+    deaf.unheard.add(request.unique)
+    send, arena = deaf._send, bench.arena
+
+    def claimed_meanwhile(reply: bytes | memoryview) -> None:
+        send(reply)
+        if not deaf.heard:
+            arena.claim(request.slot, request.unique | RESENT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deaf, "_send", claimed_meanwhile)
         bench.transfers.execute(request)
-        assert len(bench.transfers._unheard) <= 10
-    resent = again(bench, request, b"x")
-    bench.transfers.execute(resent)
-    bench.answered(resent)
-    assert os.fstat(bench.files.open[1]).st_size == 100, "the last one is still known"
+    assert bench.answered(request._replace(unique=request.unique | RESENT)).error == 0
+    assert path.read_bytes()[:3] == (b"CON" if payload else b"con")
+
+
+def test_it_may_come_again_under_the_number_that_it_has_already(bench: Bench, deaf: Deaf) -> None:
+    """Two fronts have died: that the number is the same does not mean that the answer was given."""
+    bench.open(1, b"content")
+    request = bench.lend(Operation.READ, length=100)
+    bench.arena.claim(request.slot, request.unique | RESENT)
+    deaf.unheard |= {request.unique, request.unique | RESENT}
+    send, arena = deaf._send, bench.arena
+
+    def next_front_claims_and_settles(reply: bytes | memoryview) -> None:
+        send(reply)
+        if deaf.unheard:
+            arena.new_front(os.getpid())
+            arena.claim(request.slot, request.unique | RESENT)
+            arena.settle()
+            deaf.unheard.clear()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deaf, "_send", next_front_claims_and_settles)
+        bench.transfers.resume(request)
+    assert bench.answered(request._replace(unique=request.unique | RESENT)).payload == b"content"
+
+
+@pytest.mark.parametrize("operation", [Operation.READ, Operation.WRITE])
+def test_what_was_answered_before_its_worker_died_is_given_back(bench: Bench, deaf: Deaf, operation: Operation) -> None:
+    path = bench.open(1, b"content")
+    request = bench.lend(operation, length=3, payload=b"CON" if operation == Operation.WRITE else b"")
+    deaf.unheard.add(request.unique)
+    bench.transfers.execute(request)
+    path.write_bytes(b"newer data")
+    bench.transfers.resume(request)
+    assert bench.arena.states[request.slot], "it may be sent again yet"
+    bench.arena.settle()
+    bench.transfers.resume(request)
+    assert bench.arena.free_slot() == 0
+    assert bench.device.take() == []
+    assert path.read_bytes() == b"newer data"
 
 
 @pytest.mark.parametrize("length", [100, 100_000])
@@ -580,7 +717,7 @@ def test_room_that_comes_late_is_waited_for(bench: Bench, monkeypatch: pytest.Mo
     for module, name in ((syscalls, "fallocate"), (os, "copy_file_range"), (os, "pwrite"), (os, "pwritev")):
         _refuse_at_first(monkeypatch, module, name, number)
     assert bench.do(Operation.FALLOCATE, length=9000, extra=(0,)).error == 0
-    assert bench.do(Operation.COPY_FILE_RANGE, length=5000, extra=(2, 0, 0, 5)).error == 0
+    assert bench.do(Operation.COPY_FILE_RANGE, length=5000, extra=(2, 0, 0, 5, 0)).error == 0
     assert bench.do(Operation.WRITE, payload=b"written", offset=20_000).error == 0
     assert bench.do(Operation.WRITE, payload=b"appended", flags=APPEND).error == 0
     content = (bench.directory / "file-1").read_bytes()
@@ -634,6 +771,7 @@ def test_a_shift_is_done_once_wherever_the_worker_died(
         request = bench.lend(Operation.FALLOCATE, offset=2, length=3, extra=(mode,))
         bench.arena.stages[request.slot] = stage
         bench.arena.results[request.slot] = 7 if stage == _SHIFTING else 0
+        bench.arena.written[request.slot] = path.stat().st_ctime_ns
         del shifting[:]
         bench.transfers.resume(request)
         assert bench.answered(request).error == 0
@@ -664,7 +802,22 @@ def test_a_shift_whose_answer_nobody_heard_is_only_answered_when_it_comes_again(
     request = bench.lend(Operation.FALLOCATE, offset=2, length=3, extra=(mode,))
     deaf.unheard.add(request.unique)
     bench.transfers.execute(request)
-    resent = again(bench, request, b"")
-    bench.transfers.execute(resent)
-    assert bench.answered(resent).error == 0
+    bench.arena.claim(request.slot, request.unique | RESENT)
+    bench.transfers.resume(request)
+    assert bench.answered(request._replace(unique=request.unique | RESENT)).error == 0
     assert shifting == [mode]
+
+
+@pytest.mark.parametrize("content", [b"0123456+", b"01234+6"])
+@pytest.mark.parametrize("mode", [COLLAPSE, INSERT])
+def test_where_others_have_changed_the_file_nothing_is_shifted_that_may_have_been(
+    bench: Bench, shifting: list[int], mode: int, content: bytes
+) -> None:
+    path = bench.open(1, b"0123456")
+    request = bench.lend(Operation.FALLOCATE, offset=2, length=3, extra=(mode,))
+    bench.arena.results[request.slot], bench.arena.written[request.slot] = 7, path.stat().st_ctime_ns - 1
+    bench.arena.stages[request.slot] = _SHIFTING
+    path.write_bytes(content)
+    bench.transfers.resume(request)
+    assert bench.answered(request).error == errno.EIO
+    assert shifting == []

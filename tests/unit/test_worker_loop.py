@@ -60,6 +60,10 @@ def message(unique: int, slot: int = -1) -> bytes:
     return encode((Operation.READ, unique, slot, 1, 2))
 
 
+def lend(arena: Arena, slot: int, unique: int, shard: int = SHARD) -> None:
+    arena.lend(slot, shard, message(unique, slot), unique)
+
+
 def test_messages_are_done_in_their_order_until_the_front_is_gone(
     worker: Worker, pipe: tuple[int, int], recorder: Recorder
 ) -> None:
@@ -87,8 +91,8 @@ def test_what_was_taken_and_not_answered_is_done_oldest_first(
     worker: Worker, arena: Arena, pipe: tuple[int, int], recorder: Recorder
 ) -> None:
     for slot, unique in enumerate((30, 10, 20)):
-        arena.lend(slot, SHARD, message(unique, slot))
-    arena.lend(3, 0, message(5, 3))
+        lend(arena, slot, unique)
+    lend(arena, 3, 5, 0)
     worker.recover()
     assert recorder.resumed == [10, 20, 30]
     assert [slot for slot, _ in arena.lent_to(0)] == [3], "another worker's"
@@ -100,7 +104,7 @@ def test_what_still_lies_in_the_pipe_is_not_done_twice(
     worker: Worker, arena: Arena, pipe: tuple[int, int], recorder: Recorder
 ) -> None:
     for slot, unique in enumerate((10, 11, 12)):
-        arena.lend(slot, SHARD, message(unique, slot))
+        lend(arena, slot, unique)
         if unique > 10:  # 10 was taken off the pipe by the worker that died
             os.write(pipe[1], message(unique, slot))
     worker.recover()
@@ -114,7 +118,7 @@ def test_what_still_lies_in_the_pipe_is_not_done_twice(
 def test_releases_in_the_pipe_are_done_after_a_recovery(
     worker: Worker, arena: Arena, pipe: tuple[int, int], recorder: Recorder
 ) -> None:
-    arena.lend(0, SHARD, message(10, 0))
+    lend(arena, 0, 10)
     os.write(pipe[1], encode((Operation.RELEASE, 0, -1, -1, -1, 0, 0, 0, 0, 0, (1,))))
     worker.recover()
     os.close(pipe[1])
@@ -126,10 +130,10 @@ def test_a_reminder_means_requests_and_not_what_came_into_their_slots_later(
     worker: Worker, arena: Arena, pipe: tuple[int, int], recorder: Recorder
 ) -> None:
     """It was dead when a new front reminded it; its successor did all that, and the front lent the slot again."""
-    arena.lend(0, SHARD, message(10, 0))
+    lend(arena, 0, 10)
     os.write(pipe[1], encode((Operation.RESUME, 0, -1, -1, -1, 0, 0, 0, 0, 0, (10, 11))))
     worker.recover()
-    arena.lend(0, SHARD, message(12, 0))
+    lend(arena, 0, 12)
     os.write(pipe[1], message(12, 0))
     os.close(pipe[1])
     worker.run()
@@ -141,7 +145,7 @@ def test_a_slot_that_holds_nonsense_does_not_stop_the_recovery(
     worker: Worker, arena: Arena, pipe: tuple[int, int], recorder: Recorder, caplog: pytest.LogCaptureFixture
 ) -> None:
     arena.lend(0, SHARD, b"\xff\xff")
-    arena.lend(1, SHARD, message(4, 1))
+    lend(arena, 1, 4)
     with caplog.at_level(logging.ERROR):
         worker.recover()
     os.close(pipe[1])
@@ -156,11 +160,11 @@ def resume(uniques: list[int]) -> bytes:
 def test_what_a_dead_front_lent_and_did_not_tell_of_is_done_when_the_next_says_so(
     worker: Worker, arena: Arena, pipe: tuple[int, int], recorder: Recorder
 ) -> None:
-    arena.lend(0, SHARD, message(10, 0))
+    lend(arena, 0, 10)
     os.write(pipe[1], message(10, 0))  # told
-    arena.lend(2, SHARD, message(12, 2))
-    arena.lend(1, SHARD, message(11, 1))
-    arena.lend(3, 0, message(13, 3))
+    lend(arena, 2, 12)
+    lend(arena, 1, 11)
+    lend(arena, 3, 13, 0)
     os.write(pipe[1], resume([10, 11, 12]))
     os.write(pipe[1], resume([]))
     os.close(pipe[1])
@@ -174,7 +178,7 @@ def test_what_was_lent_after_the_reminder_is_told_of_as_ever(
     worker: Worker, arena: Arena, pipe: tuple[int, int], recorder: Recorder
 ) -> None:
     os.write(pipe[1], resume([10]))
-    arena.lend(1, SHARD, message(11, 1))
+    lend(arena, 1, 11)
     os.write(pipe[1], message(11, 1))
     os.close(pipe[1])
     worker.run()
@@ -186,12 +190,60 @@ def test_a_reminder_after_a_recovery_does_nothing_twice(
     worker: Worker, arena: Arena, pipe: tuple[int, int], recorder: Recorder
 ) -> None:
     """Front and worker were both killed."""
-    arena.lend(0, SHARD, message(10, 0))
+    lend(arena, 0, 10)
     os.write(pipe[1], message(10, 0))
-    arena.lend(1, SHARD, message(11, 1))
+    lend(arena, 1, 11)
     os.write(pipe[1], resume([10, 11]))
     worker.recover()
     os.close(pipe[1])
     worker.run()
     assert sorted(recorder.resumed) == [10, 11]
     assert recorder.executed == []
+
+
+RESENT = 1 << 63
+
+
+def test_what_its_successor_has_done_is_not_done_by_the_successor_after_it(
+    arena: Arena, pipe: tuple[int, int], recorder: Recorder, sheet: Sheet
+) -> None:
+    """The second was killed before it had taken the messages off the pipe; newer data may have been written since."""
+    for slot in range(3):
+        lend(arena, slot, 10 + slot)
+        os.write(pipe[1], message(10 + slot, slot))
+    Worker(SHARD, arena, pipe[0], recorder, sheet).recover()  # type: ignore[arg-type]
+    assert recorder.resumed == [10, 11, 12]
+    third = Worker(SHARD, arena, pipe[0], recorder, sheet)  # type: ignore[arg-type]
+    third.recover()
+    lend(arena, 1, 20)  # a slot has been given back and lent again
+    os.write(pipe[1], message(20, 1))
+    os.close(pipe[1])
+    third.run()
+    assert recorder.resumed == [10, 11, 12]
+    assert recorder.executed == [20]
+
+
+def test_a_request_that_was_sent_again_is_found_under_either_number(
+    worker: Worker, arena: Arena, pipe: tuple[int, int], recorder: Recorder
+) -> None:
+    """The message of the front that died is in the pipe still."""
+    lend(arena, 0, 10)
+    os.write(pipe[1], message(10, 0))
+    arena.claim(0, 10 | RESENT)
+    os.write(pipe[1], resume([10 | RESENT]))
+    os.close(pipe[1])
+    worker.run()
+    assert (recorder.resumed, recorder.executed) == ([10], [])
+    assert arena.lent_to(SHARD) == []
+
+
+def test_what_was_begun_is_gone_on_with_before_anything_else(
+    worker: Worker, arena: Arena, pipe: tuple[int, int], recorder: Recorder
+) -> None:
+    for slot in range(3):
+        lend(arena, slot, 10 + slot)
+    lend(arena, 3, 1 | RESENT)
+    arena.stages[2] = 1
+    worker.recover()
+    os.close(pipe[1])
+    assert recorder.resumed == [12, 1 | RESENT, 10, 11]

@@ -263,7 +263,7 @@ class FileRequests(Responder):
         )
         source_handle = self._handles.get(source)
         source_handle.shared = True
-        extra = (source, source_handle.descriptor, source_offset, source_handle.nodeid)
+        extra = (source, source_handle.descriptor, source_offset, source_handle.nodeid, source_handle.file)
         handle = self._handles.get(number)
         self._router.entrust(
             Task(
