@@ -65,14 +65,17 @@ def worker_capabilities() -> int:
 
 
 def keep_only(capabilities: int) -> None:
-    """Give up, for good, all capabilities but some, and whatever a program executed from here could gain.
+    """Give up, for good, all capabilities but some, the groups, and whatever a program executed from here could gain.
 
-    An ordinary user's process has none; it only loses the way to set-ID programs (PR_SET_NO_NEW_PRIVS).
+    The source would take this process's supplementary groups for the caller's: file systems can reserve blocks for a
+    group, too. An ordinary user's process has none; it only loses the way to set-ID programs (PR_SET_NO_NEW_PRIVS).
 
     Args:
         capabilities: what to keep of what there is, as a set of bits.
     """
     _keep_capabilities()  # while that is still allowed
+    with suppress(PermissionError):
+        os.setgroups(())
     # Not allowed without CAP_SETPCAP; then this process has little to lose, and no_new_privs bars the way back anyway.
     with suppress(OSError):
         for number in range(64):

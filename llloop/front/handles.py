@@ -223,6 +223,17 @@ class Handles:
             others.remove(handle)
         return handle
 
+    def writer(self, handle: Handle) -> tuple[int, int]:
+        """Return the uid and gid as whose counts what the kernel writes through *handle* from its page cache.
+
+        It can come from any process that has the file open for writing. So it is root's only if nobody else has.
+        """
+        if handle.opener[0] == 0:
+            for other in self._of_inode[handle.nodeid]:
+                if other.opener[0] and other.is_writable:
+                    return other.opener
+        return handle.opener
+
     def of_inode(self, nodeid: int) -> list[Handle]:
         """Return the open handles of an inode."""
         return self._of_inode.get(nodeid, [])

@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -286,6 +287,25 @@ def test_what_is_reserved_for_root_is_not_for_users(
             assert wait_until(lambda: os.statvfs(source).f_bfree > state.f_bfree - 100)
         fill(mirror.mountpoint / "of root", WAYS_TO_FILL["write"])
         assert os.statvfs(source).f_bfree < reserved // 2, "nothing is reserved for root"
+
+
+@pytest.mark.root
+@pytest.mark.own_loop
+@pytest.mark.at_once("errors of collected writes are told at fsync or close")
+@pytest.mark.parametrize("options", [[], ["--io=kernel"]], ids=str)
+def test_what_is_reserved_for_a_group_of_the_server_is_not_for_users(
+    scratch: Path, serve: Serve, options: list[str]
+) -> None:
+    image = make_image(scratch / "image", 16 * MIB, "ext4", "-F", "-m", "20", "-O", "^has_journal")
+    command = ["setpriv", "--groups", "0,5000", sys.executable, "-m", "llloop", "serve"]
+    with mounted(image, scratch / "source", "-o", "loop,nodelalloc,resgid=5000") as source:
+        source.chmod(0o777)
+        mirror = serve(*options, source=source, command=command)
+        _, why = run_as(Caller(4001, 4001), write_until_it_fails, mirror.mountpoint / "file", 65_536)
+        assert why == "ENOSPC"
+        state = os.statvfs(source)
+        assert state.f_bfree > 2000
+        mirror.stop()
 
 
 @pytest.mark.at_once("errors of collected writes are told at fsync or close")

@@ -35,6 +35,27 @@ def test_a_handle_is_found_by_its_number_and_its_inode() -> None:
     assert 100 not in handles.open_inodes() and 200 in handles.open_inodes()
 
 
+def test_what_the_kernel_collects_is_roots_only_if_nobody_else_can_have_written_it() -> None:
+    handles = table()
+    by_root, by_user, other_by_user = (
+        Handle(5, nodeid, 0, flags, opener)
+        for nodeid, flags, opener in (
+            (100, os.O_RDWR, (0, 0)),
+            (100, os.O_RDONLY, (1000, 1001)),
+            (200, os.O_RDWR, (1000, 1001)),
+        )
+    )
+    for one in (by_root, by_user, other_by_user):
+        handles.add(one)
+    assert handles.writer(by_root) == (0, 0)
+    assert handles.writer(other_by_user) == (1000, 1001)
+    by_writer = Handle(5, 100, 0, os.O_WRONLY, (2000, 2001))
+    number = handles.add(by_writer)
+    assert handles.writer(by_root) == (2000, 2001)
+    handles.remove(number)
+    assert handles.writer(by_root) == (0, 0)
+
+
 def test_a_number_that_is_not_open() -> None:
     handles = table()
     number = handles.add(handle())

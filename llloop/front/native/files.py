@@ -164,7 +164,7 @@ class FileRequests(Responder):
         cached = write_flags & wire.FUSE_WRITE_CACHE
         if cached:  # it does not say whose
             flags |= CACHED
-            uid, gid = handle.opener
+            uid, gid = self._handles.writer(handle)
             if self._writeback:  # nor what to clear, should the file have become set-ID behind the mount
                 flags |= _kill_flag(uid)
         elif open_flags & os.O_APPEND:
