@@ -625,8 +625,8 @@ def test_no_read_is_older_than_the_timeout(view: View) -> None:
 @pytest.mark.mounted
 @pytest.mark.timeout(20)
 def test_directories_that_change_places_in_the_source_hang_nobody(serve: Serve) -> None:
-    """Each was seen below the other, and neither is held open by then: the limit of 128 files leaves few kept."""
-    command = ["/bin/sh", "-c", 'ulimit -n 128 && exec "$0" "$@"', sys.executable, "-m", "llloop", "serve"]
+    """Each was seen below the other, and neither is held open by then: the limit of 160 files leaves few kept."""
+    command = ["/bin/sh", "-c", 'ulimit -n 160 && exec "$0" "$@"', sys.executable, "-m", "llloop", "serve"]
     mirror = serve("--workers", "1", command=command)
     src, mnt = mirror.source, mirror.mountpoint
     (src / "outer/inner").mkdir(parents=True)

@@ -26,6 +26,7 @@ from llloop.front.inodes import ROOT
 from llloop.front.loop import Loop
 from llloop.front.mirror import build_mirror
 from llloop.front.operations import Operations
+from llloop.front.requester import Requester
 from llloop.ledger import Ledger
 from llloop.negotiation import MAX_WRITE
 from tests.hostile import Choices, hostile_request
@@ -49,7 +50,7 @@ def feed(source: Path, mountpoint: Path, seed: int) -> None:
     root = os.open(source, os.O_PATH | os.O_DIRECTORY)
     mirror = build_mirror(config, made.capabilities, arena, ledger, [writer], root, device)
     nodeids = [ROOT, *(mirror.tree.lookup(ROOT, name)[0] for name in (b"file", b"directory", b"out"))]
-    handles = [mirror.files.open(nodeids[1], os.O_RDWR, False)[0]]
+    handles = [mirror.files.open(nodeids[1], os.O_RDWR, False, Requester(0, 0))[0]]
     choose = random.Random(seed)
     numbers = iter(range(1, REQUESTS + 1))
     real_readv = os.readv

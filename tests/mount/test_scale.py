@@ -102,7 +102,7 @@ def settle(pid: int) -> None:
 
 @pytest.mark.mounted
 def test_a_deep_tree_needs_few_descriptors(serve: Serve) -> None:
-    mirror = serve(command=with_descriptor_limit(128))
+    mirror = serve(command=with_descriptor_limit(160))
     depth = 400
     path, mounted = mirror.source, mirror.mountpoint
     here = os.open(path, os.O_RDONLY)
