@@ -59,23 +59,25 @@ def mount(operations: Operations, mountpoint: str, options: list[str]) -> int:
     """
     before = fuse_devices()
     complaints = CapturedStderr()
+    mounted = False
     try:
         with complaints:
             llfuse.init(operations, mountpoint, options)
+            mounted = True
+        (device,) = fuse_devices() - before
+        return device
     except RuntimeError as error:
         # Only libfuse itself, or fusermount, knows why, and says so on standard error.
         reason = complaints.text() or str(error)
         if "fuse_lowlevel_new" in str(error) or "option" in reason:
             raise UsageError(f"mount options {','.join(options)}: {reason}") from None
         raise HostError(f"mount point {mountpoint}: it could not be mounted: {reason}") from None
-    try:
-        (device,) = fuse_devices() - before
     except BaseException as error:
-        llfuse.close()
+        if mounted:
+            llfuse.close()
         if isinstance(error, ValueError):
             raise LlloopError("libfuse did not open /dev/fuse as expected") from None
         raise
-    return device
 
 
 def initialise(device: int, config: ServeConfig, source: str) -> Connection:

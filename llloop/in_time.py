@@ -29,17 +29,20 @@ def in_time(work: Callable[[], T], seconds: float, late: errors.LlloopError) -> 
         late: raised if it takes longer.
 
     Raises:
-        LlloopError: *work* raised one, or *late*.
-        OSError: *work* raised one, or no child can be started.
+        LlloopError: *work* raised one, *late*, or no child can be started.
+        OSError: *work* raised one.
     """
-    reader, writer = os.pipe2(os.O_CLOEXEC)
+    try:
+        reader, writer = os.pipe2(os.O_CLOEXEC)
+    except OSError as error:
+        raise errors.HostError(f"no pipe can be made: {error.strerror}; allow more open files (ulimit -n)") from None
     try:
         child = os.fork()
         if child == 0:
             _answer(work, writer)
-    except BaseException:
+    except OSError as error:
         os.close(reader)
-        raise
+        raise errors.HostError(f"no process can be started: {error.strerror}; allow more (ulimit -u)") from None
     finally:
         os.close(writer)
     try:

@@ -37,6 +37,7 @@ _ANSWER = struct.Struct("=Ii")
 _START, _FETCH = b"s", b"f"
 # How long the supervisor waits for the keeper to do what it is told, in seconds.
 _PATIENCE = 10.0
+_NOBODY = -1
 _PAUSE = 0.001  # seconds between two looks
 
 
@@ -89,6 +90,7 @@ class Keeper:
     """
 
     def __init__(self, front: Callable[[Collection[int]], None], farewell: Callable[[], None]) -> None:
+        self._supervisor = os.getpid()
         self._front = front
         self._farewell = farewell
         self._command_reader, self._command_writer = os.pipe2(os.O_CLOEXEC)
@@ -103,7 +105,8 @@ class Keeper:
         self._admitted = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("q")
 
     def close(self) -> None:
-        """Let go of the keeper's pipes, when it has ended."""
+        """Let go of the keeper's pipes, when it has ended; a front that still waits for admission ends."""
+        self._admitted[0] = _NOBODY
         for fd in self.descriptors:
             os.close(fd)
 
@@ -143,7 +146,7 @@ class Keeper:
         pid = os.getpid()
         deadline = time.monotonic() + _PATIENCE
         while self._admitted[0] != pid:
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or self._admitted[0] == _NOBODY or os.getppid() != self._supervisor:
                 os._exit(1)
             time.sleep(_PAUSE)
 

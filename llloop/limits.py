@@ -12,8 +12,8 @@ from .errors import HostError
 
 # How many descriptors the processes of a mount have open besides those of the files of the mount: so many, and so many
 # for each worker. A front has most. A test compares this with what they have.
-_OWN = 80
-_OWN_OF_A_WORKER = 5
+_OWN = 72
+_OWN_OF_A_WORKER = 6
 # How many files of the mount must be possible at least for it to be of any use.
 _FILES = 64
 # The processes besides the workers: supervisor, keeper, front, the one that unmounts, and the log's thread.

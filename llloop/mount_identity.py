@@ -18,7 +18,7 @@ from .errors import LlloopError
 # Somebody who looks at a mount (statfs(2) of a monitor) makes it busy for a moment: how long to wait for that, in
 # seconds, and how long between two tries.
 BUSY_PATIENCE = 0.5
-_PAUSE = 0.005
+_PAUSE = 0.0002
 
 
 @dataclass(frozen=True, slots=True)

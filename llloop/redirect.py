@@ -28,8 +28,10 @@ class CapturedStderr:
     ) -> None:
         if self._saved is None:
             os.close(2)
-        else:
+            return
+        try:
             os.dup2(self._saved, 2)
+        finally:
             os.close(self._saved)
 
     def text(self) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from contextlib import suppress
 
 from setproctitle import setproctitle
 
@@ -46,7 +47,8 @@ class StartGuard:
 
     def dismiss(self) -> None:
         """End it: it is not needed any more."""
-        os.write(self._writer, b"!")
+        with suppress(BrokenPipeError):  # it was killed
+            os.write(self._writer, b"!")
         os.close(self._writer)
         self._process.join()
         self._process.close()

@@ -157,8 +157,6 @@ class Supervisor:
         if threading.current_thread() is not threading.main_thread():
             raise UsageError("a mount can be served by the main thread only; llloop.mount() works in any")
         with ProcessState(_SIGNALS):
-            setproctitle("llloop-supervisor")
-            multiprocessing.current_process().name = "llloop-supervisor"
             try:
                 self._start()
                 self._watch()
@@ -172,6 +170,8 @@ class Supervisor:
 
     def _start(self) -> None:
         """Mount and start all processes. What can fail for want of something comes before the mount."""
+        setproctitle("llloop-supervisor")
+        multiprocessing.current_process().name = "llloop-supervisor"
         limits.raise_descriptor_limit()
         self._catch_signals()
         root = os.open(self._source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -200,9 +200,9 @@ class Supervisor:
         self._dismiss_guard()
 
     def _dismiss_guard(self) -> None:
-        if self._guard is not None:
-            self._guard.dismiss()
-            self._guard = None
+        guard, self._guard = self._guard, None
+        if guard is not None:
+            guard.dismiss()
 
     # The children
 
@@ -291,7 +291,7 @@ class Supervisor:
                     self._take_signals(self._signal_reader)
                 elif event == self._ready_reader:
                     os.read(self._ready_reader, 1)
-                    if not self._announced:
+                    if not self._announced and self._stopped_by is None:
                         self._announced = True
                         self._on_ready(self._describe())
                         self._oversight.ready(self._describe())
@@ -531,7 +531,8 @@ class Supervisor:
             steps.callback(log.release)
             steps.callback(self._dismiss_guard)
             if self._device is not None:
-                steps.callback(llfuse.close, unmount=False)
+                # If it was not found out which mount it is, llfuse takes away what it has made a moment ago.
+                steps.callback(llfuse.close, unmount=self._mount is None)
             if self._keeper is not None:
                 steps.callback(self._keeper.close)
             for child in self._children:
@@ -559,12 +560,8 @@ class Supervisor:
             end(self._unmounter)
 
     def _detach(self) -> None:
-        if self._mount is None:
-            if self._device is not None:  # which one it is was not found out
-                mount_identity.detach_if_dead(self._mountpoint)
-            return
         try:
-            if self._is_mounted():
+            if self._mount is not None and self._is_mounted():
                 self._mount.unmount(lazy=True)
         except (OSError, LlloopError) as error:
             _log.error("%s could not be detached: %s", self._mountpoint, error)
