@@ -32,36 +32,85 @@ def waiting_in(mirror: Mirror) -> str:
     return "\n".join(found)
 
 
+# Processes of which one is killed, each as often as it stands here.
+ONE = ("front", "front", "front", "worker", "worker", "keeper")
+# Processes of which one is killed shortly after the other, or the same one twice.
+TWO = (
+    ("front", "worker"),
+    ("worker", "front"),
+    ("front", "front"),
+    ("worker", "worker"),
+    ("keeper", "worker"),
+    ("worker", "keeper"),
+)
+# With both of these the descriptors of all open files are lost; named files are opened again.
+BOTH = (("front", "keeper"), ("keeper", "front"), ("keeper", "keeper"))
+# The second follows within so many seconds.
+APART = 0.2
+
+
 class Killer:
-    """Kills fronts, keepers and workers.
+    """Kills fronts, keepers and workers, one or two at a time.
 
     Front and keeper hold the open files together, so a file without a name survives the death of one of them, until
-    the other has a new partner; before that neither is killed. Workers may die at any time.
+    the other has a new partner; before that neither is killed, unless *both* says so. Workers may die at any time.
+
+    Args:
+        mirror: whose processes are killed.
+        chance: decides which, and when.
+        both: whether front and keeper may die together.
     """
 
-    def __init__(self, mirror: Mirror, chance: random.Random) -> None:
+    def __init__(self, mirror: Mirror, chance: random.Random, *, both: bool = False) -> None:
         self._mirror = mirror
         self._chance = chance
+        self._two = (*TWO, *BOTH, *BOTH) if both else TWO
         self.killed: Counter[str] = Counter()
         self._dead: set[int] = set()
+        self._replaced = 0  # the front whose keeper was killed last
 
     def kill_until(self, done: Callable[[], bool], pause: tuple[float, float], seconds: float) -> None:
-        """Kill a process, wait for *pause* (from, to; in seconds), again; for *seconds* at most."""
+        """Kill one process or two, wait for *pause* (from, to; in seconds), again; for *seconds* at most."""
         end = time.monotonic() + seconds
         while not done() and time.monotonic() < end:
             time.sleep(self._chance.uniform(*pause))
-            self.kill(self._chance.choice(["front", "front", "front", "worker", "worker", "keeper"]))
+            if self._chance.random() < 0.5:
+                self.kill(self._chance.choice(ONE))
+            else:
+                self.kill_two(*self._chance.choice(self._two))
 
     def kill(self, role: str) -> None:
-        if role == "worker":
-            victims = [pid for pid in process_ids(self._mirror, role) if pid not in self._dead]
-            if victims:
-                self._kill(role, self._chance.choice(victims))
+        if self._kill_one(role):
+            self.killed[role] += 1
+
+    def kill_two(self, first: str, second: str) -> None:
+        """Kill a process, and another, or the successor of the first, within `APART` seconds."""
+        if not self._kill_one(first):
             return
+        time.sleep(self._chance.choice([0.0, self._chance.uniform(0, APART)]))
+        pids: list[int] = []
+
+        def is_there() -> bool:
+            pids[:] = self._living(second)
+            return bool(pids)
+
+        if wait_until(is_there, 2 * APART):
+            self._kill(self._chance.choice(pids))
+            self.killed[f"{first}+{second}"] += 1
+        else:
+            self.killed[first] += 1
+
+    def _kill_one(self, role: str) -> bool:
+        if role == "worker":
+            victims = self._living(role)
+            if victims:
+                self._kill(self._chance.choice(victims))
+            return bool(victims)
         front, keeper = self._pair()
-        self._kill(role, front if role == "front" else keeper)
+        self._kill(front if role == "front" else keeper)
         if role == "keeper":  # the front is replaced, too
-            self._dead.add(front)
+            self._replaced = front
+        return True
 
     def wait_for_all(self) -> None:
         """Wait until nobody is being replaced."""
@@ -69,19 +118,22 @@ class Killer:
         count = len(self._mirror.processes())
         assert wait_until(lambda: len(titles(self._mirror)) == count, RESTART)
 
+    def _living(self, role: str) -> list[int]:
+        return [pid for pid in process_ids(self._mirror, role) if pid not in self._dead]
+
     def _pair(self) -> tuple[int, int]:
         pair: list[int] = []
 
         def both_are_there() -> bool:
             fronts, keepers = process_ids(self._mirror, "front"), process_ids(self._mirror, "keeper")
-            pair[:] = [pid for pid in (*fronts[-1:], *keepers[-1:]) if pid not in self._dead]
+            gone = {*self._dead, self._replaced}
+            pair[:] = [pid for pid in (*fronts[-1:], *keepers[-1:]) if pid not in gone]
             return len(fronts) == len(keepers) == 1 and len(pair) == 2
 
         assert wait_until(both_are_there, RESTART), f"front or keeper did not come back:\n{self._mirror.all_output()}"
         return pair[0], pair[1]
 
-    def _kill(self, role: str, pid: int) -> None:
+    def _kill(self, pid: int) -> None:
         self._dead.add(pid)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-            self.killed[role] += 1

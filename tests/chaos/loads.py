@@ -18,6 +18,7 @@ import shutil
 import sqlite3
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -337,6 +338,27 @@ def ranges(place: Place) -> int:
                 assert os.lseek(target, 0, os.SEEK_END) == 400_000
                 os.truncate(place.mnt / "to", 1000)
                 assert os.pread(target, 5000, 0) == content[:1000]
+        count += 1
+    return count
+
+
+def _flood(path: Path, data: bytes) -> None:
+    with opened(path, os.O_RDWR | os.O_CREAT) as fd:
+        assert os.pwrite(fd, data, 0) == len(data)
+        os.fsync(fd)
+
+
+def floods(place: Place) -> int:
+    """More large writes at a time than there are pipes for, and slots that have been used before."""
+    count = 0
+    while not count or place.more():
+        paths = [place.mnt / f"flood-{number}" for number in range(48)]
+        data = [place.chance.randbytes(place.chance.choice([9000, 131_072, 524_288])) for _ in paths]
+        with ThreadPoolExecutor(len(paths)) as pool:
+            list(pool.map(_flood, paths, data))
+        for path, expected in zip(paths, data, strict=True):
+            assert (place.src / path.name).read_bytes() == expected, f"{path.name} differs"
+            os.unlink(path)
         count += 1
     return count
 
