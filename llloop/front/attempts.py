@@ -19,6 +19,7 @@ from ..leadership import MOST_THREADS
 from ..ledger import Ledger
 from ..syscalls import Attributes, fstatx
 from ..wire import FUSE_UNIQUE_RESEND as RESENT
+from .inodes import birth_of
 
 _CLOCK_REALTIME_COARSE = 5  # <linux/time.h>; the clock that file systems take their times from
 
@@ -56,7 +57,9 @@ class Attempt(NamedTuple):
 
     def made(self, attributes: Attributes) -> bool:
         """Whether a file that is in the way can be the one that the attempt itself has made."""
-        return self.done or attributes.ctime * 1_000_000_000 + attributes.ctime_nsec >= self.started
+        # Where a file system keeps no birth time, this is the best: an old file can have been changed since.
+        changed = attributes.ctime * 1_000_000_000 + attributes.ctime_nsec
+        return self.done or (birth_of(attributes) or changed) >= self.started
 
     def has_pin(self) -> bool:
         """Whether the pin is still a descriptor of the file that it was made for."""

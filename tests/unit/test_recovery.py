@@ -6,7 +6,9 @@ import errno
 import fcntl
 import logging
 import os
+import stat
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +23,8 @@ from tests.expect import fails
 from tests.unit.mortal import Killed, Life, Line, Request
 from tests.unit.support import packet_pipe
 from tests.unit.test_resent import View, create_request, makedir, pair, rename_request, write
+
+_EXCLUSIVE = os.O_RDWR | os.O_CREAT | os.O_EXCL
 
 
 @pytest.fixture
@@ -298,6 +302,36 @@ def killed_in(line: Line, monkeypatch: pytest.MonkeyPatch, request: Request, met
         patch.setattr(Tree, method, die_after)
         with pytest.raises(Killed):
             line.ask(request)
+
+
+@pytest.mark.parametrize(
+    ("call", "request_"),
+    [
+        ("mkdir", Request(Opcode.MKDIR, ROOT, struct.pack("=II", 0o755, 0o022) + b"there\0")),
+        ("mknod", Request(Opcode.MKNOD, ROOT, struct.pack("=IIII", stat.S_IFIFO | 0o644, 0, 0o022, 0) + b"there\0")),
+        ("symlink", Request(Opcode.SYMLINK, ROOT, pair(b"there", b"target"))),
+        ("open", Request(Opcode.CREATE, ROOT, struct.pack("=IIII", _EXCLUSIVE, 0o100644, 0o022, 0) + b"there\0")),
+    ],
+)
+def test_what_was_there_before_was_not_made_by_the_request_though_it_has_changed_since(
+    line: Line, monkeypatch: pytest.MonkeyPatch, call: str, request_: Request
+) -> None:
+    """Who makes a directory to lock something, and is told that he has, must be the only one."""
+    makedir(line, "there")
+    time.sleep(0.02)  # the clock that file systems take their times from goes by ticks
+
+    def die(*arguments: object, **options: object) -> int:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, die)
+        with pytest.raises(Killed):
+            line.ask(request_)
+    time.sleep(0.02)
+    (line.path / "there").chmod(0o700)
+    (interrupted,) = line.unanswered
+    line.take_up()
+    assert line.answers[interrupted].error == errno.EEXIST
 
 
 @pytest.mark.parametrize("marked", [True, False])
