@@ -17,7 +17,7 @@ from tests.syscalls import AT_STATX_DONT_SYNC as AS_CACHED
 from tests.syscalls import AT_SYMLINK_NOFOLLOW as NOFOLLOW
 from tests.syscalls import FALLOC_FL_KEEP_SIZE, RENAME_EXCHANGE, Statx, fallocate, opened, renameat2, statx
 
-pytestmark = pytest.mark.own_loop
+pytestmark = [pytest.mark.own_loop, pytest.mark.root]
 
 # <linux/stat.h>; without blocks, of which the kernel does not expect that extended attributes take any.
 FIELDS = {"mode": 2, "nlink": 4, "uid": 8, "gid": 16, "atime": 32, "mtime": 64, "ctime": 128, "size": 512}

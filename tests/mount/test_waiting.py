@@ -19,7 +19,7 @@ from tests.conftest import Serve
 from tests.mirror import Mirror
 from tests.server_processes import process_ids, wait_until
 
-pytestmark = [pytest.mark.mounted, pytest.mark.own_loop]
+pytestmark = [pytest.mark.mounted, pytest.mark.own_loop, pytest.mark.root]
 
 DEATH_OF_THE_FRONT = "llloop-front was killed by signal 9"
 CONTENT = b"content\n" * 500
