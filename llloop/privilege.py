@@ -1,8 +1,9 @@
 """Acting with the caller's rights where the source must see them.
 
-Mounted by root for others, the kernel has checked permissions before a request arrives
-(default_permissions). Two things remain the server's: a new file belongs to who made it, and
-set-user-ID, set-group-ID and file capabilities go when somebody without CAP_FSETID writes.
+Mounted by root for others, the kernel checks permissions before it sends a request (default_permissions), but by the
+attributes that it keeps, which may be old. So a system call that depends on a right is made as the caller, and the
+source's own kernel checks again. A new file belongs to who made it, and set-user-ID, set-group-ID and file
+capabilities go when somebody without CAP_FSETID writes.
 An ordinary user's server has no such powers, and its source needs none: all files become the user's.
 
 What the front and the workers do not need for that, `keep_only` takes from them, for good.
@@ -35,7 +36,7 @@ def _set_of(*capabilities: int) -> int:
 # neither set also because writes would pass over quotas and reserved blocks with it.
 FRONT = _set_of(
     syscalls.CAP_CHOWN,  # chown
-    syscalls.CAP_DAC_OVERRIDE,  # the kernel has checked who may do what, SRC must not ask again
+    syscalls.CAP_DAC_OVERRIDE,  # to reach whatever the caller has reached
     syscalls.CAP_DAC_READ_SEARCH,
     syscalls.CAP_FOWNER,  # chmod, times, attributes and sticky directories of others
     syscalls.CAP_FSETID,  # set-ID bits stay when they are to stay
@@ -51,6 +52,17 @@ WORKER = _set_of(
     syscalls.CAP_SETUID,
     syscalls.CAP_SYS_PTRACE,  # descriptors are pulled from the front, which has capabilities that a worker has not
     syscalls.CAP_DAC_OVERRIDE,  # where descriptors cannot be pulled, and to see how far a dead worker's append came
+)
+
+
+# Those by which a process passes over the permissions and owners of files (capabilities(7)).
+FILES = _set_of(
+    syscalls.CAP_CHOWN,
+    syscalls.CAP_DAC_OVERRIDE,
+    syscalls.CAP_DAC_READ_SEARCH,
+    syscalls.CAP_FOWNER,
+    syscalls.CAP_FSETID,
+    syscalls.CAP_SETFCAP,
 )
 
 
@@ -109,31 +121,58 @@ def after_change_of_ids() -> None:
 
 
 class Caller(threading.local):
-    """Makes new files the caller's: ``with caller(uid, gid, umask): os.mkdir(...)``.
+    """Lets the source judge and see a system call as the caller's: ``with caller(uid, gid, (), 0): os.mkdir(...)``.
 
-    The file system ids decide the owner (setfsuid(2)); the supplementary groups and the mode of the
-    directory play no part any more, since the kernel has checked them and this process keeps CAP_DAC_OVERRIDE.
-    The umask stays as the last caller's, because callers rarely differ. All of this is each thread's own.
+    The file system ids decide the owner of a new file and whose rights count (setfsuid(2)). Of the capabilities by
+    which a process passes over a file's permissions and owner, only the caller's own stay. All of this is each
+    thread's own.
+
+    Args:
+        setid: knows which capabilities this thread has in effect otherwise.
+
+    Attributes:
+        is_able: whether this process may act as others at all; an ordinary user's server acts with that user's rights.
     """
 
-    def __init__(self) -> None:
-        self._able = os.geteuid() == 0
+    def __init__(self, setid: SetidGuard) -> None:
+        self.is_able = os.geteuid() == 0
+        self._setid = setid
         self._own = (os.geteuid(), os.getegid())
         self._umask = os.umask(0)
         os.umask(self._umask)
-        self._switched = False
-        if self._able and not _keep_capabilities():
-            _log.info("the source checks a caller's permission to create again, without supplementary groups")
+        self._switched = self._lowered = self._in_groups = False
+        if self.is_able:
+            _keep_capabilities()
 
-    def __call__(self, uid: int, gid: int, umask: int | None = None) -> Caller:
-        """Act as *uid* and *gid* until the ``with`` block ends, with *umask* if something is created."""
-        if umask is not None and umask != self._umask:
+    def set_umask(self, umask: int) -> None:
+        """Set the umask of the next system calls; it stays as the last caller's, because callers rarely differ."""
+        if umask != self._umask:
             os.umask(umask)
             self._umask = umask
-        if self._able and (uid, gid) != self._own:
+
+    def __call__(self, uid: int, gid: int, groups: tuple[int, ...] = (), capabilities: int | None = None) -> Caller:
+        """Act as *uid* and *gid* until the ``with`` block ends.
+
+        Args:
+            uid, gid: the file system ids.
+            groups: the supplementary groups.
+            capabilities: those of `FILES` that the caller has, as a set of bits; None for all that this process has.
+        """
+        if not self.is_able:
+            return self
+        if groups:
+            with suppress(PermissionError):  # not allowed in some user namespaces (user_namespaces(7))
+                syscalls.setgroups(groups)
+                self._in_groups = True
+        if (uid, gid) != self._own:
             syscalls.setfsgid(gid)
             syscalls.setfsuid(uid)
             self._switched = True
+        if capabilities is not None:
+            effective, permitted, inheritable = self._setid.capabilities
+            effective = effective & ~FILES | permitted & capabilities & FILES
+            syscalls.set_capabilities(effective, permitted, inheritable)
+            self._lowered = True
         return self
 
     def __enter__(self) -> None:
@@ -142,12 +181,18 @@ class Caller(threading.local):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._in_groups:
+            self._in_groups = False
+            syscalls.setgroups(())
         if self._switched:
             self._switched = False
             uid, gid = self._own
             syscalls.setfsuid(uid)
             syscalls.setfsgid(gid)
             after_change_of_ids()
+        if self._lowered:
+            self._lowered = False
+            syscalls.set_capabilities(*self._setid.capabilities)
 
 
 class Writer(threading.local):
@@ -188,6 +233,12 @@ class SetidGuard(threading.local):
         self._effective, self._permitted, self._inheritable = syscalls.get_capabilities()
         self._keeping = bool(self._effective & 1 << syscalls.CAP_FSETID)
         self._able = bool(self._permitted & 1 << syscalls.CAP_FSETID)
+
+    @property
+    def capabilities(self) -> tuple[int, int, int]:
+        """The capabilities that are effective now, permitted and inheritable, as sets of bits."""
+        effective = self._effective if self._keeping else self._effective & ~(1 << syscalls.CAP_FSETID)
+        return effective, self._permitted, self._inheritable
 
     def clear(self, clearing: bool) -> None:
         """Make the next calls clear set-ID bits, or keep them."""

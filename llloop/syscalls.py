@@ -27,8 +27,12 @@ UTIME_OMIT = (1 << 30) - 2
 RENAME_NOREPLACE = 1  # <linux/fs.h>
 RENAME_EXCHANGE = 2
 
+# With 32-bit ids; 159 in <asm-generic/unistd.h>.
+_SYS_SETGROUPS = {"x86_64": 116, "ppc64le": 81, "s390x": 206, "i686": 206, "armv7l": 206}.get(os.uname().machine, 159)
 _SYS_PIDFD_GETFD = 438  # the same numbers on every architecture, <asm-generic/unistd.h>
+_SYS_FACCESSAT2 = 439
 _SYS_FCHMODAT2 = 452
+_AT_EACCESS = 0x200  # <linux/fcntl.h>
 
 _libc = ctypes.CDLL(None, use_errno=True)
 # For calls that most requests need. Without argument types, and without letting go of the interpreter's lock, a call
@@ -449,6 +453,7 @@ setfsuid = _quick.setfsuid
 setfsgid = _quick.setfsgid
 
 _CAPABILITY_VERSION_3 = 0x20080522  # <linux/capability.h>
+_CAPABILITY_HEADER = struct.Struct("=Ii")
 _CAPABILITIES = struct.Struct("=IIIIII")
 CAP_CHOWN = 0
 CAP_DAC_OVERRIDE = 1
@@ -461,27 +466,72 @@ CAP_SYS_PTRACE = 19
 CAP_SYS_ADMIN = 21
 CAP_MKNOD = 27
 CAP_SETFCAP = 31
-_capget = _libc.capget
-_capset = _libc.capset
+_capget = _quick.capget
+_capset = _quick.capset
+_capability_header = ctypes.create_string_buffer(_CAPABILITY_HEADER.size)
+_capability_sets = ctypes.create_string_buffer(_CAPABILITIES.size)
 
 
-def get_capabilities() -> tuple[int, int, int]:
-    """Return the calling thread's effective, permitted and inheritable capabilities as bit sets (capget(2))."""
-    header = ctypes.create_string_buffer(struct.pack("=Ii", _CAPABILITY_VERSION_3, 0), 8)
-    data = ctypes.create_string_buffer(_CAPABILITIES.size)
-    if _capget(header, data):
+def get_capabilities(pid: int = 0) -> tuple[int, int, int]:
+    """Return a thread's effective, permitted and inheritable capabilities as bit sets (capget(2)).
+
+    Args:
+        pid: the thread, 0 for the calling one.
+    """
+    _CAPABILITY_HEADER.pack_into(_capability_header, 0, _CAPABILITY_VERSION_3, pid)
+    if _capget(_capability_header, _capability_sets):
         raise _raise()
-    low = _CAPABILITIES.unpack(data.raw)
+    low = _CAPABILITIES.unpack(_capability_sets)
     return low[0] | low[3] << 32, low[1] | low[4] << 32, low[2] | low[5] << 32
 
 
 def set_capabilities(effective: int, permitted: int, inheritable: int) -> None:
     """Set the calling thread's capabilities from three bit sets (capset(2))."""
-    header = ctypes.create_string_buffer(struct.pack("=Ii", _CAPABILITY_VERSION_3, 0), 8)
-    sets = (effective, permitted, inheritable)
-    words = [one & 0xFFFFFFFF for one in sets] + [one >> 32 for one in sets]
-    if _capset(header, _CAPABILITIES.pack(*words)):
+    _CAPABILITY_HEADER.pack_into(_capability_header, 0, _CAPABILITY_VERSION_3, 0)
+    mask = 0xFFFFFFFF
+    _CAPABILITIES.pack_into(
+        _capability_sets,
+        0,
+        effective & mask,
+        permitted & mask,
+        inheritable & mask,
+        effective >> 32,
+        permitted >> 32,
+        inheritable >> 32,
+    )
+    if _capset(_capability_header, _capability_sets):
         raise _raise()
+
+
+# What opens a file with the rights asked for; there is no such open for execution.
+_ACCESS_FLAGS = {0: os.O_PATH, os.R_OK: os.O_RDONLY, os.W_OK: os.O_WRONLY, os.R_OK | os.W_OK: os.O_RDWR}
+
+
+def setgroups(groups: tuple[int, ...]) -> None:
+    """Set the calling thread's supplementary groups (setgroups(2)); the C library would set every thread's."""
+    if _quick.syscall(_SYS_SETGROUPS, len(groups), (ctypes.c_uint * len(groups))(*groups)):
+        raise _raise()
+
+
+def may_access(fd: int, mode: int) -> bool:
+    """Whether the calling thread may access the open file *fd* with its file system ids (faccessat2(2), Linux 5.8).
+
+    Args:
+        fd: the file; O_PATH will do.
+        mode: R_OK, W_OK and X_OK of access(2), combined.
+    """
+    if not _libc.syscall(_SYS_FACCESSAT2, fd, b"", mode, AT_EMPTY_PATH | _AT_EACCESS):
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EACCES, errno.EPERM):
+        return False
+    if number != errno.ENOSYS:
+        raise _raise()
+    try:
+        os.close(os.open(f"/proc/self/fd/{fd}", _ACCESS_FLAGS[mode & (os.R_OK | os.W_OK)] | os.O_NONBLOCK))
+    except PermissionError:
+        return False
+    return True
 
 
 def is_readable(fd: int, patience: float = 0.0) -> bool:

@@ -122,7 +122,8 @@ FORGET_ONE = Struct("=QQ")  # nodeid, nlookup
 GETATTR_REQUEST = Struct("=8xQQ16xI4xQ")  # unique, nodeid, getattr_flags, fh
 INIT_REQUEST = Struct("=8xQ24xIIIII")  # unique, major, minor, max_readahead, flags, flags2
 OPEN_REQUEST = Struct("=8xQQIII4xII")  # unique, nodeid, uid, gid, pid, flags, open_flags
-CREATE_REQUEST = Struct("=8xQQII8xIIII")  # unique, nodeid, uid, gid, flags, mode, umask, open_flags; then the name
+# unique, nodeid, uid, gid, pid, flags, mode, umask, open_flags; then the name
+CREATE_REQUEST = Struct("=8xQQIII4xIIII")
 READ_REQUEST = Struct("=8xQ24xQqI12xI")  # unique, fh, offset, size, flags
 WRITE_REQUEST = Struct("=8xQ8xII8xQqII8xI")  # unique, uid, gid, fh, offset, size, write_flags, flags
 RELEASE_REQUEST = Struct("=8xQ24xQ")  # unique, fh
@@ -132,16 +133,16 @@ READDIR_REQUEST = Struct("=8xQ24xQQI")  # unique, fh, offset, size
 FALLOCATE_REQUEST = Struct("=8xQ8xII8xQqqI")  # unique, uid, gid, fh, offset, length, mode
 LSEEK_REQUEST = Struct("=8xQ24xQqI")  # unique, fh, offset, whence
 COPY_FILE_RANGE_REQUEST = Struct("=8xQ8xII8xQq8xQqQ8x")  # unique, uid, gid, fh_in, off_in, fh_out, off_out, len
-MKNOD_REQUEST = Struct("=8xQQII8xIII4x")  # unique, nodeid, uid, gid, mode, rdev, umask; then the name
-MKDIR_REQUEST = Struct("=8xQQII8xII")  # unique, nodeid, uid, gid, mode, umask; then the name
-SYMLINK_REQUEST = Struct("=8xQQII8x")  # unique, nodeid, uid, gid; then name and target
-LINK_REQUEST = Struct("=8xQQ16xQ")  # unique, nodeid, oldnodeid; then the name
-RENAME_REQUEST = Struct("=8xQQ16xQ")  # unique, nodeid, newdir; then both names
-RENAME2_REQUEST = Struct("=8xQQ16xQI4x")  # unique, nodeid, newdir, flags; then both names
-GETXATTR_REQUEST = Struct("=8xQQII8xI4x")  # unique, nodeid, uid, gid, size; then GETXATTR's name
+MKNOD_REQUEST = Struct("=8xQQIII4xIII4x")  # unique, nodeid, uid, gid, pid, mode, rdev, umask; then the name
+MKDIR_REQUEST = Struct("=8xQQIII4xII")  # unique, nodeid, uid, gid, pid, mode, umask; then the name
+SYMLINK_REQUEST = CALLER_REQUEST  # then name and target
+LINK_REQUEST = Struct("=8xQQIII4xQ")  # unique, nodeid, uid, gid, pid, oldnodeid; then the name
+RENAME_REQUEST = Struct("=8xQQIII4xQ")  # unique, nodeid, uid, gid, pid, newdir; then both names
+RENAME2_REQUEST = Struct("=8xQQIII4xQI4x")  # unique, nodeid, uid, gid, pid, newdir, flags; then both names
+GETXATTR_REQUEST = Struct("=8xQQIII4xI4x")  # unique, nodeid, uid, gid, pid, size; then GETXATTR's name
 STATX_REQUEST = Struct("=8xQQ16xI4xQII")  # unique, nodeid, getattr_flags, fh, sx_flags, sx_mask
-# unique, nodeid, the caller's uid, gid and pid, valid, fh, size, atime, mtime, atimensec, mtimensec, mode, uid, gid
-SETATTR_REQUEST = Struct("=8xQQIII4xI4xQq8xqq8xII4xI4xII")
+# unique, nodeid, uid, gid, pid, valid, fh, size, atime, mtime, ctime, atimensec, mtimensec, ctimensec, mode, uid, gid
+SETATTR_REQUEST = Struct("=8xQQIII4xI4xQq8xqqqIIII4xII")
 # The form of kernels before 5.14, which have no SETXATTR_EXT: unique, nodeid, uid, gid, pid, size, flags; then name,
 # value
 SHORT_SETXATTR_REQUEST = Struct("=8xQQIII4xII")

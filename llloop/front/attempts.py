@@ -37,7 +37,7 @@ class Attempt(NamedTuple):
         done: whether it was done; if not, it may have been all the same.
         started: when it was begun, in nanoseconds of the clock that file systems take their times from.
         number: the source's inode number of the file that it is about, or whether an extended attribute was there.
-        nodeid: the file's number in the inode table, 0 if it is not in there.
+        nodeid: the file's number in the inode table, 0 if it is about no name.
         target: the same of the file that a rename replaces.
         pin: an O_PATH descriptor of the file that loses a name, or -1.
         victim: the source's inode number of that file.

@@ -33,7 +33,7 @@ _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 # What the record of a directory's handle has for flags.
 _DIRECTORY_FLAGS = os.O_DIRECTORY
-# Nothing is written to a directory, so it does not matter who has opened it.
+# Who opens what the server needs for itself, and whose a directory is: nothing is written to it.
 _NOBODY = Requester(0, 0)
 
 
@@ -96,8 +96,9 @@ class Files:
         """
         self._handles.ensure_room()
         descriptor, attributes = self._open(nodeid, self._source_flags(flags), flags)
-        if flags & os.O_TRUNC:
-            try:
+        try:
+            self._tree.rights.check_open(who, flags, descriptor, attributes)
+            if flags & os.O_TRUNC:
                 with self._privileges.clearing(descriptor, clear_setid, who):
                     if flags & os.O_ACCMODE == os.O_RDONLY:  # odd, but Linux truncates then too
                         self._call(os.truncate, f"/proc/self/fd/{descriptor}", 0)
@@ -107,9 +108,9 @@ class Files:
                 attributes = fstatx(descriptor)
                 if attributes.mode != mode:  # with the reply to OPEN the kernel drops no more than size and times
                     expire_attributes(self._device, nodeid)
-            except BaseException:
-                os.close(descriptor)
-                raise
+        except BaseException:
+            os.close(descriptor)
+            raise
         return self._add(descriptor, nodeid, flags, attributes, who), attributes
 
     def _source_flags(self, flags: int) -> int:
@@ -236,7 +237,7 @@ class Files:
             self._attempts.begin()
         try:
             descriptor = self._tree.as_requester(
-                parent, who, lambda at: self._call(os.open, name, source_flags, permissions, dir_fd=at)
+                parent, who, lambda at: self._call(os.open, name, source_flags, permissions, dir_fd=at), permissions
             )
         except FileExistsError:
             found = self._made_before(parent, name, source_flags & ~(os.O_CREAT | os.O_EXCL))
@@ -277,7 +278,10 @@ class Files:
         source_flags = self._source_flags(flags) & ~os.O_NOFOLLOW | flags & os.O_EXCL | os.O_TMPFILE
         permissions = stat.S_IMODE(mode)
         descriptor = self._tree.as_requester(
-            parent, who, lambda at: self._call(os.open, f"/proc/self/fd/{at}", source_flags, permissions)
+            parent,
+            who,
+            lambda at: self._call(os.open, f"/proc/self/fd/{at}", source_flags, permissions),
+            permissions,
         )
         try:
             attributes = fstatx(descriptor)
@@ -305,13 +309,26 @@ class Files:
     def root_handle(self) -> int:
         """Return the number of a handle of the source directory that stays open, for what concerns all of it."""
         if self._root_handle is None:
-            self._root_handle, _ = self.opendir(ROOT)
+            self._root_handle, _ = self.opendir(ROOT, _NOBODY)
         return self._root_handle
 
-    def opendir(self, nodeid: int) -> tuple[int, Attributes]:
-        """Open a directory and return the handle's number and the directory's attributes."""
+    def opendir(self, nodeid: int, who: Requester) -> tuple[int, Attributes]:
+        """Open a directory.
+
+        Args:
+            nodeid: its inode.
+            who: the requester.
+
+        Returns:
+            The handle's number and the directory's attributes.
+        """
         self._handles.ensure_room()
         descriptor, attributes = self._reopen(nodeid, _OPEN_DIRECTORY)
+        try:
+            self._tree.rights.check_open(who, os.O_RDONLY, descriptor, attributes)
+        except BaseException:
+            os.close(descriptor)
+            raise
         return self._add(descriptor, nodeid, _DIRECTORY_FLAGS, attributes, _NOBODY), attributes
 
     def entries(self, number: int, offset: int) -> list[DirectoryEntry]:

@@ -316,6 +316,11 @@ class Inodes:
         """Return the further names of a hard-linked inode that the kernel has seen, as (parent, name)."""
         return list(self._links.get(nodeid, ()))
 
+    def has_name(self, nodeid: int, parent: int, name: bytes) -> bool:
+        """Whether the kernel has been told that *name* in *parent* leads to an inode."""
+        inode = self.get(nodeid)
+        return (inode.name == name and inode.parent == parent) or (parent, name) in self._links.get(nodeid, ())
+
     def renamed(self, nodeid: int, old: tuple[int, bytes], new: tuple[int, bytes]) -> None:
         """Note that the inode known as *old*, a (parent, name), is now known as *new*."""
         inode = self._table.get(nodeid)

@@ -23,6 +23,7 @@ from .handles import Handles
 from .inodes import Inodes
 from .passthrough import Passthrough
 from .privileges import Privileges
+from .rights import Rights
 from .router import Router
 from .tree import Tree
 
@@ -99,12 +100,16 @@ def build_mirror(
     capacity = limit - directories - _RESERVE - len(pipes) - len(payload_pipes)
     handles = Handles(ledger, arena.generation + 1, capacity, metrics.gauge(Gauge.HANDLES))
     router = Router(arena, pipes, leadership)
-    caller = Caller()
+    features = capabilities.features if capabilities is not None else Feature(0)
     setid = SetidGuard()
+    caller = Caller(setid)
+    rights = Rights(caller, acl=Feature.POSIX_ACL in features)
     attempts = Attempts(ledger)
     privileges = Privileges(setid, caller, handles, leadership)
-    tree = Tree(root, inodes, anchors, handles, attempts, caller, setid, privileges, leadership)
-    features = capabilities.features if capabilities is not None else Feature(0)
+    clears_setid = Feature.HANDLE_KILLPRIV_V2 not in features
+    tree = Tree(
+        root, inodes, anchors, handles, attempts, rights, setid, privileges, leadership, clears_setid=clears_setid
+    )
     passthrough = Passthrough(device, handles, attempts, caller, setid, Feature.PASSTHROUGH in features)
     collecting = Feature.WRITEBACK_CACHE in features
     return Mirror(

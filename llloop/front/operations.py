@@ -35,6 +35,8 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 # over all the same.
 _DIRECT = os.O_DIRECT
 _NS = 1_000_000_000
+# A request is served within so many nanoseconds after it was made, or it is not known that it says "now".
+_NOW = 2 * _NS
 
 
 def _answered(method: _Method) -> _Method:
@@ -63,6 +65,10 @@ def _answered(method: _Method) -> _Method:
         raise FUSEError(wire.known_errno(number))
 
     return handler  # type: ignore[return-value]
+
+
+# Who asks where llfuse does so itself.
+_SERVER = Requester(0, 0)
 
 
 def _requester(context: RequestContext) -> Requester:
@@ -172,19 +178,19 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
 
     @_answered
     def link(self, nodeid: int, parent: int, name: bytes, context: RequestContext) -> EntryAttributes:
-        return self._entry(*self._mirror.tree.link(nodeid, parent, name))
+        return self._entry(*self._mirror.tree.link(nodeid, parent, name, _requester(context)))
 
     @_answered
     def unlink(self, parent: int, name: bytes, context: RequestContext) -> None:
-        self._mirror.tree.unlink(parent, name)
+        self._mirror.tree.unlink(parent, name, _requester(context))
 
     @_answered
     def rmdir(self, parent: int, name: bytes, context: RequestContext) -> None:
-        self._mirror.tree.rmdir(parent, name)
+        self._mirror.tree.rmdir(parent, name, _requester(context))
 
     @_answered
     def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, context: RequestContext) -> None:
-        self._mirror.tree.rename(parent, name, new_parent, new_name, 0)
+        self._mirror.tree.rename(parent, name, new_parent, new_name, 0, _requester(context))
 
     @_answered
     def readlink(self, nodeid: int, context: RequestContext) -> bytes:
@@ -210,6 +216,10 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
             (fields.update_mtime, wire.FATTR_MTIME),
         ):
             valid |= bit if wanted else 0
+        # llfuse does not say when a time is "now"; the kernel gives the same moment twice then.
+        is_now = values.st_atime_ns == values.st_mtime_ns and abs(time.time_ns() - values.st_mtime_ns) < _NOW
+        if fields.update_atime and fields.update_mtime and is_now:
+            valid |= wire.FATTR_ATIME_NOW | wire.FATTR_MTIME_NOW
         changes = Changes(
             valid=valid,
             mode=values.st_mode,
@@ -250,7 +260,8 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
     def getxattr(self, nodeid: int, name: bytes, context: RequestContext | None = None) -> bytes:
         """Return an attribute's value; llfuse calls this without a context for XATTR_CREATE and XATTR_REPLACE."""
         self._check_xattr()
-        return self._mirror.tree.getxattr(nodeid, name)
+        who = _requester(context) if context is not None else _SERVER
+        return self._mirror.tree.getxattr(nodeid, name, who)
 
     @_answered
     def listxattr(self, nodeid: int, context: RequestContext) -> list[bytes]:
@@ -266,7 +277,7 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
 
     @_answered
     def opendir(self, nodeid: int, context: RequestContext) -> int:
-        return self._mirror.files.opendir(nodeid)[0]
+        return self._mirror.files.opendir(nodeid, _requester(context))[0]
 
     def readdir(self, handle: int, offset: int) -> Iterator[tuple[bytes, EntryAttributes, int]]:
         return iter(self._readdir(handle, offset))

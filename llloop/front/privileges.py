@@ -17,7 +17,7 @@ import stat
 from contextlib import AbstractContextManager, nullcontext
 
 from .. import syscalls, wire
-from ..credentials import supplementary_groups
+from ..credentials import credentials_of
 from ..leadership import Leadership
 from ..privilege import Caller, SetidGuard, has_locking_mark
 from ..syscalls import fstatx
@@ -128,4 +128,7 @@ class Privileges:
 
 
 def _is_member(who: Requester, gid: int) -> bool:
-    return who.gid == gid or gid in supplementary_groups(who.pid)
+    if who.gid == gid:
+        return True
+    credentials = credentials_of(who.pid, who.uid, who.gid)
+    return credentials is not None and gid in credentials.groups

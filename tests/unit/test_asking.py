@@ -121,7 +121,7 @@ def test_an_inode_is_looked_at_by_its_path(front: Front, opcode: Opcode) -> None
 
 
 def test_a_file_without_a_name_is_looked_at_by_a_descriptor(front: Front) -> None:
-    front.source.tree.unlink(front.inner, b"file")
+    front.source.tree.unlink(front.inner, b"file", MYSELF)
     ((descriptor, path),) = front.places(request(Opcode.GETATTR, front.file, bytes(16)))
     assert path == b""
     assert os.fstat(descriptor).st_nlink == 0

@@ -53,7 +53,7 @@ class Front:
         self.nodeids = [ROOT, *(self.source.tree.lookup(ROOT, name)[0] for name in (b"file", b"directory", b"out"))]
         self.handles = [
             self.source.files.open(self.nodeids[1], os.O_RDWR, False, MYSELF)[0],
-            self.source.files.opendir(ROOT)[0],
+            self.source.files.opendir(ROOT, MYSELF)[0],
         ]
 
     def feed(self, packets: list[bytes]) -> list[Reply]:

@@ -152,7 +152,7 @@ def test_what_a_worker_answers_is_left_to_it_to_count(
 
 def test_open_handles_are_counted(source: Source) -> None:
     gauge = source.mirror.router.arena.metrics.gauge(Gauge.HANDLES)
-    numbers = [source.files.opendir(1)[0] for _ in range(3)]
+    numbers = [source.files.opendir(1, MYSELF)[0] for _ in range(3)]
     assert gauge[0] == 3
     for number in numbers:
         source.files.release(number)

@@ -18,7 +18,7 @@ from llloop.front.native import native_table
 from llloop.protocol import APPEND, BUFFERED, KILL_PRIVILEGES, Operation, decode
 from llloop.wire import Opcode
 from tests.expect import fails
-from tests.unit.source import Source
+from tests.unit.source import MYSELF, Source
 from tests.unit.support import Device, Reply, open_descriptors, packet_pipe, packets
 
 ME = (os.geteuid(), os.getegid())
@@ -254,6 +254,7 @@ def test_unlink_and_rename2(source: Source, kernel: Kernel, file: int) -> None:
     assert kernel.payload(Opcode.RENAME2, ROOT, noreplace + b"file\0moved\0") == b""
     assert os.listdir(source.path) == ["moved"]
     (source.path / "other").write_text("")
+    kernel.payload(Opcode.LOOKUP, ROOT, b"other\0")
     with fails(errno.EEXIST):
         kernel.send(Opcode.RENAME2, ROOT, noreplace + b"other\0moved\0")
     assert kernel.payload(Opcode.UNLINK, ROOT, b"moved\0") == b""
@@ -411,7 +412,7 @@ def test_attributes_just_asked_for_one_by_one_do_not_come_again_with_the_listing
         (source.path / f"file{number}").write_text("")
 
     def listed() -> dict[bytes, int]:
-        handle, _ = source.files.opendir(ROOT)
+        handle, _ = source.files.opendir(ROOT, MYSELF)
         payload = kernel.payload(Opcode.READDIRPLUS, ROOT, struct.pack("=QQIIQII", handle, 0, 65536, 0, 0, 0, 0))
         source.files.release(handle)
         found = parse_listing(payload, plus=True)
@@ -467,7 +468,7 @@ def test_a_name_that_goes_during_a_listing(source: Source, kernel: Kernel) -> No
 
 def test_a_listing_nobody_waits_for_counts_no_lookups(source: Source, kernel: Kernel, deaf: None) -> None:
     (source.path / "file").write_text("")
-    handle, _ = source.files.opendir(ROOT)
+    handle, _ = source.files.opendir(ROOT, MYSELF)
     kernel.send(Opcode.READDIRPLUS, ROOT, struct.pack("=QQIIQII", handle, 0, 65536, 0, 0, 0, 0))
     assert len(source.mirror.inodes) == 1
 

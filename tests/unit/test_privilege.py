@@ -12,7 +12,7 @@ from typing import TypeVar
 import pytest
 
 from llloop import syscalls
-from llloop.privilege import FRONT, WORKER, Caller, SetidGuard, Writer, keep_only
+from llloop.privilege import FILES, FRONT, WORKER, Caller, SetidGuard, Writer, keep_only
 from tests import as_user
 from tests.expect import fails
 
@@ -91,17 +91,18 @@ def test_an_ordinary_user_has_nothing_to_lower() -> None:
 
 @root_only
 def test_a_new_file_is_its_makers(tmp_path: Path) -> None:
-    os.chmod(tmp_path, 0o700)  # the kernel has checked; the maker's own rights do not count any more
+    os.chmod(tmp_path, 0o777)
 
     def make() -> list[tuple[int, int, int]]:
-        caller = Caller()
+        caller = Caller(SetidGuard())
         for name, uid, gid, umask in (
             ("a", 4711, 4712, 0o077),
             ("b", 0, 0, 0),
             ("c", 0, 4712, 0o022),
             ("d", 5, 6, 0o022),
         ):
-            with caller(uid, gid, umask):
+            caller.set_umask(umask)
+            with caller(uid, gid):
                 os.mkdir(tmp_path / name)
         found = [(tmp_path / name).stat() for name in "abcd"]
         return [(status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)) for status in found]
@@ -111,29 +112,88 @@ def test_a_new_file_is_its_makers(tmp_path: Path) -> None:
 
 @root_only
 def test_afterwards_it_is_itself_again_even_after_an_error() -> None:
-    def identities() -> list[tuple[str, str]]:
-        caller = Caller()
-        found = [ids()]
-        with pytest.raises(ZeroDivisionError), caller(4711, 4712, 0o022):
-            found.append(ids())
+    def identities() -> list[tuple[tuple[str, str], bool]]:
+        caller = Caller(SetidGuard())
+        before = capabilities()
+        found = [(ids(), capabilities() == before)]
+        with pytest.raises(ZeroDivisionError), caller(4711, 4712, (), 0):
+            found.append((ids(), capabilities() == before & ~FILES))
             raise ZeroDivisionError
-        found.append(ids())
+        found.append((ids(), capabilities() == before))
         return found
 
-    assert in_child(identities) == [("0", "0"), ("4711", "4712"), ("0", "0")]
+    assert in_child(identities) == [(("0", "0"), True), (("4711", "4712"), True), (("0", "0"), True)]
 
 
 @root_only
-def test_it_keeps_its_capabilities_and_stays_dumpable() -> None:
+def test_it_stays_dumpable() -> None:
     """Else workers could no longer pull descriptors from it (ptrace(2))."""
 
-    def after() -> tuple[bool, int]:
-        before = capabilities()
-        with Caller()(4711, 4712, 0):
-            kept = capabilities() == before
-        return kept and capabilities() == before, syscalls.prctl(3)  # PR_GET_DUMPABLE
+    def after() -> int:
+        with Caller(SetidGuard())(4711, 4712, (), 0):
+            pass
+        return syscalls.prctl(3)  # PR_GET_DUMPABLE
 
-    assert in_child(after) == (True, 1)
+    assert in_child(after) == 1
+
+
+@root_only
+@pytest.mark.parametrize("clearing", [False, True])
+def test_what_the_guard_has_lowered_stays_so(clearing: bool) -> None:
+    def change() -> tuple[int, int]:
+        guard = SetidGuard()
+        guard.clear(clearing)
+        before = capabilities()
+        with Caller(guard)(4711, 4712, (), 0):
+            pass
+        return before, capabilities()
+
+    before, after = in_child(change)
+    assert before == after
+
+
+@root_only
+def test_the_source_judges_as_if_the_caller_had_asked(tmp_path: Path) -> None:
+    """Each right by what gives it: the owner's id, a group, a capability."""
+    own, team = tmp_path / "own", tmp_path / "team"
+    for path, uid, gid, mode in ((own, 4711, 0, 0o600), (team, 0, 5000, 0o060)):
+        path.touch()
+        os.chown(path, uid, gid)
+        path.chmod(mode)
+    tmp_path.chmod(0o755)
+    descriptors = [os.open(path, os.O_PATH) for path in (own, team)]
+
+    def judge() -> list[tuple[bool, bool, bool]]:
+        caller = Caller(SetidGuard())
+        found = []
+        for uid, groups, given in (
+            (4711, (), 0),
+            (4713, (5000,), 0),
+            (4713, (), 0),
+            (4713, (), 1 << syscalls.CAP_DAC_OVERRIDE),
+            (4713, (), 1 << syscalls.CAP_FOWNER),
+            (0, (), 0),
+        ):
+            with caller(uid, 4712, groups, given):
+                accesses = [syscalls.may_access(fd, os.R_OK | os.W_OK) for fd in descriptors]
+                try:
+                    syscalls.chmod(descriptors[0], 0o600)
+                except PermissionError:
+                    found.append((*accesses, False))
+                else:
+                    found.append((*accesses, True))
+        return found
+
+    assert in_child(judge) == [
+        (True, False, True),
+        (False, True, False),
+        (False, False, False),
+        (True, True, False),
+        (False, False, True),
+        (False, False, False),
+    ]
+    for fd in descriptors:
+        os.close(fd)
 
 
 def test_an_ordinary_users_server_acts_as_itself(tmp_path: Path) -> None:
@@ -142,7 +202,9 @@ def test_an_ordinary_users_server_acts_as_itself(tmp_path: Path) -> None:
     descriptor = os.open(tmp_path, os.O_RDONLY)
 
     def make() -> tuple[int, int]:
-        with Caller()(0, 0, 0o027):
+        caller = Caller(SetidGuard())
+        caller.set_umask(0o027)
+        with caller(0, 0, (), 0):
             os.mkdir("dir", dir_fd=descriptor)
         status = os.stat("dir", dir_fd=descriptor)
         return status.st_uid, stat.S_IMODE(status.st_mode)
@@ -210,16 +272,18 @@ def test_what_is_kept_suffices_to_act_for_others(tmp_path: Path, kept: int) -> N
     def act() -> list[int]:
         keep_only(kept)
         guard, writer = SetidGuard(), Writer()
-        with Caller()(4711, 4712, 0):
-            os.mkdir(tmp_path / str(kept))
+        with Caller(guard)(4711, 4712, (), 0):
+            os.mkdir(str(kept), dir_fd=directory)
         writer.assume(4713, 4714)
         guard.clear(True)
         guard.clear(False)
         (tmp_path / f"{kept} written").touch()
         return [(tmp_path / name).stat().st_uid for name in (str(kept), f"{kept} written")]
 
-    tmp_path.chmod(0o700)
+    tmp_path.chmod(0o777)
+    directory = os.open(tmp_path, os.O_PATH)
     assert in_child(act) == [4711, 4713]
+    os.close(directory)
 
 
 def test_an_ordinary_users_process_only_loses_the_way_to_set_id_programs() -> None:

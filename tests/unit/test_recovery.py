@@ -345,6 +345,8 @@ def test_others_get_their_errors_for_what_the_interrupted_one_has_done(
         (Request(Opcode.SYMLINK, ROOT, pair(b"new", b"to")), "symlink", errno.EEXIST),
         (Request(Opcode.UNLINK, ROOT, b"new\0"), "unlink", errno.ENOENT),
     ):
+        if number == errno.ENOENT:
+            line.answer(Request(Opcode.LOOKUP, ROOT, b"new\0"))  # what is removed, the kernel knows
         killed_in(line, monkeypatch, request, method)
         (interrupted,) = line.unanswered
         # Another one of the same words, before it.

@@ -30,7 +30,7 @@ from llloop.wire import FOPEN_KEEP_CACHE
 from llloop.workers import leases as leases_module
 from llloop.workers.leases import Leases
 from tests.expect import fails
-from tests.unit.source import Source
+from tests.unit.source import MYSELF, Source
 from tests.unit.support import attributes, packet_pipe, packets
 
 NOW = 1_000_000.001  # seconds
@@ -77,7 +77,7 @@ def test_a_file_outlives_its_last_name_though_another_was_removed_in_the_source(
     source.tree.lookup(ROOT, b"b")
     (source.path / "b").unlink()
     source.tree.lookup(ROOT, b"a")
-    source.tree.unlink(ROOT, b"a")
+    source.tree.unlink(ROOT, b"a", MYSELF)
     assert source.tree.getattr(nodeid).nlink == 0
 
 
@@ -87,8 +87,8 @@ def test_a_file_outlives_its_last_name_though_it_took_one_that_was_removed_in_th
     nodeid, _ = source.tree.lookup(ROOT, b"b")
     source.tree.lookup(ROOT, b"a")
     (source.path / "b").unlink()
-    source.tree.rename(ROOT, b"a", ROOT, b"b", 0)
-    source.tree.unlink(ROOT, b"b")
+    source.tree.rename(ROOT, b"a", ROOT, b"b", 0, MYSELF)
+    source.tree.unlink(ROOT, b"b", MYSELF)
     assert source.tree.getattr(nodeid).nlink == 0
 
 
@@ -96,7 +96,9 @@ def test_a_removed_file_never_answers_for_the_one_that_had_its_number_before(sou
     (source.path / "file").write_text("new file")
     nodeid, _ = source.tree.lookup(ROOT, b"file")
     source.mirror.inodes.get(nodeid).birth -= 1  # as if the kernel had been told of an older file with this number
-    source.tree.unlink(ROOT, b"file")
+    with fails(errno.ESTALE):
+        source.tree.unlink(ROOT, b"file", MYSELF)
+    assert (source.path / "file").exists()
     with fails(errno.ESTALE):
         source.tree.getattr(nodeid)
 

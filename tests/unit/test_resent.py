@@ -204,7 +204,7 @@ def unlink_of_an_open_file(line: Line) -> Request:
     return Request(Opcode.UNLINK, ROOT, b"file\0")
 
 
-@case()
+@case(errno.ESTALE)
 def unlink_of_what_the_kernel_does_not_know(line: Line) -> Request:
     (line.path / "file").write_text("content")
     return Request(Opcode.UNLINK, ROOT, b"file\0")
@@ -273,7 +273,7 @@ def rename_of_a_directory(line: Line) -> Request:
     return rename_request(b"old", b"new")
 
 
-@case()
+@case(errno.ESTALE)
 def rename_of_what_the_kernel_does_not_know(line: Line) -> Request:
     (line.path / "file").write_text("content")
     return rename_request(b"file", b"moved")
@@ -301,7 +301,7 @@ def rename_over_one_of_two_names(line: Line) -> Request:
     return rename_request(b"file", b"victim")
 
 
-@case()
+@case(errno.ESTALE)
 def rename_over_what_the_kernel_does_not_know(line: Line) -> Request:
     write(line, "file")
     (line.path / "victim").write_text("the victim's")
@@ -347,7 +347,7 @@ def exchange(line: Line) -> Request:
     return rename_request(b"file", b"dir", flags=RENAME_EXCHANGE)
 
 
-@case()
+@case(errno.ESTALE)
 def exchange_with_what_the_kernel_does_not_know(line: Line) -> Request:
     write(line, "file")
     (line.path / "other").write_text("other")

@@ -75,11 +75,11 @@ def test_no_name_leads_out_of_the_source(source: Source, file: int, name: bytes)
         lambda: tree.mkdir(ROOT, name, 0o755, MYSELF),
         lambda: tree.mknod(ROOT, name, stat.S_IFREG | 0o644, 0, MYSELF),
         lambda: tree.symlink(ROOT, name, b"x", MYSELF),
-        lambda: tree.link(file, ROOT, name),
-        lambda: tree.unlink(ROOT, name),
-        lambda: tree.rmdir(ROOT, name),
-        lambda: tree.rename(ROOT, name, ROOT, b"new", 0),
-        lambda: tree.rename(ROOT, b"file", ROOT, name, 0),
+        lambda: tree.link(file, ROOT, name, MYSELF),
+        lambda: tree.unlink(ROOT, name, MYSELF),
+        lambda: tree.rmdir(ROOT, name, MYSELF),
+        lambda: tree.rename(ROOT, name, ROOT, b"new", 0, MYSELF),
+        lambda: tree.rename(ROOT, b"file", ROOT, name, 0, MYSELF),
         lambda: source.files.create(ROOT, name, 0o644, os.O_RDWR, MYSELF),
     ):
         with fails(errno.EINVAL):
@@ -124,7 +124,7 @@ def test_what_root_makes_for_others_is_theirs(source: Source) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can act as others")
     who = Requester(4711, 4712, 0)
-    os.chmod(source.path, 0o700)
+    os.chmod(source.path, 0o777)
     _, found = source.tree.mkdir(ROOT, b"dir", 0o777, who)
     assert (found.uid, found.gid, stat.S_IMODE(found.mode)) == (4711, 4712, 0o777)
     _, _, found = source.files.create(ROOT, b"file", 0o666, os.O_RDWR, who)
@@ -134,21 +134,21 @@ def test_what_root_makes_for_others_is_theirs(source: Source) -> None:
 
 
 def test_link(source: Source, file: int) -> None:
-    nodeid, found = source.tree.link(file, ROOT, b"second")
+    nodeid, found = source.tree.link(file, ROOT, b"second", MYSELF)
     assert (nodeid, found.nlink) == (file, 2)
     assert (source.path / "second").samefile(source.path / "file")
     with fails(errno.EEXIST):
-        source.tree.link(file, ROOT, b"file")
+        source.tree.link(file, ROOT, b"file", MYSELF)
 
 
 def test_a_link_to_a_symlink_is_to_the_symlink(source: Source, file: int) -> None:
     link, _ = source.tree.symlink(ROOT, b"link", b"file", MYSELF)
-    source.tree.link(link, ROOT, b"second")
+    source.tree.link(link, ROOT, b"second", MYSELF)
     assert os.readlink(source.path / "second") == "file"
 
 
 def test_unlink_keeps_what_the_kernel_knows(source: Source, file: int) -> None:
-    source.tree.unlink(ROOT, b"file")
+    source.tree.unlink(ROOT, b"file", MYSELF)
     assert os.listdir(source.path) == []
     found = source.tree.getattr(file)
     assert (found.nlink, found.size) == (0, 7)
@@ -163,10 +163,10 @@ def test_after_the_last_forget_nothing_is_kept(source: Source) -> None:
     before = open_descriptors()
     for number in range(50):
         nodeid, _ = tree.mknod(ROOT, b"%d" % number, stat.S_IFREG | 0o644, 0, MYSELF)
-        tree.link(nodeid, ROOT, b"link-%d" % number)
-        tree.unlink(ROOT, b"%d" % number)
+        tree.link(nodeid, ROOT, b"link-%d" % number, MYSELF)
+        tree.unlink(ROOT, b"%d" % number, MYSELF)
         if number % 2:
-            tree.unlink(ROOT, b"link-%d" % number)
+            tree.unlink(ROOT, b"link-%d" % number, MYSELF)
         tree.forget(nodeid, 1)
         tree.forget(nodeid, 1)
         assert nodeid not in source.mirror.inodes
@@ -174,11 +174,28 @@ def test_after_the_last_forget_nothing_is_kept(source: Source) -> None:
     assert open_descriptors() == before
 
 
-def test_unlinking_what_the_kernel_does_not_know_keeps_nothing(source: Source) -> None:
-    (source.path / "unknown").write_text("x")
+def test_only_the_file_that_the_kernel_means_loses_or_gets_a_name(source: Source, file: int) -> None:
+    """A name that leads to another file by now is to be looked up again, whoever asks."""
+    (source.path / "unknown").write_text("unknown")
+    (source.path / "other").write_text("known under another name")
+    source.tree.lookup(ROOT, b"other")
+    os.rename(source.path / "other", source.path / "moved")
     before = open_descriptors()
-    source.tree.unlink(ROOT, b"unknown")
+    for name in (b"unknown", b"moved"):
+        for act in (
+            lambda n: source.tree.unlink(ROOT, n, MYSELF),
+            lambda n: source.tree.rmdir(ROOT, n, MYSELF),
+            lambda n: source.tree.rename(ROOT, n, ROOT, b"new", 0, MYSELF),
+            lambda n: source.tree.rename(ROOT, b"file", ROOT, n, 0, MYSELF),
+            lambda n: source.tree.rename(ROOT, b"file", ROOT, n, syscalls.RENAME_EXCHANGE, MYSELF),
+        ):
+            with fails(errno.ESTALE):
+                act(name)
+    assert sorted(os.listdir(source.path)) == ["file", "moved", "unknown"]
     assert open_descriptors() == before
+    source.tree.lookup(ROOT, b"moved")
+    source.tree.rename(ROOT, b"file", ROOT, b"moved", 0, MYSELF)
+    assert sorted(os.listdir(source.path)) == ["moved", "unknown"]
 
 
 def test_removals_that_fail_leave_nothing(source: Source, file: int) -> None:
@@ -186,10 +203,10 @@ def test_removals_that_fail_leave_nothing(source: Source, file: int) -> None:
     (source.path / "dir" / "x").write_text("x")
     before = open_descriptors()
     for number, action in (
-        (errno.ENOENT, lambda: source.tree.unlink(ROOT, b"missing")),
-        (errno.EISDIR, lambda: source.tree.unlink(ROOT, b"dir")),
-        (errno.ENOTEMPTY, lambda: source.tree.rmdir(ROOT, b"dir")),
-        (errno.ENOTDIR, lambda: source.tree.rmdir(ROOT, b"file")),
+        (errno.ENOENT, lambda: source.tree.unlink(ROOT, b"missing", MYSELF)),
+        (errno.EISDIR, lambda: source.tree.unlink(ROOT, b"dir", MYSELF)),
+        (errno.ENOTEMPTY, lambda: source.tree.rmdir(ROOT, b"dir", MYSELF)),
+        (errno.ENOTDIR, lambda: source.tree.rmdir(ROOT, b"file", MYSELF)),
     ):
         with fails(number):
             action()
@@ -199,7 +216,7 @@ def test_removals_that_fail_leave_nothing(source: Source, file: int) -> None:
 
 def test_a_removed_directory_is_empty_and_takes_nothing(source: Source) -> None:
     nodeid, _ = source.tree.mkdir(ROOT, b"dir", 0o755, MYSELF)
-    source.tree.rmdir(ROOT, b"dir")
+    source.tree.rmdir(ROOT, b"dir", MYSELF)
     assert source.tree.getattr(nodeid).nlink == 0
     with fails(errno.ENOENT):
         source.tree.lookup(nodeid, b"x")
@@ -212,26 +229,26 @@ def test_a_removed_directory_is_empty_and_takes_nothing(source: Source) -> None:
 
 def test_rename_within_and_across_directories(source: Source, file: int) -> None:
     directory, _ = source.tree.mkdir(ROOT, b"dir", 0o755, MYSELF)
-    source.tree.rename(ROOT, b"file", directory, b"moved", 0)
+    source.tree.rename(ROOT, b"file", directory, b"moved", 0, MYSELF)
     assert source.tree.getattr(file).size == 7
     assert list(source.tree.anchors.places(file)) == [(directory, b"moved")]
-    source.tree.rename(ROOT, b"dir", ROOT, b"renamed", 0)
+    source.tree.rename(ROOT, b"dir", ROOT, b"renamed", 0, MYSELF)
     assert source.tree.getattr(file).size == 7, "what is below a renamed directory is still found"
 
 
 def test_rename_over_a_file_keeps_the_one_that_goes(source: Source, file: int) -> None:
     (source.path / "victim").write_text("victim!!")
     victim, _ = source.tree.lookup(ROOT, b"victim")
-    source.tree.rename(ROOT, b"file", ROOT, b"victim", 0)
+    source.tree.rename(ROOT, b"file", ROOT, b"victim", 0, MYSELF)
     assert source.tree.getattr(victim).nlink == 0
     assert source.tree.getattr(victim).size == 8
     assert source.tree.getattr(file).size == 7
 
 
 def test_rename_over_another_name_of_the_same_file_leaves_both(source: Source, file: int) -> None:
-    source.tree.link(file, ROOT, b"second")
+    source.tree.link(file, ROOT, b"second", MYSELF)
     before = open_descriptors()
-    source.tree.rename(ROOT, b"file", ROOT, b"second", 0)
+    source.tree.rename(ROOT, b"file", ROOT, b"second", 0, MYSELF)
     assert sorted(os.listdir(source.path)) == ["file", "second"]
     assert set(source.tree.anchors.places(file)) == {(ROOT, b"file"), (ROOT, b"second")}
     assert open_descriptors() == before
@@ -241,7 +258,7 @@ def test_exchange(source: Source, file: int) -> None:
     directory, _ = source.tree.mkdir(ROOT, b"dir", 0o755, MYSELF)
     inner, _ = source.tree.mknod(directory, b"inner", stat.S_IFREG | 0o644, 0, MYSELF)
     before = open_descriptors()
-    source.tree.rename(ROOT, b"file", ROOT, b"dir", syscalls.RENAME_EXCHANGE)
+    source.tree.rename(ROOT, b"file", ROOT, b"dir", syscalls.RENAME_EXCHANGE, MYSELF)
     assert source.tree.lookup(ROOT, b"dir")[0] == file
     assert source.tree.getattr(file).size == 7
     assert source.tree.getattr(inner).ino == inner
@@ -255,11 +272,11 @@ def test_renames_that_fail_change_nothing(source: Source, file: int) -> None:
     other, _ = source.tree.lookup(ROOT, b"other")
     before = open_descriptors()
     for number, action in (
-        (errno.ENOENT, lambda: source.tree.rename(ROOT, b"missing", ROOT, b"x", 0)),
-        (errno.EISDIR, lambda: source.tree.rename(ROOT, b"file", ROOT, b"dir", 0)),
-        (errno.EEXIST, lambda: source.tree.rename(ROOT, b"file", ROOT, b"other", syscalls.RENAME_NOREPLACE)),
-        (errno.ENOENT, lambda: source.tree.rename(ROOT, b"file", ROOT, b"x", syscalls.RENAME_EXCHANGE)),
-        (errno.EINVAL, lambda: source.tree.rename(ROOT, b"file", ROOT, b"x", 1 << 20)),
+        (errno.ENOENT, lambda: source.tree.rename(ROOT, b"missing", ROOT, b"x", 0, MYSELF)),
+        (errno.EISDIR, lambda: source.tree.rename(ROOT, b"file", ROOT, b"dir", 0, MYSELF)),
+        (errno.EEXIST, lambda: source.tree.rename(ROOT, b"file", ROOT, b"other", syscalls.RENAME_NOREPLACE, MYSELF)),
+        (errno.ENOENT, lambda: source.tree.rename(ROOT, b"file", ROOT, b"x", syscalls.RENAME_EXCHANGE, MYSELF)),
+        (errno.EINVAL, lambda: source.tree.rename(ROOT, b"file", ROOT, b"x", 1 << 20, MYSELF)),
     ):
         with fails(number):
             action()
@@ -332,7 +349,7 @@ def test_extended_attributes(source: Source, file: int) -> None:
     except OSError:
         pytest.skip("the temporary directory's file system has no user attributes")
     tree.setxattr(file, b"user.a", b"\0\xff", 0, MYSELF, kill_sgid=False)
-    assert tree.getxattr(file, b"user.a") == b"\0\xff"
+    assert tree.getxattr(file, b"user.a", MYSELF) == b"\0\xff"
     assert sorted(tree.listxattr(file, MYSELF)) == [b"user.a", b"user.probe"]
     with fails(errno.EEXIST):
         tree.setxattr(file, b"user.a", b"", os.XATTR_CREATE, MYSELF, kill_sgid=False)
@@ -340,7 +357,7 @@ def test_extended_attributes(source: Source, file: int) -> None:
         tree.setxattr(file, b"user.b", b"", os.XATTR_REPLACE, MYSELF, kill_sgid=False)
     tree.removexattr(file, b"user.a", MYSELF)
     with fails(errno.ENODATA):
-        tree.getxattr(file, b"user.a")
+        tree.getxattr(file, b"user.a", MYSELF)
 
 
 def test_only_root_sees_trusted_attributes(source: Source, file: int) -> None:
@@ -437,9 +454,9 @@ def test_a_file_without_a_name_gets_one(source: Source) -> None:
     assert found.nlink == 0
     assert source.tree.getattr(nodeid).nlink == 0
     os.write(source.mirror.handles.get(number).descriptor, b"content")
-    assert source.tree.link(nodeid, ROOT, b"named")[0] == nodeid
+    assert source.tree.link(nodeid, ROOT, b"named", MYSELF)[0] == nodeid
     assert (source.path / "named").read_text() == "content"
-    source.tree.unlink(ROOT, b"named")
+    source.tree.unlink(ROOT, b"named", MYSELF)
     assert source.tree.getattr(nodeid).nlink == 0
 
 
@@ -453,7 +470,7 @@ def names(source: Source, number: int, offset: int) -> list[bytes]:
 def test_a_listing_stays_what_it_was_when_it_began(source: Source) -> None:
     for name in ("a", "b", "c"):
         (source.path / name).write_text("")
-    number, _ = source.files.opendir(ROOT)
+    number, _ = source.files.opendir(ROOT, MYSELF)
     first = names(source, number, 0)
     assert sorted(first) == [b".", b"..", b"a", b"b", b"c"]
     (source.path / "b").unlink()
@@ -466,7 +483,7 @@ def test_a_listing_shows_numbers_and_types_of_the_source(source: Source) -> None
     (source.path / "file").write_text("")
     (source.path / "dir").mkdir()
     (source.path / "link").symlink_to("x")
-    number, _ = source.files.opendir(ROOT)
+    number, _ = source.files.opendir(ROOT, MYSELF)
     found = {name: (ino, kind) for ino, kind, name in source.files.entries(number, 0)}
     assert found[b"."][0] == ROOT
     for name, kind in ((b"file", stat.S_IFREG), (b"dir", stat.S_IFDIR), (b"link", stat.S_IFLNK)):
@@ -475,7 +492,7 @@ def test_a_listing_shows_numbers_and_types_of_the_source(source: Source) -> None
 
 def test_a_file_is_not_a_directory(source: Source, file: int) -> None:
     with fails(errno.ENOTDIR, errno.ESTALE):
-        source.files.opendir(file)
+        source.files.opendir(file, MYSELF)
 
 
 def test_the_handle_of_the_root_is_one(source: Source) -> None:
@@ -488,9 +505,13 @@ TAKING_SPACE: dict[str, tuple[object, str, Callable[[Source, int], object]]] = {
     "mknod": (os, "mknod", lambda source, _: source.tree.mknod(ROOT, b"node", 0o644, 0, MYSELF)),
     "symlink": (os, "symlink", lambda source, _: source.tree.symlink(ROOT, b"symlink", b"target", MYSELF)),
     "create": (os, "open", lambda source, _: source.files.create(ROOT, b"new", 0o644, os.O_WRONLY, MYSELF)),
-    "link": (os, "link", lambda source, other: source.tree.link(other, ROOT, b"link")),
-    "rename": (os, "rename", lambda source, _: source.tree.rename(ROOT, b"other", ROOT, b"renamed", 0)),
-    "renameat2": (syscalls, "renameat2", lambda source, _: source.tree.rename(ROOT, b"other", ROOT, b"renamed", 1)),
+    "link": (os, "link", lambda source, other: source.tree.link(other, ROOT, b"link", MYSELF)),
+    "rename": (os, "rename", lambda source, _: source.tree.rename(ROOT, b"other", ROOT, b"renamed", 0, MYSELF)),
+    "renameat2": (
+        syscalls,
+        "renameat2",
+        lambda source, _: source.tree.rename(ROOT, b"other", ROOT, b"renamed", 1, MYSELF),
+    ),
     "setxattr": (
         os,
         "setxattr",
@@ -517,7 +538,7 @@ def test_space_of_removed_files_is_given_free_when_it_runs_out(
     module, name, act = TAKING_SPACE[what]
     (source.path / "other").touch()
     other, _ = source.tree.lookup(ROOT, b"other")
-    source.tree.unlink(ROOT, b"file")
+    source.tree.unlink(ROOT, b"file", MYSELF)
     call = getattr(module, name)
     refused = 0
 
@@ -543,8 +564,8 @@ def test_a_removed_file_that_is_being_changed_is_not_given_free(
     """Somebody holds it by a descriptor that opens nothing (O_PATH): its pin is all that leads to it."""
     (source.path / "other").touch()
     other, _ = source.tree.lookup(ROOT, b"other")
-    source.tree.unlink(ROOT, b"file")
-    source.tree.unlink(ROOT, b"other")
+    source.tree.unlink(ROOT, b"file", MYSELF)
+    source.tree.unlink(ROOT, b"other", MYSELF)
     chown = syscalls.chown
 
     def full_while_the_other_is_pinned(fd: int, uid: int, gid: int) -> None:

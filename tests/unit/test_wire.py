@@ -102,7 +102,10 @@ LAYOUTS = [
     request("INIT_REQUEST", "fuse_init_in", "unique in.major in.minor in.max_readahead in.flags in.flags2", 36),
     request("OPEN_REQUEST", "fuse_open_in", "unique nodeid uid gid pid in.flags in.open_flags", 33),
     request(
-        "CREATE_REQUEST", "fuse_create_in", "unique nodeid uid gid in.flags in.mode in.umask in.open_flags", since=33
+        "CREATE_REQUEST",
+        "fuse_create_in",
+        "unique nodeid uid gid pid in.flags in.mode in.umask in.open_flags",
+        since=33,
     ),
     request("READ_REQUEST", "fuse_read_in", "unique in.fh in.offset in.size in.flags"),
     request("WRITE_REQUEST", "fuse_write_in", "unique uid gid in.fh in.offset in.size in.write_flags in.flags"),
@@ -118,19 +121,19 @@ LAYOUTS = [
         "unique uid gid in.fh_in in.off_in in.fh_out in.off_out in.len",
         since=28,
     ),
-    request("MKNOD_REQUEST", "fuse_mknod_in", "unique nodeid uid gid in.mode in.rdev in.umask"),
-    request("MKDIR_REQUEST", "fuse_mkdir_in", "unique nodeid uid gid in.mode in.umask"),
-    request("SYMLINK_REQUEST", "", "unique nodeid uid gid"),
-    request("LINK_REQUEST", "fuse_link_in", "unique nodeid in.oldnodeid"),
-    request("RENAME_REQUEST", "fuse_rename_in", "unique nodeid in.newdir"),
-    request("RENAME2_REQUEST", "fuse_rename2_in", "unique nodeid in.newdir in.flags", since=23),
-    request("GETXATTR_REQUEST", "fuse_getxattr_in", "unique nodeid uid gid in.size"),
+    request("MKNOD_REQUEST", "fuse_mknod_in", "unique nodeid uid gid pid in.mode in.rdev in.umask"),
+    request("MKDIR_REQUEST", "fuse_mkdir_in", "unique nodeid uid gid pid in.mode in.umask"),
+    request("SYMLINK_REQUEST", "", "unique nodeid uid gid pid"),
+    request("LINK_REQUEST", "fuse_link_in", "unique nodeid uid gid pid in.oldnodeid"),
+    request("RENAME_REQUEST", "fuse_rename_in", "unique nodeid uid gid pid in.newdir"),
+    request("RENAME2_REQUEST", "fuse_rename2_in", "unique nodeid uid gid pid in.newdir in.flags", since=23),
+    request("GETXATTR_REQUEST", "fuse_getxattr_in", "unique nodeid uid gid pid in.size"),
     request("STATX_REQUEST", "fuse_statx_in", "unique nodeid in.getattr_flags in.fh in.sx_flags in.sx_mask", since=39),
     request(
         "SETATTR_REQUEST",
         "fuse_setattr_in",
-        "unique nodeid uid gid pid"
-        " in.valid in.fh in.size in.atime in.mtime in.atimensec in.mtimensec in.mode in.uid in.gid",
+        "unique nodeid uid gid pid in.valid in.fh in.size in.atime in.mtime in.ctime in.atimensec in.mtimensec"
+        " in.ctimensec in.mode in.uid in.gid",
     ),
     request(
         "SETXATTR_REQUEST",

@@ -21,66 +21,66 @@ class ChangeRequests(Responder):
     def mknod(self, base: int, length: int) -> None:
         """FUSE_MKNOD."""
         request = wire.MKNOD_REQUEST
-        unique, parent, uid, gid, mode, device, umask = request.unpack_from(self._memory, base)
+        unique, parent, uid, gid, pid, mode, device, umask = request.unpack_from(self._memory, base)
         name = self._string(base + request.size, base + length)
         self._attempts.unique = unique
         number = os.makedev(*wire.decode_device(device))
-        self._reply_entry(unique, *self._tree.mknod(parent, name, mode, number, Requester(uid, gid, umask)))
+        self._reply_entry(unique, *self._tree.mknod(parent, name, mode, number, Requester(uid, gid, umask, pid)))
 
     def mkdir(self, base: int, length: int) -> None:
         """FUSE_MKDIR."""
         request = wire.MKDIR_REQUEST
-        unique, parent, uid, gid, mode, umask = request.unpack_from(self._memory, base)
+        unique, parent, uid, gid, pid, mode, umask = request.unpack_from(self._memory, base)
         name = self._string(base + request.size, base + length)
         self._attempts.unique = unique
-        self._reply_entry(unique, *self._tree.mkdir(parent, name, mode, Requester(uid, gid, umask)))
+        self._reply_entry(unique, *self._tree.mkdir(parent, name, mode, Requester(uid, gid, umask, pid)))
 
     def symlink(self, base: int, length: int) -> None:
         """FUSE_SYMLINK."""
         request = wire.SYMLINK_REQUEST
-        unique, parent, uid, gid = request.unpack_from(self._memory, base)
+        unique, parent, uid, gid, pid = request.unpack_from(self._memory, base)
         name, target = self._names(base + request.size, base + length)
         self._attempts.unique = unique
-        self._reply_entry(unique, *self._tree.symlink(parent, name, target, Requester(uid, gid)))
+        self._reply_entry(unique, *self._tree.symlink(parent, name, target, Requester(uid, gid, pid=pid)))
 
     def link(self, base: int, length: int) -> None:
         """FUSE_LINK."""
         request = wire.LINK_REQUEST
-        unique, parent, nodeid = request.unpack_from(self._memory, base)
+        unique, parent, uid, gid, pid, nodeid = request.unpack_from(self._memory, base)
         name = self._string(base + request.size, base + length)
         self._attempts.unique = unique
-        self._reply_entry(unique, *self._tree.link(nodeid, parent, name))
+        self._reply_entry(unique, *self._tree.link(nodeid, parent, name, Requester(uid, gid, pid=pid)))
 
     def unlink(self, base: int, length: int) -> None:
         """FUSE_UNLINK."""
-        unique, parent = wire.NODE_REQUEST.unpack_from(self._memory, base)
+        unique, parent, uid, gid, pid = wire.CALLER_REQUEST.unpack_from(self._memory, base)
         self._attempts.unique = unique
-        self._tree.unlink(parent, self._name(base, length))
+        self._tree.unlink(parent, self._name(base, length), Requester(uid, gid, pid=pid))
         self._send(wire.error_reply(unique, 0))
 
     def rmdir(self, base: int, length: int) -> None:
         """FUSE_RMDIR."""
-        unique, parent = wire.NODE_REQUEST.unpack_from(self._memory, base)
+        unique, parent, uid, gid, pid = wire.CALLER_REQUEST.unpack_from(self._memory, base)
         self._attempts.unique = unique
-        self._tree.rmdir(parent, self._name(base, length))
+        self._tree.rmdir(parent, self._name(base, length), Requester(uid, gid, pid=pid))
         self._send(wire.error_reply(unique, 0))
 
     def rename(self, base: int, length: int) -> None:
         """FUSE_RENAME."""
         request = wire.RENAME_REQUEST
-        unique, parent, new_parent = request.unpack_from(self._memory, base)
+        unique, parent, uid, gid, pid, new_parent = request.unpack_from(self._memory, base)
         name, new_name = self._names(base + request.size, base + length)
         self._attempts.unique = unique
-        self._tree.rename(parent, name, new_parent, new_name, 0)
+        self._tree.rename(parent, name, new_parent, new_name, 0, Requester(uid, gid, pid=pid))
         self._send(wire.error_reply(unique, 0))
 
     def rename2(self, base: int, length: int) -> None:
         """FUSE_RENAME2: rename with flags."""
         request = wire.RENAME2_REQUEST
-        unique, parent, new_parent, flags = request.unpack_from(self._memory, base)
+        unique, parent, uid, gid, pid, new_parent, flags = request.unpack_from(self._memory, base)
         name, new_name = self._names(base + request.size, base + length)
         self._attempts.unique = unique
-        self._tree.rename(parent, name, new_parent, new_name, flags)
+        self._tree.rename(parent, name, new_parent, new_name, flags, Requester(uid, gid, pid=pid))
         self._send(wire.error_reply(unique, 0))
 
     def setxattr(self, base: int, length: int) -> None:

@@ -9,6 +9,7 @@ from ...syscalls import DirectoryBlocks, StatxTable, fstatx
 from ..handles import Handle
 from ..inodes import ROOT
 from ..mirror import Mirror
+from ..requester import Requester
 from ..snapshots import append, load, make
 from .base import Responder
 from .entries import entries
@@ -37,10 +38,10 @@ class DirectoryRequests(Responder):
 
     def opendir(self, base: int, length: int) -> None:
         """FUSE_OPENDIR: reply with a handle and whether the kernel may show the listing it has."""
-        unique, nodeid = wire.NODE_REQUEST.unpack_from(self._memory, base)
+        unique, nodeid, uid, gid, pid = wire.CALLER_REQUEST.unpack_from(self._memory, base)
         number = self._begin_open(unique)
         if number is None:
-            number, attributes = self._files.opendir(nodeid)
+            number, attributes = self._files.opendir(nodeid, Requester(uid, gid, pid=pid))
         else:
             attributes = fstatx(self._handles.get(number).descriptor)
         flags = self._mirror.policy.directory_flags(self._inodes.get(nodeid), attributes)

@@ -78,21 +78,21 @@ class FileRequests(Responder):
     def create(self, base: int, length: int) -> None:
         """FUSE_CREATE: reply with an entry and a handle."""
         request = wire.CREATE_REQUEST
-        unique, parent, uid, gid, flags, mode, umask, _ = request.unpack_from(self._memory, base)
+        unique, parent, uid, gid, pid, flags, mode, umask, _ = request.unpack_from(self._memory, base)
         name = self._string(base + request.size, base + length)
         number = self._opened_before(unique)
         if number is None:
-            created = self._files.create(parent, name, mode, flags, Requester(uid, gid, umask))
+            created = self._files.create(parent, name, mode, flags, Requester(uid, gid, umask, pid))
         else:
             created = self._created_before(number)
         self._reply_created(unique, *created)
 
     def tmpfile(self, base: int, length: int) -> None:
         """FUSE_TMPFILE: as CREATE; the name is only the kernel's."""
-        unique, parent, uid, gid, flags, mode, umask, _ = wire.CREATE_REQUEST.unpack_from(self._memory, base)
+        unique, parent, uid, gid, pid, flags, mode, umask, _ = wire.CREATE_REQUEST.unpack_from(self._memory, base)
         number = self._begin_open(unique)
         if number is None:
-            created = self._files.tmpfile(parent, mode, flags, Requester(uid, gid, umask))
+            created = self._files.tmpfile(parent, mode, flags, Requester(uid, gid, umask, pid))
         else:
             created = self._created_before(number)
         self._reply_created(unique, *created)

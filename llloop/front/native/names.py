@@ -59,13 +59,13 @@ class NameRequests(Responder):
 
     def setattr(self, base: int, length: int) -> None:
         """FUSE_SETATTR."""
-        unique, nodeid, *caller, valid, number, size, atime, mtime, atime_nsec, mtime_nsec, mode, uid, gid = (
+        unique, nodeid, uid, gid, pid, valid, number, size, *times, mode, new_uid, new_gid = (
             wire.SETATTR_REQUEST.unpack_from(self._memory, base)
         )
-        who = Requester(caller[0], caller[1], pid=caller[2])
-        changes = Changes(valid, mode, uid, gid, size, (atime, atime_nsec), (mtime, mtime_nsec))
+        atime, mtime, ctime = zip(times[:3], times[3:], strict=True)
+        changes = Changes(valid, mode, new_uid, new_gid, size, atime, mtime, ctime)
         handle = number if valid & wire.FATTR_FH else None
-        attributes = self._tree.setattr(nodeid, changes, handle, who)
+        attributes = self._tree.setattr(nodeid, changes, handle, Requester(uid, gid, pid=pid))
         self._reply_attributes(unique, attributes)
 
     def statx(self, base: int, length: int) -> None:

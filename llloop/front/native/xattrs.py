@@ -20,14 +20,14 @@ class XattrRequests(Responder):
     def getxattr(self, base: int, length: int) -> None:
         """FUSE_GETXATTR."""
         request = wire.GETXATTR_REQUEST
-        unique, nodeid, _, _, size = request.unpack_from(self._memory, base)
+        unique, nodeid, uid, gid, pid, size = request.unpack_from(self._memory, base)
         self._check_xattr()
         name = self._string(base + request.size, base + length)
-        self._reply_value(unique, size, self._tree.getxattr(nodeid, name))
+        self._reply_value(unique, size, self._tree.getxattr(nodeid, name, Requester(uid, gid, pid=pid)))
 
     def listxattr(self, base: int, length: int) -> None:
         """FUSE_LISTXATTR."""
-        unique, nodeid, uid, gid, size = wire.GETXATTR_REQUEST.unpack_from(self._memory, base)
+        unique, nodeid, uid, gid, _, size = wire.GETXATTR_REQUEST.unpack_from(self._memory, base)
         self._check_xattr()
         names = self._tree.listxattr(nodeid, Requester(uid, gid))
         self._reply_value(unique, size, b"".join(name + b"\0" for name in names))
