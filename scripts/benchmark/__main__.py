@@ -19,6 +19,7 @@ from . import front as front_module
 from . import inodes as inodes_module
 from . import report as report_module
 from . import scaling as scaling_module
+from . import waiting as waiting_module
 from .bench import bench
 from .contenders import NAMES, NATIVE, PATHS, REFERENCE, gather
 from .machine import Machine, this_machine
@@ -27,7 +28,7 @@ from .placement import BANDWIDTH, REQUESTS
 from .progress import Progress
 from .site import Failed
 from .sizes import FULL, QUICK
-from .tools import BUILD, Installer, Unavailable, compile_load
+from .tools import BUILD, TOP, Installer, Unavailable, compile_load
 from .workloads import ALL
 
 # Who takes part in --quick: two minutes are not enough for all.
@@ -297,6 +298,48 @@ def inodes(
     (folder / "inodes.json").write_text(json.dumps({"machine": asdict(machine), "memory": results}, indent=1))
     click.echo(text)
     click.echo(f"written: {folder}/inodes.txt and .json")
+
+
+@main.command()
+@click.option("--quick", is_flag=True, help="Smaller loads.")
+@click.option("--only", metavar="REGEX", callback=_pattern, help="Only loads that match: see --list.")
+@click.option("--list", "list_only", is_flag=True, help="List the loads, and end.")
+@click.option("--native", is_flag=True, help="Without a server: what the source itself lets one wait.")
+@click.option("--llloop", default=str(TOP / ".venv/bin/llloop"), show_default=True, help="The command to serve with.")
+@click.option("--serve-option", "serve_options", multiple=True, help="An option for llloop serve; may be repeated.")
+@click.option(
+    "--base",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    default="/dev/shm",
+    show_default=True,
+    help="Where the image of the source's file system (ext4) is made.",
+)
+@click.option("--no-install", is_flag=True, help="Install nothing.")
+def waiting(
+    quick: bool,
+    only: re.Pattern[str] | None,
+    list_only: bool,
+    native: bool,
+    llloop: str,
+    serve_options: tuple[str, ...],
+    base: Path,
+    no_install: bool,
+) -> None:
+    """How long a user's stat, 4 KiB read and create wait while another does what takes long; in milliseconds."""
+    loads = {name: load for name, load in waiting_module.LOADS.items() if only is None or only.search(name)}
+    if list_only:
+        click.echo("\n".join(f"{name:14} {load.title}" for name, load in loads.items()))
+        return
+    if os.geteuid():
+        raise click.ClickException("this needs root: to mount the source and to freeze it")
+    sizes = waiting_module.QUICK if quick else waiting_module.FULL
+    try:
+        installer = Installer(allowed=not no_install)
+        command = None if native else [llloop, *serve_options]
+        found = waiting_module.compare(list(loads), command, sizes, base, installer)
+    except Unavailable as reason:
+        raise click.ClickException(str(reason)) from None
+    click.echo(f"{_head(this_machine())}\n\n{waiting_module.table(found)}")
 
 
 def _prepare(installer: Installer) -> Path:
