@@ -46,12 +46,28 @@ class Task(NamedTuple):
     extra: tuple[Any, ...] = ()
 
 
+# Of the slots with pipes, one in so many is kept free, so that what comes next is received into a pipe.
+_KEPT_SHARE = 4
+# Up to this length in bytes a request goes before larger ones that are parked.
+_SMALL = 64 * 1024
+# How many slots a worker may have before larger ones are parked.
+_LARGE_AT_ONCE = 16
+
+
 class _Parked(NamedTuple):
-    """A request that could not be handed over yet, with its payload if it is a WRITE."""
+    """A request that could not be handed over yet.
+
+    Attributes:
+        task: what it asks for.
+        taken: when it was taken.
+        payload: if it is a WRITE, its payload, unless that is in
+        spare: a pipe.
+    """
 
     task: Task
-    payload: bytes
     taken: int
+    payload: bytes = b""
+    spare: tuple[int, int] | None = None
 
 
 class Router:
@@ -60,7 +76,9 @@ class Router:
     The router always keeps one free slot, `slot`, in which the next request is received. If no further slot is free,
     or a pipe is full, `submit` declines. It also declines when a worker would hold more slots than are left for all
     others: a worker that hangs in a dead source, or is stopped, must not stop the rest. What is declined is parked
-    until it can be handed over; the front never does it itself, for it would hang in the same place.
+    until it can be handed over; the front never does it itself, for it would hang in the same place. Small requests are
+    handed over before large ones, and a worker has few large ones at a time, so that nobody waits for all that another
+    has to write.
 
     Args:
         arena: the shared memory.
@@ -78,6 +96,8 @@ class Router:
         self._waiting: list[list[tuple[Operation, int]]] = [[] for _ in pipes]
         self.slot = arena.free_slot()
         self._parked: list[deque[_Parked]] = [deque() for _ in pipes]
+        self._parked_large: list[deque[_Parked]] = [deque() for _ in pipes]
+        self._piped_slots = 0 if arena.pipes is None else len(arena.pipes)
         self._parked_bytes = 0
         # The slots that fronts before this one have lent, by the requests' numbers.
         self._inherited: dict[int, int] = {}
@@ -115,7 +135,10 @@ class Router:
         Returns:
             False if the request could not be handed over and is to be parked.
         """
-        return not self._parked[task.handle.shard] and self._hand_over(task)
+        shard = task.handle.shard
+        if self._parked[shard] or (self._parked_large[shard] and task.length > _SMALL):
+            return False
+        return self._hand_over(task)
 
     def _hand_over(self, task: Task) -> bool:
         handle, number, operation, unique, offset, length, flags, uid, gid, extra = task
@@ -126,6 +149,11 @@ class Router:
         slot = self.slot
         self._full[shard] = False
         if slot >= self._plenty and not self._may_lend(shard):
+            return False
+        if flags & PIPED:
+            if not self._may_pipe(shard):
+                return False
+        elif length > _SMALL and slot >= _LARGE_AT_ONCE and not self._may_have_large(shard):
             return False
         message = encode(
             (operation, unique, slot, number, handle.descriptor, offset, length, flags, uid, gid, extra, handle.file)
@@ -151,15 +179,25 @@ class Router:
         Raises:
             OSError: ENOMEM, if too much is kept already.
         """
-        payload = b""
-        if task.operation == Operation.WRITE:
-            if self._parked_bytes + task.length > _PARKED_MOST:
-                raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-            payload = self._take_payload(task.length, task.flags)
-            self._parked_bytes += task.length
-        copied = task._replace(flags=task.flags & ~PIPED)
-        self._parked[task.handle.shard].append(_Parked(copied, payload, self.taken))
+        parked = self._parked_large if task.length > _SMALL else self._parked
+        parked[task.handle.shard].append(self._kept(task))
         self.backlog = self.parked = True
+
+    def _kept(self, task: Task) -> _Parked:
+        if task.operation != Operation.WRITE:
+            return _Parked(task, self.taken)
+        if task.flags & PIPED:
+            assert self.arena.pipes is not None
+            spare = self.arena.pipes.set_aside(self.slot, task.length)
+            if spare is not None:
+                return _Parked(task, self.taken, spare=spare)
+        if self._parked_bytes + task.length > _PARKED_MOST:
+            if task.flags & PIPED:
+                self.arena.discard(self.slot)
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        payload = self._take_payload(task.length, task.flags)
+        self._parked_bytes += task.length
+        return _Parked(task._replace(flags=task.flags & ~PIPED), self.taken, payload)
 
     def _take_payload(self, length: int, flags: int) -> bytes:
         arena = self.arena
@@ -173,21 +211,40 @@ class Router:
 
     def _deliver(self, shard: int) -> None:
         """Hand parked requests over as far as there is room."""
-        parked = self._parked[shard]
-        while parked and self._may_lend(shard):
-            task, payload, self.taken = parked[0]
-            self.arena.payload(self.slot, len(payload))[:] = payload
-            if not self._hand_over(task):
-                return
-            self._parked_bytes -= len(payload)
-            parked.popleft()
-            self._pause = _FIRST_PAUSE
+        arena = self.arena
+        for parked in (self._parked[shard], self._parked_large[shard]):
+            while parked and self._may_lend(shard):
+                task, self.taken, payload, spare = parked[0]
+                self.slot = arena.free_slot()
+                if spare is not None:
+                    if self.slot >= self._piped_slots or not self._may_pipe(shard):
+                        return
+                    assert arena.pipes is not None
+                    arena.pipes.bring_back(self.slot, spare, task.length)
+                else:
+                    arena.payload(self.slot, len(payload))[:] = payload
+                if not self._hand_over(task):
+                    if spare is not None:
+                        parked[0] = self._kept(task)
+                    return
+                self._parked_bytes -= len(payload)
+                parked.popleft()
+                self._pause = _FIRST_PAUSE
 
     def _may_lend(self, shard: int) -> bool:
         """Whether a worker may have one more slot: one is left then, and it has no more than all others can have."""
         states = bytes(self.arena.states)
         free = states.count(0)
         return free > 1 and states.count(shard + 1) <= free
+
+    def _may_pipe(self, shard: int) -> bool:
+        """Whether a worker may have one more slot with a pipe, of which the same holds."""
+        states = bytes(self.arena.states[: self._piped_slots])
+        free = states.count(0)
+        return free > self._piped_slots // _KEPT_SHARE and states.count(shard + 1) <= free
+
+    def _may_have_large(self, shard: int) -> bool:
+        return bytes(self.arena.states).count(shard + 1) < _LARGE_AT_ONCE
 
     def release(self, number: int, handle: Handle) -> None:
         """Tell the worker of *handle*, or all of them where it is shared, to let go of its descriptor."""
@@ -286,7 +343,7 @@ class Router:
                 if waiting and self._pipes[shard] in ready:
                     self._flush(shard)
                 self._deliver(shard)
-            self.backlog = any(self._waiting) or any(self._parked) or self.attentive
+            self.backlog = any(self._waiting) or any(self._parked) or any(self._parked_large) or self.attentive
             readable = ready.intersection(sources)
             if not self.backlog or readable:
                 return readable
@@ -295,9 +352,10 @@ class Router:
                 poll.register(source, select.POLLIN)
             pause = patience
             for shard, waiting in enumerate(self._waiting):
-                if waiting or (self._parked[shard] and self._full[shard]):
+                is_parked = self._parked[shard] or self._parked_large[shard]
+                if waiting or (is_parked and self._full[shard]):
                     poll.register(self._pipes[shard], select.POLLOUT)
-                elif self._parked[shard]:
+                elif is_parked:
                     pause = self._pause  # for slots, of which nobody tells when they are free
             ready = {fd for fd, _ in self._leadership.wait(poll.poll, pause)}
             if not ready:

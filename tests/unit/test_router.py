@@ -16,7 +16,7 @@ from llloop import wire
 from llloop.arena import Arena
 from llloop.front.handles import Handle
 from llloop.front.router import Exchange, Router, Task
-from llloop.protocol import MAX_MESSAGE, Operation, Request, decode, encode
+from llloop.protocol import MAX_MESSAGE, PIPED, Operation, Request, decode, encode
 from tests.expect import fails
 from tests.unit.support import packet_pipe, packets
 
@@ -492,3 +492,53 @@ def test_a_worker_whose_pipe_is_full_is_reminded_later_and_nobody_waits(pipes: P
     ]
     os.close(device)
     os.close(tell)
+
+
+def test_a_small_request_goes_before_large_ones_that_are_parked(router: Router, pipes: Pipes, idle: int) -> None:
+    """Who reads a little does not wait for all that another writes."""
+    pipes.fill(0)
+    for unique in (1, 2):
+        arguments = (handle(), 7, Operation.WRITE, unique, 0, 100_000, 0, 0, 0, ())
+        assert not router.submit(Task(*arguments))
+        router.park(Task(*arguments))
+    submit_or_park(router, handle(), 3)
+    pipes.take(0)
+    router.wait(idle)
+    assert [request.unique for request in pipes.take(0)] == [3, 1, 2]
+
+
+def test_large_payloads_that_are_parked_are_not_copied(pipes: Pipes, idle: int) -> None:
+    """They stay in pipes, in their order, and come back into the pipe of a slot."""
+    arena = Arena(8, 32 * wire.PAGE_SIZE, 2)
+    payload_pipes = arena.open_pipes()
+    if not payload_pipes._most_spare:
+        pytest.skip("an ordinary user has no more pipes")
+    router = Router(arena, pipes.writers)
+    size = 100_000
+    try:
+        for unique in range(6):
+            content = bytes([unique]) * size
+            assert os.write(payload_pipes._pipes[router.slot][1], content) == size
+            router.entrust(Task(handle(), 7, Operation.WRITE, unique, 0, size, PIPED, 0, 0, ()))
+        assert router.backlog
+        assert router._parked_bytes == 0
+        done = []
+        while len(done) < 6:
+            for request in pipes.take(0):
+                assert request.flags & PIPED
+                taken = b""
+                while len(taken) < size:
+                    piece = bytearray(size)
+                    taken += piece[: payload_pipes.take(request.slot, memoryview(piece))]
+                assert taken == bytes([request.unique]) * size
+                done.append(request.unique)
+                arena.give_back(request.slot)
+            router.wait(idle)
+        assert done == list(range(6))
+        assert payload_pipes._lent == 0
+    finally:
+        for fd in payload_pipes.descriptors:
+            os.close(fd)
+        for pair in payload_pipes._spare:
+            for fd in pair:
+                os.close(fd)
