@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -28,6 +29,15 @@ from tests.syscalls import FALLOC_FL_KEEP_SIZE, fallocate, opened, syncfs
 from tests.twins import outcomes
 
 MIB = 1 << 20
+# <linux/posix_acl_xattr.h>: rights of the owner, of 50 users, of the group, of all of these at most, of others.
+ACL_OF_MANY = struct.pack("=I", 2) + b"".join(
+    struct.pack("=HHI", tag, 7, who)
+    for tag, who in (
+        (1, 2**32 - 1),
+        *((2, 5000 + number) for number in range(50)),
+        *((tag, 2**32 - 1) for tag in (4, 16, 32)),
+    )
+)
 
 
 @pytest.fixture
@@ -306,6 +316,54 @@ def test_what_is_reserved_for_a_group_of_the_server_is_not_for_users(
         state = os.statvfs(source)
         assert state.f_bfree > 2000
         mirror.stop()
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("kind", ["own", "of root"])
+def test_names_and_attributes_of_users_take_no_reserved_blocks(
+    scratch: Path, serving: Callable[..., Any], kind: str
+) -> None:
+    """In directories of the user, and in those of root that the user may write to."""
+    user = Caller(4001, 4001)
+
+    def take_blocks(directory: Path) -> dict[str, Any]:
+        def many_names(name: Callable[[Path], Any]) -> None:
+            for number in range(10):
+                name(directory / "crowded" / f"{number:0>200}")
+
+        return outcomes(
+            {
+                "mkdir": lambda: os.mkdir(directory / "new"),
+                "symlink": lambda: os.symlink("x" * 200, directory / "symlink"),
+                "attribute": lambda: os.setxattr(directory / "file", "user.a", b"x" * 900),
+                "ACL": lambda: os.setxattr(directory / "file", "system.posix_acl_access", ACL_OF_MANY),
+                "link": lambda: many_names(lambda path: os.link(directory / "file", path)),
+                "rename": lambda: many_names(lambda path: os.rename(directory / path.name[-1], path)),
+                "create": lambda: many_names(lambda path: path.with_suffix(".new").touch()),
+            }
+        )
+
+    found = {}
+    for side in ("native", "mounted"):
+        image = make_image(scratch / f"{side}.image", 16 * MIB, "ext4", "-F", "-m", "20", "-I", "128", "-b", "1024")
+        with mounted(image, scratch / side, "-o", "loop,nodelalloc") as source, serving(source) as mirror:
+            (source / "crowded").mkdir()
+            for name in ("file", "full", *map(str, range(10))):
+                (source / name).touch()
+                os.chown(source / name, user.uid, user.gid)
+            for directory in (source, source / "crowded"):
+                directory.chmod(0o777)
+                if kind == "own":
+                    os.chown(directory, user.uid, user.gid)
+            for piece in (65_536, 1024):
+                run_as(user, write_until_it_fails, source / "full", piece, 64 * MIB, os.O_APPEND)
+            assert os.statvfs(source).f_bavail == 0
+            free = os.statvfs(source).f_bfree
+            found[side] = run_as(user, take_blocks, source if side == "native" else mirror.mountpoint)
+            found[side]["taken"] = free - os.statvfs(source).f_bfree
+    assert found["native"]["taken"] == 0
+    assert set(found["native"].values()) == {"ENOSPC", 0}
+    assert found["mounted"] == found["native"]
 
 
 @pytest.mark.at_once("errors of collected writes are told at fsync or close")
