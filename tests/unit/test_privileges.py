@@ -12,12 +12,10 @@ from typing import NoReturn
 import pytest
 
 from llloop import wire
-from llloop.credentials import supplementary_groups
 from llloop.front.inodes import ROOT
 from llloop.front.requester import Requester
 from llloop.front.tree import Changes
 from llloop.privilege import has_locking_mark
-from tests import as_user
 from tests.expect import fails
 from tests.unit.source import MYSELF, Source
 from tests.unit.support import packet_pipe
@@ -122,10 +120,3 @@ def test_the_mark_of_mandatory_locks() -> None:
     assert not has_locking_mark(stat.S_IFREG | 0o2755)
     assert not has_locking_mark(stat.S_IFREG | 0o745)
     assert not has_locking_mark(stat.S_IFDIR | 0o2745)
-
-
-@root_only
-def test_supplementary_groups_are_those_of_the_process() -> None:
-    caller = as_user.Caller(4001, 4001, groups=(4002, TEAM))
-    assert as_user.run_as(caller, lambda: supplementary_groups(os.getpid())) == {4002, TEAM}
-    assert supplementary_groups(0) == frozenset()
