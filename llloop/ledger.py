@@ -97,6 +97,11 @@ class Ledger:
         if not self.cells[_HIGH_WATER]:
             self.cells[_HIGH_WATER] = _FIRST
 
+    def close(self) -> None:
+        """Let go of the memory and its descriptor, in a process that has no other views of it."""
+        self.cells.release()
+        self.memory.close()
+
     def add(self, kind: int, fields: tuple[int, ...], name: bytes = b"") -> int:
         """Make a record and return its place; 0, which stands for none, if there is no room.
 

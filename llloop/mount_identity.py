@@ -16,9 +16,9 @@ from . import mounting, syscalls
 from .errors import LlloopError
 
 # Somebody who looks at a mount (statfs(2) of a monitor) makes it busy for a moment: how long to wait for that, in
-# seconds, and how long between two tries.
+# seconds, and how long until the mount's identity is looked at again.
 BUSY_PATIENCE = 0.5
-_PAUSE = 0.0002
+_LOOK_AGAIN = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class MountIdentity:
                 if lazy and os.geteuid() == 0:
                     self._detach()
                 else:
-                    mounting.unmount(self.mountpoint, lazy=lazy)
+                    self._try_to_unmount(lazy)
                 return
             except (OSError, LlloopError) as error:
                 if not self.is_there():  # somebody else was faster
@@ -83,7 +83,22 @@ class MountIdentity:
                 busy = isinstance(error, OSError) and error.errno == errno.EBUSY
                 if not busy or time.monotonic() > deadline:
                     raise
-            time.sleep(_PAUSE)
+
+    def _try_to_unmount(self, lazy: bool) -> None:
+        """Unmount it; try again for a moment while it is busy.
+
+        The tries follow each other closely: who looks at it again and again leaves little time in between. And so
+        no other mount can come to its place unnoticed.
+        """
+        deadline = time.monotonic() + _LOOK_AGAIN
+        while True:
+            try:
+                mounting.unmount(self.mountpoint, lazy=lazy)
+                return
+            except OSError as error:
+                if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                    raise
+            time.sleep(0)  # let who looks go on
 
     def _detach(self) -> None:
         """Detach the mount by a descriptor, so that no other can come to its place between the look and the deed."""

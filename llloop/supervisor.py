@@ -123,6 +123,7 @@ class Supervisor:
         self._unmounter: BaseProcess | None = None
         self._lazy = False
         self._guard: StartGuard | None = None
+        self._ledger: Ledger | None = None
         self._device: int | None = None
         self._mount: MountIdentity | None = None
         self._children: list[Child] = []
@@ -220,7 +221,8 @@ class Supervisor:
             pipes.append(self._pipe(os.O_DIRECT))
             _make_room(pipes[-1][1], config.slots)
         self._ready_reader, ready_writer = self._pipe()
-        return _Shared(Ledger(), pipes, ready_writer, self._pipe(os.O_DIRECT), self._pipe())
+        self._ledger = Ledger()
+        return _Shared(self._ledger, pipes, ready_writer, self._pipe(os.O_DIRECT), self._pipe())
 
     def _make_children(self, root: int, operations: Operations, shared: _Shared, mount: MountIdentity) -> None:
         config, arena = self._config, self._arena
@@ -571,6 +573,8 @@ class Supervisor:
         signal.set_wakeup_fd(-1)
         for fd in self._descriptors:
             os.close(fd)
+        if self._ledger is not None:
+            self._ledger.close()
 
 
 def _has_terminal() -> bool:

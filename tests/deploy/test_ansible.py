@@ -184,6 +184,16 @@ def test_a_host_without_systemd(scratch: Path, places: Places) -> None:
     # The environment file and the restart, and no more.
     assert outcome.changed == 2
     assert (places.pid("one"), places.pid("two")) == pids
+    # What cannot be served is refused while the old configuration goes on.
+    for mistake in (
+        {"workers": 500},
+        {"io": "sometimes"},
+        {"options": ["ro", "rw"]},
+        {"mountpoint": f"{places.top}/source-one"},
+    ):
+        controller.play([one | mistake, two], "--tags=configure,run", fails=True)
+        assert (places.pid("one"), places.read("one")) == (pids[0], "one\n")
+        assert 'WORKERS="1"' in (places.top / "etc" / "one.env").read_text()
     # Without check mode, that mount is restarted, the other is not.
     controller.play([one, two], "--tags=configure,run")
     assert places.pid("two") == pids[1]

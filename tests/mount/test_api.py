@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -180,6 +181,157 @@ def test_a_mount_unmounted_by_somebody_else(place: Ground) -> None:
     with llloop.mount(place.source, place.mountpoint) as mounted:
         subprocess.run(["fusermount", "-u", place.mountpoint], check=True, timeout=30)
     assert gone(mounted.pid)
+
+
+def test_a_fork_does_not_keep_the_mount(place: Ground) -> None:
+    """It has all descriptors of the program, and outlives the block."""
+    with llloop.mount(place.source, place.mountpoint, workers=1) as mounted:
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+            os._exit(0)
+        begun = time.monotonic()
+    try:
+        assert not is_mounted(place) and gone(mounted.pid)
+        assert time.monotonic() - begun < 10
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_fork_that_leaves_the_block_ends_nothing(place: Ground) -> None:
+    child = -1
+    try:
+        with llloop.mount(place.source, place.mountpoint, workers=1) as mounted:
+            child = os.fork()
+            if child == 0:
+                raise KeyboardInterrupt
+            _, status = os.waitpid(child, 0)
+            assert os.waitstatus_to_exitcode(status) == 7
+            (place.mountpoint / "file").write_text("content")
+            assert not gone(mounted.pid)
+    except KeyboardInterrupt:
+        os._exit(7)
+
+
+def test_a_server_that_is_killed_leaves_no_mount_behind(place: Ground) -> None:
+    with (
+        pytest.raises(errors.LlloopError, match="ended with exit code"),
+        llloop.mount(place.source, place.mountpoint, workers=1) as mounted,
+    ):
+        os.kill(mounted.pid, signal.SIGKILL)
+    assert not is_mounted(place)
+
+
+def test_serve_leaves_the_program_as_it_was(place: Ground) -> None:
+    """Twice in a row, and after a start that fails when everything but the mount was made."""
+    body = """
+import logging, multiprocessing, os, resource, signal, threading
+from pathlib import Path
+
+def state():
+    return {
+        "threads": threading.active_count(),
+        "descriptors": {one: os.readlink(one) for one in sorted(Path("/proc/self/fd").iterdir()) if one.is_symlink()},
+        "children": Path(f"/proc/self/task/{os.getpid()}/children").read_text(),
+        "title": Path("/proc/self/cmdline").read_bytes().rstrip(bytes(1)), "comm": Path("/proc/self/comm").read_text(),
+        "name": multiprocessing.current_process().name, "files": resource.getrlimit(resource.RLIMIT_NOFILE),
+        "handlers": [signal.getsignal(one) for one in range(1, 32)], "mask": signal.pthread_sigmask(0, ()),
+        "logging": (list(logging.getLogger().handlers), logging.getLogger().level), "directory": os.getcwd(),
+        "umask": (os.umask(0o022), os.umask(0o022))[1],
+    }
+
+logging.basicConfig()
+resource.setrlimit(resource.RLIMIT_NOFILE, (1000, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+from setproctitle import setproctitle
+setproctitle("a program of its own")
+
+def serve(**options):
+    thread = threading.Timer(0.2, lambda: None)
+    thread.start()
+    thread.join()
+    child = os.fork()
+    if child == 0:
+        while not any(sys.argv[2] in line for line in open("/proc/self/mountinfo")):
+            pass
+        os.statvfs(sys.argv[2])  # waits until it is served
+        os.execvp("fusermount", ["fusermount", "-u", "-z", sys.argv[2]])
+    code = llloop.serve(sys.argv[1], sys.argv[2], workers=1, **options)
+    os.waitpid(child, 0)
+    return code
+
+assert serve() == 0
+before = state()
+assert serve() == 0
+after = state()
+assert after == before, [(key, before[key], after[key]) for key in before if before[key] != after[key]]
+assert before["title"] == b"a program of its own", before
+from llloop import connection
+real, connection.initialise = connection.initialise, None
+try:
+    llloop.serve(sys.argv[1], sys.argv[2], workers=1)
+except TypeError:
+    pass
+assert not os.path.ismount(sys.argv[2])
+after = state()
+assert after == before, [(key, before[key], after[key]) for key in before if before[key] != after[key]]
+print("as it was")
+"""
+    process = program(body, place.source, place.mountpoint)
+    try:
+        stdout, stderr = process.communicate(timeout=50)
+        assert stdout.endswith("as it was\n"), stderr
+    finally:
+        kill_session(process.pid)
+
+
+def test_no_code_of_the_working_directory_is_run(place: Ground) -> None:
+    """Nor of any other that the server's start could be led to: as root, it would be another user's code."""
+    trap = place.state / "trap"
+    (trap / "llloop").mkdir(parents=True)
+    told = place.state / "told"
+    harmful = f"open({str(told)!r}, 'a').write(__file__)\n"
+    for name in ("msgpack", "llfuse", "signal", "json", "sitecustomize", "usercustomize", "llloop/__init__"):
+        (trap / f"{name}.py").write_text(harmful)
+    body = """
+import os
+os.chdir(sys.argv[3])
+os.environ.update(PYTHONPATH=sys.argv[3], PYTHONSTARTUP="msgpack.py", PYTHONHOME="/nowhere", PATH=":.")
+print("llloop: serving", flush=True)
+with llloop.mount(sys.argv[1], sys.argv[2], workers=1) as mounted:
+    print(open(sys.argv[2] + "/file").read(), flush=True)
+"""
+    (place.source / "file").write_text("content")
+    process = program(body, place.source, place.mountpoint, trap)
+    try:
+        stdout, stderr = process.communicate(timeout=50)
+        assert (process.returncode, stdout.splitlines()[-1:]) == (0, ["content"]), stderr
+        assert not told.exists(), told.read_text()
+    finally:
+        kill_session(process.pid)
+
+
+def test_the_server_has_the_programs_own_modules(place: Ground) -> None:
+    """Wherever the program has found them, and without what its interpreter would find by itself (python -S)."""
+    (place.source / "file").write_text("content")
+    body = """
+import subprocess
+from llloop import server_process
+server_process._BOOTSTRAP = server_process._BOOTSTRAP.replace(
+    "serve(channel, told)", "open(told['config']['source'] + '/path', 'w').write(repr(sys.path)); serve(channel, told)"
+)
+with llloop.mount(sys.argv[1], sys.argv[2], workers=1) as mounted:
+    path = eval(open(sys.argv[2] + "/path").read())
+assert not [one for one in path if "site-packages" in one or not one.startswith("/")], path
+print("isolated")
+"""
+    process = program(body, place.source, place.mountpoint)
+    try:
+        stdout, stderr = process.communicate(timeout=50)
+        assert stdout.endswith("isolated\n"), stderr
+    finally:
+        kill_session(process.pid)
 
 
 PROGRAM = """

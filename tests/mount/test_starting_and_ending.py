@@ -1,0 +1,227 @@
+"""What a server is started in and what comes between its beginning and its end: surroundings that are not as usual."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Serve
+from tests.mirror import Mirror
+from tests.mount.command_line import Ground, check_complaint, environment, ground, llloop, wait_until
+from tests.server_processes import kill_all_at_once
+from tests.watchdog import Watchdog, kill_session, mount_entry, unmount_lazily
+
+pytestmark = [pytest.mark.mounted]
+
+USAGE, SOURCE, MOUNTPOINT, HOST = 2, 3, 4, 5
+
+
+@pytest.fixture
+def place(via: str, watchdog: Watchdog) -> Iterator[Ground]:
+    if via == "llfuse":
+        pytest.skip("the same again")
+    with ground(Mirror.prepare(via, watchdog), via) as prepared:
+        try:
+            yield prepared
+        finally:
+            with suppress(OSError, ValueError):
+                os.kill(int((prepared.state / "pid").read_text()), signal.SIGTERM)
+                wait_until(lambda: mount_entry(str(prepared.mountpoint)) is None, "unmounted")
+            unmount_lazily(str(prepared.mountpoint))
+
+
+def in_background(place: Ground, *prefix: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "llloop", "serve", "--daemon", "--workers=1", "--pid-file", place.state / "pid"]
+    return subprocess.run(
+        [*prefix, *command, place.source, place.mountpoint],
+        env=environment(),
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_descriptors(place: Ground, closed: str) -> None:
+    (place.source / "file").write_text("content")
+    done = in_background(place, "sh", "-c", f'"$@" {closed}', "sh")
+    assert done.returncode == 0, done.stderr
+    assert (place.mountpoint / "file").read_text() == "content"
+
+
+def test_refusals_are_told_by_their_code_without_standard_descriptors(place: Ground) -> None:
+    place.source.rmdir()
+    assert in_background(place, "sh", "-c", '"$@" <&- >&- 2>&-', "sh").returncode == SOURCE
+
+
+@pytest.mark.root
+def test_shared_memory_of_the_machine_is_not_needed(place: Ground) -> None:
+    hide = 'mount --bind /mnt /dev/shm && mount -o remount,bind,ro /dev/shm && exec "$@"'
+    source = place.state / "source"
+    source.mkdir()
+    ended = llloop(
+        *("serve", "--check", source, place.mountpoint),
+        prefix=["unshare", "--mount", "--propagation=slave", "sh", "-ec", hide, "sh"],
+    )
+    assert ended.code == 0, ended.stderr
+    script = (
+        f"{sys.executable} -m llloop serve --daemon --workers=1 {source} {place.mountpoint}; "
+        f"echo content > {place.mountpoint}/file; {sys.executable} -m llloop umount {place.mountpoint}"
+    )
+    shell = ["unshare", "--mount", "--propagation=slave", "sh", "-ec", hide, "sh", "sh", "-ec", script]
+    done = subprocess.run(shell, env=environment(), cwd="/", capture_output=True, text=True, timeout=50)
+    assert done.returncode == 0, done.stderr
+    assert (source / "file").read_text() == "content\n"
+
+
+def test_a_working_directory_that_is_gone(place: Ground) -> None:
+    gone = place.state / "gone"
+    for arguments, code in (
+        (("serve", "src", "mnt"), SOURCE),
+        (("serve", place.source, "mnt"), MOUNTPOINT),
+        (("serve", place.source, place.mountpoint, "--pid-file=pid"), HOST),
+        (("serve", place.source, place.mountpoint, "--log-file=log"), HOST),
+        (("umount", "mnt"), MOUNTPOINT),
+        (("status", "mnt"), MOUNTPOINT),
+    ):
+        gone.mkdir()
+        prefix = ["sh", "-c", f'cd {gone} && rmdir {gone} && exec "$@"', "sh"]
+        place.check_refused(llloop(*arguments, prefix=prefix), code, "")
+
+
+@pytest.mark.parametrize("limit", [64, 120])
+def test_too_few_open_files(place: Ground, limit: int) -> None:
+    prefix = ["prlimit", f"--nofile={limit}", "setpriv", "--bounding-set=-sys_resource"]
+    complaint = place.refused(HOST, rf"workers need \d+ open files.*may have {limit}", "--workers=8", prefix=prefix)
+    assert "ulimit -n" in complaint
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("workers", [1, 16])
+def test_as_many_open_files_as_are_said_to_be_needed_will_do(place: Ground, workers: int) -> None:
+    from llloop.limits import needed_descriptors
+
+    command = [sys.executable, "-m", "llloop", "serve", f"--workers={workers}", place.source, place.mountpoint]
+    needed = needed_descriptors(workers)
+    prefix = ["prlimit", f"--nofile={needed}", "setpriv", "--bounding-set=-sys_resource"]
+    process = subprocess.Popen([*prefix, *command], cwd="/", env=environment(), start_new_session=True)
+    files = []
+    try:
+        wait_until(lambda: mount_entry(str(place.mountpoint)) is not None, "mounted")
+        for number in range(40):
+            files.append(open(place.mountpoint / f"file-{number}", "wb"))  # noqa: SIM115
+            files[-1].write(b"content")
+            files[-1].flush()
+    finally:
+        for file in files:
+            file.close()
+        process.terminate()
+        assert process.wait(30) == 0
+        kill_session(process.pid)
+
+
+# A source that is not as it should be
+
+
+def test_a_source_whose_server_is_gone(place: Ground, serve: Serve) -> None:
+    lower = serve("--workers=1")
+    os.listdir(lower.mountpoint)
+    kill_all_at_once(lower)
+    try:
+        begun = time.monotonic()
+        ended = llloop("serve", lower.mountpoint, place.mountpoint)
+        place.check_refused(ended, SOURCE, "not connected|abort")
+        assert time.monotonic() - begun < 20
+    finally:
+        unmount_lazily(str(lower.mountpoint))
+        lower.process = None
+
+
+# One mount after the other
+
+
+def test_a_server_that_ends_leaves_its_successors_mount_alone(place: Ground) -> None:
+    """It is slow, and the kernel has given its device number and mount ID to the next one meanwhile."""
+    assert in_background(place).returncode == 0
+    old = int((place.state / "pid").read_text())
+    os.kill(old, signal.SIGSTOP)
+    try:
+        assert llloop("umount", place.mountpoint).code == 0
+        assert in_background(place).returncode == 0
+        new = int((place.state / "pid").read_text())
+        assert new != old
+    finally:
+        os.kill(old, signal.SIGTERM)
+        os.kill(old, signal.SIGCONT)
+    wait_until(lambda: not Path(f"/proc/{old}").exists(), "the old server has ended")
+    (place.mountpoint / "file").write_text("content")
+    assert (place.source / "file").read_text() == "content"
+    assert int((place.state / "pid").read_text()) == new
+
+
+LOOKER = """
+import os, sys
+print(flush=True)
+while True:
+    try:
+        os.statvfs(sys.argv[1])
+    except OSError:
+        pass
+"""
+
+
+@pytest.mark.parametrize("how", ["umount", "SIGTERM"])
+def test_who_looks_at_a_mount_does_not_keep_it(place: Ground, how: str) -> None:
+    """As monitors do: each look makes it busy for some microseconds."""
+    assert in_background(place).returncode == 0
+    pid = int((place.state / "pid").read_text())
+    looker = subprocess.Popen([sys.executable, "-c", LOOKER, place.mountpoint], stdout=subprocess.PIPE)
+    try:
+        assert looker.stdout and looker.stdout.readline()
+        if how == "umount":
+            assert llloop("umount", place.mountpoint).code == 0
+        else:
+            os.kill(pid, signal.SIGTERM)
+        wait_until(lambda: not Path(f"/proc/{pid}").exists(), "the server has ended")
+        assert mount_entry(str(place.mountpoint)) is None
+    finally:
+        looker.kill()
+        looker.communicate()
+
+
+# serve --check
+
+
+def test_check_refuses_what_serve_refuses_and_changes_nothing(place: Ground) -> None:
+    log, pid_file = place.state / "a log", place.state / "a pid file"
+    files = ("--log-file", log, "--pid-file", pid_file)
+    ended = place.serve("--check", *files)
+    assert (ended.code, ended.stderr) == (0, "")
+    assert str(place.source) in ended.stdout and mount_entry(str(place.mountpoint)) is None
+    assert not log.exists() and not pid_file.exists()
+    place.refused(USAGE, "workers", "--check", "--workers=500")
+    place.refused(USAGE, "exclude each other", "--check", "-o", "ro,rw")
+    place.refused(HOST, "missing", "--check", "--log-file", place.state / "missing" / "file")
+    place.refused(HOST, "missing", "--check", "--pid-file", place.state / "missing" / "file")
+    (place.mountpoint / "file").touch()
+    place.refused(MOUNTPOINT, "not empty", "--check")
+    (place.mountpoint / "file").unlink()
+    place.source.rmdir()
+    place.refused(SOURCE, "no such", "--check")
+
+
+def test_check_for_a_restart(place: Ground) -> None:
+    assert in_background(place).returncode == 0
+    check_complaint(place.serve("--check"), MOUNTPOINT, "mounted there already")
+    assert place.serve("--check-restart").code == 0
+    check_complaint(place.serve("--check-restart", "--workers=500"), USAGE, "workers")
+    (place.mountpoint / "file").write_text("it still serves")
