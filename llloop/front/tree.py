@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 from .. import syscalls, wire
 from ..leadership import Leadership
-from ..privilege import SetidGuard
+from ..privilege import SETID, SetidGuard
 from ..syscalls import Attributes, find, fstatx, statx
 from .anchors import Anchors, Reached
 from .attempts import Attempt, Attempts
@@ -451,7 +451,8 @@ class Tree:
         except PermissionError:
             if not self._clears_setid or not self._leadership.leads:
                 raise
-            if mode & ~stat.S_ISGID != stat.S_IMODE(fstatx(fd).mode) & ~(stat.S_ISUID | stat.S_ISGID):
+            current = stat.S_IMODE(fstatx(fd).mode)
+            if mode == current or mode & ~current or current & ~mode & ~SETID:  # it does more than clear set-ID bits
                 raise
             self._call(chmod, fd, mode)
 

@@ -205,6 +205,8 @@ def look_at_files(directory: Path) -> dict[str, int]:
 def test_a_file_that_has_changed_hands_or_mode(twins: Twins, via: str, name: str) -> None:
     if via == "llfuse" and "ACL" in name:
         pytest.skip("the plain loop enforces no ACLs")
+    if via == "llfuse" and name in ("has a group that Alice is not in", "is root's and set-ID"):
+        pytest.skip("in the plain loop the kernel clears set-ID bits, those that it knows of, in the caller's name")
     paths = ON_PATHS if via == "llfuse" else ON_PATHS | WITH_ACLS
 
     def act(directory: Path, descriptors: dict[str, int]) -> dict[str, Any]:
