@@ -8,8 +8,9 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
-_SYSCALL, _DETACH, _SEIZE, _INTERRUPT = 24, 17, 0x4206, 0x4207  # <linux/ptrace.h>
+_CONTINUE, _SYSCALL, _DETACH, _SEIZE, _INTERRUPT = 7, 24, 17, 0x4206, 0x4207  # <linux/ptrace.h>
 _O_TRACESYSGOOD = 1
 _WALL = 0x40000000  # <linux/wait.h>
 _SYSCALL_STOP = signal.SIGTRAP | 0x80
@@ -28,17 +29,33 @@ def _do(request: int, pid: int, data: int = 0) -> None:
 
 
 class Traced:
-    """A process that stops at the beginning and at the end of each of its system calls.
+    """A process whose first thread stops at the beginning and at the end of each of its system calls.
 
+    Its other threads stand still meanwhile: they would take over the work of a thread that is as slow as a traced one.
     `passed` is how many of these stops there were.
     """
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
         self.passed = 0
+        self._others = [tid for name in os.listdir(f"/proc/{pid}/task") if (tid := int(name)) != pid]
+        for tid in self._others:
+            self._freeze(tid)
         _do(_SEIZE, pid, _O_TRACESYSGOOD)
         _do(_INTERRUPT, pid)
         self._next_stop(lambda: False)
+
+    def _freeze(self, tid: int) -> None:
+        """Stop a thread while it waits in a system call: elsewhere it may hold the interpreter's lock."""
+        _do(_SEIZE, tid)
+        while True:
+            waits_in = Path(f"/proc/{self._pid}/task/{tid}/syscall").read_text().split()[0]
+            _do(_INTERRUPT, tid)
+            os.waitpid(tid, _WALL)
+            if waits_in.isdigit():
+                return
+            _do(_CONTINUE, tid)
+            time.sleep(_PAUSE)
 
     def kill_at(self, stop: int, done: Callable[[], bool]) -> bool:
         """Kill it at the stop with that number, the first being 1; return False if all was *done* before."""
@@ -50,6 +67,8 @@ class Traced:
             self.passed += os.WSTOPSIG(status) == _SYSCALL_STOP
             if self.passed == stop:
                 os.kill(self._pid, signal.SIGKILL)
+                for tid in self._others:
+                    os.waitpid(tid, _WALL)
                 os.waitpid(self._pid, _WALL)  # its parent hears of the end only after its tracer
                 return True
         self._let_go()
@@ -59,7 +78,8 @@ class Traced:
         with suppress(OSError):
             _do(_INTERRUPT, self._pid)
             self._next_stop(lambda: False)
-        _do(_DETACH, self._pid)
+        for tid in (*self._others, self._pid):
+            _do(_DETACH, tid)
 
     def _next_stop(self, done: Callable[[], bool]) -> int | None:
         deadline = time.monotonic() + _PATIENCE
