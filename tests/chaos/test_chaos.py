@@ -94,6 +94,7 @@ def kill_while_working(
     if both:  # one that was closed and removed, of which the kernel had not told the front yet
         mirror.expect_log("a file that was open when the front died is lost to its user", required=False)
         mirror.expect_log("if the front dies now, files without names are lost", required=False)
+        mirror.expect_log("could not be started: .*the keeper has died; trying again", required=False)
     children = {}
     end = time.monotonic() + seconds
     for number, load in enumerate(group):
