@@ -224,4 +224,4 @@ def test_the_help_lists_the_mount_options() -> None:
     text = subprocess.run([HELPER, "--help"], capture_output=True, text=True, check=True).stdout
     for option in ("workers=N", "read_only, ro", "xattr, no_xattr", "log_file=PATH", "cache="):
         assert f"\n  {option}" in text
-    assert "loop=" not in text
+    assert "slots=" not in text

@@ -21,8 +21,16 @@ from tests.mount.command_line import environment
 
 CHECKOUT = Path(__file__).parents[2]
 # What belongs to llloop, whether or not this is a git checkout.
-PARTS = ("llloop", "workers", "tests", "scripts", ".ci", "setup.cfg", "pyproject.toml")
-TEXTS = ("README.md", "CHANGELOG.md", "LICENSE", ".gitignore")
+PARTS = ("llloop", "workers", "tests", "scripts", "docs", ".ci", "setup.cfg", "pyproject.toml")
+TEXTS = (
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "LICENSE",
+    ".gitignore",
+    ".pre-commit-config.yaml",
+)
 # The build fetches setuptools, as it does for a user.
 pytestmark = pytest.mark.timeout(240)
 
