@@ -32,6 +32,8 @@ class Operation(IntEnum):
     RELEASE = 9
     RESUME = 10
     PROBE = 11
+    INVALIDATED = 12
+    GETATTR = 13
 
 
 # Flags of a request: what WRITE, FALLOCATE and COPY_FILE_RANGE have in common ...
@@ -50,6 +52,9 @@ PIPED = 1 << 5
 SERVER = 1 << 6
 # READ and WRITE of a file whose size says nothing: each is one system call, for another would get or be something else.
 ONCE = 1 << 8
+# The kernel is to drop pages of the inode: after a WRITE those of its range, before an LSEEK all of them. Dirty pages
+# are written first.
+INVALIDATE = 1 << 9
 # What a worker writes to the front when it has done a PROBE: the request's number.
 PROBED = Struct("=Q")
 
@@ -78,9 +83,11 @@ class Request(NamedTuple):
         flags: the flags above.
         uid, gid: the file system ids of who writes, for quotas and reserved blocks.
         extra: COPY_FILE_RANGE: the source's handle, descriptor, offset, inode and identity; FALLOCATE: the mode; LSEEK:
-            the whence; WRITE: the inode, where the kernel has not asked to clear set-ID bits before; RELEASE: the
-            handles to let go of; RESUME: the numbers of the requests that may still be the worker's; PROBE: the places
-            to look at, each a front's descriptor, or -1 for the source, and a path from there.
+            the whence and the inode; WRITE: the inode, with INVALIDATE or where the kernel has not asked to clear
+            set-ID bits before; GETATTR: the inode and the reply; INVALIDATED: the number of the request for which pages
+            were dropped; RELEASE: the handles to let go of; RESUME: the numbers of the requests that may still be the
+            worker's; PROBE: the places to look at, each a front's descriptor, or -1 for the source, and a path from
+            there.
         file: the identity of the file, see `identity_of`.
     """
 
@@ -133,9 +140,19 @@ def decode_strictly(data: bytes) -> Request:
         if not all(type(place) is tuple and [type(field) for field in place] == [int, bytes] for place in extra):
             raise Malformed("a field is no place")
         extra = ()
+    elif request.operation == Operation.GETATTR:
+        if [type(field) for field in extra] != [int, bytes]:
+            raise Malformed("a field is no reply")
+        extra = ()
     if not all(type(field) is int for field in (*numbers, *extra, file)):
         raise Malformed("a field is no number")
     return request
+
+
+def decode_wanted(data: bytes) -> tuple[int, int, int, int]:
+    """Return what a worker asks the invalidator for: the request's number, the inode's, offset and length in bytes."""
+    unique, nodeid, offset, length = _unpack(data)
+    return unique, nodeid, offset, length
 
 
 class Answer(NamedTuple):

@@ -47,6 +47,7 @@ from .errors import HostError, LlloopError, UsageError
 from .escape import printable
 from .front.operations import Operations
 from .front.process import FrontSetup, run_front
+from .invalidator import InvalidatorSetup, run_invalidator
 from .keeper import Keeper
 from .ledger import Ledger
 from .mount_identity import MountIdentity
@@ -71,6 +72,7 @@ class _Shared(NamedTuple):
     Attributes:
         ledger: what a front leaves to the next.
         requests: to each worker.
+        wanted: from each worker to the invalidator.
         ready: the end that a front writes to when it serves.
         answers: from the workers to a front that waits for answers.
         probed: from the workers, of what they have looked at for the front.
@@ -78,6 +80,7 @@ class _Shared(NamedTuple):
 
     ledger: Ledger
     requests: list[tuple[int, int]]
+    wanted: list[tuple[int, int]]
     ready: int
     answers: tuple[int, int]
     probed: tuple[int, int]
@@ -220,14 +223,18 @@ class Supervisor:
         for _ in range(config.workers):
             pipes.append(self._pipe(os.O_DIRECT))
             _make_room(pipes[-1][1], config.slots)
+        wanted = []
+        for _ in range(config.workers):
+            wanted.append(self._pipe(os.O_DIRECT))
+            _make_room(wanted[-1][1], config.slots)
         self._ready_reader, ready_writer = self._pipe()
         self._ledger = Ledger()
-        return _Shared(self._ledger, pipes, ready_writer, self._pipe(os.O_DIRECT), self._pipe())
+        return _Shared(self._ledger, pipes, wanted, ready_writer, self._pipe(os.O_DIRECT), self._pipe())
 
     def _make_children(self, root: int, operations: Operations, shared: _Shared, mount: MountIdentity) -> None:
         config, arena = self._config, self._arena
         device, own_loop = self._connection.device, self._connection.capabilities is not None
-        pipes, ready_writer = shared.requests, shared.ready
+        pipes, wanted, ready_writer = shared.requests, shared.wanted, shared.ready
         answers_reader, answers_writer = shared.answers
         probed_reader, probed_writer = shared.probed
         if own_loop:
@@ -256,7 +263,7 @@ class Supervisor:
         def worker(shard: int) -> Child:
             name = f"llloop-worker-{shard}"
             answers = None if own_loop else answers_writer
-            setup = WorkerSetup(shard, arena, pipes[shard][0], device, answers, root, probed_writer)
+            setup = WorkerSetup(shard, arena, pipes[shard][0], device, answers, root, probed_writer, wanted[shard][1])
             return Child(name, lambda stacks: forked(name, lambda: run_worker(setup), stacks, detached=detached))
 
         def farewell() -> None:
@@ -270,6 +277,12 @@ class Supervisor:
             own = syscalls.open_descriptors()
             return forked("llloop-front", lambda: serve(own), stacks, detached=detached)
 
+        def invalidator(stacks: Stacks) -> BaseProcess:
+            writers = [writer for _, writer in pipes]
+            setup = InvalidatorSetup(device, [reader for reader, _ in wanted], writers)
+            name = "llloop-invalidator"
+            return forked(name, lambda: run_invalidator(setup), stacks, detached=detached)
+
         name = "llloop-keeper"
         keeper = self._keeper = Keeper(front, farewell)
         self._keepers = Child(name, lambda stacks: forked(name, keeper.run, stacks, detached=detached, outlives=True))
@@ -277,7 +290,9 @@ class Supervisor:
         keeper.sentinel = lambda: keepers.sentinel
         self._front = Child("llloop-front", start_front)
         self._workers = [worker(shard) for shard in range(config.workers)]
-        self._children = [self._keepers, *self._workers, self._front]
+        # Where llfuse runs the loop, no request waits for the kernel to drop pages.
+        self._invalidators = [Child("llloop-invalidator", invalidator)] if own_loop else []
+        self._children = [self._keepers, *self._workers, *self._invalidators, self._front]
 
     def _watch(self) -> None:
         """Wait for children to end and signals to come until the mount has ended."""
@@ -470,7 +485,7 @@ class Supervisor:
         log.reopen()
         if self._replacing is None and self._unmounter is None and self._deadline is None:
             _log.info("reloading: the processes are replaced one by one")
-            self._replacing = list(self._workers)
+            self._replacing = [*self._workers, *self._invalidators]
             capabilities = self._connection.capabilities
             # Where the kernel does not send them again, the front's requests would fail.
             if capabilities is not None and Feature.HAS_RESEND in capabilities.features and self._keepers is not None:

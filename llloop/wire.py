@@ -111,6 +111,7 @@ FUSE_NOTIFY_RESEND = 7
 IN_HEADER = Struct("=IIQQIII4x")
 OPCODE = Struct("=II")  # length, opcode
 UNIQUE = Struct("=8xQ")
+PID = Struct("=32xI")
 OPCODE_AND_UNIQUE = Struct("=4xIQ")
 
 # Requests, from the header on. Positions are signed, so that a source refuses those that no file has.
@@ -209,6 +210,8 @@ LSEEK_REPLY = Struct("=IiQQ")  # header, offset
 # struct fuse_kstatfs: blocks, bfree, bavail, files, ffree, bsize, namelen, frsize
 STATFS_OUT = Struct("=QQQQQIII28x")
 STATX_OUT = Struct("=QII16x")  # attr_valid, attr_valid_nsec, flags; then struct fuse_statx
+STATX_SIZE_OFFSET = 40  # in struct fuse_statx
+STATX_SIZE_AND_BLOCKS = Struct("=QQ")
 DIRENT = Struct("=QQII")  # struct fuse_dirent: ino, off, namelen, type; then the name, padded to 8 bytes
 
 # Notifications, from struct fuse_out_header on

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 from llloop.arena import Arena
 from llloop.metrics import Sheet
 from llloop.protocol import MAX_MESSAGE, Malformed, Operation, Request, decode, decode_strictly
+from llloop.syscalls import is_readable
 from llloop.wire import FUSE_UNIQUE_RESEND as RESENT
 
+from .invalidations import Invalidations
 from .transfers import Transfers, opcode_of
 
 _log = logging.getLogger(__name__)
@@ -30,14 +32,24 @@ class Worker:
         pipe: the read end of its request pipe.
         transfers: does the work.
         sheet: where the requests are counted.
+        invalidations: the requests that *transfers* holds until the kernel has dropped pages.
     """
 
-    def __init__(self, shard: int, arena: Arena, pipe: int, transfers: Transfers, sheet: Sheet) -> None:
+    def __init__(
+        self,
+        shard: int,
+        arena: Arena,
+        pipe: int,
+        transfers: Transfers,
+        sheet: Sheet,
+        invalidations: Invalidations,
+    ) -> None:
         self._shard = shard
         self._arena = arena
         self._pipe = pipe
         self._transfers = transfers
         self._sheet = sheet
+        self._invalidations = invalidations
 
     def recover(self) -> None:
         """Do what a worker before this one had taken off the pipe, or may have, but not answered."""
@@ -80,6 +92,18 @@ class Worker:
             if request.unique & ~RESENT in wanted:
                 self._resume(request)
 
+    def _go_on(self, unique: int) -> None:
+        """Go on with what was held until the kernel had dropped pages for the request *unique*."""
+        held = self._invalidations.take(unique)
+        if held is None:  # it was asked for twice
+            return
+        begun = self._arena.metrics.begun
+        starts = [(request, begun[request.slot]) for request in self._transfers.waiting_in(held)]
+        self._transfers.go_on(held)
+        for request, start in starts:
+            if self._arena.states[request.slot] != self._shard + 1:
+                self._sheet.finished(opcode_of(request), time.monotonic_ns() - start)
+
     def run(self) -> None:
         """Serve until the pipe's last writer is gone."""
         execute = self._transfers.execute
@@ -90,7 +114,12 @@ class Worker:
         own = self._shard + 1
         clock = time.monotonic_ns
         finished = self._sheet.finished
+        invalidations = self._invalidations
+        held = invalidations.held
         while True:
+            if held and not is_readable(pipe, invalidations.patience()):
+                invalidations.ask_again()
+                continue
             message = read(pipe, MAX_MESSAGE)
             if not message:
                 return
@@ -104,6 +133,8 @@ class Worker:
                 if slot < 0:  # nobody waits for it
                     if request.operation == Operation.RESUME:
                         self._resume_all(request.extra)
+                    elif request.operation == Operation.INVALIDATED:
+                        self._go_on(*request.extra)
                     else:
                         execute(request)
                     continue
@@ -111,8 +142,8 @@ class Worker:
                     self._resume_all((request.unique,))  # a worker before this one has had it
                     continue
                 start = begun[slot]  # with the answer the slot becomes somebody else's
-                execute(request)
-                if request.operation == Operation.PROBE:  # the front counts what it was for
+                done = execute(request)
+                if not done or request.operation == Operation.PROBE:  # the front counts what a PROBE was for
                     continue
                 finished(opcode_of(request), clock() - start)
             except _SENSELESS as error:

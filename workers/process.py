@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from llloop.arena import Arena
 from llloop.privilege import SetidGuard, Writer, keep_only, worker_capabilities
 
+from .invalidations import Invalidations
 from .leases import Leases
 from .loop import Worker
 from .probes import Probes
@@ -26,6 +27,7 @@ class WorkerSetup:
         answers: the write end of the pipe to a front that waits for answers, or None where they go to the kernel.
         root: an O_PATH descriptor of the source.
         probed: the write end of the pipe by which the front is told of what was looked at for it.
+        wanted: the write end of the pipe to the invalidator.
     """
 
     shard: int
@@ -35,6 +37,7 @@ class WorkerSetup:
     answers: int | None
     root: int
     probed: int
+    wanted: int
 
 
 def run_worker(setup: WorkerSetup) -> None:
@@ -49,7 +52,8 @@ def run_worker(setup: WorkerSetup) -> None:
     sheet = arena.metrics.workers[setup.shard]
     leases = Leases(arena)
     probes = Probes(setup.root, leases, setup.probed)
-    transfers = Transfers(arena, leases, replies, SetidGuard(), Writer(), sheet, probes.look)
-    worker = Worker(setup.shard, arena, setup.pipe, transfers, sheet)
+    invalidations = Invalidations(setup.wanted)
+    transfers = Transfers(arena, leases, replies, SetidGuard(), Writer(), sheet, invalidations, probes.look)
+    worker = Worker(setup.shard, arena, setup.pipe, transfers, sheet, invalidations)
     worker.recover()
     worker.run()

@@ -40,6 +40,9 @@ class Replies(Protocol):
     def data(self, request: Request, fd: int) -> int:
         """Answer with the bytes of *fd* that the request asks for; return how many there were."""
 
+    def ready(self, reply: bytes) -> None:
+        """Answer with a reply that the front has prepared."""
+
 
 def read_fully(fd: int, buffer: memoryview, offset: int) -> int:
     """Fill *buffer* from *fd* at *offset* as far as the file goes, and return how many bytes that was.
@@ -100,6 +103,9 @@ class KernelReplies:
 
     def position(self, request: Request, offset: int) -> None:
         self._send(wire.LSEEK_REPLY.pack(wire.LSEEK_REPLY.size, 0, request.unique, offset))
+
+    def ready(self, reply: bytes) -> None:
+        self._send(reply)
 
     def _send(self, reply: bytes | memoryview) -> None:
         try:
@@ -210,6 +216,9 @@ class FrontReplies:
 
     def position(self, request: Request, offset: int) -> None:
         self._send(request, offset)
+
+    def ready(self, reply: bytes) -> None:
+        raise NotImplementedError("such a front prepares no replies")
 
     def data(self, request: Request, fd: int) -> int:
         done = read_fully(fd, self._arena.payload(request.slot, request.length), request.offset)

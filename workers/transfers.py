@@ -6,6 +6,7 @@ import errno
 import fcntl
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,9 +16,21 @@ from llloop import syscalls
 from llloop.arena import Arena
 from llloop.metrics import BYTES, ERRORS, Sheet
 from llloop.privilege import SETID, SetidGuard, Writer
-from llloop.protocol import APPEND, BUFFERED, CACHED, DATA_ONLY, KILL_PRIVILEGES, ONCE, PIPED, Operation, Request
+from llloop.protocol import (
+    APPEND,
+    BUFFERED,
+    CACHED,
+    DATA_ONLY,
+    INVALIDATE,
+    KILL_PRIVILEGES,
+    ONCE,
+    PIPED,
+    Operation,
+    Request,
+)
 from llloop.wire import Opcode
 
+from .invalidations import Held, Invalidations
 from .replies import Replies
 
 _log = logging.getLogger(__name__)
@@ -35,7 +48,7 @@ _ROOM_PAUSES = (0.001, 0.01)  # seconds
 _MARKS = (1 << 31, 4093)
 
 # The kernel's number of each operation, under which it is counted; FSYNCDIR counts as FSYNC.
-_OPCODES = (0, *(int(Opcode[operation.name]) for operation in Operation if operation.name in Opcode.__members__))
+_OPCODES = (0, *(int(Opcode.__members__.get(operation.name, 0)) for operation in Operation))
 
 # How far a request had come that must not be done twice, noted in its slot for a successor, and with it a number: for
 # an append and a shift how large the file was before, and how much was written when the rest began to be copied from
@@ -99,6 +112,7 @@ class Transfers:
         setid: decides about set-ID bits.
         writer: shows the source who writes.
         sheet: where bytes and errors are counted; requests are by who hands them in.
+        invalidations: holds what waits for the kernel to drop pages.
         look: does PROBE.
     """
 
@@ -110,6 +124,7 @@ class Transfers:
         setid: SetidGuard,
         writer: Writer,
         sheet: Sheet,
+        invalidations: Invalidations,
         look: Callable[[Request], None] | None = None,
     ) -> None:
         self._arena = arena
@@ -118,6 +133,7 @@ class Transfers:
         self._setid = setid
         self._writer = writer
         self._sheet = sheet
+        self._invalidations = invalidations
         self._table: dict[Operation, Callable[[Request], None]] = {
             Operation.READ: self._read,
             Operation.WRITE: self._write,
@@ -127,22 +143,48 @@ class Transfers:
             Operation.LSEEK: self._lseek,
             Operation.COPY_FILE_RANGE: self._copy_file_range,
             Operation.SYNCFS: self._syncfs,
+            Operation.GETATTR: self._getattr,
         }
         if look is not None:
             self._table[Operation.PROBE] = look
 
-    def execute(self, request: Request) -> None:
-        """Do one request. Whatever happens, it is answered and nothing is raised but the death of /dev/fuse."""
+    def execute(self, request: Request) -> bool:
+        """Do one request. Whatever happens, it is answered and nothing is raised but the death of /dev/fuse.
+
+        Returns:
+            False if it is held until the kernel has dropped pages, and answered in `go_on`.
+        """
         if request.operation == Operation.RELEASE:
             for handle in request.extra:
                 self._descriptors.release(handle)
-            return
+            return True
+        if self._is_to_wait(request):
+            return False
         self._do(request)
         if request.slot >= 0:
             if self._replies.heard or request.operation == Operation.PROBE:
-                self._give_back(request)
+                self._conclude(request)
             else:
-                self.resume(request)
+                self._resume(request)
+        return True
+
+    def _is_to_wait(self, request: Request) -> bool:
+        """Hold a request that has to wait until the kernel has dropped pages; return whether it is one."""
+        if request.operation == Operation.LSEEK and request.flags & INVALIDATE:
+            self._invalidations.hold(request, request.extra[1], 0, 0)
+            return True
+        return request.operation == Operation.GETATTR and self._invalidations.follow(request, request.extra[0])
+
+    def waiting_in(self, held: Held) -> list[Request]:
+        """Return the requests that `go_on` will answer."""
+        return held.followers if held.request.operation == Operation.WRITE else [held.request, *held.followers]
+
+    def go_on(self, held: Held) -> None:
+        """Go on with what was held, now that the kernel has dropped pages."""
+        if held.request.operation == Operation.WRITE:
+            self._give_back(held.request)
+        for request in self.waiting_in(held):
+            self._resume(request)
 
     def _do(self, request: Request) -> None:
         try:
@@ -155,12 +197,27 @@ class Transfers:
             self._sheet.add(opcode_of(request), ERRORS)
             self._replies.error(request, errno.EIO)
 
+    def _conclude(self, request: Request) -> None:
+        """Give the slot of an answered request back, for a WRITE with INVALIDATE when the kernel has dropped its pages.
+
+        It is answered before, because the kernel may keep its last page locked until then.
+        """
+        if request.operation == Operation.WRITE and request.flags & INVALIDATE:
+            self._invalidations.hold(request, request.extra[0], request.offset, request.length)
+        else:
+            self._give_back(request)
+
     def _give_back(self, request: Request) -> None:
         if request.operation == Operation.WRITE and request.flags & PIPED:
             self._arena.discard(request.slot)
         self._arena.give_back(request.slot)
 
     def resume(self, request: Request) -> None:
+        """Do a request that was begun before; see `_resume`. It is held as by `execute`."""
+        if not self._is_to_wait(request):
+            self._resume(request)
+
+    def _resume(self, request: Request) -> None:
         """Do a request that was begun before, and answer it, without doing twice what counts once.
 
         An answer that the kernel does not take is due under another number, or was given before by a worker that died
@@ -172,12 +229,12 @@ class Transfers:
             number = arena.numbers[slot]
             self._do_again(request._replace(unique=number))
             if self._replies.heard or request.operation == Operation.PROBE:
-                self._give_back(request)
+                self._conclude(request)
                 return
             settled = arena.settled
             if (arena.claims[slot], arena.numbers[slot]) == (claim, number):
                 if settled:
-                    self._give_back(request)
+                    self._conclude(request)
                 return
 
     def _do_again(self, request: Request) -> None:
@@ -412,6 +469,10 @@ class Transfers:
         if os.fstat(source).st_atime_ns != accessed:  # of which the kernel does not think
             self._replies.expire(nodeid)
         self._finish(request, count)
+
+    def _getattr(self, request: Request) -> None:
+        reply = request.extra[1]
+        self._replies.ready(reply[:8] + request.unique.to_bytes(8, sys.byteorder) + reply[16:])
 
     def _syncfs(self, request: Request) -> None:
         syscalls.syncfs(self._fd(request))

@@ -11,6 +11,7 @@ from ..metrics import own_cell
 from ..privilege import has_locking_mark
 from ..protocol import HANDLES_PER_FRONT
 from ..syscalls import Attributes, DirectoryEntry
+from .page_cache import PageCache
 from .snapshots import is_snapshot
 
 # The numbers of a handle's record: its own, nodeid, descriptor, open(2) flags, registration with the kernel,
@@ -30,6 +31,8 @@ class Handle:
         mount: the mount it was opened through, as in `llloop.syscalls.Attributes`; its device where there is none.
         flags: the caller's open(2) flags.
         direct: whether O_DIRECT is among them.
+        pages: what the kernel's page cache may hold of it, or None if its inode was not opened for writing since the
+            inode's first handle.
         backing: the registration by which the kernel does its I/O itself, or 0.
         lent: whether that worker may hold the descriptor too and must be told of the release.
         shared: whether any worker may, because the file was copied from.
@@ -61,6 +64,7 @@ class Handle:
         "mount",
         "nodeid",
         "opener",
+        "pages",
         "place",
         "read_flags",
         "shard",
@@ -79,6 +83,7 @@ class Handle:
         self.mount = 0
         self.flags = flags
         self.direct = bool(flags & os.O_DIRECT)
+        self.pages: PageCache | None = None
         self.backing = 0
         self.lent = False
         self.read_flags: int | None = None
@@ -111,10 +116,20 @@ class Handles:
         generation: how many fronts there have been, this one included; no two give out the same number.
         capacity: how many may be open, so that descriptors are left for names and directories.
         count: a cell for how many are.
+        writeback: whether the kernel collects writes.
+
+    Attributes:
+        written: the page caches of the inodes that are open and were opened for writing.
     """
 
     def __init__(
-        self, ledger: Ledger, generation: int = 1, capacity: int = 1 << 30, count: memoryview | None = None
+        self,
+        ledger: Ledger,
+        generation: int = 1,
+        capacity: int = 1 << 30,
+        count: memoryview | None = None,
+        *,
+        writeback: bool = False,
     ) -> None:
         self._ledger = ledger
         self._capacity = capacity
@@ -123,6 +138,8 @@ class Handles:
         self._table: dict[int, Handle] = {}
         self._of_inode: dict[int, list[Handle]] = {}
         self._next = generation * HANDLES_PER_FRONT
+        self.written: dict[int, PageCache] = {}
+        self._writeback = writeback
 
     @property
     def next_number(self) -> int:
@@ -168,7 +185,15 @@ class Handles:
     def _enter(self, number: int, handle: Handle) -> None:
         self._table[number] = handle
         self._count[0] = len(self._table)
-        self._of_inode.setdefault(handle.nodeid, []).append(handle)
+        nodeid = handle.nodeid
+        handles = self._of_inode.setdefault(nodeid, [])
+        handles.append(handle)
+        if nodeid in self.written:
+            handle.pages = self.written[nodeid]
+        elif handle.flags & os.O_ACCMODE:
+            pages = self.written[nodeid] = PageCache()
+            for one in handles:
+                one.pages = pages
 
     def take_over(self, number: int, handle: Handle, place: int) -> None:
         """Take in a handle of a front that is gone, whose record is at *place*."""
@@ -219,6 +244,7 @@ class Handles:
         others = self._of_inode[handle.nodeid]
         if len(others) == 1:
             del self._of_inode[handle.nodeid]
+            self.written.pop(handle.nodeid, None)
         else:
             others.remove(handle)
         return handle
@@ -233,6 +259,18 @@ class Handles:
                 if other.opener[0] and other.is_writable:
                     return other.opener
         return handle.opener
+
+    def may_be_dirty(self, nodeid: int) -> bool:
+        """Whether the kernel may have pages of an inode that it has not written yet.
+
+        It can if somebody may have a shared mapping for writing, for which the file must be open for both reading and
+        writing. The file stays open as long as the mapping exists. Where the kernel collects writes, it also can if the
+        file is open for writing.
+        """
+        if nodeid not in self.written:
+            return False
+        modes = [handle.flags & os.O_ACCMODE for handle in self._of_inode[nodeid] if not handle.backing]
+        return any(modes) if self._writeback else os.O_RDWR in modes
 
     def of_inode(self, nodeid: int) -> list[Handle]:
         """Return the open handles of an inode."""

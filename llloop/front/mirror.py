@@ -98,9 +98,10 @@ def build_mirror(
     anchors = Anchors(inodes, root, directories, leadership, closing)
     payload_pipes = arena.pipes.descriptors if arena.pipes is not None else []
     capacity = limit - directories - _RESERVE - len(pipes) - len(payload_pipes)
-    handles = Handles(ledger, arena.generation + 1, capacity, metrics.gauge(Gauge.HANDLES))
-    router = Router(arena, pipes, leadership)
     features = capabilities.features if capabilities is not None else Feature(0)
+    collecting = Feature.WRITEBACK_CACHE in features
+    handles = Handles(ledger, arena.generation + 1, capacity, metrics.gauge(Gauge.HANDLES), writeback=collecting)
+    router = Router(arena, pipes, leadership)
     setid = SetidGuard()
     caller = Caller(setid)
     rights = Rights(caller, acl=Feature.POSIX_ACL in features)
@@ -111,7 +112,6 @@ def build_mirror(
         root, inodes, anchors, handles, attempts, rights, setid, privileges, leadership, clears_setid=clears_setid
     )
     passthrough = Passthrough(device, handles, attempts, caller, setid, Feature.PASSTHROUGH in features)
-    collecting = Feature.WRITEBACK_CACHE in features
     return Mirror(
         config=config,
         features=features,

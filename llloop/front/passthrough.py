@@ -67,6 +67,12 @@ def _is_privileged(handle: Handle, attributes: Attributes, is_new: bool) -> bool
     return bool(attributes.mode & SETID) or (not is_new and has_capability(handle.descriptor))
 
 
+def _note_mappings(handle: Handle) -> None:
+    """Note that the file may be mapped for writing: the kernel tells nobody of stores through such a mapping."""
+    if handle.pages is not None and handle.flags & os.O_ACCMODE == os.O_RDWR:
+        handle.pages.passthrough = True
+
+
 class Passthrough:
     """The registrations of open files.
 
@@ -128,6 +134,7 @@ class Passthrough:
         backing, users = registered
         self._registered[nodeid] = (backing, users + 1)
         self._handles.note_backing(handle, backing)
+        _note_mappings(handle)
         return backing
 
     def _identity(self, handle: Handle, attributes: Attributes) -> tuple[int, int] | None:
@@ -159,6 +166,7 @@ class Passthrough:
     def take_over(self, handle: Handle, backing: int) -> None:
         """Take in a file of a front that is gone, whose I/O the kernel does by the registration *backing*."""
         handle.backing = backing
+        _note_mappings(handle)
         _, users = self._registered.get(handle.nodeid, (backing, 0))
         self._registered[handle.nodeid] = (backing, users + 1)
 

@@ -115,18 +115,26 @@ class Router:
         self.piped = False
         # When the request in `slot` was taken (monotonic clock, nanoseconds), for who counts how long it took.
         self.taken = 0
+        # What was handed over or parked last: its slot, -1 if it was parked, and when it was taken.
+        self.last = (-1, 0)
 
     def shard_of(self, nodeid: int) -> int:
         """Return the worker for an inode's data I/O, evenly spread also over consecutive numbers."""
         return mix(nodeid) % self._shards
 
-    def entrust(self, task: Task) -> None:
+    def entrust(self, task: Task, *, in_order: bool = False) -> None:
         """Hand a task to the worker of its file, now or, parked, as soon as that can be.
+
+        Args:
+            task: the task.
+            in_order: whether it may not overtake larger ones that are parked.
 
         Raises:
             OSError: ENOMEM, if too much is parked already.
         """
-        if not self.submit(task):
+        if in_order and self._parked_large[task.handle.shard]:
+            self._park(task, self._parked_large)
+        elif not self.submit(task):
             self.park(task)
 
     def submit(self, task: Task) -> bool:
@@ -168,6 +176,7 @@ class Router:
                 self._full[shard] = True
             else:
                 self.slot = following
+                self.last = (slot, self.taken)
                 handle.lent = True
                 return True
         arena.give_back(slot)
@@ -179,9 +188,12 @@ class Router:
         Raises:
             OSError: ENOMEM, if too much is kept already.
         """
-        parked = self._parked_large if task.length > _SMALL else self._parked
+        self._park(task, self._parked_large if task.length > _SMALL else self._parked)
+
+    def _park(self, task: Task, parked: list[deque[_Parked]]) -> None:
         parked[task.handle.shard].append(self._kept(task))
         self.backlog = self.parked = True
+        self.last = (-1, self.taken)
 
     def _kept(self, task: Task) -> _Parked:
         if task.operation != Operation.WRITE:
@@ -245,6 +257,18 @@ class Router:
 
     def _may_have_large(self, shard: int) -> bool:
         return bytes(self.arena.states).count(shard + 1) < _LARGE_AT_ONCE
+
+    def is_unanswered(self, request: tuple[int, int] | None) -> bool:
+        """Whether a worker still has a request that was `last` once, or it is still parked."""
+        if request is None:
+            return False
+        slot, taken = request
+        states, begun = self.arena.states, self._begun
+        if slot >= 0:
+            return states[slot] != 0 and begun[slot] == taken
+        if any(state and begun[slot] == taken for slot, state in enumerate(states)):
+            return True
+        return any(parked.taken == taken for shard in (*self._parked, *self._parked_large) for parked in shard)
 
     def release(self, number: int, handle: Handle) -> None:
         """Tell the worker of *handle*, or all of them where it is shared, to let go of its descriptor."""

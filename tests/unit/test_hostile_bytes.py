@@ -26,6 +26,7 @@ from llloop.metrics import Sheet
 from llloop.privilege import SetidGuard
 from llloop.protocol import Malformed, Operation, decode_strictly, encode
 from llloop.wire import Opcode
+from llloop.workers.invalidations import Invalidations
 from llloop.workers.loop import Worker
 from llloop.workers.replies import KernelReplies
 from llloop.workers.transfers import Transfers
@@ -196,10 +197,11 @@ def worker() -> Iterator[tuple[Worker, Arena, int, Device]]:
     arena, device, files = Arena(4, 8 * wire.PAGE_SIZE, 2), Device(), Files()
     sheet = Sheet()
     replies = KernelReplies(device.fd, arena.payload_size)
-    transfers = Transfers(arena, files, replies, SetidGuard(), OwnIdentity(), sheet)
     reader, writer = os.pipe2(os.O_DIRECT)
+    invalidations = Invalidations(writer)
+    transfers = Transfers(arena, files, replies, SetidGuard(), OwnIdentity(), sheet, invalidations)
     try:
-        yield Worker(0, arena, reader, transfers, sheet), arena, writer, device
+        yield Worker(0, arena, reader, transfers, sheet, invalidations), arena, writer, device
     finally:
         for fd in (reader, files.fd):
             os.close(fd)

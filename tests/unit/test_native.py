@@ -15,7 +15,7 @@ from llloop.config import Cache
 from llloop.front.inodes import ROOT
 from llloop.front.native import files as native_files
 from llloop.front.native import native_table
-from llloop.protocol import APPEND, BUFFERED, KILL_PRIVILEGES, Operation, decode
+from llloop.protocol import APPEND, BUFFERED, INVALIDATE, KILL_PRIVILEGES, Operation, decode
 from llloop.wire import Opcode
 from tests.expect import fails
 from tests.unit.source import MYSELF, Source
@@ -536,7 +536,9 @@ def test_data_requests_go_to_the_worker(source: Source, kernel: Kernel, file: in
     assert request[7] & KILL_PRIVILEGES
     assert not sent(Opcode.FALLOCATE, struct.pack("=QQQII", handle, 5, 6, 3, 0), (0, 0))[7] & KILL_PRIVILEGES
     request = sent(Opcode.LSEEK, struct.pack("=QQII", handle, 5, os.SEEK_HOLE, 0))
-    assert (request[0], request[5], request[10]) == (Operation.LSEEK, 5, (os.SEEK_HOLE,))
+    assert (request[0], request[5], request[10]) == (Operation.LSEEK, 5, (os.SEEK_HOLE, file))
+    assert request[7] & INVALIDATE, "it may be mapped for writing"
+    assert not sent(Opcode.LSEEK, struct.pack("=QQII", handle, 5, os.SEEK_HOLE, 0))[7], "nothing was read since"
 
 
 def test_a_large_write_in_place_keeps_nobody_waiting(

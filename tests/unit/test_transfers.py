@@ -20,6 +20,7 @@ from llloop.metrics import BYTES, ERRORS, Sheet
 from llloop.privilege import SetidGuard, Writer
 from llloop.protocol import APPEND, DATA_ONLY, KILL_PRIVILEGES, ONCE, Operation, Request, encode
 from llloop.wire import FUSE_NOTIFY_INVAL_INODE, Opcode
+from llloop.workers.invalidations import Invalidations
 from llloop.workers.replies import KernelReplies
 from llloop.workers.transfers import Transfers, opcode_of
 from tests.as_user import Child
@@ -57,6 +58,8 @@ class Bench:
         self.directory = directory
         self.files = Files()
         self.sheet = Sheet()
+        self.asked = os.pipe2(os.O_CLOEXEC | os.O_DIRECT)
+        self.invalidations = Invalidations(self.asked[1])
         self.transfers = Transfers(
             arena,
             self.files,
@@ -64,6 +67,7 @@ class Bench:
             SetidGuard(),
             writer or OwnIdentity(),
             self.sheet,
+            self.invalidations,
         )
         self.unique = 0
         # The notifications before the last answer.
@@ -104,7 +108,7 @@ class Bench:
         return self.sheet.rows[opcode][ERRORS], self.sheet.rows[opcode][BYTES]
 
     def close(self) -> None:
-        for fd in self.files.open.values():
+        for fd in (*self.files.open.values(), *self.asked):
             os.close(fd)
 
 
@@ -555,7 +559,7 @@ def test_an_append_notes_how_far_it_has_come(bench: Bench, monkeypatch: pytest.M
 
 
 def test_every_operation_is_counted_as_the_kernels_of_that_name() -> None:
-    for operation in set(Operation) - {Operation.RESUME, Operation.PROBE}:
+    for operation in set(Operation) - {Operation.RESUME, Operation.PROBE, Operation.INVALIDATED}:
         request = Request(operation, 1, 0, 1, 1)
         assert opcode_of(request) == Opcode[operation.name]
     assert [opcode_of(Request(number, 1, 0, 1, 1)) for number in (-1, 0, Operation.PROBE, 99)] == [0, 0, 0, 0]

@@ -11,6 +11,7 @@ import pytest
 from llloop.arena import Arena
 from llloop.metrics import Sheet
 from llloop.protocol import Operation, Request, encode
+from llloop.workers.invalidations import Invalidations
 from llloop.workers.loop import Worker
 
 SHARD = 1
@@ -24,14 +25,16 @@ class Recorder:
         self.executed: list[int] = []
         self.resumed: list[int] = []
 
-    def execute(self, request: Request) -> None:
+    def execute(self, request: Request) -> bool:
         self.executed.append(request.unique)
         if request.slot >= 0:
             self.arena.give_back(request.slot)
+        return True
 
-    def resume(self, request: Request) -> None:
+    def resume(self, request: Request) -> bool:
         self.resumed.append(request.unique)
         self.arena.give_back(request.slot)
+        return True
 
 
 @pytest.fixture
@@ -53,7 +56,7 @@ def sheet() -> Sheet:
 
 @pytest.fixture
 def worker(arena: Arena, pipe: tuple[int, int], recorder: Recorder, sheet: Sheet) -> Worker:
-    return Worker(SHARD, arena, pipe[0], recorder, sheet)  # type: ignore[arg-type]
+    return Worker(SHARD, arena, pipe[0], recorder, sheet, Invalidations(pipe[1]))  # type: ignore[arg-type]
 
 
 def message(unique: int, slot: int = -1) -> bytes:
@@ -211,9 +214,9 @@ def test_what_its_successor_has_done_is_not_done_by_the_successor_after_it(
     for slot in range(3):
         lend(arena, slot, 10 + slot)
         os.write(pipe[1], message(10 + slot, slot))
-    Worker(SHARD, arena, pipe[0], recorder, sheet).recover()  # type: ignore[arg-type]
+    Worker(SHARD, arena, pipe[0], recorder, sheet, Invalidations(pipe[1])).recover()  # type: ignore[arg-type]
     assert recorder.resumed == [10, 11, 12]
-    third = Worker(SHARD, arena, pipe[0], recorder, sheet)  # type: ignore[arg-type]
+    third = Worker(SHARD, arena, pipe[0], recorder, sheet, Invalidations(pipe[1]))  # type: ignore[arg-type]
     third.recover()
     lend(arena, 1, 20)  # a slot has been given back and lent again
     os.write(pipe[1], message(20, 1))

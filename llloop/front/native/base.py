@@ -7,6 +7,7 @@ import os
 from operator import itemgetter
 
 from ... import wire
+from ...negotiation import Feature
 from ...syscalls import Attributes
 from ..mirror import Mirror
 
@@ -36,7 +37,9 @@ class Responder:
         # entry_valid, attr_valid, entry_valid_nsec, attr_valid_nsec of struct fuse_entry_out
         (entry, entry_nsec), (valid, valid_nsec) = mirror.policy.entry, mirror.policy.attributes
         self._validity = (entry, valid, entry_nsec, valid_nsec)
+        self._entry_validity = (entry, 0, entry_nsec, 0)
         self._attr_timeout = mirror.policy.attributes
+        self._written = mirror.handles.written
 
     def _send(self, reply: bytes | bytearray | memoryview) -> bool:
         """Write a reply; return False if the kernel no longer waits for it."""
@@ -92,8 +95,8 @@ class Responder:
         return _pack_entry(
             nodeid,
             self._inodes.get(nodeid).birth,
-            *self._validity,
-            *_attr(self._inodes.shown(attributes.device, attributes.ino), attributes),
+            *(self._validity if self._attributes_last(nodeid) else self._entry_validity),
+            *_attr(self._inodes.shown(attributes.device, attributes.ino), self._with_dirty_pages(nodeid, attributes)),
         )
 
     def _reply_entry(self, unique: int, nodeid: int, attributes: Attributes) -> None:
@@ -104,24 +107,42 @@ class Responder:
             unique,
             nodeid,
             inodes.get(nodeid).birth,
-            *self._validity,
-            *_attr(inodes.shown(attributes.device, attributes.ino), attributes),
+            *(self._entry_validity if nodeid in self._written else self._validity),
+            *_attr(inodes.shown(attributes.device, attributes.ino), self._with_dirty_pages(nodeid, attributes)),
         )
         if self._send(reply):
             inodes.count(nodeid)
         else:
             self._tree.forget(nodeid, 0)
 
-    def _attributes_reply(self, unique: int, attributes: Attributes) -> bytes:
+    def _attributes_reply(self, unique: int, nodeid: int, attributes: Attributes) -> bytes:
         """Return the reply to GETATTR and SETATTR."""
         attr_reply = wire.ATTR_REPLY
         return attr_reply.pack(
             attr_reply.size,
             0,
             unique,
-            *self._attr_timeout,
-            *_attr(self._inodes.shown(attributes.device, attributes.ino), attributes),
+            *(self._attr_timeout if self._attributes_last(nodeid) else (0, 0)),
+            *_attr(self._inodes.shown(attributes.device, attributes.ino), self._with_dirty_pages(nodeid, attributes)),
         )
+
+    def _attributes_last(self, nodeid: int) -> bool:
+        """Whether an inode's attributes stay as they are told, as far as only this mount's requests change them."""
+        pages = self._written.get(nodeid)
+        return pages is None or not pages.passthrough
+
+    def _with_dirty_pages(self, nodeid: int, attributes: Attributes) -> Attributes:
+        """Return an inode's attributes as they can be when dirty pages are written.
+
+        A file without any block has no data to who archives it (`tar --sparse`).
+        """
+        if not attributes.blocks and self._can_get_blocks(nodeid, attributes.size):
+            return attributes._replace(blocks=1)
+        return attributes
+
+    def _can_get_blocks(self, nodeid: int, size: int) -> bool:
+        """Whether dirty pages may bring a file blocks that has none; an empty one cannot be mapped."""
+        return (bool(size) or Feature.WRITEBACK_CACHE in self._mirror.features) and self._handles.may_be_dirty(nodeid)
 
 
 _pack_entry = wire.ENTRY.pack

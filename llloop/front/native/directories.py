@@ -133,7 +133,7 @@ class DirectoryRequests(Responder):
             The numbers of what was found, and ``struct fuse_entry_out`` for each record; nothing but zeros if the
             kernel is to ask itself.
         """
-        parent, inodes, table = handle.nodeid, self._inodes, self._table
+        parent, inodes, table, written = handle.nodeid, self._inodes, self._table, self._written
         names = [name_of(record) for record in records]
         wanted = [position for position, name in enumerate(names) if name not in _NOT_LOOKED_UP]
         if 2 * self._recent.count(parent, self._mirror.router.taken) > among:
@@ -150,6 +150,11 @@ class DirectoryRequests(Responder):
                 if is_there[row]:  # else gone meanwhile, or not to be reached: a lookup will say so
                     attributes = table.attributes(row)
                     nodeid = inodes.remember(parent, names[position], attributes)
+                    if nodeid in written:  # its attributes may change at any time
+                        nodeids.append(0)
+                        births.append(0)
+                        numbers.append(0)
+                        continue
                     number = inodes.shown(attributes.device, attributes.ino)
                     birth = inodes.get(nodeid).birth
                     looked_up.append(nodeid)

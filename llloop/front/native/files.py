@@ -11,7 +11,7 @@ from ...metrics import BYTES, Gauge
 from ...negotiation import Feature
 from ...notifications import expire_attributes
 from ...privilege import SETID
-from ...protocol import APPEND, BUFFERED, CACHED, DATA_ONLY, KILL_PRIVILEGES, ONCE, PIPED, Operation
+from ...protocol import APPEND, BUFFERED, CACHED, DATA_ONLY, INVALIDATE, KILL_PRIVILEGES, ONCE, PIPED, Operation
 from ...syscalls import Attributes, fstatx
 from ...wire import Opcode
 from ..handles import Handle
@@ -54,8 +54,17 @@ class FileRequests(Responder):
         else:
             attributes = fstatx(self._handles.get(number).descriptor)
         how = self._how(number, nodeid, attributes, is_new=False)
+        if flags & os.O_ACCMODE and self._may_change_unasked(nodeid, attributes):
+            expire_attributes(self._device, nodeid)
         if not self._send(wire.OPEN_REPLY.pack(wire.OPEN_REPLY.size, 0, unique, number, *how)):
             self._files.release(number)
+
+    def _may_change_unasked(self, nodeid: int, attributes: Attributes) -> bool:
+        """Whether what the kernel knows of a file just opened for writing may become wrong without a request."""
+        pages = self._written.get(nodeid)
+        if pages is None or pages.passthrough:
+            return pages is not None
+        return not attributes.blocks and self._can_get_blocks(nodeid, attributes.size)
 
     def _how(self, number: int, nodeid: int, attributes: Attributes, *, is_new: bool) -> tuple[int, int]:
         """Return open_flags and backing_id for a file just opened."""
@@ -122,12 +131,25 @@ class FileRequests(Responder):
         if offset < 0:  # -1 would mean the descriptor's own position (preadv2(2))
             raise malformed()
         handle = self._handles.get(number)
-        if size <= READ_LIMIT and handle.read_flags is not None and self._read_in_place(handle, unique, offset, size):
+        pages = handle.pages
+        may_overtake = True
+        if pages is not None:
+            router = self._router
+            pages.note_read(wire.PID.unpack_from(self._memory, base)[0], offset, size, router.taken)
+            may_overtake = not router.is_unanswered(pages.write)  # else with old data that the kernel then keeps
+        if (
+            size <= READ_LIMIT
+            and handle.read_flags is not None
+            and may_overtake
+            and self._read_in_place(handle, unique, offset, size)
+        ):
             return
         flags = BUFFERED if handle.direct and not open_flags & os.O_DIRECT else 0
         if handle.unsized:
             flags |= ONCE
-        self._router.entrust(Task(handle, number, Operation.READ, unique, offset, size, flags))
+        self._router.entrust(
+            Task(handle, number, Operation.READ, unique, offset, size, flags), in_order=not may_overtake
+        )
 
     def _read_in_place(self, handle: Handle, unique: int, offset: int, size: int) -> bool:
         """Answer a READ at once if the bytes are in memory; return whether they were.
@@ -173,12 +195,20 @@ class FileRequests(Responder):
             flags |= BUFFERED
         if handle.unsized:
             flags |= ONCE
+        pages = handle.pages
+        if (
+            pages is not None
+            and pages.may_be_stale(wire.PID.unpack_from(self._memory, base)[0], offset, size, self._router.taken)
+            and not cached  # pages that are being written back are not dropped
+        ):
+            flags |= INVALIDATE
         # The lowest slot is free, and so it is this request's, while no worker has any.
         limit = WRITE_LIMIT if self._router.slot else LONE_WRITE_LIMIT
         if (
             size <= limit
             and handle.write_flags is not None
-            and not flags & APPEND  # a worker notes how far it has come, for an append must not be done twice
+            # A worker notes how far it has come, for an append must not be done twice.
+            and not flags & (APPEND | INVALIDATE)
             and handle.locking_group < 0  # this process has a group of its own
             and self._write_in_place(handle, unique, offset, base + wire.WRITE_HEADER_SIZE, size, flags)
         ):
@@ -188,8 +218,12 @@ class FileRequests(Responder):
             flags |= PIPED
         if flags & KILL_PRIVILEGES:
             gid = _group(handle, gid)
-        extra = (handle.nodeid,) if _is_watched(handle, flags) else ()
+        extra = (handle.nodeid,) if flags & INVALIDATE or _is_watched(handle, flags) else ()
         self._router.entrust(Task(handle, number, Operation.WRITE, unique, offset, size, flags, uid, gid, extra))
+        if pages is not None:
+            pages.write = self._router.last
+            if flags & INVALIDATE:
+                pages.invalidation = self._router.last
 
     def _write_in_place(self, handle: Handle, unique: int, offset: int, start: int, size: int, flags: int) -> bool:
         """Do a WRITE at once if that needs no waiting; return whether it was done.
@@ -254,7 +288,17 @@ class FileRequests(Responder):
     def lseek(self, base: int, length: int) -> None:
         """FUSE_LSEEK: only SEEK_HOLE and SEEK_DATA are sent."""
         unique, number, offset, whence = wire.LSEEK_REQUEST.unpack_from(self._memory, base)
-        self._router.entrust(Task(self._handles.get(number), number, Operation.LSEEK, unique, offset, extra=(whence,)))
+        handle = self._handles.get(number)
+        nodeid = handle.nodeid
+        flags = 0
+        if self._handles.may_be_dirty(nodeid):
+            pages = self._written[nodeid]
+            if self._writeback or not pages.is_clean or self._router.is_unanswered(pages.invalidation):
+                flags = INVALIDATE
+        self._router.entrust(Task(handle, number, Operation.LSEEK, unique, offset, flags=flags, extra=(whence, nodeid)))
+        if flags:
+            pages.is_clean = True
+            pages.invalidation = self._router.last
 
     def copy_file_range(self, base: int, length: int) -> None:
         """FUSE_COPY_FILE_RANGE: the worker of the file written to does it."""

@@ -6,9 +6,12 @@ import errno
 import os
 
 from ... import wire
+from ...protocol import Operation
 from ...syscalls import Attributes, fstatx
+from ..handles import Handle
 from ..mirror import Mirror
 from ..requester import Requester
+from ..router import Task
 from ..tree import Changes
 from .base import Responder
 from .recent import RecentLookups
@@ -52,10 +55,17 @@ class NameRequests(Responder):
             attributes = fstatx(self._handles.get(number).descriptor)
         else:
             attributes = self._tree.getattr(nodeid)
-        self._reply_attributes(unique, attributes)
+        self._reply_attributes(unique, nodeid, attributes)
 
-    def _reply_attributes(self, unique: int, attributes: Attributes) -> None:
-        self._send(self._attributes_reply(unique, attributes))
+    def _reply_attributes(self, unique: int, nodeid: int, attributes: Attributes) -> None:
+        reply = self._attributes_reply(unique, nodeid, attributes)
+        pages = self._written.get(nodeid)
+        if pages is not None and self._router.is_unanswered(pages.invalidation):
+            # With new attributes the kernel reads pages again, of which those that are being dropped must not be found.
+            errand = Handle(-1, nodeid, self._router.shard_of(nodeid), 0)
+            self._router.entrust(Task(errand, 0, Operation.GETATTR, unique, extra=(nodeid, reply)))
+        else:
+            self._send(reply)
 
     def setattr(self, base: int, length: int) -> None:
         """FUSE_SETATTR."""
@@ -66,14 +76,20 @@ class NameRequests(Responder):
         changes = Changes(valid, mode, new_uid, new_gid, size, atime, mtime, ctime)
         handle = number if valid & wire.FATTR_FH else None
         attributes = self._tree.setattr(nodeid, changes, handle, Requester(uid, gid, pid=pid))
-        self._reply_attributes(unique, attributes)
+        self._reply_attributes(unique, nodeid, attributes)
 
     def statx(self, base: int, length: int) -> None:
         """FUSE_STATX: sent where somebody asks for the birth time."""
         unique, nodeid, getattr_flags, number, flags, mask = wire.STATX_REQUEST.unpack_from(self._memory, base)
         handle = self._handles.get(number) if getattr_flags & wire.FUSE_GETATTR_FH else None
         raw = self._tree.statx_raw(nodeid, mask, flags, handle)
-        self._send(wire.reply(unique, wire.STATX_OUT.pack(*self._attr_timeout, 0) + bytes(raw)))
+        valid = self._attr_timeout
+        if nodeid in self._written:
+            valid = 0, 0
+            size, blocks = wire.STATX_SIZE_AND_BLOCKS.unpack_from(raw, wire.STATX_SIZE_OFFSET)
+            if not blocks and self._can_get_blocks(nodeid, size):
+                wire.STATX_SIZE_AND_BLOCKS.pack_into(raw, wire.STATX_SIZE_OFFSET, size, 1)
+        self._send(wire.reply(unique, wire.STATX_OUT.pack(*valid, 0) + bytes(raw)))
 
     def readlink(self, base: int, length: int) -> None:
         """FUSE_READLINK."""

@@ -1,0 +1,129 @@
+"""Requests that wait for the kernel to drop pages, in the worker and in the invalidator."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from llloop import wire
+from llloop.arena import Arena
+from llloop.invalidator import InvalidatorSetup, run_invalidator
+from llloop.protocol import INVALIDATE, MAX_MESSAGE, Operation, decode, decode_wanted
+from llloop.workers import invalidations
+from llloop.workers.loop import Worker
+from tests.unit.support import Device
+from tests.unit.test_transfers import Bench
+
+NODEID = 77
+
+
+@pytest.fixture
+def bench(arena: Arena, device: Device, tmp_path: Path) -> Iterator[Bench]:
+    bench = Bench(arena, device, tmp_path)
+    yield bench
+    bench.close()
+
+
+def asked(bench: Bench) -> tuple[int, int, int, int]:
+    return decode_wanted(os.read(bench.asked[0], MAX_MESSAGE))
+
+
+def dropped(bench: Bench, unique: int) -> None:
+    held = bench.invalidations.take(unique)
+    assert held is not None
+    bench.transfers.go_on(held)
+
+
+def lent(bench: Bench) -> int:
+    return sum(1 for state in bench.arena.states if state)
+
+
+def test_a_seek_sees_what_was_written_meanwhile(bench: Bench) -> None:
+    path = bench.open(1)
+    os.truncate(path, 1 << 20)
+    request = bench.lend(Operation.LSEEK, flags=INVALIDATE, extra=(os.SEEK_DATA, NODEID))
+    assert not bench.transfers.execute(request)
+    assert bench.device.take() == []
+    assert asked(bench) == (request.unique, NODEID, 0, 0)
+    with path.open("r+b") as file:
+        file.seek(1 << 19)
+        file.write(b"data")
+    dropped(bench, request.unique)
+    reply = bench.answered(request)
+    assert int.from_bytes(reply.payload, "little") == 1 << 19
+
+
+def test_attributes_wait_for_the_pages_of_a_write(bench: Bench) -> None:
+    path = bench.open(1, b"old")
+    request = bench.lend(Operation.WRITE, payload=b"new", flags=INVALIDATE, extra=(NODEID,))
+    assert bench.transfers.execute(request)
+    assert bench.device.only().unique == request.unique, "the kernel may keep a page locked until it is answered"
+    assert path.read_bytes() == b"new"
+    assert asked(bench) == (request.unique, NODEID, 0, 3)
+    other = bench.lend(Operation.GETATTR, extra=(NODEID + 1, wire.error_reply(98, 0)))
+    assert bench.transfers.execute(other)
+    assert bench.device.only().unique == other.unique
+    follower = bench.lend(Operation.GETATTR, extra=(NODEID, wire.error_reply(99, 0)))
+    assert not bench.transfers.execute(follower)
+    assert bench.device.take() == []
+    assert lent(bench) == 2
+    dropped(bench, request.unique)
+    assert bench.device.only().unique == follower.unique
+    assert lent(bench) == 0
+
+
+def test_a_successor_has_the_pages_dropped_again(bench: Bench) -> None:
+    bench.open(1, b"old")
+    request = bench.lend(Operation.WRITE, payload=b"new", flags=INVALIDATE, extra=(NODEID,))
+    bench.transfers.execute(request)
+    assert bench.device.only().unique == request.unique
+    asked(bench)
+    bench.invalidations.take(request.unique)  # as if the worker had died
+    bench.transfers.resume(request)
+    assert asked(bench) == (request.unique, NODEID, 0, 3)
+    dropped(bench, request.unique)
+    assert lent(bench) == 0
+
+
+def test_the_invalidator_is_asked_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have been killed."""
+    monkeypatch.setattr(invalidations, "_PATIENCE", 0.01)
+    bench.open(1)
+    reader, writer = os.pipe2(os.O_DIRECT)
+    worker = Worker(1, bench.arena, reader, bench.transfers, bench.sheet, bench.invalidations)
+    request = bench.lend(Operation.LSEEK, flags=INVALIDATE, extra=(os.SEEK_HOLE, NODEID))
+    bench.transfers.execute(request)
+    running = threading.Thread(target=worker.run)
+    running.start()
+    try:
+        assert asked(bench) == asked(bench) == (request.unique, NODEID, 0, 0)
+    finally:
+        os.close(writer)
+        running.join(5)
+        os.close(reader)
+
+
+def test_the_invalidator_tells_the_worker_that_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llloop.invalidator.keep_only", lambda capabilities: None)
+    told: list[tuple[int, ...]] = []
+    monkeypatch.setattr("llloop.notifications.drop_pages", lambda *arguments: told.append(arguments))
+    wanted = [os.pipe2(os.O_DIRECT) for _ in range(2)]
+    pipes = [os.pipe2(os.O_DIRECT) for _ in range(2)]
+    setup = InvalidatorSetup(-1, [reader for reader, _ in wanted], [writer for _, writer in pipes])
+    running = threading.Thread(target=run_invalidator, args=(setup,))
+    running.start()
+    try:
+        os.write(wanted[1][1], invalidations.encode((5, NODEID, 100, 200)))
+        message = decode(os.read(pipes[1][0], MAX_MESSAGE))
+        assert (message.operation, message.slot, message.extra) == (Operation.INVALIDATED, -1, (5,))
+        assert told == [(-1, NODEID, 100, 200)]
+    finally:
+        for _, writer in wanted:
+            os.close(writer)
+        running.join(5)
+        for fd in (*(reader for reader, _ in wanted), *(end for pipe in pipes for end in pipe)):
+            os.close(fd)
