@@ -9,15 +9,14 @@ an O_PATH descriptor until the kernel forgets it.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 from collections import OrderedDict
-from collections.abc import Container, Iterable
 from types import TracebackType
 
 from ..leadership import Leadership
 from ..syscalls import Attributes, fstatx, statx
 from .inodes import ROOT, Inode, Inodes, stale
+from .pins import Pins
 
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # What says that a name does not lead to the inode any more (ELOOP: a symlink stands there now).
@@ -61,11 +60,14 @@ class Anchors:
         inodes: the inode table.
         root: an O_PATH descriptor of the source; stays the caller's.
         capacity: how many directories are kept open.
+        pins: the descriptors of inodes without names.
         leadership: which thread serves.
-        closing: takes the descriptors of removed files and directories, which may take long to close.
+        closing: takes the descriptors of directories, which may take long to close.
     """
 
-    def __init__(self, inodes: Inodes, root: int, capacity: int, leadership: Leadership, closing: list[int]) -> None:
+    def __init__(
+        self, inodes: Inodes, root: int, capacity: int, pins: Pins, leadership: Leadership, closing: list[int]
+    ) -> None:
         self._leadership = leadership
         self._closing = closing
         self._inodes = inodes
@@ -73,14 +75,14 @@ class Anchors:
         self._capacity = max(capacity, 2)
         self._directories: OrderedDict[int, int] = OrderedDict()
         self._returned = ROOT  # the directory that was asked for last
-        self._pins: dict[int, int] = {}
+        self.pins = pins
         inodes.on_reuse = self.drop
         inodes.is_alike = self._is_alike
 
     @property
     def kept(self) -> int:
         """How many descriptors are kept, of directories and of removed files."""
-        return len(self._directories) + len(self._pins)
+        return len(self._directories) + len(self.pins)
 
     def directory(self, nodeid: int) -> int:
         """Return a descriptor of the directory *nodeid*, valid until the second next call.
@@ -129,11 +131,11 @@ class Anchors:
         if fd is not None:
             self._directories.move_to_end(nodeid)
             return fd
-        return self._root if nodeid == ROOT else self._pins.get(nodeid)
+        return self._root if nodeid == ROOT else self.pins.get(nodeid)
 
     def held(self, nodeid: int) -> int | None:
         """Return a descriptor that is kept for *nodeid* already, or None."""
-        fd = self._pins.get(nodeid)
+        fd = self.pins.get(nodeid)
         if fd is None:
             fd = self._directories.get(nodeid)
         return self._root if fd is None and nodeid == ROOT else fd
@@ -230,7 +232,7 @@ class Anchors:
         inode = self._inodes.get(nodeid)
         # To open for writing waits for a file system that is frozen.
         open_ = os.open if flags & os.O_ACCMODE == os.O_RDONLY else self._open_writing
-        pin = self._pins.get(nodeid)
+        pin = self.pins.get(nodeid)
         if pin is not None:
             fd = open_(f"/proc/self/fd/{pin}", flags & ~os.O_NOFOLLOW)
             return fd, fstatx(fd)
@@ -253,59 +255,9 @@ class Anchors:
     def _open_writing(self, path: str | bytes, flags: int, *, dir_fd: int | None = None) -> int:
         return self._leadership.call(os.open, path, flags, dir_fd=dir_fd)
 
-    def pin(self, nodeid: int, fd: int) -> None:
-        """Keep *fd*, an O_PATH descriptor of *nodeid*, until the kernel has forgotten it."""
-        old = self._pins.get(nodeid)
-        self._pins[nodeid] = fd
-        self._inodes.note_pin(nodeid, fd)
-        if old is not None and old != fd:
-            self._closing.append(old)
-
-    def take_over(self, pins: dict[int, int], left: set[int]) -> None:
-        """Take in the pins of a front that is gone; those whose descriptors are lost are left out.
-
-        Args:
-            pins: the descriptors by inode.
-            left: the descriptors that the front has left, from which the pins are taken out.
-        """
-        for nodeid, fd in pins.items():
-            is_path = fd in left and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH
-            if is_path and self._inodes.get(nodeid).is_same(fstatx(fd)):
-                left.discard(fd)
-                self._pins[nodeid] = fd
-            else:
-                self._inodes.note_pin(nodeid, -1)
-
-    def pinned(self) -> Iterable[int]:
-        """Return the descriptors of removed files."""
-        return self._pins.values()
-
-    def release_unused_pins(self, used: Container[int], needed: int = 0) -> bool:
-        """Let go of files that were removed and are not open, so that their space is free.
-
-        The kernel tells a moment after a removal that it has forgotten the inode, sometimes after the next request.
-
-        Args:
-            used: the inodes that are open.
-            needed: one more inode whose pin stays.
-
-        Returns:
-            Whether there were any.
-        """
-        unused = [nodeid for nodeid in self._pins if nodeid not in used and nodeid != needed]
-        for nodeid in unused:
-            pin = self._pins.pop(nodeid, None)
-            if pin is not None:  # else another thread has closed it during the last call
-                self._inodes.note_pin(nodeid, -1)
-                self._leadership.call(os.close, pin)
-        return bool(unused)
-
     def drop(self, nodeid: int) -> None:
         """Close what is kept for *nodeid*: the kernel has forgotten it, or its number was given to another."""
-        pin = self._pins.pop(nodeid, None)
-        if pin is not None:
-            self._inodes.note_pin(nodeid, -1)
-            self._closing.append(pin)
+        self.pins.drop(nodeid)
         directory = self._directories.pop(nodeid, None)
         if directory is not None:
             self._closing.append(directory)

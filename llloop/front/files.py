@@ -20,6 +20,7 @@ from .privileges import Privileges
 from .promptness import Promptness
 from .requester import Requester
 from .router import Router
+from .shares import DIRECTORY
 from .sizes import Sizes
 from .tree import Tree, check_name
 
@@ -72,6 +73,7 @@ class Files:
         self._anchors: Anchors = tree.anchors
         self._inodes: Inodes = tree.inodes
         self._handles = handles
+        self._shares = handles.shares
         self._router = router
         self._passthrough = passthrough
         self._privileges = privileges
@@ -94,7 +96,7 @@ class Files:
         Returns:
             The handle's number and the file's attributes.
         """
-        self._handles.ensure_room()
+        self._shares.ensure_room(who.uid)
         descriptor, attributes = self._open(nodeid, self._source_flags(flags), flags)
         try:
             self._tree.rights.check_open(who, flags, descriptor, attributes)
@@ -232,7 +234,7 @@ class Files:
         source_flags = self._source_flags(flags) & ~os.O_NOATIME | os.O_CREAT | os.O_EXCL
         permissions = stat.S_IMODE(mode)
         check_name(name)
-        self._handles.ensure_room()
+        self._shares.ensure_room(who.uid)
         if self._attempts.interrupted() is None:
             self._attempts.begin()
         try:
@@ -274,7 +276,7 @@ class Files:
         Returns:
             The handle's number, the inode's, and its attributes.
         """
-        self._handles.ensure_room()
+        self._shares.ensure_room(who.uid)
         source_flags = self._source_flags(flags) & ~os.O_NOFOLLOW | flags & os.O_EXCL | os.O_TMPFILE
         permissions = stat.S_IMODE(mode)
         descriptor = self._tree.as_requester(
@@ -290,7 +292,7 @@ class Files:
             os.close(descriptor)
             raise
         nodeid = self._inodes.remember(0, b"", attributes, parent)
-        self._anchors.pin(nodeid, pin)
+        self._anchors.pins.add(nodeid, pin, attributes.uid)
         return self._add(descriptor, nodeid, flags, attributes, who, is_new=True), nodeid, attributes
 
     def release(self, number: int) -> None:
@@ -322,14 +324,14 @@ class Files:
         Returns:
             The handle's number and the directory's attributes.
         """
-        self._handles.ensure_room()
+        self._shares.ensure_room(who.uid, DIRECTORY)
         descriptor, attributes = self._reopen(nodeid, _OPEN_DIRECTORY)
         try:
             self._tree.rights.check_open(who, os.O_RDONLY, descriptor, attributes)
         except BaseException:
             os.close(descriptor)
             raise
-        return self._add(descriptor, nodeid, _DIRECTORY_FLAGS, attributes, _NOBODY), attributes
+        return self._add(descriptor, nodeid, _DIRECTORY_FLAGS, attributes, who), attributes
 
     def entries(self, number: int, offset: int) -> list[DirectoryEntry]:
         """Return the entries of an open directory as they were when it was first read, where llfuse runs the loop.

@@ -12,6 +12,7 @@ from ..privilege import has_locking_mark
 from ..protocol import HANDLES_PER_FRONT
 from ..syscalls import Attributes, DirectoryEntry
 from .page_cache import PageCache
+from .shares import Shares
 from .snapshots import is_snapshot
 
 # The numbers of a handle's record: its own, nodeid, descriptor, open(2) flags, registration with the kernel,
@@ -114,7 +115,7 @@ class Handles:
     Args:
         ledger: where the next front finds them.
         generation: how many fronts there have been, this one included; no two give out the same number.
-        capacity: how many may be open, so that descriptors are left for names and directories.
+        shares: how many descriptors each user may hold.
         count: a cell for how many are.
         writeback: whether the kernel collects writes.
 
@@ -125,14 +126,14 @@ class Handles:
     def __init__(
         self,
         ledger: Ledger,
-        generation: int = 1,
-        capacity: int = 1 << 30,
+        generation: int,
+        shares: Shares,
         count: memoryview | None = None,
         *,
         writeback: bool = False,
     ) -> None:
         self._ledger = ledger
-        self._capacity = capacity
+        self.shares = shares
         self._count = own_cell() if count is None else count
         self._count[0] = 0
         self._table: dict[int, Handle] = {}
@@ -163,15 +164,6 @@ class Handles:
         """Return the inodes that are open."""
         return self._of_inode
 
-    def ensure_room(self) -> None:
-        """Refuse one more open file if there are as many as may be.
-
-        Raises:
-            OSError: ENFILE.
-        """
-        if len(self._table) >= self._capacity:
-            raise OSError(errno.ENFILE, os.strerror(errno.ENFILE))
-
     def add(self, handle: Handle) -> int:
         """Take *handle* in and return its number."""
         number = self._next
@@ -183,6 +175,7 @@ class Handles:
         return number
 
     def _enter(self, number: int, handle: Handle) -> None:
+        self.shares.take(handle.opener[0])
         self._table[number] = handle
         self._count[0] = len(self._table)
         nodeid = handle.nodeid
@@ -205,6 +198,7 @@ class Handles:
         if descriptor in left and is_snapshot(descriptor):
             left.discard(descriptor)
             handle.snapshot = descriptor
+            self.shares.take(handle.opener[0])
         else:
             self._ledger.set(handle.place, _SNAPSHOT, 0)
 
@@ -217,7 +211,10 @@ class Handles:
         """Note a descriptor of memory with a directory's entries, or -1, and close the one before it."""
         old, handle.snapshot = handle.snapshot, descriptor
         self._ledger.set(handle.place, _SNAPSHOT, descriptor + 1)
+        if descriptor >= 0:
+            self.shares.take(handle.opener[0])
         if old >= 0:
+            self.shares.give_back(handle.opener[0])
             os.close(old)
 
     def get(self, number: int) -> Handle:
@@ -241,6 +238,10 @@ class Handles:
         self._ledger.remove(handle.place)  # before its descriptors are closed: no record names one that is not its own
         del self._table[number]
         self._count[0] = len(self._table)
+        uid, _ = handle.opener
+        self.shares.give_back(uid)
+        if handle.snapshot >= 0:
+            self.shares.give_back(uid)
         others = self._of_inode[handle.nodeid]
         if len(others) == 1:
             del self._of_inode[handle.nodeid]

@@ -14,6 +14,7 @@ from ..leadership import Postponed
 from ..ledger import Ledger
 from ..metrics import ERRORS, NANOSECONDS
 from ..negotiation import Feature
+from ..syscalls import is_readable
 from ..wire import Opcode
 from .asking import Asking
 from .in_hand import FrontsInHand
@@ -30,6 +31,8 @@ _AGAIN = frozenset({errno.EINTR, errno.ENOENT, errno.EAGAIN})
 _SHORT = wire.WRITE_HEADER_SIZE + wire.PAGE_SIZE
 # What is longer mostly is a WRITE for a worker, and others like it will follow: from here on a pipe pays.
 _LARGE = wire.WRITE_HEADER_SIZE + LONE_WRITE_LIMIT
+# So many descriptors are closed before it is looked whether a request waits.
+_CLOSED_AT_ONCE = 64
 
 # So many fronts may die of one request.
 _MOST_TRIES = 3
@@ -234,7 +237,11 @@ class Loop:
         """Close what is not needed any more. For a large file that was removed, the last close(2) takes long."""
         closing = self._closing
         leadership = self._leadership
+        done = 0
         while closing and not (leadership.alone and leadership.leads):
+            if done and not done % _CLOSED_AT_ONCE and is_readable(self._device):
+                return  # many of one user's: they must not keep others waiting
+            done += 1
             with suppress(OSError):  # of a server that is gone; who asked by fsync(2) or close(2) has been told
                 leadership.call(os.close, closing.pop())
 

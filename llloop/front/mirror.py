@@ -22,9 +22,11 @@ from .forgetting import Forgetting
 from .handles import Handles
 from .inodes import Inodes
 from .passthrough import Passthrough
+from .pins import Pins
 from .privileges import Privileges
 from .rights import Rights
 from .router import Router
+from .shares import Shares
 from .tree import Tree
 
 # Descriptors kept for directories: a share of what the process may open, most of which belongs to open files.
@@ -95,12 +97,13 @@ def build_mirror(
     directories = min(_DIRECTORIES_MOST, limit // _DIRECTORIES_SHARE)
     leadership = Leadership()
     closing: list[int] = []
-    anchors = Anchors(inodes, root, directories, leadership, closing)
     payload_pipes = arena.pipes.descriptors if arena.pipes is not None else []
-    capacity = limit - directories - _RESERVE - len(pipes) - len(payload_pipes)
+    shares = Shares(limit - directories - _RESERVE - len(pipes) - len(payload_pipes), (0, os.geteuid()))
+    pins = Pins(inodes, shares, leadership, closing)
+    anchors = Anchors(inodes, root, directories, pins, leadership, closing)
     features = capabilities.features if capabilities is not None else Feature(0)
     collecting = Feature.WRITEBACK_CACHE in features
-    handles = Handles(ledger, arena.generation + 1, capacity, metrics.gauge(Gauge.HANDLES), writeback=collecting)
+    handles = Handles(ledger, arena.generation + 1, shares, metrics.gauge(Gauge.HANDLES), writeback=collecting)
     router = Router(arena, pipes, leadership)
     setid = SetidGuard()
     caller = Caller(setid)

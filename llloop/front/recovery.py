@@ -26,7 +26,7 @@ def recover(mirror: Mirror, ledger: Ledger, own: Collection[int]) -> None:
     # the keeper has died as well, it gets numbers that records name.
     left = open_descriptors().difference(own)
     mirror.attempts.find_pins(left)
-    mirror.tree.anchors.take_over(mirror.inodes.recover(records), left)
+    mirror.tree.anchors.pins.take_over(mirror.inodes.recover(records), left)
     _reserve({record.fields[2] for record in records if record.kind == HANDLE} - left)
     for record in records:
         if record.kind == HANDLE:
@@ -72,7 +72,7 @@ def settle(mirror: Mirror, delivered: bool) -> None:
     """
     attempts = mirror.attempts
     # An earlier request may have noted one and closed it, and an open file have its number now.
-    for pin in attempts.left_pins.difference(mirror.tree.anchors.pinned(), mirror.handles.descriptors()):
+    for pin in attempts.left_pins.difference(mirror.tree.anchors.pins.descriptors(), mirror.handles.descriptors()):
         os.close(pin)
     attempts.settle()
     mirror.router.settle()

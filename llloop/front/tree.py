@@ -187,7 +187,7 @@ class Tree:
         try:
             return act()
         except OSError as error:
-            if error.errno not in _FULL or not self.anchors.release_unused_pins(self._handles.open_inodes(), nodeid):
+            if error.errno not in _FULL or not self.anchors.pins.release_unused(self._handles.open_inodes(), nodeid):
                 raise
         return act()
 
@@ -248,7 +248,7 @@ class Tree:
         attempt = self._attempts.interrupted()
         if attempt is not None and _is_gone(directory, check_name(name), attempt.number, attempt.done):
             if attempt.has_pin():
-                self._lost_name(attempt.nodeid, parent, name, attempt.pin)
+                self._lost_name(attempt.nodeid, parent, name, attempt.pin, fstatx(attempt.pin).uid)
             return
         pin = os.open(check_name(name), _PIN, dir_fd=directory)
         try:
@@ -261,7 +261,7 @@ class Tree:
             os.close(pin)
             raise
         self._attempts.done()
-        self._lost_name(nodeid, parent, name, pin)
+        self._lost_name(nodeid, parent, name, pin, attributes.uid)
 
     def _meant(self, parent: int, name: bytes, attributes: Attributes) -> int:
         """Return the number of what a name leads to, which must be what the kernel knows under that name.
@@ -276,12 +276,12 @@ class Tree:
             raise stale()
         return nodeid
 
-    def _lost_name(self, nodeid: int, parent: int, name: bytes, pin: int) -> None:
+    def _lost_name(self, nodeid: int, parent: int, name: bytes, pin: int, uid: int) -> None:
         """Note that *name* is gone; keep *pin* if no other name leads to the inode."""
         if self.inodes.unlinked(nodeid, parent, name) and self.anchors.is_reachable(nodeid):
             os.close(pin)
         else:
-            self.anchors.pin(nodeid, pin)
+            self.anchors.pins.add(nodeid, pin, uid)
 
     def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, who: Requester) -> None:
         """Rename with RENAME_ flags (renameat2(2)).
@@ -299,7 +299,7 @@ class Tree:
                 return
             exchanged = bool(flags & syscalls.RENAME_EXCHANGE)
             if not exchanged and attempt.has_pin():
-                self._lost_name(attempt.target, new_parent, new_name, attempt.pin)
+                self._lost_name(attempt.target, new_parent, new_name, attempt.pin, fstatx(attempt.pin).uid)
             elif exchanged:
                 self.inodes.renamed(attempt.target, (new_parent, new_name), (parent, name))
             self.inodes.renamed(attempt.nodeid, (parent, name), (new_parent, new_name))
@@ -332,7 +332,7 @@ class Tree:
                 os.close(victim)
                 self.inodes.renamed(target, (new_parent, new_name), (parent, name))
             else:
-                self._lost_name(target, new_parent, new_name, victim)
+                self._lost_name(target, new_parent, new_name, victim, owned[1].uid)
         self.inodes.renamed(moved, (parent, name), (new_parent, new_name))
 
     def _rename_as(

@@ -170,7 +170,7 @@ def test_the_servers_own_limit_is_an_error_for_the_caller_only(serve: Serve) -> 
             result = outcome(
                 lambda: files.append(os.open(mirror.mountpoint / f"{number}", os.O_RDWR | os.O_CREAT))  # noqa: B023
             )
-        assert result in ("EMFILE", "ENFILE")
+        assert result == "EMFILE"
         # What is open goes on working, and so does what needs no further descriptor.
         for number, fd in enumerate(files):
             assert os.pwrite(fd, b"x" * 50_000, 0) == 50_000, number
@@ -194,7 +194,7 @@ def test_names_can_be_used_when_no_more_files_can_be_opened(serve: Serve) -> Non
         (mirror.source / f"{number}").touch()
     files: list[int] = []
     try:
-        with fails(errno.ENFILE):
+        with fails(errno.EMFILE):
             for number in range(300):
                 files.append(os.open(mnt / f"{number}", os.O_RDONLY))
         assert len(files) > 100

@@ -35,13 +35,13 @@ class Source:
         self.tree = self.mirror.tree
         self.files = self.mirror.files
         # Nobody takes up here what a loop does when it has answered.
-        self.tree.anchors._closing = self.files._closing = ClosedAtOnce()
+        self.tree.anchors._closing = self.tree.anchors.pins._closing = self.files._closing = ClosedAtOnce()
 
     def close(self) -> None:
         for number in list(self.mirror.handles._table):
             self.files.release(number)
         self.tree.anchors.shrink()
-        for nodeid in list(self.tree.anchors._pins):
+        for nodeid in list(self.tree.anchors.pins._table):
             self.tree.anchors.drop(nodeid)
         os.close(self.root)
         close_ledger(self.ledger)

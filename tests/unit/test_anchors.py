@@ -11,6 +11,8 @@ import pytest
 
 from llloop.front.anchors import Anchors
 from llloop.front.inodes import ROOT, Inodes
+from llloop.front.pins import Pins
+from llloop.front.shares import Shares
 from llloop.leadership import Leadership
 from llloop.ledger import Ledger
 from llloop.syscalls import Attributes, fstatx, statx
@@ -28,7 +30,9 @@ class Place:
         self.root = os.open(path, os.O_PATH | os.O_DIRECTORY)
         self.ledger = Ledger(1 << 13)
         self.inodes = Inodes(fstatx(self.root), self.ledger)
-        self.anchors = Anchors(self.inodes, self.root, capacity, Leadership(), ClosedAtOnce())
+        leadership, closing = Leadership(), ClosedAtOnce()
+        self.pins = Pins(self.inodes, Shares(1000), leadership, closing)
+        self.anchors = Anchors(self.inodes, self.root, capacity, self.pins, leadership, closing)
 
     def look_up(self, parent: int, name: str) -> int:
         found = statx(self.anchors.directory(parent), name.encode())
@@ -45,7 +49,7 @@ class Place:
 
     def close(self) -> None:
         self.anchors.shrink()
-        for nodeid in list(self.anchors._pins):
+        for nodeid in list(self.pins._table):
             self.anchors.drop(nodeid)
         os.close(self.root)
         close_ledger(self.ledger)
@@ -283,7 +287,7 @@ def pin(place: Place, name: str) -> tuple[int, Attributes]:
     nodeid = place.look_up(ROOT, name)
     fd = os.open(place.path / name, os.O_PATH | os.O_NOFOLLOW)
     (place.path / name).unlink()
-    place.anchors.pin(nodeid, fd)
+    place.pins.add(nodeid, fd, 0)
     return nodeid, fstatx(fd)
 
 
@@ -304,7 +308,7 @@ def test_a_pin_goes_with_the_inode(place: Place) -> None:
     before = open_descriptors()
     (place.path / "file").write_text("content")
     nodeid, _ = pin(place, "file")
-    place.anchors.pin(nodeid, os.dup(place.anchors.held(nodeid) or -1))
+    place.pins.add(nodeid, os.dup(place.anchors.held(nodeid) or -1), 0)
     assert open_descriptors() == before + 1, "the first pin was left open"
     place.anchors.drop(nodeid)
     place.anchors.drop(nodeid)
@@ -318,10 +322,10 @@ def test_pins_of_what_is_not_open_can_be_let_go(place: Place) -> None:
         (place.path / name).write_text(name)
     first, _ = pin(place, "a")
     second, _ = pin(place, "b")
-    assert place.anchors.release_unused_pins({first})
+    assert place.pins.release_unused({first})
     assert place.anchors.held(first) is not None
     assert place.anchors.held(second) is None
-    assert not place.anchors.release_unused_pins({first})
+    assert not place.pins.release_unused({first})
 
 
 def test_a_removed_directory_that_is_pinned_can_be_asked(place: Place, many: list[int]) -> None:
@@ -329,7 +333,7 @@ def test_a_removed_directory_that_is_pinned_can_be_asked(place: Place, many: lis
     fd = os.open(path, os.O_PATH | os.O_DIRECTORY)
     (path / "file").unlink()
     path.rmdir()
-    place.anchors.pin(many[0], fd)
+    place.pins.add(many[0], fd, 0)
     with fails(errno.ENOENT):
         statx(place.anchors.directory(many[0]), b"file")
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llloop.front.handles import Handle, Handles
+from llloop.front.shares import Shares
 from llloop.ledger import Ledger
 from tests.expect import fails
 
@@ -18,7 +19,7 @@ def handle(nodeid: int = 100) -> Handle:
 
 
 def table() -> Handles:
-    return Handles(Ledger(256))
+    return Handles(Ledger(256), 1, Shares(1000))
 
 
 def test_a_handle_is_found_by_its_number_and_its_inode() -> None:

@@ -114,7 +114,7 @@ def test_the_last_close_of_a_removed_file_holds_nothing_up(line: Line, monkeypat
     (line.path / "large").touch()
     nodeid = line.lookup(b"large")
     line.answer(Request(Opcode.UNLINK, ROOT, b"large\0"))
-    (pin,) = line.mirror.tree.anchors.pinned()
+    (pin,) = line.mirror.tree.anchors.pins.descriptors()
     closed = []
     gate = threading.Event()
     close = os.close

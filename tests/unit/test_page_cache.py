@@ -9,6 +9,7 @@ import pytest
 
 from llloop.front.handles import Handle, Handles
 from llloop.front.page_cache import PageCache
+from llloop.front.shares import Shares
 from llloop.ledger import Ledger
 
 PAGE = 4096
@@ -64,7 +65,7 @@ def test_reads_and_writes_bring_pages_that_can_become_dirty() -> None:
 
 @pytest.mark.parametrize("writeback", [False, True])
 def test_which_inodes_can_have_dirty_pages(tmp_path: Path, writeback: bool) -> None:
-    handles = Handles(Ledger(), writeback=writeback)
+    handles = Handles(Ledger(), 1, Shares(1000), writeback=writeback)
 
     def opened(flags: int) -> int:
         return handles.add(Handle(os.open(tmp_path, os.O_RDONLY), 5, 0, flags))

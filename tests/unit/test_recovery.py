@@ -191,7 +191,7 @@ def test_a_file_without_names_whose_descriptors_are_lost_is_lost_and_nothing_els
     handle, other = line.open(nodeid), line.open(write(line, "other"))
     line.answer(Request(Opcode.UNLINK, ROOT, b"file\0"))
     os.close(line.mirror.handles.get(handle).descriptor)
-    os.close(line.mirror.tree.anchors._pins[nodeid])
+    os.close(line.mirror.tree.anchors.pins._table[nodeid])
     with caplog.at_level(logging.WARNING):
         line.take_up()
     assert "lost to its user" in caplog.text

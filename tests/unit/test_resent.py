@@ -557,7 +557,7 @@ class View:
             for nodeid, found in mirror.inodes._links.items()
             if found
         }
-        pins = sorted(label(nodeid) for nodeid in mirror.tree.anchors._pins)
+        pins = sorted(label(nodeid) for nodeid in mirror.tree.anchors.pins._table)
         handles = sorted(str(self.of_handle(number)) for number in mirror.handles._table)
         snapshots = sum(handle.snapshot >= 0 for handle in mirror.handles._table.values())
         return {"inodes": inodes, "links": links, "pins": pins, "handles": handles, "snapshots": snapshots}

@@ -10,6 +10,7 @@ from ..handles import Handle
 from ..inodes import ROOT
 from ..mirror import Mirror
 from ..requester import Requester
+from ..shares import DIRECTORY
 from ..snapshots import append, load, make
 from .base import Responder
 from .entries import entries
@@ -89,6 +90,8 @@ class DirectoryRequests(Responder):
         """
         parts = listing.parts
         if cookie and listing.saved < len(parts) and not (listing.complete and cookie == len(listing)):
+            if handle.snapshot < 0 and not self._handles.shares.has_room(handle.opener[0], DIRECTORY):
+                return
             snapshot = handle.snapshot if handle.snapshot >= 0 else make()
             append(snapshot, b"".join(part.data for part in parts[listing.saved :]), listing.position)
             listing.saved = len(parts)
