@@ -58,9 +58,10 @@ class Inode:
             several: see `Inodes`.
         place: where its record is in the ledger.
         stamp: the size and times at which the kernel's page cache was last known to be right, or None.
+        accessed: the access time for which it was last dropped: see `llloop.front.access_times`.
     """
 
-    __slots__ = ("birth", "device", "lookups", "mount", "name", "number", "parent", "place", "stamp")
+    __slots__ = ("accessed", "birth", "device", "lookups", "mount", "name", "number", "parent", "place", "stamp")
 
     def __init__(self, parent: int, name: bytes, number: int, device: int, birth: int = 0, mount: int = 0) -> None:
         self.parent = parent
@@ -72,6 +73,7 @@ class Inode:
         self.mount = mount
         self.place = 0
         self.stamp: tuple[int, ...] | None = None
+        self.accessed: tuple[int, int] | None = None
 
     def is_same(self, attributes: Attributes) -> bool:
         """Whether *attributes* are those of this very file, not of one that got its number after it."""

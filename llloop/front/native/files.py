@@ -14,6 +14,7 @@ from ...privilege import SETID
 from ...protocol import APPEND, BUFFERED, CACHED, DATA_ONLY, INVALIDATE, KILL_PRIVILEGES, ONCE, PIPED, Operation
 from ...syscalls import Attributes, fstatx
 from ...wire import Opcode
+from ..access_times import AccessTimes
 from ..handles import Handle
 from ..mirror import Mirror
 from ..promptness import LONE_WRITE_LIMIT, READ_LIMIT, WRITE_LIMIT
@@ -42,6 +43,7 @@ class FileRequests(Responder):
         self._view = arena.view
         self._sheet = arena.metrics.front
         self._gauges = arena.metrics.gauges
+        self._access_times = AccessTimes()
         self._scratch = memoryview(bytearray(wire.OUT_HEADER_SIZE + READ_LIMIT))
 
     def open(self, base: int, length: int) -> None:
@@ -79,7 +81,10 @@ class FileRequests(Responder):
             # An append-only file (chattr +a): whole pages written back would be appended.
             flags = wire.FOPEN_DIRECT_IO
         else:
-            flags = self._mirror.policy.open_flags(self._inodes.get(nodeid), attributes)
+            inode = self._inodes.get(nodeid)
+            flags = self._mirror.policy.open_flags(inode, attributes)
+            if flags == wire.FOPEN_KEEP_CACHE and self._access_times.are_due(handle, inode, attributes):
+                flags = 0
         handle.uncached = flags == wire.FOPEN_DIRECT_IO
         self._gauges[_DECISIONS[flags]] += 1
         return flags, 0

@@ -1,0 +1,47 @@
+"""A read sets the access time when it would on the source, though the kernel has the pages."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Serve
+from tests.syscalls import opened
+
+pytestmark = [pytest.mark.mounted, pytest.mark.own_loop]
+LONG_AGO = 10**18
+
+
+def read(path: Path, flags: int = 0) -> bytes:
+    with opened(path, os.O_RDONLY | flags) as descriptor:
+        return os.pread(descriptor, 100, 0)
+
+
+def is_accessed(path: Path) -> bool:
+    """Asked of the mount where the file is in it."""
+    return os.stat(path).st_atime_ns != LONG_AGO
+
+
+@pytest.mark.parametrize("mode", ["", "--cache always", "--cache never", "--writeback", "--io kernel"])
+def test_a_read_of_cached_pages_sets_the_access_time(serve: Serve, mode: str) -> None:
+    mirror = serve(*mode.split())
+    twins = mirror.mountpoint / "file", mirror.source / "native"
+    for path in twins:
+        path.write_bytes(b"data")
+        with opened(path, os.O_RDONLY) as descriptor:  # so that --writeback keeps no times of its own any more
+            os.fsync(descriptor)
+        os.utime(path, ns=(LONG_AGO, LONG_AGO))
+    # The kernel keeps pages only of files whose last change lies a second back.
+    time.sleep(max(0.0, os.stat(mirror.source / "file").st_ctime + 1.1 - time.time()))
+    for _ in range(3):
+        for path in twins:
+            assert read(path, os.O_NOATIME) == b"data"
+        assert [is_accessed(path) for path in twins] == [False, False], "O_NOATIME"
+    for path in twins:
+        assert read(path) == b"data"
+    mounted, native = map(is_accessed, twins)
+    assert mounted == native
+    assert is_accessed(mirror.source / "file") == native
