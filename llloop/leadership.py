@@ -84,6 +84,7 @@ class Leadership:
         self._leader = threading.get_ident()
         self._serve: Callable[[], bool] | None = None
         self._ended = False
+        self._failure: BaseException | None = None
         # Whose item it is that a thread takes out decides whether the leader goes on or is replaced. One list for each
         # time that a thread leads.
         self._in_call: list[None] = []
@@ -109,12 +110,21 @@ class Leadership:
         Args:
             serve: serves requests until either there are no more, and it returns True, or `must_leave` says so, and it
                 returns False. Called by one thread at a time.
+
+        Raises:
+            BaseException: what *serve* has raised, in whichever thread.
         """
         self._leader = threading.get_ident()
         self._numbers[self._leader] = 0
         self._serve = serve
         self._start_follower()
-        self._take_turns(True)
+        try:
+            self._take_turns(True)
+        finally:
+            self._ended = True
+            self._wake()
+        if self._failure is not None:
+            raise self._failure
 
     def _take_turns(self, leading: bool) -> None:
         assert self._serve is not None
@@ -158,11 +168,11 @@ class Leadership:
             except IndexError:
                 self._return()
 
-    def call_anyway(self, function: Callable[..., _Result], /, *arguments: Any) -> _Result:
+    def call_anyway(self, function: Callable[..., _Result], /, *arguments: Any, **options: Any) -> _Result:
         """Call *function* as `call` does, also in the last thread: what changes nothing waits for nothing frozen."""
         if self.alone and self.leads:
-            return function(*arguments)
-        return self.call(function, *arguments)
+            return function(*arguments, **options)
+        return self.call(function, *arguments, **options)
 
     def _return(self) -> None:
         """Go on with a request after a call, although another thread leads by now."""
@@ -225,7 +235,13 @@ class Leadership:
     def _be_follower(self, number: int) -> None:
         self._numbers[threading.get_ident()] = number
         syscalls.unshare(_CLONE_FS)  # the umask is each thread's own
-        self._take_turns(False)
+        try:
+            self._take_turns(False)
+        except BaseException as error:  # whoever else waits, waits for this thread
+            self._failure = error
+            self._ended = True
+            self._wake()
+            self._lock.release()
 
     def _follow(self) -> None:
         """Wait until the leader is in a call for too long, and be the leader then; or until all has ended."""

@@ -203,7 +203,8 @@ class Writer(threading.local):
 
     def __init__(self) -> None:
         self._able = os.geteuid() == 0 and _keep_capabilities()
-        self._current = (os.geteuid(), os.getegid())
+        # A thread begins with the ids of the one that started it. -1 is no id: it only asks for the one there is.
+        self._current = (syscalls.setfsuid(-1), syscalls.setfsgid(-1))
 
     def assume(self, uid: int, gid: int) -> None:
         """Make the next writes count as those of *uid* and *gid* (setfsuid(2))."""

@@ -89,6 +89,7 @@ class Request(NamedTuple):
             worker's; PROBE: the places to look at, each a front's descriptor, or -1 for the source, and a path from
             there.
         file: the identity of the file, see `identity_of`.
+        nodeid: its inode.
     """
 
     operation: int
@@ -103,6 +104,7 @@ class Request(NamedTuple):
     gid: int = 0
     extra: tuple[Any, ...] = ()
     file: int = 0
+    nodeid: int = 0
 
 
 def identity_of(attributes: Attributes) -> int:
@@ -121,9 +123,9 @@ def decode(data: bytes) -> Request:
         Malformed: *data* is not a request. That its fields are numbers is left to their use, for this is the hot path.
     """
     fields = _unpack(data)
-    if type(fields) is not tuple or not 5 <= len(fields) <= 12:
+    if type(fields) is not tuple or not 5 <= len(fields) <= 13:
         raise Malformed("not a request")
-    return Request._make(fields) if len(fields) == 12 else Request(*fields)
+    return Request._make(fields) if len(fields) == 13 else Request(*fields)
 
 
 def decode_strictly(data: bytes) -> Request:
@@ -133,7 +135,7 @@ def decode_strictly(data: bytes) -> Request:
         Malformed: *data* is not a request.
     """
     request = decode(data)
-    *numbers, extra, file = request
+    *numbers, extra, file, nodeid = request
     if type(extra) is not tuple:
         raise Malformed("a field is no list")
     if request.operation == Operation.PROBE:
@@ -144,7 +146,7 @@ def decode_strictly(data: bytes) -> Request:
         if [type(field) for field in extra] != [int, bytes]:
             raise Malformed("a field is no reply")
         extra = ()
-    if not all(type(field) is int for field in (*numbers, *extra, file)):
+    if not all(type(field) is int for field in (*numbers, *extra, file, nodeid)):
         raise Malformed("a field is no number")
     return request
 

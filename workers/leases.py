@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
+from collections import Counter
 from contextlib import suppress
 
 from llloop.arena import Arena
@@ -33,11 +34,18 @@ class Leases:
 
     Args:
         arena: where the front's process id is.
+
+    Attributes:
+        closing: descriptors that are to be closed when the request at hand is answered, since that may take long.
     """
 
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
         self._held: dict[int, int] = {}
+        self.closing: list[int] = []
+        # By handle: how many threads use its descriptor in a request that is under way, and what these are to close.
+        self._in_use: Counter[int] = Counter()
+        self._kept: dict[int, list[int]] = {}
         self._front = 0
         self._generation = 0
         self._pidfd = -1
@@ -145,10 +153,32 @@ class Leases:
     def _drop_half(self) -> None:
         for handle in list(self._held)[: len(self._held) // 2 + 1]:
             self.release(handle)
+        while self.closing:  # the front has the files open still, so this does not take long
+            self.close(self.closing.pop())
 
     def release(self, handle: int) -> None:
-        """Close the descriptor of an open file, if it is held."""
+        """Have the descriptor of an open file closed, if it is held."""
         fd = self._held.pop(handle, None)
-        if fd is not None:
-            with suppress(OSError):  # of a server that is gone; who asked by fsync(2) or close(2) has been told
-                os.close(fd)
+        if fd is None:
+            return
+        if handle in self._in_use:
+            self._kept.setdefault(handle, []).append(fd)
+        else:
+            self.closing.append(fd)
+
+    @staticmethod
+    def close(fd: int) -> None:
+        """Close one of those that are `closing`."""
+        with suppress(OSError):  # of a server that is gone; who asked by fsync(2) or close(2) has been told
+            os.close(fd)
+
+    def hold(self, handle: int) -> None:
+        """Keep the descriptor of an open file open for one thread more, also if it is released."""
+        self._in_use[handle] += 1
+
+    def let_go(self, handle: int) -> None:
+        """Keep it open for one thread less."""
+        self._in_use[handle] -= 1
+        if not self._in_use[handle]:
+            del self._in_use[handle]
+            self.closing += self._kept.pop(handle, ())

@@ -9,13 +9,16 @@ import time
 from collections.abc import Sequence
 
 from llloop.arena import Arena
+from llloop.leadership import TICK, Leadership
 from llloop.metrics import Sheet
 from llloop.protocol import MAX_MESSAGE, Malformed, Operation, Request, decode, decode_strictly
 from llloop.syscalls import is_readable
 from llloop.wire import FUSE_UNIQUE_RESEND as RESENT
 
 from .invalidations import Invalidations
+from .leases import Leases
 from .transfers import Transfers, opcode_of
+from .under_way import UnderWay
 
 _log = logging.getLogger(__name__)
 
@@ -32,6 +35,8 @@ class Worker:
         pipe: the read end of its request pipe.
         transfers: does the work.
         sheet: where the requests are counted.
+        leases: the open files.
+        leadership: which thread serves.
         invalidations: the requests that *transfers* holds until the kernel has dropped pages.
     """
 
@@ -42,6 +47,8 @@ class Worker:
         pipe: int,
         transfers: Transfers,
         sheet: Sheet,
+        leases: Leases,
+        leadership: Leadership,
         invalidations: Invalidations,
     ) -> None:
         self._shard = shard
@@ -49,12 +56,15 @@ class Worker:
         self._pipe = pipe
         self._transfers = transfers
         self._sheet = sheet
+        self._leases = leases
+        self._leadership = leadership
+        self._under_way = leadership.in_hand = UnderWay(leases, leadership)
         self._invalidations = invalidations
 
     def recover(self) -> None:
-        """Do what a worker before this one had taken off the pipe, or may have, but not answered."""
+        """Have `run` begin with what a worker before this one had taken off the pipe, or may have, but not answered."""
         for request in self._lent():
-            self._resume(request)
+            self._under_way.add(request)
 
     def _lent(self) -> list[Request]:
         """Return the requests in the slots that are lent to this shard: the one that was begun, then the older first.
@@ -85,27 +95,79 @@ class Worker:
         if request.operation != Operation.PROBE and self._arena.states[request.slot] != self._shard + 1:
             self._sheet.finished(opcode_of(request), time.monotonic_ns() - begun)
 
-    def _resume_all(self, uniques: Sequence[int]) -> None:
-        """Do those of the requests that are lent to this worker still, whatever a slot that they had holds now."""
+    def _resume_all(self, uniques: Sequence[int]) -> bool:
+        """Do those of the requests that are lent to this worker still, whatever a slot that they had holds now.
+
+        Those that are under way in other threads are answered by these, under the number that holds then.
+
+        Returns:
+            Whether this thread still leads.
+        """
         wanted = {unique & ~RESENT for unique in uniques}
         for request in self._lent():
-            if request.unique & ~RESENT in wanted:
-                self._resume(request)
+            if request.unique & ~RESENT in wanted and request.slot not in self._under_way.slots:
+                self._under_way.add(request)
+        return self.catch_up()
 
-    def _go_on(self, unique: int) -> None:
-        """Go on with what was held until the kernel had dropped pages for the request *unique*."""
+    def catch_up(self) -> bool:
+        """Do what waits, as far as it need not wait longer; return whether this thread still leads."""
+        while request := self._under_way.take():
+            self._resume(request)
+            if not self._go_on():
+                return False
+        return True
+
+    def _go_on(self) -> bool:
+        """After each request: close what it has left; if another thread leads, do what waits, and leave.
+
+        Returns:
+            Whether this thread still leads.
+        """
+        under_way, leadership = self._under_way, self._leadership
+        while True:
+            if leadership.leads:
+                under_way.request = None
+            else:
+                under_way.finished()
+            self._close()
+            if leadership.leads:
+                return True
+            request = under_way.take()
+            if request is None:
+                return not leadership.must_leave()
+            self._resume(request)
+
+    def _close(self) -> None:
+        """Close what is not needed any more. For a large file that was removed, the last close(2) takes long."""
+        closing, leadership = self._leases.closing, self._leadership
+        while closing and not (leadership.alone and leadership.leads):
+            leadership.call(self._leases.close, closing.pop())
+
+    def _invalidated(self, unique: int) -> bool:
+        """Go on with what was held until the kernel had dropped pages for the request *unique*.
+
+        Returns:
+            Whether this thread still leads.
+        """
         held = self._invalidations.take(unique)
         if held is None:  # it was asked for twice
-            return
+            return True
         begun = self._arena.metrics.begun
-        starts = [(request, begun[request.slot]) for request in self._transfers.waiting_in(held)]
-        self._transfers.go_on(held)
+        starts = [(request, begun[request.slot]) for request in held.followers]
+        left = self._transfers.go_on(held)
         for request, start in starts:
             if self._arena.states[request.slot] != self._shard + 1:
                 self._sheet.finished(opcode_of(request), time.monotonic_ns() - start)
+        if left is not None and left.slot not in self._under_way.slots:
+            self._under_way.add(left)
+        return self.catch_up()
 
     def run(self) -> None:
         """Serve until the pipe's last writer is gone."""
+        self._leadership.run(self._lead)
+
+    def _lead(self) -> bool:
+        """Serve until the pipe's last writer is gone, or another thread does it; return whether it is gone."""
         execute = self._transfers.execute
         pipe = self._pipe
         read = os.read
@@ -114,15 +176,20 @@ class Worker:
         own = self._shard + 1
         clock = time.monotonic_ns
         finished = self._sheet.finished
+        under_way, leadership, closing = self._under_way, self._leadership, self._leases.closing
         invalidations = self._invalidations
         held = invalidations.held
+        if not self.catch_up():
+            return False
         while True:
-            if held and not is_readable(pipe, invalidations.patience()):
+            if held and not leadership.wait(is_readable, pipe, invalidations.patience()):
                 invalidations.ask_again()
                 continue
-            message = read(pipe, MAX_MESSAGE)
+            message = leadership.wait(read, pipe, MAX_MESSAGE) if leadership.stalled else read(pipe, MAX_MESSAGE)
             if not message:
-                return
+                while leadership.stalled:
+                    leadership.wait(time.sleep, TICK)
+                return True
             try:
                 request = decode(message)
             except Malformed as error:
@@ -132,19 +199,28 @@ class Worker:
                 slot = request.slot
                 if slot < 0:  # nobody waits for it
                     if request.operation == Operation.RESUME:
-                        self._resume_all(request.extra)
+                        if not self._resume_all(request.extra):
+                            return False
                     elif request.operation == Operation.INVALIDATED:
-                        self._go_on(*request.extra)
+                        if not self._invalidated(*request.extra):
+                            return False
                     else:
                         execute(request)
+                elif leadership.stalled and under_way.must_wait(request):
                     continue
-                if states[slot] != own or numbers[slot] != request.unique or stages[slot]:
-                    self._resume_all((request.unique,))  # a worker before this one has had it
+                elif states[slot] != own or numbers[slot] != request.unique or stages[slot]:
+                    if not self._resume_all((request.unique,)):  # a worker before this one has had it
+                        return False
                     continue
-                start = begun[slot]  # with the answer the slot becomes somebody else's
-                done = execute(request)
-                if not done or request.operation == Operation.PROBE:  # the front counts what a PROBE was for
-                    continue
-                finished(opcode_of(request), clock() - start)
+                else:
+                    start = begun[slot]  # with the answer the slot becomes somebody else's
+                    under_way.request = request
+                    if execute(request) and request.operation != Operation.PROBE:  # the front counts what that was for
+                        finished(opcode_of(request), clock() - start)
             except _SENSELESS as error:
                 _log.error("a message that makes no sense was dropped: %s", error)
+            if leadership.stalled or closing:
+                if not self._go_on():
+                    return False
+            else:
+                under_way.request = None

@@ -6,6 +6,7 @@ import logging
 import os
 from contextlib import suppress
 
+from llloop.leadership import Leadership
 from llloop.protocol import PROBED, SERVER, Request
 from llloop.syscalls import file_system_type, fstatx, fstatx_raw
 
@@ -24,42 +25,46 @@ class Probes:
         root: an O_PATH descriptor of the source.
         leases: the front's descriptors.
         told: the write end of the pipe to the front.
+        leadership: which thread serves.
     """
 
-    def __init__(self, root: int, leases: Leases, told: int) -> None:
+    def __init__(self, root: int, leases: Leases, told: int, leadership: Leadership | None = None) -> None:
         self._root = root
         self._leases = leases
         self._told = told
+        self._leadership = leadership or Leadership()
 
     def look(self, request: Request) -> None:
         """Look at each place of a PROBE; what comes of it does not matter, the front will see for itself."""
         for descriptor, path in request.extra:
             try:
-                self._look_at(descriptor, path, request.flags)
+                base = os.dup(self._root) if descriptor < 0 else self._leases.borrow(descriptor)
+                self._leadership.call(_look_at, base, path, request.flags)
             except OSError:
                 continue
             except Exception:
                 _log.exception("%s could not be looked at", path)
         os.write(self._told, PROBED.pack(request.unique))
 
-    def _look_at(self, descriptor: int, path: bytes, flags: int) -> None:
-        base = os.dup(self._root) if descriptor < 0 else self._leases.borrow(descriptor)
-        try:
-            names = path.split(b"/") if path else []
-            for position, name in enumerate(names):
-                try:
-                    step = os.open(name, _STEP, dir_fd=base)
-                except FileNotFoundError:
-                    if flags & SERVER and position == len(names) - 1:
-                        _ask_server(base)  # the name is yet to be made, in this directory
-                    raise
-                os.close(base)
-                base = step
-            fstatx(base)
-            if flags & SERVER:
-                _ask_server(base)
-        finally:
+
+def _look_at(base: int, path: bytes, flags: int) -> None:
+    """Look at what *path* leads to from the directory *base*, which is closed."""
+    try:
+        names = path.split(b"/") if path else []
+        for position, name in enumerate(names):
+            try:
+                step = os.open(name, _STEP, dir_fd=base)
+            except FileNotFoundError:
+                if flags & SERVER and position == len(names) - 1:
+                    _ask_server(base)  # the name is yet to be made, in this directory
+                raise
             os.close(base)
+            base = step
+        fstatx(base)
+        if flags & SERVER:
+            _ask_server(base)
+    finally:
+        os.close(base)
 
 
 def _ask_server(fd: int) -> None:

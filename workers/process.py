@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llloop.arena import Arena
+from llloop.leadership import Leadership
 from llloop.privilege import SetidGuard, Writer, keep_only, worker_capabilities
 
 from .invalidations import Invalidations
@@ -43,17 +44,18 @@ class WorkerSetup:
 def run_worker(setup: WorkerSetup) -> None:
     """Serve one shard until the request pipe has no writer any more."""
     arena = setup.arena
+    leadership = Leadership()
     replies: Replies
     if setup.answers is None:
-        replies = KernelReplies(setup.device, arena.payload_size)
+        replies = KernelReplies(setup.device, arena.payload_size, leadership)
     else:
-        replies = FrontReplies(setup.answers, arena)
+        replies = FrontReplies(setup.answers, arena, leadership)
     keep_only(worker_capabilities())
     sheet = arena.metrics.workers[setup.shard]
     leases = Leases(arena)
-    probes = Probes(setup.root, leases, setup.probed)
+    probes = Probes(setup.root, leases, setup.probed, leadership)
     invalidations = Invalidations(setup.wanted)
-    transfers = Transfers(arena, leases, replies, SetidGuard(), Writer(), sheet, invalidations, probes.look)
-    worker = Worker(setup.shard, arena, setup.pipe, transfers, sheet, invalidations)
+    transfers = Transfers(arena, leases, replies, SetidGuard(), Writer(), sheet, invalidations, probes.look, leadership)
+    worker = Worker(setup.shard, arena, setup.pipe, transfers, sheet, leases, leadership, invalidations)
     worker.recover()
     worker.run()

@@ -6,10 +6,12 @@ import errno
 import fcntl
 import mmap
 import os
+import threading
 from typing import Protocol
 
 from llloop import notifications, wire
 from llloop.arena import Arena
+from llloop.leadership import Leadership
 from llloop.protocol import ONCE, Request, encode
 
 # Up to this size, in bytes, copying through a buffer costs less than the system calls of a splice.
@@ -74,15 +76,19 @@ def read_once(fd: int, buffer: memoryview, offset: int) -> int:
     return os.readv(fd, [buffer])
 
 
-class KernelReplies:
+class KernelReplies(threading.local):
     """Writes answers to /dev/fuse, data by splice: file -> pipe -> kernel, never through this process's memory.
+
+    Each thread has its own pipe and buffer, in which its answer lies while the file is read.
 
     Args:
         device: a descriptor of /dev/fuse.
         largest: the most bytes one request asks for.
+        leadership: which thread serves.
     """
 
-    def __init__(self, device: int, largest: int) -> None:
+    def __init__(self, device: int, largest: int, leadership: Leadership | None = None) -> None:
+        self._call = (leadership or Leadership()).call_anyway
         self._device = device
         self._largest = largest
         # A page before the data, so that the header ends where page-aligned data begins (O_DIRECT wants it aligned).
@@ -128,7 +134,7 @@ class KernelReplies:
         start = wire.PAGE_SIZE
         rest = self._memory[start + done : start + request.length]
         read = read_once if request.flags & ONCE else read_fully
-        done += read(fd, rest, request.offset + done)
+        done += self._call(read, fd, rest, request.offset + done)
         length = wire.OUT_HEADER_SIZE + done
         wire.OUT_HEADER.pack_into(self._memory, self._header, length, 0, request.unique)
         self._send(self._memory[self._header : self._header + length])
@@ -146,10 +152,12 @@ class KernelReplies:
             return self._copy(request, fd, 0)
         os.write(writer, wire.OUT_HEADER.pack(wire.OUT_HEADER_SIZE + size, 0, request.unique))
         moved = 0
+        call = self._call
         try:
             while moved < size:
                 # Not blocking: an unaligned range may need a page more than the pipe has.
-                count = os.splice(fd, writer, size - moved, request.offset + moved, flags=os.SPLICE_F_NONBLOCK)
+                offset = request.offset + moved
+                count = call(os.splice, fd, writer, size - moved, offset, flags=os.SPLICE_F_NONBLOCK)
                 if count == 0:
                     break
                 moved += count
@@ -198,9 +206,11 @@ class FrontReplies:
     Args:
         pipe: the write end of the pipe.
         arena: where the slots are.
+        leadership: which thread serves.
     """
 
-    def __init__(self, pipe: int, arena: Arena) -> None:
+    def __init__(self, pipe: int, arena: Arena, leadership: Leadership | None = None) -> None:
+        self._call = (leadership or Leadership()).call_anyway
         self._pipe = pipe
         self._arena = arena
         self.heard = True
@@ -221,7 +231,8 @@ class FrontReplies:
         raise NotImplementedError("such a front prepares no replies")
 
     def data(self, request: Request, fd: int) -> int:
-        done = read_fully(fd, self._arena.payload(request.slot, request.length), request.offset)
+        buffer = self._arena.payload(request.slot, request.length)
+        done = self._call(read_fully, fd, buffer, request.offset)
         self._send(request, done)
         return done
 

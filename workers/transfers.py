@@ -10,10 +10,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from llloop import syscalls
 from llloop.arena import Arena
+from llloop.leadership import Leadership
 from llloop.metrics import BYTES, ERRORS, Sheet
 from llloop.privilege import SETID, SetidGuard, Writer
 from llloop.protocol import (
@@ -114,6 +115,7 @@ class Transfers:
         sheet: where bytes and errors are counted; requests are by who hands them in.
         invalidations: holds what waits for the kernel to drop pages.
         look: does PROBE.
+        leadership: which thread serves.
     """
 
     def __init__(
@@ -126,7 +128,9 @@ class Transfers:
         sheet: Sheet,
         invalidations: Invalidations,
         look: Callable[[Request], None] | None = None,
+        leadership: Leadership | None = None,
     ) -> None:
+        self._call = (leadership or Leadership()).call
         self._arena = arena
         self._descriptors = descriptors
         self._replies = replies
@@ -175,16 +179,18 @@ class Transfers:
             return True
         return request.operation == Operation.GETATTR and self._invalidations.follow(request, request.extra[0])
 
-    def waiting_in(self, held: Held) -> list[Request]:
-        """Return the requests that `go_on` will answer."""
-        return held.followers if held.request.operation == Operation.WRITE else [held.request, *held.followers]
+    def go_on(self, held: Held) -> Request | None:
+        """Go on with what was held, now that the kernel has dropped pages.
 
-    def go_on(self, held: Held) -> None:
-        """Go on with what was held, now that the kernel has dropped pages."""
-        if held.request.operation == Operation.WRITE:
-            self._give_back(held.request)
-        for request in self.waiting_in(held):
-            self._resume(request)
+        Returns:
+            What is to be resumed yet, as any request that may take long.
+        """
+        request = held.request
+        if request.operation == Operation.WRITE:
+            self._give_back(request)
+        for follower in held.followers:
+            self._resume(follower)
+        return request._replace(flags=request.flags & ~INVALIDATE) if request.operation == Operation.LSEEK else None
 
     def _do(self, request: Request) -> None:
         try:
@@ -267,21 +273,21 @@ class Transfers:
             self._sheet.add(Opcode.READ, BYTES, self._replies.data(request, fd))
 
     def _pwrite(self, fd: int, payload: memoryview, offset: int) -> int:
-        return self._persistently(lambda: os.pwrite(fd, payload, offset))
+        return self._persistently(os.pwrite, fd, payload, offset)
 
-    def _persistently(self, act: Callable[[], _Result]) -> _Result:
+    def _persistently(self, act: Callable[..., _Result], *arguments: Any) -> _Result:
         """Do what takes space, and if there is none, do it again a moment later.
 
         The space of a file removed just before is free only when the front has heard that the kernel forgot it.
         """
         for pause in _ROOM_PAUSES:
             try:
-                return act()
+                return self._call(act, *arguments)
             except OSError as error:
                 if error.errno not in _NO_ROOM:
                     raise
-            time.sleep(pause)
-        return act()
+            self._call(time.sleep, pause)
+        return self._call(act, *arguments)
 
     def _act_for(self, request: Request) -> None:
         self._setid.clear(bool(request.flags & KILL_PRIVILEGES))
@@ -299,7 +305,7 @@ class Transfers:
         if moved is not None:
             count = moved
         elif flags & ONCE:
-            count = _write_once(fd, payload, 0 if flags & APPEND else request.offset)
+            count = self._call(_write_once, fd, payload, 0 if flags & APPEND else request.offset)
         elif flags & APPEND:
             count = self._append(slot, fd, payload)
         else:
@@ -332,7 +338,7 @@ class Transfers:
         arena.stages[slot] = _APPENDING
         if done < len(payload):
             rest = payload[done:]
-            done += self._persistently(lambda: os.pwritev(fd, [rest], -1, os.RWF_APPEND))
+            done += self._persistently(os.pwritev, fd, [rest], -1, os.RWF_APPEND)
         return done
 
     @staticmethod
@@ -394,7 +400,7 @@ class Transfers:
             if not request.flags & (APPEND | BUFFERED | ONCE):
                 try:
                     while done < length:
-                        done += pipes.move(slot, fd, length - done, request.offset + done)
+                        done += self._call(pipes.move, slot, fd, length - done, request.offset + done)
                     return done
                 except OSError as error:
                     done = length - pipes.left(slot)
@@ -410,13 +416,13 @@ class Transfers:
 
     def _fsync(self, request: Request) -> None:
         if request.flags & DATA_ONLY:
-            os.fdatasync(self._fd(request))
+            self._call(os.fdatasync, self._fd(request))
         else:
-            os.fsync(self._fd(request))
+            self._call(os.fsync, self._fd(request))
         self._replies.error(request, 0)
 
     def _flush(self, request: Request) -> None:
-        os.close(os.dup(self._fd(request)))  # where the source reports late write errors, it is at close(2)
+        self._call(os.close, os.dup(self._fd(request)))  # where the source reports late write errors, it is at close(2)
         self._replies.error(request, 0)
 
     def _fallocate(self, request: Request) -> None:
@@ -430,7 +436,7 @@ class Transfers:
                 return
             arena.results[slot], arena.written[slot] = now.st_size, now.st_ctime_ns
             arena.stages[slot] = _SHIFTING
-        self._persistently(lambda: syscalls.fallocate(fd, request.extra[0], request.offset, request.length))
+        self._persistently(syscalls.fallocate, fd, request.extra[0], request.offset, request.length)
         self._finish(request, 0)
 
     def _has_shifted(self, request: Request, now: os.stat_result) -> bool:
@@ -448,7 +454,7 @@ class Transfers:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     def _lseek(self, request: Request) -> None:
-        self._replies.position(request, os.lseek(self._fd(request), request.offset, request.extra[0]))
+        self._replies.position(request, self._call(os.lseek, self._fd(request), request.offset, request.extra[0]))
 
     def _copy_file_range(self, request: Request) -> None:
         handle, descriptor, offset, nodeid, file = request.extra
@@ -459,7 +465,7 @@ class Transfers:
         accessed = os.fstat(source).st_atime_ns
         try:
             fd = self._fd(request)
-            count = self._persistently(lambda: os.copy_file_range(source, fd, length, offset, request.offset))
+            count = self._persistently(os.copy_file_range, source, fd, length, offset, request.offset)
         except OSError as error:
             # The kernel then copies through its page cache itself (fs/fuse/file.c, fuse_copy_file_range()).
             if error.errno in (errno.EXDEV, errno.ENOSYS):
@@ -475,5 +481,5 @@ class Transfers:
         self._replies.ready(reply[:8] + request.unique.to_bytes(8, sys.byteorder) + reply[16:])
 
     def _syncfs(self, request: Request) -> None:
-        syscalls.syncfs(self._fd(request))
+        self._call(syscalls.syncfs, self._fd(request))
         self._replies.error(request, 0)

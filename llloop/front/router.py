@@ -54,6 +54,15 @@ _SMALL = 64 * 1024
 _LARGE_AT_ONCE = 16
 
 
+_SMALL_ONE, _LARGE_READ, _LARGE_OTHER = range(3)
+
+
+def _kind_of(task: Task) -> int:
+    if task.length <= _SMALL:
+        return _SMALL_ONE
+    return _LARGE_READ if task.operation == Operation.READ else _LARGE_OTHER
+
+
 class _Parked(NamedTuple):
     """A request that could not be handed over yet.
 
@@ -97,6 +106,9 @@ class Router:
         self.slot = arena.free_slot()
         self._parked: list[deque[_Parked]] = [deque() for _ in pipes]
         self._parked_large: list[deque[_Parked]] = [deque() for _ in pipes]
+        # Large READs wait for each other and not for large writes, which can all be held up in the source.
+        self._parked_reads: list[deque[_Parked]] = [deque() for _ in pipes]
+        self._kinds = bytearray(arena.slots)
         self._piped_slots = 0 if arena.pipes is None else len(arena.pipes)
         self._parked_bytes = 0
         # The slots that fronts before this one have lent, by the requests' numbers.
@@ -144,7 +156,7 @@ class Router:
             False if the request could not be handed over and is to be parked.
         """
         shard = task.handle.shard
-        if self._parked[shard] or (self._parked_large[shard] and task.length > _SMALL):
+        if self._parked[shard] or (task.length > _SMALL and self._queue_of(task)[shard]):
             return False
         return self._hand_over(task)
 
@@ -158,15 +170,18 @@ class Router:
         self._full[shard] = False
         if slot >= self._plenty and not self._may_lend(shard):
             return False
+        kind = _kind_of(task)
         if flags & PIPED:
             if not self._may_pipe(shard):
                 return False
-        elif length > _SMALL and slot >= _LARGE_AT_ONCE and not self._may_have_large(shard):
+        elif kind and slot >= _LARGE_AT_ONCE and not self._may_have_large(shard, kind):
             return False
+        file, nodeid = handle.file, handle.nodeid
         message = encode(
-            (operation, unique, slot, number, handle.descriptor, offset, length, flags, uid, gid, extra, handle.file)
+            (operation, unique, slot, number, handle.descriptor, offset, length, flags, uid, gid, extra, file, nodeid)
         )
         self._begun[slot] = self.taken
+        self._kinds[slot] = kind
         arena.lend(slot, shard, message, unique)
         following = arena.free_slot()
         if following >= 0:
@@ -188,7 +203,10 @@ class Router:
         Raises:
             OSError: ENOMEM, if too much is kept already.
         """
-        self._park(task, self._parked_large if task.length > _SMALL else self._parked)
+        self._park(task, self._queue_of(task))
+
+    def _queue_of(self, task: Task) -> list[deque[_Parked]]:
+        return (self._parked, self._parked_reads, self._parked_large)[_kind_of(task)]
 
     def _park(self, task: Task, parked: list[deque[_Parked]]) -> None:
         parked[task.handle.shard].append(self._kept(task))
@@ -224,7 +242,7 @@ class Router:
     def _deliver(self, shard: int) -> None:
         """Hand parked requests over as far as there is room."""
         arena = self.arena
-        for parked in (self._parked[shard], self._parked_large[shard]):
+        for parked in (self._parked[shard], self._parked_reads[shard], self._parked_large[shard]):
             while parked and self._may_lend(shard):
                 task, self.taken, payload, spare = parked[0]
                 self.slot = arena.free_slot()
@@ -238,7 +256,7 @@ class Router:
                 if not self._hand_over(task):
                     if spare is not None:
                         parked[0] = self._kept(task)
-                    return
+                    break
                 self._parked_bytes -= len(payload)
                 parked.popleft()
                 self._pause = _FIRST_PAUSE
@@ -255,8 +273,12 @@ class Router:
         free = states.count(0)
         return free > self._piped_slots // _KEPT_SHARE and states.count(shard + 1) <= free
 
-    def _may_have_large(self, shard: int) -> bool:
-        return bytes(self.arena.states).count(shard + 1) < _LARGE_AT_ONCE
+    def _may_have_large(self, shard: int, kind: int) -> bool:
+        states = bytes(self.arena.states)
+        if states.count(shard + 1) < _LARGE_AT_ONCE:
+            return True
+        same = (other == kind and state == shard + 1 for state, other in zip(states, self._kinds, strict=True))
+        return sum(same) < _LARGE_AT_ONCE
 
     def is_unanswered(self, request: tuple[int, int] | None) -> bool:
         """Whether a worker still has a request that was `last` once, or it is still parked."""
@@ -268,7 +290,8 @@ class Router:
             return states[slot] != 0 and begun[slot] == taken
         if any(state and begun[slot] == taken for slot, state in enumerate(states)):
             return True
-        return any(parked.taken == taken for shard in (*self._parked, *self._parked_large) for parked in shard)
+        queues = (*self._parked, *self._parked_reads, *self._parked_large)
+        return any(parked.taken == taken for queue in queues for parked in queue)
 
     def release(self, number: int, handle: Handle) -> None:
         """Tell the worker of *handle*, or all of them where it is shared, to let go of its descriptor."""
@@ -367,7 +390,8 @@ class Router:
                 if waiting and self._pipes[shard] in ready:
                     self._flush(shard)
                 self._deliver(shard)
-            self.backlog = any(self._waiting) or any(self._parked) or any(self._parked_large) or self.attentive
+            parked = any(self._parked) or any(self._parked_reads) or any(self._parked_large)
+            self.backlog = any(self._waiting) or parked or self.attentive
             readable = ready.intersection(sources)
             if not self.backlog or readable:
                 return readable
@@ -376,7 +400,7 @@ class Router:
                 poll.register(source, select.POLLIN)
             pause = patience
             for shard, waiting in enumerate(self._waiting):
-                is_parked = self._parked[shard] or self._parked_large[shard]
+                is_parked = self._parked[shard] or self._parked_reads[shard] or self._parked_large[shard]
                 if waiting or (is_parked and self._full[shard]):
                     poll.register(self._pipes[shard], select.POLLOUT)
                 elif is_parked:

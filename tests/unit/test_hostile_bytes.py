@@ -21,12 +21,14 @@ from llloop import wire
 from llloop.arena import Arena
 from llloop.front.inodes import ROOT
 from llloop.front.loop import Loop
+from llloop.leadership import Leadership
 from llloop.ledger import Ledger
 from llloop.metrics import Sheet
 from llloop.privilege import SetidGuard
 from llloop.protocol import Malformed, Operation, decode_strictly, encode
 from llloop.wire import Opcode
 from llloop.workers.invalidations import Invalidations
+from llloop.workers.leases import Leases
 from llloop.workers.loop import Worker
 from llloop.workers.replies import KernelReplies
 from llloop.workers.transfers import Transfers
@@ -201,7 +203,12 @@ def worker() -> Iterator[tuple[Worker, Arena, int, Device]]:
     invalidations = Invalidations(writer)
     transfers = Transfers(arena, files, replies, SetidGuard(), OwnIdentity(), sheet, invalidations)
     try:
-        yield Worker(0, arena, reader, transfers, sheet, invalidations), arena, writer, device
+        yield (
+            Worker(0, arena, reader, transfers, sheet, Leases(arena), Leadership(), invalidations),
+            arena,
+            writer,
+            device,
+        )
     finally:
         for fd in (reader, files.fd):
             os.close(fd)
@@ -214,7 +221,7 @@ FIELDS = st.one_of(st.integers(-3, 70_000), st.sampled_from([1 << 63, -(1 << 63)
 MESSAGES = st.one_of(
     st.binary(min_size=1, max_size=200),
     VALUES.map(encode),
-    st.lists(FIELDS, min_size=5, max_size=12).map(encode),
+    st.lists(FIELDS, min_size=5, max_size=13).map(encode),
     st.builds(
         lambda operation, numbers, extra: encode((operation, *numbers, extra)),
         st.sampled_from(list(Operation)),
@@ -255,7 +262,7 @@ def test_a_worker_s_successor_survives_any_record(messages: list[bytes], stages:
 @given(st.lists(st.integers(0, 9), min_size=10, max_size=10), st.integers(0, 10), VALUES)
 def test_nothing_but_numbers_makes_a_strict_request(numbers: list[int], place: int, value: Any) -> None:
     fields: list[Any] = [*numbers, [1, 2]]
-    assert decode_strictly(encode(fields)) == (*numbers, (1, 2), 0)
+    assert decode_strictly(encode(fields)) == (*numbers, (1, 2), 0, 0)
     fields[place] = value
     if type(value) is int and place < 10:
         return

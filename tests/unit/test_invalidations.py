@@ -12,8 +12,10 @@ import pytest
 from llloop import wire
 from llloop.arena import Arena
 from llloop.invalidator import InvalidatorSetup, run_invalidator
+from llloop.leadership import Leadership
 from llloop.protocol import INVALIDATE, MAX_MESSAGE, Operation, decode, decode_wanted
 from llloop.workers import invalidations
+from llloop.workers.leases import Leases
 from llloop.workers.loop import Worker
 from tests.unit.support import Device
 from tests.unit.test_transfers import Bench
@@ -35,7 +37,9 @@ def asked(bench: Bench) -> tuple[int, int, int, int]:
 def dropped(bench: Bench, unique: int) -> None:
     held = bench.invalidations.take(unique)
     assert held is not None
-    bench.transfers.go_on(held)
+    left = bench.transfers.go_on(held)
+    if left is not None:
+        bench.transfers.resume(left)
 
 
 def lent(bench: Bench) -> int:
@@ -94,7 +98,8 @@ def test_the_invalidator_is_asked_again(bench: Bench, monkeypatch: pytest.Monkey
     monkeypatch.setattr(invalidations, "_PATIENCE", 0.01)
     bench.open(1)
     reader, writer = os.pipe2(os.O_DIRECT)
-    worker = Worker(1, bench.arena, reader, bench.transfers, bench.sheet, bench.invalidations)
+    leases = Leases(bench.arena)
+    worker = Worker(1, bench.arena, reader, bench.transfers, bench.sheet, leases, Leadership(), bench.invalidations)
     request = bench.lend(Operation.LSEEK, flags=INVALIDATE, extra=(os.SEEK_HOLE, NODEID))
     bench.transfers.execute(request)
     running = threading.Thread(target=worker.run)

@@ -75,7 +75,18 @@ def leases(arena: Arena, front: Front) -> Iterator[Leases]:
     held = Leases(arena)
     yield held
     for handle in range(1, 100):
-        held.release(FIRST + handle)
+        release(held, FIRST + handle)
+
+
+def release(leases: Leases, handle: int) -> None:
+    leases.release(handle)
+    close_what_is_left(leases)
+
+
+def close_what_is_left(leases: Leases) -> None:
+    """What a worker does after each request."""
+    while leases.closing:
+        leases.close(leases.closing.pop())
 
 
 def name_behind(fd: int) -> str:
@@ -103,7 +114,7 @@ def test_programs_started_do_not_inherit_it(leases: Leases, front: Front) -> Non
 def test_a_release_closes_it(leases: Leases, front: Front) -> None:
     before = open_descriptors()
     fd = leases.get(FIRST + 1, front.descriptors[0])
-    leases.release(FIRST + 1)
+    release(leases, FIRST + 1)
     with fails(errno.EBADF):
         os.fstat(fd)
     assert len(leases) == 0
@@ -165,7 +176,7 @@ def test_the_next_front_is_waited_for(arena: Arena, paths: list[Path], asked_bef
         timer.join()
         second.end()
         for handle in (1, 2):
-            leases.release(FIRST + handle)
+            release(leases, FIRST + handle)
 
 
 def test_a_front_that_a_worker_sees_die_is_waited_for_though_others_took_its_number(
@@ -195,8 +206,9 @@ def test_what_a_front_before_had_open_is_void(leases: Leases, front: Front, aren
         arena.new_front(successor.pid)
         assert name_behind(leases.get(SECOND + 1, successor.descriptors[0])) == "file-5"
         assert len(leases) == 1
+        close_what_is_left(leases)
         assert open_descriptors() == before, "something of the old front was left open"
-        leases.release(SECOND + 1)
+        release(leases, SECOND + 1)
     finally:
         successor.end()
 
@@ -318,7 +330,7 @@ def test_opened_again_it_has_the_same_flags_and_keeps_its_content(
         kept = os.O_ACCMODE | os.O_DSYNC
         assert reopened & kept == flags & kept
         assert paths[0].read_text() == "file-0"
-        leases.release(FIRST + 1)
+        release(leases, FIRST + 1)
     finally:
         front.end()
 

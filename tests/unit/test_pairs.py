@@ -18,10 +18,13 @@ import pytest
 
 from llloop.arena import Arena
 from llloop.front.inodes import ROOT
+from llloop.leadership import Leadership
 from llloop.metrics import Sheet
 from llloop.privilege import SetidGuard
 from llloop.protocol import MAX_MESSAGE
 from llloop.wire import FUSE_UNIQUE_RESEND, Opcode
+from llloop.workers.invalidations import Invalidations
+from llloop.workers.leases import Leases
 from llloop.workers.loop import Worker
 from llloop.workers.replies import KernelReplies
 from llloop.workers.transfers import Transfers
@@ -140,13 +143,17 @@ class Mount:
         """Be a worker until nothing is left in the pipe, or until it dies."""
         arena = self.line.arena
         watched = _watched(arena, moment)
-        transfers = Transfers(watched, FrontsFiles(), Answers(self, moment), SetidGuard(), OwnIdentity(), Sheet())
-        worker = Worker(0, watched, -1, transfers, Sheet())
+        invalidations = Invalidations(-1)
+        transfers = Transfers(
+            watched, FrontsFiles(), Answers(self, moment), SetidGuard(), OwnIdentity(), Sheet(), invalidations
+        )
+        worker = Worker(0, watched, -1, transfers, Sheet(), Leases(watched), Leadership(), invalidations)
         with pytest.MonkeyPatch.context() as patch:
             for name in ("pwritev", "pwrite", "lseek"):
                 patch.setattr(os, name, moment.around(getattr(os, name)))
             if successor:
                 worker.recover()
+                assert worker.catch_up()
             patch.setattr(worker, "_pipe", self._pipe)
             patch.setattr(os, "read", _until_empty(moment))
             worker.run()

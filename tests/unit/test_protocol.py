@@ -28,6 +28,7 @@ REQUESTS = st.builds(
     gid=U32,
     extra=st.lists(U64, max_size=4).map(tuple),
     file=U64,
+    nodeid=U64,
 )
 
 # Whatever msgpack can say.
@@ -64,7 +65,7 @@ def check_refused_or_decoded(data: bytes) -> None:
     except Malformed:
         pass
     else:
-        assert type(request) is Request and len(request) == 12
+        assert type(request) is Request and len(request) == 13
     try:
         answer = decode_answer(data)
     except Malformed:
@@ -107,8 +108,8 @@ def test_a_request_and_more_is_none(request_: Request, more: bytes) -> None:
         decode(encode(request_) + more)
 
 
-@pytest.mark.parametrize("count", [0, 1, 4, 13])
-def test_a_request_has_five_to_twelve_fields(count: int) -> None:
+@pytest.mark.parametrize("count", [0, 1, 4, 14])
+def test_a_request_has_five_to_thirteen_fields(count: int) -> None:
     with pytest.raises(Malformed):
         decode(encode((1,) * count))
 

@@ -57,7 +57,7 @@ def handle(shard: int = 0, descriptor: int = 33) -> Handle:
 def test_a_request_reaches_the_worker_of_its_handle(router: Router, pipes: Pipes, arena: Arena) -> None:
     opened = handle(shard=1)
     assert router.submit(Task(opened, 7, Operation.COPY_FILE_RANGE, 2**63, 5, 6, 1, 1000, 1001, (8, 9, 10)))
-    expected = Request(Operation.COPY_FILE_RANGE, 2**63, 0, 7, 33, 5, 6, 1, 1000, 1001, (8, 9, 10))
+    expected = Request(Operation.COPY_FILE_RANGE, 2**63, 0, 7, 33, 5, 6, 1, 1000, 1001, (8, 9, 10), 0, 100)
     assert pipes.take(1) == [expected]
     assert pipes.take(0) == []
     assert arena.lent_to(1) == [(0, encode(expected))]
@@ -257,7 +257,7 @@ def test_an_exchange_takes_the_payload_along(
     count, _ = exchange.call(handle(), 3, Operation.WRITE, 100, 7, 2, 11, 12, b"payload")
     assert count == 7
     (request,) = pipes.take(0)
-    assert request == Request(Operation.WRITE, 1, 0, 3, 33, 100, 7, 2, 11, 12, ())
+    assert request == Request(Operation.WRITE, 1, 0, 3, 33, 100, 7, 2, 11, 12, (), 0, 100)
     assert arena.payload(request.slot, 7) == b"payload"
 
 

@@ -9,9 +9,11 @@ from collections.abc import Iterator
 import pytest
 
 from llloop.arena import Arena
+from llloop.leadership import Leadership
 from llloop.metrics import Sheet
 from llloop.protocol import Operation, Request, encode
 from llloop.workers.invalidations import Invalidations
+from llloop.workers.leases import Leases
 from llloop.workers.loop import Worker
 
 SHARD = 1
@@ -54,9 +56,19 @@ def sheet() -> Sheet:
     return Sheet()
 
 
+def new_worker(arena: Arena, pipe: int, recorder: Recorder, sheet: Sheet) -> Worker:
+    return Worker(SHARD, arena, pipe, recorder, sheet, Leases(arena), Leadership(), Invalidations(-1))  # type: ignore[arg-type]
+
+
+def catch_up(worker: Worker) -> None:
+    """Do what a worker before this one has left, before there is a message."""
+    worker.recover()
+    assert worker.catch_up()
+
+
 @pytest.fixture
 def worker(arena: Arena, pipe: tuple[int, int], recorder: Recorder, sheet: Sheet) -> Worker:
-    return Worker(SHARD, arena, pipe[0], recorder, sheet, Invalidations(pipe[1]))  # type: ignore[arg-type]
+    return new_worker(arena, pipe[0], recorder, sheet)
 
 
 def message(unique: int, slot: int = -1) -> bytes:
@@ -96,7 +108,7 @@ def test_what_was_taken_and_not_answered_is_done_oldest_first(
     for slot, unique in enumerate((30, 10, 20)):
         lend(arena, slot, unique)
     lend(arena, 3, 5, 0)
-    worker.recover()
+    catch_up(worker)
     assert recorder.resumed == [10, 20, 30]
     assert [slot for slot, _ in arena.lent_to(0)] == [3], "another worker's"
     assert arena.free_slot() == 0
@@ -110,7 +122,7 @@ def test_what_still_lies_in_the_pipe_is_not_done_twice(
         lend(arena, slot, unique)
         if unique > 10:  # 10 was taken off the pipe by the worker that died
             os.write(pipe[1], message(unique, slot))
-    worker.recover()
+    catch_up(worker)
     os.write(pipe[1], message(13))
     os.close(pipe[1])
     worker.run()
@@ -123,7 +135,7 @@ def test_releases_in_the_pipe_are_done_after_a_recovery(
 ) -> None:
     lend(arena, 0, 10)
     os.write(pipe[1], encode((Operation.RELEASE, 0, -1, -1, -1, 0, 0, 0, 0, 0, (1,))))
-    worker.recover()
+    catch_up(worker)
     os.close(pipe[1])
     worker.run()
     assert recorder.executed == [0]
@@ -135,7 +147,7 @@ def test_a_reminder_means_requests_and_not_what_came_into_their_slots_later(
     """It was dead when a new front reminded it; its successor did all that, and the front lent the slot again."""
     lend(arena, 0, 10)
     os.write(pipe[1], encode((Operation.RESUME, 0, -1, -1, -1, 0, 0, 0, 0, 0, (10, 11))))
-    worker.recover()
+    catch_up(worker)
     lend(arena, 0, 12)
     os.write(pipe[1], message(12, 0))
     os.close(pipe[1])
@@ -150,7 +162,7 @@ def test_a_slot_that_holds_nonsense_does_not_stop_the_recovery(
     arena.lend(0, SHARD, b"\xff\xff")
     lend(arena, 1, 4)
     with caplog.at_level(logging.ERROR):
-        worker.recover()
+        catch_up(worker)
     os.close(pipe[1])
     assert recorder.resumed == [4]
     assert len(caplog.records) == 1
@@ -197,7 +209,7 @@ def test_a_reminder_after_a_recovery_does_nothing_twice(
     os.write(pipe[1], message(10, 0))
     lend(arena, 1, 11)
     os.write(pipe[1], resume([10, 11]))
-    worker.recover()
+    catch_up(worker)
     os.close(pipe[1])
     worker.run()
     assert sorted(recorder.resumed) == [10, 11]
@@ -214,10 +226,10 @@ def test_what_its_successor_has_done_is_not_done_by_the_successor_after_it(
     for slot in range(3):
         lend(arena, slot, 10 + slot)
         os.write(pipe[1], message(10 + slot, slot))
-    Worker(SHARD, arena, pipe[0], recorder, sheet, Invalidations(pipe[1])).recover()  # type: ignore[arg-type]
+    catch_up(new_worker(arena, pipe[0], recorder, sheet))
     assert recorder.resumed == [10, 11, 12]
-    third = Worker(SHARD, arena, pipe[0], recorder, sheet, Invalidations(pipe[1]))  # type: ignore[arg-type]
-    third.recover()
+    third = new_worker(arena, pipe[0], recorder, sheet)
+    catch_up(third)
     lend(arena, 1, 20)  # a slot has been given back and lent again
     os.write(pipe[1], message(20, 1))
     os.close(pipe[1])
@@ -247,6 +259,6 @@ def test_what_was_begun_is_gone_on_with_before_anything_else(
         lend(arena, slot, 10 + slot)
     lend(arena, 3, 1 | RESENT)
     arena.stages[2] = 1
-    worker.recover()
+    catch_up(worker)
     os.close(pipe[1])
     assert recorder.resumed == [12, 1 | RESENT, 10, 11]
