@@ -16,6 +16,7 @@ from multiprocessing.process import BaseProcess
 from setproctitle import setproctitle
 
 from . import syscalls
+from .escape import printable
 from .redirect import let_go_of_standard_descriptors
 from .stacks import Stacks
 
@@ -157,28 +158,46 @@ def end(process: BaseProcess | Cloned) -> bool:
     return process.exitcode is not None
 
 
+def title(name: str, mountpoint: str) -> str:
+    """Return what ps(1) shows of a process: its role, and where the mount is that it serves."""
+    return f"{name} {printable(mountpoint)}".rstrip()
+
+
 def forked(
-    name: str, target: Callable[[], None], stacks: Stacks, *, detached: bool, outlives: bool = False
+    name: str,
+    target: Callable[[], None],
+    stacks: Stacks,
+    *,
+    detached: bool,
+    outlives: bool = False,
+    mountpoint: str = "",
 ) -> BaseProcess:
     """Fork a process that runs *target*; for the other arguments see `child_main`."""
-    arguments = (name, target, os.getpid(), detached, stacks, outlives)
+    arguments = (name, target, os.getpid(), detached, stacks, outlives, mountpoint)
     process = fork.Process(target=child_main, args=arguments, name=name)
     process.start()
     return process
 
 
 def child_main(
-    name: str, target: Callable[[], None], supervisor: int, detached: bool, stacks: Stacks, outlives: bool = False
+    name: str,
+    target: Callable[[], None],
+    supervisor: int,
+    detached: bool,
+    stacks: Stacks,
+    outlives: bool = False,
+    mountpoint: str = "",
 ) -> None:
     """Run in a new child: leave the supervisor's signals behind, and mostly do not outlive it.
 
     Args:
-        name: its title in ps(1).
+        name: its role.
         target: what it runs.
         supervisor: the process id of its parent.
         detached: whether it lets go of the standard descriptors.
         stacks: where it tells what it is doing.
         outlives: whether it goes on when the supervisor has ended.
+        mountpoint: the mount that it serves, for its title.
     """
     signal.set_wakeup_fd(-1)
     # They may reach the whole group (Ctrl-C, a service manager); the supervisor decides and ends the others by SIGKILL.
@@ -191,7 +210,7 @@ def child_main(
             os._exit(1)
     if detached:
         let_go_of_standard_descriptors()
-    setproctitle(name)
+    setproctitle(title(name, mountpoint))
     try:
         target()
     except Exception:

@@ -112,7 +112,7 @@ def ask_entry(entry: MountEntry, command: str, *, deadline: float | None = None,
             problem = error
             continue
         # Whatever it says, this is the mount that was asked for.
-        return {**found, "mountpoint": entry.mountpoint} if command in answers.SHAPES else found
+        return {**found, "mountpoint": entry.mountpoint} if "mountpoint" in answers.SHAPES.get(command, ()) else found
     raise problem
 
 

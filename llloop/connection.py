@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import llfuse
 
 from . import negotiation, syscalls
-from .config import WITHOUT_OWN_LOOP, IoKind, LoopKind, MetadataKind, ServeConfig
+from .config import WITHOUT_OWN_LOOP, Cache, IoKind, LoopKind, MetadataKind, ServeConfig
 from .errors import HostError, LlloopError, UsageError
 from .front.operations import Operations
 from .front.passthrough import refusal
@@ -43,6 +43,17 @@ class Connection:
             return "llfuse's loop"
         asking = ", metadata through workers" if self.asking else ""
         return f"own loop{asking}, {self.capabilities.describe()}"
+
+    def in_force(self, config: ServeConfig) -> dict[str, str]:
+        """Return what the options that leave a choice have come to."""
+        features = self.capabilities.features if self.capabilities is not None else Feature(0)
+        kept = {Cache.NEVER: "not kept", Cache.AUTO: "kept until it changes", Cache.ALWAYS: "kept"}[config.cache]
+        return {
+            "cache": f"names {config.entry_timeout:g} s, missing names {config.negative_timeout:g} s, "
+            f"attributes {config.attr_timeout:g} s, data {kept}",
+            "io": IoKind.KERNEL.value if Feature.PASSTHROUGH in features else IoKind.WORKERS.value,
+            "metadata": MetadataKind.WORKERS.value if self.asking else MetadataKind.FRONT.value,
+        }
 
 
 def mount(operations: Operations, mountpoint: str, options: list[str]) -> int:

@@ -178,12 +178,13 @@ class Control:
             self._answer(client, {"error": f"unknown command {name!r:.80}; there are: {known}"})
             return
         try:
-            self._answer(client, {"result": command(message)})
+            reply = {"result": command(message)}
         except LlloopError as error:
-            self._answer(client, {"error": str(error)})
+            reply = {"error": str(error)}
         except Exception:
             _log.exception("the control request %r failed", name)
-            self._answer(client, {"error": f"{name} failed; the log of the mount has the details"})
+            reply = {"error": f"{name} failed; the log of the mount has the details"}
+        self._answer(client, reply)
 
     def _answer(self, client: _Client, message: dict[str, Any], last: bool = False) -> None:
         client.unsent = memoryview(sockets.encode(message))

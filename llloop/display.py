@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import datetime
 import sys
+from collections import Counter
 from typing import Any
 
 from rich import box
-from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from .escape import printable_texts
+from .metrics import ORDINARY
+from .survey import STOPPED
 
 # Wide enough for a table where nobody knows how wide the reader's screen is.
 _WIDTH_OF_FILES = 120
 _GOOD, _BAD, _QUIET = "green", "bold red", "dim"
 _STATES = {"serving": _GOOD, "reloading": "yellow", "stopping": "yellow", "unknown": "yellow"}
-_BAR = 12
+_BAR = 6  # characters
 _PROCESS_STATES = {"R": "running", "S": "sleeping", "D": "waits for a disk", "T": "stopped", "t": "traced", "Z": "dead"}
 
 
@@ -69,6 +71,19 @@ def _quiet(text: str, value: float) -> Text:
     return Text(text, style="" if value else _QUIET)
 
 
+def _silent(one: dict[str, Any]) -> list[RenderableType]:
+    """Return what there is to say of a mount whose server does not answer."""
+    return [_head(one), Text(f"  {one['reason']}{_advice(one)}")]
+
+
+def _head(one: dict[str, Any]) -> Text:
+    state = one["state"]
+    head = Text.assemble((one["mountpoint"], "bold"), f"  mirrors {one['source']}  ", (state, _STATES.get(state, _BAD)))
+    if not one["visible"]:
+        head.append("  (not in this mount namespace, or detached)", style=_QUIET)
+    return head
+
+
 def _heading(figures: dict[str, Any]) -> Text:
     line = Text()
     line.append(figures["mountpoint"], style="bold")
@@ -76,29 +91,34 @@ def _heading(figures: dict[str, Any]) -> Text:
     return line
 
 
-def _summary(figures: dict[str, Any]) -> RenderableType:
+def _summary(figures: dict[str, Any]) -> Text:
     operations = figures["operations"]
     requests = sum(one["per_second"] for one in operations.values())
     read = operations.get("READ", {}).get("bytes_per_second", 0.0)
     written = sum(operations[name]["bytes_per_second"] for name in ("WRITE", "COPY_FILE_RANGE") if name in operations)
-    errors = sum(one["errors"] for one in operations.values()) / figures["seconds"]
+    errnos: Counter[str] = Counter()
+    for one in operations.values():
+        errnos.update({name: count for name, count in one["errnos"].items() if name not in ORDINARY})
+    errors = sum(errnos.values()) / figures["seconds"]
+    which = f" ({', '.join(f'{count} {name}' for name, count in errnos.most_common(4))})" if errnos else ""
     parts = [
         ("requests", f"{rate_text(requests)}/s", "bold cyan"),
         ("read", f"{bytes_text(read)}/s", "bold cyan"),
         ("written", f"{bytes_text(written)}/s", "bold cyan"),
-        ("errors", f"{rate_text(errors)}/s", "bold yellow" if errors else _QUIET),
+        ("errors", f"{rate_text(errors)}/s{which}", "bold yellow" if errors else _QUIET),
     ]
-    return Columns(
-        [Text.assemble((f"{name} ", _QUIET), (value, style)) for name, value, style in parts], padding=(0, 4)
-    )
+    line = Text()
+    for name, value, style in parts:
+        line.append("    " if line else "").append(f"{name} ", style=_QUIET).append(value, style=style)
+    return line
 
 
 def _operations(figures: dict[str, Any]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("operation")
-    for name in ("per second", "errors", "MB/s", "mean", "p50", "p99"):
+    for name in ("per s", "errors", "MB/s", "mean", "p50", "p99"):
         table.add_column(name, justify="right")
-    table.add_column("share of all requests")
+    table.add_column("share")
     operations = figures["operations"]
     everything = sum(one["requests"] for one in operations.values()) or 1
     for name, one in sorted(operations.items(), key=lambda item: -item[1]["requests"]):
@@ -120,15 +140,15 @@ def _operations(figures: dict[str, Any]) -> Table:
 
 
 def _processes(figures: dict[str, Any]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("process")
-    for name in ("pid", "requests/s", "MB/s", "CPU", "queue", "descriptors", "restarts"):
+    for name in ("pid", "requests/s", "MB/s", "CPU", "queue", "files", "restarts"):
         table.add_column(name, justify="right")
     for one in ({**figures["front"], "name": "front"}, *figures["workers"]):
         moved = one["bytes_per_second"] / 1e6
         queue = one.get("queue")
         table.add_row(
-            one["name"],
+            Text(one["name"], style=_BAD if one["state"] in STOPPED else ""),
             str(one["pid"] or "-"),
             _quiet(rate_text(one["per_second"]), one["per_second"]),
             _quiet(f"{moved:.1f}", moved),
@@ -150,10 +170,19 @@ def _state(figures: dict[str, Any]) -> Text:
     return Text(text, style=_QUIET)
 
 
-def stats_view(figures: dict[str, Any]) -> RenderableType:
-    """Return the table of `llloop.figures.since`'s figures."""
-    figures = printable_texts(figures)
-    return Group(_heading(figures), _summary(figures), _operations(figures), _processes(figures), _state(figures))
+def stats_view(mounts: list[dict[str, Any]]) -> RenderableType:
+    """Return the tables of `llloop.figures.since`'s figures of several mounts."""
+    if not mounts:
+        return Text("no llloop mounts")
+    parts: list[RenderableType] = []
+    for one in printable_texts(mounts):
+        if parts:
+            parts.append(Text())
+        if "operations" in one:
+            parts += [_heading(one), _summary(one), _operations(one), _processes(one), _state(one)]
+        else:
+            parts += _silent(one)
+    return Group(*parts)
 
 
 def status_view(mounts: list[dict[str, Any]]) -> RenderableType:
@@ -169,23 +198,18 @@ def status_view(mounts: list[dict[str, Any]]) -> RenderableType:
 
 
 def _mount(one: dict[str, Any]) -> list[RenderableType]:
-    state = one["state"]
-    head = Text.assemble(
-        (one["mountpoint"], "bold"),
-        f"  mirrors {one['source']}  ",
-        (state, _STATES.get(state, _BAD)),
-    )
-    if not one["visible"]:
-        head.append("  (not in this mount namespace, or detached)", style=_QUIET)
     if "reason" in one:
-        return [head, Text(f"  {one['reason']}" + _advice(one))]
+        return _silent(one)
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style=_QUIET)
     grid.add_column(overflow="fold")
+    for problem in one["problems"]:
+        grid.add_row("  problem", Text(problem, style=_BAD))
     grid.add_row("  up", duration_text(one["uptime"]))
     loop = "llloop's own" if one["loop"] == "own" else "llfuse's"
     grid.add_row("  loop", f"{loop}, FUSE {one['protocol']}" if one["protocol"] else loop)
     grid.add_row("  options", ", ".join(_options(one["options"])))
+    grid.add_row("  in force", "; ".join(f"{name}: {value}" for name, value in one["in_force"].items()))
     if one["capabilities"]:
         grid.add_row("  features", ", ".join(one["capabilities"]))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
@@ -198,7 +222,7 @@ def _mount(one: dict[str, Any]) -> list[RenderableType]:
             _plural(process["restarts"], "restart") if process["restarts"] else "",
         )
     grid.add_row("  processes", table)
-    return [head, grid]
+    return [_head(one), grid]
 
 
 def _advice(one: dict[str, Any]) -> str:

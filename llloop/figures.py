@@ -40,6 +40,8 @@ def since(now: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
         took, and for each operation ``per_second``, ``bytes_per_second``, ``mean_us``, ``p50_us`` and ``p99_us``; for
         each process ``per_second``, ``bytes_per_second`` and ``cpu`` (1 is one CPU kept busy).
     """
+    if before is not None and now["time"] - now["uptime"] > before["time"]:
+        before = None  # another mount in the same place
     seconds = now["time"] - before["time"] if before else now["uptime"]
     seconds = max(seconds, 1e-6)
     earlier = before["operations"] if before else {}
@@ -49,11 +51,13 @@ def since(now: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
         grown: dict[str, Any] = {key: count[key] - then.get(key, 0) for key in _OPERATION}
         pairs = zip_longest(count["histogram"], then.get("histogram", ()), fillvalue=0)
         histogram = [one - another for one, another in pairs]
+        errnos = {one: times - then.get("errnos", {}).get(one, 0) for one, times in count["errnos"].items()}
         if not grown["requests"] and not grown["errors"]:
             continue
         operations[name] = {
             **grown,
             "histogram": histogram,
+            "errnos": {one: times for one, times in errnos.items() if times},
             "per_second": grown["requests"] / seconds,
             "bytes_per_second": grown["bytes"] / seconds,
             "mean_us": grown["nanoseconds"] / grown["requests"] / 1000 if grown["requests"] else None,

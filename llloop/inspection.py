@@ -5,22 +5,23 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
-from . import client, log, survey
-from .errors import HostError, UsageError
+from . import client, log, mounting, survey
+from .errors import HostError, LlloopError, MountpointError, UsageError
 from .explained import UntouchedPath, explained
 
 _LEAST = 0.1  # seconds between two looks
+_T = TypeVar("_T")
 
 _STATUS_CODES = """\b
 Exit codes:
   0  every mount shown is served
-  1  one is dead, does not answer, or does not talk to this user
+  1  one is dead, does not answer, does not talk to this user, or has a problem
   4  MOUNTPOINT is not an llloop mount
 """
 _CONTROL_CODES = """\b
@@ -32,7 +33,7 @@ Exit codes:
 """
 _STATS_CODES = """\b
 Exit codes:
-  0  shown, or ended by Ctrl-C
+  0  shown, or ended by Ctrl-C; without MOUNTPOINT, whatever state the mounts are in
   1  the mount's server is gone, does not answer, or is another user's
   2  an option makes no sense
   4  MOUNTPOINT is not an llloop mount
@@ -47,8 +48,9 @@ Exit codes:
 def status(mountpoint: str | None, as_json: bool) -> None:
     """Show the llloop mounts on this machine, or the one at MOUNTPOINT.
 
-    Of each: its source, options, processes and features, how long it has been up, and whether it answers. Also shown
-    are mounts whose server is gone. Ordinary users see their own in full, and that others exist.
+    Of each: its source, options, processes and features, how long it has been up, and whether it answers; what is
+    wrong, if a process is stopped, or the source is gone, hangs or is frozen. Also shown are mounts whose server is
+    gone. Ordinary users see their own in full, and that others exist.
     """
     mounts = [survey.survey_one(mountpoint)] if mountpoint else survey.survey()
     if as_json:
@@ -58,12 +60,12 @@ def status(mountpoint: str | None, as_json: bool) -> None:
         from . import display
 
         display.console().print(display.status_view(mounts))
-    if any(one["state"] in ("dead", "not answering", "unknown") for one in mounts):
+    if any(one["state"] in ("dead", "not answering", "unknown") or one.get("problems") for one in mounts):
         sys.exit(1)
 
 
 @click.command(epilog=_STATS_CODES)
-@click.argument("mountpoint", type=UntouchedPath())
+@click.argument("mountpoint", type=UntouchedPath(), required=False)
 @click.option(
     "--watch",
     type=float,
@@ -84,8 +86,8 @@ def status(mountpoint: str | None, as_json: bool) -> None:
     "in .prom there. With --watch, again and again.",
 )
 @explained
-def stats(mountpoint: str, watch: float | None, as_json: bool, prometheus: bool, textfile: Path | None) -> None:
-    """Show what the llloop mount at MOUNTPOINT does: rates, latencies, and who does how much."""
+def stats(mountpoint: str | None, watch: float | None, as_json: bool, prometheus: bool, textfile: Path | None) -> None:
+    """Show what the llloop mount at MOUNTPOINT does, or all that this user can see: rates, latencies, who does it."""
     if as_json + prometheus + (textfile is not None) > 1:
         raise UsageError("--json, --prometheus and --textfile exclude each other")
     if prometheus and watch is not None:
@@ -94,13 +96,9 @@ def stats(mountpoint: str, watch: float | None, as_json: bool, prometheus: bool,
         raise UsageError(f"--watch must be a number of seconds from {_LEAST:g} to 86400, not {watch:g}")
     try:
         if as_json:
-            _print_json(_figures(mountpoint, watch), lines=watch is not None)
-        elif prometheus:
-            from . import exposition
-
-            click.echo(exposition.text(client.ask_mount(mountpoint, "stats")), nl=False)
-        elif textfile is not None:
-            _write_textfile(_answers(mountpoint, watch), textfile)
+            _print_json(_figures(mountpoint, watch), lines=watch is not None, alone=mountpoint is not None)
+        elif prometheus or textfile is not None:
+            _export(mountpoint, watch, textfile)
         else:
             _show(_figures(mountpoint, watch))
     except KeyboardInterrupt:
@@ -125,52 +123,83 @@ def control(mountpoint: str, command: str, level: str | None) -> None:
     client.ask_mount(mountpoint, command, **({"level": level} if level else {}))
 
 
-def _answers(mountpoint: str, watch: float | None) -> Iterator[dict[str, Any]]:
-    """Yield what the mount answers, once or again and again."""
+def _repeated(look: Callable[[], _T], watch: float | None) -> Iterator[_T]:
+    """Yield what *look* returns, once or again and again."""
     while True:
-        yield client.ask_mount(mountpoint, "stats")
+        yield look()
         if watch is None:
             return
         time.sleep(watch)
 
 
-def _figures(mountpoint: str, watch: float | None) -> Iterator[dict[str, Any]]:
-    """Yield the figures since the mount began, or of one interval after the other."""
+def _counters(mountpoint: str | None) -> list[dict[str, Any]]:
+    """Return what the mounts asked for answer; of the one at *mountpoint*, where that is given, an answer or an error.
+
+    Raises:
+        LlloopError: the mount at *mountpoint* is none, or does not answer.
+    """
+    return survey.measure() if mountpoint is None else [client.ask_mount(mountpoint, "stats")]
+
+
+def _figures(mountpoint: str | None, watch: float | None) -> Iterator[list[dict[str, Any]]]:
+    """Yield the mounts' figures since each began, or of one interval after the other."""
     from .figures import since
 
-    before = None
-    for now in _answers(mountpoint, watch):
+    before: dict[str, dict[str, Any]] | None = None
+    for answers in _repeated(lambda: _counters(mountpoint), watch):
         if watch is None or before is not None:
-            yield since(now, before)
-        before = now
+            then = before or {}
+            yield [since(one, then.get(one["mountpoint"])) if "operations" in one else one for one in answers]
+        before = {one["mountpoint"]: one for one in answers if "operations" in one}
 
 
-def _print_json(figures: Iterator[dict[str, Any]], lines: bool) -> None:
-    for one in figures:
-        click.echo(json.dumps(one, indent=None if lines else 2))
+def _print_json(figures: Iterator[list[dict[str, Any]]], lines: bool, alone: bool) -> None:
+    for mounts in figures:
+        click.echo(json.dumps(mounts[0] if alone else mounts, indent=None if lines else 2))
 
 
-def _write_textfile(answers: Iterator[dict[str, Any]], file: Path) -> None:
+def _export(mountpoint: str | None, watch: float | None, textfile: Path | None) -> None:
+    """Print or write Prometheus's format, in which a mount that is gone is down.
+
+    Raises:
+        LlloopError: the mount at *mountpoint* does not answer, which has been printed or written; or FILE cannot be.
+    """
     from . import exposition
 
-    for one in answers:
-        try:
-            exposition.write(one, file)
-        except OSError as error:
-            raise HostError(f"{file}: {error.strerror}") from None
+    for mounts, error in _repeated(lambda: _exported(mountpoint), watch):
+        if textfile is None:
+            click.echo(exposition.text(mounts), nl=False)
+        else:
+            try:
+                exposition.write(mounts, textfile)
+            except OSError as problem:
+                raise HostError(f"{textfile}: {problem.strerror}") from None
+        if error is not None and watch is None:
+            raise error
 
 
-def _show(figures: Iterator[dict[str, Any]]) -> None:
+def _exported(mountpoint: str | None) -> tuple[list[dict[str, Any]], LlloopError | None]:
+    if mountpoint is None:
+        return survey.measure(), None
+    try:
+        found = survey.measure_one(mountpoint)
+    except MountpointError as error:
+        return [{"mountpoint": mounting.resolve_mountpoint(mountpoint), "state": "not mounted"}], error
+    reason = found.get("reason")
+    return [found], None if reason is None else LlloopError(f"{mountpoint}: {reason}")
+
+
+def _show(figures: Iterator[list[dict[str, Any]]]) -> None:
     from . import display
 
     console = display.console()
     if not console.is_terminal:
-        for one in figures:
-            console.print(display.stats_view(one))
+        for mounts in figures:
+            console.print(display.stats_view(mounts))
         return
     from rich.live import Live
 
     first = next(figures)
     with Live(display.stats_view(first), console=console, auto_refresh=False) as live:
-        for one in figures:
-            live.update(display.stats_view(one), refresh=True)
+        for mounts in figures:
+            live.update(display.stats_view(mounts), refresh=True)

@@ -8,6 +8,7 @@ counted may be off by the requests of that moment.
 
 from __future__ import annotations
 
+import errno
 import mmap
 from enum import IntEnum
 from itertools import zip_longest
@@ -24,6 +25,23 @@ ERRORS, BYTES, NANOSECONDS = range(BUCKETS + 1, ROW)
 # Requests with opcodes that are not FUSE's count as operation 0.
 OPERATIONS = max(Opcode) + 1
 UNKNOWN = "UNKNOWN"
+# Errnos are counted each by itself up to the largest of <asm-generic/errno.h>; larger ones, which the kernel keeps to
+# itself but some file systems let out, as number 0.
+ERRNOS = max(errno.errorcode) + 1
+OTHER = "OTHER"
+
+# Answers that say how things are, or that a program has asked for what cannot be. Every local file system gives them
+# in everyday use, so they are no reason for an alarm. ESTALE is among them: by it llloop tells the kernel that the
+# source has changed, and the kernel looks the name up again.
+ORDINARY = frozenset(
+    errno.errorcode[number]
+    for number in (
+        *(errno.ENOENT, errno.ENODATA, errno.ERANGE, errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR),
+        *(errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENAMETOOLONG, errno.ELOOP, errno.EXDEV, errno.EMLINK),
+        *(errno.E2BIG, errno.EFBIG, errno.ESPIPE, errno.ENXIO, errno.EBUSY, errno.ETXTBSY, errno.EAGAIN, errno.EINTR),
+        *(errno.EDEADLK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTTY, errno.ESTALE),
+    )
+)
 
 
 def own_cell() -> memoryview:
@@ -52,10 +70,11 @@ class Count(NamedTuple):
 
     Attributes:
         requests: how many it has finished.
-        errors: how many of these were answered with an errno.
+        errors: how many of these failed: were answered with an errno that is not among `ORDINARY`.
         bytes: of file data read, written or copied.
         nanoseconds: the sum of the latencies, from the moment the front took a request.
         histogram: how many latencies fell into each bucket.
+        errnos: how many were answered with each errno, by its name.
     """
 
     requests: int
@@ -63,6 +82,7 @@ class Count(NamedTuple):
     bytes: int
     nanoseconds: int
     histogram: tuple[int, ...]
+    errnos: dict[str, int]
 
     def plus(self, other: Count) -> Count:
         """Return both together."""
@@ -73,11 +93,12 @@ class Count(NamedTuple):
             self.bytes + other.bytes,
             self.nanoseconds + other.nanoseconds,
             tuple(one + another for one, another in pairs),
+            {name: self.errnos.get(name, 0) + other.errnos.get(name, 0) for name in {**self.errnos, **other.errnos}},
         )
 
 
 class Sheet:
-    """One process's counters, a row of `ROW` cells for each opcode.
+    """One process's counters: `CELLS`, for each opcode a row of `ROW` cells, then a cell for each errno.
 
     Args:
         cells: the memory; some of its own if it is not given, for what nobody counts.
@@ -86,11 +107,14 @@ class Sheet:
         rows: the cells of each operation, by opcode.
     """
 
-    __slots__ = ("rows",)
+    CELLS = (ROW + ERRNOS) * OPERATIONS
+    __slots__ = ("errnos", "rows")
 
     def __init__(self, cells: memoryview | None = None) -> None:
-        memory = memoryview(bytearray(8 * ROW * OPERATIONS)).cast("Q") if cells is None else cells
+        memory = memoryview(bytearray(8 * self.CELLS)).cast("Q") if cells is None else cells
         self.rows = [memory[ROW * opcode : ROW * (opcode + 1)] for opcode in range(OPERATIONS)]
+        errnos = memory[ROW * OPERATIONS :]
+        self.errnos = [errnos[ERRNOS * opcode : ERRNOS * (opcode + 1)] for opcode in range(OPERATIONS)]
 
     def finished(self, opcode: int, nanoseconds: int) -> None:
         """Count a request of *opcode* that took that long."""
@@ -98,9 +122,14 @@ class Sheet:
         row[NANOSECONDS] += nanoseconds
         row[(nanoseconds // 1000).bit_length()] += 1
 
-    def add(self, opcode: int, kind: int, amount: int = 1) -> None:
-        """Add to `ERRORS` or `BYTES` of *opcode*."""
-        self.rows[opcode][kind] += amount
+    def failed(self, opcode: int, number: int) -> None:
+        """Count a request of *opcode* that was answered with errno *number*."""
+        self.rows[opcode][ERRORS] += 1
+        self.errnos[opcode][number if 0 < number < ERRNOS else 0] += 1
+
+    def moved(self, opcode: int, count: int) -> None:
+        """Count *count* bytes that a request of *opcode* moved."""
+        self.rows[opcode][BYTES] += count
 
     def snapshot(self) -> dict[str, Count]:
         """Return what has been counted, by the operation's name; operations that never came are left out."""
@@ -109,10 +138,16 @@ class Sheet:
             cells = row.tolist()
             if any(cells):
                 histogram = tuple(cells[:BUCKETS])
+                # Looked at only where there is something: memory that nobody touches takes no room.
+                errnos = self._errnos(opcode) if cells[ERRORS] else {}
+                errors = sum(count for name, count in errnos.items() if name not in ORDINARY)
                 found[name_of(opcode)] = Count(
-                    sum(histogram), cells[ERRORS], cells[BYTES], cells[NANOSECONDS], trimmed(histogram)
+                    sum(histogram), errors, cells[BYTES], cells[NANOSECONDS], trimmed(histogram), errnos
                 )
         return found
+
+    def _errnos(self, opcode: int) -> dict[str, int]:
+        return {errno.errorcode.get(number, OTHER): count for number, count in enumerate(self.errnos[opcode]) if count}
 
 
 class Metrics:
@@ -131,7 +166,7 @@ class Metrics:
     """
 
     def __init__(self, workers: int, slots: int) -> None:
-        sheet = ROW * OPERATIONS
+        sheet = Sheet.CELLS
         cells = memoryview(mmap.mmap(-1, 8 * (sheet * (workers + 1) + ROW + slots))).cast("Q")
         self.front = Sheet(cells[:sheet])
         self.workers = [Sheet(cells[sheet * number : sheet * (number + 1)]) for number in range(1, workers + 1)]

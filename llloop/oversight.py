@@ -21,6 +21,7 @@ from .control import Control
 from .errors import UsageError
 from .metrics import NANOSECONDS, Count, Gauge
 from .notify import Notifier
+from .source_check import SourceCheck
 from .stacks import Stacks
 from .version import __version__
 
@@ -43,6 +44,7 @@ class Sight:
         front: among them the front, and
         workers: the workers by shard.
         arena: the shared memory.
+        source: looks at the source.
         reload: replaces the processes one by one.
         stop: begins to unmount.
     """
@@ -54,6 +56,7 @@ class Sight:
     front: Child
     workers: Sequence[Child]
     arena: Arena
+    source: SourceCheck
     reload: Callable[[], None]
     stop: Callable[[], None]
 
@@ -84,6 +87,7 @@ class Oversight:
         commands: dict[str, control.Command] = {
             "status": self._status,
             "stats": self._stats,
+            "source": lambda request: self._sight.source.ask(),
             "log-level": self._set_log_level,
             "reload": self._reload,
             "stop": self._stop,
@@ -102,7 +106,7 @@ class Oversight:
     @property
     def watched(self) -> list[int]:
         """The descriptors that are readable when there is something to tend to."""
-        return [self._control.fileno()] if self._control is not None else []
+        return [*([self._control.fileno()] if self._control is not None else []), *self._sight.source.watched]
 
     def due(self) -> float | None:
         """Return when `tend` must be called at the latest (monotonic clock), or None."""
@@ -113,6 +117,7 @@ class Oversight:
         """Answer who asks, and do what is due. Never waits."""
         if self._control is not None:
             self._control.handle()
+        self._sight.source.tend()
         now = time.monotonic()
         if self._dumped is not None and now >= self._dumped:
             self._dumped = None
@@ -149,6 +154,7 @@ class Oversight:
         """Take the control socket away."""
         if self._control is not None:
             self._control.close()
+        self._sight.source.close()
         self._own_stacks.close()
 
     def remove_socket(self) -> None:
@@ -202,11 +208,13 @@ class Oversight:
     # The commands of the control socket
 
     def _status(self, request: dict[str, Any]) -> dict[str, Any]:
-        processes = [{"role": "supervisor", "pid": os.getpid(), "state": process_state(os.getpid()), "restarts": 0}]
+        own = {"role": "supervisor", "pid": os.getpid(), "state": process_state(os.getpid()), "restarts": 0}
+        processes = [{**own, "busy": None}]
         for child in self._sight.children:
             role = child.name.removeprefix("llloop-")
             state = process_state(child.pid) or "restarting"
-            processes.append({"role": role, "pid": child.pid, "state": state, "restarts": child.restarts})
+            told = {"role": role, "pid": child.pid, "state": state, "restarts": child.restarts}
+            processes.append({**told, "busy": self._busy(child)})
         return {
             **self._sight.facts,
             "version": __version__,
@@ -216,6 +224,15 @@ class Oversight:
             "uptime": time.monotonic() - self._begun,
             "processes": processes,
         }
+
+    def _busy(self, child: Child) -> float | None:
+        """Return for how many seconds the oldest request has been with a worker, None if it has none."""
+        arena = self._sight.arena
+        if child not in self._sight.workers:
+            return None
+        state = self._sight.workers.index(child) + 1
+        begun = [arena.metrics.begun[slot] for slot, its in enumerate(bytes(arena.states)) if its == state]
+        return max(0.0, time.monotonic() - min(begun) / 1e9) if begun else None
 
     def _state(self) -> str:
         if self._stopping:
@@ -235,6 +252,7 @@ class Oversight:
         return {
             "source": self._sight.facts["source"],
             "mountpoint": self._sight.mountpoint,
+            "state": self._state(),
             "time": time.monotonic(),
             "uptime": time.monotonic() - self._begun,
             "operations": {name: count._asdict() for name, count in _together([by_front, *by_workers]).items()},
@@ -283,7 +301,13 @@ def process_state(pid: int | None) -> str | None:
 
 def _of_process(child: Child) -> dict[str, Any]:
     pid = child.pid
-    return {"pid": pid, "restarts": child.restarts, "descriptors": _descriptors(pid), "cpu_seconds": _cpu_seconds(pid)}
+    return {
+        "pid": pid,
+        "state": process_state(pid) or "restarting",
+        "restarts": child.restarts,
+        "descriptors": _descriptors(pid),
+        "cpu_seconds": _cpu_seconds(pid),
+    }
 
 
 def _cpu_seconds(pid: int | None) -> float:

@@ -41,7 +41,7 @@ from . import (
     wire,
 )
 from .arena import Arena
-from .children import LONGEST_PAUSE, PATIENCE, STOP_SIGNALS, Child, Cloned, child_main, end, forked
+from .children import LONGEST_PAUSE, PATIENCE, STOP_SIGNALS, Child, Cloned, child_main, end, forked, title
 from .config import ServeConfig
 from .errors import HostError, LlloopError, UsageError
 from .escape import printable
@@ -55,6 +55,7 @@ from .negotiation import Feature
 from .notify import Notifier
 from .oversight import Oversight, Sight
 from .process_state import ProcessState
+from .source_check import SourceCheck
 from .stacks import Stacks
 from .start_guard import StartGuard
 from .undertaker import detach_dead_mount
@@ -174,12 +175,13 @@ class Supervisor:
 
     def _start(self) -> None:
         """Mount and start all processes. What can fail for want of something comes before the mount."""
-        setproctitle("llloop-supervisor")
+        setproctitle(title("llloop-supervisor", self._mountpoint))
         multiprocessing.current_process().name = "llloop-supervisor"
         limits.raise_descriptor_limit()
         self._catch_signals()
         root = os.open(self._source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._descriptors.append(root)
+        self._root = root
         shared = self._make_shared()
         try:
             log.gather()
@@ -252,19 +254,22 @@ class Supervisor:
             probed=probed_reader if self._connection.asking else None,
         )
 
-        supervisor, detached = os.getpid(), self._detached
+        supervisor, detached, place = os.getpid(), self._detached, self._mountpoint
 
         def serve(own: Collection[int]) -> None:
             run_front(setup, own, lambda: _tell(ready_writer))
 
         def front(own: Collection[int]) -> None:
-            child_main("llloop-front", lambda: serve(own), supervisor, detached, self._front.stacks)
+            child_main("llloop-front", lambda: serve(own), supervisor, detached, self._front.stacks, mountpoint=place)
 
         def worker(shard: int) -> Child:
             name = f"llloop-worker-{shard}"
             answers = None if own_loop else answers_writer
             setup = WorkerSetup(shard, arena, pipes[shard][0], device, answers, root, probed_writer, wanted[shard][1])
-            return Child(name, lambda stacks: forked(name, lambda: run_worker(setup), stacks, detached=detached))
+            return Child(
+                name,
+                lambda stacks: forked(name, lambda: run_worker(setup), stacks, detached=detached, mountpoint=place),
+            )
 
         def farewell() -> None:
             detach_dead_mount(mount, device)
@@ -275,17 +280,19 @@ class Supervisor:
             if keeper.can_share:
                 return keeper.start_front()
             own = syscalls.open_descriptors()
-            return forked("llloop-front", lambda: serve(own), stacks, detached=detached)
+            return forked("llloop-front", lambda: serve(own), stacks, detached=detached, mountpoint=place)
 
         def invalidator(stacks: Stacks) -> BaseProcess:
             writers = [writer for _, writer in pipes]
             setup = InvalidatorSetup(device, [reader for reader, _ in wanted], writers)
             name = "llloop-invalidator"
-            return forked(name, lambda: run_invalidator(setup), stacks, detached=detached)
+            return forked(name, lambda: run_invalidator(setup), stacks, detached=detached, mountpoint=place)
 
         name = "llloop-keeper"
         keeper = self._keeper = Keeper(front, farewell)
-        self._keepers = Child(name, lambda stacks: forked(name, keeper.run, stacks, detached=detached, outlives=True))
+        self._keepers = Child(
+            name, lambda stacks: forked(name, keeper.run, stacks, detached=detached, outlives=True, mountpoint=place)
+        )
         keepers = self._keepers
         keeper.sentinel = lambda: keepers.sentinel
         self._front = Child("llloop-front", start_front)
@@ -311,6 +318,7 @@ class Supervisor:
                     if not self._announced and self._stopped_by is None:
                         self._announced = True
                         self._on_ready(self._describe())
+                        _log.info("%s", self._describe())  # now: with --daemon, standard error is let go of
                         self._oversight.ready(self._describe())
                 elif event in running:
                     self._child_ended(running[event])
@@ -467,6 +475,7 @@ class Supervisor:
             "loop": "own" if capabilities is not None else "llfuse",
             "protocol": f"7.{capabilities.minor}" if capabilities is not None else None,
             "capabilities": capabilities.names() if capabilities is not None else [],
+            "in_force": self._connection.in_force(config),
         }
         return Sight(
             mountpoint=self._mountpoint,
@@ -476,6 +485,7 @@ class Supervisor:
             front=self._front,
             workers=self._workers,
             arena=self._arena,
+            source=SourceCheck(self._source, self._root, changes=not config.read_only),
             reload=self.request_reload,
             stop=self._request_stop,
         )
@@ -536,6 +546,10 @@ class Supervisor:
         else:
             self._deadline = time.monotonic() + GRACE
 
+    def _tell_end(self) -> None:
+        if self._announced:
+            _log.info("stopped serving %s at %s", self._source, self._mountpoint)
+
     def _is_mounted(self) -> bool:
         return self._mount is not None and self._mount.is_there(self._device)
 
@@ -546,6 +560,7 @@ class Supervisor:
         """End every process and what is left of the mount. Each step is taken whatever becomes of the others."""
         with ExitStack() as steps:  # the last first
             steps.callback(log.release)
+            steps.callback(self._tell_end)
             steps.callback(self._dismiss_guard)
             if self._device is not None:
                 # If it was not found out which mount it is, llfuse takes away what it has made a moment ago.

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 from llloop import syscalls
 from llloop.arena import Arena
 from llloop.leadership import Leadership
-from llloop.metrics import BYTES, ERRORS, Sheet
+from llloop.metrics import Sheet
 from llloop.privilege import SETID, SetidGuard, Writer
 from llloop.protocol import (
     APPEND,
@@ -196,12 +196,10 @@ class Transfers:
         try:
             self._table[request.operation](request)  # type: ignore[index]
         except OSError as error:
-            self._sheet.add(opcode_of(request), ERRORS)
-            self._replies.error(request, error.errno or errno.EIO)
+            self._fail(request, error.errno or errno.EIO)
         except Exception:
             _log.exception("request %s failed", request)
-            self._sheet.add(opcode_of(request), ERRORS)
-            self._replies.error(request, errno.EIO)
+            self._fail(request, errno.EIO)
 
     def _conclude(self, request: Request) -> None:
         """Give the slot of an answered request back, for a WRITE with INVALIDATE when the kernel has dropped its pages.
@@ -212,6 +210,10 @@ class Transfers:
             self._invalidations.hold(request, request.extra[0], request.offset, request.length)
         else:
             self._give_back(request)
+
+    def _fail(self, request: Request, number: int) -> None:
+        self._sheet.failed(opcode_of(request), number)
+        self._replies.error(request, number)
 
     def _give_back(self, request: Request) -> None:
         if request.operation == Operation.WRITE and request.flags & PIPED:
@@ -270,7 +272,7 @@ class Transfers:
     def _read(self, request: Request) -> None:
         fd = self._fd(request)
         with _buffered(fd) if request.flags & BUFFERED else _AS_IT_IS:
-            self._sheet.add(Opcode.READ, BYTES, self._replies.data(request, fd))
+            self._sheet.moved(Opcode.READ, self._replies.data(request, fd))
 
     def _pwrite(self, fd: int, payload: memoryview, offset: int) -> int:
         return self._persistently(os.pwrite, fd, payload, offset)
@@ -314,7 +316,7 @@ class Transfers:
                 count += self._pwrite(fd, payload[count:], request.offset + count)
                 while count < request.length and flags & CACHED:
                     count += self._pwrite(fd, payload[count:], request.offset + count)
-        self._sheet.add(Opcode.WRITE, BYTES, count)
+        self._sheet.moved(Opcode.WRITE, count)
         if watched:
             self._replies.expire(request.extra[0])
         self._finish(request, count)
@@ -471,7 +473,7 @@ class Transfers:
             if error.errno in (errno.EXDEV, errno.ENOSYS):
                 error.errno = errno.EOPNOTSUPP
             raise
-        self._sheet.add(Opcode.WRITE, BYTES, count)
+        self._sheet.moved(Opcode.WRITE, count)
         if os.fstat(source).st_atime_ns != accessed:  # of which the kernel does not think
             self._replies.expire(nodeid)
         self._finish(request, count)

@@ -12,7 +12,7 @@ from contextlib import suppress
 from .. import notifications, wire
 from ..leadership import Postponed
 from ..ledger import Ledger
-from ..metrics import ERRORS, NANOSECONDS
+from ..metrics import NANOSECONDS
 from ..negotiation import Feature
 from ..syscalls import is_readable
 from ..wire import Opcode
@@ -312,7 +312,7 @@ class Loop:
 
     def _refuse(self, base: int, opcode: int, number: int) -> None:
         """Answer a request with an errno."""
-        self._arena.metrics.front.add(opcode, ERRORS)
+        self._arena.metrics.front.failed(opcode, number)
         (unique,) = wire.UNIQUE.unpack_from(self._arena.memory, base)
         with suppress(OSError):  # mostly it is answered already, or nobody waits for it any more
             os.write(self._device, wire.error_reply(unique, number))

@@ -18,7 +18,6 @@ import llfuse
 from llfuse import EntryAttributes, FUSEError, RequestContext, SetattrFields
 
 from .. import wire
-from ..metrics import ERRORS
 from ..protocol import APPEND, DATA_ONLY, Operation
 from ..syscalls import Attributes, DirectoryEntry
 from ..wire import Opcode
@@ -107,7 +106,7 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
             return
         self._sheet.finished(opcode, time.monotonic_ns() - self._mirror.router.taken)
         if number:
-            self._sheet.add(opcode, ERRORS)
+            self._sheet.failed(opcode, number)
 
     def init(self) -> None:
         """Nothing is left to do: libfuse has answered INIT."""

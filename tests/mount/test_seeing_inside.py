@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import mmap
@@ -25,6 +26,8 @@ from rich.console import Console
 from llloop import client, display, exposition, figures, mounting, survey
 from llloop.cli import main
 from llloop.errors import LlloopError
+from llloop.oversight import process_state
+from tests import filesystems
 from tests.as_user import Caller, Child, run_as
 from tests.conftest import Serve
 from tests.mirror import Mirror
@@ -115,8 +118,10 @@ def test_errors_are_counted(serve: Serve) -> None:
     for _ in range(3):
         with pytest.raises(OSError):
             os.getxattr(mirror.mountpoint / "file", "user.missing")
-    assert counted(mirror, "GETXATTR", "errors") >= 1
-    assert counted(mirror, "LOOKUP", "errors") <= 1
+    operations = ask(mirror, "stats")["operations"]
+    assert sum(operations["GETXATTR"]["errnos"].values()) >= 1
+    assert operations["GETXATTR"]["errors"] == operations["LOOKUP"]["errors"] == 0
+    assert sum(operations["LOOKUP"]["errnos"].values()) <= 1
 
 
 def test_what_the_mount_holds_is_counted_up_and_down(serve: Serve) -> None:
@@ -140,6 +145,7 @@ def test_what_the_mount_holds_is_counted_up_and_down(serve: Serve) -> None:
 def test_cache_decisions_are_counted(serve: Serve) -> None:
     mirror = serve("--cache", "always")
     (mirror.source / "file").touch()
+    os.utime(mirror.source / "file", (time.time(), time.time() - 10))  # no read has to update the access time
     for _ in range(3):
         (mirror.mountpoint / "file").read_bytes()
     assert ask(mirror, "stats")["cache"]["kept"] == 3
@@ -256,6 +262,89 @@ def test_a_stopped_front_is_noticed(serve: Serve) -> None:
     assert status(mirror)["state"] == "serving"
 
 
+def test_a_stopped_worker_is_a_problem(serve: Serve) -> None:
+    mirror = serve("--workers", "2")
+    assert status(mirror)["problems"] == []
+    pid = workers(mirror)["llloop-worker-1"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        assert wait_until(lambda: status(mirror)["state"] == "degraded")
+        ended = llloop("status", mirror.mountpoint)
+        assert ended.code == 1
+        assert f"worker-1 (process {pid}) is stopped (state T)" in " ".join(ended.stdout.split())
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert wait_until(lambda: status(mirror)["state"] == "serving")
+
+
+def test_what_auto_came_to_is_told(serve: Serve, via: str) -> None:
+    mirror = serve("--cache", "auto", "--io", "auto", "--metadata", "auto", "--entry-timeout", "3")
+    in_force = status(mirror)["in_force"]
+    assert in_force["io"] == ("kernel" if "passthrough" in mirror.output.read_text() else "workers")
+    assert in_force["metadata"] == ("workers" if "metadata through workers" in mirror.output.read_text() else "front")
+    assert "names 3 s" in in_force["cache"]
+    assert "kept until it changes" in in_force["cache"]
+    assert f"io: {in_force['io']}; metadata: {in_force['metadata']}" in " ".join(
+        llloop("status", mirror.mountpoint).stdout.split()
+    )
+
+
+def problems(mirror: Mirror) -> str:
+    found = status(mirror)
+    assert (found["state"] == "degraded") == bool(found["problems"])
+    return "; ".join(found["problems"])
+
+
+def test_a_source_that_is_gone_or_replaced_is_a_problem(serve: Serve) -> None:
+    mirror = serve("--workers", "1")
+    moved = mirror.source.with_name("moved")
+    assert problems(mirror) == ""
+    mirror.source.rename(moved)
+    assert wait_until(lambda: "no longer at its path" in problems(mirror))
+    mirror.source.mkdir()
+    assert wait_until(lambda: "another directory" in problems(mirror))
+    assert exported(mirror.mountpoint)["llloop_source_up", (("mountpoint", str(mirror.mountpoint)),)] == 0
+    mirror.source.rmdir()
+    moved.rename(mirror.source)
+    assert wait_until(lambda: problems(mirror) == "")
+    mirror.source.rmdir()
+    assert wait_until(lambda: "has been deleted" in problems(mirror))
+
+
+@pytest.mark.root
+def test_a_source_whose_file_system_is_gone_is_a_problem(serve: Serve, tmp_path: Path) -> None:
+    with filesystems.tmpfs(tmp_path, "size=1m") as source:
+        mirror = serve("--workers", "1", source=source)
+        with filesystems.tmpfs(tmp_path, "size=2m"):
+            assert wait_until(lambda: "another directory" in problems(mirror))
+        assert wait_until(lambda: problems(mirror) == "")
+        unmount_lazily(str(source))
+        assert wait_until(lambda: "another directory" in problems(mirror))
+        mirror.stop()
+        subprocess.run(["mount", "-t", "tmpfs", "none", source], check=True)  # for what unmounts it
+
+
+@pytest.mark.root
+def test_a_frozen_source_is_a_problem_and_nobody_waits_for_it(serve: Serve, tmp_path: Path) -> None:
+    with filesystems.ext4(tmp_path) as source:
+        mirror = serve("--workers", "1", source=source)
+        assert problems(mirror) == ""
+        subprocess.run(["fsfreeze", "--freeze", source], check=True)
+        try:
+            for _ in range(3):
+                time.sleep(0.6)  # an answer is given again within half a second
+                begun = time.monotonic()
+                assert "frozen" in problems(mirror)
+                assert time.monotonic() - begun < 3
+            looking = [pid for pid in mirror.processes() if process_state(pid) == "D"]
+            assert len(looking) == 1, "who looks at the source pile up"
+        finally:
+            subprocess.run(["fsfreeze", "--unfreeze", source], check=True)
+        assert wait_until(lambda: problems(mirror) == "")
+        assert os.listdir(source) == ["lost+found"], "looking has left something"
+        mirror.stop()
+
+
 def kill_all(mirror: Mirror) -> None:
     assert mirror.process
     for pid in mirror.processes():
@@ -360,22 +449,139 @@ def test_watching_shows_each_interval(serve: Serve) -> None:
         watcher.wait()
 
 
+def test_tables_fit_a_terminal_of_80_columns(serve: Serve) -> None:
+    mirror = serve("--workers", "2")
+    for number in range(3):
+        (mirror.mountpoint / f"{number}").write_bytes(bytes(LARGE))
+        (mirror.mountpoint / f"{number}").read_bytes()
+    console = Console(width=80, file=io.StringIO(), markup=False, highlight=False)
+    now = {**ask(mirror, "stats"), "mountpoint": "/mnt", "source": "/src"}
+    busy = {name: {**count, "requests": 12_345_678, "nanoseconds": 10**18} for name, count in now["operations"].items()}
+    busy["COPY_FILE_RANGE"] = {**busy["LOOKUP"], "bytes": 10**14, "errors": 12_345, "errnos": {"EIO": 12_345}}
+    for one in (now["front"], *now["workers"]):
+        one.update(pid=4194304, requests=12_345_678, bytes=10**14, descriptors=1_000_000, restarts=999, cpu_seconds=900)
+    console.print(display.stats_view([figures.since({**now, "operations": busy, "uptime": 1000}, None)]))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text, "something was left out"
+    lines = text.splitlines()
+    assert sum(line.lstrip().startswith("copy_file_range ") for line in lines) == 1
+    # A row whose cells do not fit is continued in lines that begin with an empty cell.
+    tables = [line for line in lines if line.startswith(" ")]
+    assert not [line for line in tables if line.strip() and line[1:8].isspace()], text
+
+
+def samples_in(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def exported(*arguments: str | Path) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    ended = llloop("stats", *arguments, "--prometheus")
+    assert ended.code == 0, ended.stderr
+    return samples_in(ended.stdout)
+
+
+def test_everyday_use_makes_no_errors(serve: Serve) -> None:
+    """What can be alerted on must not happen in a mount in which all is well."""
+    mirror = serve("--workers", "1")
+    place = mirror.mountpoint
+    (place / "directory").mkdir()
+    for number in range(10):
+        (place / f"{number}").write_bytes(b"x")  # the kernel asks for security.capability at the first write
+        with contextlib.suppress(OSError):
+            os.getxattr(place / f"{number}", "user.missing")
+    for call in (
+        lambda: os.open(place / "missing", os.O_RDONLY),
+        lambda: os.mkdir(place / "directory"),
+        lambda: os.rmdir(place / "missing"),
+        lambda: os.link(place / "0", place / "1"),
+        lambda: os.setxattr(place / "0", "strange.name", b""),
+        lambda: os.open(place / ("x" * 300), os.O_RDONLY),
+        lambda: os.rename(place / "directory", place / "directory" / "below"),
+    ):
+        with pytest.raises(OSError):
+            call()
+    with opened(place / "0", os.O_RDONLY) as fd, pytest.raises(OSError):
+        os.lseek(fd, 100, os.SEEK_DATA)
+    samples = exported(place)
+    found = {labels: value for (name, labels), value in samples.items() if name == "llloop_errors_total"}
+    assert found, "they are shown before there are any"
+    assert not any(found.values()), {labels: value for labels, value in found.items() if value}
+    assert sum(value for (name, _), value in samples.items() if name == "llloop_ordinary_errors_total") > 0
+
+
+@pytest.mark.root
+def test_errors_are_told_by_errno(serve: Serve, tmp_path: Path) -> None:
+    with filesystems.tmpfs(tmp_path, "size=1m") as source:
+        mirror = serve("--workers", "1", "--io", "workers", source=source)
+        with opened(mirror.mountpoint / "file", os.O_WRONLY | os.O_CREAT | os.O_DIRECT) as fd, pytest.raises(OSError):
+            for _ in range(4):
+                os.write(fd, mmap.mmap(-1, MIB))
+        # A worker counts after it has answered.
+        assert wait_until(lambda: counted(mirror, "WRITE", "errors") >= 1)
+        write = (("errno", "ENOSPC"), ("mountpoint", str(mirror.mountpoint)), ("operation", "write"))
+        assert exported(mirror.mountpoint)["llloop_errors_total", write] >= 1
+        assert "errors" in llloop("stats", mirror.mountpoint).stdout.split("ENOSPC")[0]
+        mirror.stop()
+
+
+def test_all_mounts_are_in_one_export_and_the_dead_are_down(serve: Serve, tmp_path: Path) -> None:
+    living, dead = serve("--workers", "1"), serve("--workers", "1")
+    file = tmp_path / "all.prom"
+    kill_all(dead)
+    try:
+        assert llloop("stats", "--textfile", file).code == 0
+        for samples in (samples_in(file.read_text()), exported()):
+            up = {dict(labels)["mountpoint"]: value for (name, labels), value in samples.items() if name == "llloop_up"}
+            assert up[str(living.mountpoint)] == 1
+            assert up[str(dead.mountpoint)] == 0
+            assert samples["llloop_inodes", (("mountpoint", str(living.mountpoint)),)] >= 1
+        # Of one mount, too, what was written while it lived is replaced.
+        for _ in range(2):
+            ended = llloop("stats", dead.mountpoint, "--textfile", file)
+            assert ended.code in (1, 4)
+            assert samples_in(file.read_text()) == {("llloop_up", (("mountpoint", str(dead.mountpoint)),)): 0}
+            unmount_lazily(str(dead.mountpoint))
+        told = {one["mountpoint"]: one for one in json.loads(llloop("stats", "--json").stdout)}
+        assert "operations" in told[str(living.mountpoint)]
+        assert str(living.mountpoint) in llloop("stats").stdout
+    finally:
+        if mount_entry(str(dead.mountpoint)):
+            unmount_lazily(str(dead.mountpoint))
+        dead.clean_up()
+
+
+def test_a_stopped_front_is_down(serve: Serve) -> None:
+    mirror = serve("--workers", "1")
+    front = ask(mirror, "stats")["front"]["pid"]
+    itself = (("mountpoint", str(mirror.mountpoint)),)
+    os.kill(front, signal.SIGSTOP)
+    try:
+        samples = exported(mirror.mountpoint)
+        assert samples["llloop_up", itself] == 0
+        assert samples["llloop_process_up", (*itself, ("process", "front"))] == 0
+    finally:
+        os.kill(front, signal.SIGCONT)
+
+
 def test_prometheus_can_read_it(serve: Serve, tmp_path: Path) -> None:
     mirror = serve("--workers", "2")
     for number in range(3):
         os.mkdir(mirror.mountpoint / f"{number}")
     ended = llloop("stats", mirror.mountpoint, "--prometheus")
     assert ended.code == 0
-    samples = {
-        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
-        for family in text_string_to_metric_families(ended.stdout)
-        for sample in family.samples
-    }
-    mkdir = (("mountpoint", str(mirror.mountpoint)), ("operation", "mkdir"))
+    samples = samples_in(ended.stdout)
+    itself = (("mountpoint", str(mirror.mountpoint)),)
+    mkdir = (*itself, ("operation", "mkdir"))
     assert samples["llloop_request_seconds_count", mkdir] == 3
     assert samples["llloop_request_seconds_bucket", (("le", "+Inf"), *mkdir)] == 3
-    assert samples["llloop_errors_total", mkdir] == 0
-    assert samples["llloop_inodes", (("mountpoint", str(mirror.mountpoint)),)] >= 4
+    assert samples["llloop_errors_total", (("errno", "EIO"), *mkdir)] == 0
+    assert samples["llloop_inodes", itself] >= 4
+    assert samples["llloop_up", itself] == samples["llloop_source_up", itself] == 1
+    assert samples["llloop_process_up", (*itself, ("process", "worker-1"))] == 1
     file = tmp_path / "llloop.prom"
     assert llloop("stats", mirror.mountpoint, "--textfile", file).code == 0
     assert {family.name for family in text_string_to_metric_families(file.read_text())} >= {"llloop_opens"}
@@ -402,15 +608,16 @@ def test_the_names_of_the_world_are_shown_safely(serve: Serve, tmp_path: Path) -
     source.mkdir()
     mirror = serve("--fsname", "x", source=source)
     answer = ask(mirror, "stats")
-    for view in (display.status_view([status(mirror)]), display.stats_view(figures.since(answer, None))):
-        console = Console(width=200, file=io.StringIO())
+    for view in (display.status_view([status(mirror)]), display.stats_view([figures.since(answer, None)])):
+        console = display.console()
+        console.file = io.StringIO()
         console.print(view)
-        text = console.file.getvalue()  # type: ignore[attr-defined]
+        text = console.file.getvalue()
         assert "\x1b" not in text
         assert "[red]caf\\udce9\\x1b[31m\\n" in "".join(text.split())
     assert status(mirror)["source"] == str(source)
     assert json.loads(json.dumps(answer))["source"] == str(source)
-    assert exposition.text({**answer, "mountpoint": str(source)}).isascii()
+    assert exposition.text([{**answer, "source_problem": None, "mountpoint": str(source)}]).isascii()
 
 
 # control
@@ -674,3 +881,18 @@ def test_a_mount_inside_a_program_does_not_speak_for_the_program(tmp_path: Path)
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
     assert not manager.has_heard("")
     manager.socket.close()
+
+
+@pytest.mark.mounted
+def test_processes_and_log_name_the_mount(serve: Serve) -> None:
+    mirror = serve("--workers", "1")
+    titles = {Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0 ") for pid in mirror.processes()}
+    assert {title.partition(" ")[0] for title in titles} >= {"llloop-supervisor", "llloop-worker-0", "llloop-front"}
+    assert {title.partition(" ")[2] for title in titles} == {str(mirror.mountpoint)}
+    mirror.stop()
+    lines = mirror.log.read_text().splitlines()
+    served = [line for line in lines if f": serving {mirror.source} at {mirror.mountpoint} with 1 worker" in line]
+    stopped = [line for line in lines if line.endswith(f": stopped serving {mirror.source} at {mirror.mountpoint}")]
+    assert len(served) == len(stopped) == 1, lines
+    for line in (*served, *stopped):
+        assert re.match(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d\S*[+-]\d\d:?\d\d ", line), line

@@ -173,6 +173,14 @@ def test_errors_come_as_texts(bench: Bench, caplog: pytest.LogCaptureFixture) ->
     assert "a fault" in caplog.text
 
 
+def test_who_does_not_wait_for_the_answer_is_no_fault(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    connection = bench.connect()
+    connection.send(sockets.encode({"command": "echo", "text": "hello"}))
+    connection.close()
+    bench.serve()
+    assert caplog.text == ""
+
+
 def test_several_requests_on_one_connection(bench: Bench) -> None:
     connection = bench.connect()
     for number in range(3):
@@ -418,19 +426,21 @@ def test_the_client_believes_nothing(tmp_path: Path, reply: bytes, reason: str) 
 STATUS = {
     **{"source": "/src", "mountpoint": "/mnt", "version": "1", "state": "serving", "pid": 1, "began": 1.5, "uptime": 2},
     **{"loop": "own", "protocol": "7.45", "capabilities": ["async_read"], "options": {"workers": 2, "options": ["ro"]}},
-    "processes": [{"role": "front", "pid": 7, "state": "S", "restarts": 0}],
+    "in_force": {"cache": "none", "io": "workers", "metadata": "front"},
+    "processes": [{"role": "front", "pid": 7, "state": "S", "restarts": 0, "busy": None}],
 }
 COUNTS = {"requests": 1, "errors": 0, "bytes": 0}
-PROCESS = {**COUNTS, "pid": None, "restarts": 0, "descriptors": 9, "cpu_seconds": 0.5}
+PROCESS = {**COUNTS, "pid": None, "state": "S", "restarts": 0, "descriptors": 9, "cpu_seconds": 0.5}
 STATS = {
-    **{"source": "/src", "mountpoint": "/mnt", "time": 5.0, "uptime": 2, "inodes": 1, "handles": 0},
-    "operations": {"READ": {**COUNTS, "nanoseconds": 5, "histogram": [0, 1]}},
+    **{"source": "/src", "mountpoint": "/mnt", "state": "serving", "time": 5.0, "uptime": 2, "inodes": 1, "handles": 0},
+    "operations": {"READ": {**COUNTS, "nanoseconds": 5, "histogram": [0, 1], "errnos": {"EIO": 1}}},
     "front": PROCESS,
     "workers": [{**PROCESS, "name": "worker-0", "queue": 0}],
     "slots": {"used": 0, "total": 2},
     "cache": {"kept": 0, "dropped": 0, "bypassed": 0, "passed_through": 0},
 }
 ANSWERS = {"status": STATUS, "stats": STATS}
+PROBLEM = "the source has been deleted"
 # What a value may be replaced by.
 STRANGE = (None, -1, 1 << 70, math.nan, math.inf, True, "x" * 100_000, [], [[]], {}, {"": {}}, b"\xff", "serving")
 
@@ -456,11 +466,11 @@ def show(command: str, answer: Any) -> str:
     console = display.console()
     console.file = io.StringIO()
     if command == "status":
-        console.print(display.status_view([{**answer, "visible": True}]))
+        problems = survey.process_problems(answer.get("processes", ()))
+        console.print(display.status_view([{**answer, "visible": True, "problems": problems}]))
     else:
-        console.print(display.stats_view(figures.since(answer, None)))
-        console.print(display.stats_view(figures.since(answer, {**STATS, "time": 1.0})))
-        exposition.text(answer)
+        console.print(display.stats_view([figures.since(answer, before) for before in (None, {**STATS, "time": 4.0})]))
+        exposition.text([{**answer, "source_problem": PROBLEM}])
     return console.file.getvalue()
 
 
@@ -509,8 +519,8 @@ def test_what_others_chose_reaches_the_terminal_escaped() -> None:
     silent = {"mountpoint": evil, "source": evil, "state": "unknown", "visible": True, "reason": evil}
     text += show("status", silent)
     stats = replaced(replaced(replaced(STATS, ("mountpoint",), evil), ("source",), evil), ("workers", 0, "name"), evil)
-    stats = {**stats, "operations": {evil: STATS["operations"]["READ"]}}  # type: ignore[index]
-    text += show("stats", answers.fitting(stats, answers.STATS)) + exposition.text(stats)
+    text += show("stats", answers.fitting(stats, answers.STATS))
+    text += exposition.text([{**stats, "source_problem": evil}, silent])
     assert all(one.isprintable() or one == "\n" for one in text)
 
 
@@ -555,10 +565,11 @@ def test_all_together_are_waited_for_no_longer_than_one(tmp_path: Path, monkeypa
         one.listen()
         silent.append(one)
     monkeypatch.setattr(sockets, "all_directories", lambda: [str(tmp_path)])
+    monkeypatch.setattr(survey.mounting, "mounts", lambda: [])
     begun = time.monotonic()
     paths = list(sockets.sockets())
     assert len(paths) == 100
-    assert survey._of_hidden(paths) == []
+    assert survey.survey() == []
     assert time.monotonic() - begun < 3
     for one in silent:
         one.close()

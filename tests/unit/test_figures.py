@@ -16,6 +16,7 @@ from llloop.wire import Opcode
 
 def answer(time: float, requests: int, moved: int, histogram: list[int], pid: int = 7, cpu: float = 0.0) -> Any:
     process = {
+        "state": "S",
         "requests": requests,
         "errors": 0,
         "bytes": moved,
@@ -25,7 +26,10 @@ def answer(time: float, requests: int, moved: int, histogram: list[int], pid: in
         "cpu_seconds": cpu,
     }
     count = {"requests": requests, "errors": 1, "bytes": moved, "nanoseconds": 5000 * requests, "histogram": histogram}
+    count["errnos"] = {"EIO": 1, "ENOENT": requests}
     return {
+        "state": "serving",
+        "source_problem": None,
         "mountpoint": "/mnt",
         "source": "/src",
         "time": time,
@@ -47,6 +51,7 @@ def test_rates_are_of_the_time_between() -> None:
     assert found["seconds"] == 2
     assert (read["requests"], read["errors"], read["per_second"], read["bytes_per_second"]) == (200, 0, 100, 2000)
     assert read["histogram"] == [0, 0, 200]
+    assert read["errnos"] == {"ENOENT": 200}
     assert (read["mean_us"], read["p50_us"]) == (5, 3)
     assert found["workers"][0]["cpu"] == 0.5
     assert found["workers"][0]["queue"] == 2
@@ -56,6 +61,11 @@ def test_rates_are_of_the_time_between() -> None:
 def test_without_an_earlier_answer_it_is_the_whole_life() -> None:
     found = since(answer(300.0, 100, 1000, [100]), None)
     assert found["operations"]["READ"]["per_second"] == 0.5
+
+
+def test_a_mount_that_was_made_anew_is_another() -> None:
+    found = since({**answer(210.0, 5, 0, [5]), "uptime": 3}, answer(200.0, 100, 0, [100]))
+    assert (found["seconds"], found["operations"]["READ"]["requests"]) == (3, 5)
 
 
 def test_what_did_not_happen_meanwhile_is_left_out() -> None:
@@ -114,7 +124,7 @@ def test_figures_are_short(function: Any, value: Any, text: str) -> None:
 
 
 def test_prometheus_buckets_add_up() -> None:
-    text = exposition.text(answer(300.0, 6, 1000, [1, 2, 0, 3]))
+    text = exposition.text([answer(300.0, 6, 1000, [1, 2, 0, 3])])
     bucket = 'llloop_request_seconds_bucket{le="%s",mountpoint="/mnt",operation="read"} %s'
     cumulative = {"1e-06": 1.0, "2e-06": 3.0, "4e-06": 3.0, "8e-06": 6.0, "134.218": 6.0, "+Inf": 6.0}
     for bound, count in cumulative.items():

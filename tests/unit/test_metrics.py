@@ -13,7 +13,7 @@ import pytest
 
 from llloop.front.loop import Loop
 from llloop.ledger import Ledger
-from llloop.metrics import BUCKETS, BYTES, ERRORS, NANOSECONDS, OPERATIONS, ROW, Gauge, Metrics, Sheet
+from llloop.metrics import BUCKETS, BYTES, ERRNOS, ERRORS, NANOSECONDS, OPERATIONS, ORDINARY, ROW, Gauge, Metrics, Sheet
 from llloop.wire import Opcode
 from tests.as_user import Child
 from tests.unit.source import MYSELF, Source
@@ -23,13 +23,27 @@ def test_a_sheet_counts_requests_errors_bytes_and_latencies() -> None:
     sheet = Sheet()
     for nanoseconds in (0, 999, 1_000, 1_999, 2_000, 1_000_000):
         sheet.finished(Opcode.READ, nanoseconds)
-    sheet.add(Opcode.READ, BYTES, 2**40)
-    sheet.add(Opcode.READ, ERRORS)
+    sheet.moved(Opcode.READ, 2**40)
+    sheet.failed(Opcode.READ, errno.EIO)
     (name, count), *others = sheet.snapshot().items()
     assert (name, others) == ("READ", [])
     assert count[:4] == (6, 1, 2**40, 1_005_998)
     # Less than 1 us: two; from 1 to 2: two; from 2 to 4: one; from 512 to 1024: one.
     assert count.histogram == (2, 2, 1, 0, 0, 0, 0, 0, 0, 0, 1)
+    assert count.errnos == {"EIO": 1}
+
+
+def test_answers_that_are_no_fault_are_no_errors() -> None:
+    sheet = Sheet()
+    for number in errno.errorcode:
+        sheet.failed(Opcode.GETXATTR, number)
+    for number in (524, 0, -5, 1 << 40):  # ENOTSUPP, which the kernel should keep to itself, and what nobody means
+        sheet.failed(Opcode.GETXATTR, number)
+    (count,) = sheet.snapshot().values()
+    assert count.errnos == {**dict.fromkeys(errno.errorcode.values(), 1), "OTHER": 4}
+    assert count.errors == len(errno.errorcode) - len(ORDINARY) + 4
+    assert {"ENOENT", "ENODATA", "ERANGE", "EEXIST", "EACCES"} <= ORDINARY
+    assert not {"EIO", "ENOSPC", "EDQUOT", "EROFS", "EMFILE", "ENFILE", "ENOMEM", "ETIMEDOUT", "ENOTCONN"} & ORDINARY
 
 
 def test_every_latency_has_a_bucket() -> None:
@@ -43,15 +57,16 @@ def test_every_latency_has_a_bucket() -> None:
 def test_cells_do_not_overlap() -> None:
     metrics = Metrics(3, 5)
     sheets = [metrics.front, *metrics.workers]
-    rows = [row for sheet in sheets for row in sheet.rows]
-    assert len(rows) == 4 * OPERATIONS
+    rows = [row for sheet in sheets for row in (*sheet.rows, *sheet.errnos)]
+    assert len(rows) == 8 * OPERATIONS
     for number, row in enumerate(rows):
-        row[:] = memoryview(struct.pack("=64Q", *[number] * ROW)).cast("Q")
+        row[:] = memoryview(struct.pack(f"={len(row)}Q", *[number] * len(row))).cast("Q")
     for gauge in Gauge:
         metrics.gauge(gauge)[0] = 10_000 + gauge
     for slot in range(5):
         metrics.begun[slot] = 20_000 + slot
-    assert [row.tolist() for row in rows] == [[number] * ROW for number in range(len(rows))]
+    assert [row.tolist() for row in rows] == [[number] * len(row) for number, row in enumerate(rows)]
+    assert {len(row) for row in rows} == {ROW, ERRNOS}
     assert [metrics.gauges[gauge] for gauge in Gauge] == [10_000 + gauge for gauge in Gauge]
     assert metrics.begun.tolist() == [20_000 + slot for slot in range(5)]
 
@@ -60,9 +75,11 @@ def test_counts_of_two_are_put_together() -> None:
     one, another = Sheet(), Sheet()
     one.finished(Opcode.READ, 1_500)
     another.finished(Opcode.READ, 9_000)
-    another.add(Opcode.READ, ERRORS, 2)
+    one.failed(Opcode.READ, errno.ENOENT)
+    another.failed(Opcode.READ, errno.ENOENT)
+    another.failed(Opcode.READ, errno.EIO)
     both = one.snapshot()["READ"].plus(another.snapshot()["READ"])
-    assert both == (2, 2, 0, 10_500, (0, 1, 0, 0, 1))
+    assert both == (2, 1, 0, 10_500, (0, 1, 0, 0, 1), {"ENOENT": 2, "EIO": 1})
 
 
 def test_a_successor_goes_on_where_a_killed_process_was() -> None:
@@ -121,7 +138,8 @@ def test_the_loop_counts_what_the_front_answers(
     access = request(Opcode.ACCESS, 1, bytes(8))
     run_loop(source, device.fd, monkeypatch, lookup, lookup, missing, access)
     counts = sheet.snapshot()
-    assert {name: count[:2] for name, count in counts.items()} == {"LOOKUP": (3, 1), "ACCESS": (1, 1)}
+    assert {name: count[:2] for name, count in counts.items()} == {"LOOKUP": (3, 0), "ACCESS": (1, 0)}
+    assert counts["LOOKUP"].errnos == {"EINVAL": 1}
     assert 0 < counts["LOOKUP"].nanoseconds < 60_000_000_000
     assert source.mirror.router.arena.metrics.gauges[Gauge.INODES] == 2
 
@@ -131,7 +149,8 @@ def test_an_opcode_from_the_future_is_counted_as_unknown(
 ) -> None:
     strange = request(4096, 1, b"")
     run_loop(source, device.fd, monkeypatch, strange)
-    assert sheet.snapshot()["UNKNOWN"][:2] == (1, 1)
+    assert sheet.snapshot()["UNKNOWN"][:2] == (1, 0)
+    assert sheet.snapshot()["UNKNOWN"].errnos == {"ENOSYS": 1}
 
 
 def test_what_a_worker_answers_is_left_to_it_to_count(

@@ -15,6 +15,7 @@ from llloop import oversight
 from llloop.arena import Arena
 from llloop.notify import Notifier
 from llloop.oversight import Oversight, Sight, process_state
+from llloop.source_check import SourceCheck
 from llloop.wire import Opcode
 from tests.server_processes import wait_until
 
@@ -32,7 +33,19 @@ class Bench:
             signal.pause()
         front: Any = SimpleNamespace(name="llloop-front", pid=self.pid, restarts=0)
         self.oversight = Oversight(
-            Sight("/nowhere", (0, 57), {"source": "/src"}, [front], front, [], arena, list, list), Notifier({})
+            Sight(
+                "/nowhere",
+                (0, 57),
+                {"source": "/src"},
+                [front],
+                front,
+                [],
+                arena,
+                SourceCheck("/", 0, False),
+                list,
+                list,
+            ),
+            Notifier({}),
         )
 
     def set_waiting(self, count: int) -> None:

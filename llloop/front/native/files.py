@@ -7,7 +7,7 @@ import fcntl
 import os
 
 from ... import wire
-from ...metrics import BYTES, Gauge
+from ...metrics import Gauge
 from ...negotiation import Feature
 from ...notifications import expire_attributes
 from ...privilege import SETID
@@ -176,7 +176,7 @@ class FileRequests(Responder):
         length = header + count
         wire.OUT_HEADER.pack_into(scratch, 0, length, 0, unique)
         self._send(scratch[:length])
-        self._sheet.add(Opcode.READ, BYTES, count)
+        self._sheet.moved(Opcode.READ, count)
         return True
 
     def write(self, base: int, length: int) -> None:
@@ -254,7 +254,7 @@ class FileRequests(Responder):
             return False
         write_reply = wire.WRITE_REPLY
         self._send(write_reply.pack(write_reply.size, 0, unique, count))
-        self._sheet.add(Opcode.WRITE, BYTES, count)
+        self._sheet.moved(Opcode.WRITE, count)
         return True
 
     def flush(self, base: int, length: int) -> None:
