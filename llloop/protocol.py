@@ -84,7 +84,8 @@ class Request(NamedTuple):
         uid, gid: the file system ids of who writes, for quotas and reserved blocks.
         extra: COPY_FILE_RANGE: the source's handle, descriptor, offset, inode and identity; FALLOCATE: the mode; LSEEK:
             the whence and the inode; WRITE: the inode, with INVALIDATE or where the kernel has not asked to clear
-            set-ID bits before; GETATTR: the inode and the reply; INVALIDATED: the number of the request for which pages
+            set-ID bits before; GETATTR: the inode and the reply; FLUSH: how
+            many writes had failed when the file was opened; INVALIDATED: the number of the request for which pages
             were dropped; RELEASE: the handles to let go of; RESUME: the numbers of the requests that may still be the
             worker's; PROBE: the places to look at, each a front's descriptor, or -1 for the source, and a path from
             there.

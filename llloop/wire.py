@@ -78,6 +78,7 @@ class Opcode(IntEnum):
 FOPEN_DIRECT_IO = 1 << 0
 FOPEN_KEEP_CACHE = 1 << 1
 FOPEN_CACHE_DIR = 1 << 3
+FOPEN_NOFLUSH = 1 << 5
 FOPEN_PASSTHROUGH = 1 << 7
 
 # FATTR_ bits of struct fuse_setattr_in.valid
@@ -210,8 +211,8 @@ LSEEK_REPLY = Struct("=IiQQ")  # header, offset
 # struct fuse_kstatfs: blocks, bfree, bavail, files, ffree, bsize, namelen, frsize
 STATFS_OUT = Struct("=QQQQQIII28x")
 STATX_OUT = Struct("=QII16x")  # attr_valid, attr_valid_nsec, flags; then struct fuse_statx
-STATX_SIZE_OFFSET = 40  # in struct fuse_statx
-STATX_SIZE_AND_BLOCKS = Struct("=QQ")
+STATX_SIZE_AND_BLOCKS = Struct("=40xQQ")  # of struct fuse_statx
+STATX_BLOCKS_OFFSET = 48
 DIRENT = Struct("=QQII")  # struct fuse_dirent: ino, off, namelen, type; then the name, padded to 8 bytes
 
 # Notifications, from struct fuse_out_header on

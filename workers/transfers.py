@@ -9,13 +9,13 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, Protocol, TypeVar
 
 from llloop import syscalls
 from llloop.arena import Arena
 from llloop.leadership import Leadership
-from llloop.metrics import Sheet
+from llloop.metrics import ERRORS, Sheet
 from llloop.privilege import SETID, SetidGuard, Writer
 from llloop.protocol import (
     APPEND,
@@ -32,6 +32,7 @@ from llloop.protocol import (
 from llloop.wire import Opcode
 
 from .invalidations import Held, Invalidations
+from .late_errors import LateErrors
 from .replies import Replies
 
 _log = logging.getLogger(__name__)
@@ -138,6 +139,7 @@ class Transfers:
         self._writer = writer
         self._sheet = sheet
         self._invalidations = invalidations
+        self._late = LateErrors()
         self._table: dict[Operation, Callable[[Request], None]] = {
             Operation.READ: self._read,
             Operation.WRITE: self._write,
@@ -161,6 +163,7 @@ class Transfers:
         if request.operation == Operation.RELEASE:
             for handle in request.extra:
                 self._descriptors.release(handle)
+                self._late.release(handle)
             return True
         if self._is_to_wait(request):
             return False
@@ -213,6 +216,9 @@ class Transfers:
 
     def _fail(self, request: Request, number: int) -> None:
         self._sheet.failed(opcode_of(request), number)
+        if request.operation == Operation.WRITE and request.flags & CACHED:
+            with suppress(OSError):  # no descriptor
+                self._late.note(self._fd(request), number, self._sheet.rows[Opcode.WRITE][ERRORS])
         self._replies.error(request, number)
 
     def _give_back(self, request: Request) -> None:
@@ -421,11 +427,13 @@ class Transfers:
             self._call(os.fdatasync, self._fd(request))
         else:
             self._call(os.fsync, self._fd(request))
+        self._late.settle(request, self._fd(request))
         self._replies.error(request, 0)
 
     def _flush(self, request: Request) -> None:
-        self._call(os.close, os.dup(self._fd(request)))  # where the source reports late write errors, it is at close(2)
-        self._replies.error(request, 0)
+        fd = self._fd(request)
+        self._call(os.close, os.dup(fd))  # where the source reports late write errors, it is at close(2)
+        self._replies.error(request, self._late.error_of(request, fd))
 
     def _fallocate(self, request: Request) -> None:
         self._act_for(request)

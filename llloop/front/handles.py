@@ -48,6 +48,7 @@ class Handle:
             clears it.
         uncached: whether the kernel passes its page cache over, and so does not ask to clear set-ID bits before it
             writes; also if that is not known.
+        late_errors: how many writes had failed in its worker when it was opened for writing.
         append: whether it was opened with O_APPEND; only used where llfuse runs the loop, whose write handler does not
             say.
     """
@@ -60,6 +61,7 @@ class Handle:
         "entries",
         "file",
         "flags",
+        "late_errors",
         "lent",
         "locking_group",
         "mount",
@@ -95,6 +97,7 @@ class Handle:
         self.uncached = False
         self.unsized = False
         self.append = False
+        self.late_errors = 0
         self.entries: list[DirectoryEntry] | None = None
         self.snapshot = -1
         self.place = 0

@@ -1,5 +1,6 @@
 """What goes wrong in the source arrives as the error that it is: each made real by a small file system."""
 
+import contextlib
 import errno
 import faulthandler
 import fcntl
@@ -186,11 +187,46 @@ def test_cached_data_that_fits_only_partly_is_not_lost_silently(
     options = ["--writeback", "--cache", "auto"] if how == "writeback" else []
     with tmpfs(scratch / "full", "size=1m") as source, serving(source, *options) as mirror:
         (source / "filler").write_bytes(bytes(MIB - room))
+        mirror.expect_log("file: data that was stored .* could not be written and is lost: No space left")
         assert outcome(write, mirror.mountpoint / "file") == "ENOSPC"
         assert (source / "file").stat().st_blocks * 512 == room
         (source / "filler").unlink()
         assert outcome(write, mirror.mountpoint / "second") is None
         assert (source / "second").read_bytes() == content
+
+
+def fill_up(path: Path) -> None:
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+        while file.write(bytes(mmap.PAGESIZE)):
+            pass
+
+
+@pytest.mark.root
+@pytest.mark.own_loop
+@pytest.mark.by_workers
+@pytest.mark.parametrize("mode", ["", "--writeback", "--cache never"])
+def test_who_stored_what_is_lost_is_told_at_close(scratch: Path, serving: Callable[..., Any], mode: str) -> None:
+    """Also if somebody else, or a copy of the descriptor, was closed before and has been told."""
+    with tmpfs(scratch / "full", "size=1m") as source, serving(source, *mode.split()) as mirror:
+        mirror.expect_log("file: data that was stored .* could not be written and is lost: No space left")
+        path = mirror.mountpoint / "file"
+        path.write_bytes(b"")
+        os.truncate(path, MIB)
+        storing, copy = os.open(path, os.O_RDWR), -1
+        reading = os.open(path, os.O_RDONLY)
+        with mmap.mmap(storing, MIB) as view:
+            fill_up(source / "filler")
+            view[:] = pattern(MIB)
+            if not mode:  # the kernel tells readers, too, where it collects writes
+                assert outcome(os.close, reading) is None
+            else:
+                outcome(os.close, reading)
+            copy = os.dup(storing)
+            outcome(os.close, copy)
+        assert outcome(os.close, storing) == "ENOSPC"
+        (source / "filler").unlink()
+        for flags in (os.O_RDWR, os.O_RDONLY):
+            assert outcome(os.close, os.open(path, flags)) is None, "opened since"
 
 
 @pytest.mark.root

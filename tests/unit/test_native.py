@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
+from llloop import wire
 from llloop.config import Cache
 from llloop.front.inodes import ROOT
 from llloop.front.native import files as native_files
@@ -479,7 +480,7 @@ def test_a_listing_nobody_waits_for_counts_no_lookups(source: Source, kernel: Ke
 def test_open_and_release(source: Source, kernel: Kernel, file: int) -> None:
     before = open_descriptors()
     handle, flags = kernel.open(file, os.O_RDONLY)
-    assert flags == 0, "the file was changed just now"
+    assert flags == wire.FOPEN_NOFLUSH, "the file was changed just now"
     release = struct.pack("=QIIQ", handle, 0, 0, 0)
     assert kernel.payload(Opcode.RELEASE, file, release) == b""
     assert open_descriptors() == before
@@ -628,6 +629,11 @@ def test_requests_for_what_is_not_open(kernel: Kernel, file: int) -> None:
             kernel.send(opcode, file, body)
 
 
-def test_flush_is_not_asked_for_where_close_cannot_fail(kernel: Kernel, file: int) -> None:
-    handle, _ = kernel.open(file)
-    assert kernel.ask(Opcode.FLUSH, file, struct.pack("=QIIQ", handle, 0, 0, 0)).error == errno.ENOSYS
+@pytest.mark.parametrize(("flags", "told"), [(os.O_RDWR, True), (os.O_RDONLY, False), (os.O_WRONLY, False)])
+def test_close_is_told_only_of_files_that_may_be_mapped_for_writing(
+    kernel: Kernel, file: int, flags: int, told: bool
+) -> None:
+    """Nothing else can have errors that no write(2) was told of."""
+    handle, how = kernel.open(file, flags)
+    assert bool(how & wire.FOPEN_NOFLUSH) is not told
+    assert kernel.ask(Opcode.FLUSH, file, struct.pack("=QIIQ", handle, 0, 0, 0)).error == 0

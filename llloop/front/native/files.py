@@ -7,7 +7,7 @@ import fcntl
 import os
 
 from ... import wire
-from ...metrics import Gauge
+from ...metrics import ERRORS, Gauge
 from ...negotiation import Feature
 from ...notifications import expire_attributes
 from ...privilege import SETID
@@ -43,6 +43,7 @@ class FileRequests(Responder):
         self._view = arena.view
         self._sheet = arena.metrics.front
         self._gauges = arena.metrics.gauges
+        self._failed_writes = [sheet.rows[Opcode.WRITE] for sheet in arena.metrics.workers]
         self._access_times = AccessTimes()
         self._scratch = memoryview(bytearray(wire.OUT_HEADER_SIZE + READ_LIMIT))
 
@@ -72,9 +73,10 @@ class FileRequests(Responder):
         """Return open_flags and backing_id for a file just opened."""
         handle = self._handles.get(number)
         backing = self._mirror.passthrough.back(handle, attributes, is_new=is_new)
+        noflush = self._noflush(handle)
         if backing:
             self._gauges[_PASSED_THROUGH] += 1
-            return wire.FOPEN_PASSTHROUGH, backing
+            return wire.FOPEN_PASSTHROUGH | noflush, backing
         if handle.unsized:
             flags = wire.FOPEN_DIRECT_IO
         elif self._writeback and fcntl.fcntl(handle.descriptor, fcntl.F_GETFL) & os.O_APPEND:
@@ -87,7 +89,20 @@ class FileRequests(Responder):
                 flags = 0
         handle.uncached = flags == wire.FOPEN_DIRECT_IO
         self._gauges[_DECISIONS[flags]] += 1
-        return flags, 0
+        return flags | noflush, 0
+
+    def _noflush(self, handle: Handle) -> int:
+        """Return FOPEN_NOFLUSH where a close(2) has nothing to tell.
+
+        Otherwise the kernel would tell a reader of the error of somebody else's write, and then nobody else. It does
+        not heed the flag where it collects writes.
+        """
+        if self._mirror.close_can_fail:
+            return 0
+        if handle.flags & os.O_ACCMODE == os.O_RDWR or (self._writeback and handle.is_writable):
+            handle.late_errors = self._failed_writes[handle.shard][ERRORS]
+            return wire.FOPEN_NOFLUSH if handle.backing else 0
+        return wire.FOPEN_NOFLUSH
 
     def create(self, base: int, length: int) -> None:
         """FUSE_CREATE: reply with an entry and a handle."""
@@ -258,12 +273,15 @@ class FileRequests(Responder):
         return True
 
     def flush(self, base: int, length: int) -> None:
-        """FUSE_FLUSH: ENOSYS, after which the kernel stops asking, unless the source's close(2) can fail."""
+        """FUSE_FLUSH: a worker knows of errors since the open; also the source's close(2) may tell some."""
         unique, number = wire.FLUSH_REQUEST.unpack_from(self._memory, base)
-        if self._mirror.close_can_fail:
-            self._router.entrust(Task(self._handles.get(number), number, Operation.FLUSH, unique))
+        handle = self._handles.get(number)
+        late = handle.late_errors
+        has_failed = handle.is_writable and self._failed_writes[handle.shard][ERRORS] > late
+        if has_failed or self._mirror.close_can_fail:
+            self._router.entrust(Task(handle, number, Operation.FLUSH, unique, extra=(late,)))
         else:
-            self._send(wire.error_reply(unique, errno.ENOSYS))
+            self._send(wire.error_reply(unique, 0))
 
     def fsync(self, base: int, length: int) -> None:
         """FUSE_FSYNC and FUSE_FSYNCDIR."""

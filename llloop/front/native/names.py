@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 
 from ... import wire
 from ...protocol import Operation
@@ -86,9 +87,9 @@ class NameRequests(Responder):
         valid = self._attr_timeout
         if nodeid in self._written:
             valid = 0, 0
-            size, blocks = wire.STATX_SIZE_AND_BLOCKS.unpack_from(raw, wire.STATX_SIZE_OFFSET)
+            size, blocks = wire.STATX_SIZE_AND_BLOCKS.unpack_from(raw)
             if not blocks and self._can_get_blocks(nodeid, size):
-                wire.STATX_SIZE_AND_BLOCKS.pack_into(raw, wire.STATX_SIZE_OFFSET, size, 1)
+                raw[wire.STATX_BLOCKS_OFFSET : wire.STATX_BLOCKS_OFFSET + 8] = (1).to_bytes(8, sys.byteorder)
         self._send(wire.reply(unique, wire.STATX_OUT.pack(*valid, 0) + bytes(raw)))
 
     def readlink(self, base: int, length: int) -> None:
