@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -11,6 +13,7 @@ from typing import Any
 from . import errors, log, mounting
 from .config import ServeConfig
 from .errors import LlloopError
+from .process_state import ProcessState, keep_ended_children
 from .server_process import ServerProcess
 from .supervisor import Supervisor
 
@@ -49,8 +52,13 @@ def serve(source: str | os.PathLike[str], mountpoint: str | os.PathLike[str], **
     Raises:
         LlloopError: the mount could not be made; the subclasses say why.
     """
+    if threading.current_thread() is not threading.main_thread():
+        raise errors.UsageError("a mount can be served by the main thread only; llloop.mount() works in any")
     config = _config(source, mountpoint, options)
-    return Supervisor(config, on_ready=_ignore).run()
+    # The program's own handling of SIGCHLD would take away the children that the supervisor waits for.
+    with ProcessState((signal.SIGCHLD,)):
+        keep_ended_children()
+        return Supervisor(config, on_ready=_ignore).run()
 
 
 def _ignore(line: str) -> None:

@@ -19,6 +19,7 @@ from .escape import printable
 from .explained import EXIT_CODES, UntouchedPath, explained
 from .inspection import control, stats, status
 from .notify import Notifier
+from .process_state import keep_ended_children
 from .redirect import open_missing_standard_descriptors
 from .supervisor import Supervisor
 from .version import __version__
@@ -40,10 +41,11 @@ def _say(line: str) -> None:
 
 
 class _Commands(click.Group):
-    """The command as a whole, which may be started without standard descriptors."""
+    """The command as a whole, which may be started without standard descriptors, or with SIGCHLD ignored."""
 
     def main(self, *arguments: Any, **options: Any) -> Any:
         open_missing_standard_descriptors()
+        keep_ended_children()
         return super().main(*arguments, **options)
 
 

@@ -87,15 +87,14 @@ def _receive(connection: socket.socket, length: int, deadline: float) -> bytes:
 
 def find(entry: MountEntry) -> Iterator[tuple[str, int | None]]:
     """Yield where the control socket of a mount may be, and who may answer there besides root and this user."""
-    name = sockets.socket_name(entry.mountpoint, entry.device)
     places: list[tuple[str, int | None]] = [(directory, None) for directory in sockets.all_directories()]
     if os.geteuid() == 0 and entry.owner is not None and entry.owner[0] != 0:
         # Its server may say what it likes of this one mount, which is its own, and of no other.
         places += [(directory, entry.owner[0]) for directory in sockets.directories_of(entry.owner[0])]
     for directory, owner in places:
-        path = os.path.join(directory, name)
-        if os.path.lexists(path):
-            yield path, owner
+        for path in sockets.sockets_in(directory):
+            if sockets.belongs_to(path, entry.device):
+                yield path, owner
 
 
 def ask_entry(entry: MountEntry, command: str, *, deadline: float | None = None, **arguments: Any) -> Any:

@@ -67,6 +67,10 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0))
 
 
+# mount(2) takes no longer one: PATH_MAX with what ends the text, and libfuse needs one more.
+_LONGEST_FSNAME = 4094
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
     """Everything `llloop serve` and `llloop.mount` can be told about one mount.
@@ -197,6 +201,8 @@ class ServeConfig:
                 raise UsageError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if not isinstance(self.fsname, str) or not self.fsname or "\0" in self.fsname:
             raise UsageError(f"--fsname must be a name, not {self.fsname!r}")
+        if len(self.fsname) > _LONGEST_FSNAME:
+            raise UsageError(f"--fsname may have {_LONGEST_FSNAME} characters at most, not {len(self.fsname)}")
         if self.loop is LoopKind.LLFUSE:
             for unfit, option in (
                 (self.io is IoKind.KERNEL, "--io kernel"),

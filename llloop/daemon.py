@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 from contextlib import suppress
@@ -31,7 +30,6 @@ class Daemon:
             self._pid_file = pid_file.absolute() if pid_file else None
             if self._pid_file is not None:
                 trusted.check_replaceable(str(self._pid_file))
-                _check_writable(self._pid_file.parent)
         except OSError as error:
             raise HostError(f"pid file {pid_file}: {error.strerror}") from None
         self._waiting: int | None = None
@@ -93,9 +91,3 @@ def _wait_for(child: int, reader: int) -> NoReturn:
         with suppress(OSError):
             os.write(2, f"llloop: killed by {signal.Signals(-code).name} before the mount was ready\n".encode())
     os._exit(code if code >= 0 else 1)
-
-
-def _check_writable(directory: Path) -> None:
-    if not os.access(directory, os.W_OK | os.X_OK):
-        number = errno.EACCES if directory.is_dir() else errno.ENOENT
-        raise OSError(number, os.strerror(number))

@@ -226,12 +226,7 @@ def check(file: Path) -> None:
     Raises:
         OSError: not so.
     """
-    try:
-        os.close(trusted.open_file(str(file), os.O_WRONLY | os.O_APPEND))
-    except FileNotFoundError:
-        if not os.access(file.parent, os.W_OK | os.X_OK):
-            number = errno.EACCES if file.parent.is_dir() else errno.ENOENT
-            raise OSError(number, os.strerror(number)) from None
+    trusted.check_appendable(str(file))
 
 
 def _is_journal() -> bool:

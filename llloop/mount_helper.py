@@ -18,6 +18,7 @@ from . import mount_options
 from .cli import serve
 from .errors import HostError, UsageError
 from .escape import printable
+from .process_state import keep_ended_children
 from .redirect import open_missing_standard_descriptors
 from .version import __version__
 
@@ -203,6 +204,7 @@ def _code_of(code: int) -> int:
 def main() -> None:
     """Run `mount.llloop` with the arguments of this process."""
     open_missing_standard_descriptors()
+    keep_ended_children()
     try:
         mount_llloop(standalone_mode=False)
     except click.ClickException as error:

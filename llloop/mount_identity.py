@@ -23,7 +23,7 @@ _LOOK_AGAIN = 0.05
 
 @dataclass(frozen=True, slots=True)
 class MountIdentity:
-    """One mount.
+    """One mount, wherever it is now: it can be moved, and a directory above it renamed.
 
     Attributes:
         mountpoint: where it was made: an absolute path without symlinks.
@@ -37,26 +37,37 @@ class MountIdentity:
     mount_id: int
     unique_id: int | None = None
 
-    def is_there(self, connection: int | None = None) -> bool:
-        """Whether this very mount is what is mounted at its mount point now.
+    def _entry(self) -> mounting.MountEntry | None:
+        """Return the mount that has its numbers now, None if there is none."""
+        numbers = self.device, self.mount_id
+        return next((one for one in mounting.mounts() if (one.device, one.mount_id) == numbers), None)
+
+    def place(self, connection: int | None = None) -> str | None:
+        """Return the path at which this very mount is now, None if it cannot be reached by a path.
 
         Args:
             connection: a descriptor of /dev/fuse that belongs to it. Without unique IDs it tells whether the mount's
                 numbers have become another's: the connection of a mount that was unmounted has ended.
         """
-        entry = mounting.find_mount(self.mountpoint)
-        if entry is None or (entry.device, entry.mount_id) != (self.device, self.mount_id):
-            return False
-        unique_id = syscalls.unique_mount_id(self.mountpoint) if self.unique_id is not None else None
+        entry = self._entry()
+        if entry is None or entry != mounting.find_mount(entry.mountpoint):
+            return None
+        unique_id = syscalls.unique_mount_id(entry.mountpoint) if self.unique_id is not None else None
         if unique_id is not None:
-            return unique_id == self.unique_id
-        # A connection also ends if it is aborted, and leaves the mount behind: that one is dead.
-        return connection is None or not _has_ended(connection) or mounting.is_dead(self.mountpoint)
+            ours = unique_id == self.unique_id
+        else:
+            # A connection also ends if it is aborted, and leaves the mount behind: that one is dead.
+            ours = connection is None or not _has_ended(connection) or mounting.is_dead(entry.mountpoint)
+        return entry.mountpoint if ours else None
+
+    def is_there(self, connection: int | None = None) -> bool:
+        """Whether this very mount can be reached by a path now; *connection* as for `place`."""
+        return self.place(connection) is not None
 
     def is_covered(self) -> bool:
         """Whether another mount lies over it, and it cannot be reached."""
-        here = [entry for entry in mounting.mounts() if entry.mountpoint == self.mountpoint]
-        return any((entry.device, entry.mount_id) == (self.device, self.mount_id) for entry in here[:-1])
+        entry = self._entry()
+        return entry is not None and entry != mounting.find_mount(entry.mountpoint)
 
     def unmount(self, *, lazy: bool) -> None:
         """Unmount it, unless it has gone already; another mount in its place is left alone.
@@ -70,44 +81,45 @@ class MountIdentity:
             LlloopError: what fusermount says (as an ordinary user).
         """
         deadline = time.monotonic() + BUSY_PATIENCE
-        while self.is_there():
+        while (place := self.place()) is not None:
             try:
                 if lazy and os.geteuid() == 0:
-                    self._detach()
+                    self._detach(place)
                 else:
-                    self._try_to_unmount(lazy)
+                    _try_to_unmount(place, lazy)
                 return
             except (OSError, LlloopError) as error:
-                if not self.is_there():  # somebody else was faster
-                    return
+                if self.place() != place:  # somebody else was faster, or has moved it
+                    continue
                 busy = isinstance(error, OSError) and error.errno == errno.EBUSY
                 if not busy or time.monotonic() > deadline:
                     raise
 
-    def _try_to_unmount(self, lazy: bool) -> None:
-        """Unmount it; try again for a moment while it is busy.
-
-        The tries follow each other closely: who looks at it again and again leaves little time in between. And so
-        no other mount can come to its place unnoticed.
-        """
-        deadline = time.monotonic() + _LOOK_AGAIN
-        while True:
-            try:
-                mounting.unmount(self.mountpoint, lazy=lazy)
-                return
-            except OSError as error:
-                if error.errno != errno.EBUSY or time.monotonic() > deadline:
-                    raise
-            time.sleep(0)  # let who looks go on
-
-    def _detach(self) -> None:
+    def _detach(self, place: str) -> None:
         """Detach the mount by a descriptor, so that no other can come to its place between the look and the deed."""
-        root = os.open(self.mountpoint, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        root = os.open(place, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             if self.unique_id is None or syscalls.unique_mount_id(root) in (None, self.unique_id):
                 syscalls.umount(f"/proc/self/fd/{root}", syscalls.MNT_DETACH)
         finally:
             os.close(root)
+
+
+def _try_to_unmount(place: str, lazy: bool) -> None:
+    """Unmount what is mounted at *place*; try again for a moment while it is busy.
+
+    The tries follow each other closely: who looks at it again and again leaves little time in between. And so
+    no other mount can come to its place unnoticed.
+    """
+    deadline = time.monotonic() + _LOOK_AGAIN
+    while True:
+        try:
+            mounting.unmount(place, lazy=lazy)
+            return
+        except OSError as error:
+            if error.errno != errno.EBUSY or time.monotonic() > deadline:
+                raise
+        time.sleep(0)  # let who looks go on
 
 
 def identify(mountpoint: str) -> MountIdentity | None:

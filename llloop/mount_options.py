@@ -26,7 +26,8 @@ _ATIME_GROUPS = (
 )
 WITHOUT_EFFECT = frozenset(option for group in _ATIME_GROUPS for option in group) - KERNEL
 
-_MAX_READ = re.compile(r"max_read=[0-9]+")
+_MAX_READ = re.compile(r"max_read=([0-9]+)")
+_LARGEST_NUMBER = 2**32 - 1  # the kernel takes it as an unsigned int
 # Options of libfuse that llloop sets itself or cannot hold to, and what to do instead.
 _REFUSED = {
     "allow_other": "say --allow-other or --no-allow-other instead",
@@ -69,9 +70,10 @@ def refuse_contradictions(options: Iterable[str]) -> None:
     Raises:
         UsageError: two do. Which of them was meant cannot be known.
     """
-    given = list(options)
-    for group in (*_KERNEL_GROUPS, *_ATIME_GROUPS):
-        found = [option for option in dict.fromkeys(given) if option in group]
+    given = list(dict.fromkeys(options))
+    sizes = [option for option in given if _MAX_READ.fullmatch(option)]
+    for group in (*_KERNEL_GROUPS, *_ATIME_GROUPS, sizes):
+        found = [option for option in given if option in group]
         if len(found) > 1:
             raise UsageError(f"mount options {' and '.join(found)} exclude each other; give one of them")
 
@@ -89,7 +91,10 @@ def checked(options: Iterable[str]) -> tuple[str, ...]:
             raise UsageError(f"mount option {option}: {_REFUSED[name]}")
         if not option.isascii():
             raise UsageError(f"mount option {option!r}: only ASCII can be passed to libfuse")
-        if option not in KERNEL and option != "default_permissions" and not _MAX_READ.fullmatch(option):
+        size = _MAX_READ.fullmatch(option)
+        if size is not None and int(size[1]) > _LARGEST_NUMBER:
+            raise UsageError(f"mount option {option}: the number must be at most {_LARGEST_NUMBER}")
+        if option not in KERNEL and option != "default_permissions" and size is None:
             raise UsageError(
                 f"mount options: unknown option `{option}'; there are: "
                 + ", ".join(one for group in _KERNEL_GROUPS for one in group)

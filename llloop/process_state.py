@@ -32,8 +32,8 @@ class ProcessState:
 
     def __enter__(self) -> ProcessState:
         self._pid = os.getpid()
+        self._comm = _COMM.read_bytes()  # before the title: to look at that for the first time changes the name
         self._title = _title()
-        self._comm = _COMM.read_bytes()
         self._name = multiprocessing.current_process().name
         self._files = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._handlers: dict[int, Any] = {number: signal.getsignal(number) for number in self._numbers}
@@ -57,6 +57,14 @@ class ProcessState:
             _COMM.write_bytes(self._comm.rstrip(b"\n"))
         multiprocessing.current_process().name = self._name
         resource.setrlimit(resource.RLIMIT_NOFILE, self._files)
+
+
+def keep_ended_children() -> None:
+    """Have the kernel keep a child that has ended until it is waited for.
+
+    Whoever starts a program may have it ignore SIGCHLD, and then no child can be waited for (wait(2)).
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _title() -> str:

@@ -74,32 +74,13 @@ class ServerProcess:
     def __init__(self, config: ServeConfig, log_level: str) -> None:
         self._owner = os.getpid()
         self._mount: MountIdentity | None = None
-        ours, theirs = (_above_standard_descriptors(end) for end in socket.socketpair())
-        alive = _above(os.pidfd_open(os.getpid()))
-        numbers = [str(theirs.fileno()), str(alive)]
         try:
-            self._process = subprocess.Popen(
-                [_interpreter(), "-I", "-S", "-c", _BOOTSTRAP, *numbers],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=None if _is_open(2) else subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), alive),
-                # Ctrl-C at the program's terminal is the program's to handle.
-                start_new_session=True,
-                cwd="/",
-                # A service manager waits for the program's own word.
-                env={name: value for name, value in os.environ.items() if not name.startswith(_NOT_INHERITED)},
-            )
+            self._start()
         except OSError as error:
-            ours.close()
-            raise HostError(f"{error.filename}: {error.strerror}") from None
-        finally:
-            theirs.close()
-            os.close(alive)
+            file = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+            raise HostError(f"the server cannot be started: {file}{error.strerror}") from None
         self.pid = self._process.pid
-        self._channel = ours
         self._heard = b""
-        self._ended = _pidfd_of(self._process)
         try:
             self._tell({"modules": _module_files(), "config": _plain(config), "log_level": log_level})
             told = self._hear()
@@ -112,6 +93,37 @@ class ServerProcess:
             )
         except BaseException:
             self.end()
+            raise
+
+    def _start(self) -> None:
+        """Start the process, which waits to be told what to serve.
+
+        Raises:
+            OSError: it cannot be started, for want of descriptors or processes. Nothing is left then.
+            HostError: no interpreter is known.
+        """
+        self._channel, theirs = (_above_standard_descriptors(end) for end in socket.socketpair())
+        try:
+            with theirs:
+                alive = _above(os.pidfd_open(os.getpid()))
+                try:
+                    self._process = subprocess.Popen(
+                        [_interpreter(), "-I", "-S", "-c", _BOOTSTRAP, str(theirs.fileno()), str(alive)],
+                        stdin=subprocess.DEVNULL,
+                        stdout=subprocess.DEVNULL,
+                        stderr=None if _is_open(2) else subprocess.DEVNULL,
+                        pass_fds=(theirs.fileno(), alive),
+                        # Ctrl-C at the program's terminal is the program's to handle.
+                        start_new_session=True,
+                        cwd="/",
+                        # A service manager waits for the program's own word.
+                        env={name: value for name, value in os.environ.items() if not name.startswith(_NOT_INHERITED)},
+                    )
+                finally:
+                    os.close(alive)
+            self._ended = _pidfd_of(self._process)
+        except BaseException:
+            self._channel.close()
             raise
 
     @property
@@ -136,6 +148,8 @@ class ServerProcess:
         with suppress(OSError):  # the other end is gone
             # Not close(2): forks of the program have the socket, too.
             self._channel.shutdown(socket.SHUT_WR)
+            # Somebody may have stopped it, and then it would never end.
+            signal.pidfd_send_signal(self._ended, signal.SIGCONT)
         if not syscalls.is_readable(self._ended, PATIENCE):
             # A second request: it no longer waits for what is still to be written back.
             signal.pidfd_send_signal(self._ended, signal.SIGTERM)
@@ -240,9 +254,10 @@ def _above(fd: int) -> int:
     """Return *fd* or a duplicate: not 0, 1 or 2, which a program may have closed, and which the server needs."""
     if fd > 2:
         return fd
-    duplicate = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
-    os.close(fd)
-    return duplicate
+    try:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    finally:
+        os.close(fd)
 
 
 def _is_open(fd: int) -> bool:
@@ -254,13 +269,22 @@ def _is_open(fd: int) -> bool:
 
 
 def _pidfd_of(process: subprocess.Popen[bytes]) -> int:
-    """Return a pidfd of *process*; of one that has ended and was reaped already (SIGCHLD ignored), one as readable."""
+    """Return a pidfd of *process*; of one that has ended and was reaped already (SIGCHLD ignored), one as readable.
+
+    Raises:
+        OSError: there can be none. The process, which serves nothing yet, was ended.
+    """
     try:
-        return os.pidfd_open(process.pid)
-    except ProcessLookupError:
-        reader, writer = os.pipe2(os.O_CLOEXEC)
-        os.close(writer)
-        return reader
+        try:
+            return os.pidfd_open(process.pid)
+        except ProcessLookupError:
+            reader, writer = os.pipe2(os.O_CLOEXEC)
+            os.close(writer)
+            return reader
+    except OSError:
+        process.kill()
+        process.wait()
+        raise
 
 
 # ---- In the server
@@ -274,6 +298,7 @@ def serve(channel: socket.socket, told: dict[str, Any]) -> None:
         told: its message.
     """
     from . import log
+    from .process_state import keep_ended_children
     from .supervisor import Supervisor
 
     def tell(**message: Any) -> None:
@@ -291,6 +316,7 @@ def serve(channel: socket.socket, told: dict[str, Any]) -> None:
             unique_mount_id=mount.unique_id,
         )
 
+    keep_ended_children()
     channel.set_inheritable(False)
     try:
         log.configure(told["log_level"], None)

@@ -115,13 +115,23 @@ def socket_name(mountpoint: str, device: tuple[int, int]) -> str:
 def sockets() -> Iterator[str]:
     """Yield the paths of all sockets in directories that this user trusts."""
     for directory in all_directories():
-        try:
-            names = sorted(os.listdir(directory))
-        except OSError:
-            continue
-        # Those that begin with a dot are being made: nobody answers there yet, and nobody is to take them for stale.
-        shown = (name for name in names if name.endswith(SUFFIX) and not name.startswith("."))
-        yield from (os.path.join(directory, name) for name in shown)
+        yield from sockets_in(directory)
+
+
+def sockets_in(directory: str) -> Iterator[str]:
+    """Yield the paths of all sockets in *directory*."""
+    try:
+        names = sorted(os.listdir(directory))
+    except OSError:
+        return
+    # Those that begin with a dot are being made: nobody answers there yet, and nobody is to take them for stale.
+    shown = (name for name in names if name.endswith(SUFFIX) and not name.startswith("."))
+    yield from (os.path.join(directory, name) for name in shown)
+
+
+def belongs_to(path: str, device: tuple[int, int]) -> bool:
+    """Whether the name of a socket says that it is of a mount with that device number, wherever that has been moved."""
+    return path.endswith(f"-{device[0]}-{device[1]}{SUFFIX}")
 
 
 def encode(message: dict[str, Any]) -> bytes:

@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
@@ -43,7 +42,7 @@ from . import (
 from .arena import Arena
 from .children import LONGEST_PAUSE, PATIENCE, STOP_SIGNALS, Child, Cloned, child_main, end, forked, title
 from .config import ServeConfig
-from .errors import HostError, LlloopError, UsageError
+from .errors import HostError, LlloopError
 from .escape import printable
 from .front.operations import Operations
 from .front.process import FrontSetup, run_front
@@ -159,8 +158,6 @@ class Supervisor:
         Raises:
             LlloopError: the mount could not be made.
         """
-        if threading.current_thread() is not threading.main_thread():
-            raise UsageError("a mount can be served by the main thread only; llloop.mount() works in any")
         with ProcessState(_SIGNALS):
             try:
                 self._start()
@@ -584,12 +581,11 @@ class Supervisor:
                 steps.callback(self._oversight.stopping)
 
     def _end_unmounter(self) -> None:
-        if self._unmounter is not None:
+        unmounter, self._unmounter = self._unmounter, None  # with it go its descriptors
+        if unmounter is not None:
             if not self._is_mounted():
-                self._unmounter.join(
-                    PATIENCE
-                )  # it has nothing left to do; killed, it would leave its fusermount behind
-            end(self._unmounter)
+                unmounter.join(PATIENCE)  # it has nothing left to do; killed, it would leave its fusermount behind
+            end(unmounter)
 
     def _detach(self) -> None:
         try:

@@ -163,8 +163,8 @@ def _entry(mountpoint: str) -> MountEntry:
 
 def _hidden(entries: Sequence[MountEntry]) -> list[str]:
     """Return the sockets of mounts that are not in *entries*: taken from the tree, or in another mount namespace."""
-    names = {sockets.socket_name(entry.mountpoint, entry.device) for entry in entries}
-    return [path for path in sockets.sockets() if os.path.basename(path) not in names]
+    devices = [entry.device for entry in entries]
+    return [path for path in sockets.sockets() if not any(sockets.belongs_to(path, one) for one in devices)]
 
 
 def _asked(

@@ -215,21 +215,50 @@ def open_file(path: str, flags: int) -> int:
         return fd
 
 
-def check_replaceable(path: str) -> None:
-    """Refuse what `replace_file` would refuse.
+def check_appendable(path: str) -> None:
+    """Refuse a file that `open_file` could not append to, or could not make; change nothing.
 
     Raises:
         OSError: see there.
     """
     with _Walk() as walk:
-        _replaceable(walk.to(path))
+        place = walk.to(path)
+        if place.kind is None:
+            _check_writable(place.directory)
+            return
+    os.close(open_file(path, os.O_WRONLY | os.O_APPEND))
+
+
+def check_replaceable(path: str) -> None:
+    """Refuse what `replace_file` would refuse, or could not write; change nothing.
+
+    Raises:
+        OSError: see there.
+    """
+    with _Walk() as walk:
+        place = walk.to(path)
+        _replaceable(place)
+        _check_writable(place.directory)
+
+
+def _check_writable(directory: _Directory) -> None:
+    """Refuse a directory in which this user can make no file."""
+    if not os.access(".", os.W_OK | os.X_OK, dir_fd=directory.fd, effective_ids=True):
+        read_only = os.fstatvfs(directory.fd).f_flag & os.ST_RDONLY
+        number = errno.EROFS if read_only else errno.EACCES
+        raise OSError(number, os.strerror(number))
 
 
 def _replaceable(place: _Place) -> None:
-    if place.kind is not None and (place.by_kernel or not stat.S_ISREG(place.kind.st_mode)):
+    if place.kind is None:
+        return
+    if place.by_kernel or not stat.S_ISREG(place.kind.st_mode):
         kind = _KINDS.get(stat.S_IFMT(place.kind.st_mode), "a link of /proc")
         raise _problem(f"this is {kind}, not a regular file, and is not replaced")
     _check(place)
+    directory = os.fstat(place.directory.fd)
+    if directory.st_mode & stat.S_ISVTX and os.geteuid() not in (0, place.kind.st_uid, directory.st_uid):
+        raise _problem(f"{_owner(place.kind)}, who alone can replace it in a sticky directory")
 
 
 def replace_file(path: str, data: bytes) -> None:

@@ -41,16 +41,16 @@ def _unmount(mount: MountIdentity, device: int, lazy: bool) -> None:
     signal.set_wakeup_fd(-1)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    is_there = mount.is_there(device)
+    place = mount.place(device)
     # As long as this process held it, what it asks of a mount that nobody serves would wait for itself.
     os.close(device)
-    if not is_there and mount.is_covered():
+    if place is None and mount.is_covered():
         _log.error("%s: another mount lies over it; unmount that first", mount.mountpoint)
         sys.exit(1)
-    if not is_there:
+    if place is None:
         sys.exit(0)
     if lazy:
-        _start_writing_back(mount.mountpoint)
+        _start_writing_back(place)
     try:
         mount.unmount(lazy=lazy)
     except OSError as error:

@@ -223,10 +223,89 @@ def test_a_server_that_is_killed_leaves_no_mount_behind(place: Ground) -> None:
     assert not is_mounted(place)
 
 
+def test_a_server_that_was_stopped_ends_with_the_block(place: Ground) -> None:
+    begun = time.monotonic()
+    with llloop.mount(place.source, place.mountpoint, workers=1) as mounted:
+        os.kill(mounted.pid, signal.SIGSTOP)
+    assert not is_mounted(place) and gone(mounted.pid)
+    assert time.monotonic() - begun < 20
+
+
+def test_a_program_that_may_open_no_more_files(place: Ground) -> None:
+    body = """
+import gc, os, resource
+from llloop import errors
+_, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, hard))
+taken = []
+try:
+    while True:
+        taken.append(os.dup(0))
+except OSError:
+    pass
+refused = 0
+while True:
+    try:
+        with llloop.mount(sys.argv[1], sys.argv[2], workers=1):
+            break
+    except errors.HostError as error:
+        assert "Too many open files" in str(error), error
+    refused += 1
+    os.close(taken.pop())
+gc.collect()
+for one in taken:
+    os.close(one)
+print(refused, len(os.listdir("/proc/self/fd")))
+"""
+    process = program(body, place.source, place.mountpoint)
+    try:
+        stdout, stderr = process.communicate(timeout=60)
+        refused, descriptors = map(int, stdout.split())
+        assert refused > 3 and descriptors < 10, stderr
+        assert not is_mounted(place) and "Traceback" not in stderr
+    finally:
+        kill_session(process.pid)
+
+
+@pytest.mark.parametrize("handling", ["signal.SIG_IGN", "lambda number, frame: reap()"])
+def test_a_program_that_takes_its_ended_children_away(place: Ground, handling: str) -> None:
+    """Whether it mounts or serves, what waits for children gets them; its own handling is back afterwards."""
+    body = f"""
+import os, signal, subprocess, threading
+def reap():
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
+handling = {handling}
+signal.signal(signal.SIGCHLD, handling)
+with llloop.mount(sys.argv[1], sys.argv[2], workers=1):
+    os.listdir(sys.argv[2])
+own = os.getpid()
+if os.fork() == 0:
+    while not any(sys.argv[2] in line for line in open("/proc/self/mountinfo")):
+        pass
+    os.statvfs(sys.argv[2])  # waits until it is served
+    os.kill(own, signal.SIGTERM)
+    os._exit(0)
+assert llloop.serve(sys.argv[1], sys.argv[2], workers=1) == 0
+assert signal.getsignal(signal.SIGCHLD) is handling or signal.getsignal(signal.SIGCHLD) == handling
+print("served")
+"""
+    process = program(body, place.source, place.mountpoint)
+    try:
+        stdout, stderr = process.communicate(timeout=50)
+        assert stdout == "served\n", stderr
+        assert not is_mounted(place)
+    finally:
+        kill_session(process.pid)
+
+
 def test_serve_leaves_the_program_as_it_was(place: Ground) -> None:
     """Twice in a row, and after a start that fails when everything but the mount was made."""
     body = """
-import logging, multiprocessing, os, resource, signal, threading
+import gc, logging, multiprocessing, os, resource, signal, threading
 from pathlib import Path
 
 def state():
@@ -244,8 +323,6 @@ def state():
 logging.basicConfig()
 resource.setrlimit(resource.RLIMIT_NOFILE, (1000, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
-from setproctitle import setproctitle
-setproctitle("a program of its own")
 
 def serve(**options):
     thread = threading.Timer(0.2, lambda: None)
@@ -261,7 +338,12 @@ def serve(**options):
     os.waitpid(child, 0)
     return code
 
+gc.disable()  # what only the garbage collector would close is left behind
+comm = state()["comm"]
 assert serve() == 0
+assert state()["comm"] == comm, "a program that has never set a title keeps its name"
+from setproctitle import setproctitle
+setproctitle("a program of its own")
 before = state()
 assert serve() == 0
 after = state()

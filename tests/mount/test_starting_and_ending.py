@@ -198,6 +198,42 @@ def test_who_looks_at_a_mount_does_not_keep_it(place: Ground, how: str) -> None:
         looker.communicate()
 
 
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_a_mount_ends_where_a_renamed_directory_has_taken_it(place: Ground, end: signal.Signals) -> None:
+    above = place.state / "above"
+    mountpoint = above / "mnt"
+    mountpoint.mkdir(parents=True)
+    command = ["serve", "--daemon", "--workers=1", "--pid-file", place.state / "pid", place.source, mountpoint]
+    assert llloop(*command).code == 0
+    pid = int((place.state / "pid").read_text())
+    moved = above.rename(place.state / "renamed") / "mnt"
+    try:
+        (moved / "file").write_text("it still serves")
+        assert "serving" in llloop("status", moved).stdout, "the server answers by the new name, too"
+        os.kill(pid, end)
+        wait_until(lambda: not Path(f"/proc/{pid}").exists(), "the server has ended")
+        wait_until(lambda: mount_entry(str(moved)) is None, "unmounted")
+        assert os.listdir(moved) == []
+    finally:
+        unmount_lazily(str(moved))
+
+
+# Signals that whoever starts a server has ignored
+
+IGNORING = "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
+
+
+def test_children_are_waited_for_where_sigchld_is_ignored(place: Ground) -> None:
+    prefix = [sys.executable, "-c", IGNORING]
+    assert llloop("serve", "--check", place.source, place.mountpoint, prefix=prefix).code == 0
+    done = in_background(place, *prefix)
+    assert done.returncode == 0, done.stderr
+    os.kill(int((place.state / "pid").read_text()), signal.SIGTERM)
+    wait_until(lambda: mount_entry(str(place.mountpoint)) is None, "unmounted")
+    place.source.rmdir()
+    place.check_refused(llloop("serve", place.source, place.mountpoint, prefix=prefix), SOURCE, "no such")
+
+
 # serve --check
 
 
@@ -212,11 +248,26 @@ def test_check_refuses_what_serve_refuses_and_changes_nothing(place: Ground) -> 
     place.refused(USAGE, "exclude each other", "--check", "-o", "ro,rw")
     place.refused(HOST, "missing", "--check", "--log-file", place.state / "missing" / "file")
     place.refused(HOST, "missing", "--check", "--pid-file", place.state / "missing" / "file")
+    for refused in (("-o", f"max_read={2**32}"), ("-o", "max_read=4096,max_read=8192"), ("--fsname", 4095 * "n")):
+        assert place.refused(USAGE, "", *refused) == place.refused(USAGE, "", "--check", *refused)
     (place.mountpoint / "file").touch()
     place.refused(MOUNTPOINT, "not empty", "--check")
     (place.mountpoint / "file").unlink()
     place.source.rmdir()
     place.refused(SOURCE, "no such", "--check")
+
+
+@pytest.mark.parametrize("option", ["--log-file", "--pid-file"])
+def test_check_looks_where_a_link_leads(place: Ground, option: str) -> None:
+    link, unwritable = place.state / "link", place.state / "unwritable"
+    unwritable.mkdir(mode=0o555)
+    prefix = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o ro none "$0"; exec "$@"', unwritable]
+    how = {"prefix": prefix} if os.geteuid() == 0 else {}  # a directory's mode is nothing to root
+    for target in ("missing/file", unwritable / "file"):
+        link.symlink_to(target)
+        refused = place.refused(HOST, "link: ", "--check", option, link, **how)
+        assert refused == place.refused(HOST, "link: ", option, link, **how)
+        link.unlink()
 
 
 def test_check_for_a_restart(place: Ground) -> None:

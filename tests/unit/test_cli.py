@@ -268,7 +268,7 @@ def test_umount_of_somebody_elses_mount() -> None:
 def test_umount(monkeypatch: pytest.MonkeyPatch, lazy: bool) -> None:
     called: list[tuple[str, bool]] = []
     entry = mounting.MountEntry(1, (0, 5), "/mnt", "fuse.llloop", "/src")
-    monkeypatch.setattr(mounting, "find_mount", lambda path: entry)
+    monkeypatch.setattr(mounting, "mounts", lambda: [entry])
     monkeypatch.setattr(MountIdentity, "unmount", lambda mount, lazy: called.append((mount.mountpoint, lazy)))
     result = run("umount", "/mnt", *(["--lazy"] if lazy else []))
     assert (result.exit_code, result.output) == (0, "")
@@ -284,7 +284,7 @@ def test_umount_of_a_busy_mount_names_the_way_out(monkeypatch: pytest.MonkeyPatc
         raise OSError(16, "Device or resource busy")
 
     entry = mounting.MountEntry(1, (0, 5), "/mnt", "fuse.llloop", "/src")
-    monkeypatch.setattr(mounting, "find_mount", lambda path: entry)
+    monkeypatch.setattr(mounting, "mounts", lambda: [entry])
     monkeypatch.setattr(mounting, "unmount", busy)
     result = run("umount", "/mnt")
     assert result.exit_code == 4

@@ -31,9 +31,8 @@ class Kernel:
         self.abort.parent.mkdir()
         self.device = os.open(os.devnull, os.O_RDONLY)
 
-    def find_mount(self, mountpoint: str) -> MountEntry | None:
-        assert mountpoint == MNT
-        return self.entry
+    def mounts(self) -> list[MountEntry]:
+        return [self.entry] if self.entry is not None else []
 
     def unmount(self, mount: MountIdentity, *, lazy: bool) -> None:
         # In this order: a request that hangs would keep the unmount waiting for what is still to be written back.
@@ -49,7 +48,7 @@ class Kernel:
 def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kernel:
     own = Kernel(tmp_path)
     monkeypatch.setattr(undertaker, "_CONNECTIONS", tmp_path)
-    monkeypatch.setattr(mounting, "find_mount", own.find_mount)
+    monkeypatch.setattr(mounting, "mounts", own.mounts)
     monkeypatch.setattr(syscalls, "unique_mount_id", lambda place: own.unique)
     monkeypatch.setattr(MountIdentity, "unmount", lambda mount, *, lazy: own.unmount(mount, lazy=lazy))
     return own
