@@ -115,7 +115,10 @@ def test_a_call_that_waits_in_the_only_worker_keeps_no_reader_waiting(mirror: Mi
     check_reading(mirror, "file1")
     with filesystems.frozen(mirror.source), doing(lambda: CALLS[call](mount / "file0")) as threads:
         assert wait_until(lambda: in_calls(pid) > 0)
-        check_reading(mirror, "file1", "file2", "file0")
+        check_reading(mirror, "file1", "file2")
+        if "--writeback" not in mirror.arguments or call in ("write", "append"):
+            # Else the kernel locks the inode, and close(2) waits for that lock (fs/fuse/file.c, fuse_flush()).
+            check_reading(mirror, "file0")
         assert threads[0].is_alive()
         filesystems.thaw(mirror.source)
     expected = bytearray(pattern(LARGE, 0))
