@@ -26,6 +26,8 @@ from . import syscalls
 
 # How long a call may take until another thread takes over, in seconds: at least once, at most twice this.
 TICK = 0.004
+# The same while threads are stalled: what comes next may be about to wait for the same, one after the other.
+_SHORT_TICK = 0.001
 # After so many looks without a call, followers sleep until there is one.
 _IDLE_TICKS = 5
 # How many threads there are at most. Of these, one always serves what needs no call.
@@ -247,7 +249,7 @@ class Leadership:
         """Wait until the leader is in a call for too long, and be the leader then; or until all has ended."""
         last, idle = -1, 0
         while not self._ended:
-            time.sleep(TICK)
+            time.sleep(_SHORT_TICK if self.stalled else TICK)
             calls, current = self._calls, self._in_call
             if calls != last:
                 last, idle = calls, 0
