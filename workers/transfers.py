@@ -204,13 +204,17 @@ class Transfers:
             _log.exception("request %s failed", request)
             self._fail(request, errno.EIO)
 
-    def _conclude(self, request: Request) -> None:
+    def _conclude(self, request: Request, *, all_pages: bool = False) -> None:
         """Give the slot of an answered request back, for a WRITE with INVALIDATE when the kernel has dropped its pages.
 
         It is answered before, because the kernel may keep its last page locked until then.
         """
         if request.operation == Operation.WRITE and request.flags & INVALIDATE:
-            self._invalidations.hold(request, request.extra[0], request.offset, request.length)
+            # A worker before this one may have had this request wait for the pages of others, too.
+            offset, length = (0, 0) if all_pages else (request.offset, request.length)
+            replaced = self._invalidations.hold(request, request.extra[0], offset, length)
+            if replaced is not None:
+                self._give_back(replaced)
         else:
             self._give_back(request)
 
@@ -243,12 +247,12 @@ class Transfers:
             number = arena.numbers[slot]
             self._do_again(request._replace(unique=number))
             if self._replies.heard or request.operation == Operation.PROBE:
-                self._conclude(request)
+                self._conclude(request, all_pages=True)
                 return
             settled = arena.settled
             if (arena.claims[slot], arena.numbers[slot]) == (claim, number):
                 if settled:
-                    self._conclude(request)
+                    self._conclude(request, all_pages=True)
                 return
 
     def _do_again(self, request: Request) -> None:
