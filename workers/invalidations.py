@@ -37,9 +37,10 @@ class Held:
 class Invalidations:
     """The requests that are held.
 
-    They stay in their slots meanwhile, so a successor of the worker holds them again. The kernel drops pages more slowly
-    than it writes, and for a page that is being read it waits for a READ, which needs a slot. So of an inode's answered
-    writes at most two are held: one for which the invalidator was told, and one that waits for the pages of all after it.
+    They stay in their slots meanwhile, so a successor of the worker holds them again. The kernel drops pages more
+    slowly than it writes, and for a page that is being read it waits for a READ, which needs a slot. So of an inode's
+    answered writes at most two are held: one for which the invalidator was told, and one that waits for the pages of
+    all after it.
 
     Args:
         pipe: the write end of the pipe to the invalidator, not blocking.
