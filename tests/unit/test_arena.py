@@ -16,7 +16,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from llloop import wire
 from llloop.arena import DEFAULT_SLOTS, MAX_SHARDS, Arena
-from llloop.metrics import BYTES
 from llloop.protocol import Operation, encode
 from tests.as_user import Child
 
@@ -201,7 +200,7 @@ def test_results_hold_any_count_and_position(arena: Arena) -> None:
 
 def test_what_a_child_does_is_seen(arena: Arena) -> None:
     def work() -> None:
-        arena.metrics.workers[1].add(wire.Opcode.READ, BYTES, 7)
+        arena.metrics.workers[1].moved(wire.Opcode.READ, 7)
         arena.payload(0, 3)[:] = b"abc"
         arena.give_back(0)
 
