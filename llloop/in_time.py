@@ -71,13 +71,13 @@ def _answer(work: Callable[[], Any], writer: int) -> None:
         # Whoever waits for the end of this process's output must not wait for a file system that hangs.
         kept = os.dup2(writer, 3, inheritable=False) if writer != 3 else writer
         os.closerange(4, os.sysconf("SC_OPEN_MAX"))
-        let_go_of_standard_descriptors()
         syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         signal.set_wakeup_fd(-1)
         told: dict[str, Any]
         try:
+            let_go_of_standard_descriptors()
             told = {"result": work()}
         except errors.LlloopError as error:
             told = {"code": error.exit_code, "text": str(error)}

@@ -16,6 +16,8 @@ _OWN = 72
 _OWN_OF_A_WORKER = 6
 # How many files of the mount must be possible at least for it to be of any use.
 _FILES = 64
+# The limits that `raise_limits` raises.
+RAISED = (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE)
 # The processes besides the workers: supervisor, keeper, front, the one that unmounts, and the log's thread.
 _OTHERS = 5
 
@@ -33,6 +35,12 @@ def check(workers: int) -> None:
     """
     with _raised():
         allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        size, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if size != resource.RLIM_INFINITY:
+        raise HostError(
+            f"this process may write files of {size} bytes at most, so nobody could write longer ones in the mount; "
+            "lift that limit (ulimit -f unlimited)"
+        )
     needed = needed_descriptors(workers)
     if allowed != resource.RLIM_INFINITY and allowed < needed:
         raise HostError(
@@ -47,8 +55,17 @@ def check(workers: int) -> None:
         )
 
 
-def raise_descriptor_limit() -> None:
-    """Raise the soft limit of open files to the hard one: each open file of the mount needs a descriptor."""
+def raise_limits() -> None:
+    """Raise what limits everybody who uses the mount, not only this process, as far as this user may.
+
+    Each open file of the mount needs a descriptor. How long files may become is for those who write them: the kernel
+    holds them to their own limits.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    except (OSError, ValueError):  # only with CAP_SYS_RESOURCE
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(OSError, ValueError):  # only with CAP_SYS_RESOURCE
         most = int(Path("/proc/sys/fs/nr_open").read_text())
@@ -59,9 +76,10 @@ def raise_descriptor_limit() -> None:
 
 @contextmanager
 def _raised() -> Iterator[None]:
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    raise_descriptor_limit()
+    before = [(limit, resource.getrlimit(limit)) for limit in RAISED]
+    raise_limits()
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        for limit, values in before:
+            resource.setrlimit(limit, values)

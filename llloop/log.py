@@ -15,6 +15,7 @@ import mmap
 import os
 import re
 import sys
+import threading
 import time
 import traceback
 from contextlib import nullcontext
@@ -294,6 +295,8 @@ def gather() -> None:
     """
     global _gatherer
     _gatherer = os.getpid()
+    # One that could not be started would leave a half-made handler behind, which fails again when Python ends.
+    threading.Thread(target=lambda: None).start()
     multiprocessing_logging.install_mp_handler()
 
 

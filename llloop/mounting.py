@@ -48,9 +48,17 @@ class MountEntry:
 
 
 def mounts() -> list[MountEntry]:
-    """Return what is mounted in this process's mount namespace, in the order of mounting."""
+    """Return what is mounted in this process's mount namespace, in the order of mounting.
+
+    Raises:
+        HostError: the kernel's list of mounts cannot be read.
+    """
+    try:
+        lines = Path("/proc/self/mountinfo").read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise HostError(f"{error.filename}: {error.strerror}; llloop needs /proc (mount -t proc proc /proc)") from None
     entries = []
-    for line in Path("/proc/self/mountinfo").read_bytes().split(b"\n")[:-1]:
+    for line in lines:
         before, _, after = line.partition(b" - ")
         fields = before.split(b" ")
         kind, source, options = after.split(b" ", 2)

@@ -14,13 +14,15 @@ from typing import Any
 
 from setproctitle import getproctitle, setproctitle
 
+from .limits import RAISED
+
 _COMM = Path("/proc/self/comm")
 
 
 class ProcessState:
     """``with ProcessState(numbers): ...`` puts back at its end what the block may have changed.
 
-    That is: the title and the name of the process, its limit of open files, the handlers of the signals *numbers* and
+    That is: the title and the name of the process, its limits, the handlers of the signals *numbers* and
     whether they are blocked, and the descriptor that Python writes to when a signal comes.
 
     Args:
@@ -35,7 +37,7 @@ class ProcessState:
         self._comm = _COMM.read_bytes()  # before the title: to look at that for the first time changes the name
         self._title = _title()
         self._name = multiprocessing.current_process().name
-        self._files = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._limits = [(limit, resource.getrlimit(limit)) for limit in RAISED]
         self._handlers: dict[int, Any] = {number: signal.getsignal(number) for number in self._numbers}
         self._blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         self._wakeup = signal.set_wakeup_fd(-1)
@@ -56,7 +58,8 @@ class ProcessState:
         with suppress(OSError):
             _COMM.write_bytes(self._comm.rstrip(b"\n"))
         multiprocessing.current_process().name = self._name
-        resource.setrlimit(resource.RLIMIT_NOFILE, self._files)
+        for limit, values in self._limits:
+            resource.setrlimit(limit, values)
 
 
 def keep_ended_children() -> None:

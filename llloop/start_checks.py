@@ -13,12 +13,15 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import limits, mount_identity, mount_options, mounting
+from . import limits, mount_identity, mount_options, mounting, syscalls
 from .config import IoKind, ServeConfig
 from .errors import DeadMountError, HostError, MountpointError, SourceError
 from .in_time import in_time
 
 _DEVICE = "/dev/fuse"
+_DEVICE_NUMBER = os.makedev(10, 229)  # FUSE_MINOR of MISC_MAJOR, Documentation/admin-guide/devices.txt
+# A directory that nothing can be mounted on.
+_NO_MOUNT = "/proc/self/fdinfo"
 _FUSE_CONF = Path("/etc/fuse.conf")
 # How long the source and the mount point may take to answer, in seconds.
 PATIENCE = 20.0
@@ -49,10 +52,13 @@ def check(config: ServeConfig, *, restart: bool = False) -> Checked:
     Raises:
         LlloopError: not so; the subclasses say why.
     """
-    source = _ask_source(config)
-    mountpoint, _ = _ask_mountpoint(config, source, restart)
-    check_host(config)
-    limits.check(config.workers)
+    try:
+        source = _ask_source(config)
+        mountpoint, _ = _ask_mountpoint(config, source, restart)
+        check_host(config)
+        limits.check(config.workers)
+    except OSError as error:  # what every machine has is missing, such as /dev/null
+        raise HostError(f"{error.filename}: {error.strerror}") from None
     return Checked(source, mountpoint)
 
 
@@ -202,7 +208,7 @@ def check_host(config: ServeConfig) -> None:
         HostError: not so; the message says what to do.
     """
     try:
-        os.close(os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC))
+        device = os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         raise HostError(
             f"{_DEVICE} is missing: load the kernel module (modprobe fuse), or, in a container, pass the device in"
@@ -211,17 +217,42 @@ def check_host(config: ServeConfig) -> None:
         raise HostError(
             f"{_DEVICE} cannot be opened ({error.strerror}): this user or container is not allowed to use FUSE"
         ) from None
+    kind = os.fstat(device)
+    os.close(device)
+    if not stat.S_ISCHR(kind.st_mode) or kind.st_rdev != _DEVICE_NUMBER:
+        raise HostError(f"{_DEVICE} is not the FUSE device (character device 10, 229): mknod {_DEVICE} c 10 229")
     mount_options.check_user(config)
     if config.io is IoKind.KERNEL:
         _check_passthrough()
     if os.geteuid() == 0:
+        _check_may_mount()
         return
     mounting.fusermount()
+    if syscalls.prctl(syscalls.PR_GET_NO_NEW_PRIVS):
+        raise HostError(
+            "fusermount cannot mount for this process: it may get no new privileges (no_new_privs, prctl(2))"
+        )
     if config.allow_other and not _user_allow_other():
         raise HostError(
             f"--allow-other needs the line user_allow_other in {_FUSE_CONF}, which root can add; "
             "or serve with --no-allow-other"
         )
+
+
+def _check_may_mount() -> None:
+    """Refuse to mount as a root who may not (mount(2), EPERM).
+
+    The kernel tells it by how it refuses to unmount what is no mount, which changes nothing.
+    """
+    try:
+        syscalls.umount(_NO_MOUNT, syscalls.MNT_EXPIRE)
+    except PermissionError:
+        raise HostError(
+            "this process may not mount, although it is root's: it lacks CAP_SYS_ADMIN here; a container gets it "
+            "with --cap-add SYS_ADMIN, unshare(1) with --mount"
+        ) from None
+    except OSError:
+        pass
 
 
 def _user_allow_other() -> bool:

@@ -174,7 +174,7 @@ class Supervisor:
         """Mount and start all processes. What can fail for want of something comes before the mount."""
         setproctitle(title("llloop-supervisor", self._mountpoint))
         multiprocessing.current_process().name = "llloop-supervisor"
-        limits.raise_descriptor_limit()
+        limits.raise_limits()
         self._catch_signals()
         root = os.open(self._source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         self._descriptors.append(root)

@@ -418,6 +418,7 @@ def unshare(flags: int) -> None:
 
 
 MNT_DETACH = 2
+MNT_EXPIRE = 4
 UMOUNT_NOFOLLOW = 8
 _umount2 = _libc.umount2
 _umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
@@ -431,6 +432,7 @@ def umount(mountpoint: str, flags: int) -> None:
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 PR_SET_DUMPABLE = 4
+PR_GET_NO_NEW_PRIVS = 39
 PR_CAPBSET_READ = 23
 PR_CAPBSET_DROP = 24
 PR_GET_SECUREBITS = 27

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -103,6 +104,14 @@ def test_too_few_open_files(place: Ground, limit: int) -> None:
     prefix = ["prlimit", f"--nofile={limit}", "setpriv", "--bounding-set=-sys_resource"]
     complaint = place.refused(HOST, rf"workers need \d+ open files.*may have {limit}", "--workers=8", prefix=prefix)
     assert "ulimit -n" in complaint
+
+
+def test_no_room_for_a_thread(place: Ground) -> None:
+    if resource.getrlimit(resource.RLIMIT_STACK)[1] != resource.RLIM_INFINITY:
+        pytest.skip("the stack's hard limit is too low")
+    # 8 TB for each, of which there are fewer than that in an address space with a limit.
+    prefix = ["sh", "-c", 'ulimit -s 8000000000 && ulimit -v 100000000 && exec "$@"', "sh"]
+    place.refused(HOST, "can't start new thread|could not be served", prefix=prefix)
 
 
 @pytest.mark.root

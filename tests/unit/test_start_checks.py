@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from llloop import in_time, limits, mount_identity, mounting, start_checks
+from llloop import in_time, limits, mount_identity, mounting, start_checks, syscalls
 from llloop.errors import DeadMountError, HostError, LlloopError, MountpointError, SourceError
 from tests.as_user import MYSELF, Caller, run_as
 from tests.unit.test_mounting import config, line, mountinfo
@@ -158,6 +158,7 @@ def test_a_dead_mount_is_replaced_if_asked(
     source: Path, mountpoint: Path, dead: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(start_checks, "_DEVICE", "/dev/null")
+    monkeypatch.setattr(start_checks, "_DEVICE_NUMBER", os.stat("/dev/null").st_rdev)
     wanted = config(mountpoint, source=str(source), replace_dead=True, allow_other=False)
     assert start_checks.check(wanted).mountpoint == os.path.realpath(mountpoint)
     assert dead == [], "a check changes nothing"
@@ -169,6 +170,7 @@ def test_what_lies_under_a_dead_mount_is_checked_too(
     source: Path, mountpoint: Path, dead: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(start_checks, "_DEVICE", "/dev/null")
+    monkeypatch.setattr(start_checks, "_DEVICE_NUMBER", os.stat("/dev/null").st_rdev)
     (mountpoint / "file").touch()
     with pytest.raises(MountpointError, match="--nonempty"):
         start_checks.make_way(config(mountpoint, source=str(source), replace_dead=True, allow_other=False))
@@ -201,12 +203,45 @@ def test_a_machine_without_fuse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setattr(start_checks, "_DEVICE", str(tmp_path))
     with pytest.raises(HostError, match="cannot be opened"):
         start_checks.check_host(config())
+    for other in ("/dev/null", str(tmp_path / "file")):
+        (tmp_path / "file").touch()
+        monkeypatch.setattr(start_checks, "_DEVICE", other)
+        with pytest.raises(HostError, match="is not the FUSE device"):
+            start_checks.check_host(config())
+
+
+def test_a_root_who_may_not_mount(monkeypatch: pytest.MonkeyPatch) -> None:
+    def umount(place: str, flags: int) -> None:
+        assert flags == syscalls.MNT_EXPIRE, "it unmounts nothing"
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(start_checks.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(syscalls, "umount", umount)
+    with pytest.raises(HostError, match="CAP_SYS_ADMIN"):
+        start_checks.check_host(config())
+
+
+def test_a_machine_without_proc(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: Path, mountpoint: Path
+) -> None:
+    monkeypatch.setattr(mounting, "Path", lambda name: tmp_path / "missing")
+    with pytest.raises(HostError, match="needs /proc"):
+        start_checks.check(config(mountpoint, source=str(source)))
+
+
+def test_a_machine_without_the_null_device(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: Path, mountpoint: Path
+) -> None:
+    monkeypatch.setattr(os, "devnull", str(tmp_path / "missing"))
+    with pytest.raises(HostError, match="missing: No such file"):
+        start_checks.check(config(mountpoint, source=str(source)))
 
 
 @pytest.fixture
 def ordinary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """As an ordinary user sees it, with a /etc/fuse.conf of the test's own."""
     monkeypatch.setattr(start_checks, "_DEVICE", "/dev/null")
+    monkeypatch.setattr(start_checks, "_DEVICE_NUMBER", os.stat("/dev/null").st_rdev)
     monkeypatch.setattr(start_checks, "_FUSE_CONF", tmp_path / "fuse.conf")
     monkeypatch.setattr(mounting.os, "geteuid", lambda: 1000)
     monkeypatch.setattr(mounting.shutil, "which", lambda name, path: f"/usr/bin/{name}")
@@ -215,6 +250,9 @@ def ordinary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def test_an_ordinary_user_without_fusermount(ordinary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start_checks.check_host(config())
+    monkeypatch.setattr(syscalls, "prctl", lambda option: int(option == syscalls.PR_GET_NO_NEW_PRIVS))
+    with pytest.raises(HostError, match="no_new_privs"):
+        start_checks.check_host(config())
     monkeypatch.setattr(mounting.shutil, "which", lambda name, path: None)
     with pytest.raises(HostError, match="fuse3"):
         start_checks.check_host(config())
@@ -291,10 +329,14 @@ def test_who_asks_is_left_as_it_was() -> None:
 @pytest.fixture
 def allowed(monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[int, int]]:
     """The limits of a process that may not raise them."""
-    values = {resource.RLIMIT_NOFILE: (1024, 4096), resource.RLIMIT_NPROC: (resource.RLIM_INFINITY,) * 2}
+    values = {
+        resource.RLIMIT_FSIZE: (resource.RLIM_INFINITY,) * 2,
+        resource.RLIMIT_NOFILE: (1024, 4096),
+        resource.RLIMIT_NPROC: (resource.RLIM_INFINITY,) * 2,
+    }
 
     def setrlimit(which: int, limit: tuple[int, int]) -> None:
-        if limit[1] > values[which][1]:
+        if limit[1] % 2**64 > values[which][1] % 2**64:  # RLIM_INFINITY is -1
             raise ValueError("not allowed to raise maximum limit")
         values[which] = limit
 
@@ -315,6 +357,15 @@ def test_as_many_open_files_as_the_workers_need(allowed: dict[int, tuple[int, in
     ):
         limits.check(8)
     limits.check(7)
+
+
+def test_files_as_long_as_any(allowed: dict[int, tuple[int, int]]) -> None:
+    allowed[resource.RLIMIT_FSIZE] = (0, resource.RLIM_INFINITY)
+    limits.check(1)
+    assert allowed[resource.RLIMIT_FSIZE] == (0, resource.RLIM_INFINITY), "a check changes nothing"
+    allowed[resource.RLIMIT_FSIZE] = (4096, 8192)
+    with pytest.raises(HostError, match=r"8192 bytes.*ulimit -f unlimited"):
+        limits.check(1)
 
 
 def test_as_many_processes_as_the_workers_need(
