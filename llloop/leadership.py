@@ -34,6 +34,8 @@ _IDLE_TICKS = 5
 MOST_THREADS = 32
 
 _CLONE_FS = 0x200  # <linux/sched.h>
+# futex(2) on x86-64, on arm64 and riscv64, on powerpc64 and on s390x: a thread that waits for another.
+_FUTEX = frozenset({b"202", b"98", b"221", b"238"})
 _STACK = 512 * 1024  # bytes
 
 _Result = TypeVar("_Result")
@@ -101,6 +103,10 @@ class Leadership:
         self._bell.acquire()
         # The number of each thread, counted from 0.
         self._numbers: dict[int, int] = {}
+        # By thread that was replaced and calls again: nothing but that it does.
+        self._finishing: set[int] = set()
+        # The kernel's number of each thread.
+        self._tids: dict[int, int] = {}
         # By thread: what it had in hand when it was replaced.
         self._aside: dict[int, Any] = {}
         # What the leader has in hand while a thread that was replaced finishes.
@@ -118,6 +124,7 @@ class Leadership:
         """
         self._leader = threading.get_ident()
         self._numbers[self._leader] = 0
+        self._tids[self._leader] = threading.get_native_id()
         self._serve = serve
         self._start_follower()
         try:
@@ -183,12 +190,32 @@ class Leadership:
 
     def _call_while_finishing(self, function: Callable[..., _Result], *arguments: Any, **options: Any) -> _Result:
         mine = self.in_hand.exchange(self._leaders)
+        thread = threading.get_ident()
+        self._finishing.add(thread)
         self._lock.release()
         try:
             return function(*arguments, **options)
         finally:
             self._lock.acquire()
+            self._finishing.discard(thread)
             self._leaders = self.in_hand.exchange(mine)
+
+    def may_close(self) -> bool:
+        """Whether no other thread can still be about to use a number of a descriptor that it has read.
+
+        A thread can be replaced before its system call has begun, if it gets no processor for long enough. A descriptor
+        that is closed then could be another file when the call begins. A thread that sleeps in its system call has
+        looked its descriptors up.
+        """
+        return not self.stalled or all(map(self._sleeps_in_call, {*self._aside, *self._finishing}))
+
+    def _sleeps_in_call(self, thread: int) -> bool:
+        try:
+            with open(f"/proc/self/task/{self._tids[thread]}/syscall", "rb") as file:
+                call = file.read().split()[0]
+        except OSError:
+            return False
+        return call.isdigit() and call not in _FUTEX  # else "running", or -1 in a page fault
 
     def must_leave(self) -> bool:
         """After each request while some are `stalled`: whether this thread was replaced while it served it."""
@@ -236,6 +263,7 @@ class Leadership:
 
     def _be_follower(self, number: int) -> None:
         self._numbers[threading.get_ident()] = number
+        self._tids[threading.get_ident()] = threading.get_native_id()
         syscalls.unshare(_CLONE_FS)  # the umask is each thread's own
         try:
             self._take_turns(False)

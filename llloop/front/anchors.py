@@ -124,7 +124,7 @@ class Anchors:
             if oldest == self._returned:
                 directories.move_to_end(oldest)
             else:
-                os.close(directories.pop(oldest))
+                self._closing.append(directories.pop(oldest))
 
     def _held_directory(self, nodeid: int) -> int | None:
         fd = self._directories.get(nodeid)
@@ -264,6 +264,9 @@ class Anchors:
 
     def shrink(self) -> None:
         """Close all directories that can be opened again, for when descriptors run out."""
-        for fd in self._directories.values():
-            os.close(fd)
+        if self._leadership.may_close():
+            for fd in self._directories.values():
+                os.close(fd)
+        else:
+            self._closing.extend(self._directories.values())
         self._directories.clear()

@@ -234,9 +234,14 @@ class Loop:
         router.attentive = router.backlog = router.parked = True
 
     def _close(self) -> None:
-        """Close what is not needed any more. For a large file that was removed, the last close(2) takes long."""
+        """Close what is not needed any more. For a large file that was removed, the last close(2) takes long.
+
+        What another thread may be about to use is closed after a later request.
+        """
         closing = self._closing
         leadership = self._leadership
+        if not leadership.may_close():
+            return
         done = 0
         while closing and not (leadership.alone and leadership.leads):
             if done and not done % _CLOSED_AT_ONCE and is_readable(self._device):

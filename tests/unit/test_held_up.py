@@ -190,3 +190,28 @@ def test_a_front_that_dies_with_several_changes_in_hand_has_each_done_once(
     assert errors.count(errno.EEXIST) == 0
     assert sorted(path.name for path in line.path.iterdir()) == ["directory0", "directory1", "directory2"]
     assert not line.unanswered
+
+
+def test_a_change_that_is_held_up_before_its_call_never_meets_another_file(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("meant", "other"):
+        (line.path / name).touch(0o644)
+    nodeid, other = line.lookup(b"meant"), line.lookup(b"other")
+    handle = line.open(nodeid)
+    held = Held(os.fchmod)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fchmod", held)
+        served = Served(line)
+        change = struct.pack("=II6Q3I5I", 1, 0, *[0] * 6, *[0] * 3, 0o600, *[0] * 4)  # FATTR_MODE
+        waiting = served.send(Request(Opcode.SETATTR, nodeid, change))
+        assert wait_until(lambda: held.waiting == 1)
+        served.answers(Request(Opcode.RELEASE, nodeid, struct.pack("=QIIQ", handle, os.O_RDWR, 0, 0)))
+        served.answers(Request(Opcode.OPEN, other, struct.pack("=II", os.O_RDWR, 0)))
+        held.let_go()
+        assert wait_until(lambda: served.has_answered(*waiting))
+    served.end()
+    assert line.answers[waiting[0]].error == 0
+    modes = [(line.path / name).stat().st_mode & 0o777 for name in ("meant", "other")]
+    assert modes == [0o600, 0o644]
+    assert line.mirror.closing == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Iterator
@@ -164,3 +165,27 @@ def test_it_ends_though_a_thread_is_held_up(server: Server) -> None:
     server.serve(1)
     server.requests.put(None)
     assert wait_until(lambda: server.leadership._ended)
+
+
+def test_descriptors_are_closed_once_every_call_that_could_use_them_has_begun(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread that waits for a lock or a processor has not begun its system call, and is replaced all the same."""
+    leadership = server.leadership
+    assert leadership.may_close()
+    server.hold(-1)
+    assert wait_until(lambda: leadership.stalled == 1)
+    assert not leadership.may_close()
+    server.let_go(-1)
+    assert wait_until(lambda: leadership.stalled == 0)
+    reader, writer = os.pipe()
+    try:
+        monkeypatch.setattr(server, "_do", lambda request: os.read(reader, 1))
+        server.requests.put(1)
+        assert wait_until(lambda: leadership.stalled == 1 and leadership.may_close())
+        monkeypatch.undo()
+    finally:
+        os.write(writer, b"x")
+        assert wait_until(lambda: leadership.stalled == 0)
+        os.close(reader)
+        os.close(writer)
