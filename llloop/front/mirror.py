@@ -107,7 +107,7 @@ def build_mirror(
     router = Router(arena, pipes, leadership)
     setid = SetidGuard()
     caller = Caller(setid)
-    rights = Rights(caller, acl=Feature.POSIX_ACL in features)
+    rights = Rights(caller, root, acl=Feature.POSIX_ACL in features, suid="suid" in config.options)
     attempts = Attempts(ledger)
     privileges = Privileges(setid, caller, handles, leadership)
     clears_setid = Feature.HANDLE_KILLPRIV_V2 not in features

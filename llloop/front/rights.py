@@ -37,12 +37,16 @@ class Rights:
 
     Args:
         caller: acts as others.
+        root: a descriptor of the source.
         acl: whether files can have POSIX ACLs.
+        suid: whether set-ID programs of this mount get their privileges.
     """
 
-    def __init__(self, caller: Caller, *, acl: bool) -> None:
+    def __init__(self, caller: Caller, root: int, *, acl: bool, suid: bool) -> None:
         self._caller = caller
+        self._root = root
         self._acl = acl
+        self._suid = suid
         _, permitted, _ = syscalls.get_capabilities()
         self._all = permitted & FILES
 
@@ -122,8 +126,21 @@ class Rights:
             needed |= 2
         if not self.may(who, needed, fd, attributes):
             raise denied()
+        if flags & _FMODE_EXEC and not self._may_run_here(fd, attributes):
+            raise denied()
         if flags & os.O_NOATIME and not self.owns(who, attributes):
             raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    def _may_run_here(self, fd: int, attributes: Attributes) -> bool:
+        """Whether the mount below the source that holds a program lets it run, as this mount would run it.
+
+        The kernel knows the flags of this mount only, which stand for those of the source's own mount. That a program
+        runs without its privileges cannot be had for single files, so one that has some is not run where it would be.
+        """
+        more = os.fstatvfs(fd).f_flag & ~os.fstatvfs(self._root).f_flag
+        if more & os.ST_NOEXEC:
+            return False
+        return not (self._suid and more & os.ST_NOSUID and _has_privileges(fd, attributes))
 
     def owns(self, who: Requester, attributes: Attributes) -> bool:
         """Whether the requester is a file's owner, or may do what the owner may."""
@@ -165,6 +182,17 @@ def _is_protected(who: Requester, directories: list[Attributes], owned: tuple[At
     return any(one.mode & stat.S_ISVTX and one.uid != who.uid for one in directories) and any(
         one.uid != who.uid for one in owned
     )
+
+
+def _has_privileges(fd: int, attributes: Attributes) -> bool:
+    """Whether a program runs with other rights than those of who runs it."""
+    if attributes.mode & (stat.S_ISUID | stat.S_ISGID):
+        return True
+    try:
+        os.getxattr(fd, "security.capability")
+    except OSError:
+        return False
+    return True
 
 
 def denied() -> OSError:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests import filesystems
 from tests.as_user import Caller, run_as
 from tests.conftest import Serve
 from tests.mirror import Tree
@@ -317,3 +318,50 @@ def test_setcap_and_getcap_work(tree: Tree) -> None:
         return before.stdout.decode() + after.stdout.decode()
 
     assert Twins.of(tree).both(use_tools).count("cap_net_raw") == 1
+
+
+def run_program(path: Path) -> tuple[int, str]:
+    done = subprocess.run([path, "-u"], capture_output=True, text=True, timeout=30)
+    return done.returncode, done.stdout
+
+
+def make_program(path: Path, mode: int) -> Path:
+    shutil.copyfile(ID, path)
+    path.chmod(mode)
+    return path
+
+
+@pytest.mark.parametrize("option", ["nosuid", "suid"])
+def test_a_mount_below_the_source_where_nothing_is_run(serve: Serve, option: str) -> None:
+    mirror = serve("-o", option)
+    below = mirror.source / "below"
+    below.mkdir()
+    with filesystems.tmpfs(below, "noexec,mode=755"):
+        program = make_program(below / "id", 0o755)
+        run = make_program(mirror.source / "id", 0o755)
+        for path in (program, mirror.mountpoint / "below" / "id"):
+            for caller in (ROOT, STRANGER):
+                with pytest.raises(PermissionError):
+                    run_as(caller, run_program, path)
+                assert run_as(caller, path.read_bytes) == Path(ID).read_bytes(), "it can be read"
+        assert run_as(STRANGER, run_program, mirror.mountpoint / run.name) == (0, "4003\n")
+        mirror.stop()
+
+
+def test_a_mount_below_the_source_where_programs_get_no_privileges(serve: Serve) -> None:
+    """Whoever can put programs there must not become root through a mirror that is served with suid."""
+    mirror = serve("-o", "suid")
+    below = mirror.source / "below"
+    below.mkdir()
+    with filesystems.tmpfs(below, "nosuid,mode=755"):
+        for mode in (0o4755, 0o2755, 0o755):
+            make_program(below / f"{mode:o}", mode)
+        os.setxattr(make_program(below / "capable", 0o755), "security.capability", CAPABILITY)
+        make_program(mirror.source / "4755", 0o4755)
+        assert run_as(STRANGER, run_program, below / "4755") == (0, "4003\n")
+        for name in ("4755", "2755", "capable"):
+            with pytest.raises(PermissionError):
+                run_as(STRANGER, run_program, mirror.mountpoint / "below" / name)
+        assert run_as(STRANGER, run_program, mirror.mountpoint / "below" / "755") == (0, "4003\n")
+        assert run_as(STRANGER, run_program, mirror.mountpoint / "4755") == (0, "0\n")
+        mirror.stop()

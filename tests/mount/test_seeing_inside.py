@@ -883,6 +883,33 @@ def test_a_mount_inside_a_program_does_not_speak_for_the_program(tmp_path: Path)
     manager.socket.close()
 
 
+def switches(mirror: Mirror) -> dict[str, int]:
+    """How often each thread of the server has gone to sleep or been interrupted (proc_pid_status(5))."""
+    found = {}
+    for pid in mirror.processes():
+        for status in Path(f"/proc/{pid}/task").glob("*/status"):
+            counts = re.findall(r"^(?:non)?voluntary_ctxt_switches:\s*(\d+)$", status.read_text(), re.MULTILINE)
+            found[str(status)] = sum(map(int, counts))
+    return found
+
+
+@pytest.mark.mounted
+def test_nobody_wakes_up_where_nothing_happens(serve: Serve) -> None:
+    mirror = serve("--workers", "2")
+    (mirror.mountpoint / "file").write_bytes(bytes(LARGE))
+
+    awake = []
+
+    def is_quiet() -> bool:
+        before = switches(mirror)
+        time.sleep(1)
+        awake.append(switches(mirror).items() - before.items())
+        return not awake[-1]
+
+    # Somebody else on the machine may ask for the status of all mounts.
+    assert wait_until(is_quiet, 40), awake
+
+
 @pytest.mark.mounted
 def test_processes_and_log_name_the_mount(serve: Serve) -> None:
     mirror = serve("--workers", "1")
