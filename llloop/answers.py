@@ -69,7 +69,7 @@ class Unfit(Exception):
     """An answer has another shape; the text says where."""
 
 
-def fitting(value: Any, shape: Any, place: str = "it") -> Any:
+def fitting(value: Any, shape: Any, place: str = "the answer") -> Any:
     """Return the part of *value* that *shape* names.
 
     Args:
@@ -97,11 +97,13 @@ def fitting(value: Any, shape: Any, place: str = "it") -> Any:
         if isinstance(value, list) and len(value) <= _MOST:
             return [fitting(one, shape[0], place) for one in value]
     elif isinstance(shape, dict):
-        if isinstance(value, dict) and shape.keys() <= value.keys():
+        if isinstance(value, dict):
+            if missing := [str(key) for key in shape if key not in value]:
+                raise Unfit(f"{place} lacks {', '.join(missing)}")
             return {key: fitting(value[key], one, key) for key, one in shape.items()}
     elif _is(value, shape):
         return value
-    raise Unfit(f"{place} is not what it should be")
+    raise Unfit(f"{place} is not as expected")
 
 
 def _is(value: Any, kind: type) -> bool:

@@ -62,7 +62,7 @@ def ask(path: str, command: str, *, owner: int | None = None, deadline: float | 
     except TimeoutError:
         raise NotReachable(f"its server has not answered within {patience:.2g} seconds") from None
     except Unfit as error:
-        raise NotReachable(f"its server answers as no server of this version does: {error}") from None
+        raise NotReachable(f"its server is of another version, or none of llloop's: {error}") from None
     except (OSError, BadMessage) as error:
         raise NotReachable(f"its server does not answer properly: {error}") from None
 
