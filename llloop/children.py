@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 
-from setproctitle import setproctitle
+from setproctitle import setproctitle, setthreadtitle
 
 from . import syscalls
 from .escape import printable
@@ -158,9 +158,10 @@ def end(process: BaseProcess | Cloned) -> bool:
     return process.exitcode is not None
 
 
-def title(name: str, mountpoint: str) -> str:
-    """Return what ps(1) shows of a process: its role, and where the mount is that it serves."""
-    return f"{name} {printable(mountpoint)}".rstrip()
+def show_title(name: str, mountpoint: str) -> None:
+    """Have ps(1) show the role of this process and the mount that it serves; top(1) and pgrep(1) the role alone."""
+    setproctitle(f"{name} {printable(mountpoint)}".rstrip())
+    setthreadtitle(name)
 
 
 def forked(
@@ -210,7 +211,7 @@ def child_main(
             os._exit(1)
     if detached:
         let_go_of_standard_descriptors()
-    setproctitle(title(name, mountpoint))
+    show_title(name, mountpoint)
     try:
         target()
     except Exception:

@@ -24,7 +24,6 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import llfuse
-from setproctitle import setproctitle
 
 from . import (
     connection,
@@ -40,7 +39,7 @@ from . import (
     wire,
 )
 from .arena import Arena
-from .children import LONGEST_PAUSE, PATIENCE, STOP_SIGNALS, Child, Cloned, child_main, end, forked, title
+from .children import LONGEST_PAUSE, PATIENCE, STOP_SIGNALS, Child, Cloned, child_main, end, forked, show_title
 from .config import ServeConfig
 from .errors import HostError, LlloopError
 from .escape import printable
@@ -172,7 +171,7 @@ class Supervisor:
 
     def _start(self) -> None:
         """Mount and start all processes. What can fail for want of something comes before the mount."""
-        setproctitle(title("llloop-supervisor", self._mountpoint))
+        show_title("llloop-supervisor", self._mountpoint)
         multiprocessing.current_process().name = "llloop-supervisor"
         limits.raise_limits()
         self._catch_signals()

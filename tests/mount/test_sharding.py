@@ -29,7 +29,9 @@ def holders(mirror: Mirror, path: Path) -> set[str]:
 def test_processes_are_named_in_ps(serve: Serve) -> None:
     mirror = serve("--workers", "3")
     found = titles(mirror)
-    assert set(found) == {
+    # Where llfuse runs the loop, no request waits for the kernel to drop pages.
+    assert set(found) | {"llloop-invalidator"} == {
+        "llloop-invalidator",
         "llloop-supervisor",
         "llloop-keeper",
         "llloop-front",
