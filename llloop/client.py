@@ -103,16 +103,17 @@ def ask_entry(entry: MountEntry, command: str, *, deadline: float | None = None,
     Raises:
         LlloopError: it does not answer, or answers with an error.
     """
-    problem: LlloopError = NotReachable("it has no control socket here; its server is gone, or another user's")
+    problem: LlloopError | None = None
     for path, owner in find(entry):
         try:
             found = ask(path, command, owner=owner, deadline=deadline, **arguments)
         except LlloopError as error:
-            problem = error
+            # The first is of this user's own directory; later ones may have been left by servers that are gone.
+            problem = problem or error
             continue
         # Whatever it says, this is the mount that was asked for.
         return {**found, "mountpoint": entry.mountpoint} if "mountpoint" in answers.SHAPES.get(command, ()) else found
-    raise problem
+    raise problem or NotReachable("it has no control socket here; its server is gone, or another user's")
 
 
 def ask_mount(mountpoint: str, command: str, **arguments: Any) -> Any:

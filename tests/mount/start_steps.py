@@ -29,7 +29,7 @@ from tests.watchdog import mount_entry, processes_of_session
 
 PACKAGE = os.path.dirname(llloop.__file__) + os.sep
 IN_THE_WAY = "/in/the/way"
-SECONDS = 10.0
+SECONDS = 25.0
 
 Step = tuple[str, int, str]
 

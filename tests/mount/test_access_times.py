@@ -25,7 +25,10 @@ def is_accessed(path: Path) -> bool:
     return os.stat(path).st_atime_ns != LONG_AGO
 
 
-@pytest.mark.parametrize("mode", ["", "--cache always", "--cache never", "--writeback", "--io kernel"])
+@pytest.mark.parametrize(
+    "mode",
+    ["", "--cache always", "--cache never", "--writeback", pytest.param("--io kernel", marks=pytest.mark.root)],
+)
 def test_a_read_of_cached_pages_sets_the_access_time(serve: Serve, mode: str) -> None:
     mirror = serve(*mode.split())
     twins = mirror.mountpoint / "file", mirror.source / "native"

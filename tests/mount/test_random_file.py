@@ -26,7 +26,10 @@ LARGEST = 1 << 19  # bytes a file may have
 CALLS = 300  # with one seed
 SEEDS = (1, 2, 3)
 SECONDS = float(os.environ.get("LLLOOP_RANDOM_SECONDS", "0"))
-MODES = ("", "--cache always", "--cache never", "--writeback", "--io kernel", "--io auto")
+MODES = (
+    *("", "--cache always", "--cache never", "--writeback", "--io auto"),
+    pytest.param("--io kernel", marks=pytest.mark.root),
+)
 
 pytestmark = [pytest.mark.mounted, pytest.mark.own_loop, pytest.mark.timeout(120 + 3 * SECONDS)]
 NOT_HERE = (errno.EOPNOTSUPP, errno.EINVAL, errno.EXDEV)
