@@ -91,10 +91,16 @@ def find(entry: MountEntry) -> Iterator[tuple[str, int | None]]:
     if os.geteuid() == 0 and entry.owner is not None and entry.owner[0] != 0:
         # Its server may say what it likes of this one mount, which is its own, and of no other.
         places += [(directory, entry.owner[0]) for directory in sockets.directories_of(entry.owner[0])]
-    for directory, owner in places:
-        for path in sockets.sockets_in(directory):
-            if sockets.belongs_to(path, entry.device):
-                yield path, owner
+    found = [
+        (path, owner)
+        for directory, owner in places
+        for path in sockets.sockets_in(directory)
+        if sockets.belongs_to(path, entry.device)
+    ]
+    # A server that was killed leaves its socket, and the kernel gives the device number again. So the socket of this
+    # very place comes first; the others are for a mount that has been moved.
+    name = sockets.socket_name(entry.mountpoint, entry.device)
+    yield from sorted(found, key=lambda one: os.path.basename(one[0]) != name)
 
 
 def ask_entry(entry: MountEntry, command: str, *, deadline: float | None = None, **arguments: Any) -> Any:
@@ -108,7 +114,7 @@ def ask_entry(entry: MountEntry, command: str, *, deadline: float | None = None,
         try:
             found = ask(path, command, owner=owner, deadline=deadline, **arguments)
         except LlloopError as error:
-            # The first is of this user's own directory; later ones may have been left by servers that are gone.
+            # The first is the most likely one; the others may have been left by servers that are gone.
             problem = problem or error
             continue
         # Whatever it says, this is the mount that was asked for.
