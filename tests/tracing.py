@@ -16,6 +16,9 @@ _WALL = 0x40000000  # <linux/wait.h>
 _SYSCALL_STOP = signal.SIGTRAP | 0x80
 _PATIENCE = 30.0  # seconds
 _PAUSE = 0.0002
+# What a thread that serves waits in for its next request on x86-64: read, poll, readv, ppoll, splice. The others wait
+# in futex or sleep.
+_WAITS_FOR_REQUESTS = frozenset({"0", "7", "19", "271", "275"})
 
 _ptrace = ctypes.CDLL(None, use_errno=True).ptrace
 _ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
@@ -29,7 +32,7 @@ def _do(request: int, pid: int, data: int = 0) -> None:
 
 
 class Traced:
-    """A process whose first thread stops at the beginning and at the end of each of its system calls.
+    """A process whose serving thread stops at the beginning and at the end of each of its system calls.
 
     Its other threads stand still meanwhile: they would take over the work of a thread that is as slow as a traced one.
     `passed` is how many of these stops there were.
@@ -38,12 +41,24 @@ class Traced:
     def __init__(self, pid: int) -> None:
         self._pid = pid
         self.passed = 0
-        self._others = [tid for name in os.listdir(f"/proc/{pid}/task") if (tid := int(name)) != pid]
+        self._tid = self._serving()
+        self._others = [tid for name in os.listdir(f"/proc/{pid}/task") if (tid := int(name)) != self._tid]
         for tid in self._others:
             self._freeze(tid)
-        _do(_SEIZE, pid, _O_TRACESYSGOOD)
-        _do(_INTERRUPT, pid)
+        _do(_SEIZE, self._tid, _O_TRACESYSGOOD)
+        _do(_INTERRUPT, self._tid)
         self._next_stop(lambda: False)
+
+    def _serving(self) -> int:
+        """Return the thread that serves, once it waits for a request."""
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            for name in os.listdir(f"/proc/{self._pid}/task"):
+                with suppress(OSError):  # it has ended
+                    if Path(f"/proc/{self._pid}/task/{name}/syscall").read_text().split()[0] in _WAITS_FOR_REQUESTS:
+                        return int(name)
+            assert time.monotonic() < deadline, "no thread waits for requests"
+            time.sleep(_PAUSE)
 
     def _freeze(self, tid: int) -> None:
         """Stop a thread while it waits in a system call: elsewhere it may hold the interpreter's lock."""
@@ -60,31 +75,31 @@ class Traced:
     def kill_at(self, stop: int, done: Callable[[], bool]) -> bool:
         """Kill it at the stop with that number, the first being 1; return False if all was *done* before."""
         while True:
-            _do(_SYSCALL, self._pid)
+            _do(_SYSCALL, self._tid)
             status = self._next_stop(done)
             if status is None:
                 break
             self.passed += os.WSTOPSIG(status) == _SYSCALL_STOP
             if self.passed == stop:
                 os.kill(self._pid, signal.SIGKILL)
-                for tid in self._others:
+                # The first thread last: its parent hears of the end only after its tracer.
+                for tid in sorted({*self._others, self._tid}, key=lambda one: one == self._pid):
                     os.waitpid(tid, _WALL)
-                os.waitpid(self._pid, _WALL)  # its parent hears of the end only after its tracer
                 return True
         self._let_go()
         return False
 
     def _let_go(self) -> None:
         with suppress(OSError):
-            _do(_INTERRUPT, self._pid)
+            _do(_INTERRUPT, self._tid)
             self._next_stop(lambda: False)
-        for tid in (*self._others, self._pid):
+        for tid in (*self._others, self._tid):
             _do(_DETACH, tid)
 
     def _next_stop(self, done: Callable[[], bool]) -> int | None:
         deadline = time.monotonic() + _PATIENCE
         while True:
-            pid, status = os.waitpid(self._pid, os.WNOHANG | _WALL)
+            pid, status = os.waitpid(self._tid, os.WNOHANG | _WALL)
             if pid:
                 assert os.WIFSTOPPED(status), f"the traced process has ended: {status:#x}"
                 return status
