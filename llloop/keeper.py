@@ -21,6 +21,7 @@ import signal
 import struct
 import time
 from collections.abc import Callable, Collection
+from contextlib import suppress
 
 from . import syscalls
 from .children import Cloned, fork
@@ -123,7 +124,8 @@ class Keeper:
                 break
             what, number, pid, started = _COMMAND.unpack(command)
             answer = self._start(own) if what == _START else _fetch(pid, started)
-            os.write(self._answer_writer, _ANSWER.pack(number, answer))
+            with suppress(BrokenPipeError):  # the supervisor has ended, as the next read will say
+                os.write(self._answer_writer, _ANSWER.pack(number, answer))
         self._farewell()
 
     def _start(self, own: Collection[int]) -> int:
