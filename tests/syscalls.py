@@ -29,6 +29,8 @@ FALLOC_FL_UNSHARE_RANGE = 0x40
 UTIME_NOW = (1 << 30) - 1
 UTIME_OMIT = (1 << 30) - 2
 
+CLONE_NEWUSER = 0x10000000
+
 STATX_MODE = 0x2
 STATX_BASIC_STATS = 0x7FF
 STATX_BTIME = 0x800
@@ -65,6 +67,11 @@ def link_descriptor(descriptor: int, new: Path) -> None:
 
 def fallocate(descriptor: int, mode: int, offset: int, length: int) -> None:
     _check(_libc.fallocate(descriptor, mode, _c_off(offset), _c_off(length)))
+
+
+def unshare_user() -> None:
+    """Go into a user namespace of one's own."""
+    _check(_libc.unshare(CLONE_NEWUSER))
 
 
 def syncfs(descriptor: int) -> None:

@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, Protocol, TypeVar
 
@@ -95,6 +95,11 @@ def _buffered(fd: int) -> Iterator[None]:
         yield
     finally:
         fcntl.fcntl(fd, fcntl.F_SETFL, flags)
+
+
+def _watched(inodes: Sequence[int], fd: int) -> tuple[int, ...]:
+    """Return those inodes, of the file *fd*, if it has set-ID bits to lose."""
+    return tuple(inodes) if inodes and os.fstat(fd).st_mode & SETID else ()
 
 
 class Descriptors(Protocol):
@@ -312,7 +317,7 @@ class Transfers:
         flags = request.flags
         payload = arena.payload(slot, request.length)
         self._act_for(request)
-        watched = request.extra and os.fstat(fd).st_mode & SETID
+        watched = _watched(request.extra, fd)
         moved = self._move(request, fd) if flags & PIPED and arena.stages[slot] != _APPENDING else None
         if moved is not None:
             count = moved
@@ -327,9 +332,13 @@ class Transfers:
                 while count < request.length and flags & CACHED:
                     count += self._pwrite(fd, payload[count:], request.offset + count)
         self._sheet.moved(Opcode.WRITE, count)
-        if watched:
-            self._replies.expire(request.extra[0])
+        self._tell_of(watched)
         self._finish(request, count)
+
+    def _tell_of(self, watched: tuple[int, ...]) -> None:
+        """Have the kernel ask again for the modes of inodes that may have lost set-ID bits."""
+        for nodeid in watched:
+            self._replies.expire(nodeid)
 
     def _append(self, slot: int, fd: int, payload: memoryview) -> int:
         """Append once what a worker that died may have appended in part or in full, and return how much that is.
@@ -450,7 +459,9 @@ class Transfers:
                 return
             arena.results[slot], arena.written[slot] = now.st_size, now.st_ctime_ns
             arena.stages[slot] = _SHIFTING
+        watched = _watched(request.extra[1:], fd)
         self._persistently(syscalls.fallocate, fd, request.extra[0], request.offset, request.length)
+        self._tell_of(watched)
         self._finish(request, 0)
 
     def _has_shifted(self, request: Request, now: os.stat_result) -> bool:
@@ -471,7 +482,7 @@ class Transfers:
         self._replies.position(request, self._call(os.lseek, self._fd(request), request.offset, request.extra[0]))
 
     def _copy_file_range(self, request: Request) -> None:
-        handle, descriptor, offset, nodeid, file = request.extra
+        handle, descriptor, offset, nodeid, file, *own = request.extra
         self._fd(request)
         source = self._descriptors.get(handle, descriptor, file)
         self._act_for(request)
@@ -479,6 +490,7 @@ class Transfers:
         accessed = os.fstat(source).st_atime_ns
         try:
             fd = self._fd(request)
+            watched = _watched(own, fd)
             count = self._persistently(os.copy_file_range, source, fd, length, offset, request.offset)
         except OSError as error:
             # The kernel then copies through its page cache itself (fs/fuse/file.c, fuse_copy_file_range()).
@@ -488,6 +500,7 @@ class Transfers:
         self._sheet.moved(Opcode.WRITE, count)
         if os.fstat(source).st_atime_ns != accessed:  # of which the kernel does not think
             self._replies.expire(nodeid)
+        self._tell_of(watched)
         self._finish(request, count)
 
     def _getattr(self, request: Request) -> None:

@@ -109,7 +109,7 @@ def build_mirror(
     caller = Caller(setid)
     rights = Rights(caller, root, acl=Feature.POSIX_ACL in features, suid="suid" in config.options)
     attempts = Attempts(ledger)
-    privileges = Privileges(setid, caller, handles, leadership)
+    privileges = Privileges(setid, caller, handles, rights, leadership, writeback=collecting)
     clears_setid = Feature.HANDLE_KILLPRIV_V2 not in features
     tree = Tree(
         root, inodes, anchors, handles, attempts, rights, setid, privileges, leadership, clears_setid=clears_setid

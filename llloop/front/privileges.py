@@ -20,10 +20,11 @@ from .. import syscalls, wire
 from ..credentials import credentials_of
 from ..leadership import Leadership
 from ..privilege import Caller, SetidGuard, has_locking_mark
-from ..syscalls import fstatx
+from ..syscalls import Attributes, fstatx
 from .anchors import Reached
-from .handles import Handles
+from .handles import Handle, Handles
 from .requester import Requester
+from .rights import Rights
 
 CAPABILITY = b"security.capability"
 
@@ -46,11 +47,24 @@ class Privileges:
         setid: has the source clear set-ID bits.
         caller: acts with another group.
         handles: the open files.
+        rights: tells what a requester may do.
         leadership: which thread serves.
+        writeback: whether the kernel collects writes, and says by FATTR_CTIME that it means a chown(2).
     """
 
-    def __init__(self, setid: SetidGuard, caller: Caller, handles: Handles, leadership: Leadership) -> None:
+    def __init__(
+        self,
+        setid: SetidGuard,
+        caller: Caller,
+        handles: Handles,
+        rights: Rights,
+        leadership: Leadership,
+        *,
+        writeback: bool,
+    ) -> None:
+        self._rights = rights
         self._leadership = leadership
+        self._writeback = writeback
         self._setid = setid
         self._caller = caller
         self._handles = handles
@@ -73,7 +87,9 @@ class Privileges:
     def give_up(self, reached: Reached, nodeid: int, valid: int, who: Requester) -> None:
         """Do what the kernel means by a SETATTR that sets nothing.
 
-        If nobody has the file open for writing, it can only be for a chown(2).
+        If nobody has the file open for writing, it can only be for a chown(2). If somebody has, who neither owns the
+        file nor has opened it may mean a chown(2), which must not change it, or write through a descriptor that he was
+        given. Then nothing is done here: a write clears the bits itself, and the kernel is told after it.
 
         Args:
             reached: a way to act on the file.
@@ -92,12 +108,22 @@ class Privileges:
             has_locking_mark(attributes.mode) and (who.uid == 0 or _is_member(who, attributes.gid))
         ):
             bits |= stat.S_ISGID
-        is_write = self._is_write(nodeid, valid)
-        if is_write:
+        writing = [] if valid & wire.FATTR_CTIME else self._writing(nodeid)
+        may_take = self._may_take(writing, attributes, who)
+        if writing and self._writeback:
+            # What is to be written can be executed from the page cache before it is written to the source.
+            if not may_take and has_capability(reached.target):
+                self._leadership.call(os.removexattr, reached.target, CAPABILITY)
+        elif writing and not may_take:
+            if any(handle.backing for handle in writing):  # the kernel would write as who has opened the file
+                raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+            _have_writes_clear(writing)
+            return
+        if writing:
             # Before it writes for who has CAP_FSETID, the kernel sends it only because of capabilities.
             if who.uid == 0 and self._stripped == (nodeid, who.pid):
                 bits = 0
-        elif who.uid not in (0, attributes.uid) and (bits or has_capability(reached.target)):
+        elif (bits or has_capability(reached.target)) and not self._rights.owns(who, attributes):
             raise OSError(errno.EPERM, os.strerror(errno.EPERM))
         self._stripped = (0, 0)
         if bits:
@@ -106,25 +132,35 @@ class Privileges:
             try:
                 self._leadership.call(chmod, reached.fd, stat.S_IMODE(attributes.mode) & ~bits)
             except PermissionError:  # this process may only write to the file
-                if not is_write:
+                if not writing:
                     raise
-                for handle in self._handles.of_inode(nodeid):
-                    handle.uncached = True  # so the write clears the bits, and the kernel is told then
+                _have_writes_clear(writing)
 
-    def _is_write(self, nodeid: int, valid: int = 0) -> bool:
-        """Whether the kernel may be about to write to a file; with FATTR_CTIME a change of the owner is meant."""
-        return not valid & wire.FATTR_CTIME and any(handle.is_writable for handle in self._handles.of_inode(nodeid))
+    def _writing(self, nodeid: int) -> list[Handle]:
+        return [handle for handle in self._handles.of_inode(nodeid) if handle.is_writable]
+
+    def _may_take(self, writing: list[Handle], attributes: Attributes, who: Requester) -> bool:
+        """Whether the requester could take privileges from a file natively, which he has perhaps opened for writing."""
+        return self._rights.owns(who, attributes) or (
+            who.uid != 0 and any(handle.opener[0] == who.uid for handle in writing)
+        )
 
     def takes_capability(self, reached: Reached, nodeid: int, who: Requester) -> bool:
         """Whether the capabilities of a file go because the kernel asks to remove them.
 
-        It asks for somebody else than root and the owner, if nobody has the file open for writing, only because of a
-        truncation, with which they go, or because of a chown(2), which is refused next.
+        It asks for somebody else than root, the owner and who has the file open for writing only because of a
+        truncation or a write, with which they go, or because of a chown(2), which is refused next or takes nothing.
         """
-        if not self._is_write(nodeid) and who.uid not in (0, fstatx(reached.fd).uid):
+        if not self._may_take(self._writing(nodeid), fstatx(reached.fd), who):
             return False
         self._stripped = (nodeid, who.pid)
         return True
+
+
+def _have_writes_clear(writing: list[Handle]) -> None:
+    """Have writes through open files clear set-ID bits, and the kernel told then."""
+    for handle in writing:
+        handle.uncached = True
 
 
 def _is_member(who: Requester, gid: int) -> bool:

@@ -174,6 +174,7 @@ class Tree:
 
     def _make_as(self, who: Requester, parent: int, make: Callable[[int], _Made], by_group: bool | None) -> _Made:
         directory = self.anchors.directory(parent)
+        self._setid.clear(False)  # root can make a set-group-ID file for any group
         with self.rights.making(who, directory, by_group=by_group):
             return make(directory)
 
@@ -607,11 +608,10 @@ def _has_moved(old: int, name: bytes, new: int, new_name: bytes, flags: int, att
 def _by_group(name: bytes) -> bool | None:
     """Whether it depends on groups what becomes of a file with an extended attribute, as `Rights.acting` takes it.
 
-    An access ACL set by who is no member of the file's group clears its set-group-ID bit.
+    An access ACL set by who is no member of the file's group clears its set-group-ID bit. File capabilities need a
+    capability of the owner, too; root of a user namespace has it.
     """
-    if name.startswith(b"user."):
-        return None
-    return name.startswith(b"system.")
+    return None if name.startswith(b"user.") else True
 
 
 def _has_xattr(target: int | str, name: bytes) -> bool:

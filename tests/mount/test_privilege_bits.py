@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
+from llloop.syscalls import PR_SET_DUMPABLE, prctl, set_capabilities
 from tests import filesystems
 from tests.as_user import Caller, run_as
 from tests.conftest import Serve
 from tests.mirror import Tree
-from tests.syscalls import STATX_MODE, statx
+from tests.syscalls import STATX_MODE, statx, unshare_user
 from tests.syscalls import opened as opened_file
 from tests.twins import Twins, outcome_of
 
@@ -175,6 +176,103 @@ def test_only_the_owner_takes_capabilities_with_a_chown_that_names_nobody(tree: 
     run_as(OWNER, os.chown, path, -1, -1)
     assert outcome_of(os.getxattr, tree.src / "program", "security.capability") == "ENODATA"
     assert mode_of(path) == stat.S_IMODE((tree.src / "program").stat().st_mode) == mode & 0o777
+
+
+DATA_PATHS = pytest.mark.parametrize("options", [[], ["--io=kernel"], ["--writeback"], ["--cache=never"]], ids=str)
+
+
+def make_with_both(path: Path) -> None:
+    path.write_bytes(b"program" * 1000)
+    path.chmod(0o4755)
+    os.setxattr(path, "security.capability", CAPABILITY)
+
+
+@DATA_PATHS
+@pytest.mark.own_loop
+@pytest.mark.parametrize("by", ["stranger", "root without capabilities"])
+def test_somebody_elses_open_file_gives_nobody_the_right_to_take_privileges(
+    serve: Serve, options: list[str], by: str
+) -> None:
+    """With a chown(2) that names neither owner nor group, which the kernel hardly tells from a write."""
+    mirror = serve(*options)
+    path, behind = mirror.mountpoint / "program", mirror.source / "program"
+    path.write_bytes(b"program")
+    os.chown(path, OWNER.uid, TEAM)
+    path.chmod(0o4755)
+    os.setxattr(path, "security.capability", CAPABILITY)
+
+    def take() -> None:
+        if by != "stranger":
+            set_capabilities(0, 0, 0)
+        os.chown(path, -1, -1)
+
+    with opened_file(path, os.O_WRONLY):
+        assert run_as(STRANGER if by == "stranger" else ROOT, outcome_of, take) in (None, "EPERM")
+        for where in (path, behind):
+            assert mode_of(where) == 0o4755
+            assert os.getxattr(where, "security.capability") == CAPABILITY
+    if by != "stranger":
+        assert run_as(ROOT, outcome_of, take) == "EPERM"
+        assert mode_of(path) == mode_of(behind) == 0o4755
+
+
+@DATA_PATHS
+@pytest.mark.own_loop
+@pytest.mark.parametrize("way", ["write", "allocate", "copy", "shorten"])
+def test_a_user_who_writes_through_anothers_descriptor_takes_the_privileges(
+    serve: Serve, options: list[str], way: str
+) -> None:
+    mirror = serve(*options)
+    path, behind = mirror.mountpoint / "program", mirror.source / "program"
+    make_with_both(path)
+    with opened_file(path, os.O_WRONLY) as fd, opened_file(path, os.O_RDONLY) as source:
+        ways: dict[str, Callable[[], Any]] = {
+            "write": lambda: os.write(fd, b"other"),
+            "allocate": lambda: os.posix_fallocate(fd, 0, 10_000),
+            "copy": lambda: os.copy_file_range(source, fd, 10, 0, 100),
+            "shorten": lambda: os.ftruncate(fd, 10),
+        }
+        assert mode_of(path) == 0o4755
+        run_as(STRANGER, ways[way])
+        assert mode_of(path) == 0o755
+        os.fsync(fd)
+        assert mode_of(behind) == 0o755
+        assert outcome_of(os.getxattr, behind, "security.capability") == "ENODATA"
+
+
+def test_root_makes_set_group_id_files_after_somebody_else_has_written(tree: Tree) -> None:
+    """In a directory that hands down a group which is not root's."""
+    twins = Twins.of(tree)
+
+    def prepare(directory: Path) -> None:
+        os.chown(directory, 0, TEAM)
+        directory.chmod(0o2777)
+        (directory / "file").write_bytes(b"x" * 100)
+        (directory / "file").chmod(0o666)
+
+    twins.prepare(prepare)
+    twins.both(lambda directory: os.truncate(directory / "file", 10), caller=STRANGER)
+    twins.both(lambda directory: os.close(os.open(directory / "new", os.O_CREAT | os.O_EXCL, 0o2755)), caller=ROOT)
+    twins.both(lambda directory: os.mknod(directory / "node", 0o2755 | stat.S_IFREG), caller=ROOT)
+
+
+def test_root_of_a_user_namespace_gives_its_own_files_capabilities(tree: Tree) -> None:
+    twins = Twins.of(tree)
+
+    def prepare(directory: Path) -> None:
+        (directory / "program").write_bytes(b"program")
+        os.chown(directory / "program", OWNER.uid, OWNER.gid)
+
+    def set_capability(directory: Path) -> None:
+        prctl(PR_SET_DUMPABLE, 1)  # else its own files in proc are root's
+        unshare_user()
+        Path("/proc/self/uid_map").write_text(f"0 {OWNER.uid} 1")
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/gid_map").write_text(f"0 {OWNER.gid} 1")
+        os.setxattr(directory / "program", "security.capability", CAPABILITY)
+
+    twins.prepare(prepare)
+    assert twins.both(set_capability, caller=OWNER) is None
 
 
 @pytest.mark.parametrize("options", [["--io=kernel"], ["--writeback"], ["--cache=never"], ["--cache=always"]], ids=str)

@@ -56,15 +56,43 @@ def mode_after(source: Source, nodeid: int, who: Requester, valid: int = 0) -> i
     return stat.S_IMODE(mode)
 
 
-def open_for_writing(source: Source, nodeid: int) -> int:
-    return source.files.open(nodeid, os.O_WRONLY, False, MYSELF)[0]
+def open_for_writing(source: Source, nodeid: int, who: Requester = MYSELF) -> int:
+    return source.files.open(nodeid, os.O_WRONLY, False, who)[0]
 
 
 @root_only
-@pytest.mark.parametrize("who", [OWNER, STRANGER, ROOT_USER], ids=["owner", "stranger", "root"])
-def test_before_a_write_they_are_cleared_for_whoever_it_is_sent(source: Source, program: int, who: Requester) -> None:
+@pytest.mark.parametrize("who", [OWNER, ROOT_USER], ids=["owner", "root"])
+def test_before_a_write_they_are_cleared_for_the_owner_and_root(source: Source, program: int, who: Requester) -> None:
     open_for_writing(source, program)
     assert mode_after(source, program, who) == 0o755
+
+
+@root_only
+def test_before_a_write_they_are_cleared_for_who_has_opened_the_file(source: Source, program: int) -> None:
+    (source.path / "program").chmod(0o6757)
+    open_for_writing(source, program, STRANGER)
+    assert mode_after(source, program, STRANGER) == 0o757
+
+
+@root_only
+def test_who_may_have_been_given_a_descriptor_takes_them_with_the_write_only(source: Source, program: int) -> None:
+    """It may be a chown(2) just as well, which is not for him."""
+    handle = source.mirror.handles.get(open_for_writing(source, program))
+    assert not handle.uncached
+    assert mode_after(source, program, STRANGER) == 0o6755
+    assert handle.uncached
+
+
+@root_only
+def test_who_may_have_been_given_a_descriptor_is_refused_where_the_kernel_would_write_as_its_opener(
+    source: Source, program: int
+) -> None:
+    handle = source.mirror.handles.get(open_for_writing(source, program))
+    handle.backing = 1
+    with fails(errno.EPERM):
+        mode_after(source, program, STRANGER)
+    handle.backing = 0
+    assert (source.path / "program").stat().st_mode & 0o7777 == 0o6755
 
 
 @root_only

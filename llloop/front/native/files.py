@@ -238,7 +238,7 @@ class FileRequests(Responder):
             flags |= PIPED
         if flags & KILL_PRIVILEGES:
             gid = _group(handle, gid)
-        extra = (handle.nodeid,) if flags & INVALIDATE or _is_watched(handle, flags) else ()
+        extra = (handle.nodeid,) if flags & INVALIDATE else _watched(handle, flags)
         self._router.entrust(Task(handle, number, Operation.WRITE, unique, offset, size, flags, uid, gid, extra))
         if pages is not None:
             pages.write = self._router.last
@@ -293,6 +293,7 @@ class FileRequests(Responder):
         """FUSE_FALLOCATE."""
         unique, uid, gid, number, offset, size, mode = wire.FALLOCATE_REQUEST.unpack_from(self._memory, base)
         handle = self._handles.get(number)
+        flags = _kill_flag(uid)
         self._router.entrust(
             Task(
                 handle,
@@ -301,10 +302,10 @@ class FileRequests(Responder):
                 unique,
                 offset,
                 size,
-                _kill_flag(uid),
+                flags,
                 uid,
                 _group(handle, gid),
-                (mode,),
+                (mode, *_watched(handle, flags)),
             )
         )
 
@@ -330,8 +331,9 @@ class FileRequests(Responder):
         )
         source_handle = self._handles.get(source)
         source_handle.shared = True
-        extra = (source, source_handle.descriptor, source_offset, source_handle.nodeid, source_handle.file)
         handle = self._handles.get(number)
+        flags = _kill_flag(uid)
+        copied = (source, source_handle.descriptor, source_offset, source_handle.nodeid, source_handle.file)
         self._router.entrust(
             Task(
                 handle,
@@ -340,10 +342,10 @@ class FileRequests(Responder):
                 unique,
                 offset,
                 size,
-                _kill_flag(uid),
+                flags,
                 uid,
                 _group(handle, gid),
-                extra,
+                (*copied, *_watched(handle, flags)),
             )
         )
 
@@ -369,5 +371,10 @@ def _group(handle: Handle, gid: int) -> int:
 
 
 def _is_watched(handle: Handle, flags: int) -> bool:
-    """Whether a WRITE may clear set-ID bits of which the kernel has not asked to clear them."""
+    """Whether a change of data may clear set-ID bits of which the kernel has not asked to clear them."""
     return bool(flags & KILL_PRIVILEGES) and (handle.uncached or bool(flags & CACHED))
+
+
+def _watched(handle: Handle, flags: int) -> tuple[int, ...]:
+    """Return the inode for which the worker is to tell the kernel if set-ID bits go, if it has to."""
+    return (handle.nodeid,) if _is_watched(handle, flags) else ()
