@@ -33,6 +33,9 @@ _TIMES = wire.FATTR_ATIME | wire.FATTR_ATIME_NOW | wire.FATTR_MTIME | wire.FATTR
 _SETS = wire.FATTR_MODE | wire.FATTR_UID | wire.FATTR_GID | wire.FATTR_SIZE | _TIMES
 
 
+# For so long, in seconds, the kernel keeps written data at most (twice vm.dirty_expire_centisecs and more).
+_COLLECTED_MOST = 100
+
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _Made = TypeVar("_Made")
 
@@ -479,7 +482,8 @@ class Tree:
                     self._call(syscalls.utimens, fd, atime, mtime)
             except PermissionError:
                 # With --writeback the kernel writes back the times that it keeps in the name of whoever made it do so.
-                if not valid & wire.FATTR_CTIME or changes.mtime != (attributes.mtime, attributes.mtime_nsec):
+                # The source has set its own when the data was written, and keeps them.
+                if not valid & wire.FATTR_CTIME or not _can_be_kept(changes, attributes):
                     raise
 
     def readlink(self, nodeid: int) -> bytes:
@@ -574,6 +578,14 @@ class Tree:
         shown = self.inodes.shown(inode.device, inode.number)
         raw[syscalls.STATX_INO_OFFSET : syscalls.STATX_INO_OFFSET + 8] = shown.to_bytes(8, sys.byteorder)
         return raw
+
+
+def _can_be_kept(changes: Changes, attributes: Attributes) -> bool:
+    """Whether the kernel, which collects writes, can have kept a time as that of the last change of data.
+
+    The source has another one, because it sets its own when the data reaches it.
+    """
+    return changes.mtime <= changes.ctime and changes.mtime[0] >= attributes.mtime - _COLLECTED_MOST
 
 
 def _link(fd: int, directory: int, name: bytes) -> None:

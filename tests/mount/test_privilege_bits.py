@@ -17,7 +17,7 @@ from tests import filesystems
 from tests.as_user import Caller, run_as
 from tests.conftest import Serve
 from tests.mirror import Tree
-from tests.syscalls import STATX_MODE, statx, unshare_user
+from tests.syscalls import STATX_MODE, statx, syncfs, unshare_user
 from tests.syscalls import opened as opened_file
 from tests.twins import Twins, outcome_of
 
@@ -219,11 +219,14 @@ def test_somebody_elses_open_file_gives_nobody_the_right_to_take_privileges(
 @DATA_PATHS
 @pytest.mark.own_loop
 @pytest.mark.parametrize("way", ["write", "allocate", "copy", "shorten"])
+@pytest.mark.parametrize("by", ["stranger", "root without capabilities"])
 def test_a_user_who_writes_through_anothers_descriptor_takes_the_privileges(
-    serve: Serve, options: list[str], way: str
+    serve: Serve, options: list[str], way: str, by: str
 ) -> None:
     mirror = serve(*options)
     path, behind = mirror.mountpoint / "program", mirror.source / "program"
+    make_with_both(path)
+    os.chown(path, OWNER.uid, TEAM)
     make_with_both(path)
     with opened_file(path, os.O_WRONLY) as fd, opened_file(path, os.O_RDONLY) as source:
         ways: dict[str, Callable[[], Any]] = {
@@ -232,12 +235,40 @@ def test_a_user_who_writes_through_anothers_descriptor_takes_the_privileges(
             "copy": lambda: os.copy_file_range(source, fd, 10, 0, 100),
             "shorten": lambda: os.ftruncate(fd, 10),
         }
+
+        def take() -> None:
+            if by != "stranger":
+                set_capabilities(0, 0, 0)
+            ways[way]()
+
         assert mode_of(path) == 0o4755
-        run_as(STRANGER, ways[way])
+        run_as(STRANGER if by == "stranger" else ROOT, take)
         assert mode_of(path) == 0o755
         os.fsync(fd)
         assert mode_of(behind) == 0o755
         assert outcome_of(os.getxattr, behind, "security.capability") == "ENODATA"
+
+
+@pytest.mark.own_loop
+@pytest.mark.parametrize("caller", [STRANGER, MEMBER], ids=["stranger", "member"])
+def test_who_makes_the_kernel_write_back_times_needs_no_right_to_them(serve: Serve, caller: Caller) -> None:
+    """The kernel keeps another time than the source, which sets its own when the data reaches it."""
+    mirror = serve("--writeback")
+    path = mirror.mountpoint / "file"
+    path.write_bytes(b"x" * SIZE)
+    os.chown(path, OWNER.uid, TEAM)
+    path.chmod(0o666)
+    os.utime(mirror.source / "file", ns=(1, path.stat().st_mtime_ns + 5_000_000))
+
+    def change_and_close() -> bytes:
+        with opened_file(path, os.O_RDONLY):
+            os.setxattr(path, "user.mark", b"value")
+        return path.read_bytes()
+
+    assert run_as(caller, change_and_close) == b"x" * SIZE
+    with opened_file(mirror.mountpoint, os.O_RDONLY) as directory:
+        syncfs(directory)
+    assert run_as(caller, outcome_of, lambda: os.utime(path, (1, 1))) == "EPERM"
 
 
 def test_root_makes_set_group_id_files_after_somebody_else_has_written(tree: Tree) -> None:

@@ -293,7 +293,7 @@ class FileRequests(Responder):
         """FUSE_FALLOCATE."""
         unique, uid, gid, number, offset, size, mode = wire.FALLOCATE_REQUEST.unpack_from(self._memory, base)
         handle = self._handles.get(number)
-        flags = _kill_flag(uid)
+        flags = self._kill_flag(base, handle, uid, gid)
         self._router.entrust(
             Task(
                 handle,
@@ -308,6 +308,16 @@ class FileRequests(Responder):
                 (mode, *_watched(handle, flags)),
             )
         )
+
+    def _kill_flag(self, base: int, handle: Handle, uid: int, gid: int) -> int:
+        """Tell what FALLOCATE and COPY_FILE_RANGE do not say: whether the caller lacks CAP_FSETID.
+
+        For root without capabilities it matters only where the kernel has not asked to clear set-ID bits before.
+        """
+        if uid or not handle.uncached:
+            return _kill_flag(uid)
+        pid = wire.PID.unpack_from(self._memory, base)[0]
+        return 0 if self._tree.rights.is_trusted(Requester(uid, gid, pid=pid)) else KILL_PRIVILEGES
 
     def lseek(self, base: int, length: int) -> None:
         """FUSE_LSEEK: only SEEK_HOLE and SEEK_DATA are sent."""
@@ -332,7 +342,7 @@ class FileRequests(Responder):
         source_handle = self._handles.get(source)
         source_handle.shared = True
         handle = self._handles.get(number)
-        flags = _kill_flag(uid)
+        flags = self._kill_flag(base, handle, uid, gid)
         copied = (source, source_handle.descriptor, source_offset, source_handle.nodeid, source_handle.file)
         self._router.entrust(
             Task(
