@@ -6,8 +6,8 @@
 The `llloop` command does the same for administrators: `llloop serve SRC MNT`.
 """
 
-from .api import Mounted, mount, serve
-from .errors import LlloopError
-from .version import __version__
+from llloop.api import Mounted, mount, serve
+from llloop.errors import LlloopError
+from llloop.version import __version__
 
 __all__ = ["LlloopError", "Mounted", "__version__", "mount", "serve"]

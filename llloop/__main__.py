@@ -1,5 +1,5 @@
 """`python -m llloop` is the `llloop` command."""
 
-from .cli import main
+from llloop.cli.main import main
 
 main(prog_name="llloop")

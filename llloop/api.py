@@ -10,12 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
-from . import errors, log, mounting
-from .config import ServeConfig
-from .errors import LlloopError
-from .process_state import ProcessState, keep_ended_children
-from .server_process import ServerProcess
-from .supervisor import Supervisor
+from llloop import errors
+from llloop.config import ServeConfig
+from llloop.errors import LlloopError
+from llloop.linux import mounts
+from llloop.logging import setup as log
+from llloop.server_process import ServerProcess
+from llloop.supervisor.process_state import ProcessState, keep_ended_children
+from llloop.supervisor.supervisor import Supervisor
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,7 @@ def _config(source: str | os.PathLike[str], mountpoint: str | os.PathLike[str], 
         raise errors.UsageError(f"unknown option {unknown[0]!r}; there are: {', '.join(sorted(known))}")
     # The server has another working directory.
     places: dict[str, Any] = {
-        "source": mounting.absolute(os.fspath(source), errors.SourceError(f"source {source}")),
-        "mountpoint": mounting.absolute(os.fspath(mountpoint), errors.MountpointError(f"mount point {mountpoint}")),
+        "source": mounts.absolute(os.fspath(source), errors.SourceError(f"source {source}")),
+        "mountpoint": mounts.absolute(os.fspath(mountpoint), errors.MountpointError(f"mount point {mountpoint}")),
     }
     return ServeConfig(**places, **options)

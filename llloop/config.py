@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
-from . import mount_options
-from .arena import DEFAULT_SLOTS, MAX_SHARDS
-from .errors import MountpointError, SourceError, UsageError
+from llloop import mount_options
+from llloop.errors import MountpointError, SourceError, UsageError
+from llloop.shared.slots import DEFAULT_SLOTS, MAX_SHARDS
 
 MAX_WORKERS = min(128, MAX_SHARDS)
 

@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from .errors import HostError, UsageError
+from llloop.errors import HostError, UsageError
 
 if TYPE_CHECKING:
-    from .config import ServeConfig
+    from llloop.config import ServeConfig
 
 # The kernel's own options that libfuse 2.9 hands on (its lib/mount.c), by what excludes what.
 _KERNEL_GROUPS = (

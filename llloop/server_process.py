@@ -25,10 +25,11 @@ from dataclasses import fields
 from enum import Enum
 from typing import Any
 
-from . import errors, syscalls
-from .config import ServeConfig
-from .errors import HostError, LlloopError
-from .mount_identity import MountIdentity
+from llloop import errors
+from llloop.config import ServeConfig
+from llloop.errors import HostError, LlloopError
+from llloop.linux import syscalls
+from llloop.linux.mount_identity import MountIdentity
 
 # How long the mount may take to be unmounted before it is ended all the same, in seconds.
 PATIENCE = 30.0
@@ -297,9 +298,9 @@ def serve(channel: socket.socket, told: dict[str, Any]) -> None:
         channel: the socket to the program.
         told: its message.
     """
-    from . import log
-    from .process_state import keep_ended_children
-    from .supervisor import Supervisor
+    from llloop.logging import setup as log
+    from llloop.supervisor.process_state import keep_ended_children
+    from llloop.supervisor.supervisor import Supervisor
 
     def tell(**message: Any) -> None:
         with suppress(OSError):  # the program has ended, which the supervisor sees

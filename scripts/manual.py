@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 from click.shell_completion import get_completion_class
 
-from llloop import cli, mount_helper
+from llloop.cli import main, mount_helper
 from llloop.config import ServeConfig
 from llloop.version import __version__
 
@@ -118,7 +118,7 @@ def page(command: click.Command, name: str, section: int, summary: str, see_also
 
 def options_page() -> str:
     """Return the page docs/options.md: a section for each option of `llloop serve`."""
-    serve = cli.serve
+    serve = main.serve
     context = click.Context(serve, info_name="llloop serve", auto_envvar_prefix="LLLOOP_SERVE")
     command = mount_helper.mount_llloop
     assert isinstance(command, mount_helper.Command)
@@ -157,7 +157,7 @@ def shared_documents() -> dict[str, str]:
     """Return the manual pages and completions, which are installed, by their names in scripts/share."""
     made = {
         "man/llloop.1": page(
-            cli.main, "llloop", 1, "mirror a directory at a mount point", ".BR mount.llloop (8),\n.BR fuse (4)"
+            main.main, "llloop", 1, "mirror a directory at a mount point", ".BR mount.llloop (8),\n.BR fuse (4)"
         ),
         "man/mount.llloop.8": page(
             mount_helper.mount_llloop,
@@ -170,7 +170,7 @@ def shared_documents() -> dict[str, str]:
     for shell, name in _COMPLETIONS.items():
         kind = get_completion_class(shell)
         assert kind is not None
-        made[name] = kind(cli.main, {}, "llloop", "_LLLOOP_COMPLETE").source().strip() + "\n"
+        made[name] = kind(main.main, {}, "llloop", "_LLLOOP_COMPLETE").source().strip() + "\n"
     return made
 
 

@@ -1,7 +1,8 @@
 """Coverage-guided fuzzing, by hand: `python -m tests.fuzz front|worker [-max_total_time=SECONDS ...]`.
 
 Needs `pip install atheris`; what follows the name of what to fuzz goes to libFuzzer. It tries what
-tests/unit/test_hostile_bytes.py tries, as long as it is let; a crash is kept in a file that can be given to it again.
+tests/unit/front/test_hostile_bytes.py tries, as long as it is let. A crash is kept in a file, which can be given to it
+again.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import sys
 import atheris
 
 with atheris.instrument_imports(include=["llloop", "msgpack"]):
-    from llloop.protocol import Operation, encode
+    from llloop.shared.messages import Operation, encode
     from tests.hostile import Choices, hostile_request
-    from tests.unit.test_hostile_bytes import front, worker
+    from tests.unit.front.test_hostile_bytes import front, worker
 
 
 def fuzz_front(data: bytes) -> None:

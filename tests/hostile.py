@@ -6,7 +6,7 @@ import struct
 from collections.abc import Sequence
 from typing import TypeVar
 
-from llloop.wire import Opcode
+from llloop.linux.fuse import Opcode
 
 T = TypeVar("T")
 

@@ -1,4 +1,4 @@
-"""Requests that a worker holds until the kernel has dropped pages: see `llloop.invalidator`."""
+"""Requests that a worker holds until the kernel has dropped pages: see `llloop.supervisor.invalidator`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 
-from llloop.protocol import Operation, Request, encode
+from llloop.shared.messages import Operation, Request, encode
 
 # When the invalidator has not answered for this long, in seconds, it is asked again: it may have been killed.
 _PATIENCE = 1.0

@@ -8,17 +8,16 @@ import struct
 import time
 from collections.abc import Sequence
 
-from llloop.arena import Arena
-from llloop.leadership import TICK, Leadership
-from llloop.metrics import Sheet
-from llloop.protocol import MAX_MESSAGE, Malformed, Operation, Request, decode, decode_strictly
-from llloop.syscalls import is_readable
-from llloop.wire import FUSE_UNIQUE_RESEND as RESENT
-
-from .invalidations import Invalidations
-from .leases import Leases
-from .transfers import Transfers, opcode_of
-from .under_way import UnderWay
+from llloop.linux.fuse import FUSE_UNIQUE_RESEND as RESENT
+from llloop.linux.syscalls import is_readable
+from llloop.shared.leadership import TICK, Leadership
+from llloop.shared.messages import MAX_MESSAGE, Malformed, Operation, Request, decode, decode_strictly
+from llloop.shared.metrics import Sheet
+from llloop.shared.slots import Slots
+from llloop.workers.descriptors import Descriptors
+from llloop.workers.invalidations import Invalidations
+from llloop.workers.operations import Operations, opcode_of
+from llloop.workers.pending import Pending
 
 _log = logging.getLogger(__name__)
 
@@ -43,37 +42,37 @@ class Worker:
     def __init__(
         self,
         shard: int,
-        arena: Arena,
+        slots: Slots,
         pipe: int,
-        transfers: Transfers,
+        operations: Operations,
         sheet: Sheet,
-        leases: Leases,
+        descriptors: Descriptors,
         leadership: Leadership,
         invalidations: Invalidations,
     ) -> None:
         self._shard = shard
-        self._arena = arena
+        self._slots = slots
         self._pipe = pipe
-        self._transfers = transfers
+        self._operations = operations
         self._sheet = sheet
-        self._leases = leases
+        self._descriptors = descriptors
         self._leadership = leadership
-        self._under_way = leadership.in_hand = UnderWay(leases, leadership)
+        self._pending = leadership.in_hand = Pending(descriptors, leadership)
         self._invalidations = invalidations
 
     def recover(self) -> None:
         """Have `run` begin with what a worker before this one had taken off the pipe, or may have, but not answered."""
         for request in self._lent():
-            self._under_way.add(request)
+            self._pending.add(request)
 
     def _lent(self) -> list[Request]:
         """Return the requests in the slots that are lent to this shard: the one that was begun, then the older first.
 
         Nothing else is done while one is begun: how far it had come shows in the state of its open file.
         """
-        arena = self._arena
+        slots = self._slots
         requests = []
-        for slot, message in arena.lent_to(self._shard):
+        for slot, message in slots.lent_to(self._shard):
             try:
                 request = decode_strictly(message)
                 if request.slot != slot or request.operation == Operation.RELEASE:
@@ -81,18 +80,18 @@ class Worker:
                 requests.append(request)
             except Malformed as error:
                 _log.error("a lent slot holds no request: %s", error)
-                arena.give_back(slot)
-        return sorted(requests, key=lambda request: (not arena.stages[request.slot], request.unique & ~RESENT))
+                slots.give_back(slot)
+        return sorted(requests, key=lambda request: (not slots.stages[request.slot], request.unique & ~RESENT))
 
     def _resume(self, request: Request) -> None:
         """Do what a worker, or a front, before this one has left."""
-        begun = self._arena.metrics.begun[request.slot]
+        begun = self._slots.metrics.begun[request.slot]
         try:
-            self._transfers.resume(request)
+            self._operations.resume(request)
         except _SENSELESS as error:
             _log.error("a lent slot's request makes no sense: %s", error)
-            self._arena.give_back(request.slot)
-        if request.operation != Operation.PROBE and self._arena.states[request.slot] != self._shard + 1:
+            self._slots.give_back(request.slot)
+        if request.operation != Operation.PROBE and self._slots.states[request.slot] != self._shard + 1:
             self._sheet.finished(opcode_of(request), time.monotonic_ns() - begun)
 
     def _resume_all(self, uniques: Sequence[int]) -> bool:
@@ -105,13 +104,13 @@ class Worker:
         """
         wanted = {unique & ~RESENT for unique in uniques}
         for request in self._lent():
-            if request.unique & ~RESENT in wanted and request.slot not in self._under_way.slots:
-                self._under_way.add(request)
+            if request.unique & ~RESENT in wanted and request.slot not in self._pending.slots:
+                self._pending.add(request)
         return self.catch_up()
 
     def catch_up(self) -> bool:
         """Do what waits, as far as it need not wait longer; return whether this thread still leads."""
-        while request := self._under_way.take():
+        while request := self._pending.take():
             self._resume(request)
             if not self._go_on():
                 return False
@@ -123,25 +122,25 @@ class Worker:
         Returns:
             Whether this thread still leads.
         """
-        under_way, leadership = self._under_way, self._leadership
+        pending, leadership = self._pending, self._leadership
         while True:
             if leadership.leads:
-                under_way.request = None
+                pending.request = None
             else:
-                under_way.finished()
+                pending.finished()
             self._close()
             if leadership.leads:
                 return True
-            request = under_way.take()
+            request = pending.take()
             if request is None:
                 return not leadership.must_leave()
             self._resume(request)
 
     def _close(self) -> None:
         """Close what is not needed any more. For a large file that was removed, the last close(2) takes long."""
-        closing, leadership = self._leases.closing, self._leadership
+        closing, leadership = self._descriptors.closing, self._leadership
         while closing and not (leadership.alone and leadership.leads):
-            leadership.call(self._leases.close, closing.pop())
+            leadership.call(self._descriptors.close, closing.pop())
 
     def _invalidated(self, unique: int) -> bool:
         """Go on with what was held until the kernel had dropped pages for the request *unique*.
@@ -152,14 +151,14 @@ class Worker:
         held = self._invalidations.take(unique)
         if held is None:  # it was asked for twice
             return True
-        begun = self._arena.metrics.begun
+        begun = self._slots.metrics.begun
         starts = [(request, begun[request.slot]) for request in held.followers]
-        left = self._transfers.go_on(held)
+        left = self._operations.go_on(held)
         for request, start in starts:
-            if self._arena.states[request.slot] != self._shard + 1:
+            if self._slots.states[request.slot] != self._shard + 1:
                 self._sheet.finished(opcode_of(request), time.monotonic_ns() - start)
-        if left is not None and left.slot not in self._under_way.slots:
-            self._under_way.add(left)
+        if left is not None and left.slot not in self._pending.slots:
+            self._pending.add(left)
         return self.catch_up()
 
     def run(self) -> None:
@@ -168,15 +167,15 @@ class Worker:
 
     def _lead(self) -> bool:
         """Serve until the pipe's last writer is gone, or another thread does it; return whether it is gone."""
-        execute = self._transfers.execute
+        execute = self._operations.execute
         pipe = self._pipe
         read = os.read
-        begun = self._arena.metrics.begun
-        states, numbers, stages = self._arena.states, self._arena.numbers, self._arena.stages
+        begun = self._slots.metrics.begun
+        states, numbers, stages = self._slots.states, self._slots.numbers, self._slots.stages
         own = self._shard + 1
         clock = time.monotonic_ns
         finished = self._sheet.finished
-        under_way, leadership, closing = self._under_way, self._leadership, self._leases.closing
+        pending, leadership, closing = self._pending, self._leadership, self._descriptors.closing
         invalidations = self._invalidations
         held = invalidations.held
         if not self.catch_up():
@@ -206,7 +205,7 @@ class Worker:
                             return False
                     else:
                         execute(request)
-                elif leadership.stalled and under_way.must_wait(request):
+                elif leadership.stalled and pending.must_wait(request):
                     continue
                 elif states[slot] != own or numbers[slot] != request.unique or stages[slot]:
                     if not self._resume_all((request.unique,)):  # a worker before this one has had it
@@ -214,7 +213,7 @@ class Worker:
                     continue
                 else:
                     start = begun[slot]  # with the answer the slot becomes somebody else's
-                    under_way.request = request
+                    pending.request = request
                     if execute(request) and request.operation != Operation.PROBE:  # the front counts what that was for
                         finished(opcode_of(request), clock() - start)
             except _SENSELESS as error:
@@ -223,4 +222,4 @@ class Worker:
                 if not self._go_on():
                     return False
             else:
-                under_way.request = None
+                pending.request = None

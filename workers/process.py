@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llloop.arena import Arena
-from llloop.leadership import Leadership
-from llloop.privilege import SetidGuard, Writer, keep_only, worker_capabilities
-
-from .invalidations import Invalidations
-from .leases import Leases
-from .loop import Worker
-from .probes import Probes
-from .replies import FrontReplies, KernelReplies, Replies
-from .transfers import Transfers
+from llloop.linux.credentials import SetidGuard, Writer, keep_only, worker_capabilities
+from llloop.shared.leadership import Leadership
+from llloop.shared.slots import Slots
+from llloop.workers.descriptors import Descriptors
+from llloop.workers.invalidations import Invalidations
+from llloop.workers.loop import Worker
+from llloop.workers.operations import Operations
+from llloop.workers.preflight import Probes
+from llloop.workers.replies import FrontReplies, KernelReplies, Replies
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +31,7 @@ class WorkerSetup:
     """
 
     shard: int
-    arena: Arena
+    slots: Slots
     pipe: int
     device: int
     answers: int | None
@@ -43,19 +42,21 @@ class WorkerSetup:
 
 def run_worker(setup: WorkerSetup) -> None:
     """Serve one shard until the request pipe has no writer any more."""
-    arena = setup.arena
+    slots = setup.slots
     leadership = Leadership()
     replies: Replies
     if setup.answers is None:
-        replies = KernelReplies(setup.device, arena.payload_size, leadership)
+        replies = KernelReplies(setup.device, slots.payload_size, leadership)
     else:
-        replies = FrontReplies(setup.answers, arena, leadership)
+        replies = FrontReplies(setup.answers, slots, leadership)
     keep_only(worker_capabilities())
-    sheet = arena.metrics.workers[setup.shard]
-    leases = Leases(arena)
-    probes = Probes(setup.root, leases, setup.probed, leadership)
+    sheet = slots.metrics.workers[setup.shard]
+    descriptors = Descriptors(slots)
+    probes = Probes(setup.root, descriptors, setup.probed, leadership)
     invalidations = Invalidations(setup.wanted)
-    transfers = Transfers(arena, leases, replies, SetidGuard(), Writer(), sheet, invalidations, probes.look, leadership)
-    worker = Worker(setup.shard, arena, setup.pipe, transfers, sheet, leases, leadership, invalidations)
+    operations = Operations(
+        slots, descriptors, replies, SetidGuard(), Writer(), sheet, invalidations, probes.look, leadership
+    )
+    worker = Worker(setup.shard, slots, setup.pipe, operations, sheet, descriptors, leadership, invalidations)
     worker.recover()
     worker.run()

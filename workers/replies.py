@@ -9,10 +9,11 @@ import os
 import threading
 from typing import Protocol
 
-from llloop import notifications, wire
-from llloop.arena import Arena
-from llloop.leadership import Leadership
-from llloop.protocol import ONCE, Request, encode
+from llloop.linux import fuse
+from llloop.shared import notifications
+from llloop.shared.leadership import Leadership
+from llloop.shared.messages import ONCE, Request, encode
+from llloop.shared.slots import Slots
 
 # Up to this size, in bytes, copying through a buffer costs less than the system calls of a splice.
 COPY_LIMIT = 32 * 1024
@@ -92,8 +93,8 @@ class KernelReplies(threading.local):
         self._device = device
         self._largest = largest
         # A page before the data, so that the header ends where page-aligned data begins (O_DIRECT wants it aligned).
-        self._memory = memoryview(mmap.mmap(-1, wire.PAGE_SIZE + largest))
-        self._header = wire.PAGE_SIZE - wire.OUT_HEADER_SIZE
+        self._memory = memoryview(mmap.mmap(-1, fuse.PAGE_SIZE + largest))
+        self._header = fuse.PAGE_SIZE - fuse.OUT_HEADER_SIZE
         self._pipe: tuple[int, int] | None = None
         self._room = 0
         self.heard = True
@@ -102,13 +103,13 @@ class KernelReplies(threading.local):
         notifications.expire_attributes(self._device, nodeid)
 
     def error(self, request: Request, number: int) -> None:
-        self._send(wire.error_reply(request.unique, number))
+        self._send(fuse.error_reply(request.unique, number))
 
     def count(self, request: Request, count: int) -> None:
-        self._send(wire.WRITE_REPLY.pack(wire.WRITE_REPLY.size, 0, request.unique, count))
+        self._send(fuse.WRITE_REPLY.pack(fuse.WRITE_REPLY.size, 0, request.unique, count))
 
     def position(self, request: Request, offset: int) -> None:
-        self._send(wire.LSEEK_REPLY.pack(wire.LSEEK_REPLY.size, 0, request.unique, offset))
+        self._send(fuse.LSEEK_REPLY.pack(fuse.LSEEK_REPLY.size, 0, request.unique, offset))
 
     def ready(self, reply: bytes) -> None:
         self._send(reply)
@@ -131,12 +132,12 @@ class KernelReplies(threading.local):
 
     def _copy(self, request: Request, fd: int, done: int) -> int:
         """Answer through the buffer, in which the first *done* bytes are in place already."""
-        start = wire.PAGE_SIZE
+        start = fuse.PAGE_SIZE
         rest = self._memory[start + done : start + request.length]
         read = read_once if request.flags & ONCE else read_fully
         done += self._call(read, fd, rest, request.offset + done)
-        length = wire.OUT_HEADER_SIZE + done
-        wire.OUT_HEADER.pack_into(self._memory, self._header, length, 0, request.unique)
+        length = fuse.OUT_HEADER_SIZE + done
+        fuse.OUT_HEADER.pack_into(self._memory, self._header, length, 0, request.unique)
         self._send(self._memory[self._header : self._header + length])
         return done
 
@@ -148,9 +149,9 @@ class KernelReplies(threading.local):
         """
         size = request.length
         reader, writer = self._open_pipe()
-        if size + 2 * wire.PAGE_SIZE > self._room:
+        if size + 2 * fuse.PAGE_SIZE > self._room:
             return self._copy(request, fd, 0)
-        os.write(writer, wire.OUT_HEADER.pack(wire.OUT_HEADER_SIZE + size, 0, request.unique))
+        os.write(writer, fuse.OUT_HEADER.pack(fuse.OUT_HEADER_SIZE + size, 0, request.unique))
         moved = 0
         call = self._call
         try:
@@ -167,13 +168,13 @@ class KernelReplies(threading.local):
                 self._close_pipe()
                 raise
         if moved < size:
-            filled = os.readv(reader, [self._memory[self._header : self._header + wire.OUT_HEADER_SIZE + moved]])
-            if filled != wire.OUT_HEADER_SIZE + moved:
+            filled = os.readv(reader, [self._memory[self._header : self._header + fuse.OUT_HEADER_SIZE + moved]])
+            if filled != fuse.OUT_HEADER_SIZE + moved:
                 self._close_pipe()
                 moved = 0
             return self._copy(request, fd, moved)
         try:
-            os.splice(reader, self._device, wire.OUT_HEADER_SIZE + size, flags=os.SPLICE_F_MOVE)
+            os.splice(reader, self._device, fuse.OUT_HEADER_SIZE + size, flags=os.SPLICE_F_MOVE)
             self.heard = True
         except FileNotFoundError:
             self.heard = False
@@ -187,7 +188,7 @@ class KernelReplies(threading.local):
         if self._pipe is None:
             self._pipe = os.pipe2(os.O_CLOEXEC)
             try:
-                self._room = fcntl.fcntl(self._pipe[1], fcntl.F_SETPIPE_SZ, self._largest + 2 * wire.PAGE_SIZE)
+                self._room = fcntl.fcntl(self._pipe[1], fcntl.F_SETPIPE_SZ, self._largest + 2 * fuse.PAGE_SIZE)
             except PermissionError:  # the user's share of pipe pages is used up (pipe(7))
                 self._room = 0
         return self._pipe
@@ -209,10 +210,10 @@ class FrontReplies:
         leadership: which thread serves.
     """
 
-    def __init__(self, pipe: int, arena: Arena, leadership: Leadership | None = None) -> None:
+    def __init__(self, pipe: int, slots: Slots, leadership: Leadership | None = None) -> None:
         self._call = (leadership or Leadership()).call_anyway
         self._pipe = pipe
-        self._arena = arena
+        self._slots = slots
         self.heard = True
 
     def expire(self, nodeid: int) -> None:
@@ -231,7 +232,7 @@ class FrontReplies:
         raise NotImplementedError("such a front prepares no replies")
 
     def data(self, request: Request, fd: int) -> int:
-        buffer = self._arena.payload(request.slot, request.length)
+        buffer = self._slots.payload(request.slot, request.length)
         done = self._call(read_fully, fd, buffer, request.offset)
         self._send(request, done)
         return done

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import time
 
-from ..syscalls import Attributes
-from .handles import Handle
-from .inodes import Inode
+from llloop.front.inodes import Inode
+from llloop.front.open_files import Handle
+from llloop.linux.syscalls import Attributes
 
 _DAY = 24 * 60 * 60  # seconds
 

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-from ..privilege import after_change_of_ids
-from .attempts import Attempts
-from .router import Router
+from llloop.front.recovery.intents import Intents
+from llloop.front.router import Router
+from llloop.linux.credentials import after_change_of_ids
 
 _Aside = tuple[tuple[int, int], tuple[int, int, bool]]
 
 
 class FrontsInHand:
-    """See `llloop.leadership.InHand`.
+    """See `llloop.shared.leadership.InHand`.
 
     Args:
         attempts: has the request's note.
         router: has its slot.
     """
 
-    def __init__(self, attempts: Attempts, router: Router) -> None:
-        self._attempts = attempts
+    def __init__(self, intents: Intents, router: Router) -> None:
+        self._intents = intents
         self._router = router
 
     def set_aside(self, thread: int) -> _Aside:
         after_change_of_ids()  # the thread that is held up may act as somebody else
-        return self._attempts.set_aside(thread), self._router.set_aside()
+        return self._intents.set_aside(thread), self._router.set_aside()
 
     def exchange(self, other: _Aside) -> _Aside:
-        return self._attempts.exchange(other[0]), self._router.exchange(other[1])
+        return self._intents.exchange(other[0]), self._router.exchange(other[1])
 
     def finished(self) -> None:
-        self._attempts.finished()
+        self._intents.finished()
         self._router.finished()

@@ -3,7 +3,7 @@
 An inode costs no descriptor. It is one small object holding its parent's number, its name, how
 often the kernel has looked it up and what tells it from another file that gets the same number
 later. It goes when the kernel has forgotten it exactly as often as it was looked up. All this
-stands in the ledger, too, for the next front.
+stands in the journal, too, for the next front.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import os
 import time
 from collections.abc import Callable
 
-from ..ledger import INODE, LINK, Ledger, Record
-from ..metrics import own_cell
-from ..syscalls import Attributes, DirectoryEntry
+from llloop.linux.syscalls import Attributes, DirectoryEntry
+from llloop.shared.journal import INODE, LINK, Journal, Record
+from llloop.shared.metrics import own_cell
 
 ROOT = 1  # FUSE_ROOT_ID of <linux/fuse.h>
 _MASK = (1 << 64) - 1
@@ -54,9 +54,9 @@ class Inode:
         lookups: how often the kernel has looked it up and not yet forgotten it.
         device, number: st_dev and st_ino in the source.
         birth: its birth time in nanoseconds, 0 where unknown; the generation told to the kernel.
-        mount: the mount that it belongs to, as in `llloop.syscalls.Attributes`, or 0 if it may be reached through
+        mount: the mount that it belongs to, as in `llloop.linux.syscalls.Attributes`, or 0 if it may be reached through
             several: see `Inodes`.
-        place: where its record is in the ledger.
+        place: where its record is in the journal.
         stamp: the size and times at which the kernel's page cache was last known to be right, or None.
         accessed: the access time for which it was last dropped: see `llloop.front.access_times`.
     """
@@ -106,16 +106,16 @@ class Inodes:
 
     Args:
         root: the attributes of the source directory.
-        ledger: where the next front finds the table.
+        journal: where the next front finds the table.
         births: whether a file's birth time tells it from another with its number. On stacked file systems it changes
             when a file is copied up, while the file stays the same.
         count: a cell for how many there are.
     """
 
     def __init__(
-        self, root: Attributes, ledger: Ledger, *, births: bool = True, count: memoryview | None = None
+        self, root: Attributes, journal: Journal, *, births: bool = True, count: memoryview | None = None
     ) -> None:
-        self._ledger = ledger
+        self._journal = journal
         self._root_device = root.device
         self._root_number = root.ino
         self._reserved = frozenset({0, ROOT, root.ino})
@@ -242,7 +242,7 @@ class Inodes:
             birth = birth_of(attributes) if self.births else 0
             inode = Inode(parent, name, number, self._shared(device), birth, self._shared_mount(mount))
             # The record comes first: what the kernel is told of, the next front must find.
-            inode.place = self._ledger.add(INODE, (nodeid, parent, number, device, birth & _MASK, 0, 0, mount), name)
+            inode.place = self._journal.add(INODE, (nodeid, parent, number, device, birth & _MASK, 0, 0, mount), name)
             table[nodeid] = inode
             self._count[0] = len(table)
             if nodeid != number:
@@ -263,7 +263,7 @@ class Inodes:
         """Note that the kernel has been told of an inode once more."""
         inode = self._table[nodeid]
         lookups = inode.lookups = inode.lookups + 1
-        self._ledger.set(inode.place, _LOOKUPS, lookups)
+        self._journal.set(inode.place, _LOOKUPS, lookups)
 
     def _found_elsewhere(self, nodeid: int, inode: Inode, parent: int, name: bytes, attributes: Attributes) -> None:
         if not inode.is_same(attributes):  # the number was given to another file
@@ -294,7 +294,7 @@ class Inodes:
         inode = self._table.get(nodeid)
         if inode is not None:
             inode.lookups = lookups
-            self._ledger.set(inode.place, _LOOKUPS, lookups)
+            self._journal.set(inode.place, _LOOKUPS, lookups)
 
     def forget(self, nodeid: int, lookups: int) -> bool:
         """Take back *lookups* of an inode; return whether it is gone from the table."""
@@ -302,11 +302,11 @@ class Inodes:
         if inode is None or nodeid == ROOT:
             return False
         left = inode.lookups = inode.lookups - lookups
-        ledger = self._ledger
+        journal = self._journal
         if left > 0:
-            ledger.set(inode.place, _LOOKUPS, left)
+            journal.set(inode.place, _LOOKUPS, left)
             return False
-        ledger.remove(inode.place)
+        journal.remove(inode.place)
         del self._table[nodeid]
         self._count[0] = len(self._table)
         if inode.number != nodeid:
@@ -352,13 +352,13 @@ class Inodes:
             self._drop_link(nodeid, link)
             return True
         inode.parent, inode.name = 0, b""
-        self._ledger.set(inode.place, _PARENT, 0)
+        self._journal.set(inode.place, _PARENT, 0)
         return False
 
-    # The ledger
+    # The journal
 
     def _record(self, nodeid: int, inode: Inode, pin: int) -> int:
-        return self._ledger.add(
+        return self._journal.add(
             INODE,
             (nodeid, inode.parent, inode.number, inode.device, inode.birth & _MASK, inode.lookups, pin, inode.mount),
             inode.name,
@@ -367,29 +367,29 @@ class Inodes:
     def _record_again(self, nodeid: int, inode: Inode) -> None:
         """Bring an inode's record up to date."""
         old = inode.place
-        ledger = self._ledger
-        inode.place = self._record(nodeid, inode, ledger.get(old, _PIN) if old else 0)
-        ledger.remove(old)
+        journal = self._journal
+        inode.place = self._record(nodeid, inode, journal.get(old, _PIN) if old else 0)
+        journal.remove(old)
 
     def note_pin(self, nodeid: int, fd: int) -> None:
         """Note the descriptor that keeps an inode without names, or -1."""
         inode = self._table.get(nodeid)
         if inode is not None:
-            self._ledger.set(inode.place, _PIN, fd + 1)
+            self._journal.set(inode.place, _PIN, fd + 1)
 
     def _add_link(self, nodeid: int, link: tuple[int, bytes]) -> None:
         links = self._links.setdefault(nodeid, {})
         if link not in links:
-            links[link] = self._ledger.add(LINK, (nodeid, link[0], 0, 0, 0, 0, 0, 0), link[1])
+            links[link] = self._journal.add(LINK, (nodeid, link[0], 0, 0, 0, 0, 0, 0), link[1])
 
     def _drop_link(self, nodeid: int, link: tuple[int, bytes]) -> None:
         links = self._links.get(nodeid)
         if links is not None and link in links:
-            self._ledger.remove(links.pop(link))
+            self._journal.remove(links.pop(link))
 
     def _drop_links(self, nodeid: int) -> None:
         for place in self._links.pop(nodeid, {}).values():
-            self._ledger.remove(place)
+            self._journal.remove(place)
 
     def recover(self, records: list[Record]) -> dict[int, int]:
         """Take over the table of a front that is gone.
@@ -412,7 +412,7 @@ class Inodes:
                 inode.place = record.place
                 superseded = self._table.get(nodeid)
                 if superseded is not None:
-                    self._ledger.remove(superseded.place)
+                    self._journal.remove(superseded.place)
                     pins.pop(nodeid, None)
                 self._table[nodeid] = inode
                 if nodeid != number:
@@ -426,7 +426,7 @@ class Inodes:
                 inode_of = self._table.get(nodeid)
                 link = (parent, record.name)
                 if inode_of is None or link in links or link == (inode_of.parent, inode_of.name):
-                    self._ledger.remove(record.place)
+                    self._journal.remove(record.place)
                 else:
                     links[link] = record.place
         self._count[0] = len(self._table)

@@ -9,28 +9,29 @@ import time
 from collections import deque
 from contextlib import suppress
 
-from .. import notifications, wire
-from ..leadership import Postponed
-from ..ledger import Ledger
-from ..metrics import NANOSECONDS
-from ..negotiation import Feature
-from ..syscalls import is_readable
-from ..wire import Opcode
-from .asking import Asking
-from .in_hand import FrontsInHand
-from .mirror import Mirror
-from .native import Handler, native_table
-from .promptness import LONE_WRITE_LIMIT
-from .recovery import settle
+from llloop.front.context import Context
+from llloop.front.handlers import Handler, handler_table
+from llloop.front.in_hand import FrontsInHand
+from llloop.front.nowait import LONE_WRITE_LIMIT
+from llloop.front.preflight import Preflight
+from llloop.front.recovery.takeover import settle
+from llloop.linux import fuse
+from llloop.linux.fuse import Opcode
+from llloop.linux.syscalls import is_readable
+from llloop.shared import notifications
+from llloop.shared.journal import Journal
+from llloop.shared.leadership import Postponed
+from llloop.shared.metrics import NANOSECONDS
+from llloop.shared.negotiation import Feature
 
 _log = logging.getLogger(__name__)
 
 # read(2) from /dev/fuse fails so when a request was withdrawn or a signal came: nothing is wrong.
 _AGAIN = frozenset({errno.EINTR, errno.ENOENT, errno.EAGAIN})
 # What is not longer lies in its slot as soon as it is received.
-_SHORT = wire.WRITE_HEADER_SIZE + wire.PAGE_SIZE
+_SHORT = fuse.WRITE_HEADER_SIZE + fuse.PAGE_SIZE
 # What is longer mostly is a WRITE for a worker, and others like it will follow: from here on a pipe pays.
-_LARGE = wire.WRITE_HEADER_SIZE + LONE_WRITE_LIMIT
+_LARGE = fuse.WRITE_HEADER_SIZE + LONE_WRITE_LIMIT
 # So many descriptors are closed before it is looked whether a request waits.
 _CLOSED_AT_ONCE = 64
 
@@ -61,43 +62,43 @@ class Loop:
     Args:
         mirror: what is served.
         device: the descriptor of /dev/fuse.
-        ledger: what fronts leave to each other.
+        journal: what fronts leave to each other.
         asking: has workers look at the source before requests are served that would touch it; None if nobody need.
     """
 
-    def __init__(self, mirror: Mirror, device: int, ledger: Ledger, asking: Asking | None = None) -> None:
-        self._ledger = ledger
-        self._mirror = mirror
-        self._arena = mirror.router.arena
-        self._buffers = self._arena.receive_buffers
-        self._offset_of = self._arena.request_offset
-        pipes = self._arena.pipes
+    def __init__(self, context: Context, device: int, journal: Journal, preflight: Preflight | None = None) -> None:
+        self._journal = journal
+        self._context = context
+        self._slots = context.router.slots
+        self._buffers = self._slots.receive_buffers
+        self._offset_of = self._slots.request_offset
+        pipes = self._slots.pipes
         self._piped_slots = len(pipes) if pipes is not None else 0
         self._streaming = False
         self._device = device
         self._known = max(Opcode) + 1
-        self._rows = self._arena.metrics.front.rows
+        self._rows = self._slots.metrics.front.rows
         self._complained = False
         self._table: list[Handler] = [self._unknown] * self._known
-        for opcode, handler in native_table(mirror, device).items():
+        for opcode, handler in handler_table(context, device).items():
             self._table[opcode] = handler
         # What serves a request that has just come, and what one that was put aside, and whose time has come.
         self._first = self._at_once = self._table
-        self._asking = asking
+        self._preflight = preflight
         # Requests of which a worker is back, and those for which no thread was left, each with when it was taken.
         self._answered: deque[tuple[bytes, int]] = deque()
         self._postponed: deque[tuple[bytes, int]] = deque()
-        self._closing = mirror.closing
-        self._leadership = mirror.leadership
-        self._leadership.in_hand = FrontsInHand(mirror.attempts, mirror.router)
-        if asking is not None:
+        self._closing = context.closing
+        self._leadership = context.leadership
+        self._leadership.in_hand = FrontsInHand(context.intents, context.router)
+        if preflight is not None:
             # Between poll(2) and read(2) a request may be withdrawn; the read must not wait for the next then.
             os.set_blocking(device, False)
-            mirror.router.attentive = mirror.router.backlog = True
+            context.router.attentive = context.router.backlog = True
 
     def run(self) -> None:
         """Serve until the file system is unmounted."""
-        if self._asking is not None:
+        if self._preflight is not None:
             self._first = self._table = self._by_asking()
         self._leadership.run(self._lead)
 
@@ -119,10 +120,10 @@ class Loop:
 
         It all comes before anything else, but for what the kernel forgets.
         """
-        mirror = self._mirror
-        if Feature.HAS_RESEND not in mirror.features:
+        context = self._context
+        if Feature.HAS_RESEND not in context.features:
             self._refuse_all()
-            settle(mirror, True)
+            settle(context, True)
             return
         notifications.resend(self._device)
         delivered = True
@@ -131,24 +132,24 @@ class Loop:
             if not length:
                 return
             self._streaming = False  # what is sent again is not so large that a copy of it counts
-            opcode, unique = wire.OPCODE_AND_UNIQUE.unpack_from(self._arena.memory, base)
-            if opcode not in _NOT_RESENT and not unique & wire.FUSE_UNIQUE_RESEND:
-                settle(mirror, delivered)
+            opcode, unique = fuse.OPCODE_AND_UNIQUE.unpack_from(self._slots.memory, base)
+            if opcode not in _NOT_RESENT and not unique & fuse.FUSE_UNIQUE_RESEND:
+                settle(context, delivered)
                 self._serve(base, length)
                 return
             delivered = delivered and opcode not in _ENTRIES
-            if self._mirror.router.claim(unique):
+            if self._context.router.claim(unique):
                 pass
-            elif opcode not in _NOT_RESENT and self._ledger.serving_again(unique) > _MOST_TRIES:
+            elif opcode not in _NOT_RESENT and self._journal.serving_again(unique) > _MOST_TRIES:
                 _log.error("request %d (opcode %d) has killed %d fronts: it is refused", unique, opcode, _MOST_TRIES)
                 self._refuse(base, opcode, errno.EIO)
             else:
                 self._serve(base, length)
-            self._ledger.served_again()
+            self._journal.served_again()
 
     def _receive(self) -> tuple[int, int]:
         """Return where the next request lies and its length, which is 0 if the file system is unmounted."""
-        router = self._mirror.router
+        router = self._context.router
         leadership = self._leadership
         while True:
             if router.backlog:
@@ -167,7 +168,7 @@ class Loop:
                     else:
                         length = os.readv(self._device, self._buffers[slot])
                     if length > _SHORT:
-                        self._arena.complete(slot, length)
+                        self._slots.complete(slot, length)
             except OSError as error:
                 if error.errno == errno.ENODEV:
                     return 0, 0
@@ -180,18 +181,18 @@ class Loop:
 
     def _by_asking(self) -> list[Handler]:
         """Return a table in which requests that would touch the source are asked about first."""
-        asking = self._asking
-        assert asking is not None
+        preflight = self._preflight
+        assert preflight is not None
         table = list(self._at_once)
-        for opcode in asking.opcodes:
+        for opcode in preflight.opcodes:
             table[opcode] = self._ask
         return table
 
     def _ask(self, base: int, length: int) -> None:
         """Have a worker look at what a request is about, or serve it if there is nothing to look at."""
-        assert self._asking is not None
-        _, opcode = wire.OPCODE.unpack_from(self._arena.memory, base)
-        if not self._asking.ask(opcode, base, length):
+        assert self._preflight is not None
+        _, opcode = fuse.OPCODE.unpack_from(self._slots.memory, base)
+        if not self._preflight.ask(opcode, base, length):
             self._at_once[opcode](base, length)
 
     def _wait(self) -> tuple[int, int] | None:
@@ -199,38 +200,38 @@ class Loop:
 
         Meanwhile workers are given what waits for them.
         """
-        asking, router, device = self._asking, self._mirror.router, self._device
+        preflight, router, device = self._preflight, self._context.router, self._device
         while True:
             if self._postponed and not self._leadership.alone:
                 return self._place(*self._postponed.popleft())
             if self._answered:
                 return self._place(*self._answered.popleft())
-            router.attentive = asking is not None or bool(self._postponed)
+            router.attentive = preflight is not None or bool(self._postponed)
             patience = _POSTPONED_PAUSE if self._postponed else None
-            if asking is None:
+            if preflight is None:
                 ready = router.wait(device, patience=patience)
                 if not self._postponed or device in ready:
                     return None
                 continue
-            ready = router.wait(device, asking.answers, patience=patience)
-            if asking.answers in ready:
-                self._answered += asking.answered()
+            ready = router.wait(device, preflight.answers, patience=patience)
+            if preflight.answers in ready:
+                self._answered += preflight.answered()
             elif device in ready:
                 return None
 
     def _place(self, request: bytes, taken: int) -> tuple[int, int]:
         """Put a request where one that has just been received would be."""
-        router = self._mirror.router
+        router = self._context.router
         base = self._offset_of(router.slot)
-        self._arena.memory[base : base + len(request)] = request
+        self._slots.memory[base : base + len(request)] = request
         router.taken = taken
         return base, len(request)
 
     def _postpone(self, base: int, length: int) -> None:
         """Put a request aside that could hold up the last thread that serves."""
-        router = self._mirror.router
-        self._postponed.append((self._arena.memory[base : base + length], router.taken))
-        self._mirror.attempts.finished()
+        router = self._context.router
+        self._postponed.append((self._slots.memory[base : base + length], router.taken))
+        self._context.intents.finished()
         router.attentive = router.backlog = router.parked = True
 
     def _close(self) -> None:
@@ -252,25 +253,25 @@ class Loop:
 
     def _receive_piped(self, slot: int) -> int:
         """Receive a request through the pipe of *slot*, where a large payload stays."""
-        pipes = self._arena.pipes
+        pipes = self._slots.pipes
         assert pipes is not None
         length = self._leadership.wait(pipes.receive, slot, self._device)
-        buffer = self._arena.buffer(slot)
-        taken = pipes.take(slot, buffer[: wire.WRITE_HEADER_SIZE])
-        if length > _LARGE and wire.OPCODE.unpack_from(buffer)[1] == Opcode.WRITE:
-            self._mirror.router.piped = True
+        buffer = self._slots.buffer(slot)
+        taken = pipes.take(slot, buffer[: fuse.WRITE_HEADER_SIZE])
+        if length > _LARGE and fuse.OPCODE.unpack_from(buffer)[1] == Opcode.WRITE:
+            self._context.router.piped = True
         elif taken < length:  # a long BATCH_FORGET, for example
             pipes.take(slot, buffer[taken:length])
         return length
 
     def _serve(self, base: int, length: int) -> None:
         """Serve the request that was received last."""
-        router = self._mirror.router
+        router = self._context.router
         slot = router.slot
-        said, opcode = wire.OPCODE.unpack_from(self._arena.memory, base)
+        said, opcode = fuse.OPCODE.unpack_from(self._slots.memory, base)
         if opcode >= self._known:
             opcode = 0
-        if said != length or length < wire.SHORTEST[opcode]:
+        if said != length or length < fuse.SHORTEST[opcode]:
             self._malformed(base, opcode, length)
         else:
             try:
@@ -284,7 +285,7 @@ class Loop:
                 self._refuse(base, opcode, errno.EIO)
         if router.piped:  # nobody took it
             router.piped = False
-            self._arena.discard(slot)
+            self._slots.discard(slot)
         if router.backlog and router.parked:  # a worker will count it, as those that have left the slot
             router.parked = False
         elif router.slot == slot:
@@ -298,9 +299,9 @@ class Loop:
 
     def _refuse_all(self) -> None:
         """Answer what a dead front had taken and given to nobody with EIO, for nobody else will."""
-        for slot, state in enumerate(self._arena.states):
+        for slot, state in enumerate(self._slots.states):
             base = self._offset_of(slot)
-            if not state and wire.UNIQUE.unpack_from(self._arena.memory, base)[0]:  # 0: nothing has ever been there
+            if not state and fuse.UNIQUE.unpack_from(self._slots.memory, base)[0]:  # 0: nothing has ever been there
                 self._refuse(base, 0, errno.EIO)
 
     def _unknown(self, base: int, length: int) -> None:
@@ -312,12 +313,12 @@ class Loop:
         if not self._complained:
             self._complained = True
             _log.error("the kernel sent a malformed request of %d bytes; it is refused, and so are others", length)
-        if length >= wire.IN_HEADER_SIZE:
+        if length >= fuse.IN_HEADER_SIZE:
             self._refuse(base, opcode, errno.EINVAL)
 
     def _refuse(self, base: int, opcode: int, number: int) -> None:
         """Answer a request with an errno."""
-        self._arena.metrics.front.failed(opcode, number)
-        (unique,) = wire.UNIQUE.unpack_from(self._arena.memory, base)
+        self._slots.metrics.front.failed(opcode, number)
+        (unique,) = fuse.UNIQUE.unpack_from(self._slots.memory, base)
         with suppress(OSError):  # mostly it is answered already, or nobody waits for it any more
-            os.write(self._device, wire.error_reply(unique, number))
+            os.write(self._device, fuse.error_reply(unique, number))

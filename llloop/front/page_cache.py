@@ -10,7 +10,7 @@ The kernel has two habits that a server must make up for (fs/fuse/file.c of Linu
 
 from __future__ import annotations
 
-from ..wire import PAGE_SIZE
+from llloop.linux.fuse import PAGE_SIZE
 
 # How long, in nanoseconds, a write(2) may take from the first page it enters to its WRITE.
 _LONGEST_WRITE = 2_000_000_000

@@ -14,11 +14,11 @@ import stat
 import struct
 from contextlib import suppress
 
-from ..privilege import SETID, Caller, SetidGuard
-from ..syscalls import CAN_HANG, Attributes, file_system_type
-from .attempts import Attempts
-from .handles import Handle, Handles
-from .privileges import has_capability
+from llloop.front.killpriv import has_capability
+from llloop.front.open_files import Handle, Handles
+from llloop.front.recovery.intents import Intents
+from llloop.linux.credentials import SETID, Caller, SetidGuard
+from llloop.linux.syscalls import CAN_HANG, Attributes, file_system_type
 
 _log = logging.getLogger(__name__)
 
@@ -86,11 +86,11 @@ class Passthrough:
     """
 
     def __init__(
-        self, device: int, handles: Handles, attempts: Attempts, caller: Caller, setid: SetidGuard, wanted: bool
+        self, device: int, handles: Handles, intents: Intents, caller: Caller, setid: SetidGuard, wanted: bool
     ) -> None:
         self._device = device
         self._handles = handles
-        self._attempts = attempts
+        self._intents = intents
         self._caller = caller
         self._setid = setid
         self._wanted = wanted
@@ -130,7 +130,7 @@ class Passthrough:
             except OSError as error:
                 self._note_refusal(handle, error)
                 return 0
-            self._attempts.made_backing(registered[0])
+            self._intents.made_backing(registered[0])
         backing, users = registered
         self._registered[nodeid] = (backing, users + 1)
         self._handles.note_backing(handle, backing)

@@ -11,10 +11,10 @@ import os
 from collections import OrderedDict
 from collections.abc import Container, Iterable
 
-from ..leadership import Leadership
-from ..syscalls import fstatx
-from .inodes import Inodes
-from .shares import Shares
+from llloop.front.descriptor_shares import Shares
+from llloop.front.inodes import Inodes
+from llloop.linux.syscalls import fstatx
+from llloop.shared.leadership import Leadership
 
 
 class Pins:

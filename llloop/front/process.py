@@ -12,18 +12,18 @@ from dataclasses import dataclass
 
 import llfuse
 
-from .. import syscalls
-from ..arena import Arena
-from ..config import ServeConfig
-from ..ledger import Ledger
-from ..negotiation import Capabilities
-from ..privilege import FRONT, keep_only
-from .asking import Asking
-from .loop import Loop
-from .mirror import Mirror, build_mirror
-from .operations import Operations
-from .recovery import recover
-from .router import Exchange
+from llloop.config import ServeConfig
+from llloop.front.context import Context, build_context
+from llloop.front.llfuse.operations import Operations
+from llloop.front.loop import Loop
+from llloop.front.preflight import Preflight
+from llloop.front.recovery.takeover import recover
+from llloop.front.router import Exchange
+from llloop.linux import syscalls
+from llloop.linux.credentials import FRONT, keep_only
+from llloop.shared.journal import Journal
+from llloop.shared.negotiation import Capabilities
+from llloop.shared.slots import Slots
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class FrontSetup:
     Attributes:
         config: the mount's options.
         arena: the shared memory.
-        ledger: what a front leaves to the next.
+        journal: what a front leaves to the next.
         pipes: the write ends of the workers' request pipes.
         root: an O_PATH descriptor of the source.
         device: the descriptor of /dev/fuse.
@@ -46,8 +46,8 @@ class FrontSetup:
     """
 
     config: ServeConfig
-    arena: Arena
-    ledger: Ledger
+    slots: Slots
+    journal: Journal
     pipes: list[int]
     root: int
     device: int
@@ -65,47 +65,49 @@ def run_front(setup: FrontSetup, own: Collection[int], ready: Callable[[], None]
         own: the descriptors that every front starts with; a dead one's others are open, too.
         ready: called when requests are about to be served.
     """
-    arena = setup.arena
+    slots = setup.slots
     _let_workers_pull()
-    arena.lock()
+    slots.lock()
     keep_only(FRONT)
-    arena.empty_pipes()
-    mirror = build_mirror(setup.config, setup.capabilities, arena, setup.ledger, setup.pipes, setup.root, setup.device)
-    is_successor = arena.generation > 0
+    slots.empty_pipes()
+    context = build_context(
+        setup.config, setup.capabilities, slots, setup.journal, setup.pipes, setup.root, setup.device
+    )
+    is_successor = slots.generation > 0
     if is_successor:
-        recover(mirror, setup.ledger, own)
-    arena.new_front(os.getpid())  # now the numbers of descriptors mean what they meant
+        recover(context, setup.journal, own)
+    slots.new_front(os.getpid())  # now the numbers of descriptors mean what they meant
     if not is_successor:
-        arena.settle()
-    arena.touch()
-    signal.signal(signal.SIGUSR1, lambda number, frame: _report(mirror))
+        slots.settle()
+    slots.touch()
+    signal.signal(signal.SIGUSR1, lambda number, frame: _report(context))
     # Nothing here makes reference cycles, and passing over a million inodes to find none would stop every request.
     gc.freeze()
     gc.disable()
     if setup.capabilities is not None:
-        asking = Asking(mirror, setup.probed) if setup.probed is not None else None
-        loop = Loop(mirror, setup.device, setup.ledger, asking)
+        preflight = Preflight(context, setup.probed) if setup.probed is not None else None
+        loop = Loop(context, setup.device, setup.journal, preflight)
         ready()
         if is_successor:
             loop.take_up()
         loop.run()
     else:
-        setup.operations.attach(mirror, Exchange(mirror.router, setup.answers), setup.device)
+        setup.operations.attach(context, Exchange(context.router, setup.answers), setup.device)
         ready()
         llfuse.main(workers=1, handle_signals=False)
 
 
-def _report(mirror: Mirror) -> None:
+def _report(context: Context) -> None:
     """Log what this front holds."""
-    slots = mirror.router.arena.states
-    lent = sum(1 for state in slots if state)
+    states = context.router.slots.states
+    lent = sum(1 for state in states if state)
     _log.info(
         "%d inodes, %d open handles, %d directories kept open, %d of %d slots lent",
-        len(mirror.inodes),
-        len(mirror.handles),
-        mirror.tree.anchors.kept,
+        len(context.inodes),
+        len(context.handles),
+        context.tree.directory_fds.kept,
         lent,
-        len(slots),
+        len(states),
     )
 
 

@@ -9,12 +9,12 @@ import time
 from collections import deque
 from typing import Any, NamedTuple
 
-from ..arena import Arena
-from ..leadership import TICK, Leadership
-from ..protocol import MAX_MESSAGE, PIPED, Operation, decode, decode_answer, encode
-from ..wire import FUSE_UNIQUE_RESEND
-from .handles import Handle
-from .inodes import mix
+from llloop.front.inodes import mix
+from llloop.front.open_files import Handle
+from llloop.linux.fuse import FUSE_UNIQUE_RESEND
+from llloop.shared.leadership import TICK, Leadership
+from llloop.shared.messages import MAX_MESSAGE, PIPED, Operation, decode, decode_answer, encode
+from llloop.shared.slots import Slots
 
 # As many handles or requests as surely fit into one message, each taking at most nine bytes.
 _NUMBERS_AT_ONCE = MAX_MESSAGE // 10
@@ -31,7 +31,7 @@ class Task(NamedTuple):
 
     Attributes:
         handle: the open file, *number* its number.
-        operation, unique, offset, length, flags, uid, gid, extra: see `llloop.protocol.Request`.
+        operation, unique, offset, length, flags, uid, gid, extra: see `llloop.shared.messages.Request`.
     """
 
     handle: Handle
@@ -95,21 +95,21 @@ class Router:
         leadership: which thread of the front serves.
     """
 
-    def __init__(self, arena: Arena, pipes: list[int], leadership: Leadership | None = None) -> None:
-        self.arena = arena
+    def __init__(self, slots: Slots, pipes: list[int], leadership: Leadership | None = None) -> None:
+        self.slots = slots
         self._leadership = leadership or Leadership()
-        self._begun = arena.metrics.begun
+        self._begun = slots.metrics.begun
         self._pipes = pipes
         self._shards = len(pipes)
         # Handles to be released, and requests to be resumed, of which a worker was not told, for its pipe was full.
         self._waiting: list[list[tuple[Operation, int]]] = [[] for _ in pipes]
-        self.slot = arena.free_slot()
+        self.slot = slots.free_slot()
         self._parked: list[deque[_Parked]] = [deque() for _ in pipes]
         self._parked_large: list[deque[_Parked]] = [deque() for _ in pipes]
         # Large READs wait for each other and not for large writes, which can all be held up in the source.
         self._parked_reads: list[deque[_Parked]] = [deque() for _ in pipes]
-        self._kinds = bytearray(arena.slots)
-        self._piped_slots = 0 if arena.pipes is None else len(arena.pipes)
+        self._kinds = bytearray(slots.count)
+        self._piped_slots = 0 if slots.pipes is None else len(slots.pipes)
         self._parked_bytes = 0
         # The slots that fronts before this one have lent, by the requests' numbers.
         self._inherited: dict[int, int] = {}
@@ -117,7 +117,7 @@ class Router:
         self.parked = False
         self._full = [False] * len(pipes)  # whether it was the pipe that had no room
         # As long as the lowest free slot is one of these, no worker can have too many; that is quickly seen.
-        self._plenty = arena.slots // 4
+        self._plenty = slots.count // 4
         self._pause = _FIRST_PAUSE
         # Whether releases or requests wait to be handed over: `wait` must be called before the next request is read.
         self.backlog = False
@@ -165,7 +165,7 @@ class Router:
         shard = handle.shard
         if self._waiting[shard] and not self._flush(shard):
             return False
-        arena = self.arena
+        slots = self.slots
         slot = self.slot
         self._full[shard] = False
         if slot >= self._plenty and not self._may_lend(shard):
@@ -182,8 +182,8 @@ class Router:
         )
         self._begun[slot] = self.taken
         self._kinds[slot] = kind
-        arena.lend(slot, shard, message, unique)
-        following = arena.free_slot()
+        slots.lend(slot, shard, message, unique)
+        following = slots.free_slot()
         if following >= 0:
             try:
                 os.write(self._pipes[shard], message)
@@ -194,7 +194,7 @@ class Router:
                 self.last = (slot, self.taken)
                 handle.lent = True
                 return True
-        arena.give_back(slot)
+        slots.give_back(slot)
         return False
 
     def park(self, task: Task) -> None:
@@ -217,42 +217,42 @@ class Router:
         if task.operation != Operation.WRITE:
             return _Parked(task, self.taken)
         if task.flags & PIPED:
-            assert self.arena.pipes is not None
-            spare = self.arena.pipes.set_aside(self.slot, task.length)
+            assert self.slots.pipes is not None
+            spare = self.slots.pipes.set_aside(self.slot, task.length)
             if spare is not None:
                 return _Parked(task, self.taken, spare=spare)
         if self._parked_bytes + task.length > _PARKED_MOST:
             if task.flags & PIPED:
-                self.arena.discard(self.slot)
+                self.slots.discard(self.slot)
             raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
         payload = self._take_payload(task.length, task.flags)
         self._parked_bytes += task.length
         return _Parked(task._replace(flags=task.flags & ~PIPED), self.taken, payload)
 
     def _take_payload(self, length: int, flags: int) -> bytes:
-        arena = self.arena
-        payload = arena.payload(self.slot, length)
+        slots = self.slots
+        payload = slots.payload(self.slot, length)
         if flags & PIPED:
-            assert arena.pipes is not None
+            assert slots.pipes is not None
             done = 0
             while done < length:
-                done += arena.pipes.take(self.slot, payload[done:])
+                done += slots.pipes.take(self.slot, payload[done:])
         return bytes(payload)
 
     def _deliver(self, shard: int) -> None:
         """Hand parked requests over as far as there is room."""
-        arena = self.arena
+        slots = self.slots
         for parked in (self._parked[shard], self._parked_reads[shard], self._parked_large[shard]):
             while parked and self._may_lend(shard):
                 task, self.taken, payload, spare = parked[0]
-                self.slot = arena.free_slot()
+                self.slot = slots.free_slot()
                 if spare is not None:
                     if self.slot >= self._piped_slots or not self._may_pipe(shard):
                         return
-                    assert arena.pipes is not None
-                    arena.pipes.bring_back(self.slot, spare, task.length)
+                    assert slots.pipes is not None
+                    slots.pipes.bring_back(self.slot, spare, task.length)
                 else:
-                    arena.payload(self.slot, len(payload))[:] = payload
+                    slots.payload(self.slot, len(payload))[:] = payload
                 if not self._hand_over(task):
                     if spare is not None:
                         parked[0] = self._kept(task)
@@ -263,18 +263,18 @@ class Router:
 
     def _may_lend(self, shard: int) -> bool:
         """Whether a worker may have one more slot: one is left then, and it has no more than all others can have."""
-        states = bytes(self.arena.states)
+        states = bytes(self.slots.states)
         free = states.count(0)
         return free > 1 and states.count(shard + 1) <= free
 
     def _may_pipe(self, shard: int) -> bool:
         """Whether a worker may have one more slot with a pipe, of which the same holds."""
-        states = bytes(self.arena.states[: self._piped_slots])
+        states = bytes(self.slots.states[: self._piped_slots])
         free = states.count(0)
         return free > self._piped_slots // _KEPT_SHARE and states.count(shard + 1) <= free
 
     def _may_have_large(self, shard: int, kind: int) -> bool:
-        states = bytes(self.arena.states)
+        states = bytes(self.slots.states)
         if states.count(shard + 1) < _LARGE_AT_ONCE:
             return True
         same = (other == kind and state == shard + 1 for state, other in zip(states, self._kinds, strict=True))
@@ -285,7 +285,7 @@ class Router:
         if request is None:
             return False
         slot, taken = request
-        states, begun = self.arena.states, self._begun
+        states, begun = self.slots.states, self._begun
         if slot >= 0:
             return states[slot] != 0 and begun[slot] == taken
         if any(state and begun[slot] == taken for slot, state in enumerate(states)):
@@ -301,9 +301,9 @@ class Router:
 
     def take_over(self) -> None:
         """Find what fronts before this one have lent: it stays the workers'."""
-        for slot, state in enumerate(bytes(self.arena.states)):
+        for slot, state in enumerate(bytes(self.slots.states)):
             if state:
-                self._inherited[self.arena.numbers[slot] & ~FUSE_UNIQUE_RESEND] = slot
+                self._inherited[self.slots.numbers[slot] & ~FUSE_UNIQUE_RESEND] = slot
 
     def claim(self, unique: int) -> bool:
         """Have the worker that has a request answer it under the number under which it was sent again.
@@ -314,23 +314,23 @@ class Router:
         slot = self._inherited.get(unique & ~FUSE_UNIQUE_RESEND)
         if slot is None:
             return False
-        arena = self.arena
-        state = arena.states[slot]
+        slots = self.slots
+        state = slots.states[slot]
         # A look at the source that was to be made before a request is served is not that request.
-        if not state or decode(arena.message(slot)).operation == Operation.PROBE:
+        if not state or decode(slots.message(slot)).operation == Operation.PROBE:
             return False
-        arena.claim(slot, unique)
+        slots.claim(slot, unique)
         self._remind(state - 1, unique)
         return True
 
     def settle(self) -> None:
         """Have the workers give back what was answered before: all that is sent again has come."""
-        arena = self.arena
-        arena.settle()
+        slots = self.slots
+        slots.settle()
         for slot in self._inherited.values():
-            state = arena.states[slot]
-            if state and arena.claims[slot] != arena.generation:
-                self._remind(state - 1, arena.numbers[slot])
+            state = slots.states[slot]
+            if state and slots.claims[slot] != slots.generation:
+                self._remind(state - 1, slots.numbers[slot])
         self._inherited.clear()
 
     def _remind(self, shard: int, unique: int) -> None:
@@ -353,12 +353,12 @@ class Router:
 
     def set_aside(self) -> tuple[int, int, bool]:
         """Return what is known of the request in hand, for `exchange`, and take another slot for the next one."""
-        arena = self.arena
+        slots = self.slots
         slot = self.slot
         aside = (slot, self.taken, self.parked)
         self._begun[slot] = self.taken
-        arena.hold(slot)
-        while (free := arena.free_slot()) < 0:  # workers have all others, and give them back
+        slots.hold(slot)
+        while (free := slots.free_slot()) < 0:  # workers have all others, and give them back
             time.sleep(TICK)
         self.slot = free
         self.parked = False
@@ -372,7 +372,7 @@ class Router:
 
     def finished(self) -> None:
         """Give back the slot of the request in hand, unless a worker has it."""
-        self.arena.let_go(self.slot)
+        self.slots.let_go(self.slot)
 
     def wait(self, *sources: int, patience: int | None = None) -> set[int]:
         """Wait for something to read, and meanwhile hand over what waits as soon as there is room for it.
@@ -448,7 +448,7 @@ class Exchange:
         router = self._router
         self.calls += 1
         slot = router.slot
-        data = router.arena.payload(slot, router.arena.payload_size)
+        data = router.slots.payload(slot, router.slots.payload_size)
         data[: len(payload)] = payload
         if not router.submit(Task(handle, number, operation, self.calls, offset, length, flags, uid, gid)):
             raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))

@@ -14,23 +14,23 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NamedTuple, Protocol, TypeVar
 
-from .. import syscalls, wire
-from ..leadership import Leadership
-from ..privilege import SETID, SetidGuard
-from ..syscalls import Attributes, find, fstatx, statx
-from .anchors import Anchors, Reached
-from .attempts import Attempt, Attempts
-from .handles import Handle, Handles
-from .inodes import Inodes, stale
-from .privileges import CAPABILITY, Privileges
-from .requester import Requester
-from .rights import Rights, denied
+from llloop.front.directory_fds import DirectoryFds, Reached
+from llloop.front.inodes import Inodes, stale
+from llloop.front.killpriv import CAPABILITY, KillPriv
+from llloop.front.open_files import Handle, Handles
+from llloop.front.permissions import Permissions, denied
+from llloop.front.recovery.intents import Intent, Intents
+from llloop.front.requester import Requester
+from llloop.linux import fuse, syscalls
+from llloop.linux.credentials import SETID, SetidGuard
+from llloop.linux.syscalls import Attributes, find, fstatx, statx
+from llloop.shared.leadership import Leadership
 
 _PIN = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _TO_TRUNCATE = os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC
 _NO_NAMES = frozenset({b"", b".", b".."})
-_TIMES = wire.FATTR_ATIME | wire.FATTR_ATIME_NOW | wire.FATTR_MTIME | wire.FATTR_MTIME_NOW
-_SETS = wire.FATTR_MODE | wire.FATTR_UID | wire.FATTR_GID | wire.FATTR_SIZE | _TIMES
+_TIMES = fuse.FATTR_ATIME | fuse.FATTR_ATIME_NOW | fuse.FATTR_MTIME | fuse.FATTR_MTIME_NOW
+_SETS = fuse.FATTR_MODE | fuse.FATTR_UID | fuse.FATTR_GID | fuse.FATTR_SIZE | _TIMES
 
 
 # For so long, in seconds, the kernel keeps written data at most (twice vm.dirty_expire_centisecs and more).
@@ -94,12 +94,12 @@ class Tree:
         self,
         root: int,
         inodes: Inodes,
-        anchors: Anchors,
+        directory_fds: DirectoryFds,
         handles: Handles,
-        attempts: Attempts,
-        rights: Rights,
+        intents: Intents,
+        permissions: Permissions,
         setid: SetidGuard,
-        privileges: Privileges,
+        killpriv: KillPriv,
         leadership: Leadership,
         *,
         clears_setid: bool,
@@ -108,12 +108,12 @@ class Tree:
         self._call = leadership.call
         self._root = root
         self.inodes = inodes
-        self.anchors = anchors
+        self.directory_fds = directory_fds
         self._handles = handles
-        self._attempts = attempts
-        self.rights = rights
+        self._intents = intents
+        self.permissions = permissions
         self._setid = setid
-        self._privileges = privileges
+        self._killpriv = killpriv
         self._clears_setid = clears_setid
 
     # Names
@@ -127,13 +127,13 @@ class Tree:
 
     def find(self, parent: int, name: bytes) -> tuple[int, Attributes] | None:
         """Return what `lookup` does, or None if there is no such name."""
-        attributes = find(self.anchors.directory(parent), check_name(name))
+        attributes = find(self.directory_fds.directory(parent), check_name(name))
         return None if attributes is None else (self.inodes.remember(parent, name, attributes), attributes)
 
     def forget(self, nodeid: int, lookups: int) -> None:
         """Take back *lookups* of an inode."""
         if self.inodes.forget(nodeid, lookups):
-            self.anchors.drop(nodeid)
+            self.directory_fds.drop(nodeid)
 
     def mknod(self, parent: int, name: bytes, mode: int, device: int, who: Requester) -> tuple[int, Attributes]:
         """Make a file, fifo, socket or device (mknod(2)); *device* is as makedev(3) gives it."""
@@ -151,15 +151,15 @@ class Tree:
         self, parent: int, name: bytes, who: Requester, make: Callable[[int], None], mode: int = 0
     ) -> tuple[int, Attributes]:
         check_name(name)
-        attempt = self._attempts.interrupted()
-        if attempt is None:
-            self._attempts.begin()
+        intent = self._intents.interrupted()
+        if intent is None:
+            self._intents.begin()
         try:
             self.as_requester(parent, who, make, mode)
         except FileExistsError:
-            if attempt is None or not attempt.made(statx(self.anchors.directory(parent), name)):
+            if intent is None or not intent.made(statx(self.directory_fds.directory(parent), name)):
                 raise
-        self._attempts.done()
+        self._intents.done()
         return self.lookup(parent, name)
 
     def as_requester(self, parent: int, who: Requester, make: Callable[[int], _Made], mode: int) -> _Made:
@@ -176,9 +176,9 @@ class Tree:
         return self._with_room(lambda: self._make_as(who, parent, make, by_group))
 
     def _make_as(self, who: Requester, parent: int, make: Callable[[int], _Made], by_group: bool | None) -> _Made:
-        directory = self.anchors.directory(parent)
+        directory = self.directory_fds.directory(parent)
         self._setid.clear(False)  # root can make a set-group-ID file for any group
-        with self.rights.making(who, directory, by_group=by_group):
+        with self.permissions.making(who, directory, by_group=by_group):
             return make(directory)
 
     def _with_room(self, act: Callable[[], _Made], nodeid: int = 0) -> _Made:
@@ -191,21 +191,23 @@ class Tree:
         try:
             return act()
         except OSError as error:
-            if error.errno not in _FULL or not self.anchors.pins.release_unused(self._handles.open_inodes(), nodeid):
+            if error.errno not in _FULL or not self.directory_fds.pins.release_unused(
+                self._handles.open_inodes(), nodeid
+            ):
                 raise
         return act()
 
     def link(self, nodeid: int, parent: int, name: bytes, who: Requester) -> tuple[int, Attributes]:
         """Give an inode one more name (linkat(2))."""
         check_name(name)
-        attempt = self._attempts.interrupted()
-        if attempt is None:
-            self._attempts.begin()
+        intent = self._intents.interrupted()
+        if intent is None:
+            self._intents.begin()
         try:
             attributes = self._with_room(lambda: self._link(nodeid, parent, name, who), nodeid)
         except FileExistsError:
-            attributes = statx(self.anchors.directory(parent), name)
-            if attempt is None or not _is_same(attributes, self.getattr(nodeid)):
+            attributes = statx(self.directory_fds.directory(parent), name)
+            if intent is None or not _is_same(attributes, self.getattr(nodeid)):
                 raise
         return self.inodes.remember(parent, name, attributes), attributes
 
@@ -218,17 +220,17 @@ class Tree:
                     raise
             if self._leadership.leads:
                 return fstatx(reached.fd)
-        return statx(self.anchors.directory(parent), name)
+        return statx(self.directory_fds.directory(parent), name)
 
     def _link_as(self, who: Requester, fd: int, parent: int, name: bytes) -> None:
-        directory = self.anchors.directory(parent)
-        with self.rights.acting(who, directory, fd):
+        directory = self.directory_fds.directory(parent)
+        with self.permissions.acting(who, directory, fd):
             self._call(_link, fd, directory, name)
 
     def _link_on_mount(self, nodeid: int, parent: int, name: bytes, who: Requester) -> bool:
         """Link a file that was found on another mount: perhaps it was found on the new name's mount, too."""
-        for old_parent, old_name in self.anchors.places(nodeid):
-            other = self.anchors.open_name(nodeid, old_parent, old_name)
+        for old_parent, old_name in self.directory_fds.places(nodeid):
+            other = self.directory_fds.open_name(nodeid, old_parent, old_name)
             if other is not None:
                 with Reached(other, is_path=True, is_own=True), suppress(OSError):
                     self._link_as(who, other, parent, name)
@@ -248,23 +250,23 @@ class Tree:
         self._remove(parent, name, who, os.rmdir)
 
     def _remove(self, parent: int, name: bytes, who: Requester, remove: _Remove) -> None:
-        directory = self.anchors.directory(parent)
-        attempt = self._attempts.interrupted()
-        if attempt is not None and _is_gone(directory, check_name(name), attempt.number, attempt.done):
-            if attempt.has_pin():
-                self._lost_name(attempt.nodeid, parent, name, attempt.pin, fstatx(attempt.pin).uid)
+        directory = self.directory_fds.directory(parent)
+        intent = self._intents.interrupted()
+        if intent is not None and _is_gone(directory, check_name(name), intent.number, intent.done):
+            if intent.has_pin():
+                self._lost_name(intent.nodeid, parent, name, intent.pin, fstatx(intent.pin).uid)
             return
         pin = os.open(check_name(name), _PIN, dir_fd=directory)
         try:
             attributes = fstatx(pin)
             nodeid = self._meant(parent, name, attributes)
-            self._attempts.begin(attributes.ino, nodeid, 0, pin, attributes.ino)
-            with self.rights.acting(who, directory, owned=(attributes,)):
+            self._intents.begin(attributes.ino, nodeid, 0, pin, attributes.ino)
+            with self.permissions.acting(who, directory, owned=(attributes,)):
                 self._call(remove, name, dir_fd=directory)
         except BaseException:
             os.close(pin)
             raise
-        self._attempts.done()
+        self._intents.done()
         self._lost_name(nodeid, parent, name, pin, attributes.uid)
 
     def _meant(self, parent: int, name: bytes, attributes: Attributes) -> int:
@@ -282,10 +284,10 @@ class Tree:
 
     def _lost_name(self, nodeid: int, parent: int, name: bytes, pin: int, uid: int) -> None:
         """Note that *name* is gone; keep *pin* if no other name leads to the inode."""
-        if self.inodes.unlinked(nodeid, parent, name) and self.anchors.is_reachable(nodeid):
+        if self.inodes.unlinked(nodeid, parent, name) and self.directory_fds.is_reachable(nodeid):
             os.close(pin)
         else:
-            self.anchors.pins.add(nodeid, pin, uid)
+            self.directory_fds.pins.add(nodeid, pin, uid)
 
     def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, who: Requester) -> None:
         """Rename with RENAME_ flags (renameat2(2)).
@@ -293,20 +295,20 @@ class Tree:
         Raises:
             OSError: ESTALE if a name leads to another file than the kernel knows under it.
         """
-        old_directory = self.anchors.directory(parent)
-        new_directory = self.anchors.directory(new_parent)
+        old_directory = self.directory_fds.directory(parent)
+        new_directory = self.directory_fds.directory(new_parent)
         check_name(name)
         check_name(new_name)
-        attempt = self._attempts.interrupted()
-        if attempt is not None and _has_moved(old_directory, name, new_directory, new_name, flags, attempt):
-            if attempt.nodeid == attempt.target:  # two names of one file: rename(2) leaves both
+        intent = self._intents.interrupted()
+        if intent is not None and _has_moved(old_directory, name, new_directory, new_name, flags, intent):
+            if intent.nodeid == intent.target:  # two names of one file: rename(2) leaves both
                 return
             exchanged = bool(flags & syscalls.RENAME_EXCHANGE)
-            if not exchanged and attempt.has_pin():
-                self._lost_name(attempt.target, new_parent, new_name, attempt.pin, fstatx(attempt.pin).uid)
+            if not exchanged and intent.has_pin():
+                self._lost_name(intent.target, new_parent, new_name, intent.pin, fstatx(intent.pin).uid)
             elif exchanged:
-                self.inodes.renamed(attempt.target, (new_parent, new_name), (parent, name))
-            self.inodes.renamed(attempt.nodeid, (parent, name), (new_parent, new_name))
+                self.inodes.renamed(intent.target, (new_parent, new_name), (parent, name))
+            self.inodes.renamed(intent.nodeid, (parent, name), (new_parent, new_name))
             return
         moved_attributes = statx(old_directory, name)
         moved = self._meant(parent, name, moved_attributes)
@@ -317,7 +319,7 @@ class Tree:
             if victim is not None:
                 owned = (moved_attributes, fstatx(victim))
                 target = self._meant(new_parent, new_name, owned[1])
-            self._attempts.begin(
+            self._intents.begin(
                 moved_attributes.ino, moved, target, -1 if victim is None else victim, owned[1].ino if target else 0
             )
             # A directory that gets another parent has to be writable itself.
@@ -327,7 +329,7 @@ class Tree:
             if victim is not None:
                 os.close(victim)
             raise
-        self._attempts.done()
+        self._intents.done()
         if victim is not None:
             if target == moved:  # two names of one file: rename(2) leaves both
                 os.close(victim)
@@ -350,8 +352,8 @@ class Tree:
         owned: tuple[Attributes, ...],
         by_group: bool | None,
     ) -> None:
-        old, new = self.anchors.directory(parent), self.anchors.directory(new_parent)
-        with self.rights.acting(who, old, new, owned=owned, by_group=by_group):
+        old, new = self.directory_fds.directory(parent), self.directory_fds.directory(new_parent)
+        with self.permissions.acting(who, old, new, owned=owned, by_group=by_group):
             if flags:
                 self._call(syscalls.renameat2, old, name, new, new_name, flags)
             else:  # the call that every file system knows
@@ -371,14 +373,14 @@ class Tree:
     def getattr(self, nodeid: int) -> Attributes:
         """Return the attributes of an inode."""
         handles = self._handles.of_inode(nodeid)
-        return fstatx(handles[0].descriptor) if handles else self.anchors.attributes(nodeid)
+        return fstatx(handles[0].descriptor) if handles else self.directory_fds.attributes(nodeid)
 
     def _reach(self, nodeid: int) -> Reached:
         """Return a way to act on an inode and no other file: what is open of it, else what its name leads to."""
         handles = self._handles.of_inode(nodeid)
         if handles:
             return Reached(handles[0].descriptor, is_path=False, is_own=False)
-        return self.anchors.reach(nodeid)
+        return self.directory_fds.reach(nodeid)
 
     def _reach_to_truncate(self, nodeid: int) -> Reached:
         """Return a descriptor that is open for writing; what is open of the file may be so for reading only."""
@@ -386,7 +388,7 @@ class Tree:
         if handles:
             fd = self._call(os.open, f"/proc/self/fd/{handles[0].descriptor}", _TO_TRUNCATE)
         else:
-            fd, _ = self.anchors.open(nodeid, _TO_TRUNCATE | os.O_NOFOLLOW)
+            fd, _ = self.directory_fds.open(nodeid, _TO_TRUNCATE | os.O_NOFOLLOW)
         return Reached(fd, is_path=False, is_own=True)
 
     def setattr(self, nodeid: int, changes: Changes, handle: int | None, who: Requester) -> Attributes:
@@ -402,7 +404,7 @@ class Tree:
             attributes = self._with_room(lambda: self._set(nodeid, changes, handle, who), nodeid)
         else:
             with self._reach(nodeid) as reached:
-                self._privileges.give_up(reached, nodeid, changes.valid, who)
+                self._killpriv.give_up(reached, nodeid, changes.valid, who)
             attributes = self.getattr(nodeid)
         for one in self._handles.of_inode(nodeid):
             one.note_mode(attributes)
@@ -411,7 +413,7 @@ class Tree:
     def _set(self, nodeid: int, changes: Changes, handle: int | None, who: Requester) -> Attributes:
         left = changes.valid
         while True:
-            truncate = left & wire.FATTR_SIZE and handle is None
+            truncate = left & fuse.FATTR_SIZE and handle is None
             with self._reach_to_truncate(nodeid) if truncate else self._reach(nodeid) as reached:
                 while left & _SETS:
                     left &= ~self._apply(reached, left, changes, handle, who)
@@ -423,25 +425,25 @@ class Tree:
     def _apply(self, reached: Reached, valid: int, changes: Changes, handle: int | None, who: Requester) -> int:
         """Make the first of the *changes* that *valid* asks for, and return what of *valid* that was."""
         fd = reached.fd
-        if valid & (wire.FATTR_UID | wire.FATTR_GID):
-            uid = changes.uid if valid & wire.FATTR_UID else -1
-            gid = changes.gid if valid & wire.FATTR_GID else -1
+        if valid & (fuse.FATTR_UID | fuse.FATTR_GID):
+            uid = changes.uid if valid & fuse.FATTR_UID else -1
+            gid = changes.gid if valid & fuse.FATTR_GID else -1
             self._setid.clear(who.uid != 0)
             # The source asks for the caller's groups before it clears set-group-ID where no group executes.
-            with self.rights.acting(who, fd, by_group=True):
+            with self.permissions.acting(who, fd, by_group=True):
                 self._call(syscalls.chown, fd, uid, gid)
-            return wire.FATTR_UID | wire.FATTR_GID
-        if valid & wire.FATTR_MODE:
+            return fuse.FATTR_UID | fuse.FATTR_GID
+        if valid & fuse.FATTR_MODE:
             self._setid.clear(False)
             self._change_mode(reached, stat.S_IMODE(changes.mode), who)
-            return wire.FATTR_MODE
-        if valid & wire.FATTR_SIZE:
-            if handle is None and not self.rights.may(who, os.W_OK, fd, fstatx(fd)):
+            return fuse.FATTR_MODE
+        if valid & fuse.FATTR_SIZE:
+            if handle is None and not self.permissions.may(who, os.W_OK, fd, fstatx(fd)):
                 raise denied()
             descriptor = fd if handle is None else self._handles.get(handle).descriptor
-            with self._privileges.clearing(descriptor, bool(valid & wire.FATTR_KILL_SUIDGID), who):
+            with self._killpriv.clearing(descriptor, bool(valid & fuse.FATTR_KILL_SUIDGID), who):
                 self._call(os.ftruncate, descriptor, changes.size)
-            return wire.FATTR_SIZE
+            return fuse.FATTR_SIZE
         self._change_times(fd, changes, handle, who)
         return _TIMES
 
@@ -450,7 +452,7 @@ class Tree:
         chmod = syscalls.chmod if reached.is_path else os.fchmod
         try:
             # Only a member of the file's group can set its set-group-ID bit; for others the source leaves it out.
-            with self.rights.acting(who, fd, by_group=bool(mode & stat.S_ISGID)):
+            with self.permissions.acting(who, fd, by_group=bool(mode & stat.S_ISGID)):
                 self._call(chmod, fd, mode)
         except PermissionError:
             if not self._clears_setid or not self._leadership.leads:
@@ -462,28 +464,28 @@ class Tree:
 
     def _change_times(self, fd: int, changes: Changes, handle: int | None, who: Requester) -> None:
         valid = changes.valid
-        atime = _time(valid, wire.FATTR_ATIME, wire.FATTR_ATIME_NOW, changes.atime)
-        mtime = _time(valid, wire.FATTR_MTIME, wire.FATTR_MTIME_NOW, changes.mtime)
-        is_touch = valid & wire.FATTR_ATIME_NOW and (
-            valid & wire.FATTR_MTIME_NOW or (valid & wire.FATTR_CTIME and changes.mtime == changes.ctime)
+        atime = _time(valid, fuse.FATTR_ATIME, fuse.FATTR_ATIME_NOW, changes.atime)
+        mtime = _time(valid, fuse.FATTR_MTIME, fuse.FATTR_MTIME_NOW, changes.mtime)
+        is_touch = valid & fuse.FATTR_ATIME_NOW and (
+            valid & fuse.FATTR_MTIME_NOW or (valid & fuse.FATTR_CTIME and changes.mtime == changes.ctime)
         )
-        if handle is not None or valid & wire.FATTR_SIZE or self.rights.is_trusted(who):
+        if handle is not None or valid & fuse.FATTR_SIZE or self.permissions.is_trusted(who):
             self._call(syscalls.utimens, fd, atime, mtime)  # who may write to a file changes its times by that
         elif is_touch:
             # "Now" for both times, which with --writeback the kernel reads from its own clock, needs no owner.
             attributes = fstatx(fd)
-            if not self.rights.owns(who, attributes) and not self.rights.may(who, os.W_OK, fd, attributes):
+            if not self.permissions.owns(who, attributes) and not self.permissions.may(who, os.W_OK, fd, attributes):
                 raise denied()
             self._call(syscalls.utimens, fd, atime, mtime)
         else:
             attributes = fstatx(fd)
             try:
-                with self.rights.acting(who, fd, by_group=False):
+                with self.permissions.acting(who, fd, by_group=False):
                     self._call(syscalls.utimens, fd, atime, mtime)
             except PermissionError:
                 # With --writeback the kernel writes back the times that it keeps in the name of whoever made it do so.
                 # The source has set its own when the data was written, and keeps them.
-                if not valid & wire.FATTR_CTIME or not _can_be_kept(changes, attributes):
+                if not valid & fuse.FATTR_CTIME or not _can_be_kept(changes, attributes):
                     raise
 
     def readlink(self, nodeid: int) -> bytes:
@@ -510,11 +512,11 @@ class Tree:
             kill_sgid: whether a new access ACL clears the set-group-ID bit.
         """
         self._setid.clear(kill_sgid)
-        attempt = self._attempts.interrupted()
+        intent = self._intents.interrupted()
         exists = bool(flags & os.XATTR_CREATE) and self._has_xattr(nodeid, name)
-        if attempt is None:
-            self._attempts.begin(int(exists))
-        elif exists and not attempt.number:
+        if intent is None:
+            self._intents.begin(int(exists))
+        elif exists and not intent.number:
             return
         self._with_room(lambda: self._setxattr(nodeid, name, value, flags, who), nodeid)
 
@@ -523,14 +525,14 @@ class Tree:
             return _has_xattr(reached.target, name)
 
     def _setxattr(self, nodeid: int, name: bytes, value: bytes, flags: int, who: Requester) -> None:
-        with self._reach(nodeid) as reached, self.rights.acting(who, reached.fd, by_group=_by_group(name)):
+        with self._reach(nodeid) as reached, self.permissions.acting(who, reached.fd, by_group=_by_group(name)):
             self._call(os.setxattr, reached.target, name, value, flags)
 
     def getxattr(self, nodeid: int, name: bytes, who: Requester) -> bytes:
         """Return the value of an extended attribute (getxattr(2))."""
         with self._reach(nodeid) as reached:
             # Only these need a right to the file that its permissions give (xattr(7)).
-            if name.startswith(b"user.") and not self.rights.may(who, os.R_OK, reached.fd, fstatx(reached.fd)):
+            if name.startswith(b"user.") and not self.permissions.may(who, os.R_OK, reached.fd, fstatx(reached.fd)):
                 raise denied()
             return os.getxattr(reached.target, name)
 
@@ -543,19 +545,19 @@ class Tree:
     def removexattr(self, nodeid: int, name: bytes, who: Requester) -> None:
         """Remove an extended attribute (removexattr(2)) for *who*."""
         with self._reach(nodeid) as reached:
-            if name == CAPABILITY and not self._privileges.takes_capability(reached, nodeid, who):
+            if name == CAPABILITY and not self._killpriv.takes_capability(reached, nodeid, who):
                 return
-            attempt = self._attempts.interrupted()
-            if attempt is None:
-                self._attempts.begin(int(_has_xattr(reached.target, name)))
-            elif attempt.number and not _has_xattr(reached.target, name):
+            intent = self._intents.interrupted()
+            if intent is None:
+                self._intents.begin(int(_has_xattr(reached.target, name)))
+            elif intent.number and not _has_xattr(reached.target, name):
                 return
             if name == CAPABILITY:
                 # The kernel asks for it in the name of whoever writes to the file. Who asks for it himself has a
                 # capability for it, which the kernel has checked.
                 self._call(os.removexattr, reached.target, name)
             else:
-                with self.rights.acting(who, reached.fd, by_group=_by_group(name)):
+                with self.permissions.acting(who, reached.fd, by_group=_by_group(name)):
                     self._call(os.removexattr, reached.target, name)
 
     # What llloop's own requests add
@@ -605,20 +607,20 @@ def _is_gone(directory: int, name: bytes, number: int, known: bool) -> bool:
         return True
 
 
-def _has_moved(old: int, name: bytes, new: int, new_name: bytes, flags: int, attempt: Attempt) -> bool:
+def _has_moved(old: int, name: bytes, new: int, new_name: bytes, flags: int, intent: Intent) -> bool:
     """Whether an attempt to rename has done so: then the new name leads to its file, and the old one does not."""
-    if attempt.done:
+    if intent.done:
         return True
     try:
-        if statx(new, new_name).ino != attempt.number:
+        if statx(new, new_name).ino != intent.number:
             return False
     except FileNotFoundError:
         return False
-    return bool(flags & syscalls.RENAME_EXCHANGE) or _is_gone(old, name, attempt.number, False)
+    return bool(flags & syscalls.RENAME_EXCHANGE) or _is_gone(old, name, intent.number, False)
 
 
 def _by_group(name: bytes) -> bool | None:
-    """Whether it depends on groups what becomes of a file with an extended attribute, as `Rights.acting` takes it.
+    """Whether it depends on groups what becomes of a file with an extended attribute, as `Permissions.acting` takes it.
 
     An access ACL set by who is no member of the file's group clears its set-group-ID bit. File capabilities need a
     capability of the owner, too; root of a user namespace has it.

@@ -62,7 +62,7 @@ class Killer:
     """
 
     def __init__(self, mirror: Mirror, chance: random.Random, *, both: bool = False) -> None:
-        self._mirror = mirror
+        self._context = mirror
         self._chance = chance
         self._two = (*TWO, *BOTH, *BOTH) if both else TWO
         self.killed: Counter[str] = Counter()
@@ -115,22 +115,22 @@ class Killer:
     def wait_for_all(self) -> None:
         """Wait until nobody is being replaced."""
         self._pair()
-        count = len(self._mirror.processes())
-        assert wait_until(lambda: len(titles(self._mirror)) == count, RESTART)
+        count = len(self._context.processes())
+        assert wait_until(lambda: len(titles(self._context)) == count, RESTART)
 
     def _living(self, role: str) -> list[int]:
-        return [pid for pid in process_ids(self._mirror, role) if pid not in self._dead]
+        return [pid for pid in process_ids(self._context, role) if pid not in self._dead]
 
     def _pair(self) -> tuple[int, int]:
         pair: list[int] = []
 
         def both_are_there() -> bool:
-            fronts, keepers = process_ids(self._mirror, "front"), process_ids(self._mirror, "keeper")
+            fronts, keepers = process_ids(self._context, "front"), process_ids(self._context, "keeper")
             gone = {*self._dead, self._replaced}
             pair[:] = [pid for pid in (*fronts[-1:], *keepers[-1:]) if pid not in gone]
             return len(fronts) == len(keepers) == 1 and len(pair) == 2
 
-        assert wait_until(both_are_there, RESTART), f"front or keeper did not come back:\n{self._mirror.all_output()}"
+        assert wait_until(both_are_there, RESTART), f"front or keeper did not come back:\n{self._context.all_output()}"
         return pair[0], pair[1]
 
     def _kill(self, pid: int) -> None:

@@ -70,7 +70,7 @@ class Moments:
     """Does deeds again and again, each time with a process killed at another moment."""
 
     def __init__(self, mirror: Mirror, role: str) -> None:
-        self._mirror = mirror
+        self._context = mirror
         self._role = role
         self._victim = 0
         self._done = 0
@@ -98,7 +98,7 @@ class Moments:
 
     def _done_natively(self, deed: Deed) -> tuple[object, object]:
         self._done += 1
-        twin = self._mirror.source.parent / f"twin-{self._done}"
+        twin = self._context.source.parent / f"twin-{self._done}"
         twin.mkdir()
         deed.prepare(twin)
         return outcome(deed.act, twin), state(twin)
@@ -106,12 +106,12 @@ class Moments:
     def _do(self, deed: Deed, stop: int) -> tuple[int, bool, tuple[object, object]]:
         self._done += 1
         name = f"{self._done}"
-        source = self._mirror.source / name
+        source = self._context.source / name
         source.mkdir()
         deed.prepare(source)
-        victim = process_of(self._mirror, self._role, self._victim)
+        victim = process_of(self._context, self._role, self._victim)
         traced = Traced(victim)
-        child: Child[Any] = Child(outcome, deed.act, self._mirror.mountpoint / name)
+        child: Child[Any] = Child(outcome, deed.act, self._context.mountpoint / name)
         try:
             killed = traced.kill_at(stop, child.is_done)
         finally:

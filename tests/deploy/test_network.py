@@ -162,7 +162,7 @@ def ready_line(mirror: Mirror) -> str:
     return mirror.output.read_text()
 
 
-class Attempt:
+class Intent:
     """A call in a thread of its own, as it may take for ever."""
 
     def __init__(self, call: Callable[[], object]) -> None:
@@ -268,14 +268,14 @@ def test_what_hangs_keeps_nothing_else_waiting(remote: Remote, serve: Serve) -> 
 
     remote.hang()
     try:
-        stuck = Attempt(lambda: os.listdir(mnt / "far"))
+        stuck = Intent(lambda: os.listdir(mnt / "far"))
         assert not stuck.over(PATIENCE)
         # One worker hangs, and what it would have looked at or moved waits; that is an eighth of everything.
-        attempts = [Attempt(lambda number=number: use(mnt / f"near{number}")) for number in range(32)]
+        intents = [Intent(lambda number=number: use(mnt / f"near{number}")) for number in range(32)]
         deadline = time.monotonic() + 5 * PATIENCE
-        done = [attempt.over(max(0.0, deadline - time.monotonic())) for attempt in attempts]
+        done = [intent.over(max(0.0, deadline - time.monotonic())) for intent in intents]
         assert done.count(True) >= 4, "the front hangs"
-        assert [attempt.result for attempt, over in zip(attempts, done, strict=True) if over] == [True] * sum(done)
+        assert [intent.result for intent, over in zip(intents, done, strict=True) if over] == [True] * sum(done)
 
         shown = llloop("status", str(mnt))
         assert shown.returncode == 0, shown.stderr
@@ -286,15 +286,15 @@ def test_what_hangs_keeps_nothing_else_waiting(remote: Remote, serve: Serve) -> 
     assert stuck.over(20)
     assert stuck.error is None
     assert stuck.result == ["file"]
-    assert all(attempt.over(20) and attempt.result is True for attempt in attempts)
+    assert all(intent.over(20) and intent.result is True for intent in intents)
     assert (mnt / "far" / "file").read_bytes() == pattern(LARGE)
 
 
-def four_readers(mirror: Mirror) -> list[Attempt]:
+def four_readers(mirror: Mirror) -> list[Intent]:
     """Read a file, which hangs."""
-    attempts = [Attempt((mirror.mountpoint / "file").read_bytes) for _ in range(4)]
-    assert not attempts[0].over(PATIENCE)
-    return attempts
+    intents = [Intent((mirror.mountpoint / "file").read_bytes) for _ in range(4)]
+    assert not intents[0].over(PATIENCE)
+    return intents
 
 
 def test_a_worker_that_is_replaced_while_it_looks_keeps_nobody_waiting(remote: Remote, far: Path, serve: Serve) -> None:
@@ -309,7 +309,7 @@ def test_a_worker_that_is_replaced_while_it_looks_keeps_nobody_waiting(remote: R
                 os.kill(pid, signal.SIGKILL)
     finally:
         remote.come_back()
-    assert all(attempt.over(20) and attempt.result == b"data" for attempt in stuck)
+    assert all(intent.over(20) and intent.result == b"data" for intent in stuck)
 
 
 def test_a_front_that_is_replaced_is_asked_again(remote: Remote, far: Path, serve: Serve) -> None:
@@ -325,7 +325,7 @@ def test_a_front_that_is_replaced_is_asked_again(remote: Remote, far: Path, serv
         assert not stuck[0].over(PATIENCE)
     finally:
         remote.come_back()
-    assert all(attempt.over(20) and attempt.result == b"data" for attempt in stuck)
+    assert all(intent.over(20) and intent.result == b"data" for intent in stuck)
 
 
 def test_a_mount_of_a_server_that_hangs_can_be_detached(remote: Remote, far: Path, serve: Serve) -> None:
@@ -333,7 +333,7 @@ def test_a_mount_of_a_server_that_hangs_can_be_detached(remote: Remote, far: Pat
     mirror = serve("--workers", "2", "--cache", "never", source=far)
     remote.hang()
     try:
-        stuck = Attempt(lambda: os.listdir(mirror.mountpoint))
+        stuck = Intent(lambda: os.listdir(mirror.mountpoint))
         assert not stuck.over(PATIENCE)
         detached = llloop("umount", "--lazy", str(mirror.mountpoint))
         assert detached.returncode == 0, detached.stderr
@@ -358,7 +358,7 @@ def test_a_mount_of_a_server_that_hangs_can_be_stopped(remote: Remote, far: Path
     mirror.expect_log("llloop-worker-. waits for the source and cannot be ended")
     remote.hang()
     try:
-        stuck = Attempt(lambda: os.listdir(mirror.mountpoint))
+        stuck = Intent(lambda: os.listdir(mirror.mountpoint))
         assert not stuck.over(PATIENCE)
         assert mirror.process is not None
         mirror.process.send_signal(signal.SIGTERM)

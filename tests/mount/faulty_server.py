@@ -11,11 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llloop.cli import main
-from llloop.front.files import Files
-from llloop.front.native.directories import DirectoryRequests
+from llloop.cli.main import main
+from llloop.front.handlers.directories import DirectoryRequests
+from llloop.front.opening import Files
 from llloop.front.tree import Tree
-from llloop.workers.transfers import Transfers
+from llloop.workers.operations import Operations
 
 METHODS: dict[type, tuple[str, ...]] = {
     Tree: (
@@ -24,7 +24,7 @@ METHODS: dict[type, tuple[str, ...]] = {
     ),
     Files: ("open", "create", "tmpfile", "opendir", "entries", "release"),
     DirectoryRequests: ("_listing",),
-    Transfers: ("_read", "_write", "_fsync", "_fallocate", "_lseek", "_copy_file_range"),
+    Operations: ("_read", "_write", "_fsync", "_fallocate", "_lseek", "_copy_file_range"),
 }  # fmt: skip
 
 

@@ -349,7 +349,7 @@ assert serve() == 0
 after = state()
 assert after == before, [(key, before[key], after[key]) for key in before if before[key] != after[key]]
 assert before["title"] == b"a program of its own", before
-from llloop import connection
+from llloop.supervisor import connection
 real, connection.initialise = connection.initialise, None
 try:
     llloop.serve(sys.argv[1], sys.argv[2], workers=1)

@@ -98,8 +98,8 @@ def stale(mirror: Mirror, name: str, deed: Callable[[Path], object], fields: set
     """Do a deed in a directory of its own; ask for each field of what it has changed alone; return what is wrong."""
     wrong = set()
     asked: set[tuple[str, str]] = set()
-    for attempt in range(50):
-        source, mounted = (top / f"{name} {attempt}" for top in (mirror.source, mirror.mountpoint))
+    for intent in range(50):
+        source, mounted = (top / f"{name} {intent}" for top in (mirror.source, mirror.mountpoint))
         make(source)
         for path in paths(mounted):
             statx(path)

@@ -535,8 +535,8 @@ def test_the_timeouts_are_options(serve: Serve) -> None:
         return [outcome(lambda name=name: (directory / name).stat().st_size) for name in ("file", "gone", "missing")]
 
     # More than once, as the kernel may drop its caches at any time, for whoever needs the memory.
-    for attempt in range(5):
-        src, mnt = mirror.source / f"{attempt}", mirror.mountpoint / f"{attempt}"
+    for intent in range(5):
+        src, mnt = mirror.source / f"{intent}", mirror.mountpoint / f"{intent}"
         src.mkdir()
         (src / "file").write_bytes(b"12345")
         (src / "gone").write_bytes(b"")

@@ -21,7 +21,7 @@ from pathlib import Path
 import click
 import pytest
 
-from llloop.cli import main
+from llloop.cli.main import main
 from llloop.errors import LlloopError
 from tests.mirror import reachable_directory, remove_tree
 from tests.mount.command_line import environment, wait_until
@@ -194,7 +194,7 @@ def test_the_documentation_lists_every_exit_code() -> None:
     assert shown == table
 
 
-def anchors(page: Path) -> set[str]:
+def directory_fds(page: Path) -> set[str]:
     """The anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(
         r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL), re.MULTILINE
@@ -207,7 +207,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)", page.read_text()):
         path = (page.parent / target) if target else page
         assert path.exists(), f"{page.name} links to {target}"
-        assert not anchor or anchor in anchors(path), f"{page.name} links to {target}#{anchor}"
+        assert not anchor or anchor in directory_fds(path), f"{page.name} links to {target}#{anchor}"
 
 
 def test_the_readme_is_short() -> None:

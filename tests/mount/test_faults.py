@@ -167,7 +167,7 @@ def test_a_fault_in_forget(faulty: Faulty) -> None:
 def test_a_fault_in_a_worker_s_read(faulty: Faulty) -> None:
     """By direct I/O: the kernel tries a failed read-ahead again page by page, and pages are read in the front."""
     with opened(faulty.mnt / "file", os.O_RDONLY | os.O_DIRECT) as descriptor, mmap.mmap(-1, LARGE) as buffer:
-        with faulty.fault("Transfers._read"), fails(errno.EIO):
+        with faulty.fault("Operations._read"), fails(errno.EIO):
             os.preadv(descriptor, [buffer], 0)
         assert os.preadv(descriptor, [buffer], 0) == LARGE
         assert buffer[:] == pattern(LARGE)
@@ -177,7 +177,7 @@ def test_a_fault_in_a_worker_s_read(faulty: Faulty) -> None:
 @pytest.mark.by_workers
 def test_a_fault_in_a_worker_s_write(faulty: Faulty) -> None:
     with opened(faulty.mnt / "file", os.O_RDWR) as descriptor:
-        with faulty.fault("Transfers._write"), fails(errno.EIO):
+        with faulty.fault("Operations._write"), fails(errno.EIO):
             os.pwrite(descriptor, b"x" * MUCH, 0)
         assert (faulty.src / "file").read_bytes() == pattern(LARGE)
         assert os.pwrite(descriptor, b"x" * MUCH, 0) == MUCH
@@ -187,22 +187,22 @@ def test_a_fault_in_a_worker_s_write(faulty: Faulty) -> None:
 def test_a_fault_in_a_worker_s_fsync(faulty: Faulty) -> None:
     with opened(faulty.mnt / "file", os.O_RDWR) as descriptor:
         os.pwrite(descriptor, b"x", 0)
-        with faulty.fault("Transfers._fsync"), fails(errno.EIO):
+        with faulty.fault("Operations._fsync"), fails(errno.EIO):
             os.fsync(descriptor)
         os.fsync(descriptor)
 
 
 @pytest.mark.own_loop
-@pytest.mark.parametrize("method", ["Transfers._fallocate", "Transfers._lseek", "Transfers._copy_file_range"])
+@pytest.mark.parametrize("method", ["Operations._fallocate", "Operations._lseek", "Operations._copy_file_range"])
 def test_a_fault_in_a_worker_s_other_requests(faulty: Faulty, method: str) -> None:
     with (
         opened(faulty.mnt / "file", os.O_RDWR) as descriptor,
         opened(faulty.mnt / "copy", os.O_CREAT | os.O_RDWR) as copy,
     ):
         actions: dict[str, Callable[[], object]] = {
-            "Transfers._fallocate": lambda: fallocate(descriptor, 0, LARGE, 4096),
-            "Transfers._lseek": lambda: os.lseek(descriptor, 0, os.SEEK_HOLE),
-            "Transfers._copy_file_range": lambda: os.copy_file_range(descriptor, copy, 1000, 0, 0),
+            "Operations._fallocate": lambda: fallocate(descriptor, 0, LARGE, 4096),
+            "Operations._lseek": lambda: os.lseek(descriptor, 0, os.SEEK_HOLE),
+            "Operations._copy_file_range": lambda: os.copy_file_range(descriptor, copy, 1000, 0, 0),
         }
         with faulty.fault(method), fails(errno.EIO):
             actions[method]()

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from llloop.syscalls import set_capabilities
+from llloop.linux.syscalls import set_capabilities
 from tests import syscalls
 from tests.as_user import Caller, Child
 from tests.conftest import fresh_directory, running

@@ -19,16 +19,18 @@ from unittest import mock
 import llfuse
 import pytest
 
-from llloop import connection, mount_options, mounting
-from llloop.arena import Arena
+from llloop import mount_options
 from llloop.config import ServeConfig
+from llloop.front.context import build_context
 from llloop.front.inodes import ROOT
+from llloop.front.llfuse.operations import Operations
 from llloop.front.loop import Loop
-from llloop.front.mirror import build_mirror
-from llloop.front.operations import Operations
 from llloop.front.requester import Requester
-from llloop.ledger import Ledger
-from llloop.negotiation import MAX_WRITE
+from llloop.linux import mounts
+from llloop.shared.journal import Journal
+from llloop.shared.negotiation import MAX_WRITE
+from llloop.shared.slots import Slots
+from llloop.supervisor import connection
 from tests.hostile import Choices, hostile_request
 from tests.mirror import reachable_directory, remove_tree
 from tests.watchdog import unmount_lazily
@@ -44,11 +46,11 @@ def feed(source: Path, mountpoint: Path, seed: int) -> None:
     operations = Operations()
     device = connection.mount(operations, str(mountpoint), mount_options.for_libfuse(config))
     made = connection.initialise(device, config, str(source))
-    arena, ledger = Arena(4, MAX_WRITE, 1), Ledger(1 << 16)
-    arena.new_front(os.getpid())
+    slots, journal = Slots(4, MAX_WRITE, 1), Journal(1 << 16)
+    slots.new_front(os.getpid())
     reader, writer = os.pipe2(os.O_DIRECT | os.O_NONBLOCK)
     root = os.open(source, os.O_PATH | os.O_DIRECTORY)
-    mirror = build_mirror(config, made.capabilities, arena, ledger, [writer], root, device)
+    mirror = build_context(config, made.capabilities, slots, journal, [writer], root, device)
     nodeids = [ROOT, *(mirror.tree.lookup(ROOT, name)[0] for name in (b"file", b"directory", b"out"))]
     handles = [mirror.files.open(nodeids[1], os.O_RDWR, False, Requester(0, 0))[0]]
     choose = random.Random(seed)
@@ -63,7 +65,7 @@ def feed(source: Path, mountpoint: Path, seed: int) -> None:
             raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
         for slot in range(4):  # no worker takes them
             if slot != mirror.router.slot:
-                arena.give_back(slot)
+                slots.give_back(slot)
         with contextlib.suppress(BlockingIOError):
             while True:
                 os.read(reader, 4096)
@@ -73,7 +75,7 @@ def feed(source: Path, mountpoint: Path, seed: int) -> None:
         return len(packet)
 
     with mock.patch("os.readv", readv):
-        Loop(mirror, device, ledger).run()
+        Loop(mirror, device, journal).run()
     llfuse.close()
     print("survived")
 
@@ -95,7 +97,7 @@ def test_the_front_answers_what_no_kernel_sends(seed: int) -> None:
         assert (place / "canary").read_text() == "untouched"
         assert sorted(os.listdir(place)) == ["canary", "mnt", "source"]
     finally:
-        if mounting.find_mount(str(mountpoint)):
+        if mounts.find_mount(str(mountpoint)):
             unmount_lazily(str(mountpoint))
         remove_tree(place)
 

@@ -479,8 +479,8 @@ def create_write_remove(directory: Path, name: str) -> list[str]:
 @pytest.mark.mounted
 def test_a_server_without_the_right_to_trace_serves_users_as_well(serve: Serve) -> None:
     """While the front acts as another user, its descriptors are closed to the workers unless they may trace it."""
-    rights = ["setpriv", "--bounding-set=-sys_ptrace", "--inh-caps=-sys_ptrace"]
-    mirror = serve("--workers", "2", command=[*rights, sys.executable, "-m", "llloop", "serve"])
+    permissions = ["setpriv", "--bounding-set=-sys_ptrace", "--inh-caps=-sys_ptrace"]
+    mirror = serve("--workers", "2", command=[*permissions, sys.executable, "-m", "llloop", "serve"])
     mirror.source.chmod(0o777)
     callers = [OWNER, MEMBER, PRIMARY, STRANGER]
     children = [Child(create_write_remove, mirror.mountpoint, str(caller.uid), caller=caller) for caller in callers]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from llloop.syscalls import PR_SET_DUMPABLE, prctl, set_capabilities
+from llloop.linux.syscalls import PR_SET_DUMPABLE, prctl, set_capabilities
 from tests import filesystems
 from tests.as_user import Caller, run_as
 from tests.conftest import Serve

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from llloop import syscalls
+from llloop.linux import syscalls
 from tests import expect
 from tests.as_user import Child
 from tests.conftest import Serve

@@ -23,10 +23,12 @@ from click.testing import CliRunner
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 
-from llloop import client, display, exposition, figures, mounting, survey
-from llloop.cli import main
+from llloop.cli import prometheus, rates, tables
+from llloop.cli.main import main
+from llloop.control import client, discovery
 from llloop.errors import LlloopError
-from llloop.oversight import process_state
+from llloop.linux import mounts
+from llloop.supervisor.admin import process_state
 from tests import filesystems
 from tests.as_user import Caller, Child, run_as
 from tests.conftest import Serve
@@ -51,7 +53,7 @@ def stats(mirror: Mirror) -> dict[str, Any]:
 
 
 def status(mirror: Mirror) -> dict[str, Any]:
-    return survey.survey_one(str(mirror.mountpoint))
+    return discovery.survey_one(str(mirror.mountpoint))
 
 
 def ask(mirror: Mirror, command: str, **arguments: Any) -> Any:
@@ -59,7 +61,7 @@ def ask(mirror: Mirror, command: str, **arguments: Any) -> Any:
 
 
 def socket_of(mirror: Mirror) -> str:
-    entry = mounting.find_mount(str(mirror.mountpoint))
+    entry = mounts.find_mount(str(mirror.mountpoint))
     assert entry
     ((path, _),) = client.find(entry)
     return path
@@ -363,7 +365,7 @@ def test_a_dead_mount_is_shown_as_dead(serve: Serve) -> None:
         text = llloop("status", mirror.mountpoint)
         assert text.code == 1
         assert f"llloop umount --lazy {mirror.mountpoint}" in " ".join(text.stdout.split())
-        everything = {one["mountpoint"]: one["state"] for one in survey.survey()}
+        everything = {one["mountpoint"]: one["state"] for one in discovery.survey()}
         assert everything[str(mirror.mountpoint)] == "dead"
         with pytest.raises(client.NotReachable, match="its server is gone"):
             ask(mirror, "stats")
@@ -460,14 +462,14 @@ def test_tables_fit_a_terminal_of_80_columns(serve: Serve) -> None:
     busy["COPY_FILE_RANGE"] = {**busy["LOOKUP"], "bytes": 10**14, "errors": 12_345, "errnos": {"EIO": 12_345}}
     for one in (now["front"], *now["workers"]):
         one.update(pid=4194304, requests=12_345_678, bytes=10**14, descriptors=1_000_000, restarts=999, cpu_seconds=900)
-    console.print(display.stats_view([figures.since({**now, "operations": busy, "uptime": 1000}, None)]))
+    console.print(tables.stats_view([rates.since({**now, "operations": busy, "uptime": 1000}, None)]))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "\N{HORIZONTAL ELLIPSIS}" not in text, "something was left out"
     lines = text.splitlines()
     assert sum(line.lstrip().startswith("copy_file_range ") for line in lines) == 1
     # A row whose cells do not fit is continued in lines that begin with an empty cell.
-    tables = [line for line in lines if line.startswith(" ")]
-    assert not [line for line in tables if line.strip() and line[1:8].isspace()], text
+    rows = [line for line in lines if line.startswith(" ")]
+    assert not [line for line in rows if line.strip() and line[1:8].isspace()], text
 
 
 def samples_in(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -608,8 +610,8 @@ def test_the_names_of_the_world_are_shown_safely(serve: Serve, tmp_path: Path) -
     source.mkdir()
     mirror = serve("--fsname", "x", source=source)
     answer = ask(mirror, "stats")
-    for view in (display.status_view([status(mirror)]), display.stats_view([figures.since(answer, None)])):
-        console = display.console()
+    for view in (tables.status_view([status(mirror)]), tables.stats_view([rates.since(answer, None)])):
+        console = tables.console()
         console.file = io.StringIO()
         console.print(view)
         text = console.file.getvalue()
@@ -617,7 +619,7 @@ def test_the_names_of_the_world_are_shown_safely(serve: Serve, tmp_path: Path) -
         assert "[red]caf\\udce9\\x1b[31m\\n" in "".join(text.split())
     assert status(mirror)["source"] == str(source)
     assert json.loads(json.dumps(answer))["source"] == str(source)
-    assert exposition.text([{**answer, "source_problem": None, "mountpoint": str(source)}]).isascii()
+    assert prometheus.text([{**answer, "source_problem": None, "mountpoint": str(source)}]).isascii()
 
 
 # control

@@ -117,7 +117,7 @@ def test_no_room_for_a_thread(place: Ground) -> None:
 @pytest.mark.root
 @pytest.mark.parametrize("workers", [1, 16])
 def test_as_many_open_files_as_are_said_to_be_needed_will_do(place: Ground, workers: int) -> None:
-    from llloop.limits import needed_descriptors
+    from llloop.linux.limits import needed_descriptors
 
     command = [sys.executable, "-m", "llloop", "serve", f"--workers={workers}", place.source, place.mountpoint]
     needed = needed_descriptors(workers)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from llloop import client
+from llloop.control import client
 from tests.conftest import Serve
 from tests.expect import pattern
 from tests.mirror import Mirror

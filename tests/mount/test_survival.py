@@ -436,7 +436,7 @@ def test_a_worker_killed_with_requests_in_hand(serve: Serve) -> None:
 @pytest.mark.at_once("a collected write does not wait for its answer")
 def test_without_a_keeper_open_files_are_opened_again_by_name(serve: Serve) -> None:
     """On kinds of machines for which nobody has looked up how to clone, and where keeper and front both die."""
-    program = "import platform; platform.machine = lambda: 'vax'; from llloop.cli import main; main()"
+    program = "import platform; platform.machine = lambda: 'vax'; from llloop.cli.main import main; main()"
     mirror = serve("--workers", "1", command=[sys.executable, "-c", program, "serve"])
     if "has_resend" not in mirror.output.read_text():
         pytest.skip("this kernel does not send a dead front's requests again (Linux 6.9)")

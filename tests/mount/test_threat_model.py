@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from llloop import syscalls
-from llloop.privilege import FRONT, WORKER
+from llloop.linux import syscalls
+from llloop.linux.credentials import FRONT, WORKER
 from tests.as_user import Caller, run_as
 from tests.conftest import Serve
 from tests.expect import fails, outcome
@@ -81,7 +81,7 @@ def open_for(name: str, flags: int) -> Callable[[int], int]:
 @pytest.mark.root
 @pytest.mark.parametrize("moment", ["at first", "after it has acted for this very user"])
 def test_strangers_have_no_hold_on_the_processes(tree: Tree, moment: str) -> None:
-    attempts: list[Callable[[int], object]] = [
+    intents: list[Callable[[int], object]] = [
         lambda pid: os.kill(pid, signal.SIGTERM),
         lambda pid: os.listdir(f"/proc/{pid}/fd"),
         lambda pid: os.readlink(f"/proc/{pid}/cwd"),
@@ -91,12 +91,12 @@ def test_strangers_have_no_hold_on_the_processes(tree: Tree, moment: str) -> Non
         seize,
     ]
 
-    def attempt(pids: list[int]) -> list[object]:
-        return [outcome(one, pid) for pid in pids for one in attempts]
+    def intent(pids: list[int]) -> list[object]:
+        return [outcome(one, pid) for pid in pids for one in intents]
 
     if moment != "at first":
         do_everything(tree)
-    results = run_as(STRANGER, attempt, list(titles(tree.mirror).values()))
+    results = run_as(STRANGER, intent, list(titles(tree.mirror).values()))
     assert set(results) <= REFUSED, results
 
 

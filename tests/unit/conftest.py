@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from llloop.arena import Arena
-from llloop.syscalls import PR_GET_SECUREBITS, PR_SET_SECUREBITS, get_capabilities, prctl, set_capabilities
+from llloop.linux.syscalls import PR_GET_SECUREBITS, PR_SET_SECUREBITS, get_capabilities, prctl, set_capabilities
+from llloop.shared.slots import Slots
 from tests.unit.source import Source
 from tests.unit.support import Device, packet_pipe
 
@@ -31,8 +31,8 @@ def unchanged_process() -> Iterator[None]:
 
 
 @pytest.fixture
-def arena() -> Arena:
-    return Arena(4, PAYLOAD, 2)
+def slots() -> Slots:
+    return Slots(4, PAYLOAD, 2)
 
 
 @pytest.fixture

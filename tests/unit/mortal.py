@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-from llloop import ledger as ledger_module
-from llloop import syscalls, wire
-from llloop.arena import Arena
 from llloop.config import ServeConfig
-from llloop.front import attempts as attempts_module
+from llloop.front.context import Context, build_context
 from llloop.front.inodes import ROOT
 from llloop.front.loop import Loop
-from llloop.front.mirror import Mirror, build_mirror
-from llloop.front.recovery import recover
-from llloop.ledger import Ledger
-from llloop.negotiation import Capabilities, Feature
-from llloop.wire import FUSE_UNIQUE_RESEND, Opcode
+from llloop.front.recovery import intents as attempts_module
+from llloop.front.recovery.takeover import recover
+from llloop.linux import fuse, syscalls
+from llloop.linux.fuse import FUSE_UNIQUE_RESEND, Opcode
+from llloop.shared import journal as journal_module
+from llloop.shared.journal import Journal
+from llloop.shared.negotiation import Capabilities, Feature
+from llloop.shared.slots import Slots
 from tests.unit.support import Reply, close_ledger, heir
 
 ME = (os.geteuid(), os.getegid())
@@ -57,7 +57,7 @@ class Killed(BaseException):
 
 
 class Life:
-    """How many steps a process takes until it is killed; a step is a store to the ledger, or one side of a call.
+    """How many steps a process takes until it is killed; a step is a store to the journal, or one side of a call.
 
     Args:
         steps: the number of the step at which it is killed, or None to let it live.
@@ -83,7 +83,7 @@ class Life:
 
 
 class _Cells:
-    """The ledger's cells, every store to which is a step."""
+    """The journal's cells, every store to which is a step."""
 
     def __init__(self, cells: memoryview, life: Life) -> None:
         self._cells = cells
@@ -117,9 +117,9 @@ class _Packing:
         return getattr(self._packing, name)
 
 
-def mortal_ledger(ledger: Ledger, life: Life) -> Ledger:
+def mortal_ledger(journal: Journal, life: Life) -> Journal:
     """The same memory in the hands of a process of that life."""
-    own = heir(ledger)
+    own = heir(journal)
     own.cells = _Cells(own.cells, life)  # type: ignore[assignment]
     return own
 
@@ -129,7 +129,7 @@ def living(life: Life) -> Iterator[None]:
     """Everything in the block is done by a process of that life; it may end in `Killed`."""
     patches = [
         mock.patch.multiple(
-            ledger_module, _BODY=_Packing(ledger_module._BODY, life), _TAIL=_Packing(ledger_module._TAIL, life)
+            journal_module, _BODY=_Packing(journal_module._BODY, life), _TAIL=_Packing(journal_module._TAIL, life)
         ),
         mock.patch.multiple(os, **{name: life.around(getattr(os, name)) for name in _CALLS}),
         mock.patch.object(syscalls, "renameat2", life.around(syscalls.renameat2)),
@@ -171,15 +171,15 @@ class Line:
     """One mount: fronts that follow each other on one source, and a socket in the place of /dev/fuse."""
 
     def __init__(
-        self, path: Path, pipes: list[tuple[int, int]], features: int = 0, slots: int = 4, **options: Any
+        self, path: Path, pipes: list[tuple[int, int]], features: int = 0, count: int = 4, **options: Any
     ) -> None:
         self.path = path
         path.mkdir()
         self.root = os.open(path, os.O_PATH | os.O_DIRECTORY)
         self.config = ServeConfig(source=str(path), mountpoint="/nowhere", workers=len(pipes), **options)
         self.capabilities = Capabilities(42, Feature.SETXATTR_EXT | Feature.HAS_RESEND | Feature(features))
-        self.arena = Arena(slots, 32 * wire.PAGE_SIZE, len(pipes))
-        self.ledger = Ledger(1 << 10)
+        self.slots = Slots(count, 32 * fuse.PAGE_SIZE, len(pipes))
+        self.journal = Journal(1 << 10)
         self.pipes = pipes
         self._kernel, self._device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._kernel.setblocking(False)
@@ -259,7 +259,7 @@ class Line:
                 data = self._kernel.recv(1 << 20)
             except BlockingIOError:
                 return
-            length, error, unique = wire.OUT_HEADER.unpack_from(data)
+            length, error, unique = fuse.OUT_HEADER.unpack_from(data)
             assert length == len(data)
             if unique == 0:
                 self.notifications.append(error)
@@ -267,7 +267,7 @@ class Line:
             unique &= ~FUSE_UNIQUE_RESEND
             assert unique in self.unanswered, "an answer to what is answered already, or was never asked"
             del self.unanswered[unique]
-            self.answers[unique] = Reply(unique, -error, data[wire.OUT_HEADER_SIZE :])
+            self.answers[unique] = Reply(unique, -error, data[fuse.OUT_HEADER_SIZE :])
 
     def answer(self, request: Request) -> Reply:
         """Ask and be answered."""
@@ -287,8 +287,8 @@ class Line:
         return int.from_bytes(reply.payload[:8], "little")
 
     @property
-    def mirror(self) -> Mirror:
-        return self.front.mirror
+    def context(self) -> Context:
+        return self.front.context
 
     def extra_descriptors(self) -> set[int]:
         """What is open besides what each front starts with."""
@@ -300,33 +300,33 @@ class Line:
         self._kernel.close()
         self._device.close()
         os.close(self.root)
-        close_ledger(self.ledger)
+        close_ledger(self.journal)
 
 
 class Front:
     """What runs in one front process; nothing is closed when it is dropped."""
 
     def __init__(self, line: Line, life: Life) -> None:
-        self._ledger = mortal_ledger(line.ledger, life)
+        self._journal = mortal_ledger(line.journal, life)
         packing = _Packing(attempts_module._NOTE, life)
         with mock.patch.object(attempts_module, "_NOTE", packing):
             writers = [writer for _, writer in line.pipes]
-            mirror = self.mirror = build_mirror(
-                line.config, line.capabilities, line.arena, self._ledger, writers, line.root, line.device
+            context = self.context = build_context(
+                line.config, line.capabilities, line.slots, self._journal, writers, line.root, line.device
             )
         self._packing = packing
-        is_successor = line.arena.generation > 0
+        is_successor = line.slots.generation > 0
         if is_successor:
-            recover(mirror, self._ledger, line.own)
-        line.arena.new_front(os.getpid())
+            recover(context, self._journal, line.own)
+        line.slots.new_front(os.getpid())
         if not is_successor:
-            line.arena.settle()
-        line.arena.touch()
-        self.loop = Loop(mirror, line.device, self._ledger)
+            line.slots.settle()
+        line.slots.touch()
+        self.loop = Loop(context, line.device, self._journal)
 
     def is_of(self, life: Life) -> None:
         """Go on with another life."""
-        self._ledger.cells._life = self._packing._life = life  # type: ignore[attr-defined]
+        self._journal.cells._life = self._packing._life = life  # type: ignore[attr-defined]
 
     def serve(self) -> None:
         base, length = self.loop._receive()

@@ -6,13 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from llloop import wire
-from llloop.arena import Arena
 from llloop.config import ServeConfig
-from llloop.front.mirror import Mirror, build_mirror
+from llloop.front.context import Context, build_context
 from llloop.front.requester import Requester
-from llloop.ledger import Ledger
-from llloop.negotiation import Capabilities, Feature
+from llloop.linux import fuse
+from llloop.shared.journal import Journal
+from llloop.shared.negotiation import Capabilities, Feature
+from llloop.shared.slots import Slots
 from tests.unit.support import ClosedAtOnce, close_ledger
 
 MYSELF = Requester(os.geteuid(), os.getegid(), 0o022)
@@ -26,22 +26,22 @@ class Source:
         self.readers = [reader for reader, _ in pipes]
         self.root = os.open(path, os.O_PATH | os.O_DIRECTORY)
         config = ServeConfig(source=str(path), mountpoint="/nowhere", workers=len(pipes), **options)
-        self.ledger = Ledger(1 << 16)
-        arena = Arena(4, 8 * wire.PAGE_SIZE, len(pipes))
+        self.journal = Journal(1 << 16)
+        slots = Slots(4, 8 * fuse.PAGE_SIZE, len(pipes))
         capabilities = Capabilities(38, Feature.SETXATTR_EXT)
         writers = [writer for _, writer in pipes]
         # No device: nothing is registered with the kernel, since passthrough is not among the capabilities.
-        self.mirror: Mirror = build_mirror(config, capabilities, arena, self.ledger, writers, self.root, -1)
-        self.tree = self.mirror.tree
-        self.files = self.mirror.files
+        self.context: Context = build_context(config, capabilities, slots, self.journal, writers, self.root, -1)
+        self.tree = self.context.tree
+        self.files = self.context.files
         # Nobody takes up here what a loop does when it has answered.
-        self.tree.anchors._closing = self.tree.anchors.pins._closing = self.files._closing = ClosedAtOnce()
+        self.tree.directory_fds._closing = self.tree.directory_fds.pins._closing = self.files._closing = ClosedAtOnce()
 
     def close(self) -> None:
-        for number in list(self.mirror.handles._table):
+        for number in list(self.context.handles._table):
             self.files.release(number)
-        self.tree.anchors.shrink()
-        for nodeid in list(self.tree.anchors.pins._table):
-            self.tree.anchors.drop(nodeid)
+        self.tree.directory_fds.shrink()
+        for nodeid in list(self.tree.directory_fds.pins._table):
+            self.tree.directory_fds.drop(nodeid)
         os.close(self.root)
-        close_ledger(self.ledger)
+        close_ledger(self.journal)

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from llloop import wire
-from llloop.ledger import Ledger
-from llloop.privilege import Writer
-from llloop.syscalls import Attributes
+from llloop.linux import fuse
+from llloop.linux.credentials import Writer
+from llloop.linux.syscalls import Attributes
+from llloop.shared.journal import Journal
 
 F_SETPIPE_SZ = 1031  # <linux/fcntl.h>
 
@@ -83,9 +83,9 @@ class Device:
         self._taken = end
         replies = []
         while data:
-            length, error, unique = wire.OUT_HEADER.unpack_from(data)
-            assert wire.OUT_HEADER_SIZE <= length <= len(data), "a reply does not have the length that it announces"
-            replies.append(Reply(unique, -error, data[wire.OUT_HEADER_SIZE : length]))
+            length, error, unique = fuse.OUT_HEADER.unpack_from(data)
+            assert fuse.OUT_HEADER_SIZE <= length <= len(data), "a reply does not have the length that it announces"
+            replies.append(Reply(unique, -error, data[fuse.OUT_HEADER_SIZE : length]))
             data = data[length:]
         return replies
 
@@ -103,7 +103,7 @@ class Device:
 def packet_pipe(room: int = 16) -> Iterator[tuple[int, int]]:
     """A pipe in packet mode for that many messages, whose ends do not block."""
     reader, writer = os.pipe2(os.O_DIRECT | os.O_NONBLOCK | os.O_CLOEXEC)
-    fcntl.fcntl(writer, F_SETPIPE_SZ, room * wire.PAGE_SIZE)
+    fcntl.fcntl(writer, F_SETPIPE_SZ, room * fuse.PAGE_SIZE)
     try:
         yield reader, writer
     finally:
@@ -116,23 +116,23 @@ def packets(reader: int) -> list[bytes]:
     found = []
     while True:
         try:
-            found.append(os.read(reader, wire.PAGE_SIZE))
+            found.append(os.read(reader, fuse.PAGE_SIZE))
         except BlockingIOError:
             return found
 
 
-def heir(ledger: Ledger) -> Ledger:
+def heir(journal: Journal) -> Journal:
     """The same memory as another process finds it that was forked before anything was recorded."""
-    own = copy.copy(ledger)
+    own = copy.copy(journal)
     own._free = []
     own._age = 0
     return own
 
 
-def close_ledger(ledger: Ledger) -> None:
+def close_ledger(journal: Journal) -> None:
     """Close its descriptor now, not when it is collected as garbage, while another test counts descriptors."""
-    ledger.cells.release()
-    ledger.memory.close()
+    journal.cells.release()
+    journal.memory.close()
 
 
 def open_descriptors() -> int:

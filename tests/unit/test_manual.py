@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 import pytest
 
-from llloop import cli
+from llloop.cli import main
 from scripts.manual import documents, escaped, shared_documents
 
 CHECKOUT = Path(__file__).parents[2]
@@ -41,7 +41,7 @@ def test_every_option_is_in_the_page_as_it_is_typed() -> None:
     page = SHARE / "man" / "llloop.1"
     command = ["groff", "-man", "-Tascii", "-P-cbou", page]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for command in cli.main.commands.values():
+    for command in main.main.commands.values():
         for option in command.params:
             if isinstance(option, click.Option) and not option.hidden:
                 assert all(spelling in text for spelling in option.opts), option.opts

@@ -87,8 +87,8 @@ def test_metadata(wheel: Path, names: set[str]) -> None:
         "prometheus-client",
     }
     assert dict(entry_points["console_scripts"]) == {
-        "llloop": "llloop.cli:main",
-        "mount.llloop": "llloop.mount_helper:main",
+        "llloop": "llloop.cli.main:main",
+        "mount.llloop": "llloop.cli.mount_helper:main",
     }
     assert any(name.startswith(info) and name.endswith("/LICENSE") for name in names)
 

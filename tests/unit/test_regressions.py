@@ -16,19 +16,19 @@ from typing import Any
 
 import pytest
 
-from llloop import mounting
-from llloop.arena import Arena
 from llloop.config import Cache, IoKind, LoopKind, ServeConfig
 from llloop.errors import UsageError
-from llloop.front.caching import CachePolicy
-from llloop.front.handles import Handle
+from llloop.front.cache_policy import CachePolicy
 from llloop.front.inodes import ROOT, Inode, Inodes
+from llloop.front.open_files import Handle
 from llloop.front.router import Router
-from llloop.ledger import Ledger
-from llloop.protocol import HANDLES_PER_FRONT, Operation, encode
-from llloop.wire import FOPEN_KEEP_CACHE
-from llloop.workers import leases as leases_module
-from llloop.workers.leases import Leases
+from llloop.linux import mounts
+from llloop.linux.fuse import FOPEN_KEEP_CACHE
+from llloop.shared.journal import Journal
+from llloop.shared.messages import HANDLES_PER_FRONT, Operation, encode
+from llloop.shared.slots import Slots
+from llloop.workers import descriptors as descriptors_module
+from llloop.workers.descriptors import Descriptors
 from tests.expect import fails
 from tests.unit.source import MYSELF, Source
 from tests.unit.support import attributes, packet_pipe, packets
@@ -60,14 +60,14 @@ def test_directories_that_changed_places_in_the_source_are_stale_not_endless(sou
     os.makedirs(source.path / "a/b")
     a, _ = source.tree.lookup(ROOT, b"a")
     b, _ = source.tree.lookup(a, b"b")
-    source.tree.anchors.directory(b)
+    source.tree.directory_fds.directory(b)
     (source.path / "a/b").rename(source.path / "b")
     (source.path / "a").rename(source.path / "b/a")
     source.tree.lookup(b, b"a")
-    source.tree.anchors.shrink()
+    source.tree.directory_fds.shrink()
     for nodeid in (a, b):
         with ends_within(0.5), fails(errno.ESTALE):
-            source.tree.anchors.directory(nodeid)
+            source.tree.directory_fds.directory(nodeid)
 
 
 def test_a_file_outlives_its_last_name_though_another_was_removed_in_the_source(source: Source) -> None:
@@ -95,7 +95,7 @@ def test_a_file_outlives_its_last_name_though_it_took_one_that_was_removed_in_th
 def test_a_removed_file_never_answers_for_the_one_that_had_its_number_before(source: Source) -> None:
     (source.path / "file").write_text("new file")
     nodeid, _ = source.tree.lookup(ROOT, b"file")
-    source.mirror.inodes.get(nodeid).birth -= 1  # as if the kernel had been told of an older file with this number
+    source.context.inodes.get(nodeid).birth -= 1  # as if the kernel had been told of an older file with this number
     with fails(errno.ESTALE):
         source.tree.unlink(ROOT, b"file", MYSELF)
     assert (source.path / "file").exists()
@@ -104,7 +104,7 @@ def test_a_removed_file_never_answers_for_the_one_that_had_its_number_before(sou
 
 
 def test_an_inode_keeps_its_number_when_the_one_that_took_its_own_is_forgotten() -> None:
-    table = Inodes(attributes(2, device=0x801, mode=stat.S_IFDIR | 0o755), Ledger(64))
+    table = Inodes(attributes(2, device=0x801, mode=stat.S_IFDIR | 0o755), Journal(64))
     first = table.remember(ROOT, b"a", attributes(100, device=0x2A))
     homeless = attributes(first, device=0x801)
     second = table.remember(ROOT, b"b", homeless)
@@ -172,31 +172,31 @@ def process() -> Iterator[int]:
 def test_a_worker_closes_only_its_own_descriptors_though_a_front_died_before_it_was_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(leases_module, "_LONGEST_ABSENCE", 0.05)
+    monkeypatch.setattr(descriptors_module, "_LONGEST_ABSENCE", 0.05)
     fd = os.open(tmp_path, os.O_RDONLY)
-    arena = Arena(2, 4096, 1)
-    leases = Leases(arena)
+    slots = Slots(2, 4096, 1)
+    descriptors = Descriptors(slots)
     with process() as first, process() as third:
-        arena.new_front(first)
-        leases.get(HANDLES_PER_FRONT + 1, fd)
+        slots.new_front(first)
+        descriptors.get(HANDLES_PER_FRONT + 1, fd)
         with process() as second:
             pass
-        arena.new_front(second)
+        slots.new_front(second)
         with fails(errno.EIO):
-            leases.get(2 * HANDLES_PER_FRONT + 2, fd)
+            descriptors.get(2 * HANDLES_PER_FRONT + 2, fd)
         # They take the numbers that have become free.
         others = [os.open("/dev/null", os.O_RDONLY) for _ in range(4)]
-        arena.new_front(third)
-        leases.get(3 * HANDLES_PER_FRONT + 3, fd)
+        slots.new_front(third)
+        descriptors.get(3 * HANDLES_PER_FRONT + 3, fd)
         assert [os.readlink(f"/proc/self/fd/{other}") for other in others] == ["/dev/null"] * 4
-    leases.release(3 * HANDLES_PER_FRONT + 3)
+    descriptors.release(3 * HANDLES_PER_FRONT + 3)
     for number in (fd, *others):
         os.close(number)
 
 
 def test_releases_are_delivered_to_a_slow_worker_though_no_request_comes() -> None:
     with packet_pipe(2) as first, packet_pipe(2) as second:
-        router = Router(Arena(4, 4096, 2), [first[1], second[1]])
+        router = Router(Slots(4, 4096, 2), [first[1], second[1]])
         for shard, (_, writer) in enumerate((first, second)):
             with fails(errno.EAGAIN):
                 while True:
@@ -228,5 +228,5 @@ def test_a_mount_point_with_a_carriage_return_is_one_mount(tmp_path: Path, monke
     """The kernel escapes the newline in it, but not this."""
     table = tmp_path / "mountinfo"
     table.write_bytes(b"36 35 98:0 / /mnt/a\rb rw - tmpfs tmpfs rw\n")
-    monkeypatch.setattr(mounting, "Path", lambda name: table)
-    assert [entry.mountpoint for entry in mounting.mounts()] == ["/mnt/a\rb"]
+    monkeypatch.setattr(mounts, "Path", lambda name: table)
+    assert [entry.mountpoint for entry in mounts.mounts()] == ["/mnt/a\rb"]

@@ -1,0 +1,47 @@
+"""What the commands share: their exit codes, and errors told in one line."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from llloop.errors import LlloopError
+from llloop.logging.escape import printable
+
+
+class UntouchedPath(click.Path):
+    """A path that is taken as it is given: `click.Path` looks what is there, and waits for a server that hangs."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return os.fsdecode(value)
+
+
+EXIT_CODES = """\b
+Exit codes:
+  0  stopped cleanly
+  1  the mount failed or ended unexpectedly
+  2  an option makes no sense
+  3  the source cannot be mirrored
+  4  the mount point cannot be used
+  5  this machine or user cannot mount with FUSE
+  6  a dead mount is in the way
+"""
+
+
+def report_errors(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn errors into one line on standard error and their exit code."""
+
+    @functools.wraps(command)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except LlloopError as error:
+            click.echo(f"llloop: {printable(error)}", err=True)
+            sys.exit(error.exit_code)
+
+    return wrapper

@@ -1,0 +1,232 @@
+"""The `llloop` command: argument handling and messages, nothing else."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llloop.cli import systemd_unit
+from llloop.cli.common import EXIT_CODES, UntouchedPath, report_errors
+from llloop.cli.daemon import Daemon
+from llloop.cli.monitoring import control, stats, status
+from llloop.config import MAX_WORKERS, Cache, IoKind, LoopKind, MetadataKind, ServeConfig, help_text
+from llloop.errors import HostError, MountpointError, UsageError
+from llloop.linux import mount_identity, mounts
+from llloop.linux.stdio import open_missing_standard_descriptors
+from llloop.logging import setup as log
+from llloop.logging.escape import printable
+from llloop.shared.slots import DEFAULT_SLOTS
+from llloop.supervisor import start_checks
+from llloop.supervisor.process_state import keep_ended_children
+from llloop.supervisor.sd_notify import Notifier
+from llloop.supervisor.supervisor import Supervisor
+from llloop.version import __version__
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "LLLOOP", "max_content_width": 120}
+
+
+def _option(name: str, *more: str, **attributes: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Declare an option of `ServeConfig`, whose help text is that field's documentation."""
+    return click.option(*more, name, help=help_text(name), **attributes)
+
+
+def _say(line: str) -> None:
+    """Print a line; that nobody reads it is no reason not to serve."""
+    try:
+        click.echo(line)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class _Commands(click.Group):
+    """The command as a whole, which may be started without standard descriptors, or with SIGCHLD ignored."""
+
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        open_missing_standard_descriptors()
+        keep_ended_children()
+        return super().main(*arguments, **options)
+
+
+@click.group(cls=_Commands, context_settings=_CONTEXT, epilog=EXIT_CODES)
+@click.version_option(__version__, prog_name="llloop", message="%(prog)s %(version)s")
+def main() -> None:
+    """Mirror a directory at a mount point through FUSE, with its data I/O spread over worker processes.
+
+    Every option can also be given as an environment variable: LLLOOP_SERVE_WORKERS=8 for --workers 8 of serve.
+    LLLOOP_SOURCE and LLLOOP_MOUNTPOINT stand in for SOURCE and MOUNTPOINT.
+    """
+
+
+_source = click.argument("source", type=click.Path(readable=False), envvar="LLLOOP_SOURCE")
+_mountpoint = click.argument("mountpoint", type=UntouchedPath(), envvar="LLLOOP_MOUNTPOINT")
+
+
+@main.command(epilog=EXIT_CODES)
+@_source
+@_mountpoint
+@_option("workers", "--workers", "-w", type=click.IntRange(1, MAX_WORKERS), default=None, metavar="N")
+@_option("read_only", "--read-only", "--ro", is_flag=True)
+@_option("allow_other", "--allow-other/--no-allow-other", default=None)
+@_option("cache", "--cache", type=click.Choice([cache.value for cache in Cache]), default=Cache.AUTO.value)
+@_option("io", "--io", type=click.Choice([kind.value for kind in IoKind]), default=IoKind.WORKERS.value)
+@_option("writeback", "--writeback", is_flag=True)
+@_option(
+    "metadata",
+    "--metadata",
+    type=click.Choice([kind.value for kind in MetadataKind]),
+    default=MetadataKind.AUTO.value,
+)
+@_option("attr_timeout", "--attr-timeout", type=float, default=None, metavar="SECONDS")
+@_option("entry_timeout", "--entry-timeout", type=float, default=None, metavar="SECONDS")
+@_option("negative_timeout", "--negative-timeout", type=float, default=None, metavar="SECONDS")
+@_option("xattr", "--xattr/--no-xattr", default=True)
+@_option("options", "-o", "--options", multiple=True, metavar="OPTION[,OPTION...]")
+@_option("fsname", "--fsname", default=None, metavar="NAME")
+@_option("nonempty", "--nonempty", is_flag=True)
+@_option("replace_dead", "--replace-dead", is_flag=True)
+@_option("loop", "--loop", type=click.Choice([kind.value for kind in LoopKind]), default=LoopKind.OWN.value)
+@_option("slots", "--slots", type=click.IntRange(2, 4096), default=DEFAULT_SLOTS, hidden=True)
+@click.option(
+    "--daemon",
+    is_flag=True,
+    help="Go on in the background: return when the mount is ready, with a non-zero exit code if it never is. "
+    "Messages then go to --log-file or are lost. Default: stay in the foreground.",
+)
+@click.option(
+    "--pid-file",
+    type=click.Path(path_type=Path),
+    help="Write the supervisor's process id there when the mount is ready; removed at the end. Default: none.",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(log.LEVELS),
+    default="info",
+    help="Least severe messages to log. Nothing is logged for single requests, so this costs no speed. Default: info.",
+)
+@click.option(
+    "--log-file",
+    type=click.Path(path_type=Path),
+    help="Append log messages of all processes to this file. Default: standard error.",
+)
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Mount nothing: say whether the mount could be made, with the exit code and the message that it would end "
+    "with. Default: off.",
+)
+@click.option(
+    "--check-restart",
+    is_flag=True,
+    help="As --check, for an llloop mount that is served at MOUNTPOINT now and is to be started anew with other "
+    "options: that it is there is no hindrance. Default: off.",
+)
+@report_errors
+def serve(
+    source: str,
+    mountpoint: str,
+    daemon: bool,
+    pid_file: Path | None,
+    log_level: str,
+    log_file: Path | None,
+    check: bool,
+    check_restart: bool,
+    **options: Any,
+) -> None:
+    """Mirror the directory SOURCE at MOUNTPOINT until it is unmounted.
+
+    Stop it with Ctrl-C, SIGTERM, or `llloop umount MOUNTPOINT`.
+    """
+    options["cache"] = Cache(options["cache"])
+    options["io"] = IoKind(options["io"])
+    options["metadata"] = MetadataKind(options["metadata"])
+    options["loop"] = LoopKind(options["loop"])
+    config = ServeConfig(source=source, mountpoint=mountpoint, **options)
+    for option, file in (("--log-file", log_file), ("--pid-file", pid_file)):
+        if file is not None and mounts.is_below(str(file), mountpoint):
+            raise UsageError(f"{option} {file}: it lies in the mount point, where the mount would hide it")
+    try:
+        if log_file is not None:
+            log_file = log_file.absolute()
+        if not (check or check_restart):
+            log.configure(log_level, log_file)
+        elif log_file is not None:
+            log.check(log_file)
+    except OSError as error:
+        raise HostError(f"log file {log_file}: {error.strerror}") from None
+    background = Daemon(pid_file)
+    if check or check_restart:
+        checked = start_checks.check(config, restart=check_restart)
+        _say(printable(f"llloop: {checked.source} can be served at {checked.mountpoint}"))
+        return
+
+    def on_ready(line: str) -> None:
+        background.ready()
+        if not daemon:
+            _say(f"llloop: {printable(line)}")
+        else:
+            background.let_go()
+
+    supervisor = Supervisor(config, on_ready, detached=daemon, notifier=Notifier(os.environ))
+    if daemon:
+        background.start()
+    try:
+        sys.exit(supervisor.run())
+    finally:
+        background.end()
+
+
+@main.command()
+@_mountpoint
+@click.option(
+    "--lazy",
+    is_flag=True,
+    help="Detach the mount at once even if it is in use: programs that have files open there keep them, and the "
+    "server ends when the last is closed. A dead mount in use goes the same way. Default: fail if it is busy.",
+)
+@click.option(
+    "--if-dead",
+    is_flag=True,
+    help="Unmount only what a dead server has left behind. If nothing is mounted there, or something that lives, do "
+    "nothing and end with 0. For clean-up after a service, whatever ended it. Default: off.",
+)
+@report_errors
+def umount(mountpoint: str, lazy: bool, if_dead: bool) -> None:
+    """End the llloop mount at MOUNTPOINT: its server stops cleanly."""
+    path = mounts.resolve_mountpoint(mountpoint)
+    try:
+        entry = mounts.find_mount(path) if if_dead else mounts.find_llloop(path, mountpoint)
+        if not if_dead and entry is not None:
+            mount_identity.of(entry).unmount(lazy=lazy)
+        elif entry is not None and entry.type == mounts.TYPE:
+            mount_identity.detach_if_dead(path, lazy=lazy)
+    except OSError as error:
+        hint = "; close what uses it, or detach it with --lazy" if not lazy else ""
+        raise MountpointError(f"{mountpoint}: {error.strerror}{hint}") from None
+
+
+@main.command("systemd-unit")
+@click.argument("place", nargs=-1, metavar="[SOURCE MOUNTPOINT]", type=click.Path(readable=False))
+@report_errors
+def print_systemd_unit(place: tuple[str, ...]) -> None:
+    """Print the systemd unit llloop@.service, which runs this very command.
+
+    With SOURCE and MOUNTPOINT: print what makes one instance wait for the file systems that these lie on, to be
+    written to /etc/systemd/system/llloop@INSTANCE.service.d/mounts.conf.
+    """
+    if len(place) not in (0, 2):
+        raise UsageError("systemd-unit takes either no arguments or SOURCE and MOUNTPOINT")
+    click.echo(systemd_unit.drop_in(*place) if place else systemd_unit.unit(), nl=False)
+
+
+main.add_command(status)
+main.add_command(stats)
+main.add_command(control)
+
+
+if __name__ == "__main__":
+    main()

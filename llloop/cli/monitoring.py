@@ -1,0 +1,207 @@
+"""The commands that look into running mounts: `llloop status` and `llloop stats`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from llloop.cli.common import UntouchedPath, report_errors
+from llloop.control import client, discovery
+from llloop.errors import HostError, LlloopError, MountpointError, UsageError
+from llloop.linux import mounts
+from llloop.logging import setup as log
+
+_LEAST = 0.1  # seconds between two looks
+_T = TypeVar("_T")
+
+_STATUS_CODES = """\b
+Exit codes:
+  0  every mount shown is served
+  1  one is dead, does not answer, does not talk to this user, or has a problem
+  4  MOUNTPOINT is not an llloop mount
+"""
+_CONTROL_CODES = """\b
+Exit codes:
+  0  it has been told, and does it
+  1  the mount's server is gone, does not answer, or is another user's
+  2  an argument makes no sense
+  4  MOUNTPOINT is not an llloop mount
+"""
+_STATS_CODES = """\b
+Exit codes:
+  0  shown, or ended by Ctrl-C; without MOUNTPOINT, whatever state the mounts are in
+  1  the mount's server is gone, does not answer, or is another user's
+  2  an option makes no sense
+  4  MOUNTPOINT is not an llloop mount
+  5  the file for --textfile cannot be written
+"""
+
+
+@click.command(epilog=_STATUS_CODES)
+@click.argument("mountpoint", type=UntouchedPath(), required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead: a list, also of one mount.")
+@report_errors
+def status(mountpoint: str | None, as_json: bool) -> None:
+    """Show the llloop mounts on this machine, or the one at MOUNTPOINT.
+
+    Of each: its source, options, processes and features, how long it has been up, and whether it answers; what is
+    wrong, if a process is stopped, or the source is gone, hangs or is frozen. Also shown are mounts whose server is
+    gone. Ordinary users see their own in full, and that others exist.
+    """
+    mounts = [discovery.survey_one(mountpoint)] if mountpoint else discovery.survey()
+    if as_json:
+        click.echo(json.dumps(mounts, indent=2))
+    else:
+        # Only here: it takes longer to load than all the rest, and serve does not need it.
+        from llloop.cli import tables
+
+        tables.console().print(tables.status_view(mounts))
+    if any(one["state"] in ("dead", "not answering", "unknown") or one.get("problems") for one in mounts):
+        sys.exit(1)
+
+
+@click.command(epilog=_STATS_CODES)
+@click.argument("mountpoint", type=UntouchedPath(), required=False)
+@click.option(
+    "--watch",
+    type=float,
+    is_flag=False,
+    flag_value=1.0,
+    default=None,
+    metavar="[SECONDS]",
+    help="Go on until Ctrl-C, and show what happened in each interval. Default: 1 second if no number is given; "
+    "without --watch, the figures since the mount began.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead; with --watch a line for each interval.")
+@click.option("--prometheus", is_flag=True, help="Print the counters in Prometheus's text format instead.")
+@click.option(
+    "--textfile",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write that format to FILE, replaced as a whole, for node_exporter's textfile collector; its name must end "
+    "in .prom there. With --watch, again and again.",
+)
+@report_errors
+def stats(mountpoint: str | None, watch: float | None, as_json: bool, prometheus: bool, textfile: Path | None) -> None:
+    """Show what the llloop mount at MOUNTPOINT does, or all that this user can see: rates, latencies, who does it."""
+    if as_json + prometheus + (textfile is not None) > 1:
+        raise UsageError("--json, --prometheus and --textfile exclude each other")
+    if prometheus and watch is not None:
+        raise UsageError("--prometheus and --watch exclude each other; a loop can write a file: --textfile")
+    if watch is not None and not _LEAST <= watch <= 86400:
+        raise UsageError(f"--watch must be a number of seconds from {_LEAST:g} to 86400, not {watch:g}")
+    try:
+        if as_json:
+            _print_json(_figures(mountpoint, watch), lines=watch is not None, alone=mountpoint is not None)
+        elif prometheus or textfile is not None:
+            _export(mountpoint, watch, textfile)
+        else:
+            _show(_figures(mountpoint, watch))
+    except KeyboardInterrupt:
+        pass
+
+
+@click.command("control", epilog=_CONTROL_CODES)
+@click.argument("mountpoint", type=UntouchedPath())
+@click.argument("command", type=click.Choice(["reload", "stop", "log-level"]))
+@click.argument("level", type=click.Choice(log.LEVELS), required=False)
+@report_errors
+def control(mountpoint: str, command: str, level: str | None) -> None:
+    """Have the llloop mount at MOUNTPOINT do something.
+
+    \b
+    reload           open the log file again and replace the workers one by one
+    stop             unmount and end, as SIGTERM does; does not wait for it
+    log-level LEVEL  log messages of LEVEL and above from now on, in all processes
+    """
+    if (command == "log-level") != (level is not None):
+        raise UsageError("log-level takes a level, e.g. debug" if level is None else f"{command} takes no argument")
+    client.ask_mount(mountpoint, command, **({"level": level} if level else {}))
+
+
+def _repeated(look: Callable[[], _T], watch: float | None) -> Iterator[_T]:
+    """Yield what *look* returns, once or again and again."""
+    while True:
+        yield look()
+        if watch is None:
+            return
+        time.sleep(watch)
+
+
+def _counters(mountpoint: str | None) -> list[dict[str, Any]]:
+    """Return what the mounts asked for answer; of the one at *mountpoint*, where that is given, an answer or an error.
+
+    Raises:
+        LlloopError: the mount at *mountpoint* is none, or does not answer.
+    """
+    return discovery.measure() if mountpoint is None else [client.ask_mount(mountpoint, "stats")]
+
+
+def _figures(mountpoint: str | None, watch: float | None) -> Iterator[list[dict[str, Any]]]:
+    """Yield the mounts' figures since each began, or of one interval after the other."""
+    from llloop.cli.rates import since
+
+    before: dict[str, dict[str, Any]] | None = None
+    for answers in _repeated(lambda: _counters(mountpoint), watch):
+        if watch is None or before is not None:
+            then = before or {}
+            yield [since(one, then.get(one["mountpoint"])) if "operations" in one else one for one in answers]
+        before = {one["mountpoint"]: one for one in answers if "operations" in one}
+
+
+def _print_json(figures: Iterator[list[dict[str, Any]]], lines: bool, alone: bool) -> None:
+    for answers in figures:
+        click.echo(json.dumps(answers[0] if alone else answers, indent=None if lines else 2))
+
+
+def _export(mountpoint: str | None, watch: float | None, textfile: Path | None) -> None:
+    """Print or write Prometheus's format, in which a mount that is gone is down.
+
+    Raises:
+        LlloopError: the mount at *mountpoint* does not answer, which has been printed or written; or FILE cannot be.
+    """
+    from llloop.cli import prometheus
+
+    for answers, error in _repeated(lambda: _exported(mountpoint), watch):
+        if textfile is None:
+            click.echo(prometheus.text(answers), nl=False)
+        else:
+            try:
+                prometheus.write(answers, textfile)
+            except OSError as problem:
+                raise HostError(f"{textfile}: {problem.strerror}") from None
+        if error is not None and watch is None:
+            raise error
+
+
+def _exported(mountpoint: str | None) -> tuple[list[dict[str, Any]], LlloopError | None]:
+    if mountpoint is None:
+        return discovery.measure(), None
+    try:
+        found = discovery.measure_one(mountpoint)
+    except MountpointError as error:
+        return [{"mountpoint": mounts.resolve_mountpoint(mountpoint), "state": "not mounted"}], error
+    reason = found.get("reason")
+    return [found], None if reason is None else LlloopError(f"{mountpoint}: {reason}")
+
+
+def _show(figures: Iterator[list[dict[str, Any]]]) -> None:
+    from llloop.cli import tables
+
+    console = tables.console()
+    if not console.is_terminal:
+        for mounts in figures:
+            console.print(tables.stats_view(mounts))
+        return
+    from rich.live import Live
+
+    first = next(figures)
+    with Live(tables.stats_view(first), console=console, auto_refresh=False) as live:
+        for mounts in figures:
+            live.update(tables.stats_view(mounts), refresh=True)

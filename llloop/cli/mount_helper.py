@@ -1,0 +1,220 @@
+"""`mount.llloop`, the program by which mount(8) and /etc/fstab make llloop mounts.
+
+Its mount options are the options of `llloop serve`, taken from that command, so that there is no second list of them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import sys
+from collections.abc import Iterable
+
+import click
+
+from llloop import mount_options
+from llloop.cli.main import serve
+from llloop.errors import HostError, UsageError
+from llloop.linux.stdio import open_missing_standard_descriptors
+from llloop.logging.escape import printable
+from llloop.supervisor.process_state import keep_ended_children
+from llloop.version import __version__
+
+# Exit codes of mount(8).
+_USAGE, _SYSTEM, _BUG, _INTERRUPTED, _FAILED = 1, 2, 4, 8, 32
+_EXIT_CODES = """\b
+Exit codes, as mount(8) has them:
+  0   mounted
+  1   an option makes no sense
+  2   this machine or user cannot mount with FUSE
+  4   an error inside llloop
+  8   interrupted
+  32  the mount failed: the source or the mount point cannot be used
+"""
+
+# What mount(8) itself acts on, or what has no meaning for a FUSE mount.
+_IGNORED = frozenset(
+    {
+        *("auto", "noauto", "user", "nouser", "users", "nousers", "owner", "noowner", "group", "nogroup", "nofail"),
+        *("_netdev", "defaults", "default_permissions", "loud", "silent"),
+    }
+)
+# With these, mount(8) puts noexec, nosuid and nodev before what the table says.
+_IMPLYING = re.compile("(users?|owner|group)(=.*)?")
+_IMPLIED = ("noexec", "nosuid", "nodev")
+_IGNORED_PREFIXES = ("x-", "X-", "comment=", "user=", "helper=", "uhelper=")
+# What a mount option cannot set: these are the helper's own business.
+_NOT_OFFERED = frozenset({"daemon", "check", "check_restart", "help"})
+
+
+def _offered() -> list[click.Option]:
+    """Return the options of `llloop serve` that are mount options too."""
+    return [one for one in serve.params if isinstance(one, click.Option) and one.name not in _NOT_OFFERED]
+
+
+def _spellings() -> dict[str, tuple[str, str, bool]]:
+    """Return the mount options: whose value each sets and what it is for `llloop serve`, and whether it has a value."""
+    table = {}
+    for option in _offered():
+        for spelling in (*option.opts, *option.secondary_opts):
+            if spelling.startswith("--"):
+                name = spelling[2:].replace("-", "_")
+                for variant in (spelling[2:], name, re.sub("^no_", "no", name)):
+                    table[variant] = (str(option.name), spelling, not option.is_flag)
+    return table
+
+
+def serve_arguments(options: Iterable[str], *, sloppy: bool = False) -> list[str]:
+    """Return mount options as arguments of `llloop serve`.
+
+    Args:
+        options: single mount options, such as "ro" or "workers=8".
+        sloppy: leave out what nobody knows.
+
+    Raises:
+        UsageError: an option lacks its value, has one too many, contradicts another, or asks for what a FUSE mount
+            cannot do.
+    """
+    table = _spellings()
+    arguments = []
+    seen: dict[str, str] = {}
+    given = _without_implied(options)
+    mount_options.refuse_contradictions(given)
+    for option in given:
+        name, assigned, value = option.partition("=")
+        if option in _IGNORED or option in mount_options.WITHOUT_EFFECT or option.startswith(_IGNORED_PREFIXES):
+            continue
+        if name == "remount":
+            raise UsageError("llloop cannot change the options of a mount; unmount it and mount it anew")
+        if name in table:
+            parameter, spelling, wants_value = table[name]
+            if parameter != "options" and seen.setdefault(parameter, option) != option:
+                raise UsageError(f"mount options {seen[parameter]} and {option} exclude each other; give one of them")
+            if wants_value != bool(assigned):
+                raise UsageError(f"mount option {option}: {'it needs a value' if wants_value else 'it takes no value'}")
+            arguments += [f"{spelling}={value}" if wants_value else spelling]
+        elif option in mount_options.KERNEL or not sloppy:
+            arguments += ["-o", option]
+    return arguments
+
+
+def _without_implied(options: Iterable[str]) -> list[str]:
+    """Return *options* without what mount(8) has put before them because an ordinary user may mount it."""
+    given = list(options)
+    if not any(_IMPLYING.fullmatch(option) for option in given):
+        return given
+    return [
+        option
+        for place, option in enumerate(given)
+        if option not in _IMPLIED or option.removeprefix("no") not in given[place:]
+    ]
+
+
+def _value(option: click.Option) -> str:
+    """Return what stands for an option's value in the help."""
+    if isinstance(option.type, click.Choice):
+        return "|".join(map(str, option.type.choices))
+    return option.metavar or option.type.name.upper()
+
+
+class Command(click.Command):
+    """A command whose help lists the mount options too."""
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return the mount options: how each is written, and what it does."""
+        rows = []
+        for option in _offered():
+            if not option.hidden:
+                names = [spelling[2:] for spelling in (*option.opts, *option.secondary_opts) if spelling[2:]]
+                value = "" if option.is_flag else f"={_value(option)}"
+                rows.append((", ".join(f"{name.replace('-', '_')}{value}" for name in names), option.help or ""))
+        return rows
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_options(ctx, formatter)
+        with formatter.section("Mount options"):
+            formatter.write_dl(self.rows())
+
+
+@click.command(
+    cls=Command,
+    epilog=_EXIT_CODES,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+@click.argument("source", type=click.Path(readable=False))
+@click.argument("mountpoint", type=click.Path(readable=False))
+@click.option("options", "-o", multiple=True, metavar="OPTION[,OPTION...]", help="Mount options, see below.")
+@click.option("fake", "-f", is_flag=True, help="Check the options, and mount nothing.")
+@click.option("sloppy", "-s", is_flag=True, help="Ignore mount options that nobody knows.")
+@click.option("verbose", "-v", is_flag=True, help="Print the `llloop serve` command that does the same.")
+@click.option("no_mtab", "-n", is_flag=True, help="Has no effect: there is no /etc/mtab to leave alone.")
+@click.option("read_only", "-r", is_flag=True, help="The same as -o ro.")
+@click.option("writable", "-w", is_flag=True, help="The same as -o rw.")
+@click.option("kind", "-t", metavar="TYPE", help="Has no effect: the type is always fuse.llloop.")
+@click.option("namespace", "-N", metavar="NAMESPACE", help="Refused: mount it with nsenter(1) instead.")
+@click.version_option(__version__, "-V", "--version", prog_name="mount.llloop", message="%(prog)s %(version)s")
+def mount_llloop(
+    source: str,
+    mountpoint: str,
+    options: tuple[str, ...],
+    fake: bool,
+    sloppy: bool,
+    verbose: bool,
+    no_mtab: bool,
+    read_only: bool,
+    writable: bool,
+    kind: str | None,
+    namespace: str | None,
+) -> None:
+    """Mirror the directory SOURCE at MOUNTPOINT, in the background, until it is unmounted.
+
+    For mount(8), which calls it for the types llloop and fuse.llloop: `mount -t llloop SOURCE MOUNTPOINT`, or a line of
+    /etc/fstab.
+    """
+    if namespace is not None:
+        raise UsageError("-N is not supported; use nsenter --mount=NAMESPACE mount -t llloop ...")
+    single = [one for text in options for one in mount_options.split(text)]
+    single += [*(["ro"] if read_only else []), *(["rw"] if writable else [])]
+    arguments = ["--daemon", *serve_arguments(single, sloppy=sloppy), "--", source, mountpoint]
+    if verbose:
+        click.echo(shlex.join(["llloop", "serve", *arguments]))
+    # No prefix: what a caller's environment says of another mount is not for this one.
+    context = serve.make_context("llloop serve", arguments)
+    if fake:
+        return
+    # The code of `llloop serve` becomes one of mount(8)'s, and --daemon ends the process that it is called in.
+    child = os.fork()
+    if child == 0:
+        with context:
+            serve.invoke(context)
+        sys.exit(0)
+    _, status = os.waitpid(child, 0)
+    sys.exit(_code_of(os.waitstatus_to_exitcode(status)))
+
+
+def _code_of(code: int) -> int:
+    """Return mount(8)'s exit code for one of `llloop serve`'s."""
+    if code < 0:
+        return _INTERRUPTED if code == -signal.SIGINT else _BUG
+    return {0: 0, UsageError.exit_code: _USAGE, HostError.exit_code: _SYSTEM}.get(code, _FAILED)
+
+
+def main() -> None:
+    """Run `mount.llloop` with the arguments of this process."""
+    open_missing_standard_descriptors()
+    keep_ended_children()
+    try:
+        mount_llloop(standalone_mode=False)
+    except click.ClickException as error:
+        message = error.format_message()
+        if isinstance(error, click.BadParameter) and error.param in _offered():
+            message = f"mount option {error.param.name}: {error.message}"
+        click.echo(f"mount.llloop: {printable(message)}", err=True)
+        sys.exit(_USAGE)
+    except UsageError as error:
+        click.echo(f"mount.llloop: {printable(error)}", err=True)
+        sys.exit(_USAGE)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(_INTERRUPTED)

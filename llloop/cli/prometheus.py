@@ -1,0 +1,147 @@
+"""Counters of mounts in Prometheus's text format, printed or put into a file for node_exporter's textfile collector."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from llloop.linux import trusted_files
+from llloop.logging.escape import printable_texts
+from llloop.shared.metrics import ORDINARY
+
+# The buckets shown: up to 2**27 microseconds, some two minutes. More would be series that nobody fills.
+_BUCKETS = 28
+# Errors that are shown before there are any: an alert cannot see that a series which begins with 1 has grown.
+_SHOWN = ("EIO", "ENOSPC", "EDQUOT", "EROFS", "EMFILE", "ENOMEM", "ETIMEDOUT")
+# States in which a mount answers requests.
+_UP = frozenset({"serving", "reloading", "stopping"})
+# Process states (proc_pid_stat(5)) in which a process does its work.
+_AT_WORK = frozenset("RSDI")
+
+
+class _Collector(Collector):
+    """What several mounts answered to ``stats``, as metrics.
+
+    Args:
+        mounts: what `llloop.control.discovery.measure` returns.
+    """
+
+    def __init__(self, mounts: Sequence[dict[str, Any]]) -> None:
+        by_mountpoint: dict[str, dict[str, Any]] = {}
+        for one in printable_texts(mounts):
+            # Of mounts on top of each other, or in several mount namespaces, the one that is seen here, once.
+            if one["mountpoint"] not in by_mountpoint or one.get("visible"):
+                by_mountpoint[one["mountpoint"]] = one
+        self._all = list(by_mountpoint.values())
+        self._answered = [one for one in self._all if "operations" in one]
+
+    def collect(self) -> Iterator[Metric]:
+        up = GaugeMetricFamily(
+            "llloop_up", "Whether the mount answers requests; 0 if its server is gone.", labels=["mountpoint"]
+        )
+        for one in self._all:
+            up.add_metric([one["mountpoint"]], one["state"] in _UP)
+        yield up
+        yield from self._operations()
+        yield from self._processes()
+        for name, text, value in (
+            ("llloop_source_up", "Whether the source is there and answers.", lambda one: not one["source_problem"]),
+            ("llloop_uptime_seconds", "How long the mount has been there.", lambda one: one["uptime"]),
+            ("llloop_inodes", "Inodes that the kernel knows.", lambda one: one["inodes"]),
+            ("llloop_open_handles", "Open files and directories.", lambda one: one["handles"]),
+            ("llloop_slots", "How many requests can be with the workers.", lambda one: one["slots"]["total"]),
+            ("llloop_slots_used", "How many requests are with the workers.", lambda one: one["slots"]["used"]),
+        ):
+            gauge = GaugeMetricFamily(name, text, labels=["mountpoint"])
+            for one in self._answered:
+                gauge.add_metric([one["mountpoint"]], value(one))
+            yield gauge
+        opens = CounterMetricFamily(
+            "llloop_opens", "Opens, by what became of the cached pages of the file.", labels=["mountpoint", "pages"]
+        )
+        for one in self._answered:
+            for decision, count in one["cache"].items():
+                opens.add_metric([one["mountpoint"], decision], count)
+        yield opens
+
+    def _operations(self) -> Iterator[Metric]:
+        labels = ["mountpoint", "operation"]
+        latency = HistogramMetricFamily(
+            "llloop_request_seconds", "How long requests took, from when the front took them.", labels=labels
+        )
+        errors = CounterMetricFamily(
+            "llloop_errors",
+            "Requests that failed, by errno, without those of llloop_ordinary_errors.",
+            labels=[*labels, "errno"],
+        )
+        ordinary = CounterMetricFamily(
+            "llloop_ordinary_errors",
+            "Requests answered with an errno that every file system answers in everyday use, such as ENOENT.",
+            labels=[*labels, "errno"],
+        )
+        moved = CounterMetricFamily("llloop_bytes", "Bytes of file data read, written or copied.", labels=labels)
+        for one in self._answered:
+            for name, count in one["operations"].items():
+                of = [one["mountpoint"], name.lower()]
+                latency.add_metric(of, _buckets(count["histogram"]), sum_value=count["nanoseconds"] / 1e9)
+                for errno, times in {**dict.fromkeys(_SHOWN, 0), **count["errnos"]}.items():
+                    (ordinary if errno in ORDINARY else errors).add_metric([*of, errno], times)
+                moved.add_metric(of, count["bytes"])
+        yield from (latency, errors, ordinary, moved)
+
+    def _processes(self) -> Iterator[Metric]:
+        labels = ["mountpoint", "process"]
+        counters = {
+            "requests": CounterMetricFamily(
+                "llloop_process_requests", "Requests answered by a process.", labels=labels
+            ),
+            "bytes": CounterMetricFamily("llloop_process_bytes", "Bytes of file data moved by it.", labels=labels),
+            "restarts": CounterMetricFamily("llloop_process_restarts", "How often it was replaced.", labels=labels),
+            "cpu_seconds": CounterMetricFamily("llloop_process_cpu_seconds", "CPU time it used.", labels=labels),
+        }
+        up = GaugeMetricFamily("llloop_process_up", "Whether it runs: 0 if it is stopped or gone.", labels=labels)
+        descriptors = GaugeMetricFamily("llloop_process_descriptors", "Descriptors it has open.", labels=labels)
+        queue = GaugeMetricFamily("llloop_worker_queue", "Requests handed to it and not answered.", labels=labels)
+        for mount in self._answered:
+            workers = [(f"worker-{shard}", one) for shard, one in enumerate(mount["workers"])]
+            for name, one in [("front", mount["front"]), *workers]:
+                of = [mount["mountpoint"], name]
+                for key, family in counters.items():
+                    family.add_metric(of, one[key])
+                up.add_metric(of, one["state"] in _AT_WORK)
+                descriptors.add_metric(of, one["descriptors"])
+                if "queue" in one:
+                    queue.add_metric(of, one["queue"])
+        yield from (*counters.values(), up, descriptors, queue)
+
+
+def _buckets(histogram: list[int]) -> list[tuple[str, float]]:
+    """Return the cumulative buckets; their bounds are in seconds."""
+    found: list[tuple[str, float]] = []
+    total = 0
+    for bucket in range(_BUCKETS):
+        total += histogram[bucket] if bucket < len(histogram) else 0
+        found.append((f"{2**bucket / 1e6:g}", total))
+    return [*found, ("+Inf", sum(histogram))]
+
+
+def text(mounts: Sequence[dict[str, Any]]) -> str:
+    """Return what `llloop.control.discovery.measure` returns in Prometheus's text format."""
+    registry = CollectorRegistry()
+    registry.register(_Collector(mounts))
+    return generate_latest(registry).decode()
+
+
+def write(mounts: Sequence[dict[str, Any]], file: Path) -> None:
+    """Put it into *file*, which is replaced as a whole: no reader sees half of it.
+
+    Raises:
+        OSError: it cannot be written, or is no regular file.
+    """
+    trusted_files.replace_file(os.path.abspath(file), text(mounts).encode())

@@ -1,0 +1,75 @@
+"""The systemd unit that this installation can offer (systemd.service(5), systemd.unit(5))."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+from pathlib import Path
+
+from llloop.errors import HostError, UsageError
+
+_UNIT = "llloop@.service"
+# What the unit file names as the command.
+_COMMAND = "/usr/local/bin/llloop"
+
+
+def unit() -> str:
+    """Return the template unit llloop@.service, running the command that runs now.
+
+    Raises:
+        HostError: this installation came without the unit file.
+    """
+    path = _installed(_UNIT)
+    if path is None:
+        raise HostError(f"{_UNIT} is not part of this installation; it is in the source code, in scripts/systemd")
+    return path.read_text(encoding="utf-8").replace(_COMMAND, " ".join(_word(part) for part in _this_command()))
+
+
+def drop_in(source: str, mountpoint: str) -> str:
+    """Return what one instance's unit needs in addition: to wait for the file systems it builds on.
+
+    Args:
+        source: the instance's source directory.
+        mountpoint: its mount point, whose parent directory must be there before.
+
+    Raises:
+        UsageError: a path cannot be written in a unit file.
+    """
+    # Of the mount point only the parent: systemd makes a mount unit of the mirror itself once it is there, and an
+    # instance that required its own mirror could not be started again.
+    places = (os.path.abspath(source), os.path.dirname(os.path.abspath(mountpoint)))
+    return "[Unit]\n" + "".join(f"RequiresMountsFor={_path(place)}\n" for place in places)
+
+
+def _installed(name: str) -> Path | None:
+    # An editable installation leaves data files where they are: in the checkout.
+    beside = Path(__file__).parents[1] / "scripts" / "systemd" / name
+    if beside.is_file():
+        return beside
+    try:
+        files = importlib.metadata.files("llloop") or ()
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return next((Path(str(file.locate())) for file in files if file.name == name), None)
+
+
+def _this_command() -> list[str]:
+    program = os.path.abspath(sys.argv[0])
+    if os.path.basename(program) == "llloop" and os.access(program, os.X_OK):
+        return [program]
+    return [sys.executable, "-m", "llloop"]
+
+
+def _word(text: str) -> str:
+    """Quote a word of a command line, where backslashes escape."""
+    escaped = text.replace("\\", "\\\\").replace("%", "%%")
+    return escaped if " " not in text and '"' not in text else '"' + escaped.replace('"', '\\"') + '"'
+
+
+def _path(path: str) -> str:
+    """Quote a path in a list of paths, where backslashes are themselves."""
+    if "\n" in path:
+        raise UsageError(f"{path!r}: a unit file cannot hold a path with a line break")
+    quoted = '"\'"'.join(f"'{part}'" for part in path.split("'")) if "'" in path else f'"{path}"'
+    return quoted.replace("%", "%%")

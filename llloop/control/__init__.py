@@ -1,0 +1,1 @@
+"""The control socket's protocol, its client, and the search for mounts."""

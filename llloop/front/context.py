@@ -1,0 +1,143 @@
+"""Everything the front serves from, put together once per front process."""
+
+from __future__ import annotations
+
+import os
+import resource
+from dataclasses import dataclass
+
+from llloop.config import ServeConfig
+from llloop.front.cache_policy import CachePolicy
+from llloop.front.descriptor_shares import Shares
+from llloop.front.directory_fds import DirectoryFds
+from llloop.front.inodes import Inodes
+from llloop.front.killpriv import KillPriv
+from llloop.front.open_files import Handles
+from llloop.front.opening import Files
+from llloop.front.passthrough import Passthrough
+from llloop.front.permissions import Permissions
+from llloop.front.pins import Pins
+from llloop.front.recovery.forget import Forgetting
+from llloop.front.recovery.intents import Intents
+from llloop.front.router import Router
+from llloop.front.tree import Tree
+from llloop.linux.credentials import Caller, SetidGuard
+from llloop.linux.syscalls import CLOSE_CAN_FAIL, STACKED, file_system_type, fstatx
+from llloop.shared.journal import Journal
+from llloop.shared.leadership import Leadership
+from llloop.shared.metrics import Gauge
+from llloop.shared.negotiation import Capabilities, Feature
+from llloop.shared.slots import Slots
+
+# Descriptors kept for directories: a share of what the process may open, most of which belongs to open files.
+_DIRECTORIES_SHARE = 8
+_DIRECTORIES_MOST = 1024
+# Descriptors that open files must leave for everything else, so that names can still be found when many are open.
+_RESERVE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What handlers work on.
+
+    Attributes:
+        config: the mount's options.
+        features: what was agreed with the kernel; nothing where llfuse runs the loop.
+        inodes, handles, attempts, tree, forgetting, files, router, policy, passthrough, setid: see their modules.
+        close_can_fail: whether close(2) on the source can report an error of an earlier write.
+        leadership: which thread serves.
+        closing: descriptors that are to be closed when the request at hand is answered, since that may take long.
+    """
+
+    config: ServeConfig
+    features: Feature
+    inodes: Inodes
+    handles: Handles
+    intents: Intents
+    tree: Tree
+    forgetting: Forgetting
+    files: Files
+    router: Router
+    policy: CachePolicy
+    passthrough: Passthrough
+    setid: SetidGuard
+    close_can_fail: bool
+    leadership: Leadership
+    closing: list[int]
+
+
+def build_context(
+    config: ServeConfig,
+    capabilities: Capabilities | None,
+    slots: Slots,
+    journal: Journal,
+    pipes: list[int],
+    root: int,
+    device: int,
+) -> Context:
+    """Put together what a front serves from.
+
+    Args:
+        config: the mount's options.
+        capabilities: what was agreed with the kernel, or None.
+        arena: the shared memory.
+        journal: what is to outlive the front.
+        pipes: the write ends of the workers' request pipes.
+        root: an O_PATH descriptor of the source.
+        device: the descriptor of /dev/fuse.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    readable = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root)
+    try:
+        kind = file_system_type(readable)
+    finally:
+        os.close(readable)
+    metrics = slots.metrics
+    inodes = Inodes(fstatx(root), journal, births=kind not in STACKED, count=metrics.gauge(Gauge.INODES))
+    directories = min(_DIRECTORIES_MOST, limit // _DIRECTORIES_SHARE)
+    leadership = Leadership()
+    closing: list[int] = []
+    payload_pipes = slots.pipes.descriptors if slots.pipes is not None else []
+    shares = Shares(limit - directories - _RESERVE - len(pipes) - len(payload_pipes), (0, os.geteuid()))
+    pins = Pins(inodes, shares, leadership, closing)
+    directory_fds = DirectoryFds(inodes, root, directories, pins, leadership, closing)
+    features = capabilities.features if capabilities is not None else Feature(0)
+    collecting = Feature.WRITEBACK_CACHE in features
+    handles = Handles(journal, slots.generation + 1, shares, metrics.gauge(Gauge.HANDLES), writeback=collecting)
+    router = Router(slots, pipes, leadership)
+    setid = SetidGuard()
+    caller = Caller(setid)
+    permissions = Permissions(caller, root, acl=Feature.POSIX_ACL in features, suid="suid" in config.options)
+    intents = Intents(journal)
+    killpriv = KillPriv(setid, caller, handles, permissions, leadership, writeback=collecting)
+    clears_setid = Feature.HANDLE_KILLPRIV_V2 not in features
+    tree = Tree(
+        root,
+        inodes,
+        directory_fds,
+        handles,
+        intents,
+        permissions,
+        setid,
+        killpriv,
+        leadership,
+        clears_setid=clears_setid,
+    )
+    passthrough = Passthrough(device, handles, intents, caller, setid, Feature.PASSTHROUGH in features)
+    return Context(
+        config=config,
+        features=features,
+        inodes=inodes,
+        handles=handles,
+        intents=intents,
+        tree=tree,
+        forgetting=Forgetting(slots, journal, tree),
+        files=Files(tree, handles, router, passthrough, killpriv, intents, collecting, device, leadership, closing),
+        router=router,
+        policy=CachePolicy(config, Feature.DIRECT_IO_ALLOW_MMAP in features),
+        passthrough=passthrough,
+        setid=setid,
+        close_can_fail=kind in CLOSE_CAN_FAIL,
+        leadership=leadership,
+        closing=closing,
+    )

@@ -1,0 +1,272 @@
+"""How an inode is reached: through a directory's descriptor and one name, or through a pin.
+
+Directories are opened with O_PATH and kept, the least recently used are closed. Every access is one
+name relative to one of them, never followed if it is a symlink, so that nothing leads out of
+the source. An inode whose last known name goes while the kernel still knows it is *pinned* by
+an O_PATH descriptor until the kernel forgets it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import OrderedDict
+from types import TracebackType
+
+from llloop.front.inodes import ROOT, Inode, Inodes, stale
+from llloop.front.pins import Pins
+from llloop.linux.syscalls import Attributes, fstatx, statx
+from llloop.shared.leadership import Leadership
+
+_DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# What says that a name does not lead to the inode any more (ELOOP: a symlink stands there now).
+_MOVED = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ELOOP})
+# What a mount can forbid whatever the file system allows (statvfs(3)).
+_MOUNT_FLAGS = os.ST_RDONLY | os.ST_NOSUID | os.ST_NODEV | os.ST_NOEXEC
+_ANY = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class Reached:
+    """A descriptor of one inode for the time of a ``with`` statement.
+
+    Attributes:
+        fd: the descriptor.
+        is_path: whether it was opened with O_PATH.
+        target: what stands for the inode in calls of ``os`` that do not take a descriptor opened with O_PATH.
+    """
+
+    __slots__ = ("_is_own", "fd", "is_path", "target")
+
+    def __init__(self, fd: int, *, is_path: bool, is_own: bool) -> None:
+        self.fd = fd
+        self.is_path = is_path
+        self.target: int | str = f"/proc/self/fd/{fd}" if is_path else fd
+        self._is_own = is_own
+
+    def __enter__(self) -> Reached:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._is_own:
+            os.close(self.fd)
+
+
+class DirectoryFds:
+    """The descriptors that lead to inodes.
+
+    Args:
+        inodes: the inode table.
+        root: an O_PATH descriptor of the source; stays the caller's.
+        capacity: how many directories are kept open.
+        pins: the descriptors of inodes without names.
+        leadership: which thread serves.
+        closing: takes the descriptors of directories, which may take long to close.
+    """
+
+    def __init__(
+        self, inodes: Inodes, root: int, capacity: int, pins: Pins, leadership: Leadership, closing: list[int]
+    ) -> None:
+        self._leadership = leadership
+        self._closing = closing
+        self._inodes = inodes
+        self._root = root
+        self._capacity = max(capacity, 2)
+        self._directories: OrderedDict[int, int] = OrderedDict()
+        self._returned = ROOT  # the directory that was asked for last
+        self.pins = pins
+        inodes.on_reuse = self.drop
+        inodes.is_alike = self._is_alike
+
+    @property
+    def kept(self) -> int:
+        """How many descriptors are kept, of directories and of removed files."""
+        return len(self._directories) + len(self.pins)
+
+    def directory(self, nodeid: int) -> int:
+        """Return a descriptor of the directory *nodeid*, valid until the second next call.
+
+        Raises:
+            OSError: ESTALE if it is no longer where it was found, or what open(2) says.
+        """
+        fd = self._held_directory(nodeid)
+        if fd is None:
+            fd = self._walk_to(nodeid)
+        self._returned = nodeid
+        return fd
+
+    def _walk_to(self, nodeid: int) -> int:
+        """Open a directory and all above it that are not kept."""
+        fd: int | None = None
+        missing = {nodeid: None}  # in the order they were found missing
+        parent = nodeid
+        while fd is None:
+            parent = self._inodes.get(parent).parent
+            # Directories that changed places behind the mount can each have been seen below the other.
+            if parent == 0 or parent in missing:
+                raise stale()
+            fd = self._held_directory(parent)
+            if fd is None:
+                missing[parent] = None
+        for number in reversed(missing):
+            inode = self._inodes.get(number)
+            fd = self._open(fd, inode, _DIRECTORY)
+            self._directories[number] = fd
+            self._make_room()
+        return fd
+
+    def _make_room(self) -> None:
+        """Close what was not used for longest, but not what was just opened, nor the last that was asked for."""
+        directories = self._directories
+        while len(directories) > self._capacity:
+            oldest = next(iter(directories))
+            if oldest == self._returned:
+                directories.move_to_end(oldest)
+            else:
+                self._closing.append(directories.pop(oldest))
+
+    def _held_directory(self, nodeid: int) -> int | None:
+        fd = self._directories.get(nodeid)
+        if fd is not None:
+            self._directories.move_to_end(nodeid)
+            return fd
+        return self._root if nodeid == ROOT else self.pins.get(nodeid)
+
+    def held(self, nodeid: int) -> int | None:
+        """Return a descriptor that is kept for *nodeid* already, or None."""
+        fd = self.pins.get(nodeid)
+        if fd is None:
+            fd = self._directories.get(nodeid)
+        return self._root if fd is None and nodeid == ROOT else fd
+
+    @staticmethod
+    def _open(directory: int, inode: Inode, flags: int) -> int:
+        try:
+            fd = os.open(inode.name, flags, dir_fd=directory)
+        except OSError as error:
+            raise stale() if error.errno in _MOVED else error from None
+        if not inode.is_same(fstatx(fd)):
+            os.close(fd)
+            raise stale()
+        return fd
+
+    def _is_alike(self, directory: int, name: bytes) -> bool:
+        """Whether the mount of *name* in *directory*, or of the directory itself, allows what the source's does."""
+        try:
+            fd = os.open(name or b".", _ANY, dir_fd=self.directory(directory))
+        except OSError:
+            return False
+        try:
+            return not (os.fstatvfs(fd).f_flag ^ os.fstatvfs(self._root).f_flag) & _MOUNT_FLAGS
+        finally:
+            os.close(fd)
+
+    def open_name(self, nodeid: int, parent: int, name: bytes) -> int | None:
+        """Return an O_PATH descriptor of *nodeid* if a name still leads to it, else None."""
+        try:
+            fd = os.open(name, _ANY, dir_fd=self.directory(parent))
+        except OSError:
+            return None
+        if self._inodes.get(nodeid).is_same(fstatx(fd)):
+            return fd
+        os.close(fd)
+        return None
+
+    def places(self, nodeid: int) -> list[tuple[int, bytes]]:
+        """Return each (parent, name) under which *nodeid* was seen, the latest first."""
+        inode = self._inodes.get(nodeid)
+        others = self._inodes.other_names(nodeid)
+        return [(inode.parent, inode.name), *others] if inode.parent else others
+
+    def attributes(self, nodeid: int) -> Attributes:
+        """Return the attributes of *nodeid*.
+
+        Raises:
+            OSError: ESTALE if none of its names leads to it any more.
+        """
+        fd = self.held(nodeid)
+        if fd is not None:
+            return fstatx(fd)
+        inode = self._inodes.get(nodeid)
+        for parent, name in self.places(nodeid):
+            try:
+                attributes = statx(self.directory(parent), name)
+            except OSError as error:
+                if error.errno in _MOVED:
+                    continue
+                raise
+            if inode.is_same(attributes):
+                return attributes
+        raise stale()
+
+    def is_reachable(self, nodeid: int) -> bool:
+        """Whether one of the names of *nodeid* still leads to it."""
+        try:
+            self.attributes(nodeid)
+        except OSError:
+            return False
+        return True
+
+    def reach(self, nodeid: int) -> Reached:
+        """Return an O_PATH descriptor of *nodeid* and no other file, to be used in a ``with`` statement.
+
+        Raises:
+            OSError: ESTALE if none of its names leads to it any more.
+        """
+        held = self.held(nodeid)
+        if held is not None:
+            return Reached(held, is_path=True, is_own=False)
+        fd, _ = self.open(nodeid, _ANY)
+        return Reached(fd, is_path=True, is_own=True)
+
+    def open(self, nodeid: int, flags: int) -> tuple[int, Attributes]:
+        """Open *nodeid* by one of its names with open(2) *flags*; a pinned one through /proc/self/fd.
+
+        Returns:
+            The new descriptor and the attributes of what it opened.
+
+        Raises:
+            OSError: ESTALE if none of its names leads to it any more, or what open(2) says.
+        """
+        inode = self._inodes.get(nodeid)
+        # To open for writing waits for a file system that is frozen.
+        open_ = os.open if flags & os.O_ACCMODE == os.O_RDONLY else self._open_writing
+        pin = self.pins.get(nodeid)
+        if pin is not None:
+            fd = open_(f"/proc/self/fd/{pin}", flags & ~os.O_NOFOLLOW)
+            return fd, fstatx(fd)
+        if nodeid == ROOT:
+            fd = open_(".", flags, dir_fd=self._root)
+            return fd, fstatx(fd)
+        for parent, name in self.places(nodeid):
+            try:
+                fd = open_(name, flags, dir_fd=self.directory(parent))
+            except OSError as error:
+                if error.errno in _MOVED:
+                    continue
+                raise
+            attributes = fstatx(fd)
+            if inode.is_same(attributes):
+                return fd, attributes
+            os.close(fd)
+        raise stale()
+
+    def _open_writing(self, path: str | bytes, flags: int, *, dir_fd: int | None = None) -> int:
+        return self._leadership.call(os.open, path, flags, dir_fd=dir_fd)
+
+    def drop(self, nodeid: int) -> None:
+        """Close what is kept for *nodeid*: the kernel has forgotten it, or its number was given to another."""
+        self.pins.drop(nodeid)
+        directory = self._directories.pop(nodeid, None)
+        if directory is not None:
+            self._closing.append(directory)
+
+    def shrink(self) -> None:
+        """Close all directories that can be opened again, for when descriptors run out."""
+        if self._leadership.may_close():
+            for fd in self._directories.values():
+                os.close(fd)
+        else:
+            self._closing.extend(self._directories.values())
+        self._directories.clear()

@@ -1,0 +1,178 @@
+"""What all of llloop's own request handlers share: where requests lie, and how replies are sent."""
+
+from __future__ import annotations
+
+import errno
+import os
+from operator import itemgetter
+
+from llloop.front.context import Context
+from llloop.linux import fuse
+from llloop.linux.syscalls import Attributes
+from llloop.shared.negotiation import Feature
+
+
+def malformed() -> OSError:
+    """Return the error for a request that is not what its opcode says."""
+    return OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+
+class Responder:
+    """The base of the handlers. Each gets the position of a request in `_memory`, and its length.
+
+    Args:
+        mirror: what they work on.
+        device: the descriptor of /dev/fuse.
+    """
+
+    def __init__(self, context: Context, device: int) -> None:
+        self._context = context
+        self._device = device
+        self._memory = context.router.slots.memory
+        self._tree = context.tree
+        self._inodes = context.inodes
+        self._handles = context.handles
+        self._files = context.files
+        self._intents = context.intents
+        # entry_valid, attr_valid, entry_valid_nsec, attr_valid_nsec of struct fuse_entry_out
+        (entry, entry_nsec), (valid, valid_nsec) = context.policy.entry, context.policy.attributes
+        self._validity = (entry, valid, entry_nsec, valid_nsec)
+        self._entry_validity = (entry, 0, entry_nsec, 0)
+        self._attr_timeout = context.policy.attributes
+        self._written = context.handles.written
+
+    def _send(self, reply: bytes | bytearray | memoryview) -> bool:
+        """Write a reply; return False if the kernel no longer waits for it."""
+        try:
+            os.write(self._device, reply)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _name(self, base: int, length: int) -> bytes:
+        """Return the name that is all of a request after its header."""
+        end = base + length - 1
+        if self._memory[end]:
+            raise malformed()
+        return self._memory[base + fuse.IN_HEADER_SIZE : end]
+
+    def _begin_open(self, unique: int) -> int | None:
+        """Note that a file is about to be opened.
+
+        Returns:
+            The number of the handle that a dead front made for this very request, or None.
+        """
+        number = self._opened_before(unique)
+        if number is None:
+            self._intents.begin_open(unique)
+        return number
+
+    def _opened_before(self, unique: int) -> int | None:
+        """Return the number of the handle that a dead front made for this very request, or None."""
+        self._intents.unique = unique
+        if unique >= fuse.FUSE_UNIQUE_RESEND:
+            left = self._intents.interrupted()
+            if left is not None:
+                self._context.passthrough.drop(left.backing)
+                if left.handle in self._handles:
+                    return left.handle
+        return None
+
+    def _string(self, start: int, limit: int) -> bytes:
+        """Return the NUL-terminated string at *start*."""
+        end = self._memory.find(b"\0", start, limit)
+        if end < 0:
+            raise malformed()
+        return self._memory[start:end]
+
+    def _check_xattr(self) -> None:
+        """Refuse a request for an extended attribute if there are to be none."""
+        if not self._context.config.xattr:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))  # the kernel then stops asking
+
+    def _entry(self, nodeid: int, attributes: Attributes) -> bytes:
+        """Return ``struct fuse_entry_out``."""
+        return _pack_entry(
+            nodeid,
+            self._inodes.get(nodeid).birth,
+            *(self._validity if self._attributes_last(nodeid) else self._entry_validity),
+            *_attr(self._inodes.shown(attributes.device, attributes.ino), self._with_dirty_pages(nodeid, attributes)),
+        )
+
+    def _reply_entry(self, unique: int, nodeid: int, attributes: Attributes) -> None:
+        inodes = self._inodes
+        reply = _pack_entry_reply(
+            _ENTRY_REPLY_SIZE,
+            0,
+            unique,
+            nodeid,
+            inodes.get(nodeid).birth,
+            *(self._entry_validity if nodeid in self._written else self._validity),
+            *_attr(inodes.shown(attributes.device, attributes.ino), self._with_dirty_pages(nodeid, attributes)),
+        )
+        if self._send(reply):
+            inodes.count(nodeid)
+        else:
+            self._tree.forget(nodeid, 0)
+
+    def _attributes_reply(self, unique: int, nodeid: int, attributes: Attributes) -> bytes:
+        """Return the reply to GETATTR and SETATTR."""
+        attr_reply = fuse.ATTR_REPLY
+        return attr_reply.pack(
+            attr_reply.size,
+            0,
+            unique,
+            *(self._attr_timeout if self._attributes_last(nodeid) else (0, 0)),
+            *_attr(self._inodes.shown(attributes.device, attributes.ino), self._with_dirty_pages(nodeid, attributes)),
+        )
+
+    def _attributes_last(self, nodeid: int) -> bool:
+        """Whether an inode's attributes stay as they are told, as far as only this mount's requests change them."""
+        pages = self._written.get(nodeid)
+        return pages is None or not pages.passthrough
+
+    def _with_dirty_pages(self, nodeid: int, attributes: Attributes) -> Attributes:
+        """Return an inode's attributes as they can be when dirty pages are written.
+
+        A file without any block has no data to who archives it (`tar --sparse`).
+        """
+        if not attributes.blocks and self._can_get_blocks(nodeid, attributes.size):
+            return attributes._replace(blocks=1)
+        return attributes
+
+    def _can_get_blocks(self, nodeid: int, size: int) -> bool:
+        """Whether dirty pages may bring a file blocks that has none; an empty one cannot be mapped."""
+        return (bool(size) or Feature.WRITEBACK_CACHE in self._context.features) and self._handles.may_be_dirty(nodeid)
+
+
+_pack_entry = fuse.ENTRY.pack
+_pack_entry_reply = fuse.ENTRY_REPLY.pack
+_ENTRY_REPLY_SIZE = fuse.ENTRY_REPLY.size
+# What struct fuse_attr says between ino and rdev, in its order.
+_ATTR_FIELDS = itemgetter(
+    *map(
+        Attributes._fields.index,
+        (
+            "size",
+            "blocks",
+            "atime",
+            "mtime",
+            "ctime",
+            "atime_nsec",
+            "mtime_nsec",
+            "ctime_nsec",
+            "mode",
+            "nlink",
+            "uid",
+            "gid",
+        ),
+    )
+)
+
+
+def _attr(number: int, attributes: Attributes) -> tuple[int, ...]:
+    """Return what struct fuse_attr says; *number* is the inode number that is shown."""
+    device = 0
+    if attributes.rdev_major or attributes.rdev_minor:
+        device = fuse.encode_device(attributes.rdev_major, attributes.rdev_minor)
+    return number, *_ATTR_FIELDS(attributes), device, attributes.blksize, 0

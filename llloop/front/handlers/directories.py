@@ -1,0 +1,171 @@
+"""Directories: opening, and listing them with or without their entries' attributes."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+from llloop.front.context import Context
+from llloop.front.descriptor_shares import DIRECTORY
+from llloop.front.handlers.base import Responder
+from llloop.front.handlers.entries import entries
+from llloop.front.handlers.listing import Listing, Part, name_of, number_of
+from llloop.front.handlers.recent_lookups import RecentLookups
+from llloop.front.inodes import ROOT
+from llloop.front.open_files import Handle
+from llloop.front.recovery.snapshots import append, load, make
+from llloop.front.requester import Requester
+from llloop.linux import fuse
+from llloop.linux.syscalls import DirectoryBlocks, StatxTable, fstatx
+
+_NO_ENTRY = bytes(fuse.ENTRY.size)
+_NOT_LOOKED_UP = frozenset({b".", b".."})
+# The kernel asks for the first entries with attributes, and for the others as the reader then turns out to want them.
+# In a directory with more entries than the first number, the second many are enough to find out.
+_LARGE = 1000
+_SAMPLE = 32
+# So many entries are looked up at once.
+_ROWS = 128
+
+
+class DirectoryRequests(Responder):
+    """The handlers; see `Responder`. *recent* says what has been looked up of late."""
+
+    def __init__(self, context: Context, device: int, recent: RecentLookups) -> None:
+        super().__init__(context, device)
+        self._recent = recent
+        self._table = StatxTable(_ROWS)
+        self._listings: dict[int, Listing] = {}
+        self._device_of_root = context.inodes.get(ROOT).device
+
+    def opendir(self, base: int, length: int) -> None:
+        """FUSE_OPENDIR: reply with a handle and whether the kernel may show the listing it has."""
+        unique, nodeid, uid, gid, pid = fuse.CALLER_REQUEST.unpack_from(self._memory, base)
+        number = self._begin_open(unique)
+        if number is None:
+            number, attributes = self._files.opendir(nodeid, Requester(uid, gid, pid=pid))
+        else:
+            attributes = fstatx(self._handles.get(number).descriptor)
+        flags = self._context.policy.directory_flags(self._inodes.get(nodeid), attributes)
+        if not self._send(fuse.OPEN_REPLY.pack(fuse.OPEN_REPLY.size, 0, unique, number, flags, 0)):
+            self._files.release(number)
+
+    def releasedir(self, base: int, length: int) -> None:
+        """FUSE_RELEASEDIR."""
+        unique, number = fuse.RELEASE_REQUEST.unpack_from(self._memory, base)
+        self._listings.pop(number, None)
+        self._files.release(number)
+        self._send(fuse.error_reply(unique, 0))
+
+    def _listing(self, handle: Handle, number: int, offset: int) -> Listing:
+        """Return what was read of a directory since it was opened, or since its start was asked for (rewinddir(3))."""
+        listing = self._listings.get(number)
+        if listing is None or offset == 0:
+            first, position = None, 0
+            if handle.snapshot >= 0:
+                if offset:
+                    data, position = load(handle.snapshot)
+                    first = Part.restored(data)
+                else:
+                    self._handles.note_snapshot(handle, -1)
+            device = self._inodes.get(handle.nodeid).device
+            inodes = self._inodes
+            listing = self._listings[number] = Listing(
+                DirectoryBlocks(handle.descriptor, position, self._context.leadership.call_anyway),
+                lambda ino: inodes.shown(device, ino),
+                foreign=device != self._device_of_root,
+                first=first,
+            )
+            listing.saved = len(listing.parts)
+        return listing
+
+    def _keep_for_next_front(self, handle: Handle, listing: Listing, cookie: int) -> None:
+        """Save a listing of which the reader has not had all, and so comes back for more.
+
+        Read afresh, a directory that has changed meanwhile (rm -r) would have others in their places.
+
+        Args:
+            handle: the directory.
+            listing: its entries.
+            cookie: how many of them the reader has when it gets the answer at hand.
+        """
+        parts = listing.parts
+        if cookie and listing.saved < len(parts) and not (listing.complete and cookie == len(listing)):
+            if handle.snapshot < 0 and not self._handles.shares.has_room(handle.opener[0], DIRECTORY):
+                return
+            snapshot = handle.snapshot if handle.snapshot >= 0 else make()
+            append(snapshot, b"".join(part.data for part in parts[listing.saved :]), listing.position)
+            listing.saved = len(parts)
+            if handle.snapshot < 0:
+                self._handles.note_snapshot(handle, snapshot)
+
+    def readdir(self, base: int, length: int) -> None:
+        """FUSE_READDIR: as many entries as fit, from the cookie on, which is the number of entries already had."""
+        unique, number, offset, size = fuse.READDIR_REQUEST.unpack_from(self._memory, base)
+        handle = self._handles.get(number)
+        listing = self._listing(handle, number, offset)
+        entries, cookie = listing.fitting(offset, size)
+        self._keep_for_next_front(handle, listing, cookie)
+        self._send(fuse.reply(unique, entries))
+
+    def readdirplus(self, base: int, length: int) -> None:
+        """FUSE_READDIRPLUS: as READDIR, with a lookup of each entry in the same reply."""
+        unique, number, offset, size = fuse.READDIR_REQUEST.unpack_from(self._memory, base)
+        handle = self._handles.get(number)
+        listing = self._listing(handle, number, offset)
+        records = listing.records(offset, size, fuse.ENTRY.size)
+        if offset == 0 and len(listing) > _LARGE:
+            del records[_SAMPLE:]
+        self._keep_for_next_front(handle, listing, offset + len(records))
+        looked_up, found = self._look_up(handle, records, len(listing)) if records else ([], [])
+        if self._send(fuse.reply(unique, b"".join(chain.from_iterable(zip(found, records, strict=True))))):
+            for nodeid in looked_up:
+                self._inodes.count(nodeid)
+        else:
+            for nodeid in looked_up:
+                self._tree.forget(nodeid, 0)
+
+    def _look_up(self, handle: Handle, records: list[bytes], among: int) -> tuple[list[int], list[bytes]]:
+        """Look up what a part of a listing names.
+
+        Args:
+            handle: the directory.
+            records: the part of its listing.
+            among: how many entries of the whole are known.
+
+        Returns:
+            The numbers of what was found, and ``struct fuse_entry_out`` for each record; nothing but zeros if the
+            kernel is to ask itself.
+        """
+        parent, inodes, table, written = handle.nodeid, self._inodes, self._table, self._written
+        names = [name_of(record) for record in records]
+        wanted = [position for position, name in enumerate(names) if name not in _NOT_LOOKED_UP]
+        if 2 * self._recent.count(parent, self._context.router.taken) > among:
+            # Mostly the kernel has just asked for them one by one, and needs no more than the names.
+            wanted = [position for position in wanted if number_of(records[position]) not in inodes]
+        looked_up = []
+        result = [_NO_ENTRY] * len(records)
+        for first in range(0, len(wanted), len(table)):
+            positions = wanted[first : first + len(table)]
+            is_there = table.look_at(handle.descriptor, [names[position] for position in positions])
+            nodeids, births, numbers = [], [], []
+            for row, position in enumerate(positions):
+                nodeid = birth = number = 0
+                if is_there[row]:  # else gone meanwhile, or not to be reached: a lookup will say so
+                    attributes = table.attributes(row)
+                    nodeid = inodes.remember(parent, names[position], attributes)
+                    if nodeid in written:  # its attributes may change at any time
+                        nodeids.append(0)
+                        births.append(0)
+                        numbers.append(0)
+                        continue
+                    number = inodes.shown(attributes.device, attributes.ino)
+                    birth = inodes.get(nodeid).birth
+                    looked_up.append(nodeid)
+                nodeids.append(nodeid)
+                births.append(birth)
+                numbers.append(number)
+            found = entries(table, nodeids, births, numbers, self._validity)
+            for position, nodeid, entry in zip(positions, nodeids, found, strict=True):
+                if nodeid:
+                    result[position] = entry
+        return looked_up, result

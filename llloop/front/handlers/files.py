@@ -1,0 +1,400 @@
+"""Open files: opening, closing, and everything that moves or waits for data."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+
+from llloop.front.access_times import AccessTimes
+from llloop.front.context import Context
+from llloop.front.handlers.base import Responder, malformed
+from llloop.front.nowait import LONE_WRITE_LIMIT, READ_LIMIT, WRITE_LIMIT
+from llloop.front.open_files import Handle
+from llloop.front.requester import Requester
+from llloop.front.router import Task
+from llloop.linux import fuse
+from llloop.linux.credentials import SETID
+from llloop.linux.fuse import Opcode
+from llloop.linux.syscalls import Attributes, fstatx
+from llloop.shared.messages import (
+    APPEND,
+    BUFFERED,
+    CACHED,
+    DATA_ONLY,
+    INVALIDATE,
+    KILL_PRIVILEGES,
+    ONCE,
+    PIPED,
+    Operation,
+)
+from llloop.shared.metrics import ERRORS, Gauge
+from llloop.shared.negotiation import Feature
+from llloop.shared.notifications import expire_attributes
+
+# How an open is counted, by the flags of its reply.
+_DECISIONS = {
+    fuse.FOPEN_KEEP_CACHE: int(Gauge.KEPT),
+    fuse.FOPEN_DIRECT_IO: int(Gauge.BYPASSED),
+    0: int(Gauge.DROPPED),
+}
+_PASSED_THROUGH = int(Gauge.PASSED_THROUGH)
+
+
+class FileRequests(Responder):
+    """The handlers; see `Responder`. A request that goes to a worker is answered by that worker."""
+
+    def __init__(self, context: Context, device: int) -> None:
+        super().__init__(context, device)
+        self._router = context.router
+        self._leadership = context.leadership
+        self._writeback = Feature.WRITEBACK_CACHE in context.features
+        slots = context.router.slots
+        self._view = slots.view
+        self._sheet = slots.metrics.front
+        self._gauges = slots.metrics.gauges
+        self._failed_writes = [sheet.rows[Opcode.WRITE] for sheet in slots.metrics.workers]
+        self._access_times = AccessTimes()
+        self._scratch = memoryview(bytearray(fuse.OUT_HEADER_SIZE + READ_LIMIT))
+
+    def open(self, base: int, length: int) -> None:
+        """FUSE_OPEN: reply with a handle and whether the kernel may keep the pages it has."""
+        unique, nodeid, uid, gid, pid, flags, open_flags = fuse.OPEN_REQUEST.unpack_from(self._memory, base)
+        number = self._begin_open(unique)
+        if number is None:
+            clear_setid = bool(open_flags & fuse.FUSE_OPEN_KILL_SUIDGID)
+            number, attributes = self._files.open(nodeid, flags, clear_setid, Requester(uid, gid, pid=pid))
+        else:
+            attributes = fstatx(self._handles.get(number).descriptor)
+        how = self._how(number, nodeid, attributes, is_new=False)
+        if flags & os.O_ACCMODE and self._may_change_unasked(nodeid, attributes):
+            expire_attributes(self._device, nodeid)
+        if not self._send(fuse.OPEN_REPLY.pack(fuse.OPEN_REPLY.size, 0, unique, number, *how)):
+            self._files.release(number)
+
+    def _may_change_unasked(self, nodeid: int, attributes: Attributes) -> bool:
+        """Whether what the kernel knows of a file just opened for writing may become wrong without a request."""
+        pages = self._written.get(nodeid)
+        if pages is None or pages.passthrough:
+            return pages is not None
+        return not attributes.blocks and self._can_get_blocks(nodeid, attributes.size)
+
+    def _how(self, number: int, nodeid: int, attributes: Attributes, *, is_new: bool) -> tuple[int, int]:
+        """Return open_flags and backing_id for a file just opened."""
+        handle = self._handles.get(number)
+        backing = self._context.passthrough.back(handle, attributes, is_new=is_new)
+        noflush = self._noflush(handle)
+        if backing:
+            self._gauges[_PASSED_THROUGH] += 1
+            return fuse.FOPEN_PASSTHROUGH | noflush, backing
+        if handle.unsized:
+            flags = fuse.FOPEN_DIRECT_IO
+        elif self._writeback and fcntl.fcntl(handle.descriptor, fcntl.F_GETFL) & os.O_APPEND:
+            # An append-only file (chattr +a): whole pages written back would be appended.
+            flags = fuse.FOPEN_DIRECT_IO
+        else:
+            inode = self._inodes.get(nodeid)
+            flags = self._context.policy.open_flags(inode, attributes)
+            if flags == fuse.FOPEN_KEEP_CACHE and self._access_times.are_due(handle, inode, attributes):
+                flags = 0
+        handle.uncached = flags == fuse.FOPEN_DIRECT_IO
+        self._gauges[_DECISIONS[flags]] += 1
+        return flags | noflush, 0
+
+    def _noflush(self, handle: Handle) -> int:
+        """Return FOPEN_NOFLUSH where a close(2) has nothing to tell.
+
+        Otherwise the kernel would tell a reader of the error of somebody else's write, and then nobody else. It does
+        not heed the flag where it collects writes.
+        """
+        if self._context.close_can_fail:
+            return 0
+        if handle.flags & os.O_ACCMODE == os.O_RDWR or (self._writeback and handle.is_writable):
+            handle.writeback_errors = self._failed_writes[handle.shard][ERRORS]
+            return fuse.FOPEN_NOFLUSH if handle.backing else 0
+        return fuse.FOPEN_NOFLUSH
+
+    def create(self, base: int, length: int) -> None:
+        """FUSE_CREATE: reply with an entry and a handle."""
+        request = fuse.CREATE_REQUEST
+        unique, parent, uid, gid, pid, flags, mode, umask, _ = request.unpack_from(self._memory, base)
+        name = self._string(base + request.size, base + length)
+        number = self._opened_before(unique)
+        if number is None:
+            created = self._files.create(parent, name, mode, flags, Requester(uid, gid, umask, pid))
+        else:
+            created = self._created_before(number)
+        self._reply_created(unique, *created)
+
+    def tmpfile(self, base: int, length: int) -> None:
+        """FUSE_TMPFILE: as CREATE; the name is only the kernel's."""
+        unique, parent, uid, gid, pid, flags, mode, umask, _ = fuse.CREATE_REQUEST.unpack_from(self._memory, base)
+        number = self._begin_open(unique)
+        if number is None:
+            created = self._files.tmpfile(parent, mode, flags, Requester(uid, gid, umask, pid))
+        else:
+            created = self._created_before(number)
+        self._reply_created(unique, *created)
+
+    def _created_before(self, number: int) -> tuple[int, int, Attributes]:
+        handle = self._handles.get(number)
+        return number, handle.nodeid, fstatx(handle.descriptor)
+
+    def _reply_created(self, unique: int, number: int, nodeid: int, attributes: Attributes) -> None:
+        how = self._how(number, nodeid, attributes, is_new=True)
+        payload = self._entry(nodeid, attributes) + fuse.OPEN_OUT.pack(number, *how)
+        if self._send(fuse.reply(unique, payload)):
+            self._inodes.count(nodeid)
+        else:
+            self._files.release(number)
+            self._tree.forget(nodeid, 0)
+
+    def release(self, base: int, length: int) -> None:
+        """FUSE_RELEASE and FUSE_RELEASEDIR."""
+        unique, number = fuse.RELEASE_REQUEST.unpack_from(self._memory, base)
+        self._files.release(number)
+        self._send(fuse.error_reply(unique, 0))
+
+    def read(self, base: int, length: int) -> None:
+        """FUSE_READ."""
+        unique, number, offset, size, open_flags = fuse.READ_REQUEST.unpack_from(self._memory, base)
+        if offset < 0:  # -1 would mean the descriptor's own position (preadv2(2))
+            raise malformed()
+        handle = self._handles.get(number)
+        pages = handle.pages
+        may_overtake = True
+        if pages is not None:
+            router = self._router
+            pages.note_read(fuse.PID.unpack_from(self._memory, base)[0], offset, size, router.taken)
+            may_overtake = not router.is_unanswered(pages.write)  # else with old data that the kernel then keeps
+        if (
+            size <= READ_LIMIT
+            and handle.read_flags is not None
+            and may_overtake
+            and self._read_in_place(handle, unique, offset, size)
+        ):
+            return
+        flags = BUFFERED if handle.direct and not open_flags & os.O_DIRECT else 0
+        if handle.unsized:
+            flags |= ONCE
+        self._router.entrust(
+            Task(handle, number, Operation.READ, unique, offset, size, flags), in_order=not may_overtake
+        )
+
+    def _read_in_place(self, handle: Handle, unique: int, offset: int, size: int) -> bool:
+        """Answer a READ at once if the bytes are in memory; return whether they were.
+
+        What is missing at the end is the end of the file, or a page that is not in memory; the size tells.
+        """
+        scratch = self._scratch
+        header = fuse.OUT_HEADER_SIZE
+        flags = handle.read_flags
+        assert flags is not None
+        try:
+            count = os.preadv(handle.descriptor, [scratch[header : header + size]], offset, flags)
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:
+                self._files.promptness.refuse_reads(handle)
+            return False
+        if count < size and offset + count < os.fstat(handle.descriptor).st_size:
+            return False
+        length = header + count
+        fuse.OUT_HEADER.pack_into(scratch, 0, length, 0, unique)
+        self._send(scratch[:length])
+        self._sheet.moved(Opcode.READ, count)
+        return True
+
+    def write(self, base: int, length: int) -> None:
+        """FUSE_WRITE: the payload stays where it is, in the slot."""
+        unique, uid, gid, number, offset, size, write_flags, open_flags = fuse.WRITE_REQUEST.unpack_from(
+            self._memory, base
+        )
+        if fuse.WRITE_HEADER_SIZE + size != length or offset < 0:  # what lies behind it is another's
+            raise malformed()
+        flags = KILL_PRIVILEGES if write_flags & fuse.FUSE_WRITE_KILL_SUIDGID else 0
+        handle = self._handles.get(number)
+        cached = write_flags & fuse.FUSE_WRITE_CACHE
+        if cached:  # it does not say whose
+            flags |= CACHED
+            uid, gid = self._handles.writer(handle)
+            if self._writeback:  # nor what to clear, should the file have become set-ID behind the mount
+                flags |= _kill_flag(uid)
+        elif open_flags & os.O_APPEND:
+            flags |= APPEND
+        if handle.direct and (cached or not open_flags & os.O_DIRECT):
+            flags |= BUFFERED
+        if handle.unsized:
+            flags |= ONCE
+        pages = handle.pages
+        if (
+            pages is not None
+            and pages.may_be_stale(fuse.PID.unpack_from(self._memory, base)[0], offset, size, self._router.taken)
+            and not cached  # pages that are being written back are not dropped
+        ):
+            flags |= INVALIDATE
+        # The lowest slot is free, and so it is this request's, while no worker has any.
+        limit = WRITE_LIMIT if self._router.slot else LONE_WRITE_LIMIT
+        if (
+            size <= limit
+            and handle.write_flags is not None
+            # A worker notes how far it has come, for an append must not be done twice.
+            and not flags & (APPEND | INVALIDATE)
+            and handle.locking_group < 0  # this process has a group of its own
+            and self._write_in_place(handle, unique, offset, base + fuse.WRITE_HEADER_SIZE, size, flags)
+        ):
+            return
+        if self._router.piped:
+            self._router.piped = False
+            flags |= PIPED
+        if flags & KILL_PRIVILEGES:
+            gid = _group(handle, gid)
+        extra = (handle.nodeid,) if flags & INVALIDATE else _watched(handle, flags)
+        self._router.entrust(Task(handle, number, Operation.WRITE, unique, offset, size, flags, uid, gid, extra))
+        if pages is not None:
+            pages.write = self._router.last
+            if flags & INVALIDATE:
+                pages.invalidation = self._router.last
+
+    def _write_in_place(self, handle: Handle, unique: int, offset: int, start: int, size: int, flags: int) -> bool:
+        """Do a WRITE at once if that needs no waiting; return whether it was done.
+
+        What fails or falls short here is a worker's to do again and to explain.
+        """
+        write_flags = handle.write_flags
+        assert write_flags is not None
+        if self._leadership.alone:  # even with RWF_NOWAIT it waits for a file system that is frozen
+            return False
+        self._context.setid.clear(bool(flags & KILL_PRIVILEGES))
+        watched = _is_watched(handle, flags) and os.fstat(handle.descriptor).st_mode & SETID
+        try:
+            buffers = [self._view[start : start + size]]
+            count = self._leadership.call(os.pwritev, handle.descriptor, buffers, offset, write_flags)
+            if watched:
+                expire_attributes(self._device, handle.nodeid)
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:
+                self._files.promptness.refuse_writes(handle)
+            return False
+        if count < size:
+            return False
+        write_reply = fuse.WRITE_REPLY
+        self._send(write_reply.pack(write_reply.size, 0, unique, count))
+        self._sheet.moved(Opcode.WRITE, count)
+        return True
+
+    def flush(self, base: int, length: int) -> None:
+        """FUSE_FLUSH: a worker knows of errors since the open; also the source's close(2) may tell some."""
+        unique, number = fuse.FLUSH_REQUEST.unpack_from(self._memory, base)
+        handle = self._handles.get(number)
+        late = handle.writeback_errors
+        has_failed = handle.is_writable and self._failed_writes[handle.shard][ERRORS] > late
+        if has_failed or self._context.close_can_fail:
+            self._router.entrust(Task(handle, number, Operation.FLUSH, unique, extra=(late,)))
+        else:
+            self._send(fuse.error_reply(unique, 0))
+
+    def fsync(self, base: int, length: int) -> None:
+        """FUSE_FSYNC and FUSE_FSYNCDIR."""
+        unique, number, fsync_flags = fuse.FSYNC_REQUEST.unpack_from(self._memory, base)
+        flags = DATA_ONLY if fsync_flags & fuse.FUSE_FSYNC_FDATASYNC else 0
+        self._router.entrust(Task(self._handles.get(number), number, Operation.FSYNC, unique, flags=flags))
+
+    def fallocate(self, base: int, length: int) -> None:
+        """FUSE_FALLOCATE."""
+        unique, uid, gid, number, offset, size, mode = fuse.FALLOCATE_REQUEST.unpack_from(self._memory, base)
+        handle = self._handles.get(number)
+        flags = self._kill_flag(base, handle, uid, gid)
+        self._router.entrust(
+            Task(
+                handle,
+                number,
+                Operation.FALLOCATE,
+                unique,
+                offset,
+                size,
+                flags,
+                uid,
+                _group(handle, gid),
+                (mode, *_watched(handle, flags)),
+            )
+        )
+
+    def _kill_flag(self, base: int, handle: Handle, uid: int, gid: int) -> int:
+        """Tell what FALLOCATE and COPY_FILE_RANGE do not say: whether the caller lacks CAP_FSETID.
+
+        For root without capabilities it matters only where the kernel has not asked to clear set-ID bits before.
+        """
+        if uid or not handle.uncached:
+            return _kill_flag(uid)
+        pid = fuse.PID.unpack_from(self._memory, base)[0]
+        return 0 if self._tree.permissions.is_trusted(Requester(uid, gid, pid=pid)) else KILL_PRIVILEGES
+
+    def lseek(self, base: int, length: int) -> None:
+        """FUSE_LSEEK: only SEEK_HOLE and SEEK_DATA are sent."""
+        unique, number, offset, whence = fuse.LSEEK_REQUEST.unpack_from(self._memory, base)
+        handle = self._handles.get(number)
+        nodeid = handle.nodeid
+        flags = 0
+        if self._handles.may_be_dirty(nodeid):
+            pages = self._written[nodeid]
+            if self._writeback or not pages.is_clean or self._router.is_unanswered(pages.invalidation):
+                flags = INVALIDATE
+        self._router.entrust(Task(handle, number, Operation.LSEEK, unique, offset, flags=flags, extra=(whence, nodeid)))
+        if flags:
+            pages.is_clean = True
+            pages.invalidation = self._router.last
+
+    def copy_file_range(self, base: int, length: int) -> None:
+        """FUSE_COPY_FILE_RANGE: the worker of the file written to does it."""
+        unique, uid, gid, source, source_offset, number, offset, size = fuse.COPY_FILE_RANGE_REQUEST.unpack_from(
+            self._memory, base
+        )
+        source_handle = self._handles.get(source)
+        source_handle.shared = True
+        handle = self._handles.get(number)
+        flags = self._kill_flag(base, handle, uid, gid)
+        copied = (source, source_handle.descriptor, source_offset, source_handle.nodeid, source_handle.file)
+        self._router.entrust(
+            Task(
+                handle,
+                number,
+                Operation.COPY_FILE_RANGE,
+                unique,
+                offset,
+                size,
+                flags,
+                uid,
+                _group(handle, gid),
+                (*copied, *_watched(handle, flags)),
+            )
+        )
+
+    def syncfs(self, base: int, length: int) -> None:
+        """FUSE_SYNCFS: answered by a worker through a descriptor of the root."""
+        unique, _ = fuse.NODE_REQUEST.unpack_from(self._memory, base)
+        number = self._files.root_handle()
+        self._router.entrust(Task(self._handles.get(number), number, Operation.SYNCFS, unique))
+
+
+def _kill_flag(uid: int) -> int:
+    """Guess from the user id what some requests do not say: whether the caller lacks CAP_FSETID."""
+    return KILL_PRIVILEGES if uid else 0
+
+
+def _group(handle: Handle, gid: int) -> int:
+    """Return the group to write with for a caller who lacks CAP_FSETID and has the primary group *gid*.
+
+    Who writes to a file with a locking group is a member of it, for the kernel asks to clear the set-group-ID bit
+    before it writes for anybody else.
+    """
+    return gid if handle.locking_group < 0 else handle.locking_group
+
+
+def _is_watched(handle: Handle, flags: int) -> bool:
+    """Whether a change of data may clear set-ID bits of which the kernel has not asked to clear them."""
+    return bool(flags & KILL_PRIVILEGES) and (handle.uncached or bool(flags & CACHED))
+
+
+def _watched(handle: Handle, flags: int) -> tuple[int, ...]:
+    """Return the inode for which the worker is to tell the kernel if set-ID bits go, if it has to."""
+    return (handle.nodeid,) if _is_watched(handle, flags) else ()

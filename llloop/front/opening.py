@@ -1,0 +1,348 @@
+"""Opening and closing: files and directories become handles here, and which worker gets them."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+
+from llloop.front.descriptor_shares import DIRECTORY
+from llloop.front.directory_fds import DirectoryFds
+from llloop.front.inodes import ROOT, Inodes
+from llloop.front.killpriv import KillPriv
+from llloop.front.nowait import Promptness
+from llloop.front.open_files import Handle, Handles
+from llloop.front.passthrough import Passthrough
+from llloop.front.recovery.intents import Intents
+from llloop.front.requester import Requester
+from llloop.front.router import Router
+from llloop.front.tree import Tree, check_name
+from llloop.front.unsized_files import Sizes
+from llloop.linux.syscalls import Attributes, DirectoryEntry, fstatx, read_directory, statx
+from llloop.shared.leadership import Leadership
+from llloop.shared.messages import identity_of
+from llloop.shared.notifications import expire_attributes
+
+# What of the caller's open(2) flags the source has to know. O_APPEND is not among them: each WRITE request says
+# whether to append, so that fcntl(F_SETFL) counts too. O_TRUNC must wait until the file is known to be the right one.
+_SOURCE_FLAGS = os.O_ACCMODE | os.O_SYNC | os.O_DSYNC | os.O_DIRECT | os.O_NOATIME
+# O_NONBLOCK has no meaning for regular files; should a fifo stand there now, the front must not wait for its other end.
+_ALWAYS = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+_OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+# What the record of a directory's handle has for flags.
+_DIRECTORY_FLAGS = os.O_DIRECTORY
+# Who opens what the server needs for itself, and whose a directory is: nothing is written to it.
+_NOBODY = Requester(0, 0)
+
+
+class Files:
+    """Open files and directories.
+
+    Args:
+        tree: the tree they are opened in.
+        handles: where they are kept.
+        router: chooses their workers and tells them of a release.
+        passthrough: knows which files the kernel serves itself.
+        privileges: takes set-ID bits on truncation.
+        attempts: tells of what a front before this one had begun and not answered.
+        writeback: whether the kernel collects writes, for which it must be able to read what is written to.
+        device: the descriptor of /dev/fuse.
+        leadership: which thread serves.
+        closing: takes the descriptors of closed files, which may take long to close.
+    """
+
+    def __init__(
+        self,
+        tree: Tree,
+        handles: Handles,
+        router: Router,
+        passthrough: Passthrough,
+        killpriv: KillPriv,
+        intents: Intents,
+        writeback: bool,
+        device: int,
+        leadership: Leadership,
+        closing: list[int],
+    ) -> None:
+        self._call = leadership.call
+        self._closing = closing
+        self._tree = tree
+        self._directory_fds: DirectoryFds = tree.directory_fds
+        self._inodes: Inodes = tree.inodes
+        self._handles = handles
+        self._shares = handles.shares
+        self._router = router
+        self._passthrough = passthrough
+        self._killpriv = killpriv
+        self._intents = intents
+        self._writeback = writeback
+        self._device = device
+        self.promptness = Promptness()
+        self._sizes = Sizes()
+        self._root_handle: int | None = None
+
+    def open(self, nodeid: int, flags: int, clear_setid: bool, who: Requester) -> tuple[int, Attributes]:
+        """Open a file.
+
+        Args:
+            nodeid: its inode.
+            flags: the caller's open(2) flags.
+            clear_setid: whether O_TRUNC clears set-ID bits.
+            who: the caller.
+
+        Returns:
+            The handle's number and the file's attributes.
+        """
+        self._shares.ensure_room(who.uid)
+        descriptor, attributes = self._open(nodeid, self._source_flags(flags), flags)
+        try:
+            self._tree.permissions.check_open(who, flags, descriptor, attributes)
+            if flags & os.O_TRUNC:
+                with self._killpriv.clearing(descriptor, clear_setid, who):
+                    if flags & os.O_ACCMODE == os.O_RDONLY:  # odd, but Linux truncates then too
+                        self._call(os.truncate, f"/proc/self/fd/{descriptor}", 0)
+                    else:
+                        self._call(os.ftruncate, descriptor, 0)
+                mode = attributes.mode
+                attributes = fstatx(descriptor)
+                if attributes.mode != mode:  # with the reply to OPEN the kernel drops no more than size and times
+                    expire_attributes(self._device, nodeid)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return self._add(descriptor, nodeid, flags, attributes, who), attributes
+
+    def _source_flags(self, flags: int) -> int:
+        """Return what a file is opened with in the source for the caller's *flags*."""
+        flags = flags & _SOURCE_FLAGS | _ALWAYS
+        if self._writeback and flags & os.O_ACCMODE == os.O_WRONLY:
+            flags = flags & ~os.O_ACCMODE | os.O_RDWR
+        return flags
+
+    def _open(self, nodeid: int, flags: int, wanted: int) -> tuple[int, Attributes]:
+        try:
+            return self._reopen(nodeid, flags)
+        except OSError as error:
+            if error.errno == errno.EMFILE:
+                self._directory_fds.shrink()
+            elif error.errno == errno.EACCES and self._writeback and wanted & os.O_ACCMODE == os.O_WRONLY:
+                flags = flags & ~os.O_ACCMODE | os.O_WRONLY  # a file that may only be written: whole pages still can
+            elif error.errno != errno.EPERM:
+                raise
+            elif flags & os.O_NOATIME:  # only for the owner; the caller may be it where this process is not
+                flags &= ~os.O_NOATIME
+            elif wanted & os.O_APPEND:  # an append-only file (chattr +a) opens for writing only like this
+                flags |= os.O_APPEND
+            else:
+                raise
+        return self._reopen(nodeid, flags)
+
+    def _reopen(self, nodeid: int, flags: int) -> tuple[int, Attributes]:
+        """Open by name, or, if the inode has lost its names behind the mount, by a descriptor still open."""
+        try:
+            return self._directory_fds.open(nodeid, flags)
+        except OSError as error:
+            handles = self._handles.of_inode(nodeid)
+            if error.errno != errno.ESTALE or not handles:
+                raise
+        descriptor = os.open(f"/proc/self/fd/{handles[0].descriptor}", flags & ~os.O_NOFOLLOW)
+        return descriptor, fstatx(descriptor)
+
+    def _add(
+        self,
+        descriptor: int,
+        nodeid: int,
+        flags: int,
+        attributes: Attributes,
+        who: Requester,
+        *,
+        is_new: bool = False,
+    ) -> int:
+        handle = self._handle(descriptor, nodeid, flags, attributes, (who.uid, who.gid), is_new=is_new)
+        self._intents.made_handle(self._handles.next_number)  # first: a handle nobody knows of is never released
+        return self._handles.add(handle)
+
+    def _handle(
+        self,
+        descriptor: int,
+        nodeid: int,
+        flags: int,
+        attributes: Attributes,
+        opener: tuple[int, int],
+        *,
+        is_new: bool = False,
+    ) -> Handle:
+        handle = Handle(descriptor, nodeid, self._router.shard_of(nodeid), flags, opener)
+        handle.file = identity_of(attributes) if self._inodes.births else 0
+        handle.note_mode(attributes)
+        handle.unsized = self._sizes.are_void(descriptor, attributes, flags, is_new=is_new)
+        self.promptness.decide(handle, attributes, flags)
+        return handle
+
+    def take_over(
+        self, number: int, nodeid: int, descriptor: int, flags: int, opener: int, place: int, left: set[int]
+    ) -> Handle:
+        """Take in an open file of a front that is gone, whose descriptors have stayed open.
+
+        Args:
+            number: the handle's number.
+            nodeid: its inode.
+            descriptor: the descriptor it had.
+            flags: the caller's open(2) flags.
+            opener: the uid and gid that opened it, as its record has them.
+            place: where its record is in the journal.
+            left: the descriptors that the front has left, from which this one is taken out.
+
+        Raises:
+            OSError: the descriptor is lost, and the file could not be opened again.
+        """
+        wanted = self._source_flags(flags) if flags != _DIRECTORY_FLAGS else _OPEN_DIRECTORY
+        if descriptor in left and self._is_open(descriptor, nodeid, wanted):
+            left.discard(descriptor)
+            attributes = fstatx(descriptor)
+        else:
+            found, attributes = self._reopen(nodeid, wanted)
+            # Requests that a worker has name the number that it had.
+            os.dup2(found, descriptor, inheritable=False)
+            left.discard(descriptor)
+            os.close(found)
+        handle = self._handle(descriptor, nodeid, flags, attributes, divmod(opener, 1 << 32))
+        handle.uncached = True
+        self._handles.take_over(number, handle, place)
+        return handle
+
+    def _is_open(self, descriptor: int, nodeid: int, flags: int) -> bool:
+        """Whether a descriptor is one of that inode, opened with those flags or with what `_open` makes of them."""
+        inode = self._inodes.get(nodeid)
+        attributes = fstatx(descriptor)
+        opened = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+        modes = {flags & os.O_ACCMODE, os.O_WRONLY} if self._writeback else {flags & os.O_ACCMODE}
+        return inode.is_same(attributes) and not opened & os.O_PATH and opened & os.O_ACCMODE in modes
+
+    def create(self, parent: int, name: bytes, mode: int, flags: int, who: Requester) -> tuple[int, int, Attributes]:
+        """Make and open a file that must not exist yet.
+
+        The kernel asks for it when a name does not exist as far as it knows, without checking the permissions of
+        what may stand there by now. So an existing file is never opened here: ESTALE makes the kernel look again.
+
+        Returns:
+            The handle's number, the inode's, and its attributes.
+        """
+        source_flags = self._source_flags(flags) & ~os.O_NOATIME | os.O_CREAT | os.O_EXCL
+        mode_bits = stat.S_IMODE(mode)
+        check_name(name)
+        self._shares.ensure_room(who.uid)
+        if self._intents.interrupted() is None:
+            self._intents.begin()
+        try:
+            descriptor = self._tree.as_requester(
+                parent, who, lambda at: self._call(os.open, name, source_flags, mode_bits, dir_fd=at), mode_bits
+            )
+        except FileExistsError:
+            found = self._made_before(parent, name, source_flags & ~(os.O_CREAT | os.O_EXCL))
+            if found is None:
+                number = errno.EEXIST if flags & os.O_EXCL else errno.ESTALE
+                raise OSError(number, os.strerror(number)) from None
+            descriptor = found
+        try:
+            attributes = fstatx(descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        nodeid = self._inodes.remember(parent, name, attributes)
+        return self._add(descriptor, nodeid, flags, attributes, who, is_new=True), nodeid, attributes
+
+    def _made_before(self, parent: int, name: bytes, flags: int) -> int | None:
+        """Return the descriptor of a file that a dead front had made for this very request, or None if it had not.
+
+        It is one of those that it left open; not every file can be opened again as it was when it was made.
+        """
+        intent = self._intents.interrupted()
+        if intent is None:
+            return None
+        directory = self._directory_fds.directory(parent)
+        there = statx(directory, name)
+        if not intent.made(there):
+            return None
+        orphan = self._intents.take_orphan(there)
+        return os.open(name, flags, dir_fd=directory) if orphan is None else orphan
+
+    def tmpfile(self, parent: int, mode: int, flags: int, who: Requester) -> tuple[int, int, Attributes]:
+        """Make and open a file without a name (open(2), O_TMPFILE); it can be given one by `Tree.link`.
+
+        Returns:
+            The handle's number, the inode's, and its attributes.
+        """
+        self._shares.ensure_room(who.uid)
+        source_flags = self._source_flags(flags) & ~os.O_NOFOLLOW | flags & os.O_EXCL | os.O_TMPFILE
+        mode_bits = stat.S_IMODE(mode)
+        descriptor = self._tree.as_requester(
+            parent,
+            who,
+            lambda at: self._call(os.open, f"/proc/self/fd/{at}", source_flags, mode_bits),
+            mode_bits,
+        )
+        try:
+            attributes = fstatx(descriptor)
+            pin = os.open(f"/proc/self/fd/{descriptor}", os.O_PATH | os.O_CLOEXEC)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        nodeid = self._inodes.remember(0, b"", attributes, parent)
+        self._directory_fds.pins.add(nodeid, pin, attributes.uid)
+        return self._add(descriptor, nodeid, flags, attributes, who, is_new=True), nodeid, attributes
+
+    def release(self, number: int) -> None:
+        """Close an open file; its worker is told if it may hold the descriptor too."""
+        handle = self._handles.remove(number)
+        try:
+            if handle.backing:
+                self._passthrough.release(handle)
+            if handle.lent or handle.shared:
+                self._router.release(number, handle)
+        finally:
+            self._closing.append(handle.descriptor)
+            if handle.snapshot >= 0:
+                self._closing.append(handle.snapshot)
+
+    def root_handle(self) -> int:
+        """Return the number of a handle of the source directory that stays open, for what concerns all of it."""
+        if self._root_handle is None:
+            self._root_handle, _ = self.opendir(ROOT, _NOBODY)
+        return self._root_handle
+
+    def opendir(self, nodeid: int, who: Requester) -> tuple[int, Attributes]:
+        """Open a directory.
+
+        Args:
+            nodeid: its inode.
+            who: the requester.
+
+        Returns:
+            The handle's number and the directory's attributes.
+        """
+        self._shares.ensure_room(who.uid, DIRECTORY)
+        descriptor, attributes = self._reopen(nodeid, _OPEN_DIRECTORY)
+        try:
+            self._tree.permissions.check_open(who, os.O_RDONLY, descriptor, attributes)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return self._add(descriptor, nodeid, _DIRECTORY_FLAGS, attributes, who), attributes
+
+    def entries(self, number: int, offset: int) -> list[DirectoryEntry]:
+        """Return the entries of an open directory as they were when it was first read, where llfuse runs the loop.
+
+        Args:
+            number: the handle.
+            offset: how many of them the reader has had; at 0 the directory is read afresh (rewinddir(3)).
+        """
+        handle = self._handles.get(number)
+        if handle.entries is None or offset == 0:
+            device = self._inodes.get(handle.nodeid).device
+            entries = read_directory(handle.descriptor)
+            handle.entries = self._inodes.with_shown_numbers(device, entries)
+        return handle.entries

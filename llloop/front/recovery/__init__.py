@@ -1,0 +1,1 @@
+"""What matters only after the death of a front."""

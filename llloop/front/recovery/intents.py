@@ -1,0 +1,190 @@
+"""Requests that must not be done twice: how one that a dead front had in hand is recognised when it comes again.
+
+When a front dies, the kernel sends the next one every request that has no answer yet, marked
+(FUSE_NOTIFY_RESEND, Linux 6.9). Most can simply be done again. Those that cannot (a second mkdir
+would say EEXIST, a second rename ENOENT) are noted in the journal before they are begun; appends are
+the workers' to note, who outlive the front. Each thread of a front does one request at a time, so there is one note
+for each of them. Mostly that is one, and others only where system calls have held threads up.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from struct import Struct
+from typing import NamedTuple
+
+from llloop.front.inodes import birth_of
+from llloop.linux.fuse import FUSE_UNIQUE_RESEND as RESENT
+from llloop.linux.syscalls import Attributes, fstatx
+from llloop.shared.journal import Journal
+from llloop.shared.leadership import MOST_THREADS
+
+_CLOCK_REALTIME_COARSE = 5  # <linux/time.h>; the clock that file systems take their times from
+
+_UNIQUE, _DONE, _STARTED, _NUMBER, _NODEID, _TARGET, _PIN, _VICTIM, _HANDLE, _BACKING = range(10)
+
+
+# All of it but the number of the request, which comes last, and the registration.
+_NOTE = Struct("=8Q")
+
+
+class Intent(NamedTuple):
+    """What a dead front noted of the request in its hands.
+
+    Attributes:
+        done: whether it was done; if not, it may have been all the same.
+        started: when it was begun, in nanoseconds of the clock that file systems take their times from.
+        number: the source's inode number of the file that it is about, or whether an extended attribute was there.
+        nodeid: the file's number in the inode table, 0 if it is about no name.
+        target: the same of the file that a rename replaces.
+        pin: an O_PATH descriptor of the file that loses a name, or -1.
+        victim: the source's inode number of that file.
+        handle: the number of the handle that was made, 0 for none.
+        backing: the kernel registration that was made for it, 0 for none.
+    """
+
+    done: bool
+    started: int
+    number: int
+    nodeid: int
+    target: int
+    pin: int
+    victim: int
+    handle: int
+    backing: int
+
+    def made(self, attributes: Attributes) -> bool:
+        """Whether a file that is in the way can be the one that the attempt itself has made."""
+        # Where a file system keeps no birth time, this is the best: an old file can have been changed since.
+        changed = attributes.ctime * 1_000_000_000 + attributes.ctime_nsec
+        return self.done or (birth_of(attributes) or changed) >= self.started
+
+    def has_pin(self) -> bool:
+        """Whether the pin is still a descriptor of the file that it was made for."""
+        try:
+            return self.pin >= 0 and fstatx(self.pin).ino == self.victim
+        except OSError:
+            return False
+
+
+class Intents:
+    """The note.
+
+    Attributes:
+        unique: the kernel's number of the request that is being served; set by whoever decodes one that is noted.
+
+    Args:
+        journal: where it stands.
+    """
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self._cells = journal.cells
+        self._memory = journal.memory
+        self._pack = _NOTE.pack_into
+        self.unique = 0
+        # Where the note of the thread lies that serves.
+        self._note = journal.attempt_of(0)
+        # Descriptors that a dead front had opened and not noted.
+        self._orphans: list[int] = []
+        # What a dead front's threads noted, by the number of the request.
+        self._left: dict[int, Intent] = {}
+        for thread in range(MOST_THREADS):
+            cells = self._cells[journal.attempt_of(thread) :]
+            unique = cells[_UNIQUE] & ~RESENT
+            if unique:
+                self._left[unique] = Intent(
+                    bool(cells[_DONE]),
+                    cells[_STARTED],
+                    cells[_NUMBER],
+                    cells[_NODEID],
+                    cells[_TARGET],
+                    cells[_PIN] - 1,
+                    cells[_VICTIM],
+                    cells[_HANDLE],
+                    cells[_BACKING],
+                )
+
+    def set_aside(self, thread: int) -> tuple[int, int]:
+        """Return what is known of the request in hand, for `exchange`; from now on *thread* serves, which has none."""
+        aside = (self.unique, self._note)
+        self.unique, self._note = 0, self._journal.attempt_of(thread)
+        return aside
+
+    def exchange(self, other: tuple[int, int]) -> tuple[int, int]:
+        """Go on with the request that *other* was set aside for; return the same of the one in hand."""
+        mine = (self.unique, self._note)
+        self.unique, self._note = other
+        return mine
+
+    def finished(self) -> None:
+        """Note that the request in hand needs no note any more."""
+        self._cells[self._note + _UNIQUE] = 0
+
+    def find_pins(self, left: set[int]) -> None:
+        """Make sure that pins are among the descriptors that a dead front has *left*, and still of their files."""
+        for unique, intent in self._left.items():
+            if not (intent.pin in left and intent.has_pin()):
+                self._left[unique] = intent._replace(pin=-1)
+
+    def adopt(self, left: set[int]) -> None:
+        """Take in what a dead front had opened and no record names, until all that is sent again has come."""
+        self._orphans = sorted(left - self.left_pins)
+
+    def take_orphan(self, attributes: Attributes) -> int | None:
+        """Return a descriptor of that file which a dead front had opened for I/O and not noted, or None."""
+        for fd in self._orphans:
+            found = fstatx(fd)
+            is_it = (found.ino, found.device) == (attributes.ino, attributes.device)
+            if is_it and not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH:
+                self._orphans.remove(fd)
+                return fd
+        return None
+
+    @property
+    def left_pins(self) -> set[int]:
+        """The descriptors that a dead front's attempts still need."""
+        return {intent.pin for intent in self._left.values() if intent.has_pin()}
+
+    def interrupted(self) -> Intent | None:
+        """Return what a dead front noted of the very request that is being served, if it did."""
+        return self._left.get(self.unique & ~RESENT) if self._left and self.unique & RESENT else None
+
+    def begin(self, number: int = 0, nodeid: int = 0, target: int = 0, pin: int = -1, victim: int = 0) -> None:
+        """Note that the request that is being served is begun; for the arguments see `Intent`."""
+        cells, note = self._cells, self._note
+        cells[note + _UNIQUE] = 0
+        started = time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
+        self._pack(self._memory, 8 * (note + _DONE), 0, started, number, nodeid, target, pin + 1, victim, 0)
+        cells[note + _UNIQUE] = self.unique
+
+    def begin_open(self, unique: int) -> None:
+        """Note that a file is being opened, which can be done again if it is known which handle it made."""
+        cells, note = self._cells, self._note
+        cells[note + _HANDLE] = 0
+        cells[note + _UNIQUE] = self.unique = unique
+
+    def done(self) -> None:
+        """Note that it is done, so that only its answer is missing."""
+        self._cells[self._note + _DONE] = 1
+
+    def made_handle(self, number: int) -> None:
+        """Note the handle that it has made."""
+        self._cells[self._note + _HANDLE] = number
+
+    def made_backing(self, backing: int) -> None:
+        """Note the kernel registration that it has made."""
+        self._cells[self._note + _BACKING] = backing
+
+    def settle(self) -> None:
+        """Forget what a dead front noted: all that is sent again has come."""
+        for fd in self._orphans:
+            os.close(fd)
+        self._orphans = []
+        for thread in range(MOST_THREADS) if self._left else ():
+            place = self._journal.attempt_of(thread) + _UNIQUE
+            if self._cells[place] & ~RESENT in self._left:
+                self._cells[place] = 0
+        self._left = {}

@@ -1,0 +1,1 @@
+"""System calls, wire structs and credentials of Linux."""

@@ -1,0 +1,1 @@
+"""What the processes of a mount share: memory, pipes, messages, counters."""

@@ -1,0 +1,1 @@
+"""The supervisor process: it owns the mount and keeps the other processes running."""

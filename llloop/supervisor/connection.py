@@ -1,0 +1,176 @@
+"""The connection with the kernel: mounting, INIT, and what both sides agreed on."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+
+import llfuse
+
+from llloop.config import WITHOUT_OWN_LOOP, Cache, IoKind, LoopKind, MetadataKind, ServeConfig
+from llloop.errors import HostError, LlloopError, UsageError
+from llloop.front.llfuse.operations import Operations
+from llloop.front.passthrough import refusal
+from llloop.linux import syscalls
+from llloop.linux.stdio import CapturedStderr
+from llloop.shared import negotiation
+from llloop.shared.negotiation import Capabilities, Feature
+
+_log = logging.getLogger(__name__)
+
+_INIT_BUFFER = 1 << 21  # larger than any request: the kernel refuses a read into less than it might need
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """A mount that is made and initialised.
+
+    Attributes:
+        device: the descriptor of /dev/fuse.
+        capabilities: what was agreed with the kernel; None where llfuse answers INIT and runs the loop.
+        asking: whether workers look at the source before the front does.
+    """
+
+    device: int
+    capabilities: Capabilities | None
+    preflight: bool = False
+
+    def describe(self) -> str:
+        """Return who runs the loop and which features are in force, for the line that serve prints."""
+        if self.capabilities is None:
+            return "llfuse's loop"
+        preflight = ", metadata through workers" if self.preflight else ""
+        return f"own loop{preflight}, {self.capabilities.describe()}"
+
+    def in_force(self, config: ServeConfig) -> dict[str, str]:
+        """Return what the options that leave a choice have come to."""
+        features = self.capabilities.features if self.capabilities is not None else Feature(0)
+        kept = {Cache.NEVER: "not kept", Cache.AUTO: "kept until it changes", Cache.ALWAYS: "kept"}[config.cache]
+        return {
+            "cache": f"names {config.entry_timeout:g} s, missing names {config.negative_timeout:g} s, "
+            f"attributes {config.attr_timeout:g} s, data {kept}",
+            "io": IoKind.KERNEL.value if Feature.PASSTHROUGH in features else IoKind.WORKERS.value,
+            "metadata": MetadataKind.WORKERS.value if self.preflight else MetadataKind.FRONT.value,
+        }
+
+
+def mount(operations: Operations, mountpoint: str, options: list[str]) -> int:
+    """Mount, and return the descriptor of /dev/fuse.
+
+    Args:
+        operations: what llfuse is to call.
+        mountpoint: an absolute path without symlinks.
+        options: libfuse's mount options, in their order.
+
+    Raises:
+        UsageError: libfuse does not know an option.
+        HostError: libfuse or fusermount refused otherwise.
+    """
+    before = fuse_devices()
+    complaints = CapturedStderr()
+    mounted = False
+    try:
+        with complaints:
+            llfuse.init(operations, mountpoint, options)
+            mounted = True
+        (device,) = fuse_devices() - before
+        return device
+    except RuntimeError as error:
+        # Only libfuse itself, or fusermount, knows why, and says so on standard error.
+        reason = complaints.text() or str(error)
+        if "fuse_lowlevel_new" in str(error) or "option" in reason:
+            raise UsageError(f"mount options {','.join(options)}: {reason}") from None
+        raise HostError(f"mount point {mountpoint}: it could not be mounted: {reason}") from None
+    except BaseException as error:
+        if mounted:
+            llfuse.close()
+        if isinstance(error, ValueError):
+            raise LlloopError("libfuse did not open /dev/fuse as expected") from None
+        raise
+
+
+def initialise(device: int, config: ServeConfig, source: str) -> Connection:
+    """Answer INIT, or leave that to llfuse if it is to run the loop.
+
+    Args:
+        device: the descriptor of /dev/fuse of a mount just made.
+        config: the mount's options.
+        source: the absolute path of the source.
+
+    Raises:
+        HostError: the kernel lacks what the options need.
+    """
+    if config.loop is LoopKind.LLFUSE:
+        _log.info("llfuse runs the request loop. This mount lacks %s", WITHOUT_OWN_LOOP)
+        return Connection(device, None)
+    preflight = _asks_first(config, source)
+    buffer = bytearray(_INIT_BUFFER)
+    length = os.readv(device, [buffer])
+    request = bytes(buffer[:length])
+    try:
+        answer, capabilities = negotiation.negotiate(
+            request,
+            posix_acl=config.xattr and _has_acls(source),
+            writeback=config.writeback,
+            passthrough=config.io is not IoKind.WORKERS and not config.writeback,
+            stack_depth=2 if _type_of(source) in syscalls.STACKED else 1,
+            readdirplus=not preflight,  # the front would touch each entry; without, it is asked for one by one
+        )
+    except negotiation.UnsupportedProtocol as error:
+        raise HostError(str(error)) from None
+    os.write(device, answer)
+    return Connection(device, _check_passthrough(device, config, capabilities), preflight=preflight)
+
+
+def fuse_devices() -> frozenset[int]:
+    """Return this process's open descriptors of /dev/fuse (proc(5), /proc/self/fd)."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # the descriptor of the listing itself
+            if os.readlink(f"/proc/self/fd/{name}") == "/dev/fuse":
+                found.add(int(name))
+    return frozenset(found)
+
+
+def _check_passthrough(device: int, config: ServeConfig, capabilities: Capabilities) -> Capabilities:
+    """Give passthrough up if the kernel refuses it to this process, or say why it cannot be had."""
+    if config.io is IoKind.WORKERS:
+        return capabilities
+    if Feature.PASSTHROUGH in capabilities.features:
+        reason = refusal(device)
+    else:
+        reason = "with --writeback" if config.writeback else "this kernel does not offer it; Linux 6.9 does"
+    if reason is None:
+        return capabilities
+    if config.io is IoKind.KERNEL:
+        hint = "" if os.geteuid() == 0 else "; it needs root"
+        raise HostError(f"--io kernel cannot be had: {reason}{hint}. Serve with --io auto or --io workers")
+    return capabilities.without(Feature.PASSTHROUGH)
+
+
+def _asks_first(config: ServeConfig, source: str) -> bool:
+    """Whether workers are to look at the source before the front does."""
+    if config.metadata is MetadataKind.AUTO:
+        return _type_of(source) in syscalls.CAN_HANG
+    return config.metadata is MetadataKind.WORKERS
+
+
+def _type_of(source: str) -> int:
+    """Return the magic number of the file system that holds the source."""
+    fd = os.open(source, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return syscalls.file_system_type(fd)
+    finally:
+        os.close(fd)
+
+
+def _has_acls(source: str) -> bool:
+    """Whether the source's file system has POSIX ACLs (acl(5))."""
+    try:
+        os.getxattr(source, b"system.posix_acl_access")
+    except OSError as error:
+        return error.errno == errno.ENODATA
+    return True

@@ -1,0 +1,74 @@
+"""The invalidator process, which has the kernel drop pages for the workers.
+
+The kernel keeps whoever asks for it waiting until the pages are no longer read or written back (`notifications`), and
+it is the workers and the front that answer those requests. So neither of them may ask. A worker asks this process, goes
+on with other requests, and is told when the pages are dropped.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llloop.linux.credentials import keep_only
+from llloop.shared import notifications
+from llloop.shared.messages import MAX_MESSAGE, Operation, decode_wanted, encode
+
+
+@dataclass(frozen=True, slots=True)
+class InvalidatorSetup:
+    """What the invalidator inherits from the supervisor.
+
+    Attributes:
+        device: the descriptor of /dev/fuse.
+        wanted: for each worker the read end of the pipe in which it asks.
+        pipes: for each worker the write end of its request pipe, in which it is told.
+    """
+
+    device: int
+    wanted: Sequence[int]
+    pipes: Sequence[int]
+
+
+def run_invalidator(setup: InvalidatorSetup) -> None:
+    """Serve until the file system is unmounted.
+
+    Each worker has a thread here, so that a worker that hangs keeps only its own inodes waiting.
+    """
+    keep_only(0)
+    threads = [
+        threading.Thread(target=_serve, args=(setup.device, wanted, pipe))
+        for wanted, pipe in zip(setup.wanted, setup.pipes, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def _serve(device: int, wanted: int, pipe: int) -> None:
+    """Do what one worker asks for, one after the other."""
+    while message := os.read(wanted, MAX_MESSAGE):
+        unique, nodeid, offset, length = decode_wanted(message)
+        try:
+            notifications.drop_pages(device, nodeid, offset, length)
+        except OSError as error:
+            if error.errno == errno.ENODEV:  # unmounted
+                return
+        _tell(pipe, encode((Operation.INVALIDATED, 0, -1, -1, -1, 0, 0, 0, 0, 0, (unique,))))
+
+
+def _tell(pipe: int, message: bytes) -> None:
+    while True:
+        try:
+            os.write(pipe, message)
+        except BlockingIOError:
+            poll = select.poll()
+            poll.register(pipe, select.POLLOUT)
+            poll.poll()
+        else:
+            return

@@ -1,0 +1,77 @@
+"""What serving changes in the process that it happens in, and how that is undone: `llloop.serve()` is a guest there."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import signal
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from setproctitle import getproctitle, setproctitle
+
+from llloop.linux.limits import RAISED
+
+_COMM = Path("/proc/self/comm")
+
+
+class ProcessState:
+    """``with ProcessState(numbers): ...`` puts back at its end what the block may have changed.
+
+    That is: the title and the name of the process, its limits, the handlers of the signals *numbers* and
+    whether they are blocked, and the descriptor that Python writes to when a signal comes.
+
+    Args:
+        numbers: signals whose handlers the block sets.
+    """
+
+    def __init__(self, numbers: Iterable[int]) -> None:
+        self._numbers = tuple(numbers)
+
+    def __enter__(self) -> ProcessState:
+        self._pid = os.getpid()
+        self._comm = _COMM.read_bytes()  # before the title: to look at that for the first time changes the name
+        self._title = _title()
+        self._name = multiprocessing.current_process().name
+        self._limits = [(limit, resource.getrlimit(limit)) for limit in RAISED]
+        self._handlers: dict[int, Any] = {number: signal.getsignal(number) for number in self._numbers}
+        self._blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        self._wakeup = signal.set_wakeup_fd(-1)
+        signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if os.getpid() != self._pid:  # in a forked child, which ends by an exception
+            return
+        signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
+        for number, handler in self._handlers.items():
+            if handler is not None:  # None stands for one that Python does not know
+                signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._blocked)
+        setproctitle(self._title)
+        with suppress(OSError):
+            _COMM.write_bytes(self._comm.rstrip(b"\n"))
+        multiprocessing.current_process().name = self._name
+        for limit, values in self._limits:
+            resource.setrlimit(limit, values)
+
+
+def keep_ended_children() -> None:
+    """Have the kernel keep a child that has ended until it is waited for.
+
+    Whoever starts a program may have it ignore SIGCHLD, and then no child can be waited for (wait(2)).
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def _title() -> str:
+    try:
+        return getproctitle()
+    except UnicodeDecodeError:  # arguments may be any bytes, and setproctitle takes text only
+        return Path("/proc/self/cmdline").read_bytes().rstrip(b"\0").replace(b"\0", b" ").decode(errors="replace")

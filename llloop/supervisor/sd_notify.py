@@ -1,0 +1,65 @@
+"""Telling a service manager how things are, as sd_notify(3) describes it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+
+from llloop.logging.escape import printable
+
+
+class Notifier:
+    """The manager behind $NOTIFY_SOCKET, or nobody. Nothing here waits or fails: a manager that is gone misses it.
+
+    Args:
+        environment: where NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID are looked up.
+
+    Attributes:
+        interval: how often to say `alive`, in seconds: half of what the manager allows; None if it does not ask.
+    """
+
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._address = environment.get("NOTIFY_SOCKET", "")
+        if self._address[:1] not in ("/", "@"):
+            self._address = ""
+        self.interval = self._watchdog(environment) if self._address else None
+
+    @staticmethod
+    def _watchdog(environment: Mapping[str, str]) -> float | None:
+        allowed = environment.get("WATCHDOG_USEC", "")
+        if environment.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+            return None
+        return int(allowed) / 2_000_000 if allowed.isdecimal() and int(allowed) else None
+
+    def _send(self, *lines: str) -> None:
+        if not self._address:
+            return
+        address = os.fsencode(self._address)
+        if address.startswith(b"@"):  # the abstract name space (unix(7))
+            address = b"\0" + address[1:]
+        message = "\n".join(lines).encode(errors="surrogateescape")
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+            sender.sendto(message, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL, address)
+
+    def ready(self, status: str) -> None:
+        """The mount answers requests, from now on or again."""
+        self._send("READY=1", f"MAINPID={os.getpid()}", f"STATUS={printable(status)}")
+
+    def status(self, text: str) -> None:
+        """Say in a line what is going on."""
+        self._send(f"STATUS={printable(text)}")
+
+    def reloading(self) -> None:
+        """A reload has begun; `ready` ends it."""
+        self._send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+
+    def stopping(self) -> None:
+        """The end has begun."""
+        self._send("STOPPING=1", "STATUS=unmounting")
+
+    def alive(self) -> None:
+        """The mount still answers."""
+        self._send("WATCHDOG=1")

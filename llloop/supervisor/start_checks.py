@@ -1,0 +1,276 @@
+"""What a mount needs before it can be made: all that would be refused is refused here, before anything is mounted.
+
+The checks say what is wrong and what to do in one line; libfuse's own messages come too late and say less.
+`llloop serve` and `llloop serve --check` run the same ones.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from llloop import mount_options
+from llloop.config import IoKind, ServeConfig
+from llloop.errors import DeadMountError, HostError, MountpointError, SourceError
+from llloop.linux import limits, mount_identity, mounts, syscalls
+from llloop.linux.timed_call import in_time
+
+_DEVICE = "/dev/fuse"
+_DEVICE_NUMBER = os.makedev(10, 229)  # FUSE_MINOR of MISC_MAJOR, Documentation/admin-guide/devices.txt
+# A directory that nothing can be mounted on.
+_NO_MOUNT = "/proc/self/fdinfo"
+_FUSE_CONF = Path("/etc/fuse.conf")
+# How long the source and the mount point may take to answer, in seconds.
+PATIENCE = 20.0
+# The first kernel that does the I/O of FUSE files itself.
+_PASSTHROUGH_SINCE = (6, 9)
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What a mount can be made of.
+
+    Attributes:
+        source: the source, and
+        mountpoint: the mount point, as absolute paths without symlinks.
+    """
+
+    source: str
+    mountpoint: str
+
+
+def check(config: ServeConfig, *, restart: bool = False) -> Checked:
+    """Check that a mount can be made; change nothing.
+
+    Args:
+        config: the mount's options.
+        restart: an llloop mount at the mount point is no hindrance: it is to end before.
+
+    Raises:
+        LlloopError: not so; the subclasses say why.
+    """
+    try:
+        source = _ask_source(config)
+        mountpoint, _ = _ask_mountpoint(config, source, restart)
+        check_host(config)
+        limits.check(config.workers)
+    except OSError as error:  # what every machine has is missing, such as /dev/null
+        raise HostError(f"{error.filename}: {error.strerror}") from None
+    return Checked(source, mountpoint)
+
+
+def make_way(config: ServeConfig) -> Checked:
+    """Check that a mount can be made, and detach dead mounts that are in the way if `config.replace_dead` says so.
+
+    Raises:
+        LlloopError: no mount can be made; the subclasses say why.
+    """
+    checked = check(config)
+    while config.replace_dead and _ask_mountpoint(config, checked.source, restart=False)[1]:
+        try:
+            mount_identity.detach_if_dead(checked.mountpoint)
+        except OSError as error:
+            raise DeadMountError(
+                f"mount point {config.mountpoint}: the dead mount in the way cannot be detached: {error.strerror}"
+            ) from None
+    return checked
+
+
+def _ask_source(config: ServeConfig) -> str:
+    late = SourceError(f"source {config.source}: it does not answer within {PATIENCE:g} seconds")
+    return in_time(lambda: check_source(config.source), PATIENCE, late)
+
+
+def _ask_mountpoint(config: ServeConfig, source: str, restart: bool) -> tuple[str, bool]:
+    """Return the mount point's absolute path, and whether a dead mount is there that is to be replaced."""
+    late = MountpointError(f"mount point {config.mountpoint}: it does not answer within {PATIENCE:g} seconds")
+    path, dead = in_time(lambda: check_mountpoint(config, source, restart=restart), PATIENCE, late)
+    return path, dead
+
+
+def check_source(source: str) -> str:
+    """Return the absolute path of the source.
+
+    Raises:
+        SourceError: it is missing, not a directory, cannot be read, or the server of its file system is gone.
+    """
+    mounts.absolute(source, SourceError(f"source {source}"))
+    path = os.path.realpath(source)
+    try:
+        kind = os.stat(path)
+        os.statvfs(path)  # for the attributes of a dead mount may still be cached, as mounting.is_dead() says
+    except FileNotFoundError:
+        raise SourceError(f"source {source}: there is no such directory") from None
+    except OSError as error:
+        hint = "; it is a mount whose server is gone" if error.errno in mounts.DEAD else ""
+        raise SourceError(f"source {source}: {error.strerror}{hint}") from None
+    if not stat.S_ISDIR(kind.st_mode):
+        raise SourceError(f"source {source}: this is not a directory; llloop mirrors directories")
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise SourceError(f"source {source}: you may not read it; it needs read and search permission (r-x)")
+    return path
+
+
+def check_mountpoint(config: ServeConfig, source: str, *, restart: bool = False) -> tuple[str, bool]:
+    """Check the mount point.
+
+    Args:
+        config: the mount's options.
+        source: the absolute path of the source.
+        restart: as for `check`.
+
+    Returns:
+        Its absolute path, and whether a dead mount is there that is to be replaced.
+
+    Raises:
+        MountpointError: it is missing, not a directory, in use, or in a place that would deadlock.
+        DeadMountError: a mount whose server is gone is in the way.
+    """
+    path = mounts.resolve_mountpoint(config.mountpoint)
+    shown = config.mountpoint
+    try:
+        kind = os.stat(path)
+        os.statvfs(path)  # for the attributes of a dead mount may still be cached, as mounting.is_dead() says
+    except FileNotFoundError:
+        raise MountpointError(f"mount point {shown}: there is no such directory; make it first: mkdir {path}") from None
+    except OSError as error:
+        if error.errno in mounts.DEAD and config.replace_dead:
+            return path, True
+        if error.errno in mounts.DEAD:
+            raise DeadMountError(
+                f"mount point {shown}: a FUSE mount whose server died is in the way ({error.strerror}); "
+                f"detach it with: llloop umount --lazy {path} (or serve with --replace-dead)"
+            ) from None
+        raise MountpointError(f"mount point {shown}: {error.strerror}") from None
+    if not stat.S_ISDIR(kind.st_mode):
+        raise MountpointError(f"mount point {shown}: this is not a directory")
+    _check_places(path, source)
+    mounted = mounts.find_mount(path)
+    if mounted is not None and restart and mounted.type == mounts.TYPE:
+        return path, False
+    if mounted is not None:
+        raise MountpointError(
+            f"mount point {shown}: {mounted.source} ({mounted.type}) is mounted there already; "
+            f"unmount it first: llloop umount {path}"
+        )
+    try:
+        filled = bool(os.listdir(path))
+    except OSError as error:
+        raise MountpointError(f"mount point {shown}: {error.strerror}") from None
+    if filled and not config.nonempty:
+        raise MountpointError(
+            f"mount point {shown}: the directory is not empty; a mount would hide its files "
+            "(--nonempty mounts all the same)"
+        )
+    if os.geteuid() != 0 and not os.access(path, os.W_OK):
+        raise MountpointError(
+            f"mount point {shown}: you may not write to it, so fusermount will not let you mount on it"
+        )
+    return path, False
+
+
+def _check_places(mountpoint: str, source: str) -> None:
+    """Refuse a mount point inside the source, where llloop would ask itself and wait for ever, and the reverse."""
+    if _is_within(mountpoint, source):
+        raise MountpointError(
+            f"mount point {mountpoint}: it is the source or lies inside it ({source}); the mirror would contain itself "
+            "and deadlock. Choose a mount point outside of the source"
+        )
+    if _is_within(source, mountpoint):
+        raise MountpointError(
+            f"mount point {mountpoint}: the source {source} lies inside it and would be hidden by the mount. "
+            "Choose a mount point elsewhere"
+        )
+
+
+def _is_within(path: str, directory: str) -> bool:
+    """Whether *path* is *directory* or below it, also by way of a bind mount."""
+    wanted = os.stat(directory)
+    while True:
+        try:
+            if os.path.samestat(os.stat(path), wanted):
+                return True
+        except OSError:
+            pass
+        parent = os.path.dirname(path)
+        if parent == path:
+            return False
+        path = parent
+
+
+def check_host(config: ServeConfig) -> None:
+    """Check that this machine and this user can mount with FUSE.
+
+    Raises:
+        HostError: not so; the message says what to do.
+    """
+    try:
+        device = os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise HostError(
+            f"{_DEVICE} is missing: load the kernel module (modprobe fuse), or, in a container, pass the device in"
+        ) from None
+    except OSError as error:
+        raise HostError(
+            f"{_DEVICE} cannot be opened ({error.strerror}): this user or container is not allowed to use FUSE"
+        ) from None
+    kind = os.fstat(device)
+    os.close(device)
+    if not stat.S_ISCHR(kind.st_mode) or kind.st_rdev != _DEVICE_NUMBER:
+        raise HostError(f"{_DEVICE} is not the FUSE device (character device 10, 229): mknod {_DEVICE} c 10 229")
+    mount_options.check_user(config)
+    if config.io is IoKind.KERNEL:
+        _check_passthrough()
+    if os.geteuid() == 0:
+        _check_may_mount()
+        return
+    mounts.fusermount()
+    if syscalls.prctl(syscalls.PR_GET_NO_NEW_PRIVS):
+        raise HostError(
+            "fusermount cannot mount for this process: it may get no new privileges (no_new_privs, prctl(2))"
+        )
+    if config.allow_other and not _user_allow_other():
+        raise HostError(
+            f"--allow-other needs the line user_allow_other in {_FUSE_CONF}, which root can add; "
+            "or serve with --no-allow-other"
+        )
+
+
+def _check_may_mount() -> None:
+    """Refuse to mount as a root who may not (mount(2), EPERM).
+
+    The kernel tells it by how it refuses to unmount what is no mount, which changes nothing.
+    """
+    try:
+        syscalls.umount(_NO_MOUNT, syscalls.MNT_EXPIRE)
+    except PermissionError:
+        raise HostError(
+            "this process may not mount, although it is root's: it lacks CAP_SYS_ADMIN here; a container gets it "
+            "with --cap-add SYS_ADMIN, unshare(1) with --mount"
+        ) from None
+    except OSError:
+        pass
+
+
+def _user_allow_other() -> bool:
+    try:
+        lines = _FUSE_CONF.read_text(errors="replace").splitlines()
+    except OSError:
+        return False
+    return any(line.strip() == "user_allow_other" for line in lines)
+
+
+def _check_passthrough() -> None:
+    """Refuse --io kernel where it is known to be impossible; the rest is found out from the kernel's INIT."""
+    release = tuple(int(part) for part in re.findall("[0-9]+", platform.release())[:2])
+    reason = None
+    if os.geteuid() != 0:
+        reason = "it needs root"
+    elif release < _PASSTHROUGH_SINCE:
+        reason = "this kernel does not offer it; Linux 6.9 does"
+    if reason is not None:
+        raise HostError(f"--io kernel cannot be had: {reason}. Serve with --io auto or --io workers")

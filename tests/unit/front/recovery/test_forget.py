@@ -1,0 +1,96 @@
+"""FORGET is sent once: wherever the front dies in it, the next one finishes it, and counts nothing twice."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from llloop.front.inodes import ROOT
+from llloop.linux.fuse import Opcode
+from tests.unit.mortal import Killed, Life, Line, Request
+from tests.unit.support import packet_pipe
+
+LOOKED_UP = {"often": 3, "once": 1, "twice": 2, "removed": 1, "kept": 2}
+FORGOTTEN = {"often": 1, "once": 1, "twice": 2, "removed": 1}
+LEFT = {"often": 2, "kept": 2}
+
+
+class Known:
+    """A mount whose kernel knows some files, one of which has lost its name."""
+
+    def __init__(self, path: Path, pipe: tuple[int, int]) -> None:
+        self.line = Line(path, [pipe])
+        self.numbers = {}
+        for name, times in LOOKED_UP.items():
+            (path / name).touch()
+            for _ in range(times):
+                self.numbers[name] = self.line.lookup(name.encode())
+        assert self.line.answer(Request(Opcode.UNLINK, ROOT, b"removed\0")).error == 0
+
+    def forget(self, request: Request, life: Life) -> bool:
+        """Return whether the front lived through it."""
+        try:
+            self.line.ask(request, life)
+        except Killed:
+            return False
+        finally:
+            self.line.unanswered.clear()  # nobody waits for an answer
+        return True
+
+    def left(self) -> dict[str, int]:
+        inodes = self.line.context.inodes
+        return {name: inodes.get(number).lookups for name, number in self.numbers.items() if number in inodes}
+
+    def batch(self) -> Request:
+        body = struct.pack("=II", len(FORGOTTEN), 0)
+        for name, times in FORGOTTEN.items():
+            body += struct.pack("=QQ", self.numbers[name], times)
+        return Request(Opcode.BATCH_FORGET, 0, body)
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    with packet_pipe() as ends:
+        yield ends
+
+
+@pytest.mark.parametrize("deaths", [1, 2])
+def test_a_batch_is_finished_wherever_the_front_dies(tmp_path: Path, pipe: tuple[int, int], deaths: int) -> None:
+    # At the first step it has not been received: it is the kernel's still.
+    for steps in range(1, 200):
+        known = Known(tmp_path / f"{steps}", pipe)
+        line = known.line
+        try:
+            lived = known.forget(known.batch(), Life(steps))
+            for further in range(1, deaths):
+                with suppress(Killed):
+                    line.next_front(Life(steps // 2 + further))
+            line.take_up()
+            assert known.left() == LEFT, f"after a death at step {steps}"
+            held = {os.readlink(f"/proc/self/fd/{fd}") for fd in line.extra_descriptors()}
+            assert not any("deleted" in path for path in held), f"after a death at step {steps}: {held}"
+        finally:
+            line.close()
+        if lived:
+            assert steps > 2 * len(FORGOTTEN), "hardly a step was seen"
+            return
+    raise AssertionError("it has no end")
+
+
+def test_a_single_one_is_finished(tmp_path: Path, pipe: tuple[int, int]) -> None:
+    for steps in range(1, 50):
+        known = Known(tmp_path / f"{steps}", pipe)
+        try:
+            lived = known.forget(Request(Opcode.FORGET, known.numbers["often"], struct.pack("=Q", 2)), Life(steps))
+            known.line.take_up()
+            assert known.left() == {**LOOKED_UP, "often": 1}, f"after a death at step {steps}"
+        finally:
+            known.line.close()
+        if lived:
+            return
+    raise AssertionError("it has no end")

@@ -1,0 +1,162 @@
+"""The note of the request that a front has in hand."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from llloop.front.recovery.intents import Intents
+from llloop.linux.fuse import FUSE_UNIQUE_RESEND
+from llloop.linux.syscalls import fstatx
+from llloop.shared.journal import Journal
+from tests.unit.support import attributes, close_ledger, heir
+
+
+@pytest.fixture
+def journal() -> Iterator[Journal]:
+    own = Journal(16)
+    yield own
+    close_ledger(own)
+
+
+def begun(journal: Journal, unique: int = 42, **noted: int) -> Intents:
+    """A front that has begun a request."""
+    intents = Intents(journal)
+    intents.unique = unique
+    intents.begin(**noted)
+    return intents
+
+
+def again(journal: Journal, unique: int) -> Intents:
+    """The next front, which serves a request."""
+    intents = Intents(heir(journal))
+    intents.unique = unique
+    return intents
+
+
+def test_what_was_noted_is_found_by_the_request_itself(journal: Journal) -> None:
+    before = begun(journal, number=1, nodeid=2**64 - 1, target=3, pin=0, victim=5)
+    left = again(journal, 42 | FUSE_UNIQUE_RESEND).interrupted()
+    assert left is not None
+    assert (left.done, left.number, left.nodeid, left.target, left.pin, left.victim) == (False, 1, 2**64 - 1, 3, 0, 5)
+    assert (left.handle, left.backing) == (0, 0)
+    before.made_handle(2**41)
+    before.made_backing(9)
+    before.done()
+    left = again(journal, 42 | FUSE_UNIQUE_RESEND).interrupted()
+    assert left is not None
+    assert (left.done, left.handle, left.backing) == (True, 2**41, 9)
+
+
+@pytest.mark.parametrize("unique", [42, 43 | FUSE_UNIQUE_RESEND, 43, FUSE_UNIQUE_RESEND, 0])
+def test_another_request_finds_nothing(journal: Journal, unique: int) -> None:
+    """Numbers may come again after a long time; only what is sent again is marked."""
+    begun(journal)
+    assert again(journal, unique).interrupted() is None
+
+
+def test_where_nothing_was_noted_nothing_is_found(journal: Journal) -> None:
+    assert again(journal, FUSE_UNIQUE_RESEND).interrupted() is None
+
+
+def test_a_request_that_was_interrupted_twice_is_found(journal: Journal) -> None:
+    begun(journal, number=7)
+    assert again(journal, 42 | FUSE_UNIQUE_RESEND).interrupted() is not None
+    begun(heir(journal), 44 | FUSE_UNIQUE_RESEND, number=8)  # now by one that was itself sent again
+    left = again(journal, 44 | FUSE_UNIQUE_RESEND).interrupted()
+    assert left is not None and left.number == 8
+
+
+def test_a_new_note_says_nothing_of_the_one_before(journal: Journal) -> None:
+    intents = begun(journal, number=1, nodeid=2, target=3, pin=4, victim=5)
+    intents.made_handle(6)
+    intents.done()
+    intents.unique = 43
+    intents.begin()
+    left = again(journal, 43 | FUSE_UNIQUE_RESEND).interrupted()
+    assert left is not None
+    assert (left.done, *left[2:8]) == (False, 0, 0, 0, -1, 0, 0)
+    intents.made_handle(6)
+    intents.begin_open(44)
+    left = again(journal, 44 | FUSE_UNIQUE_RESEND).interrupted()
+    assert left is not None and left.handle == 0
+
+
+def test_the_next_front_forgets_it_when_all_has_come(journal: Journal) -> None:
+    begun(journal)
+    intents = again(journal, 42 | FUSE_UNIQUE_RESEND)
+    intents.settle()
+    assert intents.interrupted() is None
+    assert again(journal, 42 | FUSE_UNIQUE_RESEND).interrupted() is None
+
+
+def test_it_does_not_forget_its_own(journal: Journal) -> None:
+    begun(journal)
+    intents = again(journal, 43)
+    intents.begin(number=5)
+    intents.settle()
+    left = again(journal, 43 | FUSE_UNIQUE_RESEND).interrupted()
+    assert left is not None and left.number == 5
+
+
+def test_a_file_made_after_the_beginning_may_be_its_own(journal: Journal, tmp_path: Path) -> None:
+    old = fstatx_of(tmp_path / "old")
+    now = time.time_ns()
+    while time.clock_gettime_ns(5) <= now:
+        time.sleep(0.001)
+    intents = begun(journal)
+    new = fstatx_of(tmp_path / "new")
+    left = again(journal, 42 | FUSE_UNIQUE_RESEND).interrupted()
+    assert left is not None
+    assert left.made(new) and not left.made(old)
+    intents.done()
+    left = again(journal, 42 | FUSE_UNIQUE_RESEND).interrupted()
+    assert left is not None and left.made(attributes(ctime=(0, 0)))
+
+
+def fstatx_of(path: Path):  # type: ignore[no-untyped-def]
+    path.write_text("x")
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return fstatx(fd)
+    finally:
+        os.close(fd)
+
+
+def test_a_pin_counts_only_while_it_is_of_its_file(journal: Journal, tmp_path: Path) -> None:
+    for name in ("file", "other"):
+        (tmp_path / name).write_text(name)
+    pin = os.open(tmp_path / "file", os.O_PATH)
+    begun(journal, pin=pin, victim=os.fstat(pin).st_ino)
+    assert again(journal, 0).left_pins == {pin}
+    other = os.open(tmp_path / "other", os.O_PATH)
+    os.dup2(other, pin)
+    assert again(journal, 0).left_pins == set()
+    os.close(pin)
+    os.close(other)
+    assert again(journal, 0).left_pins == set()
+
+
+def test_of_orphans_only_what_is_open_for_data_is_taken_and_the_rest_is_closed(
+    journal: Journal, tmp_path: Path
+) -> None:
+    for name in ("file", "other"):
+        (tmp_path / name).write_text(name)
+    path_only, other, file = (
+        os.open(tmp_path / "file", os.O_PATH),
+        os.open(tmp_path / "other", os.O_RDONLY),
+        os.open(tmp_path / "file", os.O_RDWR),
+    )
+    intents = Intents(journal)
+    intents.adopt({path_only, other, file})
+    assert intents.take_orphan(fstatx(file)) == file
+    assert intents.take_orphan(fstatx(file)) is None, "it is another's now"
+    intents.settle()
+    os.close(file)
+    for fd in (path_only, other):
+        with pytest.raises(OSError):
+            os.fstat(fd)

@@ -1,0 +1,108 @@
+"""What each user may hold of the front's descriptors, and which of his removed files he loses then."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from llloop.front.descriptor_shares import DIRECTORY, Shares
+from llloop.front.inodes import ROOT, Inodes
+from llloop.front.pins import Pins
+from llloop.linux.syscalls import fstatx
+from llloop.shared.journal import Journal
+from llloop.shared.leadership import Leadership
+from tests.expect import fails
+from tests.unit.support import attributes, open_descriptors
+
+ONE, TWO, THREE = 4001, 4002, 4003
+CAPACITY = 1600
+
+
+def take_all(shares: Shares, uid: int, weight: int = 1) -> int:
+    """Take as many as a user may have, and return how many he has then."""
+    while shares.has_room(uid, weight):
+        shares.take(uid)
+    with fails(errno.EMFILE):
+        shares.ensure_room(uid, weight)
+    return shares.held(uid)
+
+
+def test_who_takes_all_he_may_leaves_as_many() -> None:
+    shares = Shares(CAPACITY)
+    usual = CAPACITY * 63 // 64
+    for uid, part in ((ONE, 2), (TWO, 4), (THREE, 8)):
+        assert abs(take_all(shares, uid) - usual / part) <= 1
+    assert not shares.has_room(ONE)
+    assert take_all(shares, 0) > CAPACITY // 64, "what is reserved for root"
+    for uid in (ONE, TWO, THREE, 0):
+        for _ in range(shares.held(uid)):
+            shares.give_back(uid)
+    assert abs(take_all(shares, THREE) - usual / 2) <= 1
+
+
+def test_directories_can_be_listed_when_files_cannot_be_opened() -> None:
+    for uid in (ONE, 0):
+        shares = Shares(CAPACITY)
+        files = take_all(shares, uid)
+        assert take_all(shares, uid, DIRECTORY) > files + 20
+        assert shares.has_room(TWO)
+
+
+@pytest.fixture
+def pins(tmp_path: Path) -> Pins:
+    return Pins(Inodes(attributes(2), Journal(1 << 10)), Shares(32), Leadership(), [])
+
+
+def add(pins: Pins, path: Path, nodeids: range, uid: int) -> None:
+    path.touch()
+    for nodeid in nodeids:
+        pins._inodes.remember(ROOT, b"%d" % nodeid, attributes(nodeid))
+        pins.add(nodeid, os.open(path, os.O_PATH), uid)
+
+
+def close(pins: Pins) -> None:
+    for nodeid in list(pins._table):
+        pins.drop(nodeid)
+    for fd in pins._closing:
+        os.close(fd)
+
+
+def test_who_removes_more_than_he_may_keep_loses_the_oldest(pins: Pins, tmp_path: Path) -> None:
+    before = open_descriptors()
+    add(pins, tmp_path / "file", range(100, 102), TWO)
+    add(pins, tmp_path / "file", range(200, 260), ONE)
+    kept = [nodeid for nodeid in range(200, 260) if pins.get(nodeid) is not None]
+    assert kept == list(range(260 - len(kept), 260))
+    assert 10 < len(kept) < 16
+    assert None not in (pins.get(100), pins.get(101)), "another's are left alone"
+    # To open a file he gives up another one.
+    pins._shares.ensure_room(ONE)
+    pins._shares.take(ONE)
+    assert len([nodeid for nodeid in kept if pins.get(nodeid) is not None]) == len(kept) - 1
+    close(pins)
+    assert open_descriptors() == before
+
+
+def test_who_has_used_up_his_share_with_open_files_keeps_no_removed_ones(pins: Pins, tmp_path: Path) -> None:
+    before = open_descriptors()
+    take_all(pins._shares, ONE)
+    add(pins, tmp_path / "file", range(100, 103), ONE)
+    assert len(pins) == 0
+    close(pins)
+    assert open_descriptors() == before
+
+
+def test_the_next_front_counts_what_it_takes_over(pins: Pins, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    fd = os.open(tmp_path / "file", os.O_PATH)
+    nodeid = pins._inodes.remember(ROOT, b"file", fstatx(fd))
+    left = {fd}
+    pins.take_over({nodeid: fd}, left)
+    assert left == set()
+    assert pins._shares.held(os.geteuid()) == 1
+    assert pins.drop(nodeid)
+    assert pins._shares.held(os.geteuid()) == 0
+    close(pins)

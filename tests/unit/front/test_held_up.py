@@ -1,0 +1,217 @@
+"""A front whose system calls take long: it goes on serving, and what was held up is done once and answered."""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llloop.front.inodes import ROOT
+from llloop.linux.fuse import Opcode
+from llloop.shared.leadership import MOST_THREADS
+from tests.server_processes import wait_until
+from tests.unit.mortal import PROBE, Life, Line, Request
+from tests.unit.support import packet_pipe
+
+PATIENCE = 10.0
+
+
+class Held:
+    """A system call that is held up until it is let go."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+        self._gate = threading.Event()
+        self.waiting = 0
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        self.waiting += 1
+        assert self._gate.wait(PATIENCE)
+        return self._call(*arguments, **options)
+
+    def let_go(self) -> None:
+        self._gate.set()
+
+
+class Served:
+    """A front that serves in a thread, as a process would."""
+
+    def __init__(self, line: Line) -> None:
+        self.line = line
+        self._thread = threading.Thread(target=line.front.loop.run)
+        self._thread.start()
+
+    def send(self, *requests: Request) -> list[int]:
+        uniques = []
+        for request in requests:
+            self.line.unique += 2
+            self.line.unanswered[self.line.unique] = request
+            self.line._kernel.send(request.packed(self.line.unique))
+            uniques.append(self.line.unique)
+        return uniques
+
+    def has_answered(self, *uniques: int) -> bool:
+        self.line.collect()
+        return all(unique in self.line.answers for unique in uniques)
+
+    def answers(self, *requests: Request) -> None:
+        """Whether it answers these, whatever else waits."""
+        uniques = self.send(*requests)
+        assert wait_until(lambda: self.has_answered(*uniques))
+
+    def end(self) -> None:
+        self.line.unmount()
+        self._thread.join(PATIENCE)
+        assert not self._thread.is_alive()
+
+
+@pytest.fixture
+def line(tmp_path: Path) -> Iterator[Line]:
+    umask = os.umask(0o022)
+    with packet_pipe(8) as first, packet_pipe(8) as second:
+        own = Line(tmp_path / "source", [first, second], count=2 * MOST_THREADS)
+        yield own
+        own.close()
+    os.umask(umask)
+
+
+def mkdir(name: str, umask: int = 0o022) -> Request:
+    return Request(Opcode.MKDIR, ROOT, struct.pack("=II", 0o777, umask) + name.encode() + b"\0")
+
+
+def lookup(name: str) -> Request:
+    return Request(Opcode.LOOKUP, ROOT, name.encode() + b"\0")
+
+
+def test_a_change_that_is_held_up_holds_nothing_else_up(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    (line.path / "there").touch()
+    held = Held(os.mkdir)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "mkdir", held)
+        served = Served(line)
+        waiting = served.send(mkdir("first", 0o077), mkdir("second", 0o027))
+        assert wait_until(lambda: held.waiting == 2)
+        served.answers(lookup("there"), PROBE, Request(Opcode.UNLINK, ROOT, b"there\0"))
+        assert not (line.path / "there").exists()
+        assert not served.has_answered(waiting[0])
+        held.let_go()
+        assert wait_until(lambda: served.has_answered(*waiting))
+    served.answers(mkdir("third"))
+    served.end()
+    assert all(reply.error == 0 or reply.error == errno.ENOENT for reply in line.answers.values())
+    modes = [(line.path / name).stat().st_mode & 0o777 for name in ("first", "second", "third")]
+    assert modes == [0o700, 0o750, 0o755], "each thread has a umask of its own"
+    assert not any(line.slots.states), "the slots of what was held up are free again"
+
+
+def test_the_last_close_of_a_removed_file_holds_nothing_up(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    (line.path / "large").touch()
+    nodeid = line.lookup(b"large")
+    line.answer(Request(Opcode.UNLINK, ROOT, b"large\0"))
+    (pin,) = line.context.tree.directory_fds.pins.descriptors()
+    closed = []
+    gate = threading.Event()
+    close = os.close
+
+    def held(fd: int) -> None:
+        if fd == pin:
+            closed.append(fd)
+            assert gate.wait(PATIENCE)
+        close(fd)
+
+    monkeypatch.setattr(os, "close", held)
+    served = Served(line)
+    line._kernel.send(Request(Opcode.FORGET, nodeid, struct.pack("=Q", 1)).packed(0))
+    assert wait_until(lambda: closed == [pin])
+    served.answers(PROBE, mkdir("directory"))
+    gate.set()
+    assert wait_until(lambda: line.context.leadership.stalled == 0)
+    served.end()
+    assert line.extra_descriptors() == set()
+
+
+def test_what_changes_waits_where_no_thread_is_left_and_the_rest_goes_on(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (line.path / "there").touch()
+    held = Held(os.mkdir)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "mkdir", held)
+        served = Served(line)
+        many = MOST_THREADS + 5
+        waiting = []
+        for number in range(many):
+            waiting += served.send(mkdir(f"directory{number}"))
+            if number < MOST_THREADS - 1:
+                assert wait_until(lambda: held.waiting == number + 1)  # noqa: B023
+        assert wait_until(lambda: len(line.front.loop._postponed) == many - MOST_THREADS + 1)
+        served.answers(PROBE, lookup("there"))
+        held.let_go()
+        assert wait_until(lambda: served.has_answered(*waiting))
+    served.end()
+    assert [line.answers[unique].error for unique in waiting] == [0] * many
+    assert len(list(line.path.iterdir())) == many + 1
+    assert not any(line.slots.states)
+
+
+def test_a_front_that_dies_with_several_changes_in_hand_has_each_done_once(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The calls were made, and none was answered."""
+    made = []
+
+    def mkdir_and_die(*arguments: Any, **options: Any) -> None:
+        real(*arguments, **options)
+        made.append(arguments)
+        threading.Event().wait()
+
+    real = os.mkdir
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "mkdir", mkdir_and_die)
+        front = line.front
+        threading.Thread(target=front.loop.run, daemon=True).start()
+        served = object.__new__(Served)
+        served.line = line
+        for number in range(3):
+            waiting = served.send(mkdir(f"directory{number}"))
+            assert wait_until(lambda: len(made) == number + 1)  # noqa: B023
+        served.answers(PROBE)
+        assert waiting
+    # Its threads wait for ever, as those of a killed process do nothing any more; one still reads from the device.
+    line.replace_device()
+    line.take_up(Life(None))
+    errors = [reply.error for unique, reply in line.answers.items()]
+    assert errors.count(errno.EEXIST) == 0
+    assert sorted(path.name for path in line.path.iterdir()) == ["directory0", "directory1", "directory2"]
+    assert not line.unanswered
+
+
+def test_a_change_that_is_held_up_before_its_call_never_meets_another_file(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("meant", "other"):
+        (line.path / name).touch(0o644)
+    nodeid, other = line.lookup(b"meant"), line.lookup(b"other")
+    handle = line.open(nodeid)
+    held = Held(os.fchmod)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fchmod", held)
+        served = Served(line)
+        change = struct.pack("=II6Q3I5I", 1, 0, *[0] * 6, *[0] * 3, 0o600, *[0] * 4)  # FATTR_MODE
+        waiting = served.send(Request(Opcode.SETATTR, nodeid, change))
+        assert wait_until(lambda: held.waiting == 1)
+        served.answers(Request(Opcode.RELEASE, nodeid, struct.pack("=QIIQ", handle, os.O_RDWR, 0, 0)))
+        served.answers(Request(Opcode.OPEN, other, struct.pack("=II", os.O_RDWR, 0)))
+        held.let_go()
+        assert wait_until(lambda: served.has_answered(*waiting))
+    served.end()
+    assert line.answers[waiting[0]].error == 0
+    modes = [(line.path / name).stat().st_mode & 0o777 for name in ("meant", "other")]
+    assert modes == [0o600, 0o644]
+    assert line.context.closing == []

@@ -1,0 +1,178 @@
+"""How a front takes up what the one before it left: what is sent again, what kills, what nobody sends again."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from llloop.front import loop as loop_module
+from llloop.front.inodes import ROOT
+from llloop.front.tree import Tree
+from llloop.linux import fuse
+from llloop.linux.fuse import Opcode
+from llloop.shared.negotiation import Capabilities, Feature
+from tests.unit.front.recovery.test_resent import mkdir, write
+from tests.unit.mortal import Killed, Life, Line, Request
+from tests.unit.support import packet_pipe
+
+
+@pytest.fixture
+def line(tmp_path: Path) -> Iterator[Line]:
+    umask = os.umask(0o022)
+    with packet_pipe(8) as first, packet_pipe(8) as second:
+        own = Line(tmp_path / "source", [first, second])
+        yield own
+        own.close()
+    os.umask(umask)
+
+
+def deadly(*arguments: object) -> NoReturn:
+    raise Killed
+
+
+def test_the_kernel_is_asked_to_send_again_by_a_successor_only(line: Line) -> None:
+    assert line.notifications == []
+    line.take_up()
+    assert line.notifications == [fuse.FUSE_NOTIFY_RESEND]
+
+
+def test_a_request_that_kills_fronts_is_refused_in_the_end(
+    line: Line, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    request = mkdir(line)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tree, "mkdir", deadly)
+        with pytest.raises(Killed):
+            line.ask(request)
+        unique = line.unique
+        for _ in range(loop_module._MOST_TRIES):
+            assert unique not in line.answers
+            with pytest.raises(Killed):
+                line.take_up()
+        with caplog.at_level(logging.ERROR):
+            line.take_up()
+    assert line.answers[unique].error == errno.EIO
+    assert "refused" in caplog.text
+    assert line.answer(request).error == 0, "the same words in another request are no reason to refuse it"
+
+
+def test_requests_that_kill_are_counted_each_for_itself(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = mkdir(line)
+    monkeypatch.setattr(Tree, "mkdir", deadly)
+    for _ in range(2):
+        with pytest.raises(Killed):
+            line.ask(request)
+        unique = line.unique
+        for _ in range(loop_module._MOST_TRIES):
+            with pytest.raises(Killed):
+                line.take_up()
+        line.take_up()
+        assert line.answers[unique].error == errno.EIO
+
+
+def test_all_that_workers_had_and_have_not_done_comes_and_is_served_before_anything_new(line: Line) -> None:
+    nodeid = write(line, "file")
+    handle = line.open(nodeid)
+    line.context.handles.get(handle).read_flags = None
+    reads = [Request(Opcode.READ, nodeid, struct.pack("=QQIIQII", handle, at, 2, 0, 0, 0, 0)) for at in (0, 2, 4)]
+    for number, request in enumerate(reads):
+        line.unanswered[line.unique + 1000 + number] = request
+    line.take_up()
+    assert [line.answers[line.unique - 2 + 1000 + number].payload for number in range(3)] == [b"co", b"nt", b"en"]
+
+
+def test_what_the_kernel_forgets_meanwhile_does_not_end_it(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FORGET is queued apart, may come in between, and is not sent again."""
+    nodeid = write(line, "file")
+    resent = mkdir(line)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tree, "mkdir", deadly)
+        with pytest.raises(Killed):
+            line.ask(resent)
+    unique = line.unique
+    send = line._kernel.send
+
+    def with_a_forget_before(data: bytes) -> int:
+        send(Request(Opcode.FORGET, nodeid, struct.pack("=Q", 1)).packed(0))
+        return send(data)
+
+    class Sending:
+        def __getattr__(self, name: str) -> object:
+            return with_a_forget_before if name == "send" else getattr(kernel, name)
+
+    kernel = line._kernel
+    line._kernel = Sending()  # type: ignore[assignment]
+    try:
+        line.take_up()
+    finally:
+        line._kernel = kernel
+    assert line.answers[unique].error == 0
+    assert nodeid not in line.context.inodes
+
+
+def without_resend(line: Line) -> None:
+    line.capabilities = Capabilities(38, Feature.SETXATTR_EXT)
+
+
+def test_where_nothing_is_sent_again_what_was_in_hand_is_refused(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux < 6.9: nobody else answers it."""
+    without_resend(line)
+    write(line, "file")
+    request = mkdir(line)
+    with monkeypatch.context() as patch:
+        patch.setattr(Tree, "mkdir", deadly)
+        with pytest.raises(Killed):
+            line.ask(request)
+    unique = line.unique
+    refused = []
+    write_to = os.write
+    with monkeypatch.context() as patch:
+
+        def kernel_write(fd: int, data: bytes) -> int:
+            """As /dev/fuse: an answer to what is not asked is ENOENT, and number 0 is no request."""
+            if fd != line.device:
+                return write_to(fd, data)
+            length, error, number = struct.unpack_from("=IiQ", data)
+            if number == 0:
+                raise OSError(errno.EINVAL, "no such notification")
+            if number != unique:
+                raise FileNotFoundError(errno.ENOENT, "nobody waits for it")
+            refused.append(-error)
+            return length
+
+        patch.setattr(os, "write", kernel_write)
+        line.next_front(Life(None))
+        line.front.loop.take_up()
+    assert refused == [errno.EIO]
+    line.unanswered.clear()
+    assert line.answer(request).error in (0, errno.EEXIST)
+
+
+def test_there_what_workers_have_is_left_to_them(line: Line) -> None:
+    without_resend(line)
+    nodeid = write(line, "file")
+    handle = line.open(nodeid)
+    line.context.handles.get(handle).read_flags = None
+    read = Request(Opcode.READ, nodeid, struct.pack("=QQIIQII", handle, 0, 2, 0, 0, 0, 0))
+    assert line.ask(read) is None, "it is the worker's"
+    unique = line.unique
+    line.next_front(Life(None))
+    line.front.loop.take_up()
+    line.collect()
+    assert unique in line.unanswered
+    assert sum(map(bool, line.slots.states)) == 1
+
+
+def test_the_end_of_the_mount_ends_it(line: Line) -> None:
+    line.next_front(Life(None))
+    line.unmount()
+    line.front.loop.take_up()
+    line.front.loop.run()
+    assert len(line.context.handles) == 0 and ROOT in line.context.inodes

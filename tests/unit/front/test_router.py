@@ -1,0 +1,544 @@
+"""From the front to the workers: nothing is lost, nothing waits, and releases are never overtaken."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llloop.front.open_files import Handle
+from llloop.front.router import Exchange, Router, Task
+from llloop.linux import fuse
+from llloop.shared.messages import MAX_MESSAGE, PIPED, Operation, Request, decode, encode
+from llloop.shared.slots import Slots
+from tests.expect import fails
+from tests.unit.support import packet_pipe, packets
+
+ROOM = 4  # messages in a pipe
+
+
+class Pipes:
+    """Two workers' pipes, of which nobody takes anything unless a test does."""
+
+    def __init__(self, ends: list[tuple[int, int]]) -> None:
+        self.readers = [reader for reader, _ in ends]
+        self.writers = [writer for _, writer in ends]
+
+    def take(self, shard: int) -> list[Request]:
+        return [decode(message) for message in packets(self.readers[shard])]
+
+    def fill(self, shard: int) -> None:
+        with fails(errno.EAGAIN):
+            while True:
+                os.write(self.writers[shard], encode((Operation.FSYNC, 0, 0, 0, 0)))
+
+
+@pytest.fixture
+def pipes() -> Iterator[Pipes]:
+    with packet_pipe(ROOM) as first, packet_pipe(ROOM) as second:
+        yield Pipes([first, second])
+
+
+@pytest.fixture
+def router(slots: Slots, pipes: Pipes) -> Router:
+    return Router(slots, pipes.writers)
+
+
+def handle(shard: int = 0, descriptor: int = 33) -> Handle:
+    return Handle(descriptor, 100, shard, os.O_RDWR)
+
+
+def test_a_request_reaches_the_worker_of_its_handle(router: Router, pipes: Pipes, slots: Slots) -> None:
+    opened = handle(shard=1)
+    assert router.submit(Task(opened, 7, Operation.COPY_FILE_RANGE, 2**63, 5, 6, 1, 1000, 1001, (8, 9, 10)))
+    expected = Request(Operation.COPY_FILE_RANGE, 2**63, 0, 7, 33, 5, 6, 1, 1000, 1001, (8, 9, 10), 0, 100)
+    assert pipes.take(1) == [expected]
+    assert pipes.take(0) == []
+    assert slots.lent_to(1) == [(0, encode(expected))]
+    assert opened.lent, "else the worker would not be told of the release"
+    assert router.slot == 1
+
+
+def test_without_a_free_slot_it_declines(router: Router, pipes: Pipes, slots: Slots) -> None:
+    for unique in range(3):
+        assert router.submit(Task(handle(), 1, Operation.READ, unique))
+    opened = handle()
+    last = router.slot
+    assert not router.submit(Task(opened, 1, Operation.READ, 3))
+    assert not opened.lent
+    assert router.slot == last == slots.free_slot(), "the request is still to be done from where it lies"
+    assert len(pipes.take(0)) == len(slots.lent_to(0)) == 3
+    slots.give_back(1)
+    assert router.submit(Task(opened, 1, Operation.READ, 4))
+    assert [request.slot for request in pipes.take(0)] == [last]
+    assert router.slot == 1
+
+
+def test_with_a_full_pipe_it_declines(router: Router, pipes: Pipes, slots: Slots) -> None:
+    pipes.fill(0)
+    opened = handle()
+    slot = router.slot
+    assert not router.submit(Task(opened, 1, Operation.READ, 1))
+    assert not opened.lent
+    assert router.slot == slot
+    assert slots.lent_to(0) == []
+    assert router.submit(Task(handle(shard=1), 1, Operation.READ, 2)), "the other worker has nothing to do with it"
+    pipes.take(0)
+    assert router.submit(Task(opened, 1, Operation.READ, 3))
+
+
+def test_a_release_tells_the_worker_which_handle(router: Router, pipes: Pipes) -> None:
+    router.release(77, handle(shard=1))
+    (request,) = pipes.take(1)
+    assert (request.operation, request.slot, request.extra) == (Operation.RELEASE, -1, (77,))
+    assert pipes.take(0) == []
+    assert not router.backlog
+
+
+def test_a_release_of_what_was_copied_from_is_told_to_all(router: Router, pipes: Pipes) -> None:
+    opened = handle(shard=1)
+    opened.shared = True
+    router.release(77, opened)
+    assert [request.extra for shard in range(2) for request in pipes.take(shard)] == [(77,), (77,)]
+
+
+def test_nothing_overtakes_a_release_that_waits(router: Router, pipes: Pipes) -> None:
+    pipes.fill(0)
+    for number in range(5):
+        router.release(number, handle())
+    assert router.backlog
+    assert not router.submit(Task(handle(), 9, Operation.READ, 1)), "it would go into the pipe before the releases"
+    pipes.take(0)
+    assert router.submit(Task(handle(), 9, Operation.READ, 2))
+    taken = pipes.take(0)
+    assert [request.operation for request in taken[:-1]] == [Operation.RELEASE] * (len(taken) - 1)
+    assert [number for request in taken[:-1] for number in request.extra] == [0, 1, 2, 3, 4]
+    assert taken[-1].unique == 2
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@given(steps=st.lists(st.sampled_from(["submit", "release", "take"]), max_size=60))
+def test_whatever_the_order_handles_are_used_before_their_release(steps: list[str]) -> None:
+    """Each handle is used once, if a worker takes it, and then released: the worker must see it so."""
+    with packet_pipe(ROOM) as (reader, writer):
+        slots = Slots(64, fuse.PAGE_SIZE, 1)
+        router = Router(slots, [writer])
+        seen: list[tuple[int, int]] = []
+        submitted: list[int] = []
+        number = 0
+
+        def take() -> None:
+            for message in packets(reader):
+                request = decode(message)
+                if request.operation == Operation.RELEASE:
+                    seen.extend((Operation.RELEASE, released) for released in request.extra)
+                else:
+                    seen.append((request.operation, request.handle))
+                    slots.give_back(request.slot)
+
+        for step in steps:
+            if step == "submit":
+                number += 1
+                if router.submit(Task(handle(), number, Operation.READ, number)):
+                    submitted.append(number)
+            elif step == "release" and number:
+                router.release(number, handle())
+                number += 1
+            else:
+                take()
+        for _ in range(100):
+            take()
+            router.release(0, handle())
+        take()
+        assert [used for operation, used in seen if operation == Operation.READ] == submitted
+        for used in submitted:
+            if (Operation.RELEASE, used) in seen:
+                assert seen.index((Operation.READ, used)) < seen.index((Operation.RELEASE, used))
+
+
+def test_many_releases_travel_together_and_fit_a_message(router: Router, pipes: Pipes) -> None:
+    pipes.fill(0)
+    numbers = [2**64 - 1 - index for index in range(3000)]
+    for number in numbers:
+        router.release(number, handle())
+    told: list[int] = []
+    while len(told) < len(numbers):
+        messages = packets(pipes.readers[0])
+        assert messages or not told, "nothing comes any more"
+        assert all(len(message) <= MAX_MESSAGE for message in messages)
+        told += [number for message in messages for number in decode(message).extra]
+        router.release(1, handle())
+    assert told[: len(numbers)] == numbers
+
+
+def test_waiting_delivers_releases_when_there_is_room(router: Router, pipes: Pipes) -> None:
+    pipes.fill(1)
+    router.release(5, handle(shard=1))
+    device, request = os.pipe()
+    taken: list[Request] = []
+    taker = threading.Timer(0.05, lambda: taken.extend(pipes.take(1)))
+    taker.start()
+    try:
+        router.wait(device)  # no request ever comes: without the room that the worker makes this would not end
+        assert not router.backlog
+    finally:
+        taker.join()
+        os.close(device)
+        os.close(request)
+    assert [told.extra for told in taken + pipes.take(1) if told.operation == Operation.RELEASE] == [(5,)]
+
+
+def test_waiting_ends_with_a_request(router: Router, pipes: Pipes) -> None:
+    pipes.fill(0)
+    router.release(5, handle())
+    device, request = os.pipe()
+    try:
+        os.write(request, b"!")
+        router.wait(device)
+        assert router.backlog, "there is no room for the release yet"
+    finally:
+        os.close(device)
+        os.close(request)
+
+
+# Where llfuse runs the loop
+
+
+@pytest.fixture
+def answers() -> Iterator[tuple[int, int]]:
+    reader, writer = os.pipe2(os.O_DIRECT | os.O_CLOEXEC)
+    yield reader, writer
+    os.close(reader)
+    os.close(writer)
+
+
+def answer(pipes: Pipes, slots: Slots, writer: int, result: int, data: bytes = b"") -> threading.Thread:
+    """A worker that answers one request."""
+
+    def work() -> None:
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            for request in pipes.take(0):
+                slots.payload(request.slot, len(data))[:] = data
+                os.write(writer, encode((request.unique + 1000, -errno.EIO)))  # another's, to be passed over
+                os.write(writer, encode((request.unique, result)))
+                slots.give_back(request.slot)
+                return
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+def test_an_exchange_waits_for_its_own_answer(
+    router: Router, pipes: Pipes, slots: Slots, answers: tuple[int, int]
+) -> None:
+    exchange = Exchange(router, answers[0])
+    thread = answer(pipes, slots, answers[1], 4, b"data")
+    try:
+        count, payload = exchange.call(handle(), 1, Operation.READ, 0, 10)
+        assert payload[:count] == b"data"
+    finally:
+        thread.join()
+
+
+def test_an_exchange_takes_the_payload_along(
+    router: Router, pipes: Pipes, slots: Slots, answers: tuple[int, int]
+) -> None:
+    exchange = Exchange(router, answers[0])
+    os.write(answers[1], encode((1, 7)))
+    count, _ = exchange.call(handle(), 3, Operation.WRITE, 100, 7, 2, 11, 12, b"payload")
+    assert count == 7
+    (request,) = pipes.take(0)
+    assert request == Request(Operation.WRITE, 1, 0, 3, 33, 100, 7, 2, 11, 12, (), 0, 100)
+    assert slots.payload(request.slot, 7) == b"payload"
+
+
+def test_an_exchange_raises_what_the_worker_ran_into(router: Router, answers: tuple[int, int]) -> None:
+    exchange = Exchange(router, answers[0])
+    os.write(answers[1], encode((1, -errno.ENOSPC)))
+    with fails(errno.ENOSPC):
+        exchange.call(handle(), 1, Operation.WRITE)
+
+
+def test_an_exchange_that_cannot_be_handed_over_fails(router: Router, pipes: Pipes, answers: tuple[int, int]) -> None:
+    pipes.fill(0)
+    with fails(errno.EAGAIN):
+        Exchange(router, answers[0]).call(handle(), 1, Operation.READ)
+
+
+# A worker that does nothing
+
+NOTHING = (0, 0, 0, 0, 0, ())
+
+
+def submit_or_park(router: Router, opened: Handle, unique: int) -> None:
+    if not router.submit(Task(opened, 7, Operation.READ, unique)):
+        router.park(Task(opened, 7, Operation.READ, unique, *NOTHING))
+
+
+@pytest.fixture
+def idle() -> Iterator[int]:
+    """A device that has no request, and never will."""
+    reader, writer = os.pipe()
+    yield reader
+    os.close(reader)
+    os.close(writer)
+
+
+@pytest.mark.parametrize("stuck", [1, 3])
+def test_workers_that_hang_leave_slots_to_the_others(stuck: int) -> None:
+    slots = Slots(64, fuse.PAGE_SIZE, 4)
+    with packet_pipe(64) as first, packet_pipe(64) as second, packet_pipe(64) as third, packet_pipe(64) as last:
+        router = Router(slots, [writer for _, writer in (first, second, third, last)])
+        for unique in range(200):
+            for shard in range(stuck):
+                submit_or_park(router, handle(shard=shard), 10 * unique + shard)
+        free = bytes(slots.states).count(0)
+        assert free >= 64 // (stuck + 1) - 1
+        assert all(len(slots.lent_to(shard)) <= free + 2 for shard in range(stuck))
+        # One that works gets all it can have in hand at a time.
+        for unique in range(10_000, 10_000 + free // 2):
+            assert router.submit(Task(handle(shard=3), 7, Operation.READ, unique))
+
+
+def test_parked_requests_are_handed_over_in_their_order_when_slots_come_free(
+    router: Router, pipes: Pipes, slots: Slots, idle: int
+) -> None:
+    for unique in range(8):
+        submit_or_park(router, handle(), unique)
+    done: list[int] = []
+    deadline = time.monotonic() + 5
+
+    def work() -> None:
+        while len(done) < 8 and time.monotonic() < deadline:
+            for request in pipes.take(0):
+                done.append(request.unique)
+                slots.give_back(request.slot)
+            time.sleep(0.002)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        router.wait(idle)  # nobody tells that a slot is free
+    finally:
+        worker.join()
+    assert done == list(range(8))
+    assert not router.backlog
+
+
+def test_a_parked_payload_arrives_as_it_was(router: Router, pipes: Pipes, slots: Slots, idle: int) -> None:
+    pipes.fill(0)
+    slots.payload(router.slot, 4)[:] = b"mine"
+    arguments = (handle(), 7, Operation.WRITE, 5, 0, 4, 0, 0, 0, ())
+    assert not router.submit(Task(*arguments))
+    router.park(Task(*arguments))
+    slots.payload(router.slot, 4)[:] = b"next"  # the slot is another request's now
+    pipes.take(0)
+    router.wait(idle)
+    (request,) = pipes.take(0)
+    assert bytes(slots.payload(request.slot, 4)) == b"mine"
+    assert request.slot != router.slot
+
+
+def test_no_request_overtakes_a_parked_one(router: Router, pipes: Pipes) -> None:
+    pipes.fill(0)
+    submit_or_park(router, handle(), 1)
+    pipes.take(0)
+    assert not router.submit(Task(handle(), 7, Operation.READ, 2))
+    assert router.submit(Task(handle(shard=1), 7, Operation.READ, 3))
+
+
+def test_what_is_parked_is_limited(router: Router, pipes: Pipes, monkeypatch: pytest.MonkeyPatch, idle: int) -> None:
+    monkeypatch.setattr("llloop.front.router._PARKED_MOST", 10_000)
+    pipes.fill(0)
+    arguments = (handle(), 7, Operation.WRITE, 5, 0, 4096, 0, 0, 0, ())
+    router.park(Task(*arguments))
+    router.park(Task(*arguments))
+    with fails(errno.ENOMEM):
+        router.park(Task(*arguments))
+    pipes.take(0)
+    router.wait(idle)
+    router.park(Task(*arguments))
+
+
+def test_a_request_ends_the_waiting_though_a_worker_hangs(router: Router, slots: Slots) -> None:
+    for unique in range(8):
+        submit_or_park(router, handle(), unique)
+    device, request = os.pipe()
+    os.write(request, b"!")
+    try:
+        router.wait(device)
+        assert router.backlog
+    finally:
+        os.close(device)
+        os.close(request)
+
+
+RESENT = 1 << 63
+
+
+def lend(slots: Slots, slot: int, shard: int, unique: int, operation: Operation = Operation.READ) -> None:
+    slots.lend(slot, shard, encode((operation, unique, slot, 7, 33)), unique)
+
+
+def successor(slots: Slots, pipes: Pipes) -> Router:
+    slots.new_front(os.getpid())
+    router = Router(slots, pipes.writers)
+    router.take_over()
+    return router
+
+
+def reminded(pipes: Pipes, shard: int) -> list[int]:
+    found: list[int] = []
+    for request in pipes.take(shard):
+        assert (request.operation, request.slot) == (Operation.RESUME, -1)
+        found += request.extra
+    return found
+
+
+def test_what_a_worker_has_is_left_to_it_when_it_is_sent_again(pipes: Pipes, slots: Slots) -> None:
+    """It answers under the new number, though it may have been told of nothing yet."""
+    lend(slots, 2, 1, 100)
+    router = successor(slots, pipes)
+    assert router.claim(100 | RESENT)
+    assert (slots.numbers[2], slots.claims[2]) == (100 | RESENT, slots.generation)
+    assert reminded(pipes, 1) == [100 | RESENT]
+    assert not router.claim(102 | RESENT), "that is nobody's"
+    router.settle()
+    assert reminded(pipes, 1) == [], "it will be answered under the new number"
+    assert slots.lent_to(1) != []
+
+
+def test_it_is_so_however_often_it_is_sent_again(pipes: Pipes, slots: Slots) -> None:
+    lend(slots, 2, 1, 100)
+    for _ in range(3):
+        router = successor(slots, pipes)
+        assert not slots.settled
+        assert router.claim(100 | RESENT)
+        assert slots.claims[2] == slots.generation
+        assert reminded(pipes, 1) == [100 | RESENT]
+
+
+def test_what_is_not_sent_again_was_answered_and_only_its_slot_is_due(pipes: Pipes, slots: Slots) -> None:
+    lend(slots, 0, 0, 100)
+    lend(slots, 1, 1, 102)
+    router = successor(slots, pipes)
+    assert router.claim(100 | RESENT)
+    reminded(pipes, 0)
+    router.settle()
+    assert slots.settled
+    assert reminded(pipes, 1) == [102]
+    assert reminded(pipes, 0) == []
+
+
+def test_a_look_at_the_source_is_not_the_request_that_waits_for_it(pipes: Pipes, slots: Slots) -> None:
+    lend(slots, 0, 0, 100, Operation.PROBE)
+    router = successor(slots, pipes)
+    assert not router.claim(100 | RESENT), "the request is asked about again, or served"
+    router.settle()
+    assert reminded(pipes, 0) == [100]
+
+
+def test_what_was_given_back_meanwhile_is_not_claimed(pipes: Pipes, slots: Slots) -> None:
+    lend(slots, 0, 0, 100)
+    router = successor(slots, pipes)
+    slots.give_back(0)
+    assert not router.claim(100 | RESENT)
+    router.settle()
+    assert reminded(pipes, 0) == []
+
+
+def test_as_many_reminders_are_sent_as_it_takes(pipes: Pipes) -> None:
+    """A message longer than a packet would be torn apart."""
+    uniques = [1 << 63 | number for number in range(1000)]
+    slots = Slots(len(uniques), 4096, 1)
+    for slot, unique in enumerate(uniques):
+        lend(slots, slot, 0, unique)
+    router = successor(slots, Pipes([(pipes.readers[0], pipes.writers[0])]))
+    router.settle()
+    found = reminded(pipes, 0)
+    while router._waiting[0]:
+        router._flush(0)
+        found += reminded(pipes, 0)
+    assert sorted(found) == uniques
+
+
+def test_a_worker_whose_pipe_is_full_is_reminded_later_and_nobody_waits(pipes: Pipes, slots: Slots) -> None:
+    for shard in (0, 1):
+        lend(slots, shard, shard, 100 + shard)
+    pipes.fill(0)
+    router = successor(slots, pipes)
+    router.settle()
+    router.release(7, handle(shard=0))
+    assert {request.operation for request in pipes.take(0)} == {Operation.FSYNC}
+    assert reminded(pipes, 1) == [101]
+    assert router.backlog
+    device, tell = os.pipe()
+    os.write(tell, b"!")
+    while router._waiting[0]:
+        router.wait(device)
+        router._flush(0)
+    assert [(request.operation, request.extra) for request in pipes.take(0)] == [
+        (Operation.RESUME, (100,)),
+        (Operation.RELEASE, (7,)),
+    ]
+    os.close(device)
+    os.close(tell)
+
+
+def test_a_small_request_goes_before_large_ones_that_are_parked(router: Router, pipes: Pipes, idle: int) -> None:
+    """Who reads a little does not wait for all that another writes."""
+    pipes.fill(0)
+    for unique in (1, 2):
+        arguments = (handle(), 7, Operation.WRITE, unique, 0, 100_000, 0, 0, 0, ())
+        assert not router.submit(Task(*arguments))
+        router.park(Task(*arguments))
+    submit_or_park(router, handle(), 3)
+    pipes.take(0)
+    router.wait(idle)
+    assert [request.unique for request in pipes.take(0)] == [3, 1, 2]
+
+
+def test_large_payloads_that_are_parked_are_not_copied(pipes: Pipes, idle: int) -> None:
+    """They stay in pipes, in their order, and come back into the pipe of a slot."""
+    slots = Slots(8, 32 * fuse.PAGE_SIZE, 2)
+    payload_pipes = slots.open_pipes()
+    if not payload_pipes._most_spare:
+        pytest.skip("an ordinary user has no more pipes")
+    router = Router(slots, pipes.writers)
+    size = 100_000
+    try:
+        for unique in range(6):
+            content = bytes([unique]) * size
+            assert os.write(payload_pipes._pipes[router.slot][1], content) == size
+            router.entrust(Task(handle(), 7, Operation.WRITE, unique, 0, size, PIPED, 0, 0, ()))
+        assert router.backlog
+        assert router._parked_bytes == 0
+        done = []
+        while len(done) < 6:
+            for request in pipes.take(0):
+                assert request.flags & PIPED
+                taken = b""
+                while len(taken) < size:
+                    piece = bytearray(size)
+                    taken += piece[: payload_pipes.take(request.slot, memoryview(piece))]
+                assert taken == bytes([request.unique]) * size
+                done.append(request.unique)
+                slots.give_back(request.slot)
+            router.wait(idle)
+        assert done == list(range(6))
+        assert payload_pipes._lent == 0
+    finally:
+        for fd in payload_pipes.descriptors:
+            os.close(fd)
+        for pair in payload_pipes._spare:
+            for fd in pair:
+                os.close(fd)

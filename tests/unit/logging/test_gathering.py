@@ -1,0 +1,42 @@
+"""Records of the mount's processes reach the one that writes them, whatever Python's way of starting processes is."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import logging, multiprocessing, sys
+from pathlib import Path
+from llloop.logging import setup as log
+from llloop.supervisor.child import fork
+
+given = sys.argv[2]
+if given != "unset":
+    multiprocessing.set_start_method(given)
+log.configure("info", Path(sys.argv[1]))
+log.gather()
+child = fork.Process(target=lambda: logging.info("from the child"), name="the-child")
+child.start()
+child.join()
+log.release()
+left = multiprocessing.get_start_method(allow_none=True)
+assert left == (None if given == "unset" else given), left
+# A resource tracker is what another method's queue would have started.
+assert multiprocessing.resource_tracker._resource_tracker._fd is None
+"""
+
+
+# forkserver is the default of Python 3.14 and newer.
+@pytest.mark.parametrize("method", ["unset", "fork", "spawn", "forkserver"])
+def test_the_start_method_of_the_program_does_not_matter(method: str, tmp_path: Path) -> None:
+    file = tmp_path / "log"
+    script = "import multiprocessing.resource_tracker\n" + SCRIPT
+    command = [sys.executable, "-c", script, str(file), method]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr
+    assert "INFO the-child: from the child" in file.read_text()

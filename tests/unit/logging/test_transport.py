@@ -1,0 +1,82 @@
+"""Log records on their way between processes: whole, and whatever happens to those who send."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from llloop.logging.transport import LogTransport
+from llloop.supervisor.child import fork
+
+
+@pytest.fixture
+def records() -> Iterator[LogTransport]:
+    own = LogTransport()
+    yield own
+    own._writer.close()
+    own.close()
+
+
+def record(text: str) -> logging.LogRecord:
+    return logging.LogRecord("llloop.tests", logging.WARNING, __file__, 1, text, None, None)
+
+
+def test_a_record_arrives_as_it_was(records: LogTransport) -> None:
+    sent = record("caf\udce9")
+    sent.once = "name"
+    sent.exc_text = "Traceback"
+    records.put_nowait(sent)
+    assert records.qsize() == 1
+    got = records.get(1)
+    for name in ("msg", "levelno", "name", "process", "processName", "created", "once", "exc_text"):
+        assert getattr(got, name) == getattr(sent, name), name
+    assert records.qsize() == 0
+
+
+def test_what_was_sent_is_there_after_the_end(records: LogTransport) -> None:
+    records.put_nowait(record("the last"))
+    records.end()
+    assert records.get(1).getMessage() == "the last"
+    with pytest.raises(EOFError):
+        records.get(1)
+    with pytest.raises(OSError):
+        records.put_nowait(record("too late"))
+
+
+def test_what_is_too_long_loses_its_end_and_not_its_beginning(records: LogTransport) -> None:
+    records.put_nowait(record("beginning" + "x" * 1_000_000))
+    assert records.get(1).getMessage().startswith("beginningxxx")
+
+
+def test_nobody_waits_long_for_a_log_that_is_not_written(records: LogTransport) -> None:
+    begun = time.monotonic()
+    with pytest.raises(OSError, match="timed out"):
+        for _ in range(100_000):
+            records.put_nowait(record("flood"))
+    assert time.monotonic() - begun < 30
+
+
+def test_processes_killed_while_they_log_silence_nobody(records: LogTransport) -> None:
+    def flood() -> None:
+        while True:
+            with contextlib.suppress(OSError):
+                records.put_nowait(record("flood"))
+
+    for _ in range(5):
+        process = fork.Process(target=flood)
+        process.start()
+        for _ in range(20):
+            assert records.get(10).getMessage() == "flood"
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    while records.qsize():
+        assert records.get(1).getMessage() == "flood"
+    records.put_nowait(record("still there"))
+    assert records.get(1).getMessage() == "still there"

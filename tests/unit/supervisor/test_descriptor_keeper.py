@@ -1,0 +1,347 @@
+"""The keeper with real processes: what a killed front had open is open in the next one."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import select
+import signal
+import stat
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+
+from llloop.linux.syscalls import open_descriptors
+from llloop.logging.stacks import Stacks
+from llloop.supervisor import descriptor_keeper as keeper_module
+from llloop.supervisor.child import Child, Cloned, forked
+from llloop.supervisor.descriptor_keeper import DescriptorKeeper
+from tests.as_user import MYSELF, run_as
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
+PATIENCE = 10.0  # seconds
+
+
+class Pipe:
+    """Lines from other processes."""
+
+    def __init__(self) -> None:
+        self.reader, self.writer = os.pipe2(os.O_CLOEXEC)
+
+    def tell(self, *words: object) -> None:
+        os.write(self.writer, (" ".join(map(str, words)) + "\n").encode())
+
+    def hear(self) -> list[str]:
+        """Wait for one line."""
+        poll = select.poll()
+        poll.register(self.reader, select.POLLIN)
+        assert poll.poll(PATIENCE * 1000), "nothing came"
+        line = b""
+        while not line.endswith(b"\n"):
+            line += os.read(self.reader, 1)
+        return line.decode().split()
+
+    def close(self) -> None:
+        os.close(self.reader)
+        os.close(self.writer)
+
+
+@pytest.fixture
+def pipe() -> Iterator[Pipe]:
+    own = Pipe()
+    yield own
+    own.close()
+
+
+class Household:
+    """What a supervisor has: a keeper and fronts, ended with the test."""
+
+    def __init__(self, front: Callable[[Collection[int]], None], farewell: Callable[[], None]) -> None:
+        self.keeper = DescriptorKeeper(front, farewell)
+        self.processes: list[BaseProcess | Cloned] = []
+
+    def start_keeper(self) -> BaseProcess:
+        process = forked("llloop-keeper", self.keeper.run, Stacks("llloop-keeper"), detached=False, outlives=True)
+        self.processes.append(process)
+        return process
+
+    def start_front(self) -> Cloned:
+        front = self.keeper.start_front()
+        self.processes.append(front)
+        return front
+
+    def end(self, process: BaseProcess | Cloned) -> None:
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+
+    def close(self) -> None:
+        for process in self.processes:
+            if process.exitcode is None:
+                self.end(process)
+        self.keeper.close()
+
+
+@contextmanager
+def household(front: Callable[[Collection[int]], None]) -> Iterator[Household]:
+    own = Household(front, lambda: None)
+    try:
+        yield own
+    finally:
+        own.close()
+
+
+def rest() -> None:
+    while True:
+        time.sleep(60)
+
+
+def files_of_others(own: Collection[int]) -> list[int]:
+    """The files that a front finds open; `multiprocessing` has opened /dev/null besides."""
+    return sorted(fd for fd in open_descriptors() - set(own) if stat.S_ISREG(os.fstat(fd).st_mode))
+
+
+def opener(path: Path, pipe: Pipe) -> Callable[[Collection[int]], None]:
+    """A front that says which files it finds open, by their content, then opens one more and removes its name."""
+
+    def front(own: Collection[int]) -> None:
+        links = {fd: os.readlink(f"/proc/self/fd/{fd}") for fd in open_descriptors()}
+        found = sorted(fd for fd, link in links.items() if link.startswith(str(path)))
+        contents = [os.pread(fd, 100, 0).decode() for fd in found]
+        name = path / f"file-{len(found)}"
+        name.write_text(f"content-{len(found)}")
+        fd = os.open(name, os.O_RDWR)
+        name.unlink()
+        pipe.tell(os.getpid(), os.getppid(), fd, *contents)
+        rest()
+
+    return front
+
+
+def test_the_next_front_has_what_a_killed_one_had_open(tmp_path: Path, pipe: Pipe) -> None:
+    with household(opener(tmp_path, pipe)) as own:
+        own.start_keeper()
+        had: list[str] = []
+        numbers = []
+        for _ in range(4):
+            front = own.start_front()
+            pid, parent, fd, *contents = pipe.hear()
+            assert int(pid) == front.pid
+            assert int(parent) == os.getpid(), "the supervisor must be the one that sees it end"
+            assert contents == had
+            own.end(front)
+            had.append(f"content-{len(had)}")
+            numbers.append(int(fd))
+        assert len(set(numbers)) == 4
+
+
+def test_what_a_front_closes_is_closed(tmp_path: Path, pipe: Pipe) -> None:
+    """The next one takes nothing for its own that was given back, and the keeper holds nothing back."""
+
+    def front(own: Collection[int]) -> None:
+        found = files_of_others(own)
+        for fd in found:
+            os.close(fd)
+        if not found:
+            os.open(tmp_path / "file", os.O_RDONLY | os.O_CREAT)
+        pipe.tell(len(found))
+        rest()
+
+    with household(front) as own:
+        own.start_keeper()
+        for expected in (0, 1, 0):
+            process = own.start_front()
+            assert pipe.hear() == [str(expected)]
+            own.end(process)
+
+
+def test_the_supervisor_has_none_of_it(tmp_path: Path, pipe: Pipe) -> None:
+    with household(opener(tmp_path, pipe)) as own:
+        own.start_keeper()
+        before = open_descriptors()
+        own.start_front()
+        pipe.hear()
+        assert open_descriptors() == before
+
+
+def test_a_front_is_told_by_its_exit_code(pipe: Pipe) -> None:
+    def front(own: Collection[int]) -> None:
+        pipe.tell("here")
+        raise SystemExit(3)
+
+    with household(front) as own:
+        own.start_keeper()
+        process = own.start_front()
+        pipe.hear()
+        process.join(PATIENCE)
+        assert process.exitcode == 3
+
+
+def test_memory_is_not_shared_but_what_is_mapped_so(pipe: Pipe) -> None:
+    """Fronts share descriptors and nothing else: each begins afresh."""
+    private = [0]
+    shared = mmap.mmap(-1, 4096)
+
+    def front(own: Collection[int]) -> None:
+        private[0] += 1
+        shared[0] += 1
+        pipe.tell(private[0], shared[0])
+        rest()
+
+    with household(front) as own:
+        own.start_keeper()
+        for number in (1, 2, 3):
+            process = own.start_front()
+            assert pipe.hear() == ["1", str(number)]
+            own.end(process)
+    shared.close()
+
+
+def test_another_keeper_fetches_what_the_front_has_open(tmp_path: Path, pipe: Pipe) -> None:
+    with household(opener(tmp_path, pipe)) as own:
+        first = own.start_keeper()
+        for expected in ([], ["content-0"]):
+            front = own.start_front()
+            assert pipe.hear()[3:] == expected
+            if not expected:
+                own.end(front)
+        assert front.pid is not None
+        own.end(first)
+        own.start_keeper()
+        os.kill(front.pid, signal.SIGSTOP)
+        own.keeper.fetch(front.pid)
+        own.end(front)
+        own.start_front()
+        assert pipe.hear()[3:] == ["content-0", "content-1"]
+
+
+def test_what_was_fetched_is_the_same_open_file_under_the_same_number(tmp_path: Path, pipe: Pipe) -> None:
+    (tmp_path / "file").write_text("0123456789")
+    times = mmap.mmap(-1, 4096)
+
+    def front(own: Collection[int]) -> None:
+        times[0] += 1
+        if times[0] == 1:
+            fd = os.open(tmp_path / "file", os.O_RDONLY)
+            os.dup2(fd, 200)
+            os.close(fd)
+            os.read(200, 4)
+        pipe.tell(os.lseek(200, 0, os.SEEK_CUR), os.get_inheritable(200))
+        rest()
+
+    with household(front) as own:
+        keeper = own.start_keeper()
+        process = own.start_front()
+        pipe.hear()
+        assert process.pid is not None
+        own.end(keeper)
+        own.start_keeper()
+        own.keeper.fetch(process.pid)
+        own.end(process)
+        own.start_front()
+        assert pipe.hear() == ["4", "False"]
+    times.close()
+
+
+def test_what_cannot_be_fetched_is_an_error_and_the_keeper_goes_on(tmp_path: Path, pipe: Pipe) -> None:
+    ended = run_as(MYSELF, os.getpid)
+    with household(opener(tmp_path, pipe)) as own:
+        own.start_keeper()
+        with pytest.raises(OSError):
+            own.keeper.fetch(ended)
+        own.start_front()
+        assert pipe.hear()[3:] == []
+
+
+def test_a_keeper_that_does_not_answer_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeper_module, "_PATIENCE", 0.05)
+    with household(lambda own: None) as own, pytest.raises(TimeoutError):
+        own.keeper.start_front()
+
+
+def test_where_there_is_no_such_system_call_it_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeper_module, "_SYS_CLONE", None)
+    with household(lambda own: None) as own:
+        own.start_keeper()
+        with pytest.raises(OSError):
+            own.keeper.start_front()
+
+
+def test_a_child_of_the_supervisor_can_be_watched_though_another_has_its_descriptors(
+    tmp_path: Path, pipe: Pipe
+) -> None:
+    """The end of a pipe would not do: the keeper holds it open."""
+    with household(opener(tmp_path, pipe)) as own:
+        own.start_keeper()
+        front = Child("llloop-front", lambda stacks: own.start_front())
+        front.start()
+        pipe.hear()
+        poll = select.poll()
+        poll.register(front.sentinel, select.POLLIN)
+        assert not poll.poll(0)
+        assert front.process is not None
+        front.process.kill()
+        assert poll.poll(PATIENCE * 1000)
+        assert front.gone() == -signal.SIGKILL
+        assert front.process is None
+        front.start()
+        assert pipe.hear()[3:] == ["content-0"]
+        front.end()
+        assert front.process is None
+
+
+@pytest.mark.parametrize("how", ["killed", "ended"])
+def test_when_the_supervisor_has_died_the_keeper_says_farewell(pipe: Pipe, how: str) -> None:
+    def supervisor() -> None:
+        keeper = DescriptorKeeper(lambda own: rest(), lambda: pipe.tell("farewell", os.getpid()))
+        process = forked("llloop-keeper", keeper.run, Stacks("llloop-keeper"), detached=False, outlives=True)
+        front = keeper.start_front()
+        pipe.tell("started", process.pid, front.pid)
+        if how == "killed":
+            rest()
+        os._exit(0)
+
+    pid = os.fork()
+    if pid == 0:
+        try:
+            supervisor()
+        finally:
+            os._exit(1)
+    _, keeper, front = pipe.hear()
+    with ExitStack() as stack:
+        front_fd = os.pidfd_open(int(front))
+        stack.callback(os.close, front_fd)
+        keeper_fd = os.pidfd_open(int(keeper))
+        stack.callback(os.close, keeper_fd)
+        if how == "killed":
+            time.sleep(0.05)
+            poll = select.poll()
+            poll.register(pipe.reader, select.POLLIN)
+            assert not poll.poll(0), "said while the supervisor lives"
+            os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        try:
+            assert pipe.hear() == ["farewell", keeper]
+        finally:
+            for fd in (front_fd, keeper_fd):
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(fd, signal.SIGKILL)
+        for fd in (front_fd, keeper_fd):
+            poll = select.poll()
+            poll.register(fd, select.POLLIN)
+            assert poll.poll(PATIENCE * 1000)
+
+
+def test_a_keeper_whose_supervisor_lives_says_nothing(pipe: Pipe) -> None:
+    own = Household(lambda descriptors: None, lambda: pipe.tell("farewell"))
+    keeper = own.start_keeper()
+    own.end(keeper)
+    own.close()
+    poll = select.poll()
+    poll.register(pipe.reader, select.POLLIN)
+    assert not poll.poll(50)

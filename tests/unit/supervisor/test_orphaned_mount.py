@@ -1,0 +1,93 @@
+"""What the keeper does with a dead mount, without one."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+from llloop.errors import LlloopError
+from llloop.linux import mounts, syscalls
+from llloop.linux.mount_identity import MountIdentity
+from llloop.linux.mounts import MountEntry
+from llloop.supervisor import orphaned_mount
+from llloop.supervisor.orphaned_mount import detach_dead_mount
+
+MNT = "/mnt/photos"
+OURS = MountIdentity(MNT, (0, 47), 5, 1001)
+
+
+class Kernel:
+    """What is mounted, and what is done about it."""
+
+    def __init__(self, connections: Path) -> None:
+        self.entry: MountEntry | None = MountEntry(5, (0, 47), MNT, "fuse.llloop", "/srv")
+        self.unique: int | None = 1001
+        self.error: Exception | None = None
+        self.calls: list[str] = []
+        self.abort = connections / "47" / "abort"
+        self.abort.parent.mkdir()
+        self.device = os.open(os.devnull, os.O_RDONLY)
+
+    def mounts(self) -> list[MountEntry]:
+        return [self.entry] if self.entry is not None else []
+
+    def unmount(self, mount: MountIdentity, *, lazy: bool) -> None:
+        # In this order: a request that hangs would keep the unmount waiting for what is still to be written back.
+        # And who holds the device keeps the connection alive.
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(self.device)
+        self.calls.append(f"unmount {mount.mountpoint} lazy={lazy} aborted={self.abort.exists()}")
+        if self.error:
+            raise self.error
+
+
+@pytest.fixture
+def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    own = Kernel(tmp_path)
+    monkeypatch.setattr(orphaned_mount, "_CONNECTIONS", tmp_path)
+    monkeypatch.setattr(mounts, "mounts", own.mounts)
+    monkeypatch.setattr(syscalls, "unique_mount_id", lambda place: own.unique)
+    monkeypatch.setattr(MountIdentity, "unmount", lambda mount, *, lazy: own.unmount(mount, lazy=lazy))
+    return own
+
+
+def test_it_is_aborted_and_then_detached(kernel: Kernel, caplog: pytest.LogCaptureFixture) -> None:
+    assert detach_dead_mount(OURS, kernel.device)
+    assert kernel.calls == [f"unmount {MNT} lazy=True aborted=True"]
+    assert kernel.abort.read_text() == "1"
+    assert [(record.levelno, MNT in record.getMessage()) for record in caplog.records] == [(logging.ERROR, True)]
+
+
+@pytest.mark.parametrize(
+    ("entry", "unique"),
+    [
+        (None, None),
+        (MountEntry(5, (0, 48), MNT, "fuse.llloop", "/srv"), 1001),
+        (MountEntry(6, (0, 47), MNT, "fuse.llloop", "/srv"), 1001),
+        # The kernel has given both numbers again.
+        (MountEntry(5, (0, 47), MNT, "fuse.llloop", "/srv"), 1002),
+    ],
+)
+def test_what_is_not_ours_is_left_alone(
+    kernel: Kernel, caplog: pytest.LogCaptureFixture, entry: MountEntry | None, unique: int | None
+) -> None:
+    kernel.entry, kernel.unique = entry, unique
+    assert not detach_dead_mount(OURS, kernel.device)
+    assert kernel.calls == [] and not kernel.abort.exists() and caplog.records == []
+
+
+def test_without_fusectl_it_is_detached_all_the_same(kernel: Kernel) -> None:
+    kernel.abort.parent.rmdir()
+    assert detach_dead_mount(OURS, kernel.device)
+    assert len(kernel.calls) == 1
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EPERM, "Operation not permitted"), LlloopError("fusermount says no")])
+def test_a_failure_is_logged_not_raised(kernel: Kernel, caplog: pytest.LogCaptureFixture, error: Exception) -> None:
+    kernel.error = error
+    assert not detach_dead_mount(OURS, kernel.device)
+    assert str(error) in caplog.text and MNT in caplog.text

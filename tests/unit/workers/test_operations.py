@@ -1,0 +1,827 @@
+"""The data requests on files, with a file in the place of /dev/fuse: what is done, answered, and done again."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llloop.linux import syscalls
+from llloop.linux.credentials import SetidGuard, Writer
+from llloop.linux.fuse import FUSE_NOTIFY_INVAL_INODE, Opcode
+from llloop.shared.messages import APPEND, DATA_ONLY, KILL_PRIVILEGES, ONCE, Operation, Request, encode
+from llloop.shared.metrics import BYTES, ERRORS, Sheet
+from llloop.shared.slots import Slots
+from llloop.workers.invalidations import Invalidations
+from llloop.workers.operations import Operations, opcode_of
+from llloop.workers.replies import KernelReplies
+from tests.as_user import Child
+from tests.expect import pattern
+from tests.syscalls import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
+from tests.unit import mortal as mortal_module
+from tests.unit.mortal import Life
+from tests.unit.support import Device, OwnIdentity, Reply
+
+_BEGUN, _APPENDING, _SHIFTING, _DONE, _COPYING = range(5)
+
+
+class Files:
+    """Open files by handle, as a worker's leases have them."""
+
+    def __init__(self) -> None:
+        self.open: dict[int, int] = {}
+        self.released: list[int] = []
+
+    def get(self, handle: int, descriptor: int, file: int = 0) -> int:
+        if handle not in self.open:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        return self.open[handle]
+
+    def release(self, handle: int) -> None:
+        self.released.append(handle)
+
+
+class Bench:
+    """A worker without a front: requests are lent and done, answers read."""
+
+    def __init__(self, slots: Slots, device: Device, directory: Path, writer: Writer | None = None) -> None:
+        self.slots = slots
+        self.device = device
+        self.directory = directory
+        self.files = Files()
+        self.sheet = Sheet()
+        self.asked = os.pipe2(os.O_CLOEXEC | os.O_DIRECT)
+        self.invalidations = Invalidations(self.asked[1])
+        self.operations = Operations(
+            slots,
+            self.files,
+            KernelReplies(device.fd, slots.payload_size),
+            SetidGuard(),
+            writer or OwnIdentity(),
+            self.sheet,
+            self.invalidations,
+        )
+        self.unique = 0
+        # The notifications before the last answer.
+        self.told: list[Reply] = []
+
+    def open(self, handle: int, content: bytes = b"", flags: int = os.O_RDWR) -> Path:
+        path = self.directory / f"file-{handle}"
+        path.write_bytes(content)
+        self.files.open[handle] = os.open(path, flags)
+        return path
+
+    def lend(
+        self, operation: Operation, handle: int = 1, offset: int = 0, length: int = 0, payload: bytes = b"", **more: int
+    ) -> Request:
+        self.unique += 1
+        slot = self.slots.free_slot()
+        extra = more.pop("extra", ())
+        length = len(payload) or length
+        request = Request(operation, self.unique, slot, handle, 0, offset, length, extra=extra, **more)  # type: ignore[arg-type]
+        self.slots.payload(slot, len(payload))[:] = payload
+        self.slots.lend(slot, 1, encode(request), self.unique)
+        return request
+
+    def do(self, operation: Operation, **fields: object) -> Reply:
+        request = self.lend(operation, **fields)  # type: ignore[arg-type]
+        self.operations.execute(request)
+        return self.answered(request)
+
+    def answered(self, request: Request) -> Reply:
+        *self.told, reply = self.device.take()
+        assert reply.unique == request.unique
+        assert not any(notification.unique for notification in self.told), "the request was answered twice"
+        assert self.slots.free_slot() == 0, "the slot was not given back"
+        return reply
+
+    def counted(self, opcode: Opcode) -> tuple[int, int]:
+        """Errors and bytes; the requests are counted by who hands them in."""
+        return self.sheet.rows[opcode][ERRORS], self.sheet.rows[opcode][BYTES]
+
+    def close(self) -> None:
+        for fd in (*self.files.open.values(), *self.asked):
+            os.close(fd)
+
+
+def count_of(reply: Reply) -> int:
+    assert reply.error == 0
+    count, _ = struct.unpack("=II", reply.payload)
+    return int(count)
+
+
+@pytest.fixture
+def bench(slots: Slots, device: Device, tmp_path: Path):  # type: ignore[no-untyped-def]
+    own = Bench(slots, device, tmp_path)
+    yield own
+    own.close()
+
+
+def test_read(bench: Bench) -> None:
+    bench.open(1, pattern(10000))
+    assert bench.do(Operation.READ, offset=5, length=100).payload == pattern(10000)[5:105]
+    assert bench.do(Operation.READ, offset=9999, length=100).payload == pattern(10000)[9999:]
+    assert bench.do(Operation.READ, offset=20000, length=100).payload == b""
+    assert bench.counted(Opcode.READ) == (0, 101)
+
+
+def test_write(bench: Bench) -> None:
+    path = bench.open(1, b"0123456789")
+    assert count_of(bench.do(Operation.WRITE, offset=3, payload=b"abc")) == 3
+    assert count_of(bench.do(Operation.WRITE, offset=12, payload=b"end")) == 3
+    assert path.read_bytes() == b"012abc6789\0\0end"
+    assert bench.counted(Opcode.WRITE) == (0, 6)
+
+
+def test_a_write_of_the_largest_size(bench: Bench) -> None:
+    path = bench.open(1)
+    data = pattern(bench.slots.payload_size)
+    assert count_of(bench.do(Operation.WRITE, offset=1, payload=data)) == len(data)
+    assert path.read_bytes() == b"\0" + data
+
+
+def test_an_append_goes_to_the_end_wherever_that_is(bench: Bench) -> None:
+    path = bench.open(1, b"0123456789")
+    with open(path, "ab") as behind:
+        behind.write(b"behind")
+    assert count_of(bench.do(Operation.WRITE, offset=2, payload=b"+", flags=APPEND)) == 1
+    assert path.read_bytes() == b"0123456789behind+"
+
+
+def test_fsync(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.open(1)
+    called = []
+    monkeypatch.setattr(os, "fsync", lambda fd: called.append(("fsync", fd)))
+    monkeypatch.setattr(os, "fdatasync", lambda fd: called.append(("fdatasync", fd)))
+    assert bench.do(Operation.FSYNC).error == 0
+    assert bench.do(Operation.FSYNC, flags=DATA_ONLY).error == 0
+    assert called == [("fsync", bench.files.open[1]), ("fdatasync", bench.files.open[1])]
+
+
+def test_flush_and_syncfs_leave_the_descriptor_open(bench: Bench) -> None:
+    bench.open(1)
+    assert bench.do(Operation.FLUSH).error == 0
+    assert bench.do(Operation.SYNCFS).error == 0
+    os.fstat(bench.files.open[1])
+
+
+def test_fallocate(bench: Bench) -> None:
+    path = bench.open(1, b"x" * 8192)
+    assert bench.do(Operation.FALLOCATE, offset=8192, length=4096, extra=(0,)).error == 0
+    assert path.stat().st_size == 12288
+    keep_size, punch_hole = 1, 2
+    assert bench.do(Operation.FALLOCATE, offset=0, length=4096, extra=(keep_size | punch_hole,)).error == 0
+    assert path.read_bytes()[:8192] == bytes(4096) + b"x" * 4096
+    assert bench.do(Operation.FALLOCATE, offset=0, length=4096, extra=(0x4000,)).error == errno.EOPNOTSUPP
+
+
+def test_lseek(bench: Bench) -> None:
+    path = bench.open(1)
+    with open(path, "r+b") as file:
+        file.truncate(1 << 20)
+        file.seek(1 << 19)
+        file.write(b"x")
+    found = bench.do(Operation.LSEEK, offset=0, extra=(os.SEEK_DATA,))
+    assert 0 < struct.unpack("=Q", found.payload)[0] <= 1 << 19
+    assert bench.do(Operation.LSEEK, offset=0, extra=(os.SEEK_HOLE,)).payload == bytes(8)
+    assert bench.do(Operation.LSEEK, offset=1 << 20, extra=(os.SEEK_DATA,)).error == errno.ENXIO
+
+
+def test_copy_file_range(bench: Bench) -> None:
+    source = bench.open(1, b"source data")
+    path = bench.open(2, b"target")
+    os.utime(source, (1, 2))
+    reply = bench.do(Operation.COPY_FILE_RANGE, handle=2, offset=3, length=100, extra=(1, 0, 7, 5, 0))
+    assert count_of(reply) == 4
+    assert path.read_bytes() == b"tardata"
+    # The kernel knows that the target has changed, but not that the source's access time has.
+    assert [struct.unpack_from("=Q", told.payload)[0] for told in bench.told] == [5] * (source.stat().st_atime != 1)
+    bench.do(Operation.COPY_FILE_RANGE, handle=2, offset=3, length=100, extra=(1, 0, 7, 5, 0))
+    assert bench.told == []
+
+
+def test_the_kernel_hears_of_set_id_bits_before_the_answer(bench: Bench) -> None:
+    """Where it has not asked to clear them: the inode comes with the request then."""
+    path = bench.open(1, b"program")
+    path.chmod(0o4755)
+    bench.do(Operation.WRITE, payload=b"x", extra=(9,))
+    assert [(-told.error, told.payload) for told in bench.told] == [
+        (FUSE_NOTIFY_INVAL_INODE, struct.pack("=Qqq", 9, -1, 0))
+    ]
+    path.chmod(0o755)
+    bench.do(Operation.WRITE, payload=b"x", extra=(9,))
+    assert bench.told == []
+
+
+@pytest.mark.parametrize("number", [errno.EXDEV, errno.ENOSYS])
+def test_a_copy_that_the_source_cannot_do_is_left_to_the_kernel(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    bench.open(1)
+    bench.open(2)
+
+    def refuse(*arguments: int) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "copy_file_range", refuse)
+    assert bench.do(Operation.COPY_FILE_RANGE, handle=2, length=1, extra=(1, 0, 0, 5, 0)).error == errno.EOPNOTSUPP
+
+
+def test_a_copy_of_more_than_a_reply_can_report_is_cut(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.open(1)
+    bench.open(2)
+    asked = []
+    monkeypatch.setattr(os, "copy_file_range", lambda *arguments: asked.append(arguments[2]) or 0)
+    bench.do(Operation.COPY_FILE_RANGE, handle=2, length=2**63, extra=(1, 0, 0, 5, 0))
+    assert 0 < asked[0] < 2**32
+
+
+def test_errors_of_the_source_are_answered_and_counted(bench: Bench) -> None:
+    bench.open(1, flags=os.O_RDONLY)
+    bench.open(2, flags=os.O_WRONLY)
+    assert bench.do(Operation.WRITE, payload=b"x").error == errno.EBADF
+    assert bench.do(Operation.WRITE, payload=b"x", flags=APPEND).error == errno.EBADF
+    assert bench.do(Operation.READ, handle=2, length=10).error == errno.EBADF
+    assert bench.do(Operation.READ, handle=99, length=10).error == errno.EBADF
+    assert (bench.counted(Opcode.READ), bench.counted(Opcode.WRITE)) == ((2, 0), (2, 0))
+
+
+def test_whatever_else_goes_wrong_is_eio_and_logged(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.open(1)
+
+    def broken(*arguments: object) -> None:
+        raise ZeroDivisionError("a fault")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with caplog.at_level(logging.ERROR):
+        assert bench.do(Operation.FSYNC).error == errno.EIO
+    assert "a fault" in caplog.text
+    assert bench.counted(Opcode.FSYNC) == (1, 0)
+
+
+def test_an_operation_that_does_not_exist(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    assert bench.do(99).error == errno.EIO  # type: ignore[arg-type]
+
+
+def test_a_release_is_passed_on_and_not_answered(bench: Bench) -> None:
+    bench.operations.execute(Request(Operation.RELEASE, 0, -1, -1, -1, extra=(4, 5)))
+    assert bench.files.released == [4, 5]
+    assert bench.device.take() == []
+    assert bench.sheet.snapshot() == {}
+
+
+def test_a_request_without_a_slot_is_answered_too(bench: Bench) -> None:
+    bench.open(1, b"abc")
+    bench.operations.execute(Request(Operation.READ, 9, -1, 1, 0, 0, 10))
+    assert bench.device.only() == Reply(9, 0, b"abc")
+
+
+def test_set_id_bits_go_only_if_the_request_says_so(bench: Bench) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("an ordinary user's write always clears them")
+    path = bench.open(1)
+
+    def mode_after_write(flags: int) -> int:
+        os.chmod(path, 0o6755)
+        bench.do(Operation.WRITE, payload=b"x", flags=flags)
+        return stat.S_IMODE(path.stat().st_mode)
+
+    # In a child: what is done to the capabilities of this process would go on in other tests.
+    flags = (0, KILL_PRIVILEGES, KILL_PRIVILEGES | APPEND, 0)
+    assert Child(lambda: [mode_after_write(one) for one in flags]).result() == [0o6755, 0o755, 0o755, 0o6755]
+
+
+def test_a_write_counts_as_its_writers(slots: Slots, device: Device, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can write as others do")
+
+    def identity_after_write() -> list[str]:
+        bench = Bench(slots, device, tmp_path, Writer())
+        bench.open(1)
+        bench.do(Operation.WRITE, payload=b"x", uid=4711, gid=4712)
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return [line.split()[4] for line in lines if line.startswith(("Uid:", "Gid:"))]
+
+    assert Child(identity_after_write).result() == ["4711", "4712"]
+
+
+# A worker died, and its successor finds a request that was not answered
+
+
+def test_a_read_is_done_again(bench: Bench) -> None:
+    bench.open(1, b"content")
+    request = bench.lend(Operation.READ, length=100)
+    bench.operations.resume(request)
+    assert bench.answered(request).payload == b"content"
+
+
+def test_a_write_that_was_not_begun_is_done(bench: Bench) -> None:
+    path = bench.open(1, b"0123456789")
+    request = bench.lend(Operation.WRITE, offset=4, payload=b"abc")
+    bench.operations.resume(request)
+    assert count_of(bench.answered(request)) == 3
+    assert path.read_bytes() == b"0123abc789"
+
+
+def test_a_write_that_was_done_is_only_answered(bench: Bench) -> None:
+    path = bench.open(1, b"0123456789")
+    request = bench.lend(Operation.WRITE, offset=4, payload=b"abc")
+    bench.slots.results[request.slot] = ~2
+    bench.slots.stages[request.slot] = _DONE
+    bench.operations.resume(request)
+    assert count_of(bench.answered(request)) == 2
+    assert path.read_bytes() == b"0123456789"
+
+
+def test_an_append_that_was_just_done_is_only_answered(bench: Bench) -> None:
+    """Its worker died between the two stores that say so; the file has grown too much to look for it."""
+    path = bench.open(1, b"log\nline\n" + bytes(3_000_000))
+    request = bench.lend(Operation.WRITE, payload=b"line\n", flags=APPEND)
+    bench.slots.results[request.slot] = ~5
+    bench.slots.stages[request.slot] = _APPENDING
+    bench.operations.resume(request)
+    assert count_of(bench.answered(request)) == 5
+    assert path.stat().st_size == 3_000_009
+
+
+@pytest.mark.parametrize("operation", [Operation.FALLOCATE, Operation.COPY_FILE_RANGE])
+def test_what_was_done_is_not_done_again_after_others_have_written(bench: Bench, operation: Operation) -> None:
+    """Its worker died between answer and end; then the front has written to the same place."""
+    path = bench.open(1, b"0123456789")
+    bench.open(2, b"abcdefghij")
+    hole = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+    extra = (hole,) if operation == Operation.FALLOCATE else (2, 0, 0, 5, 0)
+    request = bench.lend(operation, length=10, extra=extra)  # type: ignore[arg-type]
+    bench.slots.results[request.slot] = ~10
+    bench.slots.stages[request.slot] = _DONE
+    bench.operations.resume(request)
+    assert bench.answered(request).error == 0
+    assert path.read_bytes() == b"0123456789"
+
+
+def test_an_append_that_was_not_begun_is_done(bench: Bench) -> None:
+    path = bench.open(1, b"log\n")
+    request = bench.lend(Operation.WRITE, payload=b"line\n", flags=APPEND)
+    bench.operations.resume(request)
+    assert count_of(bench.answered(request)) == 5
+    assert path.read_bytes() == b"log\nline\n"
+
+
+def test_an_append_that_was_about_to_begin_is_done(bench: Bench) -> None:
+    path = bench.open(1, b"log\n")
+    request = begun(bench, b"line\n")
+    bench.operations.resume(request)
+    assert count_of(bench.answered(request)) == 5
+    assert path.read_bytes() == b"log\nline\n"
+
+
+class Killed(BaseException):
+    """SIGKILL."""
+
+
+def begun(bench: Bench, payload: bytes, written: int = -1, flags: int = APPEND) -> Request:
+    """An append of *payload* whose worker was killed in the middle of the system call that appends.
+
+    Args:
+        bench: where.
+        payload: what was to be appended.
+        written: how much of it was written; -1: the call was not made.
+        flags: of the request.
+    """
+    request = bench.lend(Operation.WRITE, payload=payload, flags=flags)
+    die(bench, request, written)
+    return request
+
+
+def die(bench: Bench, request: Request, written: int, resume: bool = False) -> None:
+    pwritev = os.pwritev
+
+    def cut_short(fd: int, buffers: list[memoryview], offset: int, flags: int) -> int:
+        if written >= 0:
+            pwritev(fd, [memoryview(buffers[0])[:written]], offset, flags)
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "pwritev", cut_short)
+        with pytest.raises(Killed):
+            (bench.operations.resume if resume else bench.operations.execute)(request)
+
+
+def others_append(path: Path, content: bytes) -> None:
+    with open(path, "ab") as file:
+        file.write(content)
+
+
+@pytest.mark.parametrize("after", [b"", b"another's line\n"])
+@pytest.mark.parametrize("before", [b"", b"somebody was quicker\n"])
+@pytest.mark.parametrize("flags", [os.O_RDWR, os.O_WRONLY])
+def test_an_append_is_not_doubled(bench: Bench, before: bytes, after: bytes, flags: int) -> None:
+    """The worker died between the write and its note that it was done."""
+    path = bench.open(1, b"log\n", flags)
+    request = begun(bench, b"line\n")
+    others_append(path, before)
+    die(bench, request, 5, resume=True)
+    others_append(path, after)
+    bench.operations.resume(request)
+    assert count_of(bench.answered(request)) == 5
+    assert path.read_bytes() == b"log\n" + before + b"line\n" + after
+
+
+@pytest.mark.parametrize("theirs", [b"line\n", b"line\nline\n", b"line", b"line\nl"])
+def test_what_others_append_is_not_taken_for_it(bench: Bench, theirs: bytes) -> None:
+    """However alike it is."""
+    path = bench.open(1, b"log\n")
+    request = begun(bench, b"line\n")
+    others_append(path, theirs)
+    bench.operations.resume(request)
+    assert count_of(bench.answered(request)) == 5
+    assert path.read_bytes() == b"log\n" + theirs + b"line\n"
+
+
+@pytest.mark.parametrize("theirs", [b"", b"line\n", b"theirs\n"])
+@pytest.mark.parametrize("written", [1, 4])
+def test_an_append_that_was_cut_short_is_completed(bench: Bench, written: int, theirs: bytes) -> None:
+    """SIGKILL can end a write in the middle."""
+    path = bench.open(1, b"log\n")
+    request = begun(bench, b"line\n", written)
+    others_append(path, theirs)
+    bench.operations.resume(request)
+    assert count_of(bench.answered(request)) == 5
+    assert path.read_bytes() == b"log\n" + b"line\n"[:written] + theirs + b"line\n"[written:]
+
+
+@pytest.mark.parametrize("second", [-1, 1, 2, 4])
+@pytest.mark.parametrize("first", [1, 3])
+def test_so_it_is_if_its_successor_is_killed_too(bench: Bench, first: int, second: int) -> None:
+    path = bench.open(1, b"log\n")
+    request = begun(bench, b"line\n", first)
+    die(bench, request, second, resume=True)
+    bench.operations.resume(request)
+    assert count_of(bench.answered(request)) == 5
+    assert path.read_bytes() == b"log\nline\n"
+
+
+@pytest.mark.parametrize("step", range(12))
+def test_wherever_a_successor_is_killed_while_it_notes_what_it_finds(bench: Bench, step: int) -> None:
+    path = bench.open(1, b"log\n")
+    request = begun(bench, b"line\n", 3)
+    life = Life(step)
+
+    def mortal(call: Any) -> Any:
+        return life.around(call)
+
+    class Cells:
+        def __init__(self, cells: memoryview) -> None:
+            self._cells = cells
+
+        def __getitem__(self, place: int) -> int:
+            return int(self._cells[place])
+
+        def __setitem__(self, place: int, value: int) -> None:
+            life.step()
+            self._cells[place] = value
+
+    slots = bench.slots
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("lseek", "pwritev"):
+            patch.setattr(os, name, mortal(getattr(os, name)))
+        for name in ("results", "written", "stages"):
+            patch.setattr(slots, name, Cells(getattr(slots, name)))
+        with suppress(mortal_module.Killed):
+            bench.operations.resume(request)
+    if bench.slots.states[request.slot]:
+        bench.operations.resume(request)
+    assert count_of(bench.answered(request)) == 5
+    assert path.read_bytes() == b"log\nline\n"
+
+
+def test_where_it_cannot_be_known_an_error_is_told(bench: Bench) -> None:
+    """The file was opened again since, and others have written to it."""
+    path = bench.open(1, b"log\n")
+    request = begun(bench, b"line\n", 5)
+    os.close(bench.files.open[1])
+    bench.files.open[1] = os.open(path, os.O_RDWR)
+    bench.operations.resume(request)
+    assert bench.answered(request).error == errno.EIO
+    assert path.read_bytes() == b"log\nline\n"
+
+
+def test_opened_again_it_is_done_if_nothing_has_come_to_the_file(bench: Bench) -> None:
+    path = bench.open(1, b"log\n")
+    request = begun(bench, b"line\n")
+    os.close(bench.files.open[1])
+    bench.files.open[1] = os.open(path, os.O_RDWR)
+    bench.operations.resume(request)
+    assert count_of(bench.answered(request)) == 5
+    assert path.read_bytes() == b"log\nline\n"
+
+
+def test_where_files_cannot_be_so_large_the_mark_is_nearer(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    lseek = os.lseek
+
+    def limited(fd: int, position: int, whence: int) -> int:
+        if position > 1 << 20:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return lseek(fd, position, whence)
+
+    monkeypatch.setattr(os, "lseek", limited)
+    path = bench.open(1, b"log\n")
+    request = begun(bench, b"line\n")
+    others_append(path, b"line\n")
+    bench.operations.resume(request)
+    assert count_of(bench.answered(request)) == 5
+    assert path.read_bytes() == b"log\nline\nline\n"
+
+
+def test_an_append_notes_how_far_it_has_come(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.open(1, b"log\n")
+    noted = []
+    pwritev = os.pwritev
+
+    def watched(*arguments: object) -> int:
+        noted.append((bench.slots.stages[0], bench.slots.results[0]))
+        return pwritev(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "pwritev", watched)
+    bench.do(Operation.WRITE, payload=b"line\n", flags=APPEND)
+    noted.append((bench.slots.stages[0], bench.slots.results[0]))
+    assert noted == [(_APPENDING, 4), (_DONE, ~5)]
+
+
+def test_every_operation_is_counted_as_the_kernels_of_that_name() -> None:
+    for operation in set(Operation) - {Operation.RESUME, Operation.PROBE, Operation.INVALIDATED}:
+        request = Request(operation, 1, 0, 1, 1)
+        assert opcode_of(request) == Opcode[operation.name]
+    assert [opcode_of(Request(number, 1, 0, 1, 1)) for number in (-1, 0, Operation.PROBE, 99)] == [0, 0, 0, 0]
+
+
+# A front died: the kernel sends again what its workers have not answered
+
+
+RESENT = 1 << 63
+
+
+class Deaf(KernelReplies):
+    """The kernel waits for answers under some numbers only."""
+
+    def __init__(self, device: int, largest: int) -> None:
+        super().__init__(device, largest)
+        self.unheard: set[int] = set()
+
+    def _send(self, reply: bytes | memoryview) -> None:
+        (unique,) = struct.unpack_from("=Q", reply, 8)
+        self.heard = unique not in self.unheard
+        if self.heard:
+            super()._send(reply)
+
+
+@pytest.fixture
+def deaf(bench: Bench) -> Deaf:
+    own = Deaf(bench.device.fd, bench.slots.payload_size)
+    bench.operations._replies = own
+    bench.slots.new_front(os.getpid())  # which has yet to hear all that is sent again
+    return own
+
+
+def test_an_append_whose_answer_nobody_heard_is_only_answered_when_it_comes_again(bench: Bench, deaf: Deaf) -> None:
+    path = bench.open(1, b"log\n")
+    request = bench.lend(Operation.WRITE, payload=b"line\n", flags=APPEND)
+    deaf.unheard.add(request.unique)
+    bench.operations.execute(request)
+    assert bench.device.take() == []
+    assert bench.slots.states[request.slot], "it was given back though nobody has had the answer"
+    for _ in range(2):  # another front has died meanwhile
+        bench.slots.new_front(os.getpid())
+        deaf.unheard.add(request.unique | RESENT)
+        bench.slots.claim(request.slot, request.unique | RESENT)
+        bench.operations.resume(request)
+        assert bench.slots.states[request.slot]
+    deaf.unheard.clear()
+    bench.operations.resume(request)
+    assert count_of(bench.answered(request._replace(unique=request.unique | RESENT))) == 5
+    assert path.read_bytes() == b"log\nline\n"
+
+
+def test_a_read_whose_answer_nobody_heard_is_done_when_it_comes_again(bench: Bench, deaf: Deaf) -> None:
+    bench.open(1, b"content")
+    request = bench.lend(Operation.READ, length=100)
+    deaf.unheard.add(request.unique)
+    bench.operations.execute(request)
+    bench.slots.claim(request.slot, request.unique | RESENT)
+    bench.operations.resume(request)
+    assert bench.answered(request._replace(unique=request.unique | RESENT)).payload == b"content"
+
+
+@pytest.mark.parametrize("operation", [Operation.READ, Operation.WRITE])
+def test_what_comes_again_while_the_worker_answers_is_answered_at_once(
+    bench: Bench, deaf: Deaf, operation: Operation
+) -> None:
+    path = bench.open(1, b"content")
+    payload = b"CON" if operation == Operation.WRITE else b""
+    request = bench.lend(operation, length=3, payload=payload)
+    deaf.unheard.add(request.unique)
+    send, slots = deaf._send, bench.slots
+
+    def claimed_meanwhile(reply: bytes | memoryview) -> None:
+        send(reply)
+        if not deaf.heard:
+            slots.claim(request.slot, request.unique | RESENT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deaf, "_send", claimed_meanwhile)
+        bench.operations.execute(request)
+    assert bench.answered(request._replace(unique=request.unique | RESENT)).error == 0
+    assert path.read_bytes()[:3] == (b"CON" if payload else b"con")
+
+
+def test_it_may_come_again_under_the_number_that_it_has_already(bench: Bench, deaf: Deaf) -> None:
+    """Two fronts have died: that the number is the same does not mean that the answer was given."""
+    bench.open(1, b"content")
+    request = bench.lend(Operation.READ, length=100)
+    bench.slots.claim(request.slot, request.unique | RESENT)
+    deaf.unheard |= {request.unique, request.unique | RESENT}
+    send, slots = deaf._send, bench.slots
+
+    def next_front_claims_and_settles(reply: bytes | memoryview) -> None:
+        send(reply)
+        if deaf.unheard:
+            slots.new_front(os.getpid())
+            slots.claim(request.slot, request.unique | RESENT)
+            slots.settle()
+            deaf.unheard.clear()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deaf, "_send", next_front_claims_and_settles)
+        bench.operations.resume(request)
+    assert bench.answered(request._replace(unique=request.unique | RESENT)).payload == b"content"
+
+
+@pytest.mark.parametrize("operation", [Operation.READ, Operation.WRITE])
+def test_what_was_answered_before_its_worker_died_is_given_back(bench: Bench, deaf: Deaf, operation: Operation) -> None:
+    path = bench.open(1, b"content")
+    request = bench.lend(operation, length=3, payload=b"CON" if operation == Operation.WRITE else b"")
+    deaf.unheard.add(request.unique)
+    bench.operations.execute(request)
+    path.write_bytes(b"newer data")
+    bench.operations.resume(request)
+    assert bench.slots.states[request.slot], "it may be sent again yet"
+    bench.slots.settle()
+    bench.operations.resume(request)
+    assert bench.slots.free_slot() == 0
+    assert bench.device.take() == []
+    assert path.read_bytes() == b"newer data"
+
+
+@pytest.mark.parametrize("length", [100, 100_000])
+def test_what_has_no_size_is_read_and_written_by_one_call(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    """The next read would get the next message, and the second half of a command is another command."""
+    bench.open(1, b"message")
+    calls = []
+    for name in ("preadv", "pwrite"):
+        monkeypatch.setattr(os, name, _counted(getattr(os, name), calls))
+    assert bench.do(Operation.READ, length=length, flags=ONCE).payload == b"message"
+    assert count_of(bench.do(Operation.WRITE, payload=pattern(length), flags=ONCE | APPEND)) == length
+    assert len(calls) == 2
+    assert (bench.directory / "file-1").read_bytes() == pattern(length), "an append begins at the start, as natively"
+
+
+def test_what_has_no_positions_is_read_and_written_where_it_stands(bench: Bench) -> None:
+    """As trace_pipe and trace_marker of tracefs, for which a pipe stands here."""
+    reader, writer = os.pipe()
+    bench.files.open |= {1: reader, 2: writer}
+    assert count_of(bench.do(Operation.WRITE, handle=2, payload=b"message", flags=ONCE)) == 7
+    assert bench.do(Operation.READ, length=100, offset=50, flags=ONCE).payload == b"message"
+
+
+def _counted(call: Callable[..., int], calls: list[int]) -> Callable[..., int]:
+    def counted(*arguments: object) -> int:
+        calls.append(call(*arguments))
+        return calls[-1]
+
+    return counted
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_room_that_comes_late_is_waited_for(bench: Bench, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """The space of a file removed just before is free only when the kernel's FORGET has arrived."""
+    bench.open(1)
+    bench.open(2, pattern(5000))
+    for module, name in ((syscalls, "fallocate"), (os, "copy_file_range"), (os, "pwrite"), (os, "pwritev")):
+        _refuse_at_first(monkeypatch, module, name, number)
+    assert bench.do(Operation.FALLOCATE, length=9000, extra=(0,)).error == 0
+    assert bench.do(Operation.COPY_FILE_RANGE, length=5000, extra=(2, 0, 0, 5, 0)).error == 0
+    assert bench.do(Operation.WRITE, payload=b"written", offset=20_000).error == 0
+    assert bench.do(Operation.WRITE, payload=b"appended", flags=APPEND).error == 0
+    content = (bench.directory / "file-1").read_bytes()
+    assert content == pattern(5000).ljust(20_000, b"\0") + b"written" + b"appended"
+
+
+def _refuse_at_first(monkeypatch: pytest.MonkeyPatch, module: object, name: str, number: int) -> None:
+    """Let a system call fail with *number* twice before it does what it should."""
+    call, refusals = getattr(module, name), [number] * 2
+
+    def late(*arguments: object) -> object:
+        if refusals:
+            raise OSError(refusals.pop(), "no room")
+        return call(*arguments)
+
+    monkeypatch.setattr(module, name, late)
+
+
+# fallocate(2) with FALLOC_FL_COLLAPSE_RANGE or FALLOC_FL_INSERT_RANGE: done twice it moves twice
+
+COLLAPSE, INSERT = 0x08, 0x20
+
+
+@pytest.fixture
+def shifting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A file system that can do it, wherever the test's files lie, and what it is asked for."""
+    asked = []
+
+    def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+        asked.append(mode)
+        data = os.pread(fd, 1 << 20, 0)
+        shifted = data[:offset] + data[offset + length :]
+        if mode == INSERT:
+            shifted = data[:offset] + bytes(length) + data[offset:]
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, shifted, 0)
+
+    monkeypatch.setattr(syscalls, "fallocate", fallocate)
+    return asked
+
+
+@pytest.mark.parametrize(("mode", "after"), [(COLLAPSE, b"0156"), (INSERT, b"01\0\0\0" + b"23456")])
+def test_a_shift_is_done_once_wherever_the_worker_died(
+    bench: Bench, shifting: list[int], mode: int, after: bytes
+) -> None:
+    path = bench.open(1, b"0123456")
+    assert bench.do(Operation.FALLOCATE, offset=2, length=3, extra=(mode,)).error == 0
+    assert path.read_bytes() == after
+    for stage, content in ((_BEGUN, b"0123456"), (_SHIFTING, b"0123456"), (_SHIFTING, after)):
+        path.write_bytes(content)
+        request = bench.lend(Operation.FALLOCATE, offset=2, length=3, extra=(mode,))
+        bench.slots.stages[request.slot] = stage
+        bench.slots.results[request.slot] = 7 if stage == _SHIFTING else 0
+        bench.slots.written[request.slot] = path.stat().st_ctime_ns
+        del shifting[:]
+        bench.operations.resume(request)
+        assert bench.answered(request).error == 0
+        assert path.read_bytes() == after
+        assert shifting == ([] if content == after else [mode])
+
+
+def test_a_shift_notes_how_large_the_file_was(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.open(1, b"0123456")
+    noted = []
+    monkeypatch.setattr(
+        syscalls, "fallocate", lambda *arguments: noted.append((bench.slots.stages[0], bench.slots.results[0]))
+    )
+    bench.do(Operation.FALLOCATE, offset=2, length=3, extra=(COLLAPSE,))
+    bench.do(Operation.FALLOCATE, offset=2, length=3, extra=(INSERT,))
+    assert noted == [(_SHIFTING, 7)] * 2
+    request = bench.lend(Operation.FALLOCATE, offset=2, length=3, extra=(0,))
+    bench.operations.execute(request)
+    bench.answered(request)
+    assert noted[2][0] == _BEGUN, "what can be done twice is"
+
+
+@pytest.mark.parametrize("mode", [COLLAPSE, INSERT])
+def test_a_shift_whose_answer_nobody_heard_is_only_answered_when_it_comes_again(
+    bench: Bench, deaf: Deaf, shifting: list[int], mode: int
+) -> None:
+    bench.open(1, b"0123456")
+    request = bench.lend(Operation.FALLOCATE, offset=2, length=3, extra=(mode,))
+    deaf.unheard.add(request.unique)
+    bench.operations.execute(request)
+    bench.slots.claim(request.slot, request.unique | RESENT)
+    bench.operations.resume(request)
+    assert bench.answered(request._replace(unique=request.unique | RESENT)).error == 0
+    assert shifting == [mode]
+
+
+@pytest.mark.parametrize("content", [b"0123456+", b"01234+6"])
+@pytest.mark.parametrize("mode", [COLLAPSE, INSERT])
+def test_where_others_have_changed_the_file_nothing_is_shifted_that_may_have_been(
+    bench: Bench, shifting: list[int], mode: int, content: bytes
+) -> None:
+    path = bench.open(1, b"0123456")
+    request = bench.lend(Operation.FALLOCATE, offset=2, length=3, extra=(mode,))
+    bench.slots.results[request.slot], bench.slots.written[request.slot] = 7, path.stat().st_ctime_ns - 1
+    bench.slots.stages[request.slot] = _SHIFTING
+    path.write_bytes(content)
+    bench.operations.resume(request)
+    assert bench.answered(request).error == errno.EIO
+    assert shifting == []
