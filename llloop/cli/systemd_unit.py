@@ -44,7 +44,7 @@ def drop_in(source: str, mountpoint: str) -> str:
 
 def _installed(name: str) -> Path | None:
     # An editable installation leaves data files where they are: in the checkout.
-    beside = Path(__file__).parents[1] / "scripts" / "systemd" / name
+    beside = Path(__file__).parents[2] / "scripts" / "systemd" / name
     if beside.is_file():
         return beside
     try:
