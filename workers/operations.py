@@ -13,7 +13,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, Protocol, TypeVar
 
 from llloop.linux import syscalls
-from llloop.linux.credentials import SETID, SetidGuard, Writer
+from llloop.linux.credentials import SETID_BITS, SetidGuard, Writer
 from llloop.linux.fuse import Opcode
 from llloop.shared.leadership import Leadership
 from llloop.shared.messages import (
@@ -98,7 +98,7 @@ def _buffered(fd: int) -> Iterator[None]:
 
 def _watched(inodes: Sequence[int], fd: int) -> tuple[int, ...]:
     """Return those inodes, of the file *fd*, if it has set-ID bits to lose."""
-    return tuple(inodes) if inodes and os.fstat(fd).st_mode & SETID else ()
+    return tuple(inodes) if inodes and os.fstat(fd).st_mode & SETID_BITS else ()
 
 
 class Descriptors(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llloop.linux.credentials import SetidGuard, Writer, keep_only, worker_capabilities
+from llloop.linux.credentials import SetidGuard, Writer, drop_capabilities_except, worker_capabilities
 from llloop.shared.leadership import Leadership
 from llloop.shared.slots import Slots
 from llloop.workers.descriptors import Descriptors
@@ -49,7 +49,7 @@ def run_worker(setup: WorkerSetup) -> None:
         replies = KernelReplies(setup.device, slots.payload_size, leadership)
     else:
         replies = FrontReplies(setup.answers, slots, leadership)
-    keep_only(worker_capabilities())
+    drop_capabilities_except(worker_capabilities())
     sheet = slots.metrics.workers[setup.shard]
     descriptors = Descriptors(slots)
     probes = Probes(setup.root, descriptors, setup.probed, leadership)

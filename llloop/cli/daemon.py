@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from llloop.errors import HostError
 from llloop.linux import syscalls, trusted_files
-from llloop.linux.stdio import let_go_of_standard_descriptors
+from llloop.linux.stdio import redirect_standard_descriptors
 from llloop.supervisor.child import STOP_SIGNALS
 
 
@@ -67,7 +67,7 @@ class Daemon:
 
     def let_go(self) -> None:
         """Let the calling process end and leave its terminal."""
-        let_go_of_standard_descriptors()
+        redirect_standard_descriptors()
         os.chdir("/")
         if self._waiting is not None:
             syscalls.prctl(syscalls.PR_SET_PDEATHSIG, 0)

@@ -7,7 +7,7 @@ import time
 from llloop.config import Cache, ServeConfig
 from llloop.front.inodes import Inode
 from llloop.linux import fuse
-from llloop.linux.credentials import SETID
+from llloop.linux.credentials import SETID_BITS
 from llloop.linux.syscalls import Attributes
 
 # Time stamps tick: two writes within one tick leave the same one. A stamp is trusted only when it was
@@ -48,7 +48,7 @@ class CachePolicy:
         if self._always:
             return fuse.FOPEN_KEEP_CACHE
         # Only before a write through its page cache the kernel asks for set-ID bits to be cleared, and knows it then.
-        if self._direct and not attributes.mode & SETID:
+        if self._direct and not attributes.mode & SETID_BITS:
             return fuse.FOPEN_DIRECT_IO
         if self._never:
             return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llloop.front.recovery.intents import Intents
 from llloop.front.router import Router
-from llloop.linux.credentials import after_change_of_ids
+from llloop.linux.credentials import restore_process_attributes
 
 _Aside = tuple[tuple[int, int], tuple[int, int, bool]]
 
@@ -22,7 +22,7 @@ class FrontsInHand:
         self._router = router
 
     def set_aside(self, thread: int) -> _Aside:
-        after_change_of_ids()  # the thread that is held up may act as somebody else
+        restore_process_attributes()  # the thread that is held up may act as somebody else
         return self._intents.set_aside(thread), self._router.set_aside()
 
     def exchange(self, other: _Aside) -> _Aside:

@@ -21,7 +21,7 @@ from llloop.front.open_files import Handle, Handles
 from llloop.front.permissions import Permissions
 from llloop.front.requester import Requester
 from llloop.linux import fuse, syscalls
-from llloop.linux.credentials import Caller, SetidGuard, has_locking_mark
+from llloop.linux.credentials import Caller, SetidGuard, is_mandatory_lock_mode
 from llloop.linux.process_credentials import credentials_of
 from llloop.linux.syscalls import Attributes, fstatx
 from llloop.shared.leadership import Leadership
@@ -79,7 +79,7 @@ class KillPriv:
         self._setid.clear(clear)
         if clear:
             attributes = fstatx(fd)
-            if has_locking_mark(attributes.mode):
+            if is_mandatory_lock_mode(attributes.mode):
                 gid = attributes.gid if _is_member(who, attributes.gid) else who.gid
                 return self._caller(who.uid, gid)
         return _AS_IT_IS
@@ -105,7 +105,7 @@ class KillPriv:
             return
         bits = attributes.mode & stat.S_ISUID
         if attributes.mode & stat.S_ISGID and not (
-            has_locking_mark(attributes.mode) and (who.uid == 0 or _is_member(who, attributes.gid))
+            is_mandatory_lock_mode(attributes.mode) and (who.uid == 0 or _is_member(who, attributes.gid))
         ):
             bits |= stat.S_ISGID
         writing = [] if valid & fuse.FATTR_CTIME else self._writing(nodeid)

@@ -271,7 +271,7 @@ class Loop:
         said, opcode = fuse.OPCODE.unpack_from(self._slots.memory, base)
         if opcode >= self._known:
             opcode = 0
-        if said != length or length < fuse.SHORTEST[opcode]:
+        if said != length or length < fuse.MIN_REQUEST_SIZES[opcode]:
             self._malformed(base, opcode, length)
         else:
             try:

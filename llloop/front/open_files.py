@@ -9,7 +9,7 @@ from collections.abc import Container, Iterator
 from llloop.front.descriptor_shares import Shares
 from llloop.front.page_cache import PageCache
 from llloop.front.recovery.snapshots import is_snapshot
-from llloop.linux.credentials import has_locking_mark
+from llloop.linux.credentials import is_mandatory_lock_mode
 from llloop.linux.syscalls import Attributes, DirectoryEntry
 from llloop.shared.journal import HANDLE, Journal
 from llloop.shared.messages import HANDLES_PER_FRONT
@@ -110,7 +110,7 @@ class Handle:
 
     def note_mode(self, attributes: Attributes) -> None:
         """Note what follows from the mode that the file has now."""
-        self.locking_group = attributes.gid if has_locking_mark(attributes.mode) else -1
+        self.locking_group = attributes.gid if is_mandatory_lock_mode(attributes.mode) else -1
 
 
 class Handles:

@@ -17,7 +17,7 @@ from contextlib import suppress
 from llloop.front.killpriv import has_capability
 from llloop.front.open_files import Handle, Handles
 from llloop.front.recovery.intents import Intents
-from llloop.linux.credentials import SETID, Caller, SetidGuard
+from llloop.linux.credentials import SETID_BITS, Caller, SetidGuard
 from llloop.linux.syscalls import CAN_HANG, Attributes, file_system_type
 
 _log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ def _is_privileged(handle: Handle, attributes: Attributes, is_new: bool) -> bool
 
     No file is made with capabilities.
     """
-    return bool(attributes.mode & SETID) or (not is_new and has_capability(handle.descriptor))
+    return bool(attributes.mode & SETID_BITS) or (not is_new and has_capability(handle.descriptor))
 
 
 def _note_mappings(handle: Handle) -> None:

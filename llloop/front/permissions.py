@@ -19,7 +19,7 @@ from itertools import repeat
 
 from llloop.front.requester import Requester
 from llloop.linux import syscalls
-from llloop.linux.credentials import FILES, Caller
+from llloop.linux.credentials import FILE_CAPABILITIES, Caller
 from llloop.linux.process_credentials import Credentials, credentials_of
 from llloop.linux.syscalls import Attributes, fstatx
 
@@ -48,11 +48,11 @@ class Permissions:
         self._acl = acl
         self._suid = suid
         _, permitted, _ = syscalls.get_capabilities()
-        self._all = permitted & FILES
+        self._all = permitted & FILE_CAPABILITIES
 
     def is_trusted(self, who: Requester) -> bool:
         """Whether this process's own rights are the requester's as well, or it cannot act with any others."""
-        if not self._caller.is_able:
+        if not self._caller.can_switch:
             return True
         if who.uid:
             return False
@@ -165,7 +165,7 @@ class Permissions:
     def _exactly_as(self, who: Requester, *files: Attributes) -> Caller:
         """Return a context in which this process has the requester's rights on some files."""
         credentials = self._credentials(who)
-        capabilities = FILES
+        capabilities = FILE_CAPABILITIES
         for attributes in files:
             capabilities &= self._capabilities(credentials, attributes)
         return self._caller(who.uid, who.gid, credentials.groups, capabilities)
@@ -173,7 +173,7 @@ class Permissions:
     @staticmethod
     def _capabilities(credentials: Credentials, attributes: Attributes) -> int:
         """Return the capabilities that count for a file."""
-        capabilities = credentials.capabilities & FILES
+        capabilities = credentials.capabilities & FILE_CAPABILITIES
         return capabilities if capabilities and credentials.covers(attributes.uid, attributes.gid) else 0
 
 

@@ -20,7 +20,7 @@ from llloop.front.preflight import Preflight
 from llloop.front.recovery.takeover import recover
 from llloop.front.router import Exchange
 from llloop.linux import syscalls
-from llloop.linux.credentials import FRONT, keep_only
+from llloop.linux.credentials import FRONT_CAPABILITIES, drop_capabilities_except
 from llloop.shared.journal import Journal
 from llloop.shared.negotiation import Capabilities
 from llloop.shared.slots import Slots
@@ -68,7 +68,7 @@ def run_front(setup: FrontSetup, own: Collection[int], ready: Callable[[], None]
     slots = setup.slots
     _let_workers_pull()
     slots.lock()
-    keep_only(FRONT)
+    drop_capabilities_except(FRONT_CAPABILITIES)
     slots.empty_pipes()
     context = build_context(
         setup.config, setup.capabilities, slots, setup.journal, setup.pipes, setup.root, setup.device

@@ -22,8 +22,8 @@ from llloop.front.permissions import Permissions, denied
 from llloop.front.recovery.intents import Intent, Intents
 from llloop.front.requester import Requester
 from llloop.linux import fuse, syscalls
-from llloop.linux.credentials import SETID, SetidGuard
-from llloop.linux.syscalls import Attributes, find, fstatx, statx
+from llloop.linux.credentials import SETID_BITS, SetidGuard
+from llloop.linux.syscalls import Attributes, fstatx, statx, statx_or_none
 from llloop.shared.leadership import Leadership
 
 _PIN = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -127,7 +127,7 @@ class Tree:
 
     def find(self, parent: int, name: bytes) -> tuple[int, Attributes] | None:
         """Return what `lookup` does, or None if there is no such name."""
-        attributes = find(self.directory_fds.directory(parent), check_name(name))
+        attributes = statx_or_none(self.directory_fds.directory(parent), check_name(name))
         return None if attributes is None else (self.inodes.remember(parent, name, attributes), attributes)
 
     def forget(self, nodeid: int, lookups: int) -> None:
@@ -458,7 +458,9 @@ class Tree:
             if not self._clears_setid or not self._leadership.leads:
                 raise
             current = stat.S_IMODE(fstatx(fd).mode)
-            if mode == current or mode & ~current or current & ~mode & ~SETID:  # it does more than clear set-ID bits
+            if (
+                mode == current or mode & ~current or current & ~mode & ~SETID_BITS
+            ):  # it does more than clear set-ID bits
                 raise
             self._call(chmod, fd, mode)
 

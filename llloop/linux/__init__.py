@@ -1,1 +1,1 @@
-"""System calls, wire structs and credentials of Linux."""
+"""Interfaces of Linux: system calls, FUSE structs, credentials, mounts and limits."""

@@ -1,12 +1,13 @@
-"""Acting with the caller's rights where the source must see them.
+"""System calls made with the credentials of the process that sent a request.
 
-Mounted by root for others, the kernel checks permissions before it sends a request (default_permissions), but by the
-attributes that it keeps, which may be old. So a system call that depends on a right is made as the caller, and the
-source's own kernel checks again. A new file belongs to who made it, and set-user-ID, set-group-ID and file
-capabilities go when somebody without CAP_FSETID writes.
-An ordinary user's server has no such powers, and its source needs none: all files become the user's.
+If root mounts for other users, the kernel checks permissions before it sends a request (default_permissions). It uses
+cached attributes, which may be out of date. So a server of root makes a system call that depends on a permission
+with the caller's credentials, and the kernel checks the permission again in the source. A new file then belongs to
+the caller. If the caller lacks CAP_FSETID, a write clears set-user-ID, set-group-ID and file capabilities.
 
-What the front and the workers do not need for that, `keep_only` takes from them, for good.
+The server of an ordinary user cannot change its credentials. All files that it creates belong to that user.
+
+`drop_capabilities_except` permanently removes the capabilities that the front and the workers do not need.
 """
 
 from __future__ import annotations
@@ -25,38 +26,38 @@ _log = logging.getLogger(__name__)
 
 _SECBIT_NO_SETUID_FIXUP = 1 << 2  # <linux/securebits.h>
 
-SETID = stat.S_ISUID | stat.S_ISGID
+SETID_BITS = stat.S_ISUID | stat.S_ISGID
 
 
 def _set_of(*capabilities: int) -> int:
     return sum(1 << one for one in capabilities)
 
 
-# What a process of root's server may keep, each capability with its reason (capabilities(7)). CAP_SYS_RESOURCE is in
-# neither set also because writes would pass over quotas and reserved blocks with it.
-FRONT = _set_of(
+# The capabilities that a process of root's server keeps, each with its reason (capabilities(7)). Neither set contains
+# CAP_SYS_RESOURCE: with it, writes would ignore quotas and reserved blocks.
+FRONT_CAPABILITIES = _set_of(
     syscalls.CAP_CHOWN,  # chown
-    syscalls.CAP_DAC_OVERRIDE,  # to reach whatever the caller has reached
+    syscalls.CAP_DAC_OVERRIDE,  # access to every file that the caller has reached
     syscalls.CAP_DAC_READ_SEARCH,
-    syscalls.CAP_FOWNER,  # chmod, times, attributes and sticky directories of others
-    syscalls.CAP_FSETID,  # set-ID bits stay when they are to stay
-    syscalls.CAP_SETGID,  # new files are their makers'
+    syscalls.CAP_FOWNER,  # chmod, times, attributes and sticky directories of other users
+    syscalls.CAP_FSETID,  # writes that keep set-ID bits
+    syscalls.CAP_SETGID,  # new files belong to the caller
     syscalls.CAP_SETUID,
     syscalls.CAP_SETFCAP,  # the attribute security.capability
     syscalls.CAP_MKNOD,  # devices
     syscalls.CAP_SYS_ADMIN,  # the attributes trusted.* and security.*; --io kernel
 )
-WORKER = _set_of(
+WORKER_CAPABILITIES = _set_of(
     syscalls.CAP_FSETID,
-    syscalls.CAP_SETGID,  # quotas and reserved blocks are the writers'
+    syscalls.CAP_SETGID,  # quotas and reserved blocks apply to the user who writes
     syscalls.CAP_SETUID,
-    syscalls.CAP_SYS_PTRACE,  # descriptors are pulled from the front, which has capabilities that a worker has not
-    syscalls.CAP_DAC_OVERRIDE,  # where descriptors cannot be pulled, and to see how far a dead worker's append came
+    syscalls.CAP_SYS_PTRACE,  # pidfd_getfd(2) on the front, which has capabilities that a worker lacks
+    syscalls.CAP_DAC_OVERRIDE,  # opening files where pidfd_getfd(2) fails; /proc entries of a dead worker's append
 )
 
 
-# Those by which a process passes over the permissions and owners of files (capabilities(7)).
-FILES = _set_of(
+# The capabilities with which a process ignores the permissions and owners of files (capabilities(7)).
+FILE_CAPABILITIES = _set_of(
     syscalls.CAP_CHOWN,
     syscalls.CAP_DAC_OVERRIDE,
     syscalls.CAP_DAC_READ_SEARCH,
@@ -67,28 +68,28 @@ FILES = _set_of(
 
 
 def worker_capabilities() -> int:
-    """Return what a worker needs here.
+    """Return the capabilities that a worker needs on this machine, as a bit set.
 
-    Who may not trace (containers are seldom allowed to) may pull descriptors only from a process that has no
-    capability which it has not itself (security/commoncap.c, cap_ptrace_access_check()).
+    Without CAP_SYS_PTRACE (containers seldom have it), pidfd_getfd(2) requires that the worker has every capability of
+    the front (security/commoncap.c, cap_ptrace_access_check()).
     """
     _, permitted, _ = syscalls.get_capabilities()
-    return WORKER if permitted >> syscalls.CAP_SYS_PTRACE & 1 else WORKER | FRONT
+    return WORKER_CAPABILITIES if permitted >> syscalls.CAP_SYS_PTRACE & 1 else WORKER_CAPABILITIES | FRONT_CAPABILITIES
 
 
-def keep_only(capabilities: int) -> None:
-    """Give up, for good, all capabilities but some, the groups, and whatever a program executed from here could gain.
+def drop_capabilities_except(capabilities: int) -> None:
+    """Permanently drop all other capabilities and all supplementary groups, and set PR_SET_NO_NEW_PRIVS.
 
-    The source would take this process's supplementary groups for the caller's: file systems can reserve blocks for a
-    group, too. An ordinary user's process has none; it only loses the way to set-ID programs (PR_SET_NO_NEW_PRIVS).
+    The groups go because a file system that reserves blocks for a group would count this process's groups as the
+    caller's. A process of an ordinary user has no capabilities; it only gets PR_SET_NO_NEW_PRIVS.
 
     Args:
-        capabilities: what to keep of what there is, as a set of bits.
+        capabilities: the capabilities to keep, as a bit set. Those that the process lacks have no effect.
     """
-    _keep_capabilities()  # while that is still allowed
+    _keep_capabilities()  # needs CAP_SETPCAP, which is dropped below
     with suppress(PermissionError):
         os.setgroups(())
-    # Not allowed without CAP_SETPCAP; then this process has little to lose, and no_new_privs bars the way back anyway.
+    # Without CAP_SETPCAP the kernel refuses this. PR_SET_NO_NEW_PRIVS then still prevents that they are regained.
     with suppress(OSError):
         for number in range(64):
             if not capabilities >> number & 1:
@@ -99,7 +100,11 @@ def keep_only(capabilities: int) -> None:
 
 
 def _keep_capabilities() -> bool:
-    """Have a change of the file system ids leave the capabilities alone (capabilities(7)); return whether it will."""
+    """Make the kernel keep the capabilities when the file system ids change (capabilities(7)).
+
+    Returns:
+        Whether the kernel accepted this.
+    """
     try:
         bits = syscalls.prctl(syscalls.PR_GET_SECUREBITS)
         if bits & _SECBIT_NO_SETUID_FIXUP:
@@ -110,42 +115,42 @@ def _keep_capabilities() -> bool:
     return True
 
 
-def after_change_of_ids() -> None:
-    """Set again what the kernel resets when a process's file system ids change (prctl(2)).
+def restore_process_attributes() -> None:
+    """Set the process attributes again that the kernel resets when the file system ids change (prctl(2)).
 
-    An undumpable process's descriptors could not be pulled by the workers, and without the signal at the
-    parent's death this process would outlive the supervisor.
+    Workers can only take descriptors (pidfd_getfd(2)) from a dumpable process. Without PR_SET_PDEATHSIG this process
+    would outlive the supervisor.
     """
     syscalls.prctl(syscalls.PR_SET_DUMPABLE, 1)
     syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Caller(threading.local):
-    """Lets the source judge and see a system call as the caller's: ``with caller(uid, gid, (), 0): os.mkdir(...)``.
+    """Makes system calls with a caller's credentials: ``with caller(uid, gid, (), 0): os.mkdir(...)``.
 
-    The file system ids decide the owner of a new file and whose rights count (setfsuid(2)). Of the capabilities by
-    which a process passes over a file's permissions and owner, only the caller's own stay. All of this is each
-    thread's own.
+    The file system ids decide who owns a new file and whose permissions apply (setfsuid(2)). Of the capabilities
+    that override permissions and ownership, only those that the caller has remain effective. Each thread has its own
+    credentials.
 
     Args:
-        setid: knows which capabilities this thread has in effect otherwise.
+        setid: knows the capabilities that this thread has outside the ``with`` block.
 
     Attributes:
-        is_able: whether this process may act as others at all; an ordinary user's server acts with that user's rights.
+        can_switch: whether this process can take other credentials. The server of an ordinary user cannot.
     """
 
     def __init__(self, setid: SetidGuard) -> None:
-        self.is_able = os.geteuid() == 0
+        self.can_switch = os.geteuid() == 0
         self._setid = setid
         self._own = (os.geteuid(), os.getegid())
         self._umask = os.umask(0)
         os.umask(self._umask)
         self._switched = self._lowered = self._in_groups = False
-        if self.is_able:
+        if self.can_switch:
             _keep_capabilities()
 
     def set_umask(self, umask: int) -> None:
-        """Set the umask of the next system calls; it stays as the last caller's, because callers rarely differ."""
+        """Set the umask for the next system calls. It stays set, because successive callers mostly have the same."""
         if umask != self._umask:
             os.umask(umask)
             self._umask = umask
@@ -156,9 +161,10 @@ class Caller(threading.local):
         Args:
             uid, gid: the file system ids.
             groups: the supplementary groups.
-            capabilities: those of `FILES` that the caller has, as a set of bits; None for all that this process has.
+            capabilities: the caller's capabilities as a bit set, of which those in `FILE_CAPABILITIES` count; None to
+                keep all that this process has.
         """
-        if not self.is_able:
+        if not self.can_switch:
             return self
         if groups:
             with suppress(PermissionError):  # not allowed in some user namespaces (user_namespaces(7))
@@ -170,7 +176,7 @@ class Caller(threading.local):
             self._switched = True
         if capabilities is not None:
             effective, permitted, inheritable = self._setid.capabilities
-            effective = effective & ~FILES | permitted & capabilities & FILES
+            effective = effective & ~FILE_CAPABILITIES | permitted & capabilities & FILE_CAPABILITIES
             syscalls.set_capabilities(effective, permitted, inheritable)
             self._lowered = True
         return self
@@ -189,21 +195,22 @@ class Caller(threading.local):
             uid, gid = self._own
             syscalls.setfsuid(uid)
             syscalls.setfsgid(gid)
-            after_change_of_ids()
+            restore_process_attributes()
         if self._lowered:
             self._lowered = False
             syscalls.set_capabilities(*self._setid.capabilities)
 
 
 class Writer(threading.local):
-    """Lets the source see who writes, for quotas and for the blocks that file systems reserve for root.
+    """Writes with the writing user's ids, for quotas and for blocks that a file system reserves for root.
 
-    The identity stays until another comes, for a stream of requests mostly has one writer. Each thread has its own.
+    The ids stay set until another user writes, because successive writes mostly come from one user. Each thread has
+    its own ids.
     """
 
     def __init__(self) -> None:
         self._able = os.geteuid() == 0 and _keep_capabilities()
-        # A thread begins with the ids of the one that started it. -1 is no id: it only asks for the one there is.
+        # A thread inherits the ids of the thread that started it. setfsuid(-1) changes nothing and returns the id.
         self._current = (syscalls.setfsuid(-1), syscalls.setfsgid(-1))
 
     def assume(self, uid: int, gid: int) -> None:
@@ -211,23 +218,25 @@ class Writer(threading.local):
         if self._able and (uid, gid) != self._current:
             syscalls.setfsgid(gid)
             syscalls.setfsuid(uid)
-            after_change_of_ids()
+            restore_process_attributes()
             self._current = (uid, gid)
 
 
-def has_locking_mark(mode: int) -> bool:
-    """Whether a mode has set-group-ID without group execution.
+def is_mandatory_lock_mode(mode: int) -> bool:
+    """Return whether *mode* is a regular file's with set-group-ID but without group execution.
 
-    That lends nobody a group: it was the mark of mandatory locks. A member of the file's group does not clear it.
+    These bits once enabled mandatory locking. They give nobody the file's group, so the kernel does not clear them
+    when a member of the file's group writes.
     """
     return mode & (stat.S_ISGID | stat.S_IXGRP) == stat.S_ISGID and stat.S_ISREG(mode)
 
 
 class SetidGuard(threading.local):
-    """Decides whether the next write, truncation or ACL change clears set-ID bits.
+    """Controls whether the next write, truncation or ACL change clears set-ID bits.
 
-    The kernel clears them for a process without CAP_FSETID (capabilities(7)), so the capability is
-    lowered and raised as the request says; in a stream of requests alike nothing is done. Each thread has its own.
+    The kernel clears them for a process without CAP_FSETID (capabilities(7)). So this class drops and raises that
+    capability as requests demand. While successive requests demand the same, it makes no system call. Each thread has
+    its own state.
     """
 
     def __init__(self) -> None:
@@ -237,12 +246,12 @@ class SetidGuard(threading.local):
 
     @property
     def capabilities(self) -> tuple[int, int, int]:
-        """The capabilities that are effective now, permitted and inheritable, as sets of bits."""
+        """This thread's effective, permitted and inheritable capabilities, as bit sets."""
         effective = self._effective if self._keeping else self._effective & ~(1 << syscalls.CAP_FSETID)
         return effective, self._permitted, self._inheritable
 
     def clear(self, clearing: bool) -> None:
-        """Make the next calls clear set-ID bits, or keep them."""
+        """Make the kernel clear set-ID bits in the next calls if *clearing*, else keep them."""
         if clearing == self._keeping and self._able:
             bit = 1 << syscalls.CAP_FSETID
             effective = self._effective & ~bit if clearing else self._effective | bit

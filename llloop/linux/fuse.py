@@ -1,8 +1,8 @@
-"""The FUSE wire structs that llloop itself reads or writes.
+"""The structs and constants of the FUSE protocol that llloop reads or writes.
 
-Names, layouts and numbers are those of ``<linux/fuse.h>``; each struct here is named after its
-C struct. Requests are decoded straight from the receive buffer: the *request* structs begin with
-``struct fuse_in_header`` and skip (``x``) the fields nobody asks for.
+Names, layouts and numbers are those of ``<linux/fuse.h>``. Each struct has the name of its C struct. llloop decodes a
+request directly from the receive buffer: a ``..._REQUEST`` struct begins with ``struct fuse_in_header`` and skips
+(``x``) the fields that llloop does not use.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PAGE_SIZE = mmap.PAGESIZE
 
 
 class Opcode(IntEnum):
-    """``enum fuse_opcode``, all that a kernel may send up to protocol 7.45."""
+    """``enum fuse_opcode``: every opcode up to protocol version 7.45."""
 
     LOOKUP = 1
     FORGET = 2
@@ -94,7 +94,7 @@ FATTR_MTIME_NOW = 1 << 8
 FATTR_CTIME = 1 << 10
 FATTR_KILL_SUIDGID = 1 << 11
 
-FUSE_UNIQUE_RESEND = 1 << 63  # in the number of a request that is sent again
+FUSE_UNIQUE_RESEND = 1 << 63  # set in the `unique` of a request that the kernel sends again
 
 FUSE_OPEN_KILL_SUIDGID = 1 << 0  # struct fuse_open_in.open_flags
 FUSE_WRITE_CACHE = 1 << 0  # struct fuse_write_in.write_flags
@@ -103,19 +103,19 @@ FUSE_FSYNC_FDATASYNC = 1 << 0  # struct fuse_fsync_in.fsync_flags
 FUSE_GETATTR_FH = 1 << 0  # struct fuse_getattr_in.getattr_flags
 FUSE_SETXATTR_ACL_KILL_SGID = 1 << 0  # struct fuse_setxattr_in.setxattr_flags
 
-# enum fuse_notify_code, in the place of an errno in a message that answers no request
+# enum fuse_notify_code: stands in the error field of a notification
 FUSE_NOTIFY_INVAL_INODE = 2
 FUSE_NOTIFY_INVAL_ENTRY = 3
 FUSE_NOTIFY_RESEND = 7
 
-# Any request: length, opcode, unique, nodeid, uid, gid, pid
+# Header of every request: length, opcode, unique, nodeid, uid, gid, pid
 IN_HEADER = Struct("=IIQQIII4x")
 OPCODE = Struct("=II")  # length, opcode
 UNIQUE = Struct("=8xQ")
 PID = Struct("=32xI")
 OPCODE_AND_UNIQUE = Struct("=4xIQ")
 
-# Requests, from the header on. Positions are signed, so that a source refuses those that no file has.
+# Requests including their header. Offsets are signed, so that the source refuses offsets beyond 2^63.
 NODE_REQUEST = Struct("=8xQQ")  # unique, nodeid
 CALLER_REQUEST = Struct("=8xQQIII4x")  # unique, nodeid, uid, gid, pid
 FORGET_REQUEST = Struct("=16xQ16xQ")  # nodeid, nlookup
@@ -145,14 +145,13 @@ GETXATTR_REQUEST = Struct("=8xQQIII4xI4x")  # unique, nodeid, uid, gid, pid, siz
 STATX_REQUEST = Struct("=8xQQ16xI4xQII")  # unique, nodeid, getattr_flags, fh, sx_flags, sx_mask
 # unique, nodeid, uid, gid, pid, valid, fh, size, atime, mtime, ctime, atimensec, mtimensec, ctimensec, mode, uid, gid
 SETATTR_REQUEST = Struct("=8xQQIII4xI4xQq8xqqqIIII4xII")
-# The form of kernels before 5.14, which have no SETXATTR_EXT: unique, nodeid, uid, gid, pid, size, flags; then name,
-# value
+# Kernels before 5.14, which lack FUSE_SETXATTR_EXT: unique, nodeid, uid, gid, pid, size, flags; then name, value
 SHORT_SETXATTR_REQUEST = Struct("=8xQQIII4xII")
 # unique, nodeid, uid, gid, pid, size, flags, setxattr_flags, padding; then name, value
 SETXATTR_REQUEST = Struct("=8xQQIII4xIIII")
 
-_NAME = 2  # the shortest name, with its NUL
-# The least number of bytes that a request can have. Anything shorter would be completed by what lay there before.
+_NAME = 2  # bytes of the shortest name with its NUL
+# The minimum size of each request in bytes. In a shorter one, the end would be read from an older request's bytes.
 _SHORTEST: dict[Opcode, int] = {
     Opcode.LOOKUP: IN_HEADER_SIZE + _NAME,
     Opcode.FORGET: FORGET_REQUEST.size,
@@ -190,17 +189,17 @@ _SHORTEST: dict[Opcode, int] = {
     Opcode.COPY_FILE_RANGE: COPY_FILE_RANGE_REQUEST.size,
     Opcode.STATX: STATX_REQUEST.size,
 }
-# By opcode; of those not named here nothing but the header is looked at.
-SHORTEST = [_SHORTEST.get(number, IN_HEADER_SIZE) for number in range(max(Opcode) + 1)]  # type: ignore[call-overload]
+# Indexed by opcode. Of an opcode without an entry above, llloop only reads the header.
+MIN_REQUEST_SIZES = [_SHORTEST.get(number, IN_HEADER_SIZE) for number in range(max(Opcode) + 1)]  # type: ignore[call-overload]
 
-# Replies, from struct fuse_out_header on
+# Replies, including struct fuse_out_header
 OUT_HEADER = Struct("=IiQ")  # length, error (negative errno), unique
 INIT_OUT = Struct("=IIIIHHIIHHII24x")
 # struct fuse_attr: ino, size, blocks, atime, mtime, ctime, their nanoseconds, mode, nlink, uid, gid, rdev, blksize,
 # flags
 ATTR = Struct("=QQQqqqIIIIIIIIII")
 ENTRY_HEAD = Struct("=QqQQII")  # nodeid, generation, entry_valid, attr_valid, their nanoseconds; then struct fuse_attr
-ENTRY = Struct("=QqQQIIQQQqqqIIIIIIIIII")  # both
+ENTRY = Struct("=QqQQIIQQQqqqIIIIIIIIII")  # struct fuse_entry_out: ENTRY_HEAD and ATTR
 ENTRY_REPLY = Struct("=IiQQqQQIIQQQqqqIIIIIIIIII")  # header, struct fuse_entry_out
 ATTR_REPLY = Struct("=IiQQI4xQQQqqqIIIIIIIIII")  # header, attr_valid, attr_valid_nsec, struct fuse_attr
 OPEN_REPLY = Struct("=IiQQIi")  # header, fh, open_flags, backing_id
@@ -215,13 +214,16 @@ STATX_SIZE_AND_BLOCKS = Struct("=40xQQ")  # of struct fuse_statx
 STATX_BLOCKS_OFFSET = 48
 DIRENT = Struct("=QQII")  # struct fuse_dirent: ino, off, namelen, type; then the name, padded to 8 bytes
 
-# Notifications, from struct fuse_out_header on
+# Notifications, including struct fuse_out_header
 INVAL_INODE = Struct("=IiQQqq")  # header, ino, off, len
 INVAL_ENTRY = Struct("=IiQQII")  # header, parent, namelen, flags; then the name with its NUL
 
 
 def known_errno(number: int) -> int:
-    """Return an errno that a reply may carry: the kernel refuses its own internal ones, which network sources leak."""
+    """Return *number* if a reply may carry it as its error, else EIO.
+
+    The kernel refuses replies with kernel-internal error numbers (512 and above). Network file systems return some.
+    """
     return number if 0 <= number < 512 else errno.EIO
 
 
@@ -229,7 +231,7 @@ def error_reply(unique: int, number: int) -> bytes:
     """Return a reply without payload.
 
     Args:
-        unique: the request's id.
+        unique: the request's `unique`.
         number: an errno, or 0 for success.
     """
     return OUT_HEADER.pack(OUT_HEADER_SIZE, -known_errno(number), unique)
@@ -241,10 +243,10 @@ def reply(unique: int, payload: bytes) -> bytes:
 
 
 def decode_device(number: int) -> tuple[int, int]:
-    """Return major and minor of a device number as FUSE carries it (``new_decode_dev`` of <linux/kdev_t.h>)."""
+    """Return major and minor of a device number in FUSE's encoding (``new_decode_dev`` of <linux/kdev_t.h>)."""
     return number >> 8 & 0xFFF, number & 0xFF | number >> 12 & 0xFFF00
 
 
 def encode_device(major: int, minor: int) -> int:
-    """Return a device number as FUSE carries it (``new_encode_dev`` of <linux/kdev_t.h>)."""
+    """Return a device number in FUSE's encoding (``new_encode_dev`` of <linux/kdev_t.h>)."""
     return (minor & 0xFF) | (major << 8) | ((minor & ~0xFF) << 12)

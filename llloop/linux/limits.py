@@ -1,4 +1,4 @@
-"""The limits of this process that decide whether a mount can be served: open files and processes (getrlimit(2))."""
+"""The resource limits that a mount needs: open files, file size and processes (getrlimit(2))."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from pathlib import Path
 
 from llloop.errors import HostError
 
-# How many descriptors the processes of a mount have open besides those of the files of the mount: so many, and so many
-# for each worker. A front has most. A test compares this with what they have.
-_OWN = 72
-_OWN_OF_A_WORKER = 6
-# How many files of the mount must be possible at least for it to be of any use.
-_FILES = 64
-# The limits that `raise_limits` raises.
-RAISED = (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE)
-# The processes besides the workers: supervisor, keeper, front, the one that unmounts, and the log's thread.
-_OTHERS = 5
+# The descriptors that a process needs apart from those of files in the mount: a base and a number for each worker. The
+# front needs the most. A test compares these numbers with a running mount.
+_BASE_DESCRIPTORS = 72
+_DESCRIPTORS_PER_WORKER = 6
+# The minimum number of files of the mount that can be open at the same time.
+_MIN_FILES = 64
+# The limits that `raise_limits` changes.
+RAISED_LIMITS = (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE)
+# Processes and threads besides the workers: supervisor, descriptor keeper, front, unmounting process, logging thread.
+_OTHER_PROCESSES = 5
 
 
 def needed_descriptors(workers: int) -> int:
-    """Return how many open files a mount with that many workers needs to be allowed to have."""
-    return _OWN + _OWN_OF_A_WORKER * workers + _FILES
+    """Return the limit of open files (RLIMIT_NOFILE) that a mount with that many workers needs."""
+    return _BASE_DESCRIPTORS + _DESCRIPTORS_PER_WORKER * workers + _MIN_FILES
 
 
 def check(workers: int) -> None:
-    """Check that a mount with that many workers can be served within this process's limits.
+    """Check that the limits of this process, once raised, suffice for a mount with that many workers.
 
     Raises:
-        HostError: not so; the message says what is needed.
+        HostError: a limit is too low; the message says which one, and the value that the mount needs.
     """
     with _raised():
         allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -48,18 +48,18 @@ def check(workers: int) -> None:
             f"allow more (ulimit -n {needed}) or serve with fewer workers"
         )
     processes, _ = resource.getrlimit(resource.RLIMIT_NPROC)
-    if os.geteuid() != 0 and processes != resource.RLIM_INFINITY and processes < workers + _OTHERS:
+    if os.geteuid() != 0 and processes != resource.RLIM_INFINITY and processes < workers + _OTHER_PROCESSES:
         raise HostError(
-            f"{workers} workers need {workers + _OTHERS} processes, and this user may have {processes}; "
+            f"{workers} workers need {workers + _OTHER_PROCESSES} processes, and this user may have {processes}; "
             "allow more (ulimit -u) or serve with fewer workers"
         )
 
 
 def raise_limits() -> None:
-    """Raise what limits everybody who uses the mount, not only this process, as far as this user may.
+    """Raise the limits of open files and of file size as far as this user may.
 
-    Each open file of the mount needs a descriptor. How long files may become is for those who write them: the kernel
-    holds them to their own limits.
+    This process's limits would apply to all users of the mount: each open file of the mount needs a descriptor here,
+    and this process writes their files. The kernel still applies each caller's own file size limit.
     """
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -76,7 +76,7 @@ def raise_limits() -> None:
 
 @contextmanager
 def _raised() -> Iterator[None]:
-    before = [(limit, resource.getrlimit(limit)) for limit in RAISED]
+    before = [(limit, resource.getrlimit(limit)) for limit in RAISED_LIMITS]
     raise_limits()
     try:
         yield

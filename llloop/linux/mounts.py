@@ -1,4 +1,4 @@
-"""What is mounted, and how a mount is ended."""
+"""The list of mounts (/proc/self/mountinfo), unmounting, and the read-ahead of a mount."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from pathlib import Path
 from llloop.errors import HostError, LlloopError, MountpointError
 from llloop.linux import syscalls
 
-# The file system type that mounts of llloop show.
+# The file system type of llloop's mounts in mountinfo.
 TYPE = "fuse.llloop"
 
-# How far the kernel reads ahead, in KiB: as much as the largest READ request asks for.
+# Read-ahead in KiB: the size of the largest READ request.
 _READ_AHEAD = 512
-# How long fusermount may take, in seconds, before it is taken to hang.
+# After how many seconds fusermount counts as hanging.
 _FUSERMOUNT_PATIENCE = 30
-# Where it is looked for besides PATH.
+# Where to look for fusermount after PATH.
 _SYSTEM_PATH = ("/usr/local/bin", "/usr/bin", "/bin")
-# What a FUSE mount without a server says; the second one to who was waiting when it went.
+# The errors of a FUSE mount without a server. Requests that were waiting when the server died get ECONNABORTED.
 DEAD = frozenset({errno.ENOTCONN, errno.ECONNABORTED})
 
 
@@ -31,12 +31,12 @@ class MountEntry:
     """One line of /proc/self/mountinfo (proc(5)).
 
     Attributes:
-        mount_id: the kernel's number of the mount.
+        mount_id: the mount ID.
         device: major and minor number, as in st_dev.
-        mountpoint: where it is.
-        type: the file system's type, such as fuse.llloop.
-        source: what it shows as mounted.
-        owner: the user and group that mounted it, of a FUSE mount.
+        mountpoint: the path of the mount point.
+        type: the file system type, such as fuse.llloop.
+        source: the mount source.
+        owner: for a FUSE mount, the ids of the user and group that mounted it.
     """
 
     mount_id: int
@@ -48,7 +48,7 @@ class MountEntry:
 
 
 def mounts() -> list[MountEntry]:
-    """Return what is mounted in this process's mount namespace, in the order of mounting.
+    """Return the mounts of this process's mount namespace, in the order of mounting.
 
     Raises:
         HostError: the kernel's list of mounts cannot be read.
@@ -77,7 +77,7 @@ def mounts() -> list[MountEntry]:
 
 
 def _owner(options: bytes) -> tuple[int, int] | None:
-    """Return user_id and group_id of a FUSE mount's options."""
+    """Return user_id and group_id from a FUSE mount's options, None for other mounts."""
     given = dict(option.partition(b"=")[::2] for option in options.split(b","))
     try:
         return int(given[b"user_id"]), int(given[b"group_id"])
@@ -86,14 +86,14 @@ def _owner(options: bytes) -> tuple[int, int] | None:
 
 
 def _unescape(field: bytes) -> str:
-    """Undo the octal escapes of spaces and the like in mountinfo."""
+    """Decode the octal escapes of mountinfo (space, tab, newline, backslash)."""
     parts = field.split(b"\\")
     decoded = parts[0] + b"".join(bytes([int(part[:3], 8)]) + part[3:] for part in parts[1:])
     return os.fsdecode(decoded)
 
 
 def find_mount(mountpoint: str) -> MountEntry | None:
-    """Return what is mounted at *mountpoint*, an absolute path without symlinks; the topmost if several are."""
+    """Return the topmost mount at *mountpoint*, an absolute path without symlinks; None if nothing is mounted."""
     found = [entry for entry in mounts() if entry.mountpoint == mountpoint]
     return found[-1] if found else None
 
@@ -101,7 +101,7 @@ def find_mount(mountpoint: str) -> MountEntry | None:
 def is_dead(mountpoint: str) -> bool:
     """Return whether the server of the FUSE mount at *mountpoint* is gone.
 
-    statfs(2) is the one question that the kernel never answers from what it has cached.
+    It asks with statfs(2), because the kernel never answers that call from a cache.
     """
     try:
         os.statvfs(mountpoint)
@@ -111,10 +111,14 @@ def is_dead(mountpoint: str) -> bool:
 
 
 def find_llloop(path: str, shown: str) -> MountEntry:
-    """Return the llloop mount at *path*, an absolute path without symlinks.
+    """Return the llloop mount at *path*.
+
+    Args:
+        path: an absolute path without symlinks.
+        shown: the path for error messages, as the user gave it.
 
     Raises:
-        MountpointError: there is none; the message calls it *shown*.
+        MountpointError: nothing or another file system is mounted there.
     """
     entry = find_mount(path)
     if entry is None:
@@ -131,7 +135,7 @@ def absolute(path: str, error: LlloopError) -> str:
 
     Args:
         path: a path.
-        error: what to raise if that is impossible; the reason is put behind its text.
+        error: the error to raise; the reason is appended to its text.
 
     Raises:
         LlloopError: *path* is relative, and the working directory was removed.
@@ -143,7 +147,7 @@ def absolute(path: str, error: LlloopError) -> str:
 
 
 def resolve_mountpoint(mountpoint: str) -> str:
-    """Return *mountpoint* as an absolute path without symlinks, not touching the directory itself: it may be dead.
+    """Return *mountpoint* as an absolute path without symlinks. Do not access the mount itself, which may be dead.
 
     Raises:
         MountpointError: it is relative, and the working directory was removed.
@@ -151,14 +155,14 @@ def resolve_mountpoint(mountpoint: str) -> str:
     path = absolute(mountpoint, MountpointError(f"mount point {mountpoint}"))
     parent, name = os.path.split(path)
     resolved = os.path.join(os.path.realpath(parent), name)
-    # What is mounted on is no symlink; whoever looks at it all the same waits for a server that may hang.
+    # A mount point is never a symlink. Calling lstat(2) on it would wait for its server, which may hang.
     if name and (find_mount(resolved) is not None or not os.path.islink(path)):
         return resolved
     return os.path.realpath(path)
 
 
 def is_below(path: str, directory: str) -> bool:
-    """Whether *path* lies below *directory*, going by their names.
+    """Return whether *path* lies below *directory*; compare the resolved paths only.
 
     Raises:
         LlloopError: one is relative, and the working directory was removed.
@@ -169,12 +173,12 @@ def is_below(path: str, directory: str) -> bool:
 
 
 def fusermount() -> str:
-    """Return the path of fusermount(1), through which ordinary users mount and unmount.
+    """Return the path of fusermount(1), with which ordinary users mount and unmount.
 
     Raises:
         HostError: it is not installed.
     """
-    # Directories that are not absolute are those of whoever made the working directory.
+    # Ignore relative directories in PATH: the owner of the working directory could put a program there.
     places = [place for place in os.get_exec_path() if os.path.isabs(place)]
     found = shutil.which("fusermount", path=os.pathsep.join([*places, *_SYSTEM_PATH]))
     if found is None:
@@ -187,11 +191,11 @@ def unmount(mountpoint: str, *, lazy: bool) -> None:
 
     Args:
         mountpoint: an absolute path without symlinks.
-        lazy: detach it now even if it is busy; what has files open there keeps them.
+        lazy: detach the mount immediately even if it is busy; programs keep their open files.
 
     Raises:
-        OSError: EBUSY if it is in use, or what umount2(2) says (as root).
-        LlloopError: what fusermount says (as an ordinary user).
+        OSError: EBUSY if it is in use, or another error of umount2(2) (as root).
+        LlloopError: an error message of fusermount (as an ordinary user).
     """
     if os.geteuid() == 0:
         syscalls.umount(mountpoint, syscalls.UMOUNT_NOFOLLOW | (syscalls.MNT_DETACH if lazy else 0))
@@ -216,15 +220,15 @@ def unmount(mountpoint: str, *, lazy: bool) -> None:
 
 
 def raise_read_ahead(device: tuple[int, int]) -> None:
-    """Have the kernel read further ahead in a mount, in requests of the largest size, where this process may say so.
+    """Raise the read-ahead of a mount to the size of the largest READ request, if this process may.
 
-    Each request wakes a worker, so fewer and larger ones make files that are read through, above all several at a
-    time, come faster. Only root may; others keep the kernel's default of 128 KiB.
+    Each request wakes a worker. So fewer and larger requests make sequential reads faster, especially of several
+    files at a time. Only root may change the read-ahead; for other users it stays at the kernel's default of 128 KiB.
 
     Args:
         device: major and minor number of the mount.
     """
     setting = Path("/sys/class/bdi") / f"{device[0]}:{device[1]}" / "read_ahead_kb"
-    with suppress(OSError, ValueError):  # no sysfs, or not writable, in a container
+    with suppress(OSError, ValueError):  # containers may lack sysfs, or have it read-only
         if int(setting.read_text()) < _READ_AHEAD:
             setting.write_text(str(_READ_AHEAD))

@@ -1,4 +1,4 @@
-"""Processes by descriptor (pidfd_open(2)): a process id alone may be another process's by the time that it is used."""
+"""Process descriptors (pidfd_open(2)). A process id alone is unsafe: the kernel may give it to a new process."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from llloop.linux.syscalls import is_readable
 
 
 def start_time(pid: int) -> int:
-    """Return when a process was started, in clock ticks since the machine was (proc_pid_stat(5)); 0 if there is none.
+    """Return a process's start time in clock ticks since boot (proc_pid_stat(5)), or 0 if there is no such process.
 
-    Process id and start time together are one process only.
+    Process id and start time together identify a process.
     """
     try:
         text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
@@ -21,17 +21,17 @@ def start_time(pid: int) -> int:
 
 
 def open_process(pid: int, started: int) -> int:
-    """Return a pidfd of the process that has that id and was started at that time.
+    """Return a pidfd of the process with that id and start time.
 
     Args:
         pid: its process id.
-        started: what `start_time` said of it.
+        started: its `start_time`.
 
     Raises:
-        ProcessLookupError: it has ended, whoever has its process id now.
+        ProcessLookupError: the process has ended, even if another process has its id now.
     """
     pidfd = os.pidfd_open(pid)
-    # A process that has not ended still has its number, so the start time was that of the process behind the pidfd.
+    # While the process behind the pidfd runs, no other has its id. So the start time that was read is its own.
     if start_time(pid) == started and not is_readable(pidfd):
         return pidfd
     os.close(pidfd)

@@ -1,6 +1,6 @@
-"""What a FUSE request does not say of its caller: supplementary groups and capabilities, read from proc(5).
+"""The caller's supplementary groups and capabilities, read from proc(5) because a FUSE request does not contain them.
 
-A request names the thread that waits for its answer, so the number cannot belong to another thread meanwhile.
+The thread that a request names waits for the answer. So the kernel cannot give its id to another thread meanwhile.
 """
 
 from __future__ import annotations
@@ -8,16 +8,16 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
-_PORTION = 4096  # bytes; only a thread with hundreds of groups has more to say
+_PORTION = 4096  # bytes; only with hundreds of groups is a status file longer
 
 
 class Credentials(NamedTuple):
-    """What a thread may do besides what its file system ids allow.
+    """The credentials of a thread besides its file system ids.
 
     Attributes:
         groups: its supplementary groups.
-        capabilities: its effective capabilities, as a set of bits.
-        pid: the thread.
+        capabilities: its effective capabilities, as a bit set.
+        pid: the thread's id.
     """
 
     groups: tuple[int, ...]
@@ -25,9 +25,9 @@ class Credentials(NamedTuple):
     pid: int
 
     def covers(self, uid: int, gid: int) -> bool:
-        """Whether its capabilities count for a file of that owner and group.
+        """Return whether the thread's capabilities apply to a file with that owner and group.
 
-        In a user namespace of its own they do only if both are mapped there (fs/inode.c, inode_owner_or_capable();
+        In another user namespace, they apply only if both ids are mapped there (fs/inode.c, inode_owner_or_capable();
         kernel/capability.c, privileged_wrt_inode_uidgid()).
         """
         return _is_mapped(self.pid, "uid_map", uid) and _is_mapped(self.pid, "gid_map", gid)
@@ -37,12 +37,12 @@ def credentials_of(pid: int, uid: int, gid: int) -> Credentials | None:
     """Return the credentials of a thread.
 
     Args:
-        pid: the thread that a request names, 0 if the kernel cannot name it here.
-        uid, gid: the file system ids that the request names.
+        pid: the thread that the request names, or 0 if it has no id in this pid namespace.
+        uid, gid: the file system ids in the request.
 
     Returns:
-        None if they cannot be known: proc(5) does not show the thread, or the thread acts with credentials that are
-        not its own (nfsd, overlayfs), which proc(5) does not show.
+        The credentials; None if proc(5) does not show the thread, or if the thread temporarily acts with other
+        credentials (nfsd, overlayfs), which proc(5) does not show.
     """
     status = _read(pid, "status") if pid else b""
     fields = dict(line.split(b":", 1) for line in status.splitlines() if b":" in line)
@@ -55,9 +55,15 @@ def credentials_of(pid: int, uid: int, gid: int) -> Credentials | None:
 
 
 def _is_mapped(pid: int, which: str, number: int) -> bool:
-    """Whether an id has a number in the user namespace of a thread (user_namespaces(7))."""
+    """Return whether an id of this user namespace is mapped in the one of thread *pid* (user_namespaces(7)).
+
+    Args:
+        pid: the thread.
+        which: ``uid_map`` or ``gid_map``.
+        number: the user or group id.
+    """
     theirs = _read(pid, which)
-    if theirs == _read(os.getpid(), which):  # most likely the same namespace, which can name all ids that this one can
+    if theirs == _read(os.getpid(), which):  # most likely the same namespace
         return True
     for line in theirs.splitlines():
         _, first, count = map(int, line.split())
@@ -67,7 +73,7 @@ def _is_mapped(pid: int, which: str, number: int) -> bool:
 
 
 def _read(pid: int, name: str) -> bytes:
-    """Return a file of a thread's directory in proc(5), empty if there is none."""
+    """Return the content of /proc/PID/NAME (proc(5)), empty if it cannot be read."""
     try:
         fd = os.open(f"/proc/{pid}/{name}", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

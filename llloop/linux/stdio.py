@@ -1,4 +1,4 @@
-"""The standard descriptors: what C libraries write to them is caught, and daemons let go of them."""
+"""Standard input, output and error: capturing what C libraries write there, and redirecting them to /dev/null."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import TracebackType
 
 
 class CapturedStderr:
-    """``with captured: ...`` sends descriptor 2 to a file, and `text` tells what came."""
+    """``with captured: ...`` redirects descriptor 2 into memory; `text` then returns what was written."""
 
     def __enter__(self) -> CapturedStderr:
         file = os.memfd_create("llloop-stderr", os.MFD_CLOEXEC)
@@ -35,17 +35,17 @@ class CapturedStderr:
             os.close(self._saved)
 
     def text(self) -> str:
-        """Return what was written, its lines joined."""
+        """Return the lines that were written, joined by "; "."""
         self._file.seek(0)
         lines = self._file.read().decode(errors="replace").splitlines()
         self._file.close()
         return "; ".join(line.strip() for line in lines if line.strip())
 
 
-def let_go_of_standard_descriptors() -> None:
-    """Connect standard input, output and error to /dev/null, so that nobody waits for this process to close them."""
+def redirect_standard_descriptors() -> None:
+    """Connect standard input, output and error to /dev/null, so that a program that reads them sees their end."""
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, AttributeError):  # nobody reads it, or a program has closed it
+        with suppress(OSError, AttributeError):  # its reader is gone, or the stream is closed
             stream.flush()
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
@@ -55,13 +55,13 @@ def let_go_of_standard_descriptors() -> None:
 
 
 def open_missing_standard_descriptors() -> None:
-    """Connect those of descriptors 0 to 2 that are closed to /dev/null, else the next file opened would become one."""
+    """Connect each closed descriptor of 0 to 2 to /dev/null, so that no file that is opened later gets its number."""
     for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(fd)
         except OSError:
-            os.dup2(_null(), fd)  # the lowest free one most likely, which it is then already
-        if getattr(sys, name) is None:  # as Python leaves it then
+            os.dup2(_null(), fd)  # open(2) returns the lowest free number, so this is mostly fd itself
+        if getattr(sys, name) is None:  # Python sets it to None if the descriptor was closed at its start
             setattr(sys, name, open(fd, mode, closefd=False))  # noqa: SIM115
 
 

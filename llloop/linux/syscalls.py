@@ -1,7 +1,7 @@
-"""The Linux system calls that llloop needs and Python's ``os`` module does not offer.
+"""The Linux system calls that llloop needs and that Python's ``os`` module lacks.
 
-Every function raises `OSError` with the call's errno. Numbers and structs are those of the
-Linux UAPI headers; the man page of each call is named where it is wrapped.
+Every function raises `OSError` with the call's errno. Numbers and structs come from the Linux UAPI headers. Each
+docstring names the call's man page.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import NamedTuple
 
-AT_SYMLINK_NOFOLLOW = 0x100  # <linux/fcntl.h>, as the flags below
+AT_SYMLINK_NOFOLLOW = 0x100  # <linux/fcntl.h>
 AT_NO_AUTOMOUNT = 0x800
 AT_EMPTY_PATH = 0x1000
 
@@ -27,7 +27,7 @@ UTIME_OMIT = (1 << 30) - 2
 RENAME_NOREPLACE = 1  # <linux/fs.h>
 RENAME_EXCHANGE = 2
 
-# With 32-bit ids; 159 in <asm-generic/unistd.h>.
+# The variant with 32-bit ids; 159 in <asm-generic/unistd.h>.
 _SYS_SETGROUPS = {"x86_64": 116, "ppc64le": 81, "s390x": 206, "i686": 206, "armv7l": 206}.get(os.uname().machine, 159)
 _SYS_PIDFD_GETFD = 438  # the same numbers on every architecture, <asm-generic/unistd.h>
 _SYS_FACCESSAT2 = 439
@@ -35,22 +35,22 @@ _SYS_FCHMODAT2 = 452
 _AT_EACCESS = 0x200  # <linux/fcntl.h>
 
 _libc = ctypes.CDLL(None, use_errno=True)
-# For calls that most requests need. Without argument types, and without letting go of the interpreter's lock, a call
-# costs two thirds.
-_quick = ctypes.PyDLL(None, use_errno=True)
+# For calls that most requests make. Without argument types, and without releasing the GIL, a call takes a third less
+# time.
+_libc_with_gil = ctypes.PyDLL(None, use_errno=True)
 
 
-def _raise(path: bytes | None = None) -> OSError:
-    """Return the `OSError` for the errno that the last call left."""
+def _last_error(path: bytes | None = None) -> OSError:
+    """Return an `OSError` for the errno of the last call."""
     number = ctypes.get_errno()
     return OSError(number, os.strerror(number), path)
 
 
 class Attributes(NamedTuple):
-    """What statx(2) says of a file. Times are whole seconds and nanoseconds apart.
+    """The result of statx(2). Times are in seconds, with their nanoseconds in a field of their own.
 
-    `device` stands for the file system: major and minor number as they lie in memory, good for comparing only.
-    `mount` is the id of the mount that the file was reached through: never used again since Linux 6.8, 0 before 5.8.
+    `device` identifies the file system: the bytes of major and minor number as one integer, only for comparisons.
+    `mount` is the ID of the mount through which the file was reached: unique since Linux 6.8, 0 before Linux 5.8.
     """
 
     blksize: int
@@ -83,50 +83,53 @@ STATX_SIZE = 256  # sizeof(struct statx)
 STATX_INO_OFFSET = 32  # offsetof(struct statx, stx_ino)
 _STATX = struct.Struct("=4xI8xIIIHxxQQQ8xqI4xqI4xqI4xqI4xIIQQ")
 _STATX_MASK = STATX_BASIC_STATS | STATX_BTIME | STATX_MNT_ID | STATX_MNT_ID_UNIQUE
-_NAMED = AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT
+_NAME_FLAGS = AT_SYMLINK_NOFOLLOW | AT_NO_AUTOMOUNT
 _statx_buffer = ctypes.create_string_buffer(STATX_SIZE)
 _statx_unpack = _STATX.unpack_from
-_statx = _quick.statx
+_statx = _libc_with_gil.statx
 _new = tuple.__new__
 
 
 def statx(directory: int, name: bytes) -> Attributes:
-    """Return the attributes of *name* in *directory*, of a symlink itself where it is one (statx(2)).
+    """Return the attributes of *name* in *directory*; do not follow a symlink (statx(2)).
 
     Args:
-        directory: a descriptor of the directory; O_PATH will do.
+        directory: a descriptor of the directory; O_PATH suffices.
         name: one path component.
     """
-    attributes = find(directory, name)
+    attributes = statx_or_none(directory, name)
     if attributes is None:
-        raise _raise(name)
+        raise _last_error(name)
     return attributes
 
 
-def find(directory: int, name: bytes) -> Attributes | None:
-    """Return what `statx` does, or None if there is no *name*: most that is looked for is not there."""
-    if _statx(directory, name, _NAMED, _STATX_MASK, _statx_buffer):
+def statx_or_none(directory: int, name: bytes) -> Attributes | None:
+    """Return the attributes as `statx` does, or None if *name* does not exist.
+
+    Most lookups are of missing names, and None costs less than an exception.
+    """
+    if _statx(directory, name, _NAME_FLAGS, _STATX_MASK, _statx_buffer):
         if ctypes.get_errno() == errno.ENOENT:
             return None
-        raise _raise(name)
+        raise _last_error(name)
     return _new(Attributes, _statx_unpack(_statx_buffer))
 
 
 def fstatx(fd: int) -> Attributes:
-    """Return the attributes of the open file *fd*; O_PATH will do (statx(2), AT_EMPTY_PATH)."""
+    """Return the attributes of the open file *fd*; O_PATH suffices (statx(2), AT_EMPTY_PATH)."""
     if _statx(fd, b"", AT_EMPTY_PATH, _STATX_MASK, _statx_buffer):
-        raise _raise()
+        raise _last_error()
     return _new(Attributes, _statx_unpack(_statx_buffer))
 
 
 class StatxTable:
-    """Room for what statx(2) says of several names.
+    """A buffer for the results of statx(2) for several names.
 
     Attributes:
-        memory: one ``struct statx`` after the other.
+        memory: an array of ``struct statx``.
 
     Args:
-        rows: of how many.
+        rows: the length of the array.
     """
 
     def __init__(self, rows: int) -> None:
@@ -137,17 +140,21 @@ class StatxTable:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def look_at(self, directory: int, names: Iterable[bytes]) -> list[bool]:
-        """Ask for each name in *directory* as `statx` does, a row for each; return of which there are attributes.
+    def statx_names(self, directory: int, names: Iterable[bytes]) -> list[bool]:
+        """Call statx(2) for each name in *directory*, and store each result in a row.
 
-        No more names are looked at than there are rows. What stands in the row of a failed one is not defined.
+        Names beyond the number of rows are ignored. The row of a failed call has undefined content.
+
+        Returns:
+            For each name, whether the call succeeded.
         """
         return [
-            not _statx(directory, name, _NAMED, _STATX_MASK, row) for name, row in zip(names, self._rows, strict=False)
+            not _statx(directory, name, _NAME_FLAGS, _STATX_MASK, row)
+            for name, row in zip(names, self._rows, strict=False)
         ]
 
     def attributes(self, row: int) -> Attributes:
-        """Return what a row says."""
+        """Return the attributes in a row."""
         return _new(Attributes, _statx_unpack(self.memory, row * STATX_SIZE))
 
 
@@ -155,12 +162,12 @@ def fstatx_raw(fd: int, mask: int, flags: int) -> bytearray:
     """Return the ``struct statx`` of the open file *fd* as bytes (statx(2)).
 
     Args:
-        fd: the file; O_PATH will do.
-        mask: the STATX_ fields asked for.
+        fd: the file; O_PATH suffices.
+        mask: the STATX_ fields to ask for.
         flags: the AT_STATX_ synchronisation flags.
     """
     if _statx(fd, b"", AT_EMPTY_PATH | flags, mask, _statx_buffer):
-        raise _raise()
+        raise _last_error()
     return bytearray(_statx_buffer.raw)
 
 
@@ -172,19 +179,19 @@ _slow_statx = _libc.statx
 
 
 def unique_mount_id(place: str | int) -> int | None:
-    """Return the ID of a mount that no other mount ever gets (statx(2), STATX_MNT_ID_UNIQUE, Linux 6.8).
+    """Return the mount ID that the kernel never reuses (statx(2), STATX_MNT_ID_UNIQUE, Linux 6.8).
 
-    No file system is asked, so a FUSE server that hangs or is gone does not matter.
+    The kernel does not ask the file system. So the call also works if a FUSE server hangs or is gone.
 
     Args:
-        place: a path, of which the last component is not followed if it is a symlink, or an open file; O_PATH will do.
+        place: a path, whose last component is not followed if it is a symlink, or an open file; O_PATH suffices.
 
     Returns:
-        The ID; None if this kernel has none, or does not tell it: of a FUSE mount only who may use it is told.
+        The ID; None if the kernel has none, or if this user may not use the FUSE mount and so gets no ID.
     """
     buffer = ctypes.create_string_buffer(STATX_SIZE)
     directory, name, flags = (
-        (place, b"", AT_EMPTY_PATH) if isinstance(place, int) else (_AT_FDCWD, os.fsencode(place), _NAMED)
+        (place, b"", AT_EMPTY_PATH) if isinstance(place, int) else (_AT_FDCWD, os.fsencode(place), _NAME_FLAGS)
     )
     if _slow_statx(directory, name, flags | _AT_STATX_DONT_SYNC, _STATX_MNT_ID_UNIQUE, buffer):
         return None
@@ -200,7 +207,7 @@ _renameat2.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_cha
 def renameat2(old_directory: int, old: bytes, new_directory: int, new: bytes, flags: int) -> None:
     """Rename with RENAME_ flags (renameat2(2))."""
     if _renameat2(old_directory, old, new_directory, new, flags):
-        raise _raise(old)
+        raise _last_error(old)
 
 
 _fallocate = _libc.fallocate64
@@ -208,9 +215,15 @@ _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int6
 
 
 def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
-    """Allocate, punch or zero a range of *fd* in bytes, as the FALLOC_FL_ *mode* says (fallocate(2))."""
+    """Allocate, punch or zero a range of *fd* (fallocate(2)).
+
+    Args:
+        fd: the file.
+        mode: FALLOC_FL_ flags.
+        offset, length: the range in bytes.
+    """
     if _fallocate(fd, mode, offset, length):
-        raise _raise()
+        raise _last_error()
 
 
 _syncfs = _libc.syncfs
@@ -218,24 +231,24 @@ _syncfs.argtypes = (ctypes.c_int,)
 
 
 def syncfs(fd: int) -> None:
-    """Write the whole file system that holds *fd* to its disk (syncfs(2))."""
+    """Write the file system that contains *fd* to its disk (syncfs(2))."""
     if _syncfs(fd):
-        raise _raise()
+        raise _last_error()
 
 
-_fchownat = _libc.fchownat  # like all that may wait for a frozen file system, without the interpreter's lock
+_fchownat = _libc.fchownat  # releases the GIL, as does every call that may wait for a frozen file system
 
 
 def chown(fd: int, uid: int, gid: int) -> None:
-    """Change the owner of the open file *fd*; O_PATH will do, also of a symlink (fchownat(2), AT_EMPTY_PATH).
+    """Change the owner of the open file *fd*; O_PATH suffices, also for a symlink (fchownat(2), AT_EMPTY_PATH).
 
     Args:
         fd: the file.
-        uid: the new owner, or -1 to leave it.
-        gid: the new group, or -1 to leave it.
+        uid: the new owner, or -1 to keep it.
+        gid: the new group, or -1 to keep it.
     """
     if _fchownat(fd, b"", uid, gid, AT_EMPTY_PATH):
-        raise _raise()
+        raise _last_error()
 
 
 _TIMES = struct.Struct("@4l")  # two struct timespec
@@ -243,7 +256,7 @@ _utimensat = _libc.utimensat
 
 
 def utimens(fd: int, atime: tuple[int, int], mtime: tuple[int, int]) -> None:
-    """Set access and modification time of the open file *fd*; O_PATH will do (utimensat(2), AT_EMPTY_PATH).
+    """Set access and modification time of the open file *fd*; O_PATH suffices (utimensat(2), AT_EMPTY_PATH).
 
     Args:
         fd: the file.
@@ -251,7 +264,7 @@ def utimens(fd: int, atime: tuple[int, int], mtime: tuple[int, int]) -> None:
         mtime: the same for the modification time.
     """
     if _utimensat(fd, b"", _TIMES.pack(*atime, *mtime), AT_EMPTY_PATH):
-        raise _raise()
+        raise _last_error()
 
 
 _chmod_by_descriptor = True
@@ -259,11 +272,11 @@ _syscall = _libc.syscall
 
 
 def chmod(fd: int, mode: int) -> None:
-    """Change the permissions of the open file *fd*; O_PATH will do (fchmodat2(2), AT_EMPTY_PATH, Linux 6.6).
+    """Change the permissions of the open file *fd*; O_PATH suffices (fchmodat2(2), AT_EMPTY_PATH, Linux 6.6).
 
     Args:
         fd: the file.
-        mode: the new permissions, set-ID and sticky bits among them.
+        mode: the new permissions, including set-ID and sticky bits.
     """
     global _chmod_by_descriptor
     if _chmod_by_descriptor:
@@ -271,7 +284,7 @@ def chmod(fd: int, mode: int) -> None:
             return
         if ctypes.get_errno() == errno.ENOSYS:
             _chmod_by_descriptor = False
-    # Also after any other failure: filters that do not know the call say EPERM.
+    # Also after any other error: a seccomp filter that does not know the call returns EPERM.
     os.chmod(f"/proc/self/fd/{fd}", mode)
 
 
@@ -279,11 +292,11 @@ def pidfd_getfd(pidfd: int, fd: int) -> int:
     """Return a duplicate of descriptor *fd* of the process behind *pidfd* (pidfd_getfd(2), Linux 5.6)."""
     result: int = _syscall(ctypes.c_long(_SYS_PIDFD_GETFD), ctypes.c_long(pidfd), ctypes.c_long(fd), ctypes.c_long(0))
     if result < 0:
-        raise _raise()
+        raise _last_error()
     return result
 
 
-# One entry as getdents64(2) reports it: inode number, type (DT_ of <dirent.h>), name.
+# One entry of getdents64(2): inode number, type (DT_ of <dirent.h>), name.
 DirectoryEntry = tuple[int, int, bytes]
 
 
@@ -291,18 +304,18 @@ _DIRENT = struct.Struct("=QqHB")
 _getdents64 = _libc.getdents64
 _getdents64.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t)
 _getdents64.restype = ctypes.c_ssize_t
-# What is converted at a time; others wait meanwhile.
+# Bytes that are converted at a time. Other requests wait meanwhile.
 _DIRENT_BUFFER_SIZE = 64 * 1024
 
 
-class _Own(threading.local):
-    """A buffer of each thread's own."""
+class _ThreadBuffer(threading.local):
+    """A buffer for each thread."""
 
     def __init__(self) -> None:
         self.buffer = ctypes.create_string_buffer(_DIRENT_BUFFER_SIZE)
 
 
-_own = _Own()
+_thread_buffer = _ThreadBuffer()
 
 
 def _call(function: Callable[..., int], *arguments: object) -> int:
@@ -310,11 +323,11 @@ def _call(function: Callable[..., int], *arguments: object) -> int:
 
 
 class DirectoryBlocks:
-    """An open directory as sequences of ``struct linux_dirent64``, each read when it is asked for (getdents64(2)).
+    """Iterator over an open directory. Each item is one buffer of ``struct linux_dirent64`` (getdents64(2)).
 
     Args:
         fd: the directory.
-        position: its cookie (d_off) of the entry behind which to begin, 0 for the start.
+        position: the cookie (d_off) of the entry after which to begin, 0 for the start.
         call: makes the system call.
     """
 
@@ -327,16 +340,16 @@ class DirectoryBlocks:
         return self
 
     def __next__(self) -> bytes:
-        length = self._call(_getdents64, self._fd, _own.buffer, _DIRENT_BUFFER_SIZE)
+        length = self._call(_getdents64, self._fd, _thread_buffer.buffer, _DIRENT_BUFFER_SIZE)
         if length < 0:
-            raise _raise()
+            raise _last_error()
         if length == 0:
             raise StopIteration
-        return ctypes.string_at(_own.buffer, length)
+        return ctypes.string_at(_thread_buffer.buffer, length)
 
 
 def read_directory(fd: int) -> list[DirectoryEntry]:
-    """Return the entries of the open directory *fd*, "." and ".." among them (getdents64(2))."""
+    """Return the entries of the open directory *fd*, including "." and ".." (getdents64(2))."""
     entries: list[DirectoryEntry] = []
     append = entries.append
     unpack = _DIRENT.unpack_from
@@ -352,7 +365,7 @@ def read_directory(fd: int) -> list[DirectoryEntry]:
 
 
 class _Statfs(ctypes.Structure):
-    """The beginning of ``struct statfs`` (statfs(2)); the rest is of no interest here."""
+    """The beginning of ``struct statfs`` (statfs(2)); llloop does not use the rest."""
 
     _fields_ = (
         ("type", ctypes.c_long),
@@ -363,7 +376,7 @@ class _Statfs(ctypes.Structure):
 
 
 class FileSystem(NamedTuple):
-    """What statfs(2) says of a file system: its magic number (<linux/magic.h>), and how many blocks it has."""
+    """A part of the result of statfs(2): the magic number (<linux/magic.h>) and the number of blocks."""
 
     type: int
     blocks: int
@@ -372,28 +385,28 @@ class FileSystem(NamedTuple):
 _fstatfs = _libc.fstatfs
 _fstatfs.argtypes = (ctypes.c_int, ctypes.c_void_p)
 
-# <linux/magic.h>: the file systems that live in RAM, where no read or write waits for a disk ...
+# Magic numbers of <linux/magic.h>. tmpfs and ramfs, where no read or write waits for a disk:
 RAM_FILE_SYSTEMS = frozenset({0x01021994, 0x858458F6})
-# ... those whose close(2) can report an error of an earlier write: NFS, SMB, CIFS, SMB2, FUSE, AFS, Ceph, Coda, 9p ...
+# File systems whose close(2) can return an error of an earlier write: NFS, SMB, CIFS, SMB2, FUSE, AFS, Ceph, Coda, 9p.
 CLOSE_CAN_FAIL = frozenset(
     {0x6969, 0x517B, 0xFF534D42, 0xFE534D42, 0x65735546, 0x5346414F, 0x00C36400, 0x73757245, 0x01021997}
 )
-# ... which are those of which a call can take as long as a server likes ...
+# The same file systems depend on a server, so any call can hang.
 CAN_HANG = CLOSE_CAN_FAIL
-# ... and those that lie on top of another: overlayfs, ecryptfs.
+# File systems on top of another one: overlayfs, ecryptfs.
 STACKED = frozenset({0x794C7630, 0xF15F})
 
 
 def file_system(fd: int) -> FileSystem:
-    """Return what fstatfs(2) says of the file system that holds *fd*."""
+    """Return type and size of the file system that contains *fd* (fstatfs(2))."""
     result = _Statfs()
     if _fstatfs(fd, ctypes.byref(result)):
-        raise _raise()
+        raise _last_error()
     return FileSystem(int(result.type) & 0xFFFFFFFF, int(result.blocks))
 
 
 def file_system_type(fd: int) -> int:
-    """Return the magic number of the file system that holds *fd*."""
+    """Return the magic number of the file system that contains *fd*."""
     return file_system(fd).type
 
 
@@ -403,18 +416,23 @@ _mlock2.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint)
 
 
 def lock_on_fault(address: int, length: int) -> None:
-    """Have pages of this process's memory stay there once they have been touched (mlock2(2))."""
+    """Lock each page of a memory range when it is first touched (mlock2(2), MLOCK_ONFAULT).
+
+    Args:
+        address: the start of the range.
+        length: its size in bytes.
+    """
     if _mlock2(address, length, _MLOCK_ONFAULT):
-        raise _raise()
+        raise _last_error()
 
 
 _unshare = _libc.unshare
 
 
 def unshare(flags: int) -> None:
-    """Give the calling thread its own of what it shared with others, as the CLONE_ *flags* say (unshare(2))."""
+    """Give the calling thread its own copy of what the CLONE_ *flags* name (unshare(2))."""
     if _unshare(flags):
-        raise _raise()
+        raise _last_error()
 
 
 MNT_DETACH = 2
@@ -427,7 +445,7 @@ _umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
 def umount(mountpoint: str, flags: int) -> None:
     """Unmount *mountpoint* (umount2(2))."""
     if _umount2(os.fsencode(mountpoint), flags):
-        raise _raise(os.fsencode(mountpoint))
+        raise _last_error(os.fsencode(mountpoint))
 
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -439,7 +457,7 @@ PR_GET_SECUREBITS = 27
 PR_SET_SECUREBITS = 28
 PR_SET_NO_NEW_PRIVS = 38
 PR_SET_PTRACER = 0x59616D61
-_prctl = _quick.prctl
+_prctl = _libc_with_gil.prctl
 _NOTHING = ctypes.c_ulong(0)
 
 
@@ -447,12 +465,12 @@ def prctl(option: int, argument: int = 0) -> int:
     """Call prctl(2) with one argument and return its result."""
     result: int = _prctl(option, ctypes.c_ulong(argument), _NOTHING, _NOTHING, _NOTHING)
     if result < 0:
-        raise _raise()
+        raise _last_error()
     return result
 
 
-setfsuid = _quick.setfsuid
-setfsgid = _quick.setfsgid
+setfsuid = _libc_with_gil.setfsuid
+setfsgid = _libc_with_gil.setfsgid
 
 _CAPABILITY_VERSION_3 = 0x20080522  # <linux/capability.h>
 _CAPABILITY_HEADER = struct.Struct("=Ii")
@@ -468,8 +486,8 @@ CAP_SYS_PTRACE = 19
 CAP_SYS_ADMIN = 21
 CAP_MKNOD = 27
 CAP_SETFCAP = 31
-_capget = _quick.capget
-_capset = _quick.capset
+_capget = _libc_with_gil.capget
+_capset = _libc_with_gil.capset
 _capability_header = ctypes.create_string_buffer(_CAPABILITY_HEADER.size)
 _capability_sets = ctypes.create_string_buffer(_CAPABILITIES.size)
 
@@ -478,11 +496,11 @@ def get_capabilities(pid: int = 0) -> tuple[int, int, int]:
     """Return a thread's effective, permitted and inheritable capabilities as bit sets (capget(2)).
 
     Args:
-        pid: the thread, 0 for the calling one.
+        pid: the thread's id, 0 for the calling thread.
     """
     _CAPABILITY_HEADER.pack_into(_capability_header, 0, _CAPABILITY_VERSION_3, pid)
     if _capget(_capability_header, _capability_sets):
-        raise _raise()
+        raise _last_error()
     low = _CAPABILITIES.unpack(_capability_sets)
     return low[0] | low[3] << 32, low[1] | low[4] << 32, low[2] | low[5] << 32
 
@@ -502,24 +520,24 @@ def set_capabilities(effective: int, permitted: int, inheritable: int) -> None:
         inheritable >> 32,
     )
     if _capset(_capability_header, _capability_sets):
-        raise _raise()
+        raise _last_error()
 
 
-# What opens a file with the rights asked for; there is no such open for execution.
+# The open(2) flags that need each combination of R_OK and W_OK. No flag needs the execute permission.
 _ACCESS_FLAGS = {0: os.O_PATH, os.R_OK: os.O_RDONLY, os.W_OK: os.O_WRONLY, os.R_OK | os.W_OK: os.O_RDWR}
 
 
 def setgroups(groups: tuple[int, ...]) -> None:
-    """Set the calling thread's supplementary groups (setgroups(2)); the C library would set every thread's."""
-    if _quick.syscall(_SYS_SETGROUPS, len(groups), (ctypes.c_uint * len(groups))(*groups)):
-        raise _raise()
+    """Set the calling thread's supplementary groups (setgroups(2)). The C library's function changes all threads."""
+    if _libc_with_gil.syscall(_SYS_SETGROUPS, len(groups), (ctypes.c_uint * len(groups))(*groups)):
+        raise _last_error()
 
 
 def may_access(fd: int, mode: int) -> bool:
-    """Whether the calling thread may access the open file *fd* with its file system ids (faccessat2(2), Linux 5.8).
+    """Return whether the calling thread's file system ids may access the open file *fd* (faccessat2(2), Linux 5.8).
 
     Args:
-        fd: the file; O_PATH will do.
+        fd: the file; O_PATH suffices.
         mode: R_OK, W_OK and X_OK of access(2), combined.
     """
     if not _libc.syscall(_SYS_FACCESSAT2, fd, b"", mode, AT_EMPTY_PATH | _AT_EACCESS):
@@ -528,7 +546,7 @@ def may_access(fd: int, mode: int) -> bool:
     if number in (errno.EACCES, errno.EPERM):
         return False
     if number != errno.ENOSYS:
-        raise _raise()
+        raise _last_error()
     try:
         os.close(os.open(f"/proc/self/fd/{fd}", _ACCESS_FLAGS[mode & (os.R_OK | os.W_OK)] | os.O_NONBLOCK))
     except PermissionError:
@@ -537,9 +555,9 @@ def may_access(fd: int, mode: int) -> bool:
 
 
 def is_readable(fd: int, patience: float = 0.0) -> bool:
-    """Whether a read would not have to wait, or *patience* seconds at most; of a pidfd: whether the process has ended.
+    """Wait up to *patience* seconds until *fd* is readable; return whether it is.
 
-    A process has ended even if nobody has waited for it yet (pidfd_open(2)).
+    A pidfd is readable once its process has ended, even before its parent waits for it (pidfd_open(2)).
     """
     poll = select.poll()
     poll.register(fd, select.POLLIN)
@@ -550,7 +568,7 @@ def open_descriptors() -> set[int]:
     """Return the descriptors that this process has open."""
     found = set()
     for entry in os.listdir("/proc/self/fd"):
-        with suppress(OSError):  # that of the listing itself
+        with suppress(OSError):  # the descriptor of the listing itself is closed by now
             os.fstat(int(entry))
             found.add(int(entry))
     return found

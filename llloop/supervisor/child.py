@@ -16,7 +16,7 @@ from multiprocessing.process import BaseProcess
 from setproctitle import setproctitle, setthreadtitle
 
 from llloop.linux import syscalls
-from llloop.linux.stdio import let_go_of_standard_descriptors
+from llloop.linux.stdio import redirect_standard_descriptors
 from llloop.logging.escape import printable
 from llloop.logging.stacks import Stacks
 
@@ -210,7 +210,7 @@ def child_main(
         if os.getppid() != supervisor:
             os._exit(1)
     if detached:
-        let_go_of_standard_descriptors()
+        redirect_standard_descriptors()
     show_title(name, mountpoint)
     try:
         target()

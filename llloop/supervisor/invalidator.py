@@ -14,7 +14,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llloop.linux.credentials import keep_only
+from llloop.linux.credentials import drop_capabilities_except
 from llloop.shared import notifications
 from llloop.shared.messages import MAX_MESSAGE, Operation, decode_wanted, encode
 
@@ -39,7 +39,7 @@ def run_invalidator(setup: InvalidatorSetup) -> None:
 
     Each worker has a thread here, so that a worker that hangs keeps only its own inodes waiting.
     """
-    keep_only(0)
+    drop_capabilities_except(0)
     threads = [
         threading.Thread(target=_serve, args=(setup.device, wanted, pipe))
         for wanted, pipe in zip(setup.wanted, setup.pipes, strict=True)

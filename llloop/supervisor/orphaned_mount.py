@@ -38,9 +38,9 @@ def detach_dead_mount(mount: MountIdentity, device: int) -> bool:
         Whether there was something to detach, and it was detached.
     """
     log.release()
-    is_there = mount.is_there(device)
+    is_reachable = mount.is_reachable(device)
     os.close(device)
-    if not is_there:
+    if not is_reachable:
         return False
     # A worker that hangs in a dead source cannot be killed and would keep the connection, and all who wait, alive.
     with suppress(OSError):  # not mounted in every container

@@ -14,7 +14,7 @@ from typing import Any
 
 from setproctitle import getproctitle, setproctitle
 
-from llloop.linux.limits import RAISED
+from llloop.linux.limits import RAISED_LIMITS
 
 _COMM = Path("/proc/self/comm")
 
@@ -37,7 +37,7 @@ class ProcessState:
         self._comm = _COMM.read_bytes()  # before the title: to look at that for the first time changes the name
         self._title = _title()
         self._name = multiprocessing.current_process().name
-        self._limits = [(limit, resource.getrlimit(limit)) for limit in RAISED]
+        self._limits = [(limit, resource.getrlimit(limit)) for limit in RAISED_LIMITS]
         self._handlers: dict[int, Any] = {number: signal.getsignal(number) for number in self._numbers}
         self._blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
         self._wakeup = signal.set_wakeup_fd(-1)

@@ -17,7 +17,7 @@ from llloop import mount_options
 from llloop.config import IoKind, ServeConfig
 from llloop.errors import DeadMountError, HostError, MountpointError, SourceError
 from llloop.linux import limits, mount_identity, mounts, syscalls
-from llloop.linux.timed_call import in_time
+from llloop.linux.timed_call import call_with_timeout
 
 _DEVICE = "/dev/fuse"
 _DEVICE_NUMBER = os.makedev(10, 229)  # FUSE_MINOR of MISC_MAJOR, Documentation/admin-guide/devices.txt
@@ -82,13 +82,13 @@ def make_way(config: ServeConfig) -> Checked:
 
 def _ask_source(config: ServeConfig) -> str:
     late = SourceError(f"source {config.source}: it does not answer within {PATIENCE:g} seconds")
-    return in_time(lambda: check_source(config.source), PATIENCE, late)
+    return call_with_timeout(lambda: check_source(config.source), PATIENCE, late)
 
 
 def _ask_mountpoint(config: ServeConfig, source: str, restart: bool) -> tuple[str, bool]:
     """Return the mount point's absolute path, and whether a dead mount is there that is to be replaced."""
     late = MountpointError(f"mount point {config.mountpoint}: it does not answer within {PATIENCE:g} seconds")
-    path, dead = in_time(lambda: check_mountpoint(config, source, restart=restart), PATIENCE, late)
+    path, dead = call_with_timeout(lambda: check_mountpoint(config, source, restart=restart), PATIENCE, late)
     return path, dead
 
 

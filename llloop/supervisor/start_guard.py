@@ -14,7 +14,7 @@ from setproctitle import setproctitle
 
 from llloop.errors import LlloopError
 from llloop.linux import mount_identity
-from llloop.linux.stdio import let_go_of_standard_descriptors
+from llloop.linux.stdio import redirect_standard_descriptors
 from llloop.supervisor.child import STOP_SIGNALS, fork
 
 # fusermount may outlive who has called it, and mount after that: how long to look, in seconds, and how often.
@@ -60,7 +60,7 @@ def _guard(mountpoint: str, reader: int, writer: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     os.close(writer)
     setproctitle("llloop-start-guard")
-    let_go_of_standard_descriptors()
+    redirect_standard_descriptors()
     if os.read(reader, 1):
         os._exit(0)
     # Also those that have inherited the other end have ended: nobody serves what is there.

@@ -549,7 +549,7 @@ class Supervisor:
             _log.info("stopped serving %s at %s", self._source, self._mountpoint)
 
     def _is_mounted(self) -> bool:
-        return self._mount is not None and self._mount.is_there(self._device)
+        return self._mount is not None and self._mount.is_reachable(self._device)
 
     def _is_covered(self) -> bool:
         return self._mount is not None and self._mount.is_covered()

@@ -41,7 +41,7 @@ def _unmount(mount: MountIdentity, device: int, lazy: bool) -> None:
     signal.set_wakeup_fd(-1)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    place = mount.place(device)
+    place = mount.current_path(device)
     # As long as this process held it, what it asks of a mount that nobody serves would wait for itself.
     os.close(device)
     if place is None and mount.is_covered():

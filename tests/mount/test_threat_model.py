@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from llloop.linux import syscalls
-from llloop.linux.credentials import FRONT, WORKER
+from llloop.linux.credentials import FRONT_CAPABILITIES, WORKER_CAPABILITIES
 from tests.as_user import Caller, run_as
 from tests.conftest import Serve
 from tests.expect import fails, outcome
@@ -54,7 +54,7 @@ def test_no_process_keeps_a_privilege_it_does_not_need(tree: Tree) -> None:
             assert int(status["CapPrm"], 16) == own
             assert status["NoNewPrivs"] == "0", "an ordinary user's could not execute fusermount"
             continue
-        kept = own & {"llloop-front": FRONT, "llloop-invalidator": 0}.get(title, WORKER)
+        kept = own & {"llloop-front": FRONT_CAPABILITIES, "llloop-invalidator": 0}.get(title, WORKER_CAPABILITIES)
         assert int(status["CapPrm"], 16) == kept, title
         # CAP_FSETID is lowered and raised as the requests say.
         assert int(status["CapEff"], 16) | (kept & 1 << syscalls.CAP_FSETID) == kept, title

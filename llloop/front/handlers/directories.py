@@ -146,7 +146,7 @@ class DirectoryRequests(Responder):
         result = [_NO_ENTRY] * len(records)
         for first in range(0, len(wanted), len(table)):
             positions = wanted[first : first + len(table)]
-            is_there = table.look_at(handle.descriptor, [names[position] for position in positions])
+            is_there = table.statx_names(handle.descriptor, [names[position] for position in positions])
             nodeids, births, numbers = [], [], []
             for row, position in enumerate(positions):
                 nodeid = birth = number = 0

@@ -14,7 +14,7 @@ from llloop.front.open_files import Handle
 from llloop.front.requester import Requester
 from llloop.front.router import Task
 from llloop.linux import fuse
-from llloop.linux.credentials import SETID
+from llloop.linux.credentials import SETID_BITS
 from llloop.linux.fuse import Opcode
 from llloop.linux.syscalls import Attributes, fstatx
 from llloop.shared.messages import (
@@ -265,7 +265,7 @@ class FileRequests(Responder):
         if self._leadership.alone:  # even with RWF_NOWAIT it waits for a file system that is frozen
             return False
         self._context.setid.clear(bool(flags & KILL_PRIVILEGES))
-        watched = _is_watched(handle, flags) and os.fstat(handle.descriptor).st_mode & SETID
+        watched = _is_watched(handle, flags) and os.fstat(handle.descriptor).st_mode & SETID_BITS
         try:
             buffers = [self._view[start : start + size]]
             count = self._leadership.call(os.pwritev, handle.descriptor, buffers, offset, write_flags)

@@ -15,7 +15,7 @@ from llloop.front.inodes import ROOT
 from llloop.front.requester import Requester
 from llloop.front.tree import Changes
 from llloop.linux import fuse
-from llloop.linux.credentials import has_locking_mark
+from llloop.linux.credentials import is_mandatory_lock_mode
 from tests.expect import fails
 from tests.unit.source import MYSELF, Source
 from tests.unit.support import packet_pipe
@@ -144,7 +144,7 @@ def test_what_may_only_be_written_to_is_watched_instead(
 
 
 def test_the_mark_of_mandatory_locks() -> None:
-    assert has_locking_mark(stat.S_IFREG | 0o2745)
-    assert not has_locking_mark(stat.S_IFREG | 0o2755)
-    assert not has_locking_mark(stat.S_IFREG | 0o745)
-    assert not has_locking_mark(stat.S_IFDIR | 0o2745)
+    assert is_mandatory_lock_mode(stat.S_IFREG | 0o2745)
+    assert not is_mandatory_lock_mode(stat.S_IFREG | 0o2755)
+    assert not is_mandatory_lock_mode(stat.S_IFREG | 0o745)
+    assert not is_mandatory_lock_mode(stat.S_IFDIR | 0o2745)

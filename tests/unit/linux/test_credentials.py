@@ -12,7 +12,15 @@ from typing import TypeVar
 import pytest
 
 from llloop.linux import syscalls
-from llloop.linux.credentials import FILES, FRONT, WORKER, Caller, SetidGuard, Writer, keep_only
+from llloop.linux.credentials import (
+    FILE_CAPABILITIES,
+    FRONT_CAPABILITIES,
+    WORKER_CAPABILITIES,
+    Caller,
+    SetidGuard,
+    Writer,
+    drop_capabilities_except,
+)
 from tests import as_user
 from tests.expect import fails
 
@@ -117,7 +125,7 @@ def test_afterwards_it_is_itself_again_even_after_an_error() -> None:
         before = capabilities()
         found = [(ids(), capabilities() == before)]
         with pytest.raises(ZeroDivisionError), caller(4711, 4712, (), 0):
-            found.append((ids(), capabilities() == before & ~FILES))
+            found.append((ids(), capabilities() == before & ~FILE_CAPABILITIES))
             raise ZeroDivisionError
         found.append((ids(), capabilities() == before))
         return found
@@ -243,10 +251,10 @@ def status_of_this_process() -> dict[str, str]:
 
 
 @root_only
-@pytest.mark.parametrize("kept", [FRONT, WORKER])
+@pytest.mark.parametrize("kept", [FRONT_CAPABILITIES, WORKER_CAPABILITIES])
 def test_only_what_is_needed_is_kept_and_nothing_comes_back(kept: int) -> None:
     def give_up() -> tuple[dict[str, str], str]:
-        keep_only(kept)
+        drop_capabilities_except(kept)
         again = as_user.Child(subprocess.check_output, ["cat", "/proc/self/status"], caller=as_user.MYSELF).result()
         return status_of_this_process(), again.decode()
 
@@ -263,14 +271,14 @@ def test_only_what_is_needed_is_kept_and_nothing_comes_back(kept: int) -> None:
 @root_only
 def test_quotas_are_respected() -> None:
     """With CAP_SYS_RESOURCE, writes would pass over quotas and reserved blocks."""
-    assert (FRONT | WORKER) & 1 << 24 == 0
+    assert (FRONT_CAPABILITIES | WORKER_CAPABILITIES) & 1 << 24 == 0
 
 
 @root_only
-@pytest.mark.parametrize("kept", [FRONT, WORKER])
+@pytest.mark.parametrize("kept", [FRONT_CAPABILITIES, WORKER_CAPABILITIES])
 def test_what_is_kept_suffices_to_act_for_others(tmp_path: Path, kept: int) -> None:
     def act() -> list[int]:
-        keep_only(kept)
+        drop_capabilities_except(kept)
         guard, writer = SetidGuard(), Writer()
         with Caller(guard)(4711, 4712, (), 0):
             os.mkdir(str(kept), dir_fd=directory)
@@ -288,7 +296,7 @@ def test_what_is_kept_suffices_to_act_for_others(tmp_path: Path, kept: int) -> N
 
 def test_an_ordinary_users_process_only_loses_the_way_to_set_id_programs() -> None:
     def give_up() -> dict[str, str]:
-        keep_only(FRONT)
+        drop_capabilities_except(FRONT_CAPABILITIES)
         return status_of_this_process()
 
     child = as_user.Child(give_up, caller=OTHERS) if os.geteuid() == 0 else as_user.Child(give_up)

@@ -297,15 +297,15 @@ def test_kernel_io_is_refused_where_it_cannot_be(ordinary: Path, monkeypatch: py
 
 def test_what_answers_in_time() -> None:
     late = LlloopError("late")
-    assert timed_call.in_time(lambda: ["/a", "\udcff", 5], 10, late) == ["/a", "\udcff", 5]
+    assert timed_call.call_with_timeout(lambda: ["/a", "\udcff", 5], 10, late) == ["/a", "\udcff", 5]
 
     def fail(error: Exception) -> None:
         raise error
 
     with pytest.raises(DeadMountError, match="why"):
-        timed_call.in_time(lambda: fail(DeadMountError("why")), 10, late)
+        timed_call.call_with_timeout(lambda: fail(DeadMountError("why")), 10, late)
     with pytest.raises(FileNotFoundError) as raised:
-        timed_call.in_time(lambda: fail(FileNotFoundError(errno.ENOENT, "", "/a\udcff")), 10, late)
+        timed_call.call_with_timeout(lambda: fail(FileNotFoundError(errno.ENOENT, "", "/a\udcff")), 10, late)
     assert raised.value.filename == "/a\udcff"
 
 
@@ -314,13 +314,13 @@ def test_what_does_not_answer_in_time(tmp_path: Path) -> None:
     os.mkfifo(fifo)
     begun = time.monotonic()
     with pytest.raises(SourceError, match="late"):
-        timed_call.in_time(lambda: os.open(fifo, os.O_RDONLY), 0.2, SourceError("late"))
+        timed_call.call_with_timeout(lambda: os.open(fifo, os.O_RDONLY), 0.2, SourceError("late"))
     assert time.monotonic() - begun < 10
 
 
 def test_who_asks_is_left_as_it_was() -> None:
     before = sorted(os.listdir("/proc/self/fd"))
-    timed_call.in_time(lambda: 1, 10, LlloopError("late"))
+    timed_call.call_with_timeout(lambda: 1, 10, LlloopError("late"))
     assert sorted(os.listdir("/proc/self/fd")) == before
 
 

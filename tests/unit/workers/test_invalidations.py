@@ -138,7 +138,7 @@ def test_the_invalidator_is_asked_again(bench: Bench, monkeypatch: pytest.Monkey
 
 
 def test_the_invalidator_tells_the_worker_that_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llloop.supervisor.invalidator.keep_only", lambda capabilities: None)
+    monkeypatch.setattr("llloop.supervisor.invalidator.drop_capabilities_except", lambda capabilities: None)
     told: list[tuple[int, ...]] = []
     monkeypatch.setattr("llloop.shared.notifications.drop_pages", lambda *arguments: told.append(arguments))
     wanted = [os.pipe2(os.O_DIRECT) for _ in range(2)]
