@@ -29,26 +29,41 @@ from tests.unit.support import Reply, close_ledger, heir
 
 ME = (os.geteuid(), os.getegid())
 
-# What a front does to the source and to its descriptors.
-_CALLS = (
-    "close",
-    "dup2",
-    "ftruncate",
-    "link",
-    "memfd_create",
-    "mkdir",
-    "mknod",
-    "open",
-    "pwritev",
-    "readv",
-    "removexattr",
-    "rename",
-    "rmdir",
-    "setxattr",
-    "symlink",
-    "truncate",
-    "unlink",
-    "write",
+# What a front does to the source, to pipes and devices, and to its table of descriptors, which the keeper shares:
+# functions of os and fcntl, C functions that llloop/linux/syscalls.py has (libc), and its numbers of system calls.
+STEPS = (
+    "fcntl.ioctl",
+    "libc.fchownat",
+    "libc.renameat2",
+    "libc.utimensat",
+    "os.chmod",
+    "os.close",
+    "os.dup2",
+    "os.fchmod",
+    "os.ftruncate",
+    "os.link",
+    "os.memfd_create",
+    "os.mkdir",
+    "os.mknod",
+    "os.open",
+    "os.pidfd_open",
+    "os.pipe2",
+    "os.pwrite",
+    "os.pwritev",
+    "os.read",
+    "os.readv",
+    "os.removexattr",
+    "os.rename",
+    "os.rmdir",
+    "os.set_blocking",
+    "os.setxattr",
+    "os.splice",
+    "os.symlink",
+    "os.truncate",
+    "os.unlink",
+    "os.write",
+    "syscall.fchmodat2",
+    "syscall.pidfd_getfd",
 )
 
 
@@ -124,6 +139,21 @@ def mortal_ledger(journal: Journal, life: Life) -> Journal:
     return own
 
 
+def _places(step: str) -> Iterator[tuple[Any, str]]:
+    """Where the function of a step is looked up when it is called."""
+    module, _, name = step.partition(".")
+    if module in ("libc", "syscall"):
+        wanted = name if module == "libc" else "syscall"
+        found = [key for key, value in vars(syscalls).items() if getattr(value, "__name__", None) == wanted]
+        assert found, f"{syscalls.__name__} has no {step}"
+        yield from ((syscalls, key) for key in found)
+    else:
+        yield {"os": os, "fcntl": fcntl}[module], name
+
+
+_PLACES = {place for step in STEPS for place in _places(step)}
+
+
 @contextmanager
 def living(life: Life) -> Iterator[None]:
     """Everything in the block is done by a process of that life; it may end in `Killed`."""
@@ -131,9 +161,7 @@ def living(life: Life) -> Iterator[None]:
         mock.patch.multiple(
             journal_module, _BODY=_Packing(journal_module._BODY, life), _TAIL=_Packing(journal_module._TAIL, life)
         ),
-        mock.patch.multiple(os, **{name: life.around(getattr(os, name)) for name in _CALLS}),
-        mock.patch.object(syscalls, "renameat2", life.around(syscalls.renameat2)),
-        mock.patch.object(fcntl, "ioctl", life.around(fcntl.ioctl)),
+        *(mock.patch.object(place, name, life.around(getattr(place, name))) for place, name in _PLACES),
     ]
     with ExitStack() as stack:
         for patch in patches:

@@ -24,12 +24,15 @@ import pytest
 from llloop.front import nowait
 from llloop.front.inodes import ROOT
 from llloop.front.recovery.intents import _CLOCK_REALTIME_COARSE
+from llloop.linux import fuse
 from llloop.linux.fuse import Opcode
 from llloop.linux.syscalls import RAM_FILE_SYSTEMS, RENAME_EXCHANGE, RENAME_NOREPLACE
 from tests.unit.mortal import Killed, Life, Line, Request
 from tests.unit.support import Reply, packet_pipe
 
 _MOST_STEPS = 400
+# No file has such a time stamp that was not set to it, in seconds since 1970.
+_LONG_AGO = 1_000_000_000
 
 
 def pair(first: bytes, second: bytes) -> bytes:
@@ -354,6 +357,45 @@ def exchange_with_what_the_kernel_does_not_know(line: Line) -> Request:
     return rename_request(b"other", b"file", flags=RENAME_EXCHANGE)
 
 
+# Changed
+
+
+def setattr_request(nodeid: int, valid: int, mode: int = 0, owner: int = 0, size: int = 0, time: int = 0) -> Request:
+    times = (time, time, 0, 0, 0, 0)
+    return Request(
+        Opcode.SETATTR, nodeid, struct.pack("=II6Q3I5I", valid, 0, 0, size, 0, *times, mode, 0, owner, owner, 0)
+    )
+
+
+@case()
+def chmod(line: Line) -> Request:
+    return setattr_request(write(line, "file"), fuse.FATTR_MODE, mode=0o4711)
+
+
+@case()
+def chmod_of_a_directory(line: Line) -> Request:
+    return setattr_request(makedir(line, "dir"), fuse.FATTR_MODE, mode=0o2750)
+
+
+@case()
+def chown_and_chmod(line: Line) -> Request:
+    """A new owner takes the set-ID bits away, which the mode then sets."""
+    owner = 4001 if os.geteuid() == 0 else os.geteuid()
+    valid = fuse.FATTR_UID | fuse.FATTR_GID | fuse.FATTR_MODE
+    return setattr_request(write(line, "file"), valid, mode=0o6755, owner=owner)
+
+
+@case()
+def truncate_with_times(line: Line) -> Request:
+    valid = fuse.FATTR_SIZE | fuse.FATTR_ATIME | fuse.FATTR_MTIME
+    return setattr_request(write(line, "file"), valid, size=3, time=1_000_000)
+
+
+@case()
+def utimens_of_a_directory(line: Line) -> Request:
+    return setattr_request(makedir(line, "dir"), fuse.FATTR_ATIME | fuse.FATTR_MTIME, time=1_000_000)
+
+
 # Extended attributes
 
 
@@ -505,6 +547,8 @@ class View:
             return self.of_handle(handle), flags, backing
         if request.opcode in (Opcode.READDIRPLUS, Opcode.READDIR):
             return len(reply.payload)
+        if request.opcode is Opcode.SETATTR:
+            return struct.unpack_from("=Q", reply.payload, 24), struct.unpack_from("=4I", reply.payload, 76)
         if len(reply.payload) < 128:
             return reply.payload
         nodeid = int.from_bytes(reply.payload[:8], "little")
@@ -540,7 +584,14 @@ class View:
                     data = Path(path).read_bytes(), [(key, os.getxattr(path, key)) for key in os.listxattr(path)]
                 elif stat.S_ISLNK(status.st_mode):
                     data = os.readlink(path)
-                found[path[len(root) :]] = (self.names[status.st_ino], oct(status.st_mode), status.st_nlink, data)
+                found[path[len(root) :]] = (
+                    self.names[status.st_ino],
+                    oct(status.st_mode),
+                    (status.st_uid, status.st_gid),
+                    status.st_nlink,
+                    int(status.st_mtime) if status.st_mtime < _LONG_AGO else None,
+                    data,
+                )
         return found
 
     def of_table(self) -> Any:
