@@ -28,6 +28,8 @@ _FMODE_EXEC = 1 << 5  # <linux/fs.h>; what the kernel adds to the open(2) flags 
 _NEEDED = {os.O_RDONLY: 4, os.O_WRONLY: 2, os.O_RDWR: 6, os.O_ACCMODE: 6}
 # What is asked of directories and of other files for a change that depends on their permissions.
 _CHANGE_DIRECTORY, _CHANGE_FILE = 3, 6
+# Root of a container seldom has this capability, and needs it only to set flags.
+_FOR_FLAGS = 1 << syscalls.CAP_LINUX_IMMUTABLE
 _AS_IT_IS = nullcontext()
 _ACL = "system.posix_acl_access"
 
@@ -48,7 +50,7 @@ class Permissions:
         self._acl = acl
         self._suid = suid
         _, permitted, _ = syscalls.get_capabilities()
-        self._all = permitted & FILE_CAPABILITIES
+        self._all = permitted & FILE_CAPABILITIES & ~_FOR_FLAGS
 
     def is_trusted(self, who: Requester) -> bool:
         """Whether this process's own rights are the requester's as well, or it cannot act with any others."""
@@ -87,6 +89,15 @@ class Permissions:
         else:
             exactly = by_group or any(attributes.uid != who.uid for attributes in files)
         return self._exactly_as(who, *files, *owned) if exactly else self._caller(who.uid, who.gid, (), 0)
+
+    def setting_file_attributes(self, who: Requester, fd: int) -> AbstractContextManager[None]:
+        """Act as the requester until the ``with`` block ends, in which flags of a file are set (ioctl_iflags(2)).
+
+        Args:
+            who: the requester.
+            fd: a descriptor of the file.
+        """
+        return self._exactly_as(who, fstatx(fd))
 
     def making(self, who: Requester, directory: int, *, by_group: bool | None = None) -> AbstractContextManager[None]:
         """Make something that belongs to the requester; for the arguments see `acting`."""

@@ -57,6 +57,7 @@ _ON_INODES = (
     Opcode.SETXATTR,
     Opcode.LISTXATTR,
     Opcode.REMOVEXATTR,
+    Opcode.IOCTL,
 )
 _BY_CACHE = frozenset({Opcode.LOOKUP, Opcode.GETATTR, Opcode.STATX})
 

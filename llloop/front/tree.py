@@ -7,6 +7,7 @@ No FUSE struct and no llfuse type appears here; `operations` and `native` transl
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 import sys
@@ -561,6 +562,36 @@ class Tree:
             else:
                 with self.permissions.acting(who, reached.fd, by_group=_by_group(name)):
                     self._call(os.removexattr, reached.target, name)
+
+    # File attributes
+
+    def get_file_attributes(self, handle: Handle, command: int, size: int) -> bytes:
+        """Return flags or ``struct fsxattr`` of an open file.
+
+        Args:
+            handle: the file.
+            command: FS_IOC_GETFLAGS or FS_IOC_FSGETXATTR.
+            size: how many bytes the command returns.
+
+        Raises:
+            OSError: ENOTTY if the source's file system has no such attributes.
+        """
+        return bytes(fcntl.ioctl(handle.descriptor, command, bytes(size)))
+
+    def set_file_attributes(self, handle: Handle, command: int, value: bytes, who: Requester) -> None:
+        """Set flags, extended flags or project id of an open file.
+
+        Args:
+            handle: the file.
+            command: FS_IOC_SETFLAGS or FS_IOC_FSSETXATTR.
+            value: what the command takes.
+            who: the caller; the source checks its rights.
+
+        Raises:
+            OSError: EPERM if the caller is not the owner, or lacks CAP_LINUX_IMMUTABLE for append-only and immutable.
+        """
+        with self.permissions.setting_file_attributes(who, handle.descriptor):
+            self._call(fcntl.ioctl, handle.descriptor, command, value)
 
     # What llloop's own requests add
 

@@ -45,6 +45,7 @@ FRONT_CAPABILITIES = _set_of(
     syscalls.CAP_SETUID,
     syscalls.CAP_SETFCAP,  # the attribute security.capability
     syscalls.CAP_MKNOD,  # devices
+    syscalls.CAP_LINUX_IMMUTABLE,  # chattr +i and +a
     syscalls.CAP_SYS_ADMIN,  # the attributes trusted.* and security.*; --io kernel
 )
 WORKER_CAPABILITIES = _set_of(
@@ -56,13 +57,14 @@ WORKER_CAPABILITIES = _set_of(
 )
 
 
-# The capabilities with which a process ignores the permissions and owners of files (capabilities(7)).
+# The capabilities with which a process ignores the permissions, owners and flags of files (capabilities(7)).
 FILE_CAPABILITIES = _set_of(
     syscalls.CAP_CHOWN,
     syscalls.CAP_DAC_OVERRIDE,
     syscalls.CAP_DAC_READ_SEARCH,
     syscalls.CAP_FOWNER,
     syscalls.CAP_FSETID,
+    syscalls.CAP_LINUX_IMMUTABLE,
     syscalls.CAP_SETFCAP,
 )
 

@@ -131,6 +131,8 @@ WRITE_REQUEST = Struct("=8xQ8xII8xQqII8xI")  # unique, uid, gid, fh, offset, siz
 RELEASE_REQUEST = Struct("=8xQ24xQ")  # unique, fh
 FSYNC_REQUEST = Struct("=8xQ24xQI")  # unique, fh, fsync_flags
 FLUSH_REQUEST = RELEASE_REQUEST
+# unique, nodeid, uid, gid, pid, fh, cmd, in_size, out_size; then the input
+IOCTL_REQUEST = Struct("=8xQQIII4xQ4xI8xII")
 READDIR_REQUEST = Struct("=8xQ24xQQI")  # unique, fh, offset, size
 FALLOCATE_REQUEST = Struct("=8xQ8xII8xQqqI")  # unique, uid, gid, fh, offset, length, mode
 LSEEK_REQUEST = Struct("=8xQ24xQqI")  # unique, fh, offset, whence
@@ -188,6 +190,7 @@ _SHORTEST: dict[Opcode, int] = {
     Opcode.LSEEK: LSEEK_REQUEST.size,
     Opcode.COPY_FILE_RANGE: COPY_FILE_RANGE_REQUEST.size,
     Opcode.STATX: STATX_REQUEST.size,
+    Opcode.IOCTL: IOCTL_REQUEST.size,
 }
 # Indexed by opcode. Of an opcode without an entry above, llloop only reads the header.
 MIN_REQUEST_SIZES = [_SHORTEST.get(number, IN_HEADER_SIZE) for number in range(max(Opcode) + 1)]  # type: ignore[call-overload]
@@ -205,6 +208,7 @@ ATTR_REPLY = Struct("=IiQQI4xQQQqqqIIIIIIIIII")  # header, attr_valid, attr_vali
 OPEN_REPLY = Struct("=IiQQIi")  # header, fh, open_flags, backing_id
 OPEN_OUT = Struct("=QIi")  # fh, open_flags, backing_id, as in the CREATE reply
 WRITE_REPLY = Struct("=IiQI4x")  # header, size
+IOCTL_OUT = Struct("=iIII")  # result, flags, in_iovs, out_iovs; then the output
 GETXATTR_OUT = Struct("=I4x")  # size
 LSEEK_REPLY = Struct("=IiQQ")  # header, offset
 # struct fuse_kstatfs: blocks, bfree, bavail, files, ffree, bsize, namelen, frsize

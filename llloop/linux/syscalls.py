@@ -472,6 +472,14 @@ def prctl(option: int, argument: int = 0) -> int:
 setfsuid = _libc_with_gil.setfsuid
 setfsgid = _libc_with_gil.setfsgid
 
+# <linux/fs.h>: _IOR('f', 1, long), _IOW('f', 2, long), _IOR('X', 31, struct fsxattr), _IOW('X', 32, struct fsxattr).
+# The numbers name a long; what is read and written are 4 bytes.
+FS_IOC_GETFLAGS = 0x80086601
+FS_IOC_SETFLAGS = 0x40086602
+FS_IOC_FSGETXATTR = 0x801C581F
+FS_IOC_FSSETXATTR = 0x401C5820
+FSXATTR_SIZE = 28
+
 _CAPABILITY_VERSION_3 = 0x20080522  # <linux/capability.h>
 _CAPABILITY_HEADER = struct.Struct("=Ii")
 _CAPABILITIES = struct.Struct("=IIIIII")
@@ -482,6 +490,7 @@ CAP_FOWNER = 3
 CAP_FSETID = 4
 CAP_SETGID = 6
 CAP_SETUID = 7
+CAP_LINUX_IMMUTABLE = 9
 CAP_SYS_PTRACE = 19
 CAP_SYS_ADMIN = 21
 CAP_MKNOD = 27

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from llloop.front.context import Context
 from llloop.front.handlers.directories import DirectoryRequests
+from llloop.front.handlers.file_attributes import FileAttributeRequests
 from llloop.front.handlers.files import FileRequests
 from llloop.front.handlers.mutations import MutationRequests
 from llloop.front.handlers.names import NameRequests
@@ -34,6 +35,7 @@ def handler_table(context: Context, device: int) -> dict[Opcode, Handler]:
     directories = DirectoryRequests(context, device, recent)
     files = FileRequests(context, device)
     xattrs = XattrRequests(context, device)
+    file_attributes = FileAttributeRequests(context, device)
     return {
         Opcode.LOOKUP: names.lookup,
         Opcode.FORGET: names.forget,
@@ -72,4 +74,5 @@ def handler_table(context: Context, device: int) -> dict[Opcode, Handler]:
         Opcode.LSEEK: files.lseek,
         Opcode.COPY_FILE_RANGE: files.copy_file_range,
         Opcode.SYNCFS: files.syncfs,
+        Opcode.IOCTL: file_attributes.ioctl,
     }

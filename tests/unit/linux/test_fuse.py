@@ -116,6 +116,7 @@ LAYOUTS = [
     request("FLUSH_REQUEST", "fuse_flush_in", "unique in.fh"),
     request("READDIR_REQUEST", "fuse_read_in", "unique in.fh in.offset in.size"),
     request("FALLOCATE_REQUEST", "fuse_fallocate_in", "unique uid gid in.fh in.offset in.length in.mode"),
+    request("IOCTL_REQUEST", "fuse_ioctl_in", "unique nodeid uid gid pid in.fh in.cmd in.in_size in.out_size"),
     request("LSEEK_REQUEST", "fuse_lseek_in", "unique in.fh in.offset in.whence", since=24),
     request(
         "COPY_FILE_RANGE_REQUEST",
@@ -159,6 +160,7 @@ LAYOUTS = [
     reply("OPEN_REPLY", "fuse_open_out", "fh open_flags backing_id"),
     plain("OPEN_OUT", "fuse_open_out", "fh open_flags backing_id"),
     reply("WRITE_REPLY", "fuse_write_out", "size"),
+    plain("IOCTL_OUT", "fuse_ioctl_out", "result flags in_iovs out_iovs"),
     plain("GETXATTR_OUT", "fuse_getxattr_out", "size"),
     reply("LSEEK_REPLY", "fuse_lseek_out", "offset", since=24),
     plain(
