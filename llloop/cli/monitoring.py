@@ -54,7 +54,7 @@ def status(mountpoint: str | None, as_json: bool) -> None:
     wrong, if a process is stopped, or the source is gone, hangs or is frozen. Also shown are mounts whose server is
     gone. Ordinary users see their own in full, and that others exist.
     """
-    mounts = [discovery.survey_one(mountpoint)] if mountpoint else discovery.survey()
+    mounts = [discovery.status_of(mountpoint)] if mountpoint else discovery.all_statuses()
     if as_json:
         click.echo(json.dumps(mounts, indent=2))
     else:
@@ -140,7 +140,7 @@ def _counters(mountpoint: str | None) -> list[dict[str, Any]]:
     Raises:
         LlloopError: the mount at *mountpoint* is none, or does not answer.
     """
-    return discovery.measure() if mountpoint is None else [client.ask_mount(mountpoint, "stats")]
+    return discovery.all_stats() if mountpoint is None else [client.ask_mount(mountpoint, "stats")]
 
 
 def _figures(mountpoint: str | None, watch: float | None) -> Iterator[list[dict[str, Any]]]:
@@ -182,9 +182,9 @@ def _export(mountpoint: str | None, watch: float | None, textfile: Path | None) 
 
 def _exported(mountpoint: str | None) -> tuple[list[dict[str, Any]], LlloopError | None]:
     if mountpoint is None:
-        return discovery.measure(), None
+        return discovery.all_stats(), None
     try:
-        found = discovery.measure_one(mountpoint)
+        found = discovery.stats_of(mountpoint)
     except MountpointError as error:
         return [{"mountpoint": mounts.resolve_mountpoint(mountpoint), "state": "not mounted"}], error
     reason = found.get("reason")

@@ -29,7 +29,7 @@ class _Collector(Collector):
     """What several mounts answered to ``stats``, as metrics.
 
     Args:
-        mounts: what `llloop.control.discovery.measure` returns.
+        mounts: what `llloop.control.discovery.all_stats` returns.
     """
 
     def __init__(self, mounts: Sequence[dict[str, Any]]) -> None:
@@ -132,7 +132,7 @@ def _buckets(histogram: list[int]) -> list[tuple[str, float]]:
 
 
 def text(mounts: Sequence[dict[str, Any]]) -> str:
-    """Return what `llloop.control.discovery.measure` returns in Prometheus's text format."""
+    """Return what `llloop.control.discovery.all_stats` returns in Prometheus's text format."""
     registry = CollectorRegistry()
     registry.register(_Collector(mounts))
     return generate_latest(registry).decode()

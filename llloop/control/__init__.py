@@ -1,1 +1,1 @@
-"""The control socket's protocol, its client, and the search for mounts."""
+"""The control socket: its protocol, its client, and the discovery of mounts."""

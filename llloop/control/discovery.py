@@ -1,4 +1,4 @@
-"""Every llloop mount on the machine that this user can see, whether or not its server still answers."""
+"""Finds all llloop mounts that this user can see, with status and counters, also those whose server is dead."""
 
 from __future__ import annotations
 
@@ -15,58 +15,61 @@ from llloop.errors import LlloopError
 from llloop.linux import mounts
 from llloop.linux.mounts import MountEntry
 
-# How long a mount without a control socket may take to say whether it is alive, in seconds.
-_PATIENCE = 1.0
-# Process states (proc_pid_stat(5)) in which nothing is done: stopped by a signal, or by a tracer.
+# How long to wait for a mount's statfs(2), and for its server's check of the source, in seconds.
+_TIMEOUT = 1.0
+# Process states (proc_pid_stat(5)) of a process that was stopped by a signal or a tracer.
 STOPPED = frozenset("Tt")
-# A worker that has had one request for longer than this, in seconds, waits for the source, or something is wrong.
-_LONG = 10.0
-# So many mounts are asked at the same time.
-_AT_ONCE = 32
+# After so many seconds in one request, a worker counts as a problem: the source hangs, or the worker does.
+_BUSY_LIMIT = 10.0
+# How many mounts are asked at the same time.
+_MAX_CONCURRENT = 32
 _DEAD = frozenset({errno.ENOTCONN, errno.ECONNABORTED})
 
 _T = TypeVar("_T")
 
 
-def survey() -> list[dict[str, Any]]:
-    """Return what is known of each mount, as `llloop status --json` prints it.
+def all_statuses() -> list[dict[str, Any]]:
+    """Return the status of each mount, as `llloop status --json` prints it.
 
-    Each has ``mountpoint``, ``source`` and ``state``; those whose server answers have all that it tells. States are
-    "serving", "reloading", "stopping" and "not answering" (its own word), "degraded" (it serves, but not all of it:
-    ``problems`` says why), "dead" (the server is gone and the mount left behind), "unknown" (it lives, but does not
-    talk to this user: ``reason`` says why).
+    Each has ``mountpoint``, ``source`` and ``state``. If its server answers, it has all fields of the server's status.
+    The states:
+
+    * "serving", "reloading", "stopping" and "not answering", as the server says.
+    * "degraded": the server answers but has problems; ``problems`` lists them.
+    * "dead": the server is gone, but its mount remains.
+    * "unknown": the mount is alive, but the server does not answer this user; ``reason`` says why.
     """
     entries = _entries()
-    paths = _hidden(entries)
+    paths = _hidden_sockets(entries)
 
     def ask(path: str, deadline: float) -> dict[str, Any]:
-        return examined(lambda command: dict(client.ask(path, command, deadline=deadline)))
+        return with_problems(lambda command: dict(client.ask(path, command, deadline=deadline)))
 
-    # Those that do not answer are nobody's any more, or somebody's whose mount is not this user's to see.
-    hidden = [one for one in together(ask, paths) if not isinstance(one, LlloopError)]
-    return [*_asked(entries, examined), *({**one, "visible": False} for one in hidden)]
+    # A socket without an answer was left by a dead server, or belongs to a mount that this user may not see.
+    hidden = [one for one in ask_all(ask, paths) if not isinstance(one, LlloopError)]
+    return [*_ask_mounts(entries, with_problems), *({**one, "visible": False} for one in hidden)]
 
 
-def survey_one(mountpoint: str) -> dict[str, Any]:
-    """Return what `survey` says of the mount at *mountpoint*.
+def status_of(mountpoint: str) -> dict[str, Any]:
+    """Return the status of the mount at *mountpoint*, as `all_statuses` does.
 
     Raises:
-        MountpointError: no llloop mount is there.
+        MountpointError: there is no llloop mount.
     """
-    return _asked([_entry(mountpoint)], examined)[0]
+    return _ask_mounts([_entry(mountpoint)], with_problems)[0]
 
 
-def together(ask: Callable[[_T, float], dict[str, Any]], asked: Sequence[_T]) -> list[dict[str, Any] | LlloopError]:
-    """Ask several servers at the same time, all of which together may take no longer than one.
+def ask_all(ask: Callable[[_T, float], dict[str, Any]], servers: Sequence[_T]) -> list[dict[str, Any] | LlloopError]:
+    """Ask several servers at the same time, with one common deadline.
 
     Args:
-        ask: asks one, until a point in time (monotonic clock).
-        asked: whom.
+        ask: asks one server; takes an item of *servers* and the deadline (monotonic clock, seconds).
+        servers: the servers.
 
     Returns:
-        The answers, or the errors.
+        For each item of *servers*, the answer or the error.
     """
-    deadline = time.monotonic() + client.PATIENCE
+    deadline = time.monotonic() + client.TIMEOUT
 
     def one(whom: _T) -> dict[str, Any] | LlloopError:
         try:
@@ -74,18 +77,18 @@ def together(ask: Callable[[_T, float], dict[str, Any]], asked: Sequence[_T]) ->
         except LlloopError as error:
             return error
 
-    with ThreadPoolExecutor(max_workers=min(len(asked), _AT_ONCE) or 1) as pool:
-        return list(pool.map(one, asked))
+    with ThreadPoolExecutor(max_workers=min(len(servers), _MAX_CONCURRENT) or 1) as pool:
+        return list(pool.map(one, servers))
 
 
-def examined(ask: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
-    """Return a server's status, with what is wrong with it and its source as ``problems``.
+def with_problems(ask: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    """Return a server's status, with the problems of its processes and its source added as ``problems``.
 
     Args:
-        ask: asks the server for something.
+        ask: sends a command to the server and returns the result.
 
     Raises:
-        LlloopError: it does not answer.
+        LlloopError: the server does not answer.
     """
     status = ask("status")
     problems = process_problems(status["processes"])
@@ -97,59 +100,59 @@ def examined(ask: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
 
 
 def source_problem(ask: Callable[[str], dict[str, Any]]) -> str | None:
-    """Return what is wrong with a mount's source, a text for people, or None. Waits no longer than a second.
+    """Return a description of what is wrong with a mount's source, or None. Wait for `_TIMEOUT` seconds at most.
 
     Args:
-        ask: asks the server for something.
+        ask: sends a command to the server and returns the result.
     """
     pause = 0.01
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + _TIMEOUT
     while True:
-        told = ask("source")
-        if told["waiting"] is None:
-            return None if told["problem"] is None else str(told["problem"])
+        answer = ask("source")
+        if answer["waiting"] is None:
+            return None if answer["problem"] is None else str(answer["problem"])
         if time.monotonic() + pause > deadline:
-            return f"the source has not answered for {told['waiting']:.1f} s: it hangs, or is frozen (fsfreeze)"
+            return f"the source has not answered for {answer['waiting']:.1f} s: it hangs, or is frozen (fsfreeze)"
         time.sleep(pause)
         pause *= 1.5
 
 
-def measure() -> list[dict[str, Any]]:
-    """Return the counters of each mount that this user can see, as the server answers ``stats``.
+def all_stats() -> list[dict[str, Any]]:
+    """Return the counters of each mount that this user can see: the server's ``stats`` and a ``source_problem``.
 
-    Each has ``source_problem``, too. Of a server that does not answer there are ``mountpoint``, ``source``, ``state``
-    and ``reason`` only, as in `survey`.
+    If a server does not answer, its item only has ``mountpoint``, ``source``, ``state`` and ``reason``, as in
+    `all_statuses`.
     """
     entries = _entries()
-    found = _asked(entries, _measured)
-    paths = _hidden(entries)
+    found = _ask_mounts(entries, _stats_with_problem)
+    paths = _hidden_sockets(entries)
 
     def ask(path: str, deadline: float) -> dict[str, Any]:
-        return _measured(lambda command: dict(client.ask(path, command, deadline=deadline)))
+        return _stats_with_problem(lambda command: dict(client.ask(path, command, deadline=deadline)))
 
-    return [*found, *(one for one in together(ask, paths) if not isinstance(one, LlloopError))]
+    return [*found, *(one for one in ask_all(ask, paths) if not isinstance(one, LlloopError))]
 
 
-def measure_one(mountpoint: str) -> dict[str, Any]:
-    """Return what `measure` says of the mount at *mountpoint*.
+def stats_of(mountpoint: str) -> dict[str, Any]:
+    """Return the counters of the mount at *mountpoint*, as `all_stats` does.
 
     Raises:
-        MountpointError: no llloop mount is there.
+        MountpointError: there is no llloop mount.
     """
-    return _asked([_entry(mountpoint)], _measured)[0]
+    return _ask_mounts([_entry(mountpoint)], _stats_with_problem)[0]
 
 
-def _measured(ask: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+def _stats_with_problem(ask: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
     return {**ask("stats"), "source_problem": source_problem(ask)}
 
 
 def process_problems(processes: Sequence[dict[str, Any]]) -> list[str]:
-    """Return what is wrong with the processes that ``status`` tells of."""
+    """Return a description of each problem of the processes in a ``status`` answer."""
     found = []
     for one in processes:
         if one["state"] in STOPPED:
             found.append(f"{one['role']} (process {one['pid']}) is stopped (state {one['state']}) and does nothing")
-        elif (one["busy"] or 0.0) > _LONG:
+        elif (one["busy"] or 0.0) > _BUSY_LIMIT:
             found.append(f"{one['role']} (process {one['pid']}) has been at one request for {one['busy']:.0f} s")
     return found
 
@@ -162,49 +165,57 @@ def _entry(mountpoint: str) -> MountEntry:
     return mounts.find_llloop(mounts.resolve_mountpoint(mountpoint), mountpoint)
 
 
-def _hidden(entries: Sequence[MountEntry]) -> list[str]:
-    """Return the sockets of mounts that are not in *entries*: taken from the tree, or in another mount namespace."""
+def _hidden_sockets(entries: Sequence[MountEntry]) -> list[str]:
+    """Return the sockets of mounts that are not in *entries*: detached, or in another mount namespace."""
     devices = [entry.device for entry in entries]
-    return [path for path in protocol.sockets() if not any(protocol.belongs_to(path, one) for one in devices)]
+    return [path for path in protocol.sockets() if not any(protocol.has_device(path, one) for one in devices)]
 
 
-def _asked(
-    entries: Sequence[MountEntry], question: Callable[[Callable[[str], dict[str, Any]]], dict[str, Any]]
+def _ask_mounts(
+    entries: Sequence[MountEntry], query: Callable[[Callable[[str], dict[str, Any]]], dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Return the answers of mounts to *question*, or what can be said of those that do not answer."""
+    """Ask each mount's server, and return the answers.
+
+    Args:
+        entries: the mounts.
+        query: gets a function that sends a command to one server; returns the item for that mount.
+
+    Returns:
+        For each mount the answer, or ``state`` and ``reason`` if its server does not answer.
+    """
 
     def ask(entry: MountEntry, deadline: float) -> dict[str, Any]:
-        return question(lambda command: dict(client.ask_entry(entry, command, deadline=deadline)))
+        return query(lambda command: dict(client.ask_entry(entry, command, deadline=deadline)))
 
-    answered = together(ask, entries)
+    answered = ask_all(ask, entries)
     silent = [index for index, one in enumerate(answered) if isinstance(one, LlloopError)]
-    numbers = dict(zip(silent, _probe([entries[index] for index in silent]), strict=True))
+    numbers = dict(zip(silent, _statfs_all([entries[index] for index in silent]), strict=True))
     found = []
     for index, (entry, one) in enumerate(zip(entries, answered, strict=True)):
         if not isinstance(one, LlloopError):
             found.append({**one, "visible": True})
             continue
-        told: dict[str, Any] = {"mountpoint": entry.mountpoint, "source": entry.source, "visible": True}
+        answer: dict[str, Any] = {"mountpoint": entry.mountpoint, "source": entry.source, "visible": True}
         if numbers[index] in _DEAD:
-            found.append({**told, "state": "dead", "reason": "its server is gone"})
+            found.append({**answer, "state": "dead", "reason": "its server is gone"})
         else:
             state = "not answering" if numbers[index] is None else "unknown"
-            found.append({**told, "state": state, "reason": str(one)})
+            found.append({**answer, "state": state, "reason": str(one)})
     return found
 
 
-def _probe(entries: Sequence[MountEntry]) -> list[int | None]:
-    """Ask the kernel about mounts; return of each 0 or an errno, None if it does not answer in time.
+def _statfs_all(entries: Sequence[MountEntry]) -> list[int | None]:
+    """Call statfs(2) on each mount; return for each 0 or an errno, or None on timeout.
 
-    In children, for this can take for ever; as root with the identity of who mounted it, for the kernel talks
-    to nobody else without allow_other.
+    Child processes make the calls, because a call can hang. If this process is root, they take the ids of the user
+    who mounted it: without allow_other, the kernel refuses everybody else, including root.
     """
     found: list[int | None] = [None] * len(entries)
     waiting = list(enumerate(entries))[::-1]
     running: dict[int, int] = {}
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + _TIMEOUT
     while (waiting or running) and time.monotonic() < deadline:
-        while waiting and len(running) < _AT_ONCE:
+        while waiting and len(running) < _MAX_CONCURRENT:
             index, entry = waiting.pop()
             child = os.fork()
             if child == 0:
@@ -216,7 +227,7 @@ def _probe(entries: Sequence[MountEntry]) -> list[int | None]:
                 found[running.pop(child)] = os.waitstatus_to_exitcode(status)
         time.sleep(0.005)
     for child in running:
-        os.kill(child, signal.SIGKILL)  # not waited for: in the kernel it may hang on
+        os.kill(child, signal.SIGKILL)  # do not wait for it: it may hang in the kernel
     return found
 
 

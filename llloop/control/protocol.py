@@ -1,7 +1,7 @@
-"""Where a mount's control socket is, and how messages look on it: one place for both sides.
+"""The path of a mount's control socket, and the encoding of its messages; used by client and server.
 
-A message is a msgpack map after its length in four bytes, big end first. A request names a ``command`` and its
-arguments; a reply has either a ``result`` or an ``error``, a text for people.
+A message is its length in four bytes (big-endian), followed by a msgpack map. A request has a ``command`` and the
+command's arguments. A reply has either a ``result`` or an ``error``, which is an error message.
 """
 
 from __future__ import annotations
@@ -21,20 +21,23 @@ from llloop.linux.trusted_files import is_trusted_directory
 
 SUFFIX = ".sock"
 HEADER = struct.Struct("!I")
-# In bytes. A request is a name and a few words; a reply lists every operation of every worker.
+# In bytes. The largest reply lists every operation of every worker.
 MAX_REQUEST = 4096
 MAX_REPLY = 1 << 20
 
 _ROOT_DIRECTORY = "/run/llloop"
-_SHARED = "/tmp"
+_TMP = "/tmp"
 
 
 class BadMessage(Exception):
-    """What came is no message; the text says why."""
+    """The received data is not a valid message; the text says why."""
 
 
 def own_directories() -> list[str]:
-    """Return where sockets of this user may be, the best place first; some are not there, or not to be trusted."""
+    """Return the directories where this user's sockets may be, the preferred one first.
+
+    Some may not exist, or belong to another user.
+    """
     uid = os.geteuid()
     found = [_ROOT_DIRECTORY] if uid == 0 else []
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
@@ -45,24 +48,27 @@ def own_directories() -> list[str]:
 
 
 def _shared_directories(uid: int) -> list[str]:
-    """Return the places of users without a login session, for whom systemd makes no directory (su, cron).
+    """Return the directories in /tmp for a user without a login session (su, cron), who has no runtime directory.
 
-    Several users may be called the same, each in a user namespace of his own; whoever comes late has a longer name.
+    Users with the same id in different user namespaces share /tmp. The first gets the short name, others a longer one.
     """
-    first = os.path.join(_SHARED, f"llloop-{uid}")
-    return [first, *(str(path) for path in sorted(Path(_SHARED).glob(f"llloop-{uid}-*")))]
+    first = os.path.join(_TMP, f"llloop-{uid}")
+    return [first, *(str(path) for path in sorted(Path(_TMP).glob(f"llloop-{uid}-*")))]
 
 
 def all_directories() -> list[str]:
-    """Return the directories of sockets that this user trusts: its own and root's."""
+    """Return the existing socket directories that this user trusts: its own and root's."""
     found = own_directories()
     if os.geteuid() != 0:
         found.append(_ROOT_DIRECTORY)
     return [path for path in dict.fromkeys(found) if _owner(path) in (0, os.geteuid()) and is_trusted_directory(path)]
 
 
-def directories_of(uid: int) -> list[str]:
-    """Return where the sockets of another user may be, for root, who is to trust nothing there but who answers."""
+def directories_of_user(uid: int) -> list[str]:
+    """Return the existing socket directories of another user.
+
+    For root, which must not trust their content, but must check which user answers at a socket.
+    """
     return [path for path in (f"/run/user/{uid}/llloop", *_shared_directories(uid)) if _owner(path) == uid]
 
 
@@ -75,10 +81,10 @@ def _owner(directory: str) -> int | None:
 
 
 def make_directory() -> str:
-    """Return a directory for this user's sockets, made if need be.
+    """Return a directory for this user's sockets; create it if necessary.
 
     Raises:
-        OSError: there is no place where one can be made.
+        OSError: no directory can be created.
     """
     problem: OSError | None = None
     for path in own_directories():
@@ -95,7 +101,7 @@ def make_directory() -> str:
         if own and os.access(path, os.W_OK | os.X_OK):
             return path
     try:
-        return tempfile.mkdtemp(prefix=f"llloop-{os.geteuid()}-", dir=_SHARED)
+        return tempfile.mkdtemp(prefix=f"llloop-{os.geteuid()}-", dir=_TMP)
     except OSError as error:
         raise problem or error from None
 
@@ -105,8 +111,8 @@ def socket_name(mountpoint: str, device: tuple[int, int]) -> str:
 
     Args:
         mountpoint: an absolute path without symlinks.
-        device: major and minor number of the mount, by which it differs from another of that place that was
-            detached and is still in use.
+        device: the mount's major and minor number. They distinguish it from a mount that was detached from the same
+            path and is still in use.
     """
     digest = hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:16]
     return f"{digest}-{device[0]}-{device[1]}{SUFFIX}"
@@ -124,27 +130,27 @@ def sockets_in(directory: str) -> Iterator[str]:
         names = sorted(os.listdir(directory))
     except OSError:
         return
-    # Those that begin with a dot are being made: nobody answers there yet, and nobody is to take them for stale.
+    # A name with a leading dot is a socket that is being created: its server does not answer yet.
     shown = (name for name in names if name.endswith(SUFFIX) and not name.startswith("."))
     yield from (os.path.join(directory, name) for name in shown)
 
 
-def belongs_to(path: str, device: tuple[int, int]) -> bool:
-    """Whether the name of a socket says that it is of a mount with that device number, wherever that has been moved."""
+def has_device(path: str, device: tuple[int, int]) -> bool:
+    """Return whether a socket's name contains this device number, whatever mount point it was made for."""
     return path.endswith(f"-{device[0]}-{device[1]}{SUFFIX}")
 
 
 def encode(message: dict[str, Any]) -> bytes:
-    """Return *message* as it is sent. Names that are not UTF-8 travel as they are."""
+    """Return *message* encoded, with its length. Names that are not UTF-8 keep their bytes."""
     body: bytes = msgpack.packb(message, unicode_errors="surrogateescape")
     return HEADER.pack(len(body)) + body
 
 
 def decode(body: bytes | bytearray) -> dict[str, Any]:
-    """Return the message in *body*, which follows its length.
+    """Return the message in *body*, the data after the length.
 
     Raises:
-        BadMessage: it is none.
+        BadMessage: it is not a valid message.
     """
     try:
         message = msgpack.unpackb(body, unicode_errors="surrogateescape")

@@ -1,7 +1,13 @@
-"""What a server's answers must look like. A server of another version, or another user's, may answer anything.
+"""Validation of servers' answers. A server of another version or of another user may answer anything.
 
-A shape is a type, a tuple of shapes of which one must fit, a set of the values allowed, a list of one shape for every
-item, a `Map`, or a map of the names that must be there to their shapes.
+A *shape* describes a valid value. It is one of these:
+
+* a type
+* a tuple of shapes, of which one must match
+* a set of the allowed values
+* a list with one shape, which each item must match
+* a `Map`
+* a dict of the required keys and the shapes of their values
 """
 
 from __future__ import annotations
@@ -13,14 +19,14 @@ from typing import Any, NamedTuple
 from llloop.linux.fuse import Opcode
 from llloop.shared.metrics import OTHER, UNKNOWN
 
-# The longest text that is believed: some paths and mount options. The largest number: the counters have 64 bits.
-_LONGEST = 16 * 1024
-_LARGEST = 1 << 64
-_MOST = 1024  # items of a list or a map
+# The maximum length of a string, which suffices for paths and mount options, and the limit of numbers (64 bits).
+_MAX_STRING = 16 * 1024
+_NUMBER_LIMIT = 1 << 64
+_MAX_ITEMS = 1024  # items of a list or a map
 
 
 class Map(NamedTuple):
-    """The shape of every key and of every value of a map."""
+    """The shape of a dict whose keys all match one shape, and whose values all match another."""
 
     keys: Any
     values: Any
@@ -65,53 +71,53 @@ SOURCE: dict[Any, Any] = {"waiting": (float, type(None)), "problem": (str, type(
 SHAPES = {"status": STATUS, "stats": STATS, "source": SOURCE}
 
 
-class Unfit(Exception):
-    """An answer has another shape; the text says where."""
+class ShapeMismatch(Exception):
+    """An answer does not match its shape; the text says where."""
 
 
-def fitting(value: Any, shape: Any, place: str = "the answer") -> Any:
-    """Return the part of *value* that *shape* names.
+def validated(value: Any, shape: Any, place: str = "the answer") -> Any:
+    """Return *value* without the keys that *shape* does not contain.
 
     Args:
-        value: what was answered.
-        shape: see above.
-        place: what *value* is called in the message.
+        value: the answer or a part of it.
+        shape: see the module's docstring.
+        place: the name of *value* in the error message.
 
     Raises:
-        Unfit: *value* is of another shape.
+        ShapeMismatch: *value* does not match *shape*.
     """
     if isinstance(shape, Map):
-        if isinstance(value, dict) and len(value) <= _MOST:
+        if isinstance(value, dict) and len(value) <= _MAX_ITEMS:
             keys, values = shape
-            return {fitting(key, keys, place): fitting(one, values, place) for key, one in value.items()}
+            return {validated(key, keys, place): validated(one, values, place) for key, one in value.items()}
     elif isinstance(shape, tuple):
         for one in shape:
             try:
-                return fitting(value, one, place)
-            except Unfit:
+                return validated(value, one, place)
+            except ShapeMismatch:
                 pass
     elif isinstance(shape, set):
         if isinstance(value, str) and value in shape:
             return value
     elif isinstance(shape, list):
-        if isinstance(value, list) and len(value) <= _MOST:
-            return [fitting(one, shape[0], place) for one in value]
+        if isinstance(value, list) and len(value) <= _MAX_ITEMS:
+            return [validated(one, shape[0], place) for one in value]
     elif isinstance(shape, dict):
         if isinstance(value, dict):
             if missing := [str(key) for key in shape if key not in value]:
-                raise Unfit(f"{place} lacks {', '.join(missing)}")
-            return {key: fitting(value[key], one, key) for key, one in shape.items()}
-    elif _is(value, shape):
+                raise ShapeMismatch(f"{place} lacks {', '.join(missing)}")
+            return {key: validated(value[key], one, key) for key, one in shape.items()}
+    elif _has_type(value, shape):
         return value
-    raise Unfit(f"{place} is not as expected")
+    raise ShapeMismatch(f"{place} is not as expected")
 
 
-def _is(value: Any, kind: type) -> bool:
-    """Whether *value* is of a plain type; where a fraction may come a whole number may, too."""
+def _has_type(value: Any, kind: type) -> bool:
+    """Return whether *value* has the type *kind* and is within the limits; an int also counts as a float."""
     if kind is str:
-        return isinstance(value, str) and len(value) <= _LONGEST
+        return isinstance(value, str) and len(value) <= _MAX_STRING
     if isinstance(value, bool) or kind not in (int, float):
         return type(value) is kind
     if kind is float and isinstance(value, float):
-        return math.isfinite(value) and 0 <= value < _LARGEST
-    return isinstance(value, int) and 0 <= value < _LARGEST
+        return math.isfinite(value) and 0 <= value < _NUMBER_LIMIT
+    return isinstance(value, int) and 0 <= value < _NUMBER_LIMIT

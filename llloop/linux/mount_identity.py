@@ -17,7 +17,7 @@ from llloop.linux import mounts, syscalls
 
 # A statfs(2) of a monitoring program makes a mount busy for a moment. How long to try to unmount, and after how long
 # to check the mount's identity again, both in seconds.
-BUSY_PATIENCE = 0.5
+BUSY_TIMEOUT = 0.5
 _LOOK_AGAIN = 0.05
 
 
@@ -74,13 +74,13 @@ class MountIdentity:
 
         Args:
             lazy: detach the mount immediately even if it is busy; programs keep their open files. Otherwise try again
-                for `BUSY_PATIENCE` seconds while it is busy.
+                for `BUSY_TIMEOUT` seconds while it is busy.
 
         Raises:
             OSError: EBUSY if it is in use, or another error of umount2(2) (as root).
             LlloopError: an error message of fusermount (as an ordinary user).
         """
-        deadline = time.monotonic() + BUSY_PATIENCE
+        deadline = time.monotonic() + BUSY_TIMEOUT
         while (current_path := self.current_path()) is not None:
             try:
                 if lazy and os.geteuid() == 0:

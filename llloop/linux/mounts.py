@@ -19,7 +19,7 @@ TYPE = "fuse.llloop"
 # Read-ahead in KiB: the size of the largest READ request.
 _READ_AHEAD = 512
 # After how many seconds fusermount counts as hanging.
-_FUSERMOUNT_PATIENCE = 30
+_FUSERMOUNT_TIMEOUT = 30
 # Where to look for fusermount after PATH.
 _SYSTEM_PATH = ("/usr/local/bin", "/usr/bin", "/bin")
 # The errors of a FUSE mount without a server. Requests that were waiting when the server died get ECONNABORTED.
@@ -206,12 +206,12 @@ def unmount(mountpoint: str, *, lazy: bool) -> None:
             command,
             capture_output=True,
             text=True,
-            timeout=_FUSERMOUNT_PATIENCE,
+            timeout=_FUSERMOUNT_TIMEOUT,
             check=False,
             env={**os.environ, "LC_ALL": "C"},
         )
     except subprocess.TimeoutExpired:
-        raise LlloopError(f"fusermount did not end within {_FUSERMOUNT_PATIENCE} seconds") from None
+        raise LlloopError(f"fusermount did not end within {_FUSERMOUNT_TIMEOUT} seconds") from None
     if done.returncode != 0:
         message = done.stderr.strip() or f"fusermount ended with {done.returncode}"
         if "busy" in message:

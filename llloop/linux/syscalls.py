@@ -563,14 +563,14 @@ def may_access(fd: int, mode: int) -> bool:
     return True
 
 
-def is_readable(fd: int, patience: float = 0.0) -> bool:
-    """Wait up to *patience* seconds until *fd* is readable; return whether it is.
+def is_readable(fd: int, timeout: float = 0.0) -> bool:
+    """Wait up to *timeout* seconds until *fd* is readable; return whether it is.
 
     A pidfd is readable once its process has ended, even before its parent waits for it (pidfd_open(2)).
     """
     poll = select.poll()
     poll.register(fd, select.POLLIN)
-    return bool(poll.poll(patience * 1000))
+    return bool(poll.poll(timeout * 1000))
 
 
 def open_descriptors() -> set[int]:

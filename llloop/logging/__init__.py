@@ -1,1 +1,1 @@
-"""The log: its setup, its way from every process to one place, and stacks."""
+"""Logging: setup, transport of records between processes, escaping, stack dumps."""

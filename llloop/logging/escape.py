@@ -1,4 +1,4 @@
-"""Text that others chose (names of files, messages of other servers) made safe to print, log or send."""
+"""Escaping of untrusted text (file names, messages of other servers) before it is printed, logged or sent."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import Any
 
 
 def printable(text: object) -> str:
-    """Return *text* with every character that is not printable as its escape sequence of Python.
+    """Return *text* with each unprintable character replaced by its Python escape sequence.
 
-    That covers line breaks, which would begin a line of the log, a terminal's control sequences, marks that change
-    the direction of writing, and the bytes of names that are not UTF-8.
+    Unprintable are line breaks, which would forge a log line, control sequences of terminals, marks that change the
+    text direction, and bytes of names that are not UTF-8.
     """
     return "".join(
         one if one.isprintable() else one.encode("unicode_escape", "surrogatepass").decode("ascii") for one in str(text)
@@ -17,12 +17,12 @@ def printable(text: object) -> str:
 
 
 def printable_lines(text: str) -> str:
-    """Return *text* as `printable` does, but with its line breaks."""
+    """Return *text* as `printable` does, but keep line breaks."""
     return "\n".join(printable(line) for line in text.split("\n"))
 
 
 def printable_texts(value: Any) -> Any:
-    """Return *value* with every text in it as `printable` makes it, in lists and maps however deep, names included."""
+    """Return *value* with `printable` applied to every string in it, including keys and nested lists and dicts."""
     if isinstance(value, str):
         return printable(value)
     if isinstance(value, dict):

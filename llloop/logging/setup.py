@@ -1,9 +1,8 @@
-"""Logging of all processes of a mount, gathered by the supervisor through multiprocessing-logging.
+"""Logging of all processes of a mount. The supervisor collects the records through multiprocessing-logging.
 
-One line per event: time, level, the process's role, message. What others chose, such as names of files, is escaped,
-and the lines that follow the first of a record are indented, so that nothing in a message looks like a record. Where
-standard error is the journal (systemd sets JOURNAL_STREAM), the journal knows the time, and the level is told in its
-own way (sd-daemon(3)).
+Each record is one line: time, level, role of the process, message. Untrusted text such as file names is escaped, and
+continuation lines are indented, so that no part of a message looks like another record. If standard error is the
+systemd journal (systemd sets JOURNAL_STREAM), lines have no time, and begin with a priority (sd-daemon(3)).
 """
 
 from __future__ import annotations
@@ -29,24 +28,25 @@ from llloop.logging.transport import LogTransport
 
 LEVELS = ("debug", "info", "warning", "error")
 
-# Of an answer that the kernel no longer waits for, since the mount was ended while its request was in hand.
-_TOO_LATE = f"fuse_reply_* failed with {os.strerror(errno.ENOENT)}"
+# libfuse's message for a reply to a request that the kernel aborted because the mount was unmounted.
+_ABORTED_REPLY = f"fuse_reply_* failed with {os.strerror(errno.ENOENT)}"
 
 _FORMAT = "%(asctime)s %(levelname)s %(processName)s: %(message)s"
 _JOURNAL_FORMAT = "%(processName)s: %(message)s"
 
-# Of messages of one kind, that is from one place in the program and one process, so many pass in such a time (seconds).
-_MOST = 20
+# Messages of one kind come from one line of the program and one process. So many of them are logged in each window of
+# so many seconds.
+_MAX_MESSAGES = 20
 _WINDOW = 60.0
 
-# The lines in a traceback as it is printed.
-_TRACED = re.compile(r'^  File ".*", line (\d+), in ', re.MULTILINE)
+# The line numbers in a printed traceback.
+_TRACEBACK_LINE = re.compile(r'^  File ".*", line (\d+), in ', re.MULTILINE)
 
 _log = logging.getLogger(__name__)
 
 
 class _Threshold:
-    """The least severe level that is logged, in memory that all processes share, so that it can be changed in all."""
+    """The minimum level of records that are logged, in shared memory, so that a change applies to all processes."""
 
     def __init__(self, level: int) -> None:
         self._cell = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("Q")
@@ -56,32 +56,32 @@ class _Threshold:
         self._cell[0] = level
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return record.levelno >= self._cell[0] or getattr(record, "asked_for", False)
+        return record.levelno >= self._cell[0] or getattr(record, "on_demand", False)
 
 
 class _Kind:
-    """What is known of one kind of message."""
+    """The counters of one kind of message."""
 
     def __init__(self, now: float) -> None:
-        self.begun = now
+        self.window_start = now
         self.passed = 0
-        self.left_out = 0
+        self.suppressed = 0
         self.text = ""
         self.last = 0.0
 
 
 class Limiter:
-    """Keeps the log readable: of one kind of message only so many in a minute, and then how many there were.
+    """Logs at most `_MAX_MESSAGES` messages of one kind in a minute, and reports how many it left out.
 
-    A record with the attribute ``once`` (``extra={"once": NAME}``) passes only if it says something else than the
-    last of its kind and name, or if there has been none for a minute: for what fails again and again.
+    A record with the attribute ``once`` (``extra={"once": NAME}``) is for something that fails again and again. It is
+    logged only if its text differs from the last one of its kind and name, or if the last one is a minute old.
     """
 
     def __init__(self) -> None:
         self._kinds: dict[tuple[object, ...], _Kind] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether *record* is to be logged."""
+        """Return whether to log *record*."""
         now = time.monotonic()
         once = getattr(record, "once", None)
         key = (record.processName, record.name, record.pathname, record.lineno, once, _lines(record))
@@ -90,42 +90,45 @@ class Limiter:
             kind = self._kinds[key] = _Kind(now)
         if once is not None:
             text = record.getMessage() + (record.exc_text or "")
-            news = text != kind.text or now - kind.last > _WINDOW
+            is_new = text != kind.text or now - kind.last > _WINDOW
             kind.text, kind.last = text, now
-            return news
-        if now - kind.begun > _WINDOW:
-            left_out = kind.left_out
-            kind.begun, kind.passed, kind.left_out = now, 0, 0
-            if left_out:
-                _append(record, f" ({left_out} more like this were left out before)")
+            return is_new
+        if now - kind.window_start > _WINDOW:
+            suppressed = kind.suppressed
+            kind.window_start, kind.passed, kind.suppressed = now, 0, 0
+            if suppressed:
+                _append(record, f" ({suppressed} more like this were left out before)")
         kind.passed += 1
-        if kind.passed > _MOST:
-            kind.left_out += 1
+        if kind.passed > _MAX_MESSAGES:
+            kind.suppressed += 1
             return False
-        if kind.passed == _MOST:
+        if kind.passed == _MAX_MESSAGES:
             _append(record, f" (more like this are left out for up to {_WINDOW:g} seconds)")
         return True
 
 
 def _lines(record: logging.LogRecord) -> tuple[int, ...]:
-    """Return the lines that an exception came through, for all that is unexpected is logged in the same place."""
+    """Return the line numbers of the record's traceback.
+
+    One line of the program logs all unexpected exceptions, so their kinds differ by the traceback only.
+    """
     if record.exc_info and record.exc_info[2] is not None:
         return tuple(frame.lineno or 0 for frame in traceback.extract_tb(record.exc_info[2]))
-    return tuple(map(int, _TRACED.findall(record.exc_text or "")))
+    return tuple(map(int, _TRACEBACK_LINE.findall(record.exc_text or "")))
 
 
 def _append(record: logging.LogRecord, text: str) -> None:
     message = record.getMessage()
-    if not message.endswith(text):  # the process that it comes from may have said so
+    if not message.endswith(text):  # the sending process may have appended the same text
         record.msg, record.args = message + text, None
 
 
 class Lines(str):
-    """An argument of a log message that has several lines, and keeps its line breaks."""
+    """A log message argument whose line breaks are kept."""
 
 
-class _Escaping:
-    """Makes the arguments of messages safe to print, in the process that logs them."""
+class _EscapingFilter:
+    """Escapes the arguments of messages, in the process that logs them."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if isinstance(record.args, tuple):
@@ -140,7 +143,7 @@ def _escaped(argument: object) -> object:
 
 
 class _Formatter(logging.Formatter):
-    """Records as lines with a time as ISO 8601 has it, with the offset from UTC."""
+    """Formats records with an ISO 8601 time with its UTC offset."""
 
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
         return datetime.datetime.fromtimestamp(record.created).astimezone().isoformat(timespec="milliseconds")
@@ -149,8 +152,8 @@ class _Formatter(logging.Formatter):
         return printable_lines(super().format(record)).replace("\n", "\n  ")
 
 
-class _Journal(_Formatter):
-    """Lines as sd-daemon(3) wants them: each begins with its syslog priority."""
+class _JournalFormatter(_Formatter):
+    """Formats records for the systemd journal: each line begins with its syslog priority (sd-daemon(3))."""
 
     def format(self, record: logging.LogRecord) -> str:
         priority = 3 if record.levelno >= logging.ERROR else 4 if record.levelno >= logging.WARNING else 6
@@ -160,7 +163,7 @@ class _Journal(_Formatter):
 
 
 class _Destination(logging.StreamHandler):  # type: ignore[type-arg]
-    """Where all records end: the log file, or standard error."""
+    """Writes all records to the log file, or to standard error."""
 
     def __init__(self, file: Path | None) -> None:
         super().__init__(sys.stderr if file is None else self._opened(file))
@@ -170,22 +173,22 @@ class _Destination(logging.StreamHandler):  # type: ignore[type-arg]
 
     @staticmethod
     def _opened(file: Path):  # type: ignore[no-untyped-def]
-        # As root too, whatever other users may have put there; and it is not to hang where a named pipe is.
+        # Safe for root in a directory where other users can create files; never blocks on a named pipe.
         fd = trusted_files.open_file(str(file), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         return open(fd, "a", encoding="utf-8", errors="backslashreplace")
 
     def emit(self, record: logging.LogRecord) -> None:
-        # Records of other processes come here past the filters. Theirs have let pass what they may each, but a
-        # process that dies again and again begins afresh each time.
+        # Records of other processes bypass the filters here. The sender has filtered them, but a process that is
+        # restarted again and again has a new limiter each time.
         if record.process == os.getpid() or self._limiter.filter(record):
-            with self.lock or nullcontext():  # they come from the thread that gathers them
+            with self.lock or nullcontext():  # the collecting thread calls emit() directly
                 super().emit(record)
 
     def reopen(self) -> None:
-        """Open the file again by its name.
+        """Open the log file again by its name.
 
         Raises:
-            OSError: it cannot be opened; the one that is open stays in use.
+            OSError: it cannot be opened; the old file stays in use.
         """
         if self._file is not None:
             old = self.setStream(self._opened(self._file))
@@ -198,11 +201,11 @@ _destination: _Destination | None = None
 
 
 def configure(level: str, file: Path | None) -> None:
-    """Send records of *level* and above to *file*, or to standard error.
+    """Log records of *level* and above to *file*, or to standard error.
 
     Args:
         level: one of `LEVELS`.
-        file: appended to.
+        file: the log file, to which records are appended; None for standard error.
 
     Raises:
         OSError: the file cannot be opened.
@@ -210,28 +213,28 @@ def configure(level: str, file: Path | None) -> None:
     global _threshold, _destination
     _destination = _Destination(file)
     journal = file is None and _is_journal()
-    _destination.setFormatter(_Journal(_JOURNAL_FORMAT) if journal else _Formatter(_FORMAT))
-    _threshold = _Threshold(_number(level))
-    # First of the filters: what is not logged is not to be counted either.
-    _destination.filters[:0] = [_threshold, _Escaping()]
+    _destination.setFormatter(_JournalFormatter(_JOURNAL_FORMAT) if journal else _Formatter(_FORMAT))
+    _threshold = _Threshold(_level_number(level))
+    # The level comes first, so that the limiter does not count records below it.
+    _destination.filters[:0] = [_threshold, _EscapingFilter()]
     root = logging.getLogger()
     root.handlers[:] = [_destination]
-    # The threshold decides; no message is so frequent that making it for nothing would cost anything.
+    # The threshold filters by level. No message is frequent enough that creating a discarded record matters.
     root.setLevel(logging.DEBUG)
-    logging.getLogger("llfuse").addFilter(lambda record: not record.getMessage().endswith(_TOO_LATE))
+    logging.getLogger("llfuse").addFilter(lambda record: not record.getMessage().endswith(_ABORTED_REPLY))
 
 
 def check(file: Path) -> None:
-    """Check that *file* can be appended to, or made; change nothing.
+    """Check that *file* can be appended to or created; change nothing.
 
     Raises:
-        OSError: not so.
+        OSError: it cannot.
     """
     trusted_files.check_appendable(str(file))
 
 
 def _is_journal() -> bool:
-    """Whether standard error is connected to the journal (systemd.exec(5), JOURNAL_STREAM)."""
+    """Return whether standard error is connected to the systemd journal (systemd.exec(5), JOURNAL_STREAM)."""
     try:
         kind = os.fstat(sys.stderr.fileno())
     except (OSError, ValueError):
@@ -239,27 +242,27 @@ def _is_journal() -> bool:
     return os.environ.get("JOURNAL_STREAM") == f"{kind.st_dev}:{kind.st_ino}"
 
 
-def _number(level: str) -> int:
+def _level_number(level: str) -> int:
     return int(logging.getLevelName(level.upper()))
 
 
 def set_level(level: str) -> bool:
-    """Log records of *level* and above from now on, in all processes.
+    """Change the minimum level of records in all processes.
 
     Args:
         level: one of `LEVELS`.
 
     Returns:
-        False if logging was not set up by `configure`: it is then the program's own, and left alone.
+        False if `configure` was not called. Then the calling program has set up logging, and nothing changes.
     """
     if _threshold is None:
         return False
-    _threshold.set(_number(level))
+    _threshold.set(_level_number(level))
     return True
 
 
 def reopen() -> None:
-    """Open the log file again, which may have been renamed meanwhile."""
+    """Open the log file again by its name, after logrotate(8) has renamed it."""
     if _destination is not None:
         try:
             _destination.reopen()
@@ -268,9 +271,9 @@ def reopen() -> None:
 
 
 class _Multiprocessing:
-    """What multiprocessing-logging takes from `multiprocessing`: the start method that is used here, and a queue.
+    """Replaces the module `multiprocessing` in multiprocessing-logging, which uses its start method and its queue.
 
-    multiprocessing's own queue needs /dev/shm, and has locks that die with their holders.
+    The queue of `multiprocessing` needs /dev/shm, and a process that is killed while it holds a lock blocks all others.
     """
 
     @staticmethod
@@ -284,29 +287,30 @@ class _Multiprocessing:
 
 multiprocessing_logging.multiprocessing = _Multiprocessing
 
-_gatherer = 0  # the process that `gather` was called in
+_collector_pid = 0  # id of the process that called `start_collecting`
 
 
-def gather() -> None:
-    """Have the records of processes forked from now on written by this one.
+def start_collecting() -> None:
+    """Write the records of processes that are forked from now on in this process.
 
     Raises:
-        RuntimeError: the thread that does this cannot be started.
+        RuntimeError: the thread for this cannot be started.
     """
-    global _gatherer
-    _gatherer = os.getpid()
-    # One that could not be started would leave a half-made handler behind, which fails again when Python ends.
+    global _collector_pid
+    _collector_pid = os.getpid()
+    # Check that a thread can be started. Otherwise multiprocessing-logging leaves a half-initialised handler behind,
+    # which fails again when Python exits.
     threading.Thread(target=lambda: None).start()
     multiprocessing_logging.install_mp_handler()
 
 
-def release() -> None:
-    """Undo `gather`: write what has been sent and log directly again."""
+def stop_collecting() -> None:
+    """Undo `start_collecting`: write the records that other processes have sent, and log directly again."""
     handlers = logging.getLogger().handlers
     gathering = [one for one in handlers if isinstance(one, multiprocessing_logging.MultiProcessingHandler)]
     multiprocessing_logging.uninstall_mp_handler()
-    if _gatherer == os.getpid():  # no fork of it has the threads
+    if _collector_pid == os.getpid():  # a forked process does not have the threads
         for handler in gathering:
             handler.queue.end()
             handler._receive_thread.join()
-            handler.queue.forget()
+            handler.queue.close_writer()

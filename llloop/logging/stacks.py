@@ -1,8 +1,8 @@
-"""What each process is doing: its Python stacks, on demand (SIGUSR2).
+"""Python stack dumps of each process on demand (SIGUSR2).
 
-faulthandler writes from the signal handler itself, so a process that hangs in Python or in a system call that a
-signal can interrupt still answers. It writes to memory, from where the supervisor puts it into the log as
-one message: several processes at once would mix their lines, and the log file may have been opened anew meanwhile.
+faulthandler writes the dump in the signal handler. So a process also answers if it hangs in Python or in an
+interruptible system call. It writes to a memfd, and the supervisor logs the content as one message. If the processes
+wrote to the log directly, their lines would mix, and the log file may have been reopened meanwhile.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import fcntl
 import os
 import signal
 
-# How long the processes are given to write, in seconds.
-PATIENCE = 0.3
+# How long the supervisor waits for the dumps, in seconds.
+DUMP_TIME = 0.3
 
 
 class Stacks:
-    """The place for one process's stacks, made before it is forked.
+    """The memfd for one process's stack dumps. Create it before the process is forked.
 
     Args:
         name: the process's role.
@@ -25,19 +25,19 @@ class Stacks:
 
     def __init__(self, name: str) -> None:
         self._fd = os.memfd_create(f"{name}-stacks", os.MFD_CLOEXEC)
-        # Written after the end, wherever that is: it is emptied between two dumps.
+        # O_APPEND, because `take` truncates the memfd between two dumps.
         fcntl.fcntl(self._fd, fcntl.F_SETFL, fcntl.fcntl(self._fd, fcntl.F_GETFL) | os.O_APPEND)
 
     def answer_signals(self) -> None:
-        """Have SIGUSR2 dump the calling process's stacks here from now on."""
+        """Make SIGUSR2 dump the calling process's stacks into this memfd."""
         faulthandler.register(signal.SIGUSR2, file=self._fd, all_threads=True)
 
     def dump(self) -> None:
-        """Dump the calling process's stacks here."""
+        """Dump the calling process's stacks into this memfd."""
         faulthandler.dump_traceback(file=self._fd, all_threads=True)
 
     def take(self) -> str:
-        """Return what has been dumped since the last call."""
+        """Return the dumps since the last call, and remove them."""
         text = os.pread(self._fd, os.fstat(self._fd).st_size, 0)
         os.ftruncate(self._fd, 0)
         return text.decode(errors="replace").strip()

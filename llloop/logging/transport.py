@@ -1,7 +1,7 @@
-"""How log records get from the processes of a mount to the one that writes them.
+"""Sending log records from the processes of a mount to the process that writes them.
 
-multiprocessing's own queue has locks that all processes share, and whoever is killed while holding one silences
-the log of all. A socket that keeps messages apart needs none: a record is sent by one system call, whole or not at all.
+The queue of multiprocessing has locks that all processes share. A process that is killed while it holds one would
+stop the logging of all others. A SOCK_SEQPACKET socket needs no lock: one system call sends a whole record or nothing.
 """
 
 from __future__ import annotations
@@ -13,71 +13,71 @@ from typing import Any
 
 import msgpack
 
-_LARGEST = 64 * 1024  # bytes of a record; what is longer loses the end of its text
-# How long a process waits for the writer of the log before it goes on without, in seconds.
-_PATIENCE = 0.1
-# What of a record is needed where it is written, and can be told in a message.
-_TOLD = (
+_MAX_RECORD = 64 * 1024  # bytes of a record; a longer one is truncated
+# How long a process waits if the socket is full, in seconds. Then it drops the record.
+_SEND_TIMEOUT = 0.1
+# The attributes of a record that are sent.
+_SENT_ATTRIBUTES = (
     *("name", "msg", "levelno", "levelname", "pathname", "lineno", "exc_text", "created", "msecs"),
-    *("process", "processName", "once", "asked_for"),
+    *("process", "processName", "once", "on_demand"),
 )
 
 
 class LogTransport:
-    """Takes the place of the queue in multiprocessing-logging's handler, with as much of its interface as that uses."""
+    """Replaces the queue of multiprocessing-logging's handler; implements the methods that the handler uses."""
 
     def __init__(self) -> None:
         self._reader, self._writer = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._writer.settimeout(_PATIENCE)
+        self._writer.settimeout(_SEND_TIMEOUT)
         self._poll = select.poll()
         self._poll.register(self._reader, select.POLLIN)
 
     def put_nowait(self, record: logging.LogRecord) -> None:
-        """Send a record, its arguments already in its text.
+        """Send a record whose arguments are already formatted into its message.
 
         Raises:
-            OSError: nobody takes it.
+            OSError: the socket stayed full, or the reader has closed it.
         """
-        told = {key: value for key, value in record.__dict__.items() if key in _TOLD}
-        data = _pack(told)
-        if len(data) > _LARGEST:
-            told["exc_text"] = None
-            told["msg"] = str(told["msg"])[: _LARGEST // 8]
-            data = _pack(told)
+        attributes = {key: value for key, value in record.__dict__.items() if key in _SENT_ATTRIBUTES}
+        data = _pack(attributes)
+        if len(data) > _MAX_RECORD:
+            attributes["exc_text"] = None
+            attributes["msg"] = str(attributes["msg"])[: _MAX_RECORD // 8]
+            data = _pack(attributes)
         self._writer.send(data)
 
     def get(self, timeout: float) -> logging.LogRecord:
-        """Return the next record. It is waited for without waking up in between, whatever *timeout* says.
+        """Wait for the next record and return it. Ignore *timeout*, so that the thread does not wake up in between.
 
         Raises:
-            EOFError: there is none any more, since `end`.
+            EOFError: `end` was called, and all records have been returned.
         """
-        data = self._reader.recv(2 * _LARGEST)
+        data = self._reader.recv(2 * _MAX_RECORD)
         if not data:
             raise EOFError
-        told = msgpack.unpackb(data, unicode_errors="surrogateescape")
-        return logging.makeLogRecord(told)
+        attributes = msgpack.unpackb(data, unicode_errors="surrogateescape")
+        return logging.makeLogRecord(attributes)
 
     def qsize(self) -> int:
-        """Return 0 if nothing is there to get, else 1."""
+        """Return 1 if a record can be read, else 0."""
         return len(self._poll.poll(0))
 
     def end(self) -> None:
-        """Let nobody send any more; what was sent can still be got."""
+        """Shut down the sending end for all processes; records that were sent can still be read."""
         self._writer.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
-        """Let go of the reading end; who sends after that gets an error."""
+        """Close the reading end; later sends fail."""
         self._reader.close()
 
-    def forget(self) -> None:
-        """Let go of the sending end."""
+    def close_writer(self) -> None:
+        """Close this process's sending end."""
         self._writer.close()
 
     def join_thread(self) -> None:
-        """Do nothing: no thread has to finish sending."""
+        """Do nothing, because there is no sending thread."""
 
 
-def _pack(told: dict[str, Any]) -> bytes:
-    packed: bytes = msgpack.packb(told, default=str, unicode_errors="surrogateescape")
+def _pack(attributes: dict[str, Any]) -> bytes:
+    packed: bytes = msgpack.packb(attributes, default=str, unicode_errors="surrogateescape")
     return packed

@@ -1,1 +1,1 @@
-"""What the processes of a mount share: memory, pipes, messages, counters."""
+"""What the processes of a mount share: request slots, pipes, messages, counters."""

@@ -1,16 +1,16 @@
-"""One thread at a time serves; while a system call holds it up, another takes its place (leader and followers).
+"""The leader/followers pattern: one thread serves requests; another takes over when a system call blocks it.
 
-The *leader* takes requests and serves them. System calls that may take long (they wait for a disk, for a server, for
-a file system that is frozen, for the blocks of a large file to be freed) are made by `Leadership.call`. A *follower*
-looks at short intervals whether the leader is still in the same call. If so, the follower becomes the leader. The
-thread that was held up is *stalled*: when its call returns, it finishes its request while the leader waits for the
-next one, and becomes a follower.
+The *leader* takes requests and serves them. It makes system calls that may block through `Leadership.call`: calls
+that wait for a disk, a server, a frozen file system, or the freeing of a large file's blocks. A *follower* checks at
+short intervals whether the leader is still in the same call. If so, the follower becomes the leader, and the blocked
+thread is *stalled*. When its call returns, the stalled thread finishes its request while the new leader waits for the
+next one. Then it becomes a follower.
 
-All that threads share is used by the thread that has the lock, and by no other: the leader always has it, but in a
-call and while it waits for a request. So no other code needs to know of threads, with one exception: what was read
-before a call may be out of date after it.
+Only the thread that holds the lock uses shared state. The leader holds the lock except during such a call and while
+it waits for a request. So other code need not consider threads, with one exception: what it read before a call may be
+out of date after it.
 
-While nothing takes long this costs two operations on a list for each call, and no system call. Followers look only
+As long as no call blocks, this costs two list operations for each call, and no system call. Followers only check
 while calls are made, and sleep otherwise.
 """
 
@@ -24,13 +24,13 @@ from typing import Any, Protocol, TypeVar
 
 from llloop.linux import syscalls
 
-# How long a call may take until another thread takes over, in seconds: at least once, at most twice this.
+# The interval of the follower's checks in seconds. Another thread takes over after one to two intervals.
 TICK = 0.004
-# The same while threads are stalled: what comes next may be about to wait for the same, one after the other.
+# The interval while threads are stalled, because the next requests may well block on the same thing.
 _SHORT_TICK = 0.001
-# After so many looks without a call, followers sleep until there is one.
+# After so many checks without a call, the follower sleeps until the next call.
 _IDLE_TICKS = 5
-# How many threads there are at most. Of these, one always serves what needs no call.
+# The maximum number of threads. The last of them only serves requests that make no blocking call.
 MOST_THREADS = 32
 
 _CLONE_FS = 0x200  # <linux/sched.h>
@@ -42,24 +42,24 @@ _Result = TypeVar("_Result")
 
 
 class Postponed(Exception):
-    """A call was not made: it could hold up the last thread that still serves. Its request is to be served later."""
+    """A call was not made, because it could block the last thread. The request must be served later."""
 
 
 class InHand(Protocol):
-    """What belongs to the request at hand and lies where all threads share it."""
+    """The state of the current request in variables that all threads share."""
 
     def set_aside(self, thread: int) -> Any:
-        """Return what belongs to the request at hand, and make room for another, which thread number *thread* takes."""
+        """Return the current request's state, and clear it for the next request, which thread *thread* serves."""
 
     def exchange(self, other: Any) -> Any:
-        """Put *other*, which was set aside, in the place of what is in hand, and return that."""
+        """Replace the current request's state by *other*, which was set aside, and return the replaced state."""
 
     def finished(self) -> None:
-        """Note that the request in hand, which was set aside once, is finished."""
+        """Note that the current request, which was set aside once, is finished."""
 
 
 class _Alone:
-    """Nothing is shared, since there is one thread only."""
+    """Does nothing, because there is only one thread."""
 
     def set_aside(self, thread: int) -> None: ...
 
@@ -69,15 +69,15 @@ class _Alone:
 
 
 class Leadership:
-    """Decides which thread serves. Until `run`, there is one thread only.
+    """Decides which thread serves. Before `run`, there is only one thread.
 
     Attributes:
-        stalled: how many threads are in a call for long, or have been and finish their requests.
-        alone: whether no thread is left to take the leader's place.
+        stalled: the number of threads that were replaced and have not finished their requests.
+        alone: whether there is no follower left that could take over.
 
     Args:
-        in_hand: what belongs to one request.
-        most: how many threads there are at most.
+        in_hand: the state of the current request.
+        most: the maximum number of threads.
     """
 
     def __init__(self, in_hand: InHand | None = None, most: int = MOST_THREADS) -> None:
@@ -89,38 +89,38 @@ class Leadership:
         self._serve: Callable[[], bool] | None = None
         self._ended = False
         self._failure: BaseException | None = None
-        # Whose item it is that a thread takes out decides whether the leader goes on or is replaced. One list for each
-        # time that a thread leads.
+        # The leader appends an item before a call. Whoever pops it decides: if the leader does, it goes on; if the
+        # follower does, the leader is replaced. Each new leader gets a new list.
         self._in_call: list[None] = []
         self._calls = 0
         self._lock = threading.Lock()
-        self._lock.acquire()  # the leader's
-        # Of the followers, the one that has this lock looks; the others wait for it.
+        self._lock.acquire()  # held by the leader
+        # The follower that holds this lock checks on the leader; the others wait for the lock.
         self._watch = threading.Lock()
         self._threads = 1
         self._resting = False
         self._bell = threading.Lock()
         self._bell.acquire()
-        # The number of each thread, counted from 0.
+        # A number for each thread, counted from 0, by its Python identifier.
         self._numbers: dict[int, int] = {}
-        # By thread that was replaced and calls again: nothing but that it does.
+        # Threads that were replaced and are in a further call of the same request.
         self._finishing: set[int] = set()
-        # The kernel's number of each thread.
+        # The kernel's thread id of each thread.
         self._tids: dict[int, int] = {}
-        # By thread: what it had in hand when it was replaced.
+        # The request state of each thread that was replaced.
         self._aside: dict[int, Any] = {}
-        # What the leader has in hand while a thread that was replaced finishes.
+        # The request state of the leader while a stalled thread finishes its request.
         self._leaders: Any = None
 
     def run(self, serve: Callable[[], bool]) -> None:
-        """Serve until there is nothing more to be served.
+        """Call *serve* until it returns True.
 
         Args:
-            serve: serves requests until either there are no more, and it returns True, or `must_leave` says so, and it
-                returns False. Called by one thread at a time.
+            serve: serves requests. It returns True when there are no more, and False when `must_leave` returns True.
+                One thread at a time calls it.
 
         Raises:
-            BaseException: what *serve* has raised, in whichever thread.
+            BaseException: *serve* raised it, in any of the threads.
         """
         self._leader = threading.get_ident()
         self._numbers[self._leader] = 0
@@ -151,13 +151,13 @@ class Leadership:
                     self._lock.release()
                 return
 
-    # For who serves
+    # Called by the serving thread
 
     def call(self, function: Callable[..., _Result], /, *arguments: Any, **options: Any) -> _Result:
-        """Call *function*, which makes a system call that may take long, and return its result.
+        """Call *function*, which makes a system call that may block, and return its result.
 
         Raises:
-            Postponed: it was not called.
+            Postponed: it was not called, because no follower could take over.
         """
         if self.stalled:
             if threading.get_ident() != self._leader:
@@ -178,13 +178,16 @@ class Leadership:
                 self._return()
 
     def call_anyway(self, function: Callable[..., _Result], /, *arguments: Any, **options: Any) -> _Result:
-        """Call *function* as `call` does, also in the last thread: what changes nothing waits for nothing frozen."""
+        """Call *function* as `call` does, but also in the last thread.
+
+        For calls that change nothing: a frozen file system does not block them.
+        """
         if self.alone and self.leads:
             return function(*arguments, **options)
         return self.call(function, *arguments, **options)
 
     def _return(self) -> None:
-        """Go on with a request after a call, although another thread leads by now."""
+        """Continue with the request after a call during which another thread became the leader."""
         self._lock.acquire()
         self._leaders = self.in_hand.exchange(self._aside.pop(threading.get_ident()))
 
@@ -201,11 +204,11 @@ class Leadership:
             self._leaders = self.in_hand.exchange(mine)
 
     def may_close(self) -> bool:
-        """Whether no other thread can still be about to use a number of a descriptor that it has read.
+        """Return whether it is safe to close a descriptor: no stalled thread can be about to use its number.
 
-        A thread can be replaced before its system call has begun, if it gets no processor for long enough. A descriptor
-        that is closed then could be another file when the call begins. A thread that sleeps in its system call has
-        looked its descriptors up.
+        If a thread gets no processor for some time, it is replaced before its system call has begun. If its descriptor
+        were closed and reused then, the call would use another file. A thread that sleeps in its system call is safe:
+        the kernel has already looked up its descriptors.
         """
         return not self.stalled or all(map(self._sleeps_in_call, {*self._aside, *self._finishing}))
 
@@ -218,7 +221,10 @@ class Leadership:
         return call.isdigit() and call not in _FUTEX  # else "running", or -1 in a page fault
 
     def must_leave(self) -> bool:
-        """After each request while some are `stalled`: whether this thread was replaced while it served it."""
+        """Return whether this thread was replaced while it served its request, and must return from *serve*.
+
+        Call it after each request while `stalled` is not 0.
+        """
         if threading.get_ident() == self._leader:
             return False
         self.in_hand.finished()
@@ -231,11 +237,11 @@ class Leadership:
 
     @property
     def leads(self) -> bool:
-        """Whether the calling thread is the leader, and not one that finishes a request."""
+        """Whether the calling thread is the leader, as opposed to a stalled thread that finishes its request."""
         return not self.stalled or threading.get_ident() == self._leader
 
     def wait(self, function: Callable[..., _Result], /, *arguments: Any) -> _Result:
-        """Call *function*, which waits for the next request; meanwhile stalled threads may finish theirs."""
+        """Call *function*, which waits for the next request; let stalled threads finish their requests meanwhile."""
         if not self.stalled:
             return function(*arguments)
         self._lock.release()
@@ -264,17 +270,17 @@ class Leadership:
     def _be_follower(self, number: int) -> None:
         self._numbers[threading.get_ident()] = number
         self._tids[threading.get_ident()] = threading.get_native_id()
-        syscalls.unshare(_CLONE_FS)  # the umask is each thread's own
+        syscalls.unshare(_CLONE_FS)  # give each thread its own umask
         try:
             self._take_turns(False)
-        except BaseException as error:  # whoever else waits, waits for this thread
+        except BaseException as error:  # wake the other threads, so that `run` ends and raises it
             self._failure = error
             self._ended = True
             self._wake()
             self._lock.release()
 
     def _follow(self) -> None:
-        """Wait until the leader is in a call for too long, and be the leader then; or until all has ended."""
+        """Wait until the leader's call takes too long, and become the leader; or until `run` ends."""
         last, idle = -1, 0
         while not self._ended:
             time.sleep(_SHORT_TICK if self.stalled else TICK)
@@ -298,16 +304,16 @@ class Leadership:
 
     def _wake(self) -> None:
         self._resting = False
-        with suppress(RuntimeError):  # nobody waits, or it was rung already
+        with suppress(RuntimeError):  # no thread waits, or another thread has released it
             self._bell.release()
 
     def _replace(self, current: list[None]) -> bool:
-        """Be the leader, unless the call has just ended."""
+        """Become the leader. Return False if the leader's call has just ended."""
         try:
             current.pop()
         except IndexError:
             return False
-        # From here on this thread has the lock: what the old leader does next is to wait for it.
+        # From here on this thread owns the lock: the old leader finds its item gone and waits for the lock.
         old, self._leader = self._leader, threading.get_ident()
         self._in_call = []
         self.stalled += 1

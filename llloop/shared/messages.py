@@ -1,8 +1,8 @@
-"""The messages between the front and its workers, in one place for both sides.
+"""The messages between the front and its workers.
 
-A message is one msgpack array in one packet of a pipe (pipe(7), O_DIRECT), at most `MAX_MESSAGE`
-bytes long. Payloads never travel in a message: they lie in a slot of the arena, or go between
-file and kernel without passing through here at all.
+A message is a msgpack array in one packet of a pipe (pipe(7), O_DIRECT), at most `MAX_MESSAGE` bytes long. Messages
+contain no file data: the data of a WRITE is in a slot or in its pipe, and a worker sends the data of a READ directly
+to the kernel.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import msgpack
 
 from llloop.linux.syscalls import Attributes
 
-MAX_MESSAGE = 4096  # PIPE_BUF (pipe(7)): the longest packet that is written whole
+MAX_MESSAGE = 4096  # PIPE_BUF (pipe(7)): the longest packet that is written atomically
 
 
 class Operation(IntEnum):
-    """What a worker is asked to do."""
+    """What a request asks a worker to do."""
 
     READ = 1
     WRITE = 2
@@ -36,37 +36,41 @@ class Operation(IntEnum):
     GETATTR = 13
 
 
-# Flags of a request: what WRITE, FALLOCATE and COPY_FILE_RANGE have in common ...
-KILL_PRIVILEGES = 1 << 0  # drop set-user-ID, set-group-ID and file capabilities: the caller lacks CAP_FSETID
-APPEND = 1 << 1  # write at the end of the file, wherever that is
-# ... what tells fdatasync from fsync ...
+# Flags of a request.
+# WRITE, FALLOCATE, COPY_FILE_RANGE: clear set-user-ID, set-group-ID and file capabilities; the caller lacks CAP_FSETID.
+KILL_PRIVILEGES = 1 << 0
+# The same: write at the end of the file, wherever that is.
+APPEND = 1 << 1
+# FSYNC: fdatasync(2) instead of fsync(2).
 DATA_ONLY = 1 << 2
-# ... and what READ and WRITE of a file opened with O_DIRECT say when they are not direct: the kernel writes a mapping
-# back through any descriptor, and fcntl(F_SETFL) can take O_DIRECT off.
+# READ, WRITE: do not use O_DIRECT, although the file was opened with it. The kernel writes mapped pages back through
+# any open file, and fcntl(F_SETFL) can switch O_DIRECT off.
 BUFFERED = 1 << 3
-# A WRITE of cached data: nobody looks at how much of it was written, so all of it must be, or an error be told.
+# WRITE of pages of the kernel's cache: write everything or return an error, because the kernel ignores a short count.
 CACHED = 1 << 4
-# A WRITE whose payload is not in the slot but in its pipe: see `llloop.shared.pipes`.
+# WRITE: the data is in the slot's pipe instead of in the slot, see `llloop.shared.pipes`.
 PIPED = 1 << 5
-# What PROBE is to do beyond asking for attributes, which a cache may answer: ask the server.
+# PROBE: ask the server of a network file system, because a cache may answer a request for attributes.
 SERVER = 1 << 6
-# READ and WRITE of a file whose size says nothing: each is one system call, for another would get or be something else.
+# READ, WRITE of a file without a meaningful size (such as in proc(5)): make one system call only, because a second one
+# would read other data, or write a separate message.
 ONCE = 1 << 8
-# The kernel is to drop pages of the inode: after a WRITE those of its range, before an LSEEK all of them. Dirty pages
-# are written first.
+# Make the kernel drop cached pages of the inode, after it has written dirty ones: after a WRITE the pages of its range,
+# before an LSEEK all.
 INVALIDATE = 1 << 9
-# What a worker writes to the front when it has done a PROBE: the request's number.
+# The message that a worker writes to the front after a PROBE: the request's `unique`.
 PROBED = Struct("=Q")
 
 
 _ALL_BITS = (1 << 64) - 1
 
-# Handle numbers of one front: more than can be opened in a lifetime, so that no two fronts of a mount share any.
+# The number of file handles that one front can assign. No front opens so many, so no two fronts of a mount ever assign
+# the same handle.
 HANDLES_PER_FRONT = 1 << 40
 
 
 class Malformed(Exception):
-    """A message that is not one of ours; the text says why."""
+    """The data is not a valid message; the text says why."""
 
 
 class Request(NamedTuple):
@@ -74,23 +78,29 @@ class Request(NamedTuple):
 
     Attributes:
         operation: an `Operation`.
-        unique: the kernel's number of the request, under which it is answered.
-        slot: the slot lent with it.
-        handle: the number of the open file.
-        descriptor: the front's descriptor of that file, to pull.
-        offset: a position in the file in bytes.
+        unique: the request's `unique`, which its reply must contain.
+        slot: the slot that is lent with the request.
+        handle: the file handle.
+        descriptor: the front's descriptor of that file, which the worker duplicates (pidfd_getfd(2)).
+        offset: an offset in the file in bytes.
         length: a length in bytes.
         flags: the flags above.
-        uid, gid: the file system ids of who writes, for quotas and reserved blocks.
-        extra: COPY_FILE_RANGE: the source's handle, descriptor, offset, inode and identity; FALLOCATE: the mode; LSEEK:
-            the whence and the inode; WRITE: the inode, with INVALIDATE or where the kernel has not asked to clear
-            set-ID bits before; GETATTR: the inode and the reply; FLUSH: how
-            many writes had failed when the file was opened; INVALIDATED: the number of the request for which pages
-            were dropped; RELEASE: the handles to let go of; RESUME: the numbers of the requests that may still be the
-            worker's; PROBE: the places to look at, each a front's descriptor, or -1 for the source, and a path from
-            there.
+        uid, gid: the file system ids of the writing user, for quotas and reserved blocks.
+        extra: depends on the operation:
+
+            * COPY_FILE_RANGE: the source's handle, descriptor, offset, inode and identity.
+            * FALLOCATE: the mode.
+            * LSEEK: the whence and the inode.
+            * WRITE: the inode, if INVALIDATE is set, or if the kernel has not asked for set-ID bits to be cleared
+              before.
+            * GETATTR: the inode and the reply.
+            * FLUSH: how many writes had failed when the file was opened.
+            * INVALIDATED: the `unique` of the request for which the kernel dropped pages.
+            * RELEASE: the handles to close.
+            * RESUME: the `unique` of each request that the worker may still have.
+            * PROBE: the places to check, each a descriptor of the front, or -1 for the source, and a path from there.
         file: the identity of the file, see `identity_of`.
-        nodeid: its inode.
+        nodeid: the file's inode.
     """
 
     operation: int
@@ -109,7 +119,10 @@ class Request(NamedTuple):
 
 
 def identity_of(attributes: Attributes) -> int:
-    """Return 64 bits that tell a file from others, whatever descriptor it is seen through; 0 stands for any."""
+    """Return 64 bits that identify a file, so that a worker can check that a descriptor is of the file it expects.
+
+    A request with identity 0 means any file.
+    """
     return hash((attributes.ino, attributes.device, attributes.btime, attributes.btime_nsec)) & _ALL_BITS
 
 
@@ -118,10 +131,10 @@ encode = _packer.pack
 
 
 def decode(data: bytes) -> Request:
-    """Return the request that *data* holds.
+    """Return the request in *data*, without checking the types of its fields, because this is the hot path.
 
     Raises:
-        Malformed: *data* is not a request. That its fields are numbers is left to their use, for this is the hot path.
+        Malformed: *data* is not a request.
     """
     fields = _unpack(data)
     if type(fields) is not tuple or not 5 <= len(fields) <= 13:
@@ -130,10 +143,10 @@ def decode(data: bytes) -> Request:
 
 
 def decode_strictly(data: bytes) -> Request:
-    """Return the request that *data* holds, every field of which is what it should be.
+    """Return the request in *data* after checking the type of every field.
 
     Raises:
-        Malformed: *data* is not a request.
+        Malformed: *data* is not a request, or a field has the wrong type.
     """
     request = decode(data)
     *numbers, extra, file, nodeid = request
@@ -153,17 +166,17 @@ def decode_strictly(data: bytes) -> Request:
 
 
 def decode_wanted(data: bytes) -> tuple[int, int, int, int]:
-    """Return what a worker asks the invalidator for: the request's number, the inode's, offset and length in bytes."""
+    """Return a worker's order to the invalidator: `unique` of its request, inode, offset and length in bytes."""
     unique, nodeid, offset, length = _unpack(data)
     return unique, nodeid, offset, length
 
 
 class Answer(NamedTuple):
-    """A worker's answer to a front that waits for it (only where llfuse runs the loop).
+    """A worker's answer to a front that waits for it (only with the plain loop, `--loop llfuse`).
 
     Attributes:
-        unique: the number of the request.
-        result: a count or an offset, or a negative errno.
+        unique: the request's `unique`.
+        result: a count or an offset in bytes, or a negative errno.
     """
 
     unique: int
@@ -171,7 +184,7 @@ class Answer(NamedTuple):
 
 
 def decode_answer(data: bytes) -> Answer:
-    """Return the answer that *data* holds.
+    """Return the answer in *data*.
 
     Raises:
         Malformed: *data* is not an answer.

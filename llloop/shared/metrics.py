@@ -1,9 +1,9 @@
-"""What a mount has done and holds, counted in shared memory.
+"""The counters of a mount, in shared memory.
 
-Every process writes a sheet of its own and nobody else does, so nothing is locked, and counting costs a few
-stores. The memory is made before the first fork: it outlives the front and the workers, and whoever
-takes the place of a dead one goes on with its sheet. Anybody may read at any time; a sum read while it is being
-counted may be off by the requests of that moment.
+Each process has its own counters, which no other process writes. So no lock is needed, and counting costs a few
+stores. The supervisor creates the memory before the first fork. It survives the front and the workers, and the
+successor of a dead process continues its counters. Any process may read at any time; a sum may then miss the requests
+that are being counted.
 """
 
 from __future__ import annotations
@@ -16,23 +16,22 @@ from typing import NamedTuple
 
 from llloop.linux.fuse import Opcode
 
-# Cells of one operation: first the histogram, whose bucket b counts latencies of which the whole microseconds have b
-# binary digits: bucket 0 less than 1 us, bucket b from 2**(b-1) to less than 2**b us. No latency that fits 64 bits of
-# nanoseconds has more digits than there are buckets, so nobody has to check.
+# The cells of one operation. The first ones are the histogram: bucket 0 counts latencies below 1 us, bucket b those
+# from 2**(b-1) to below 2**b us. Every latency that fits into 64 bits of nanoseconds has a bucket.
 ROW = 64
 BUCKETS = 60
 ERRORS, BYTES, NANOSECONDS = range(BUCKETS + 1, ROW)
-# Requests with opcodes that are not FUSE's count as operation 0.
+# Requests with an unknown opcode count as operation 0.
 OPERATIONS = max(Opcode) + 1
 UNKNOWN = "UNKNOWN"
-# Errnos are counted each by itself up to the largest of <asm-generic/errno.h>; larger ones, which the kernel keeps to
-# itself but some file systems let out, as number 0.
+# Each errno of <asm-generic/errno.h> has its own counter. Larger ones, which are internal to the kernel but returned
+# by some file systems, count as number 0.
 ERRNOS = max(errno.errorcode) + 1
 OTHER = "OTHER"
 
-# Answers that say how things are, or that a program has asked for what cannot be. Every local file system gives them
-# in everyday use, so they are no reason for an alarm. ESTALE is among them: by it llloop tells the kernel that the
-# source has changed, and the kernel looks the name up again.
+# Errnos that describe a normal state, such as a missing file, or an invalid call of a program. Every local file system
+# returns them in everyday use, so they do not count as errors. ESTALE is among them: with it, llloop tells the kernel
+# that the source has changed, and the kernel looks up the name again.
 ORDINARY = frozenset(
     errno.errorcode[number]
     for number in (
@@ -45,16 +44,16 @@ ORDINARY = frozenset(
 
 
 def own_cell() -> memoryview:
-    """Return a cell that is no mount's, for what is used without one."""
+    """Return a cell that belongs to no mount, for objects that are used outside a mount."""
     return memoryview(bytearray(8)).cast("Q")
 
 
 class Gauge(IntEnum):
-    """The front's cells beside its sheet.
+    """The front's gauges and counters of opens.
 
-    INODES, HANDLES: how many there are now.
-    The others count opens of files since the mount began, by what becomes of the pages that the kernel has of the
-    file: KEPT, DROPPED, BYPASSED (none are kept, by --cache never), PASSED_THROUGH (the kernel does the I/O itself).
+    INODES and HANDLES are current numbers. The others count opens of files since the start of the mount, by what
+    happens to the file's cached pages in the kernel: KEPT, DROPPED, BYPASSED (`--cache never`: the kernel caches
+    nothing), PASSED_THROUGH (the kernel does the I/O itself).
     """
 
     INODES = 0
@@ -66,15 +65,15 @@ class Gauge(IntEnum):
 
 
 class Count(NamedTuple):
-    """What one process has done of one operation since the mount began.
+    """The counters of one operation in one process since the start of the mount.
 
     Attributes:
-        requests: how many it has finished.
-        errors: how many of these failed: were answered with an errno that is not among `ORDINARY`.
-        bytes: of file data read, written or copied.
-        nanoseconds: the sum of the latencies, from the moment the front took a request.
-        histogram: how many latencies fell into each bucket.
-        errnos: how many were answered with each errno, by its name.
+        requests: the number of finished requests.
+        errors: how many of them were answered with an errno that is not among `ORDINARY`.
+        bytes: the bytes of file data that were read, written or copied.
+        nanoseconds: the sum of the latencies, measured from the moment when the front took the request.
+        histogram: the number of latencies in each bucket.
+        errnos: the number of answers with each errno, by its name.
     """
 
     requests: int
@@ -85,7 +84,7 @@ class Count(NamedTuple):
     errnos: dict[str, int]
 
     def plus(self, other: Count) -> Count:
-        """Return both together."""
+        """Return the sum of both."""
         pairs = zip_longest(self.histogram, other.histogram, fillvalue=0)
         return Count(
             self.requests + other.requests,
@@ -98,13 +97,14 @@ class Count(NamedTuple):
 
 
 class Sheet:
-    """One process's counters: `CELLS`, for each opcode a row of `ROW` cells, then a cell for each errno.
+    """The counters of one process: for each opcode a row of `ROW` cells, then for each opcode a cell per errno.
 
     Args:
-        cells: the memory; some of its own if it is not given, for what nobody counts.
+        cells: the shared memory, `CELLS` long; default: memory that nobody reads.
 
     Attributes:
-        rows: the cells of each operation, by opcode.
+        rows: the row of each operation, by opcode.
+        errnos: the errno cells of each operation, by opcode.
     """
 
     CELLS = (ROW + ERRNOS) * OPERATIONS
@@ -117,7 +117,7 @@ class Sheet:
         self.errnos = [errnos[ERRNOS * opcode : ERRNOS * (opcode + 1)] for opcode in range(OPERATIONS)]
 
     def finished(self, opcode: int, nanoseconds: int) -> None:
-        """Count a request of *opcode* that took that long."""
+        """Count a finished request of *opcode* with its latency."""
         row = self.rows[opcode]
         row[NANOSECONDS] += nanoseconds
         row[(nanoseconds // 1000).bit_length()] += 1
@@ -132,13 +132,13 @@ class Sheet:
         self.rows[opcode][BYTES] += count
 
     def snapshot(self) -> dict[str, Count]:
-        """Return what has been counted, by the operation's name; operations that never came are left out."""
+        """Return the counters by the operation's name, without operations that were never requested."""
         found = {}
         for opcode, row in enumerate(self.rows):
             cells = row.tolist()
             if any(cells):
                 histogram = tuple(cells[:BUCKETS])
-                # Looked at only where there is something: memory that nobody touches takes no room.
+                # Read the errno cells only if there are errors: untouched memory occupies no pages.
                 errnos = self._errnos(opcode) if cells[ERRORS] else {}
                 errors = sum(count for name, count in errnos.items() if name not in ORDINARY)
                 found[name_of(opcode)] = Count(
@@ -154,15 +154,15 @@ class Metrics:
     """All counters of a mount.
 
     Args:
-        workers: how many workers there are.
-        slots: how many requests can be with them at a time.
+        workers: the number of workers.
+        slots: the number of slots.
 
     Attributes:
-        front: the front's sheet.
-        workers: the workers' sheets by shard.
-        gauges: see `Gauge`; the front's.
-        begun: when the request in each slot was taken (monotonic clock, nanoseconds); written by the front before it
-            lends the slot.
+        front: the front's counters.
+        workers: each worker's counters, by shard.
+        gauges: the front's cells, by `Gauge`.
+        begun: for each slot, when the front took its request (monotonic clock, nanoseconds). The front writes it before
+            it lends the slot.
     """
 
     def __init__(self, workers: int, slots: int) -> None:
@@ -175,7 +175,7 @@ class Metrics:
         self.begun = rest[ROW:]
 
     def gauge(self, which: Gauge) -> memoryview:
-        """Return a view of one cell, for who writes it."""
+        """Return a memoryview of one gauge, for writing."""
         return self.gauges[which : which + 1]
 
 

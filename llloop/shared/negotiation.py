@@ -1,9 +1,8 @@
-"""What llloop answers to the kernel's INIT: protocol version, features and sizes.
+"""The reply to the kernel's INIT request: protocol version, features and sizes.
 
-libfuse 2.9 would negotiate protocol 7.19 and lose what kernels learnt since 2012, so llloop
-writes the reply itself (design: the supervisor does, before any other request is read). A
-feature is asked for only if the kernel offered it. Source: ``<linux/fuse.h>``, struct
-fuse_init_in and fuse_init_out; ``fs/fuse/inode.c``, process_init_reply().
+libfuse 2.9 would negotiate protocol 7.19 of 2012, without the features of newer kernels. So the supervisor answers
+INIT itself, before any other request is read. It only requests features that the kernel offers. Source:
+``<linux/fuse.h>``, struct fuse_init_in and fuse_init_out; ``fs/fuse/inode.c``, process_init_reply().
 """
 
 from __future__ import annotations
@@ -14,22 +13,23 @@ from enum import IntFlag
 from llloop.linux import fuse
 
 PROTOCOL_MAJOR = 7
-PROTOCOL_MINOR = 45  # the newest whose structs wire.py knows
+PROTOCOL_MINOR = 45  # the newest version whose structs `llloop.linux.fuse` contains
 
-# Bytes in one request. A reply is spliced through a pipe of at most 1 MiB (an ordinary process
-# may not have more), in which the header takes a page and an unaligned range one more.
+# Bytes of data in one request. A worker splices a reply through a pipe, which an ordinary user can enlarge to 1 MiB at
+# most. The header and an unaligned range take a page each.
 MAX_WRITE = 512 * 1024
 MAX_PAGES = MAX_WRITE // fuse.PAGE_SIZE
 
-# Requests that may be under way without a process waiting for each (read-ahead, writeback, asynchronous I/O). Those
-# that wait for a worker that hangs count too, and when all do, nobody's are sent any more, for whatever worker.
+# The maximum number of background requests, for which no process waits (read-ahead, writeback, asynchronous I/O).
+# Requests to a worker that hangs count too. Once they reach the maximum, the kernel sends no background requests to
+# other workers either.
 MAX_BACKGROUND = 256
-# Where the kernel collects writes, most bring data along, which the front would copy if one worker had no slots left.
+# The same with a writeback cache. Most requests then bring data, which the front must copy if a worker has no slots.
 MAX_BACKGROUND_COLLECTED = 64
 
 
 class Feature(IntFlag):
-    """``FUSE_`` flags of INIT that llloop knows a use for; bits from 32 up travel in ``flags2``."""
+    """The ``FUSE_`` flags of INIT that llloop uses; bits from 32 up are in the field ``flags2``."""
 
     ASYNC_READ = 1 << 0
     ATOMIC_O_TRUNC = 1 << 3
@@ -74,22 +74,22 @@ _ALWAYS = (
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What kernel and llloop agreed on.
+    """The result of the negotiation.
 
     Attributes:
         minor: the protocol's minor version.
-        features: the features in force.
+        features: the features in use.
     """
 
     minor: int
     features: Feature
 
     def without(self, feature: Feature) -> Capabilities:
-        """Return these capabilities less one that was agreed to and will not be used."""
+        """Return a copy without a feature that was agreed on but will not be used."""
         return Capabilities(self.minor, self.features & ~feature)
 
     def describe(self) -> str:
-        """Return the features' names in lower case, for the line that serve prints."""
+        """Return protocol version and feature names in lower case, for the log."""
         return f"FUSE 7.{self.minor}, " + ", ".join(self.names())
 
     def names(self) -> list[str]:
@@ -98,7 +98,7 @@ class Capabilities:
 
 
 class UnsupportedProtocol(Exception):
-    """The kernel speaks another major version of the protocol, or one too old."""
+    """The kernel's version of the FUSE protocol is too old, or has another major number."""
 
 
 def negotiate(
@@ -113,18 +113,18 @@ def negotiate(
     """Answer an INIT request.
 
     Args:
-        request: the request as read from /dev/fuse, header included.
-        posix_acl: whether the source has POSIX ACLs; the kernel then enforces them.
-        writeback: whether the kernel may collect writes.
-        passthrough: whether the kernel may do the I/O of files by itself.
-        stack_depth: how many file systems may lie on top of each other, this one included, for that.
-        readdirplus: whether listings are to bring attributes along.
+        request: the request as read from /dev/fuse, including its header.
+        posix_acl: whether the source has POSIX ACLs, so that the kernel enforces them.
+        writeback: whether the kernel may cache writes.
+        passthrough: whether the kernel may do the I/O of files itself.
+        stack_depth: max_stack_depth for passthrough: how many stacked file systems are allowed, including this one.
+        readdirplus: whether READDIRPLUS returns attributes with directory entries.
 
     Returns:
-        The reply to write to /dev/fuse, and what it agreed to.
+        The reply to write to /dev/fuse, and the negotiated capabilities.
 
     Raises:
-        UnsupportedProtocol: llloop cannot talk to this kernel.
+        UnsupportedProtocol: llloop does not support the kernel's protocol version.
     """
     unique, major, minor, max_readahead, flags, flags2 = fuse.INIT_REQUEST.unpack_from(request.ljust(104, b"\0"))
     if major != PROTOCOL_MAJOR or minor < 23:

@@ -1,14 +1,14 @@
-"""Notifications: what the server tells the kernel unasked, written to /dev/fuse.
+"""FUSE notifications: messages from the server to the kernel that answer no request, written to /dev/fuse.
 
-The kernel caches names, attributes and pages. Whoever changes an inode in another way than the kernel expects of the
-request at hand tells the kernel before the request is answered: with the answer the caller goes on and may look.
+The kernel caches names, attributes and pages. If a request changes an inode in a way that the kernel does not expect,
+the server must notify the kernel before it answers the request. After the answer, the caller could see old values.
 
 What a notification waits for (fs/fuse/inode.c, fs/fuse/dir.c):
 
-* `expire_attributes` waits for nothing, as long as the kernel is not evicting the inode at that moment. It never does
-  while a request about this inode is unanswered.
-* `drop_pages` waits for pages that are being read or written back, whose requests this process may have to answer.
-* `expire_entry` waits for the directory's lock, which the kernel holds while a request changes that directory.
+* `expire_attributes` only waits if the kernel is evicting the inode. While a request for the inode is unanswered, the
+  kernel does not evict it.
+* `drop_pages` waits for pages that are being read or written back. This process may have to answer those requests.
+* `expire_entry` waits for the directory's lock. The kernel holds it while a request changes that directory.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ from contextlib import suppress
 
 from llloop.linux import fuse
 
-_ATTRIBUTES_ONLY = -1  # an offset
-_TO_THE_END = 0  # a length
+_ATTRIBUTES_ONLY = -1  # as offset
+_TO_THE_END = 0  # as length
 
 
 def expire_attributes(device: int, nodeid: int) -> None:
-    """Have the kernel ask again for the attributes and ACLs of an inode before it uses them.
+    """Make the kernel drop the cached attributes and ACLs of an inode.
 
     Args:
         device: a descriptor of /dev/fuse.
-        nodeid: the inode; nothing happens if the kernel does not know it.
+        nodeid: the inode; if the kernel does not know it, nothing happens.
     """
     _invalidate(device, nodeid, _ATTRIBUTES_ONLY, 0)
 
 
 def drop_pages(device: int, nodeid: int, offset: int = 0, length: int = _TO_THE_END) -> None:
-    """Have the kernel drop cached pages of an inode, after those that are dirty were written, and its attributes.
+    """Make the kernel write dirty pages of an inode, then drop its cached pages in a range and its attributes.
 
     Args:
         device: a descriptor of /dev/fuse.
-        nodeid: the inode; nothing happens if the kernel does not know it.
-        offset: the first byte of the range.
-        length: how many bytes it has, 0 for all to the end.
+        nodeid: the inode; if the kernel does not know it, nothing happens.
+        offset: the start of the range in bytes.
+        length: the length of the range in bytes, 0 for everything to the end.
     """
     _invalidate(device, nodeid, offset, length)
 
 
 def expire_entry(device: int, parent: int, name: bytes) -> None:
-    """Have the kernel look a name up again before it uses it.
+    """Make the kernel look up a name again before it uses it.
 
     Args:
         device: a descriptor of /dev/fuse.
-        parent: the directory; nothing happens if the kernel does not know it, or no such name in it.
+        parent: the directory; if the kernel does not know it or the name, nothing happens.
         name: the name.
     """
     size = fuse.INVAL_ENTRY.size + len(name) + 1
@@ -57,7 +57,7 @@ def expire_entry(device: int, parent: int, name: bytes) -> None:
 
 
 def resend(device: int) -> None:
-    """Have the kernel send again what it has sent and nobody has answered (Linux 6.9, HAS_RESEND)."""
+    """Make the kernel send every unanswered request again (Linux 6.9, FUSE_HAS_RESEND)."""
     os.write(device, fuse.OUT_HEADER.pack(fuse.OUT_HEADER_SIZE, fuse.FUSE_NOTIFY_RESEND, 0))
 
 

@@ -1,9 +1,9 @@
-"""The pipes that the data of large writes wait in, so that the front need not copy them.
+"""Pipes for the data of large writes, so that the front does not copy the data.
 
-The kernel moves a WRITE request into a pipe as references to its pages (splice(2) from /dev/fuse), and the
-worker moves them on from the pipe into the file: the bytes are copied once, there. A pipe belongs to a slot of the
-arena and is made before the first fork, so that it lives on when a worker dies. What the worker had moved until then
-is out of the pipe and in the file, and the kernel keeps the two equal, so the rest tells a successor where to go on.
+With splice(2) from /dev/fuse, the kernel moves references to a WRITE request's pages into a pipe. The worker splices
+them from the pipe into the file. The data is copied only once, into the file. Each pipe belongs to a slot. The
+supervisor creates it before the first fork, so it survives a worker. If a worker dies in the middle, exactly the bytes
+that are not yet in the file remain in the pipe. So its successor knows where to continue.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from struct import Struct
 
 from llloop.linux import fuse, syscalls
 
-# How many large writes can be on their way at once; beyond that they are copied into their slots.
+# The number of slots with a pipe. Further large writes are copied into their slots.
 _MOST = 16
-# An ordinary user has 64 MiB for all his pipes (pipe(7), pipe-user-pages-soft), and may serve more than one mount.
+# An ordinary user has 64 MiB for all pipes (pipe(7), pipe-user-pages-soft), and may serve more than one mount.
 _MOST_OF_A_USER = 4
-# How many payloads can wait in pipes of their own for a pipe of a slot; beyond that they are copied. So many of these
-# pipes are kept for the next ones.
+# The maximum number of spare pipes, in which payloads wait for the pipe of a slot. Further payloads are copied. So many
+# spare pipes stay open for reuse.
 _MOST_SPARE = 4096
 _KEPT_SPARE = 32
-# Where a process may open few files, most of them are for those of the mount.
+# The pipes may use this fraction of the descriptors (1/32). The rest is for files of the mount.
 _SHARE = 32
 _INT = Struct("=i")
 
 
 class PayloadPipes:
-    """A pipe for each of the first slots.
+    """The pipes of the first slots, and spare pipes.
 
     Args:
-        slots: how many slots there are.
+        slots: the number of slots.
         payload: the largest payload of a WRITE request in bytes.
     """
 
     def __init__(self, slots: int, payload: int) -> None:
-        # The headers take a page of their own.
+        # The headers occupy a page of their own.
         needed = payload + 2 * fuse.PAGE_SIZE
         self._request = fuse.WRITE_HEADER_SIZE + payload
         self._pipes: list[tuple[int, int]] = []
@@ -53,7 +53,7 @@ class PayloadPipes:
             reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
             try:
                 fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, needed)
-            except PermissionError:  # the user's share of pipe pages is used up (pipe(7))
+            except PermissionError:  # the user's limit of pipe pages is reached (pipe(7))
                 os.close(reader)
                 os.close(writer)
                 break
@@ -64,35 +64,35 @@ class PayloadPipes:
 
     @property
     def descriptors(self) -> list[int]:
-        """All ends of all pipes."""
+        """The descriptors of both ends of all pipes."""
         return [end for pipe in self._pipes for end in pipe]
 
     def receive(self, slot: int, device: int) -> int:
-        """Move the next request of *device* into the pipe of *slot* and return its length.
+        """Splice the next request from *device* into the pipe of *slot*; return its length in bytes.
 
         Raises:
-            OSError: as read(2) of the device.
+            OSError: as for read(2) on /dev/fuse.
         """
         return os.splice(device, self._pipes[slot][1], self._request)
 
     def take(self, slot: int, buffer: memoryview) -> int:
-        """Copy bytes out of the pipe of *slot* into *buffer* and return how many."""
+        """Read from the pipe of *slot* into *buffer*; return the number of bytes."""
         return os.readv(self._pipes[slot][0], [buffer])
 
     def left(self, slot: int) -> int:
-        """Return how many bytes the pipe of *slot* holds."""
+        """Return the number of bytes in the pipe of *slot*."""
         (count,) = _INT.unpack(fcntl.ioctl(self._pipes[slot][0], termios.FIONREAD, bytes(_INT.size)))
         return int(count)
 
     def move(self, slot: int, fd: int, length: int, offset: int) -> int:
-        """Move bytes from the pipe of *slot* to *offset* of the file *fd* and return how many (splice(2))."""
+        """Splice up to *length* bytes from the pipe of *slot* to *offset* of the file *fd*; return the number."""
         return os.splice(self._pipes[slot][0], fd, length, offset_dst=offset)
 
     def set_aside(self, slot: int, length: int) -> tuple[int, int] | None:
-        """Move a payload of *length* bytes out of the pipe of *slot* into another, and return that.
+        """Move a payload of *length* bytes from the pipe of *slot* into a spare pipe.
 
         Returns:
-            None if there can be no more pipes; then nothing was moved.
+            The spare pipe (read end, write end); None if there is none, and nothing was moved.
         """
         spare = self._spare.pop() if self._spare else self._make_spare()
         if spare is not None:
@@ -101,7 +101,7 @@ class PayloadPipes:
         return spare
 
     def bring_back(self, slot: int, spare: tuple[int, int], length: int) -> None:
-        """Move a payload that was set aside into the pipe of *slot*; *spare* is for others then."""
+        """Move a payload of *length* bytes that was set aside into the pipe of *slot*, and free its *spare* pipe."""
         _move_all(spare[0], self._pipes[slot][1], length)
         self._lent -= 1
         if len(self._spare) < _KEPT_SPARE:
@@ -127,6 +127,6 @@ class PayloadPipes:
 
 
 def _move_all(source: int, target: int, length: int) -> None:
-    """Move bytes from one pipe to another that has room for them (splice(2)): its pages, not their content."""
+    """Move *length* bytes from one pipe to another one with enough room, without copying them (splice(2))."""
     while length:
         length -= os.splice(source, target, length)

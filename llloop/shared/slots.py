@@ -1,34 +1,34 @@
-"""The shared memory between supervisor, front and workers: slots for requests, and who the front is.
+"""The request slots in memory that supervisor, front and workers share, and the identity of the front.
 
-A *slot* is where one request lies from the moment the front reads it off /dev/fuse: its header
-and payload, so that a WRITE reaches its worker without being copied. Lending a slot to a worker
-also keeps the message that was sent about it, so that a request lives on when its worker dies.
+The front reads each request from /dev/fuse into a *slot*: header and payload. So a worker can write the data of a WRITE
+from the slot, without a copy. A slot also contains the message to the worker, so a request survives its worker.
 
-Each process may die at any moment. That a request is done once, and never after newer ones, rests on these rules:
+Each process may die at any moment. These rules ensure that a request is done once, and never after newer ones:
 
-* A slot goes through these states, each entered by one store: *lent* to a shard by the front; *begun* and *done* by
-  the worker (`stages`, `results`; done is noted before the answer is sent); *given back* by the worker.
-* From lent to given back, only the worker of that shard does the request, even if the kernel sends it again. A worker's
-  successor is started when the dead one has ended, so there is never more than one.
-* The worker gives a slot back when the kernel has taken the answer, and not before. Whatever is still in a pipe about
-  it then is recognised by the request's number, which the kernel does not use twice, and dropped.
-* When a front has died, the kernel sends again what has no answer, under a number with one more bit, and takes
-  no answer under the old number any more. The next front looks for a slot in which that request is lent. If there is
-  one, it *claims* it: it notes the new number (`numbers`), then that it has done so (`claims`), and reminds the worker,
-  which answers under the new number. The request is not served anew.
-* An answer that the kernel does not take was either given before (by a worker that died before it gave the slot back),
-  or the request is being sent again. `settled` tells: as soon as the present front has noted that all that is sent
-  again has come, a slot that it has not claimed was answered before.
+* A slot has these states, and one store enters each state. The front *lends* it to a shard. The worker *begins* the
+  request, and then notes it as *done* before it sends the answer (`stages`, `results`). Then the worker *gives back*
+  the slot.
+* While a slot is lent, only the worker of that shard does the request, even if the kernel sends it again. The successor
+  of a worker starts after the dead worker has ended, so there is never more than one.
+* The worker gives back a slot only after the kernel has accepted the answer. A message about that request that is still
+  in a pipe is then ignored. The worker recognises it by the request's `unique`, which the kernel never reuses.
+* After the death of a front, the kernel sends unanswered requests again, with another bit set in `unique`. It accepts
+  no answer to the old `unique` any more. The next front searches for the slot in which that request is lent. If there
+  is one, the front *claims* it: it notes the new `unique` (`numbers`), then notes the claim (`claims`), and sends the
+  worker a reminder. The worker answers with the new `unique`. The front does not serve the request itself.
+* If the kernel refuses an answer, there are two possible reasons: a worker that died has answered it before but has not
+  given back the slot, or the kernel sends the request again. `settled` tells them apart: once the current front has
+  received all requests that were sent again, a slot that it has not claimed was answered before.
 
-The memory is one anonymous shared ``mmap``, made before the first fork. No mutex guards it:
-each byte has one writer at a time. The front marks a slot as lent (last, when all else is in
-place), the borrower marks it as free (last, when the answer is written).
+The memory is one anonymous shared ``mmap``. The supervisor creates it before the first fork. No lock is needed, because
+each byte has one writer at a time. The front marks a slot as lent after it has written everything else. The worker
+marks it as free after it has written the answer.
 
-The kernel copies requests only into pages that are in the front's page table already. A process that is killed while
-it reads a request gets no new pages any more, and the kernel then answers that request with EIO by itself
-(fs/fuse/dev.c, fuse_dev_do_read()) instead of keeping it for the next front. So each front first touches one page of
-payload in each slot, and the *landing area*, which takes what is longer. From there it is copied into its slot once;
-that much of the slot is touched then, and the next request is received in it directly.
+The kernel must find the pages for a request in the front's page table. While a process that was killed reads a request,
+the kernel gives it no new pages. It then answers the request with EIO (fs/fuse/dev.c, fuse_dev_do_read()) instead of
+keeping it for the next front. So each front first touches one page of payload in each slot, and the *landing area*,
+which receives the rest of longer payloads. The front copies that rest into the slot once. These pages of the slot are
+touched from then on, and the slot receives the next request directly.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ from llloop.linux.pidfds import start_time
 from llloop.shared.metrics import Metrics
 from llloop.shared.pipes import PayloadPipes
 
-# Shard numbers must fit the state byte, in which 0 means free and the highest number that the front has it.
+# A shard's number plus 1 must fit into the state byte, in which 0 means free and `_HELD` held by the front.
 MAX_SHARDS = 253
 _HELD = 255
 
-# Every request handed to a worker holds a slot until it is answered, so this bounds how many
-# can be under way; beyond it requests are parked in the front. Memory is used only when touched.
+# A request to a worker occupies a slot until it is answered, so this limits their number. The front parks further
+# requests. Untouched memory of a slot occupies no pages.
 DEFAULT_SLOTS = 256
 
 _LENGTH = Struct("=H")
@@ -59,24 +59,25 @@ _FREE = b"\0"
 
 
 class Slots:
-    """The shared memory.
+    """The slots in shared memory.
 
     Args:
-        count: how many requests can be lent at a time.
+        count: the number of slots.
         payload: the largest WRITE payload in bytes (INIT's max_write).
-        shards: how many workers there are.
+        shards: the number of workers.
     """
 
     def __init__(self, count: int, payload: int, shards: int) -> None:
         self.count = count
         self.payload_size = payload
         pages = fuse.PAGE_SIZE
-        # states, stages: a byte per slot; results, written, numbers, claims, touched: eight
+        # Bytes per slot: states and stages 1; results, written, numbers, claims and touched 8.
         results = (2 * count + 7) & ~7
         written, numbers, claims, touched, front = (results + 8 * count * place for place in range(1, 6))
         self._landing = (front + 32 + pages - 1) // pages * pages
         first = self._landing + payload
-        # The payload is page-aligned, which O_DIRECT needs; the record lies in the page before it, ahead of the header.
+        # The payload is page-aligned, as O_DIRECT requires. The page before it contains the message and, at its end,
+        # the request's header.
         self._stride = pages + payload
         self._records = first
         self._requests = first + pages - fuse.WRITE_HEADER_SIZE
@@ -87,10 +88,10 @@ class Slots:
         self.stages = self.view[count : 2 * count]
         self.results = self.view[results:written].cast("q")
         self.written = self.view[written:numbers].cast("q")
-        # Under which number the kernel waits for the answer, and which front has noted that last, as a `generation`.
+        # The `unique` with which the kernel expects the answer, and the `generation` of the front that noted it last.
         self.numbers = self.view[numbers:claims].cast("Q")
         self.claims = self.view[claims:touched].cast("Q")
-        # How many bytes of each slot's payload the front receives in place; what lies behind them lands elsewhere.
+        # How many bytes of payload the front receives directly in the slot; the rest goes to the landing area.
         self.touched = self.view[touched:front].cast("Q")
         self.metrics = Metrics(shards, count)
         self._front = self.view[front : front + 32].cast("q")
@@ -99,12 +100,12 @@ class Slots:
         self.pipes: PayloadPipes | None = None
 
     def open_pipes(self) -> PayloadPipes:
-        """Give slots pipes for large payloads, before the first fork."""
+        """Create the pipes for large payloads, before the first fork, and return them."""
         self.pipes = PayloadPipes(self.count, self.payload_size)
         return self.pipes
 
     def discard(self, slot: int) -> None:
-        """Throw away what the pipe of *slot* still holds."""
+        """Discard the content of the pipe of *slot*."""
         if self.pipes is None or slot >= len(self.pipes):
             return
         while left := self.pipes.left(slot):
@@ -112,34 +113,34 @@ class Slots:
 
     @property
     def front_pid(self) -> int:
-        """The process id of the front, from which workers pull descriptors; 0 while there is none."""
+        """The process id of the front, whose descriptors workers duplicate; 0 while there is no front."""
         return self._front[0]
 
     @property
     def generation(self) -> int:
-        """How many fronts have taken over; each has to be asked afresh for descriptors."""
+        """The number of the current front, counted from 1. A worker must fetch descriptors again from a new front."""
         return self._front[1]
 
     @property
     def settled(self) -> bool:
-        """Whether all that the kernel sends again has come to the present front."""
+        """Whether the current front has received all requests that the kernel sends again."""
         return self._front[3] == self._front[1]
 
     def settle(self) -> None:
-        """Note that all that the kernel sends again has come."""
+        """Note that the current front has received all requests that the kernel sends again."""
         self._front[3] = self._front[1]
 
     @property
     def front_started(self) -> int:
-        """When the front was started, as `pidfds.start_time` says it."""
+        """The front's `pidfds.start_time`."""
         return self._front[2]
 
     def no_front(self) -> None:
-        """Note that the front is gone."""
+        """Note that there is no front."""
         self._front[0] = 0
 
     def new_front(self, pid: int) -> None:
-        """Note that process *pid* is the front from now on."""
+        """Note that process *pid* is the new front, and free the slots that the previous front held."""
         self._front[2] = start_time(pid)
         self._front[0] = pid
         self._front[1] += 1
@@ -148,9 +149,9 @@ class Slots:
                 self.states[slot] = 0
 
     def lock(self) -> None:
-        """Keep in memory what this process touches of it, as much as it may lock (mlock2(2), RLIMIT_MEMLOCK).
+        """Lock pages of the slots in memory when they are touched, as far as RLIMIT_MEMLOCK allows (mlock2(2)).
 
-        What is swapped out is not in the page table any more.
+        The kernel removes pages that it swaps out from the page table.
         """
         allowed, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
         size = len(self.memory)
@@ -162,7 +163,10 @@ class Slots:
             return
 
     def touch(self) -> None:
-        """Enter all that requests are received in into this process's page table (madvise(2), Linux 5.14)."""
+        """Touch all pages that receive requests, so that this process's page table has them (madvise(2), Linux 5.14).
+
+        These are the landing area, and two pages of each slot: header and message, and the first page of payload.
+        """
         page = fuse.PAGE_SIZE
         with suppress(OSError):
             self.memory.madvise(_MADV_POPULATE_WRITE, self._landing, self.payload_size)
@@ -171,23 +175,26 @@ class Slots:
         self._receive_by_landing()
 
     def _receive_by_landing(self) -> None:
-        """Have all but the first page of each payload received in the landing area."""
+        """Make the landing area receive all but the first page of each payload."""
         page = fuse.PAGE_SIZE
         self.receive_buffers[:] = [self._buffers(slot, page) for slot in range(self.count)]
         for slot in range(self.count):
             self.touched[slot] = page
 
     def _buffers(self, slot: int, touched: int) -> list[memoryview]:
-        """Return where a request is received for *slot*, of whose payload that many bytes are touched."""
+        """Return the buffers that receive a request for *slot*, of whose payload *touched* bytes are touched."""
         start = self.request_offset(slot)
         in_place = self.view[start : start + fuse.WRITE_HEADER_SIZE + touched]
         return [in_place, self.view[self._landing : self._landing + self.payload_size - touched]]
 
     def complete(self, slot: int, length: int) -> None:
-        """Bring a request together in its *slot* that has just been received and is *length* bytes long.
+        """Copy the rest of a request from the landing area into its *slot*, after it was received.
 
-        A front that dies before the end of this leaves the rest in the landing area, from which the next one, before
-        it receives anything, can do this again.
+        If the front dies before the end, the next front can repeat this, as long as it has not received a request.
+
+        Args:
+            slot: the slot.
+            length: the request's length in bytes.
         """
         size = length - fuse.WRITE_HEADER_SIZE
         touched = self.touched[slot]
@@ -199,21 +206,21 @@ class Slots:
             self.touched[slot] = touched
 
     def buffer(self, slot: int) -> memoryview:
-        """Return where a request and its payload lie in *slot*."""
+        """Return the memory of the request in *slot*, header and payload."""
         start = self.request_offset(slot)
         return self.view[start : start + fuse.WRITE_HEADER_SIZE + self.payload_size]
 
     def request_offset(self, slot: int) -> int:
-        """Return where in `memory` the request header of *slot* begins."""
+        """Return the offset of the request header of *slot* in `memory`."""
         return self._requests + slot * self._stride
 
     def payload(self, slot: int, size: int) -> memoryview:
-        """Return *size* bytes of the payload of *slot*; they begin on a page."""
+        """Return the first *size* bytes of the page-aligned payload of *slot*."""
         start = self._records + fuse.PAGE_SIZE + slot * self._stride
         return self.view[start : start + size]
 
     def free_slot(self) -> int:
-        """Return the lowest free slot, which is the one most likely still in a cache, or -1."""
+        """Return the lowest free slot, which is the most likely one to be in the processor's cache, or -1."""
         return self.memory.find(_FREE, 0, self.count)
 
     def lend(self, slot: int, shard: int, message: bytes, unique: int = 0) -> None:
@@ -221,9 +228,9 @@ class Slots:
 
         Args:
             slot: the slot.
-            shard: the worker's.
-            message: tells it what to do.
-            unique: the number under which the kernel waits for the answer.
+            shard: the worker's shard.
+            message: the encoded request to the worker.
+            unique: the `unique` with which the kernel expects the answer.
         """
         start = self._records + slot * self._stride
         memory = self.memory
@@ -234,7 +241,7 @@ class Slots:
         self.states[slot] = shard + 1
 
     def claim(self, slot: int, unique: int) -> None:
-        """Note that the kernel has sent the request in *slot* again, and waits for the answer under this number."""
+        """Note that the kernel has sent the request in *slot* again, with this new `unique`."""
         self.numbers[slot] = unique
         self.claims[slot] = self.generation
 
@@ -243,18 +250,18 @@ class Slots:
         self.states[slot] = 0
 
     def hold(self, slot: int) -> None:
-        """Note that *slot* holds a request that the front is still doing while it receives others."""
+        """Note that *slot* contains a request that the front still serves while it receives others."""
         self.states[slot] = _HELD
 
     def let_go(self, slot: int) -> None:
-        """Mark *slot* as free, if the front still holds it."""
+        """Mark *slot* as free if the front holds it."""
         if self.states[slot] == _HELD:
             self.states[slot] = 0
 
     def empty_pipes(self) -> None:
-        """Empty the pipes of slots that are not lent: a front that died had just received what they hold.
+        """Empty the pipes of slots that are not lent: the dead front had just received the requests in them.
 
-        The kernel sends it again, but for BATCH_FORGET, which is taken into its slot.
+        The kernel sends these requests again, except BATCH_FORGET. A BATCH_FORGET is read into its slot.
         """
         for slot in range(len(self.pipes) if self.pipes is not None else 0):
             if not self.states[slot]:
@@ -262,7 +269,7 @@ class Slots:
                 self.discard(slot)
 
     def _take_forget(self, slot: int) -> None:
-        """Take a BATCH_FORGET out of the pipe of *slot*, of which the front may have taken the beginning already."""
+        """Read a BATCH_FORGET from the pipe into *slot*. The dead front may have read its beginning already."""
         assert self.pipes is not None
         left = self.pipes.left(slot)
         buffer = self.buffer(slot)
@@ -270,7 +277,7 @@ class Slots:
         length, opcode = fuse.OPCODE.unpack_from(buffer)
         if length == taken + left and opcode == Opcode.BATCH_FORGET:
             self._take(slot, buffer[taken:length])
-        elif length != taken + left and left:  # else it is the rest of what the slot begins with
+        elif length != taken + left and left:  # the pipe does not contain the rest of the request in the slot
             self._take(slot, buffer[: min(taken, left)])
             length, opcode = fuse.OPCODE.unpack_from(buffer)
             if length == left and opcode == Opcode.BATCH_FORGET:
@@ -282,11 +289,11 @@ class Slots:
             buffer = buffer[self.pipes.take(slot, buffer) :]
 
     def message(self, slot: int) -> bytes:
-        """Return the message about a lent *slot*."""
+        """Return the encoded request that was sent to the worker of a lent *slot*."""
         start = self._records + slot * self._stride
         (length,) = _LENGTH.unpack_from(self.memory, start)
         return self.memory[start + 2 : start + 2 + length]
 
     def lent_to(self, shard: int) -> list[tuple[int, bytes]]:
-        """Return the slots lent to *shard*, each with its message."""
+        """Return the slots that are lent to *shard*, each with its encoded request."""
         return [(slot, self.message(slot)) for slot, state in enumerate(bytes(self.states)) if state == shard + 1]

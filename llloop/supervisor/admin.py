@@ -199,14 +199,14 @@ class Oversight:
             child.stacks.take()
             child.signal(signal.SIGUSR2)
         self._own_stacks.dump()
-        self._dumped = time.monotonic() + stacks.PATIENCE
+        self._dumped = time.monotonic() + stacks.DUMP_TIME
 
     def _log_stacks(self) -> None:
         told = [("llloop-supervisor", os.getpid(), self._own_stacks)]
         told += [(child.name, child.pid or 0, child.stacks) for child in self._sight.children]
         for name, pid, its in told:
             text = log.Lines(its.take() or f"no answer; its state is {process_state(pid) or 'gone'}")
-            _log.info("stacks of %s (process %d):\n%s", name, pid, text, extra={"asked_for": True})
+            _log.info("stacks of %s (process %d):\n%s", name, pid, text, extra={"on_demand": True})
 
     # The commands of the control socket
 

@@ -37,7 +37,7 @@ def detach_dead_mount(mount: MountIdentity, device: int) -> bool:
     Returns:
         Whether there was something to detach, and it was detached.
     """
-    log.release()
+    log.stop_collecting()
     is_reachable = mount.is_reachable(device)
     os.close(device)
     if not is_reachable:

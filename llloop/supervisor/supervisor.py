@@ -182,7 +182,7 @@ class Supervisor:
         self._root = root
         shared = self._make_shared()
         try:
-            log.gather()
+            log.start_collecting()
         except RuntimeError as error:  # Python's word for a thread that cannot be started
             raise OSError(errno.EAGAIN, str(error)) from None
         operations = Operations()
@@ -557,7 +557,7 @@ class Supervisor:
     def _clean_up(self) -> None:
         """End every process and what is left of the mount. Each step is taken whatever becomes of the others."""
         with ExitStack() as steps:  # the last first
-            steps.callback(log.release)
+            steps.callback(log.stop_collecting)
             steps.callback(self._tell_end)
             steps.callback(self._dismiss_guard)
             if self._device is not None:

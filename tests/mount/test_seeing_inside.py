@@ -53,7 +53,7 @@ def stats(mirror: Mirror) -> dict[str, Any]:
 
 
 def status(mirror: Mirror) -> dict[str, Any]:
-    return discovery.survey_one(str(mirror.mountpoint))
+    return discovery.status_of(str(mirror.mountpoint))
 
 
 def ask(mirror: Mirror, command: str, **arguments: Any) -> Any:
@@ -63,7 +63,7 @@ def ask(mirror: Mirror, command: str, **arguments: Any) -> Any:
 def socket_of(mirror: Mirror) -> str:
     entry = mounts.find_mount(str(mirror.mountpoint))
     assert entry
-    ((path, _),) = client.find(entry)
+    ((path, _),) = client.socket_candidates(entry)
     return path
 
 
@@ -365,7 +365,7 @@ def test_a_dead_mount_is_shown_as_dead(serve: Serve) -> None:
         text = llloop("status", mirror.mountpoint)
         assert text.code == 1
         assert f"llloop umount --lazy {mirror.mountpoint}" in " ".join(text.stdout.split())
-        everything = {one["mountpoint"]: one["state"] for one in discovery.survey()}
+        everything = {one["mountpoint"]: one["state"] for one in discovery.all_statuses()}
         assert everything[str(mirror.mountpoint)] == "dead"
         with pytest.raises(client.NotReachable, match="its server is gone"):
             ask(mirror, "stats")
@@ -547,8 +547,8 @@ def test_all_mounts_are_in_one_export_and_the_dead_are_down(serve: Serve, tmp_pa
             assert ended.code in (1, 4)
             assert samples_in(file.read_text()) == {("llloop_up", (("mountpoint", str(dead.mountpoint)),)): 0}
             unmount_lazily(str(dead.mountpoint))
-        told = {one["mountpoint"]: one for one in json.loads(llloop("stats", "--json").stdout)}
-        assert "operations" in told[str(living.mountpoint)]
+        answer = {one["mountpoint"]: one for one in json.loads(llloop("stats", "--json").stdout)}
+        assert "operations" in answer[str(living.mountpoint)]
         assert str(living.mountpoint) in llloop("stats").stdout
     finally:
         if mount_entry(str(dead.mountpoint)):

@@ -1,4 +1,4 @@
-"""Where messages go and in what form, and that a flood of them does not."""
+"""Destination and format of log messages, and the limit on repeated messages."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def unchanged_logging() -> Iterator[None]:
     llfuse = logging.getLogger("llfuse")
     before = root.handlers[:], root.level, llfuse.filters[:], log._threshold, log._destination
     yield
-    log.release()
+    log.stop_collecting()
     root.handlers[:], level, llfuse.filters[:], log._threshold, log._destination = before
     root.setLevel(level)
 
@@ -37,7 +37,7 @@ def lines(file: Path) -> list[str]:
     return file.read_text().splitlines()
 
 
-def test_a_line_has_time_level_process_and_message(tmp_path: Path) -> None:
+def test_line_contains_time_level_process_and_message(tmp_path: Path) -> None:
     log.configure("info", tmp_path / "log")
     LOGGER.info("hello %s", "world")
     LOGGER.debug("not this")
@@ -46,7 +46,7 @@ def test_a_line_has_time_level_process_and_message(tmp_path: Path) -> None:
     assert re.fullmatch(rf"{time} INFO \S+: hello world", line)
 
 
-def test_the_time_is_the_time_zone_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_is_local_with_utc_offset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TZ", "IST-05:30")
     time.tzset()
     try:
@@ -62,7 +62,7 @@ def test_the_time_is_the_time_zone_s(tmp_path: Path, monkeypatch: pytest.MonkeyP
 FORGED = "a\n2026-01-01T00:00:00.000+00:00 ERROR llloop-front: forged\x1b[2J\r\x85\u202e"
 
 
-def test_names_cannot_forge_records_or_reach_the_terminal(tmp_path: Path) -> None:
+def test_unprintable_characters_in_names_are_escaped(tmp_path: Path) -> None:
     log.configure("info", tmp_path / "log")
     LOGGER.info("file %s", FORGED)
     LOGGER.info("file %s", Path(FORGED))
@@ -79,7 +79,7 @@ def test_names_cannot_forge_records_or_reach_the_terminal(tmp_path: Path) -> Non
 
 
 @needs_root
-def test_a_planted_log_file_is_not_followed(tmp_path: Path) -> None:
+def test_log_file_of_another_user_is_refused(tmp_path: Path) -> None:
     shared, victim = tmp_path / "shared", tmp_path / "victim"
     shared.mkdir()
     shared.chmod(0o1777)
@@ -101,13 +101,13 @@ def test_a_planted_log_file_is_not_followed(tmp_path: Path) -> None:
     assert victim.read_text() == ""
 
 
-def test_names_that_are_not_text_are_logged(tmp_path: Path) -> None:
+def test_undecodable_names_are_escaped(tmp_path: Path) -> None:
     log.configure("info", tmp_path / "log")
     LOGGER.info("file %s", os.fsdecode(b"caf\xe9"))
     assert lines(tmp_path / "log")[0].endswith(r"file caf\udce9")
 
 
-def test_the_level_changes_in_processes_forked_before(tmp_path: Path) -> None:
+def test_set_level_applies_to_running_children(tmp_path: Path) -> None:
     log.configure("error", tmp_path / "log")
     reader, writer = os.pipe()
 
@@ -125,18 +125,18 @@ def test_the_level_changes_in_processes_forked_before(tmp_path: Path) -> None:
     assert lines(tmp_path / "log")[-1].endswith("after")
 
 
-def test_a_program_s_own_logging_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_set_level_returns_false_without_configure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log, "_threshold", None)
     assert not log.set_level("debug")
 
 
-def test_what_was_asked_for_is_logged_at_any_level(tmp_path: Path) -> None:
+def test_on_demand_records_ignore_the_level(tmp_path: Path) -> None:
     log.configure("error", tmp_path / "log")
-    LOGGER.info("stacks", extra={"asked_for": True})
+    LOGGER.info("stacks", extra={"on_demand": True})
     assert len(lines(tmp_path / "log")) == 1
 
 
-def test_the_file_is_opened_again(tmp_path: Path) -> None:
+def test_reopen_writes_to_a_new_file(tmp_path: Path) -> None:
     file, old = tmp_path / "log", tmp_path / "log.1"
     log.configure("info", file)
     LOGGER.info("one")
@@ -148,7 +148,7 @@ def test_the_file_is_opened_again(tmp_path: Path) -> None:
     assert [line.rpartition(" ")[2] for line in lines(file)] == ["three"]
 
 
-def test_a_file_that_cannot_be_opened_again_stays_in_use(tmp_path: Path) -> None:
+def test_failed_reopen_keeps_the_old_file(tmp_path: Path) -> None:
     directory = tmp_path / "directory"
     directory.mkdir()
     log.configure("info", directory / "log")
@@ -160,7 +160,7 @@ def test_a_file_that_cannot_be_opened_again_stays_in_use(tmp_path: Path) -> None
     assert found[1].endswith("hello")
 
 
-def test_a_flood_is_cut_short_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeated_messages_are_limited_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [1000.0]
     monkeypatch.setattr(log.time, "monotonic", lambda: clock[0])
     log.configure("info", tmp_path / "log")
@@ -180,9 +180,9 @@ def test_a_flood_is_cut_short_and_counted(tmp_path: Path, monkeypatch: pytest.Mo
     assert lines(tmp_path / "log")[21].endswith("request 0 failed (480 more like this were left out before)")
 
 
-def test_floods_of_several_processes_are_one(tmp_path: Path) -> None:
+def test_limit_applies_to_all_processes_together(tmp_path: Path) -> None:
     log.configure("info", tmp_path / "log")
-    log.gather()
+    log.start_collecting()
 
     def flood() -> None:
         for _ in range(30):
@@ -195,11 +195,11 @@ def test_floods_of_several_processes_are_one(tmp_path: Path) -> None:
     LOGGER.warning("the end")
     assert wait_until(lambda: "the end" in (tmp_path / "log").read_text())
     found = lines(tmp_path / "log")
-    log.release()
+    log.stop_collecting()
     assert 20 <= len(found) - 1 <= 3 * 20
 
 
-def test_what_fails_again_and_again_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_once_records_are_logged_only_when_they_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [1000.0]
     monkeypatch.setattr(log.time, "monotonic", lambda: clock[0])
     log.configure("info", tmp_path / "log")
@@ -223,7 +223,7 @@ def test_what_fails_again_and_again_is_told_once(tmp_path: Path, monkeypatch: py
     ]
 
 
-def test_another_traceback_is_another_cause(tmp_path: Path) -> None:
+def test_once_records_with_another_traceback_are_logged(tmp_path: Path) -> None:
     log.configure("info", tmp_path / "log")
 
     def fail(error: Exception) -> None:
@@ -232,20 +232,19 @@ def test_another_traceback_is_another_cause(tmp_path: Path) -> None:
         except Exception:
             LOGGER.exception("it ends", extra={"once": "front"})
 
-    log.gather()
+    log.start_collecting()
     for error in (KeyError("a"), KeyError("a"), ValueError("b"), ValueError("b")):
-        process = fork.Process(
-            target=fail, args=(error,), name="front"
-        )  # unlike others it sends what it has logged before it ends
+        # A process of `fork` sends its records before it ends.
+        process = fork.Process(target=fail, args=(error,), name="front")
         process.start()
         process.join()
     assert wait_until(lambda: "ValueError" in (tmp_path / "log").read_text())
-    log.release()
+    log.stop_collecting()
     assert len([line for line in lines(tmp_path / "log") if line.endswith("it ends")]) == 2
 
 
 @pytest.mark.parametrize("is_journal", [True, False])
-def test_the_journal_is_told_priorities(is_journal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_journal_lines_begin_with_a_priority(is_journal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (tmp_path / "stderr").open("w") as stderr:
         kind = os.fstat(stderr.fileno())
         monkeypatch.setattr(sys, "stderr", stderr)
@@ -262,7 +261,7 @@ def test_the_journal_is_told_priorities(is_journal: bool, tmp_path: Path, monkey
     assert found[1] == "<7>  of two lines"
 
 
-def test_a_log_file_has_no_priorities(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_file_lines_have_no_priority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kind = os.fstat(2)
     monkeypatch.setenv("JOURNAL_STREAM", f"{kind.st_dev}:{kind.st_ino}")
     log.configure("info", tmp_path / "log")

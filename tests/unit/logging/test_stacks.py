@@ -1,4 +1,4 @@
-"""Python stacks of a process on demand."""
+"""Stack dumps on SIGUSR2 and on a call."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from llloop.logging.stacks import Stacks
 from tests.server_processes import wait_until
 
 
-def test_a_process_tells_where_it_is_as_often_as_asked() -> None:
+def test_process_dumps_its_stacks_on_each_signal() -> None:
     stacks = Stacks("sleeper")
     ready, writer = os.pipe()
 
-    def sleeps_deeply() -> None:
+    def sleep_forever() -> None:
         stacks.answer_signals()
         os.write(writer, b"!")
         time.sleep(60)
@@ -22,7 +22,7 @@ def test_a_process_tells_where_it_is_as_often_as_asked() -> None:
     pid = os.fork()
     if pid == 0:
         try:
-            sleeps_deeply()
+            sleep_forever()
         finally:
             os._exit(0)
     try:
@@ -30,10 +30,10 @@ def test_a_process_tells_where_it_is_as_often_as_asked() -> None:
         for _ in range(2):
             assert stacks.take() == ""
             os.kill(pid, signal.SIGUSR2)
-            # The handler writes in pieces, and what comes while it is taken is lost: looked at first.
-            assert wait_until(lambda: b"sleeps_deeply" in os.pread(stacks._fd, 65536, 0))
+            # The handler writes in several pieces. Wait until the dump is there before `take` removes it.
+            assert wait_until(lambda: b"sleep_forever" in os.pread(stacks._fd, 65536, 0))
             time.sleep(0.1)
-            assert "sleeps_deeply" in stacks.take()
+            assert "sleep_forever" in stacks.take()
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -42,8 +42,8 @@ def test_a_process_tells_where_it_is_as_often_as_asked() -> None:
         stacks.close()
 
 
-def test_one_s_own() -> None:
+def test_process_dumps_its_own_stacks() -> None:
     stacks = Stacks("self")
     stacks.dump()
-    assert "test_one_s_own" in stacks.take()
+    assert "test_process_dumps_its_own_stacks" in stacks.take()
     stacks.close()

@@ -1,4 +1,4 @@
-"""Log records on their way between processes: whole, and whatever happens to those who send."""
+"""Sending log records between processes, also when senders die or the reader is slow."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def record(text: str) -> logging.LogRecord:
     return logging.LogRecord("llloop.tests", logging.WARNING, __file__, 1, text, None, None)
 
 
-def test_a_record_arrives_as_it_was(records: LogTransport) -> None:
+def test_get_returns_the_record_that_was_sent(records: LogTransport) -> None:
     sent = record("caf\udce9")
     sent.once = "name"
     sent.exc_text = "Traceback"
@@ -39,7 +39,7 @@ def test_a_record_arrives_as_it_was(records: LogTransport) -> None:
     assert records.qsize() == 0
 
 
-def test_what_was_sent_is_there_after_the_end(records: LogTransport) -> None:
+def test_sent_records_can_be_read_after_end(records: LogTransport) -> None:
     records.put_nowait(record("the last"))
     records.end()
     assert records.get(1).getMessage() == "the last"
@@ -49,20 +49,20 @@ def test_what_was_sent_is_there_after_the_end(records: LogTransport) -> None:
         records.put_nowait(record("too late"))
 
 
-def test_what_is_too_long_loses_its_end_and_not_its_beginning(records: LogTransport) -> None:
+def test_long_record_is_truncated_at_its_end(records: LogTransport) -> None:
     records.put_nowait(record("beginning" + "x" * 1_000_000))
     assert records.get(1).getMessage().startswith("beginningxxx")
 
 
-def test_nobody_waits_long_for_a_log_that_is_not_written(records: LogTransport) -> None:
-    begun = time.monotonic()
+def test_send_times_out_when_nobody_reads(records: LogTransport) -> None:
+    start = time.monotonic()
     with pytest.raises(OSError, match="timed out"):
         for _ in range(100_000):
             records.put_nowait(record("flood"))
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - start < 30
 
 
-def test_processes_killed_while_they_log_silence_nobody(records: LogTransport) -> None:
+def test_killing_a_sender_does_not_block_others(records: LogTransport) -> None:
     def flood() -> None:
         while True:
             with contextlib.suppress(OSError):

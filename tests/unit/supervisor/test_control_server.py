@@ -386,7 +386,7 @@ def test_the_client_says_why_it_gets_no_answer(tmp_path: Path, monkeypatch: pyte
     path = str(tmp_path / "0.sock")
     with pytest.raises(client.NotReachable, match="gone"):
         client.ask(path, "status")
-    monkeypatch.setattr(client, "PATIENCE", 0.1)
+    monkeypatch.setattr(client, "TIMEOUT", 0.1)
     with socket.socket(socket.AF_UNIX) as silent:
         silent.bind(path)
         with pytest.raises(client.NotReachable, match="gone"):
@@ -480,22 +480,22 @@ def show(command: str, answer: Any) -> str:
 def test_an_answer_of_another_shape_is_an_error_and_no_fault(command: str) -> None:
     """Whether it is of another version, or another user's, who may answer anything."""
     answer, shape = ANSWERS[command], validation.SHAPES[command]
-    show(command, validation.fitting(answer, shape))
+    show(command, validation.validated(answer, shape))
     refused = 0
     for path in places(answer):
         for strange in STRANGE:
             received = msgpack.unpackb(msgpack.packb(replaced(answer, path, "")))
             received = replaced(received, path, strange)
             try:
-                believed = validation.fitting(received, shape)
-            except validation.Unfit:
+                believed = validation.validated(received, shape)
+            except validation.ShapeMismatch:
                 refused += 1
                 continue
             show(command, believed)
     assert refused > 200
     for key in answer:
-        with pytest.raises(validation.Unfit):
-            validation.fitting({name: value for name, value in answer.items() if name != key}, shape)
+        with pytest.raises(validation.ShapeMismatch):
+            validation.validated({name: value for name, value in answer.items() if name != key}, shape)
 
 
 @settings(max_examples=200, deadline=None)
@@ -506,8 +506,8 @@ def test_an_answer_of_another_shape_is_an_error_and_no_fault(command: str) -> No
 )
 def test_no_answer_is_a_fault(answer: Any) -> None:
     for shape in validation.SHAPES.values():
-        with pytest.raises(validation.Unfit):
-            validation.fitting(answer, shape)
+        with pytest.raises(validation.ShapeMismatch):
+            validation.validated(answer, shape)
 
 
 def test_what_others_chose_reaches_the_terminal_escaped() -> None:
@@ -517,11 +517,11 @@ def test_what_others_chose_reaches_the_terminal_escaped() -> None:
         answer = replaced(answer, path, evil)
     for key in ("role", "state"):
         answer = replaced(answer, ("processes", 0, key), evil)
-    text = show("status", validation.fitting(answer, validation.STATUS))
+    text = show("status", validation.validated(answer, validation.STATUS))
     silent = {"mountpoint": evil, "source": evil, "state": "unknown", "visible": True, "reason": evil}
     text += show("status", silent)
     stats = replaced(replaced(replaced(STATS, ("mountpoint",), evil), ("source",), evil), ("workers", 0, "name"), evil)
-    text += show("stats", validation.fitting(stats, validation.STATS))
+    text += show("stats", validation.validated(stats, validation.STATS))
     text += prometheus.text([{**stats, "source_problem": evil}, silent])
     assert all(one.isprintable() or one == "\n" for one in text)
 
@@ -559,7 +559,7 @@ def test_only_the_owner_of_the_socket_is_believed(bench: Bench) -> None:
 
 
 def test_all_together_are_waited_for_no_longer_than_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "PATIENCE", 0.3)
+    monkeypatch.setattr(client, "TIMEOUT", 0.3)
     silent = []
     for number in range(100):
         one = socket.socket(socket.AF_UNIX)
@@ -571,7 +571,7 @@ def test_all_together_are_waited_for_no_longer_than_one(tmp_path: Path, monkeypa
     begun = time.monotonic()
     paths = list(protocol.sockets())
     assert len(paths) == 100
-    assert discovery.survey() == []
+    assert discovery.all_statuses() == []
     assert time.monotonic() - begun < 3
     for one in silent:
         one.close()
@@ -632,7 +632,7 @@ def test_users_of_one_number_have_directories_of_their_own(monkeypatch: pytest.M
 def shared(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     path = reachable_directory("llloop-control-")
     path.chmod(0o1777)
-    monkeypatch.setattr(protocol, "_SHARED", str(path))
+    monkeypatch.setattr(protocol, "_TMP", str(path))
     yield path
     remove_tree(path)
 

@@ -1,4 +1,4 @@
-"""Records of the mount's processes reach the one that writes them, whatever Python's way of starting processes is."""
+"""The collecting process logs the records of its children, whatever start method multiprocessing has."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ given = sys.argv[2]
 if given != "unset":
     multiprocessing.set_start_method(given)
 log.configure("info", Path(sys.argv[1]))
-log.gather()
+log.start_collecting()
 child = fork.Process(target=lambda: logging.info("from the child"), name="the-child")
 child.start()
 child.join()
-log.release()
+log.stop_collecting()
 left = multiprocessing.get_start_method(allow_none=True)
 assert left == (None if given == "unset" else given), left
-# A resource tracker is what another method's queue would have started.
+# The queue of another start method would have started a resource tracker.
 assert multiprocessing.resource_tracker._resource_tracker._fd is None
 """
 
 
 # forkserver is the default of Python 3.14 and newer.
 @pytest.mark.parametrize("method", ["unset", "fork", "spawn", "forkserver"])
-def test_the_start_method_of_the_program_does_not_matter(method: str, tmp_path: Path) -> None:
+def test_children_are_logged_with_any_start_method(method: str, tmp_path: Path) -> None:
     file = tmp_path / "log"
     script = "import multiprocessing.resource_tracker\n" + SCRIPT
     command = [sys.executable, "-c", script, str(file), method]
