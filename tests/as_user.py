@@ -14,10 +14,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Caller:
-    """Who makes a system call; None for an identity leaves it what it is in the test itself."""
+    """Who makes a system call; -1 for an identity leaves it what it is in the test itself."""
 
-    uid: int | None = None
-    gid: int | None = None
+    uid: int = -1
+    gid: int = -1
     groups: tuple[int, ...] = ()
     umask: int = 0o022
 
@@ -27,11 +27,10 @@ class Caller:
     def become(self) -> None:
         os.umask(self.umask)
         # Groups first: after setuid the right to change them is gone.
-        if self.gid is not None:
+        if self.gid != -1:
             os.setgroups(self.groups)
-            os.setresgid(self.gid, self.gid, self.gid)
-        if self.uid is not None:
-            os.setresuid(self.uid, self.uid, self.uid)
+        os.setresgid(self.gid, self.gid, self.gid)
+        os.setresuid(self.uid, self.uid, self.uid)
 
 
 MYSELF = Caller()

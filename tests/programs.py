@@ -10,9 +10,17 @@ from pathlib import Path
 
 def run(*command: str | Path, cwd: Path | str = "/", env: dict[str, str] | None = None, user: str | None = None) -> str:
     """What the command printed; its complaints are the failure's text."""
-    groups = {} if user is None else {"user": user, "group": user, "extra_groups": []}
     done = subprocess.run(
-        command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, **groups
+        command,
+        cwd=cwd,
+        env=env,
+        user=user,
+        group=user,
+        extra_groups=None if user is None else [],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
     return done.stdout

@@ -7,6 +7,7 @@ to the kernel.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntEnum
 from struct import Struct
 from typing import Any, NamedTuple
@@ -127,7 +128,7 @@ def identity_of(attributes: Attributes) -> int:
 
 
 _packer = msgpack.Packer(use_bin_type=True)
-encode = _packer.pack
+encode: Callable[[object], bytes] = _packer.pack
 
 
 def decode(data: bytes) -> Request:

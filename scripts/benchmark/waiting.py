@@ -168,11 +168,16 @@ def _fragments(top: Path, sizes: Sizes) -> None:
     _fragmented(top / "fragments", sizes)
 
 
+def _replace_fragments(top: Path) -> None:
+    (top / "small").touch()
+    (top / "small").rename(top / "fragments")
+
+
 LOADS = {
     "removal": Load("a fragmented file is removed", lambda top, _, __: (top / "fragments").unlink(), _fragments),
     "replacement": Load(
         "a fragmented file is replaced by rename",
-        lambda top, _, __: ((top / "small").touch(), (top / "small").rename(top / "fragments")),
+        lambda top, _, __: _replace_fragments(top),
         _fragments,
     ),
     "truncation": Load(

@@ -41,7 +41,7 @@ SHORT_LIFE = 0.27
 
 def state(directory: Path) -> dict[str, tuple[object, ...]]:
     """What a deed has left, but for times and numbers."""
-    found = {}
+    found: dict[str, tuple[object, ...]] = {}
     for path in sorted(directory.rglob("*")):
         status = path.lstat()
         content: object = None
@@ -125,7 +125,7 @@ def check_nothing_left(mirror: Mirror) -> None:
     front = process_of(mirror, "front", 0)
     reports = r"(\d+) inodes, (\d+) open handles, (\d+) directories kept open, (\d+) of \d+ slots lent"
 
-    def held() -> tuple[list[str], list[str]]:
+    def held() -> tuple[list[str], list[tuple[str, ...]]]:
         os.kill(mirror.pid, signal.SIGUSR1)
         time.sleep(0.2)
         found = [path for path in descriptors(front) if str(mirror.source) in path and path != str(mirror.source)]

@@ -12,7 +12,7 @@ import shlex
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -87,7 +87,11 @@ class Machine:
         return self.root / str(path).lstrip("/")
 
     def run(
-        self, *command: str | Path, check: bool = True, timeout: float = 60, environment: dict[str, str] | None = None
+        self,
+        *command: str | Path,
+        check: bool = True,
+        timeout: float = 60,
+        environment: Mapping[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command as root in the machine.
 
@@ -97,7 +101,7 @@ class Machine:
             environment: all there is besides PATH, HOME and the locale.
         """
         variables = {"HOME": "/root", "LC_ALL": "C.UTF-8", "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin"}
-        variables |= environment or {}
+        variables.update(environment or {})
         done = subprocess.run(
             ["nsenter", f"--target={self.pid}", "--all", "env", "--chdir=/", *(str(part) for part in command)],
             env=variables,

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import tarfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,10 @@ def workers_of(pid: int) -> int:
     return sum(Path(f"/proc/{child}/cmdline").read_bytes().startswith(b"llloop-worker") for child in children)
 
 
+def is_unmounted(place: str) -> bool:
+    return mount_entry(place) is None
+
+
 class Places:
     """Directories of a host, all below one, so that the machine that runs the tests keeps its own as they are."""
 
@@ -142,7 +147,7 @@ class Places:
                 os.kill(int(file.read_text()), signal.SIGTERM)
         for name in ("one", "two"):
             place = f"{self.top}/mounted-{name}"
-            if not wait_until(lambda place=place: mount_entry(place) is None):
+            if not wait_until(partial(is_unmounted, place)):
                 unmount_lazily(place)
 
 

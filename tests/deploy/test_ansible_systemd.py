@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,7 +64,7 @@ def test_a_host_with_systemd(machine: Machine, wheel: Path) -> None:
         "allow_other": True,
     }
     mounts = [listed, awkward]
-    defaults = {"llloop_mount_defaults": {"workers": 2, "options": ["noexec"]}}
+    defaults: dict[str, Any] = {"llloop_mount_defaults": {"workers": 2, "options": ["noexec"]}}
 
     def read(name: str) -> str:
         return machine.run("cat", f"/mnt/deploy/{name}/file").stdout

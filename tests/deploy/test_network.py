@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -271,7 +272,7 @@ def test_what_hangs_keeps_nothing_else_waiting(remote: Remote, serve: Serve) -> 
         stuck = Intent(lambda: os.listdir(mnt / "far"))
         assert not stuck.over(PATIENCE)
         # One worker hangs, and what it would have looked at or moved waits; that is an eighth of everything.
-        intents = [Intent(lambda number=number: use(mnt / f"near{number}")) for number in range(32)]
+        intents = [Intent(partial(use, mnt / f"near{number}")) for number in range(32)]
         deadline = time.monotonic() + 5 * PATIENCE
         done = [intent.over(max(0.0, deadline - time.monotonic())) for intent in intents]
         assert done.count(True) >= 4, "the front hangs"

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -113,7 +114,7 @@ def test_an_unknown_keyword(place: Ground) -> None:
 
 
 def test_bad_input_is_an_exception_of_its_kind(place: Ground) -> None:
-    cases: list[tuple[type[errors.LlloopError], Path, Path, dict[str, int]]] = [
+    cases: list[tuple[type[errors.LlloopError], Path, Path, dict[str, Any]]] = [
         (errors.SourceError, place.source / "missing", place.mountpoint, {}),
         (errors.MountpointError, place.source, place.mountpoint / "missing", {}),
         (errors.MountpointError, place.source, place.source, {}),

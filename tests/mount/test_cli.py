@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -351,12 +351,17 @@ def test_without_daemon_the_pid_file_is_written_too(serve: Serve, tmp_path: Path
 # Stopping
 
 
-STOPS = {
+def terminate_twice(server: Mirror) -> None:
+    os.kill(server.pid, signal.SIGTERM)
+    os.kill(server.pid, signal.SIGTERM)
+
+
+STOPS: dict[str, Callable[[Mirror], object]] = {
     "SIGINT": lambda server: os.kill(server.pid, signal.SIGINT),
     "SIGTERM": lambda server: os.kill(server.pid, signal.SIGTERM),
     "Ctrl-C in a terminal": lambda server: os.killpg(server.pid, signal.SIGINT),
     "SIGTERM to all processes": lambda server: os.killpg(server.pid, signal.SIGTERM),
-    "SIGTERM twice": lambda server: [os.kill(server.pid, signal.SIGTERM) for _ in range(2)],
+    "SIGTERM twice": terminate_twice,
     "umount": lambda server: subprocess.run(["umount", server.mountpoint], check=True, timeout=30),
     "fusermount -u": lambda server: subprocess.run(["fusermount", "-u", server.mountpoint], check=True, timeout=30),
     "umount -l": lambda server: unmount_lazily(str(server.mountpoint)),

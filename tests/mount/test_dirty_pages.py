@@ -54,7 +54,7 @@ def data_of(descriptor: int) -> list[tuple[int, int]]:
 
     The file must be open before it is stored into, for the kernel may write dirty pages when it is opened.
     """
-    found = []
+    found: list[tuple[int, int]] = []
     end = 0
     while True:
         try:

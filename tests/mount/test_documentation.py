@@ -178,7 +178,7 @@ def test_an_example_stands_on_one_page(name: str) -> None:
 @pytest.mark.parametrize("command", ["umount", "status", "stats"])
 def test_the_documentation_explains_every_option(command: str) -> None:
     text = TEXT["commands.md"] + TEXT["monitoring.md"]
-    parameters = main.commands[command].params  # type: ignore[attr-defined]
+    parameters = main.commands[command].params
     options = [one for one in parameters if isinstance(one, click.Option) and not one.hidden]
     assert options
     for one in options:

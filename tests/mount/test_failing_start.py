@@ -31,7 +31,8 @@ def place(via: str, watchdog: Watchdog) -> Iterator[Ground]:
 
 def outcomes(place: Ground, how: str, every: int) -> list[dict[str, Any]]:
     """What became of a start of which one step went wrong, for every so many-th step."""
-    command = [sys.executable, "-m", "tests.mount.start_steps", place.source, place.mountpoint, how, str(every)]
+    arguments = [str(place.source), str(place.mountpoint), how, str(every)]
+    command = [sys.executable, "-m", "tests.mount.start_steps", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment(), text=True, start_new_session=True)
     try:
         stdout, _ = process.communicate(timeout=280)

@@ -164,23 +164,36 @@ WITH_ACLS: dict[str, Callable[[Path], Any]] = {
     "remove acl": lambda path: os.removexattr(path, "system.posix_acl_access"),
 }
 
+
+def owned(uid: int, gid: int, mode: int) -> Callable[[Path], None]:
+    """Return what gives a file this owner, group (-1: the one that it has) and mode."""
+
+    def change(path: Path) -> None:
+        os.chown(path, uid, gid)
+        path.chmod(mode)
+
+    return change
+
+
+def closed_to_alice(path: Path) -> None:
+    os.chown(path, 0, 0)
+    os.setxattr(path, "system.posix_acl_access", NOT_ALICE)
+
+
 # What becomes of a file of Alice's, mode 0755, or of a directory.
 CHANGES: dict[str, Callable[[Path], Any]] = {
     "nothing": lambda path: None,
     "is root's": lambda path: os.chown(path, 0, 0),
-    "is root's and open to all": lambda path: (os.chown(path, 0, 0), path.chmod(0o777)),
-    "is root's and closed": lambda path: (os.chown(path, 0, 0), path.chmod(0o700)),
-    "is root's and set-ID": lambda path: (os.chown(path, 0, TEAM), path.chmod(0o6755)),
+    "is root's and open to all": owned(0, 0, 0o777),
+    "is root's and closed": owned(0, 0, 0o700),
+    "is root's and set-ID": owned(0, TEAM, 0o6755),
     "is Bob's": lambda path: os.chown(path, 4002, 4002),
     "may only be read": lambda path: path.chmod(0o444),
     "may not even be read": lambda path: path.chmod(0o000),
-    "has a group that Alice is not in": lambda path: (os.chown(path, -1, CLUB), path.chmod(0o2775)),
-    "is open to Alice's group": lambda path: (os.chown(path, 0, TEAM), path.chmod(0o770)),
-    "is closed to Alice's group only": lambda path: (os.chown(path, 0, TEAM), path.chmod(0o707)),
-    "is closed to Alice by an ACL": lambda path: (
-        os.chown(path, 0, 0),
-        os.setxattr(path, "system.posix_acl_access", NOT_ALICE),
-    ),
+    "has a group that Alice is not in": owned(-1, CLUB, 0o2775),
+    "is open to Alice's group": owned(0, TEAM, 0o770),
+    "is closed to Alice's group only": owned(0, TEAM, 0o707),
+    "is closed to Alice by an ACL": closed_to_alice,
 }
 
 
@@ -260,13 +273,10 @@ BY_DESCRIPTORS: dict[str, Callable[[int], Any]] = {
     "open the directory again": lambda fd: close(os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)),
 }
 STICKY: dict[str, Callable[[Path], Any]] = {
-    "is root's and sticky": lambda path: (os.chown(path, 0, 0), path.chmod(0o1777)),
-    "is root's, sticky, and open to Alice's group": lambda path: (os.chown(path, 0, TEAM), path.chmod(0o1770)),
-    "is root's, set-group-ID, and open to Alice's group": lambda path: (os.chown(path, 0, TEAM), path.chmod(0o2770)),
-    "is root's, and hands down a group that Alice is not in": lambda path: (
-        os.chown(path, 0, CLUB),
-        path.chmod(0o2777),
-    ),
+    "is root's and sticky": owned(0, 0, 0o1777),
+    "is root's, sticky, and open to Alice's group": owned(0, TEAM, 0o1770),
+    "is root's, set-group-ID, and open to Alice's group": owned(0, TEAM, 0o2770),
+    "is root's, and hands down a group that Alice is not in": owned(0, CLUB, 0o2777),
 }
 
 

@@ -91,7 +91,8 @@ def test_the_front_answers_what_no_kernel_sends(seed: int) -> None:
         (place / "source" / "file").write_bytes(b"content")
         (place / "source" / "out").symlink_to("..")
         top = Path(__file__).parents[2]
-        command = [sys.executable, "-m", "tests.mount.test_malformed_requests", place / "source", mountpoint, str(seed)]
+        arguments = [str(place / "source"), str(mountpoint), str(seed)]
+        command = [sys.executable, "-m", "tests.mount.test_malformed_requests", *arguments]
         done = subprocess.run(command, cwd=top, capture_output=True, text=True, timeout=50)
         assert (done.returncode, done.stdout) == (0, "survived\n"), done.stderr[-3000:]
         assert (place / "canary").read_text() == "untouched"

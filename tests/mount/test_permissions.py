@@ -284,7 +284,7 @@ def test_chmod_drops_setgid_for_an_owner_outside_the_group(tree: Tree) -> None:
     for owner, expected in ((STRANGER, 0o755), (MEMBER, 0o2755)):
         file = tree.src / f"{owner.uid}"
         file.write_bytes(b"")
-        os.chown(file, owner.uid or 0, TEAM)
+        os.chown(file, owner.uid, TEAM)
         run_as(owner, os.chmod, tree.mnt / file.name, 0o2755)
         assert stat.S_IMODE(file.stat().st_mode) == expected
 

@@ -40,7 +40,8 @@ def place(via: str, watchdog: Watchdog) -> Iterator[Ground]:
 
 
 def in_background(place: Ground, *prefix: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "llloop", "serve", "--daemon", "--workers=1", "--pid-file", place.state / "pid"]
+    pid_file = str(place.state / "pid")
+    command = [sys.executable, "-m", "llloop", "serve", "--daemon", "--workers=1", "--pid-file", pid_file]
     return subprocess.run(
         [*prefix, *command, place.source, place.mountpoint],
         env=environment(),
@@ -119,10 +120,11 @@ def test_no_room_for_a_thread(place: Ground) -> None:
 def test_as_many_open_files_as_are_said_to_be_needed_will_do(place: Ground, workers: int) -> None:
     from llloop.linux.limits import needed_descriptors
 
-    command = [sys.executable, "-m", "llloop", "serve", f"--workers={workers}", place.source, place.mountpoint]
+    command = [sys.executable, "-m", "llloop", "serve", f"--workers={workers}"]
     needed = needed_descriptors(workers)
     prefix = ["prlimit", f"--nofile={needed}", "setpriv", "--bounding-set=-sys_resource"]
-    process = subprocess.Popen([*prefix, *command], cwd="/", env=environment(), start_new_session=True)
+    arguments = [*prefix, *command, str(place.source), str(place.mountpoint)]
+    process = subprocess.Popen(arguments, cwd="/", env=environment(), start_new_session=True)
     files = []
     try:
         wait_until(lambda: mount_entry(str(place.mountpoint)) is not None, "mounted")
@@ -212,8 +214,8 @@ def test_a_mount_ends_where_a_renamed_directory_has_taken_it(place: Ground, end:
     above = place.state / "above"
     mountpoint = above / "mnt"
     mountpoint.mkdir(parents=True)
-    command = ["serve", "--daemon", "--workers=1", "--pid-file", place.state / "pid", place.source, mountpoint]
-    assert llloop(*command).code == 0
+    pid_file = place.state / "pid"
+    assert llloop("serve", "--daemon", "--workers=1", "--pid-file", pid_file, place.source, mountpoint).code == 0
     pid = int((place.state / "pid").read_text())
     moved = above.rename(place.state / "renamed") / "mnt"
     try:

@@ -165,7 +165,7 @@ def test_more_changes_wait_than_the_front_has_threads(mirror: Mirror) -> None:
     for directory in directories:
         directory.mkdir()
     try:
-        makers = [lambda directory=directory: (directory / "new").touch() for directory in directories]  # type: ignore[misc]
+        makers = [(directory / "new").touch for directory in directories]
         with filesystems.frozen(mirror.source), doing(*makers) as threads:
             assert wait_until(lambda: in_calls(front_of(mirror)) > 30)
             check_reading(mirror, opened=opened)
@@ -183,7 +183,7 @@ def test_a_front_that_is_killed_while_changes_wait_does_each_once(mirror: Mirror
     directories = [mount / f"of{number}" for number in range(many)]
     for directory in directories:
         directory.mkdir()
-    makers = [lambda directory=directory: (directory / "new").mkdir() for directory in directories]  # type: ignore[misc]
+    makers = [(directory / "new").mkdir for directory in directories]
     with filesystems.frozen(mirror.source), doing(*makers):
         pid = front_of(mirror)
         assert wait_until(lambda: in_calls(pid) >= many)

@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -136,7 +137,7 @@ def test_a_call_that_waits_in_the_only_worker_keeps_no_reader_waiting(mirror: Mi
 def test_more_writes_wait_than_the_worker_is_given(mirror: Mirror) -> None:
     mount, pid = mirror.mountpoint, worker_of(mirror)
     written = [f"file{number}" for number in range(2, 24)]
-    writers = [lambda name=name: write_to(mount / name, os.O_APPEND) for name in written]  # type: ignore[misc]
+    writers = [partial(write_to, mount / name, os.O_APPEND) for name in written]
     with filesystems.frozen(mirror.source), doing(*writers) as threads:
         assert wait_until(lambda: in_calls(pid) >= 8)
         check_reading(mirror, "file0", "file1")
@@ -150,7 +151,7 @@ def test_a_worker_that_is_killed_while_appends_wait_does_each_once(mirror: Mirro
     mirror.expect_log(DEATH_OF_A_WORKER)
     mount, pid = mirror.mountpoint, worker_of(mirror)
     written = [f"file{number}" for number in range(2, 8)]
-    writers = [lambda name=name: write_to(mount / name, os.O_APPEND) for name in written]  # type: ignore[misc]
+    writers = [partial(write_to, mount / name, os.O_APPEND) for name in written]
     with filesystems.frozen(mirror.source), doing(*writers):
         assert wait_until(lambda: in_calls(pid) == len(written))
         os.kill(pid, signal.SIGKILL)

@@ -6,6 +6,7 @@ import copy
 import fcntl
 import os
 import stat
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -124,7 +125,7 @@ def packets(reader: int) -> list[bytes]:
 def heir(journal: Journal) -> Journal:
     """The same memory as another process finds it that was forked before anything was recorded."""
     own = copy.copy(journal)
-    own._free = []
+    own._free = array("Q")
     own._age = 0
     return own
 

@@ -39,8 +39,8 @@ def test_roff_has_nothing_to_say_against_a_page(name: str) -> None:
 
 def test_every_option_is_in_the_page_as_it_is_typed() -> None:
     page = SHARE / "man" / "llloop.1"
-    command = ["groff", "-man", "-Tascii", "-P-cbou", page]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    groff = ["groff", "-man", "-Tascii", "-P-cbou", str(page)]
+    text = subprocess.run(groff, capture_output=True, text=True, check=True).stdout
     for command in main.main.commands.values():
         for option in command.params:
             if isinstance(option, click.Option) and not option.hidden:

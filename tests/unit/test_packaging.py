@@ -76,7 +76,7 @@ def test_metadata(wheel: Path, names: set[str]) -> None:
         entry_points.read_string(archive.read(f"{info}/entry_points.txt").decode())
     assert metadata["Version"] == __version__
     assert metadata["Requires-Python"] == ">=3.10"
-    needed = {line.split(">")[0].strip() for line in metadata.get_all("Requires-Dist") if "extra" not in line}
+    needed = {line.split(">")[0].strip() for line in metadata.get_all("Requires-Dist", []) if "extra" not in line}
     assert needed == {
         "llfuse",
         "msgpack",

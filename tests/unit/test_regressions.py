@@ -199,8 +199,8 @@ def test_releases_are_delivered_to_a_slow_worker_though_no_request_comes() -> No
         router = Router(Slots(4, 4096, 2), [first[1], second[1]])
         for shard, (_, writer) in enumerate((first, second)):
             with fails(errno.EAGAIN):
-                while True:
-                    os.write(writer, encode((Operation.FSYNC, 0, 0, 0, 0)))
+                while os.write(writer, encode((Operation.FSYNC, 0, 0, 0, 0))):
+                    pass
             router.release(shard, Handle(5, 100, shard, os.O_RDWR))
         device, request = os.pipe()
         # The second worker has room only after the first, and the request that would end the waiting comes last.

@@ -28,6 +28,7 @@ class Noted:
     """Stands in for the supervisor."""
 
     config: ServeConfig
+    options: dict[str, Any]
     code = 0
     error: Exception | None = None
 
@@ -235,7 +236,13 @@ def test_the_pid_file_is_there_while_it_is_served(
     seen = []
     pid_file = tmp_path / "pid"
     original = Noted.run
-    monkeypatch.setattr(Noted, "run", lambda self: original(self) or seen.append(pid_file.read_text()) or 0)
+
+    def run_and_look(supervisor: Noted) -> int:
+        code = original(supervisor)
+        seen.append(pid_file.read_text())
+        return code
+
+    monkeypatch.setattr(Noted, "run", run_and_look)
     assert run("serve", "/src", "/mnt", "--pid-file", str(pid_file)).exit_code == 0
     assert int(seen[0]) > 1
     assert not pid_file.exists()

@@ -164,7 +164,7 @@ def test_a_front_that_dies_with_several_changes_in_hand_has_each_done_once(
     line: Line, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The calls were made, and none was answered."""
-    made = []
+    made: list[tuple[Any, ...]] = []
 
     def mkdir_and_die(*arguments: Any, **options: Any) -> None:
         real(*arguments, **options)

@@ -139,13 +139,13 @@ def test_where_nothing_is_sent_again_what_was_in_hand_is_refused(line: Line, mon
             """As /dev/fuse: an answer to what is not asked is ENOENT, and number 0 is no request."""
             if fd != line.device:
                 return write_to(fd, data)
-            length, error, number = struct.unpack_from("=IiQ", data)
+            _, error, number = struct.unpack_from("=IiQ", data)
             if number == 0:
                 raise OSError(errno.EINVAL, "no such notification")
             if number != unique:
                 raise FileNotFoundError(errno.ENOENT, "nobody waits for it")
             refused.append(-error)
-            return length
+            return len(data)
 
         patch.setattr(os, "write", kernel_write)
         line.next_front(Life(None))

@@ -244,7 +244,7 @@ def test_an_exchange_waits_for_its_own_answer(
     thread = answer(pipes, slots, answers[1], 4, b"data")
     try:
         count, payload = exchange.call(handle(), 1, Operation.READ, 0, 10)
-        assert payload[:count] == b"data"
+        assert bytes(payload[:count]) == b"data"
     finally:
         thread.join()
 
@@ -258,7 +258,7 @@ def test_an_exchange_takes_the_payload_along(
     assert count == 7
     (request,) = pipes.take(0)
     assert request == Request(Operation.WRITE, 1, 0, 3, 33, 100, 7, 2, 11, 12, (), 0, 100)
-    assert slots.payload(request.slot, 7) == b"payload"
+    assert bytes(slots.payload(request.slot, 7)) == b"payload"
 
 
 def test_an_exchange_raises_what_the_worker_ran_into(router: Router, answers: tuple[int, int]) -> None:
@@ -522,7 +522,7 @@ def test_large_payloads_that_are_parked_are_not_copied(pipes: Pipes, idle: int) 
             router.entrust(Task(handle(), 7, Operation.WRITE, unique, 0, size, PIPED, 0, 0, ()))
         assert router.backlog
         assert router._parked_bytes == 0
-        done = []
+        done: list[int] = []
         while len(done) < 6:
             for request in pipes.take(0):
                 assert request.flags & PIPED

@@ -181,14 +181,15 @@ def test_only_the_file_that_the_kernel_means_loses_or_gets_a_name(source: Source
     source.tree.lookup(ROOT, b"other")
     os.rename(source.path / "other", source.path / "moved")
     before = open_descriptors()
+    acts: list[Callable[[bytes], object]] = [
+        lambda n: source.tree.unlink(ROOT, n, MYSELF),
+        lambda n: source.tree.rmdir(ROOT, n, MYSELF),
+        lambda n: source.tree.rename(ROOT, n, ROOT, b"new", 0, MYSELF),
+        lambda n: source.tree.rename(ROOT, b"file", ROOT, n, 0, MYSELF),
+        lambda n: source.tree.rename(ROOT, b"file", ROOT, n, syscalls.RENAME_EXCHANGE, MYSELF),
+    ]
     for name in (b"unknown", b"moved"):
-        for act in (
-            lambda n: source.tree.unlink(ROOT, n, MYSELF),
-            lambda n: source.tree.rmdir(ROOT, n, MYSELF),
-            lambda n: source.tree.rename(ROOT, n, ROOT, b"new", 0, MYSELF),
-            lambda n: source.tree.rename(ROOT, b"file", ROOT, n, 0, MYSELF),
-            lambda n: source.tree.rename(ROOT, b"file", ROOT, n, syscalls.RENAME_EXCHANGE, MYSELF),
-        ):
+        for act in acts:
             with fails(errno.ESTALE):
                 act(name)
     assert sorted(os.listdir(source.path)) == ["file", "moved", "unknown"]
@@ -202,12 +203,13 @@ def test_removals_that_fail_leave_nothing(source: Source, file: int) -> None:
     source.tree.mkdir(ROOT, b"dir", 0o755, MYSELF)
     (source.path / "dir" / "x").write_text("x")
     before = open_descriptors()
-    for number, action in (
+    failing: list[tuple[int, Callable[[], object]]] = [
         (errno.ENOENT, lambda: source.tree.unlink(ROOT, b"missing", MYSELF)),
         (errno.EISDIR, lambda: source.tree.unlink(ROOT, b"dir", MYSELF)),
         (errno.ENOTEMPTY, lambda: source.tree.rmdir(ROOT, b"dir", MYSELF)),
         (errno.ENOTDIR, lambda: source.tree.rmdir(ROOT, b"file", MYSELF)),
-    ):
+    ]
+    for number, action in failing:
         with fails(number):
             action()
     assert open_descriptors() == before
@@ -271,13 +273,14 @@ def test_renames_that_fail_change_nothing(source: Source, file: int) -> None:
     (source.path / "other").write_text("other")
     other, _ = source.tree.lookup(ROOT, b"other")
     before = open_descriptors()
-    for number, action in (
+    failing: list[tuple[int, Callable[[], object]]] = [
         (errno.ENOENT, lambda: source.tree.rename(ROOT, b"missing", ROOT, b"x", 0, MYSELF)),
         (errno.EISDIR, lambda: source.tree.rename(ROOT, b"file", ROOT, b"dir", 0, MYSELF)),
         (errno.EEXIST, lambda: source.tree.rename(ROOT, b"file", ROOT, b"other", syscalls.RENAME_NOREPLACE, MYSELF)),
         (errno.ENOENT, lambda: source.tree.rename(ROOT, b"file", ROOT, b"x", syscalls.RENAME_EXCHANGE, MYSELF)),
         (errno.EINVAL, lambda: source.tree.rename(ROOT, b"file", ROOT, b"x", 1 << 20, MYSELF)),
-    ):
+    ]
+    for number, action in failing:
         with fails(number):
             action()
     assert open_descriptors() == before
@@ -526,7 +529,7 @@ def _set_xattr(source: Source, nodeid: int) -> None:
     source.tree.setxattr(nodeid, b"user.x", b"1", 0, MYSELF, kill_sgid=False)
 
 
-def _set(source: Source, nodeid: int, valid: int, **values: int) -> None:
+def _set(source: Source, nodeid: int, valid: int, **values: Any) -> None:
     source.tree.setattr(nodeid, Changes(valid, **values), None, MYSELF)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,9 @@ def mountinfo(monkeypatch: pytest.MonkeyPatch, directory: Path, *lines: bytes) -
     """Have the lines read in the place of /proc/self/mountinfo."""
     file = directory / "mountinfo"
     file.write_bytes(b"".join(line + b"\n" for line in lines))
-    original = mounts.Path
 
     def path(name: str) -> Path:
-        return file if name == "/proc/self/mountinfo" else original(name)
+        return file if name == "/proc/self/mountinfo" else Path(name)
 
     monkeypatch.setattr(mounts, "Path", path)
 
@@ -116,8 +116,8 @@ def test_a_mount_point_is_found_without_being_touched(tmp_path: Path, monkeypatc
 
 @pytest.fixture
 def ordinary(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mounts.os, "geteuid", lambda: 1000)
-    monkeypatch.setattr(mounts.shutil, "which", lambda name, path: f"/usr/bin/{name}")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(shutil, "which", lambda name, path: f"/usr/bin/{name}")
 
 
 class Fusermount:
@@ -136,7 +136,7 @@ class Fusermount:
 @pytest.mark.parametrize("lazy", [False, True])
 def test_fusermount_unmounts(ordinary: None, monkeypatch: pytest.MonkeyPatch, lazy: bool) -> None:
     program = Fusermount(0)
-    monkeypatch.setattr(mounts.subprocess, "run", program)
+    monkeypatch.setattr(subprocess, "run", program)
     mounts.unmount("/-mnt", lazy=lazy)
     ((name, *arguments),) = program.commands
     assert name == "/usr/bin/fusermount" and "-u" in arguments and ("-z" in arguments) is lazy
@@ -145,13 +145,13 @@ def test_fusermount_unmounts(ordinary: None, monkeypatch: pytest.MonkeyPatch, la
 
 def test_what_fusermount_says(ordinary: None, monkeypatch: pytest.MonkeyPatch) -> None:
     busy = "fusermount: failed to unmount /mnt: Device or resource busy\n"
-    monkeypatch.setattr(mounts.subprocess, "run", Fusermount(1, busy))
+    monkeypatch.setattr(subprocess, "run", Fusermount(1, busy))
     with fails(errno.EBUSY):
         mounts.unmount("/mnt", lazy=False)
-    monkeypatch.setattr(mounts.subprocess, "run", Fusermount(1, "fusermount: entry for /mnt not found\n"))
+    monkeypatch.setattr(subprocess, "run", Fusermount(1, "fusermount: entry for /mnt not found\n"))
     with pytest.raises(LlloopError, match="not found"):
         mounts.unmount("/mnt", lazy=False)
-    monkeypatch.setattr(mounts.subprocess, "run", Fusermount(7))
+    monkeypatch.setattr(subprocess, "run", Fusermount(7))
     with pytest.raises(LlloopError, match="7"):
         mounts.unmount("/mnt", lazy=False)
 
@@ -161,10 +161,10 @@ def test_fusermount_that_is_missing_or_hangs(ordinary: None, monkeypatch: pytest
         raise subprocess.TimeoutExpired(command, timeout)
 
     with monkeypatch.context() as without:
-        without.setattr(mounts.shutil, "which", lambda name, path: None)
+        without.setattr(shutil, "which", lambda name, path: None)
         with pytest.raises(HostError, match="fuse3"):
             mounts.unmount("/mnt", lazy=False)
-    monkeypatch.setattr(mounts.subprocess, "run", hanging)
+    monkeypatch.setattr(subprocess, "run", hanging)
     with pytest.raises(LlloopError, match="30 seconds"):
         mounts.unmount("/mnt", lazy=False)
 

@@ -162,7 +162,7 @@ def test_failed_reopen_keeps_the_old_file(tmp_path: Path) -> None:
 
 def test_repeated_messages_are_limited_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [1000.0]
-    monkeypatch.setattr(log.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     log.configure("info", tmp_path / "log")
 
     def flood(count: int) -> None:
@@ -201,7 +201,7 @@ def test_limit_applies_to_all_processes_together(tmp_path: Path) -> None:
 
 def test_once_records_are_logged_only_when_they_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [1000.0]
-    monkeypatch.setattr(log.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     log.configure("info", tmp_path / "log")
 
     def died(name: str, how: str) -> None:

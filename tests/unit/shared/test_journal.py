@@ -96,7 +96,7 @@ def test_the_older_come_first_though_their_places_do_not(journal: Journal) -> No
 def test_what_finds_no_room_is_not_there_and_harms_nobody(name: bytes) -> None:
     """Least of all is there a record with half a name."""
     journal = Journal(50)
-    places = []
+    places: list[int] = []
     while place := journal.add(INODE, (len(places),) * FIELDS, name):
         places.append(place)
     before = content(journal)
@@ -290,7 +290,7 @@ def test_a_process_that_is_really_killed() -> None:
         if pid == 0:
             try:
                 own = heir(journal)
-                places = {}
+                places: dict[int, int] = {}
                 for record in own.recover():
                     own.remove(places.get(record.fields[0], 0))
                     places[record.fields[0]] = record.place
@@ -318,6 +318,6 @@ def test_a_process_that_is_really_killed() -> None:
 
 
 def _wait_until_busy(journal: Journal, intent: int) -> None:
-    seen = set()
+    seen: set[bytes] = set()
     while len(seen) < 20 + 3 * intent:
         seen.add(bytes(journal.memory[3 * RECORD_SIZE : 4 * RECORD_SIZE]))

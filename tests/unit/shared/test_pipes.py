@@ -7,6 +7,7 @@ import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,7 +47,7 @@ def fill(pipes: PayloadPipes, slot: int, payload: bytes) -> None:
         os.close(source)
 
 
-def lend(bench: Bench, payload: bytes, flags: int = 0, **more: int) -> Request:
+def lend(bench: Bench, payload: bytes, flags: int = 0, **more: Any) -> Request:
     request = bench.lend(Operation.WRITE, length=len(payload), flags=PIPED | flags, **more)
     fill(pipes_of(bench), request.slot, payload)
     return request

@@ -207,7 +207,7 @@ def test_what_a_child_does_is_seen(slots: Slots) -> None:
     slots.lend(0, 1, b"x")
     Child(work).result()
     assert slots.free_slot() == 0
-    assert slots.payload(0, 3) == b"abc"
+    assert bytes(slots.payload(0, 3)) == b"abc"
     assert slots.metrics.workers[1].snapshot()["READ"].bytes == 7
 
 

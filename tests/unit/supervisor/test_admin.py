@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from llloop.control import protocol
 from llloop.linux.fuse import Opcode
 from llloop.shared.slots import Slots
 from llloop.supervisor import admin
@@ -42,8 +43,8 @@ class Bench:
                 [],
                 slots,
                 SourceCheck("/", 0, False),
-                list,
-                list,
+                lambda: None,
+                lambda: None,
             ),
             Notifier({}),
         )
@@ -60,7 +61,7 @@ class Bench:
 @pytest.fixture
 def bench(slots: Slots, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     monkeypatch.setattr(admin, "_CONNECTIONS", tmp_path)
-    monkeypatch.setattr(admin.protocol, "own_directories", lambda: [str(tmp_path / "sockets")])
+    monkeypatch.setattr(protocol, "own_directories", lambda: [str(tmp_path / "sockets")])
     own = Bench(slots, tmp_path)
     yield own
     own.close()

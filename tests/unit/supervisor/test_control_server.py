@@ -24,6 +24,7 @@ from llloop.cli import prometheus, rates, tables
 from llloop.control import client, discovery, protocol, validation
 from llloop.control.protocol import MAX_REQUEST
 from llloop.errors import LlloopError, UsageError
+from llloop.linux import mounts
 from llloop.supervisor import control_server
 from llloop.supervisor.control_server import MAX_CLIENTS, Control
 from tests.as_user import MYSELF, Caller, Child
@@ -444,7 +445,21 @@ STATS = {
 ANSWERS = {"status": STATUS, "stats": STATS}
 PROBLEM = "the source has been deleted"
 # What a value may be replaced by.
-STRANGE = (None, -1, 1 << 70, math.nan, math.inf, True, "x" * 100_000, [], [[]], {}, {"": {}}, b"\xff", "serving")
+STRANGE: tuple[object, ...] = (
+    None,
+    -1,
+    1 << 70,
+    math.nan,
+    math.inf,
+    True,
+    "x" * 100_000,
+    [],
+    [[]],
+    {},
+    {"": {}},
+    b"\xff",
+    "serving",
+)
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -534,28 +549,28 @@ def test_only_the_owner_of_the_socket_is_believed(bench: Bench) -> None:
     assert child.result() is None
     os.chmod(bench.path, 0o666)
     reader, writer = os.pipe()
+    place = reachable_directory("llloop-impostor-")
 
     def impostor() -> None:
         with socket.socket(socket.AF_UNIX) as server:
-            server.bind(str(shared / "0.sock"))
+            server.bind(str(place / "0.sock"))
             server.listen()
             os.write(writer, b"!")
             connection, _ = server.accept()
             connection.settimeout(5)
             assert connection.recv(1000) == b"", "it has been told something"
 
-    shared = reachable_directory("llloop-impostor-")
-    shared.chmod(0o777)
+    place.chmod(0o777)
     try:
         child = Child(impostor, caller=Caller(4001, 4001))
         os.read(reader, 1)
         with pytest.raises(client.NotReachable, match="run by user 4001"):
-            client.ask(str(shared / "0.sock"), "status")
+            client.ask(str(place / "0.sock"), "status")
         child.result()
     finally:
         os.close(reader)
         os.close(writer)
-        remove_tree(shared)
+        remove_tree(place)
 
 
 def test_all_together_are_waited_for_no_longer_than_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -567,7 +582,7 @@ def test_all_together_are_waited_for_no_longer_than_one(tmp_path: Path, monkeypa
         one.listen()
         silent.append(one)
     monkeypatch.setattr(protocol, "all_directories", lambda: [str(tmp_path)])
-    monkeypatch.setattr(discovery.mounts, "mounts", lambda: [])
+    monkeypatch.setattr(mounts, "mounts", lambda: [])
     begun = time.monotonic()
     paths = list(protocol.sockets())
     assert len(paths) == 100

@@ -288,7 +288,7 @@ def test_a_child_of_the_supervisor_can_be_watched_though_another_has_its_descrip
         front.process.kill()
         assert poll.poll(PATIENCE * 1000)
         assert front.gone() == -signal.SIGKILL
-        assert front.process is None
+        assert front.pid is None
         front.start()
         assert pipe.hear()[3:] == ["content-0"]
         front.end()

@@ -25,9 +25,9 @@ class Processes:
 
     def __init__(self) -> None:
         self.reports, self.report = os.pipe()
+        self.sentinel = -1
         self.keeper = DescriptorKeeper(self._front, lambda: None)
         self.keeper.sentinel = lambda: self.sentinel
-        self.sentinel = -1
         self._pids: list[int] = []
 
     def _front(self, own: Collection[int]) -> None:

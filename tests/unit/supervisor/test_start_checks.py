@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
 import resource
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -144,7 +146,7 @@ def dead(monkeypatch: pytest.MonkeyPatch, mountpoint: Path) -> list[str]:
             raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
         return original(path)
 
-    monkeypatch.setattr(start_checks.os, "statvfs", statvfs)
+    monkeypatch.setattr(os, "statvfs", statvfs)
     monkeypatch.setattr(mount_identity, "detach_if_dead", detached.append)
     return detached
 
@@ -216,7 +218,7 @@ def test_a_root_who_may_not_mount(monkeypatch: pytest.MonkeyPatch) -> None:
         assert flags == syscalls.MNT_EXPIRE, "it unmounts nothing"
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
-    monkeypatch.setattr(start_checks.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setattr(syscalls, "umount", umount)
     with pytest.raises(HostError, match="CAP_SYS_ADMIN"):
         start_checks.check_host(config())
@@ -244,8 +246,8 @@ def ordinary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(start_checks, "_DEVICE", "/dev/null")
     monkeypatch.setattr(start_checks, "_DEVICE_NUMBER", os.stat("/dev/null").st_rdev)
     monkeypatch.setattr(start_checks, "_FUSE_CONF", tmp_path / "fuse.conf")
-    monkeypatch.setattr(mounts.os, "geteuid", lambda: 1000)
-    monkeypatch.setattr(mounts.shutil, "which", lambda name, path: f"/usr/bin/{name}")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(shutil, "which", lambda name, path: f"/usr/bin/{name}")
     return tmp_path / "fuse.conf"
 
 
@@ -254,7 +256,7 @@ def test_an_ordinary_user_without_fusermount(ordinary: Path, monkeypatch: pytest
     monkeypatch.setattr(syscalls, "prctl", lambda option: int(option == syscalls.PR_GET_NO_NEW_PRIVS))
     with pytest.raises(HostError, match="no_new_privs"):
         start_checks.check_host(config())
-    monkeypatch.setattr(mounts.shutil, "which", lambda name, path: None)
+    monkeypatch.setattr(shutil, "which", lambda name, path: None)
     with pytest.raises(HostError, match="fuse3"):
         start_checks.check_host(config())
 
@@ -284,11 +286,11 @@ def test_allow_other_needs_the_administrators_word(ordinary: Path, text: str | N
 def test_kernel_io_is_refused_where_it_cannot_be(ordinary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(HostError, match="--io kernel cannot be had: it needs root"):
         start_checks.check_host(config(io="kernel", allow_other=False))
-    monkeypatch.setattr(start_checks.os, "geteuid", lambda: 0)
-    monkeypatch.setattr(start_checks.platform, "release", lambda: "6.8.12-generic")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(platform, "release", lambda: "6.8.12-generic")
     with pytest.raises(HostError, match=r"Linux 6\.9"):
         start_checks.check_host(config(io="kernel"))
-    monkeypatch.setattr(start_checks.platform, "release", lambda: "6.9.0")
+    monkeypatch.setattr(platform, "release", lambda: "6.9.0")
     start_checks.check_host(config(io="kernel"))
 
 
@@ -341,8 +343,8 @@ def allowed(monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[int, int]]:
             raise ValueError("not allowed to raise maximum limit")
         values[which] = limit
 
-    monkeypatch.setattr(limits.resource, "getrlimit", lambda which: values[which])
-    monkeypatch.setattr(limits.resource, "setrlimit", setrlimit)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: values[which])
+    monkeypatch.setattr(resource, "setrlimit", setrlimit)
     return values
 
 
@@ -372,7 +374,7 @@ def test_files_as_long_as_any(allowed: dict[int, tuple[int, int]]) -> None:
 def test_as_many_processes_as_the_workers_need(
     allowed: dict[int, tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(limits.os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
     allowed[resource.RLIMIT_NPROC] = (10, 10)
     limits.check(5)
     with pytest.raises(HostError, match=r"6 workers need 11 processes.*ulimit -u"):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from llloop.linux import syscalls
 from llloop.shared.messages import HANDLES_PER_FRONT
 from llloop.shared.slots import Slots
 from llloop.workers import descriptors as descriptors_module
@@ -285,7 +286,7 @@ def test_a_refusal_that_passes_is_waited_for(
     descriptors: Descriptors, front: Front, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While the front acts as somebody else it may not be looked into."""
-    pull = descriptors_module.pidfd_getfd
+    pull = syscalls.pidfd_getfd
     refusals = [1, 1, 1]
 
     def refused_at_first(pidfd: int, fd: int) -> int:

@@ -11,7 +11,7 @@ import pytest
 
 from llloop.linux import fuse
 from llloop.shared.leadership import Leadership
-from llloop.shared.messages import INVALIDATE, MAX_MESSAGE, Operation, decode, decode_wanted
+from llloop.shared.messages import INVALIDATE, MAX_MESSAGE, Operation, decode, decode_wanted, encode
 from llloop.shared.slots import Slots
 from llloop.supervisor.invalidator import InvalidatorSetup, run_invalidator
 from llloop.workers import invalidations
@@ -147,7 +147,7 @@ def test_the_invalidator_tells_the_worker_that_asked(monkeypatch: pytest.MonkeyP
     running = threading.Thread(target=run_invalidator, args=(setup,))
     running.start()
     try:
-        os.write(wanted[1][1], invalidations.encode((5, NODEID, 100, 200)))
+        os.write(wanted[1][1], encode((5, NODEID, 100, 200)))
         message = decode(os.read(pipes[1][0], MAX_MESSAGE))
         assert (message.operation, message.slot, message.extra) == (Operation.INVALIDATED, -1, (5,))
         assert told == [(-1, NODEID, 100, 200)]

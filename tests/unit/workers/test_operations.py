@@ -7,7 +7,7 @@ import logging
 import os
 import stat
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -80,19 +80,28 @@ class Bench:
         return path
 
     def lend(
-        self, operation: Operation, handle: int = 1, offset: int = 0, length: int = 0, payload: bytes = b"", **more: int
+        self,
+        operation: int,
+        handle: int = 1,
+        offset: int = 0,
+        length: int = 0,
+        flags: int = 0,
+        *,
+        uid: int = 0,
+        gid: int = 0,
+        payload: bytes = b"",
+        extra: tuple[Any, ...] = (),
     ) -> Request:
         self.unique += 1
         slot = self.slots.free_slot()
-        extra = more.pop("extra", ())
         length = len(payload) or length
-        request = Request(operation, self.unique, slot, handle, 0, offset, length, extra=extra, **more)  # type: ignore[arg-type]
+        request = Request(operation, self.unique, slot, handle, 0, offset, length, flags, uid, gid, extra)
         self.slots.payload(slot, len(payload))[:] = payload
         self.slots.lend(slot, 1, encode(request), self.unique)
         return request
 
-    def do(self, operation: Operation, **fields: object) -> Reply:
-        request = self.lend(operation, **fields)  # type: ignore[arg-type]
+    def do(self, operation: int, **fields: Any) -> Reply:
+        request = self.lend(operation, **fields)
         self.operations.execute(request)
         return self.answered(request)
 
@@ -119,7 +128,7 @@ def count_of(reply: Reply) -> int:
 
 
 @pytest.fixture
-def bench(slots: Slots, device: Device, tmp_path: Path):  # type: ignore[no-untyped-def]
+def bench(slots: Slots, device: Device, tmp_path: Path) -> Iterator[Bench]:
     own = Bench(slots, device, tmp_path)
     yield own
     own.close()
@@ -239,7 +248,12 @@ def test_a_copy_of_more_than_a_reply_can_report_is_cut(bench: Bench, monkeypatch
     bench.open(1)
     bench.open(2)
     asked = []
-    monkeypatch.setattr(os, "copy_file_range", lambda *arguments: asked.append(arguments[2]) or 0)
+
+    def note(source: int, target: int, length: int, *offsets: int) -> int:
+        asked.append(length)
+        return 0
+
+    monkeypatch.setattr(os, "copy_file_range", note)
     bench.do(Operation.COPY_FILE_RANGE, handle=2, length=2**63, extra=(1, 0, 0, 5, 0))
     assert 0 < asked[0] < 2**32
 
@@ -270,7 +284,7 @@ def test_whatever_else_goes_wrong_is_eio_and_logged(
 
 
 def test_an_operation_that_does_not_exist(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
-    assert bench.do(99).error == errno.EIO  # type: ignore[arg-type]
+    assert bench.do(99).error == errno.EIO
 
 
 def test_a_release_is_passed_on_and_not_answered(bench: Bench) -> None:
@@ -361,7 +375,7 @@ def test_what_was_done_is_not_done_again_after_others_have_written(bench: Bench,
     bench.open(2, b"abcdefghij")
     hole = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
     extra = (hole,) if operation == Operation.FALLOCATE else (2, 0, 0, 5, 0)
-    request = bench.lend(operation, length=10, extra=extra)  # type: ignore[arg-type]
+    request = bench.lend(operation, length=10, extra=extra)
     bench.slots.results[request.slot] = ~10
     bench.slots.stages[request.slot] = _DONE
     bench.operations.resume(request)
@@ -688,7 +702,7 @@ def test_what_has_no_size_is_read_and_written_by_one_call(
 ) -> None:
     """The next read would get the next message, and the second half of a command is another command."""
     bench.open(1, b"message")
-    calls = []
+    calls: list[int] = []
     for name in ("preadv", "pwrite"):
         monkeypatch.setattr(os, name, _counted(getattr(os, name), calls))
     assert bench.do(Operation.READ, length=length, flags=ONCE).payload == b"message"

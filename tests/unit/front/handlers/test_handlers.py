@@ -17,7 +17,7 @@ from llloop.front.handlers import handler_table
 from llloop.front.inodes import ROOT
 from llloop.linux import fuse
 from llloop.linux.fuse import Opcode
-from llloop.shared.messages import APPEND, BUFFERED, INVALIDATE, KILL_PRIVILEGES, Operation, decode
+from llloop.shared.messages import APPEND, BUFFERED, INVALIDATE, KILL_PRIVILEGES, Operation, Request, decode
 from tests.expect import fails
 from tests.unit.source import MYSELF, Source
 from tests.unit.support import Device, Reply, open_descriptors, packet_pipe, packets
@@ -63,7 +63,7 @@ def parse_attr(data: bytes) -> Attr:
 
 
 def parse_entry(data: bytes) -> Entry:
-    return Entry(*struct.unpack_from("=4Q2I", data), parse_attr(data[40:128]))
+    return Entry._make((*struct.unpack_from("=4Q2I", data), parse_attr(data[40:128])))
 
 
 class Kernel:
@@ -105,7 +105,7 @@ class Kernel:
         )
         return handle, given
 
-    def handed_over(self) -> list[tuple[int, ...]]:
+    def handed_over(self) -> list[Request]:
         return [decode(message) for reader in self.source.readers for message in packets(reader)]
 
 
@@ -225,10 +225,10 @@ def test_getattr_of_an_open_file(source: Source, kernel: Kernel, file: int) -> N
 
 
 def setattr_body(valid: int, **values: int) -> bytes:
-    names = ("fh", "size", "lock_owner", "atime", "mtime", "ctime")
-    head = struct.pack("=II6q", valid, 0, *(values.get(name, 0) for name in names))
-    names = ("atimensec", "mtimensec", "ctimensec", "mode", "unused4", "uid", "gid", "unused5")
-    return head + struct.pack("=8I", *(values.get(name, 0) for name in names))
+    long = ("fh", "size", "lock_owner", "atime", "mtime", "ctime")
+    short = ("atimensec", "mtimensec", "ctimensec", "mode", "unused4", "uid", "gid", "unused5")
+    head = struct.pack("=II6q", valid, 0, *(values.get(name, 0) for name in long))
+    return head + struct.pack("=8I", *(values.get(name, 0) for name in short))
 
 
 def test_setattr(source: Source, kernel: Kernel, file: int) -> None:
@@ -514,7 +514,7 @@ def test_data_requests_go_to_the_worker(source: Source, kernel: Kernel, file: in
     opened.read_flags = opened.write_flags = None  # as where a disk would have to be waited for
     router = source.context.router
 
-    def sent(opcode: Opcode, body: bytes, who: tuple[int, int] = (1000, 1001)) -> tuple[int, ...]:
+    def sent(opcode: Opcode, body: bytes, who: tuple[int, int] = (1000, 1001)) -> Request:
         slot = router.slot
         kernel.send(opcode, file, body, who)
         (request,) = kernel.handed_over()

@@ -83,9 +83,9 @@ def test_a_listing_goes_on_where_it_stopped(operations: Operations, source: Sour
     whole = list(operations.readdir(handle, 0))
     assert sorted(name for name, _, _ in whole) == [b".", b"..", b"a", b"b", b"c"]
     assert all(stat.S_ISDIR(attributes.st_mode) for _, attributes, _ in whole)
-    for name, _, following in whole:
+    for entry, _, following in whole:
         rest = [other for other, _, _ in operations.readdir(handle, following)]
-        assert rest == [other for other, _, _ in whole][[other for other, _, _ in whole].index(name) + 1 :]
+        assert rest == [other for other, _, _ in whole][[other for other, _, _ in whole].index(entry) + 1 :]
     operations.releasedir(handle)
     with refused(errno.EBADF):
         operations.readdir(handle, 0)

@@ -596,7 +596,10 @@ class View:
 
     def of_table(self) -> Any:
         context = self.line.context
-        label = lambda nodeid: self.names.get(nodeid, "unnamed")  # noqa: E731
+
+        def label(nodeid: int) -> str:
+            return self.names.get(nodeid, "unnamed")
+
         inodes = {
             label(nodeid): (label(inode.parent), inode.name, inode.lookups)
             for nodeid, inode in context.inodes._table.items()
