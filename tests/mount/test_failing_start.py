@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from tests.mirror import Mirror
 from tests.mount.command_line import Ground, environment, ground
 from tests.mount.start_steps import IN_THE_WAY
 from tests.watchdog import Watchdog, kill_session, unmount_lazily
+
+CHECKOUT = Path(__file__).parents[2]
 
 pytestmark = [pytest.mark.mounted, pytest.mark.timeout(300)]
 
@@ -33,7 +36,9 @@ def outcomes(place: Ground, how: str, every: int) -> list[dict[str, Any]]:
     """What became of a start of which one step went wrong, for every so many-th step."""
     arguments = [str(place.source), str(place.mountpoint), how, str(every)]
     command = [sys.executable, "-m", "tests.mount.start_steps", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment(), text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, cwd=CHECKOUT, stdout=subprocess.PIPE, env=environment(), text=True, start_new_session=True
+    )
     try:
         stdout, _ = process.communicate(timeout=280)
     finally:

@@ -15,7 +15,7 @@ from llloop.errors import MountpointError, SourceError, UsageError
 
 
 def make(**options: Any) -> ServeConfig:
-    return ServeConfig(source=options.pop("source", "/src"), mountpoint="/mnt", **options)
+    return ServeConfig(**{"source": "/src", "mountpoint": "/mnt", **options})
 
 
 def test_defaults() -> None:
