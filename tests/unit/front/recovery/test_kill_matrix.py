@@ -97,7 +97,7 @@ def imported(tree: ast.AST) -> Iterator[str]:
 
 def names_in(tree: ast.AST) -> dict[str, str]:
     """What each name stands for that a module imports."""
-    found = {}
+    found: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.asname or alias.name: alias.name for alias in node.names}
