@@ -55,7 +55,7 @@ def serve(source: str | os.PathLike[str], mountpoint: str | os.PathLike[str], **
         LlloopError: the mount could not be made; the subclasses say why.
     """
     if threading.current_thread() is not threading.main_thread():
-        raise errors.UsageError("a mount can be served by the main thread only; llloop.mount() works in any")
+        raise errors.UsageError("llloop.serve() works in the main thread only; llloop.mount() works in any thread")
     config = _config(source, mountpoint, options)
     # The program's own handling of SIGCHLD would take away the children that the supervisor waits for.
     with ProcessState((signal.SIGCHLD,)):

@@ -51,8 +51,8 @@ class MetadataKind(str, Enum):
 
 # What a mount lacks if llfuse runs its loop.
 WITHOUT_OWN_LOOP = (
-    "POSIX ACLs, fallocate, SEEK_HOLE, flags of renameat2, O_TMPFILE, birth times, and recovery: a worker that hangs "
-    "stops the mount, and the death of the front ends it"
+    "POSIX ACLs, fallocate, SEEK_HOLE, flags of renameat2, O_TMPFILE, birth times, and recovery (a worker that hangs "
+    "stops the mount, and the death of the front ends it)"
 )
 
 _TIMEOUTS = {Cache.NEVER: 0.0, Cache.AUTO: 1.0, Cache.ALWAYS: _DAY}
@@ -82,84 +82,91 @@ class ServeConfig:
     mountpoint: str
     workers: int = _option(
         None,
-        "Number of worker processes that do the data I/O; a file's I/O is always done by the same one. "
-        "Default: the number of usable CPUs. More than CPUs helps only where the source waits for disks or a network.",
+        "Number of worker processes. Workers read and write the data of files. One worker does all data I/O of one "
+        "file. More workers than CPUs help only if the source waits for disks or a network. "
+        "Default: the number of usable CPUs.",
     )
     read_only: bool = _option(
-        False, "Mount read-only: the kernel refuses every change with EROFS; wins over -o rw. Default: off."
+        False,
+        "Mount read-only. The kernel refuses every change with EROFS. This option wins over -o rw. Default: off.",
     )
     allow_other: bool = _option(
         None,
-        "Let users other than the one who mounts use the mount; the kernel checks permissions as it does on the "
-        "source. Default: on for root. An ordinary user needs user_allow_other in /etc/fuse.conf, "
-        "and then others act with that user's rights on the source.",
+        "Let all users use the mount. The kernel checks permissions as it does in the source. Default: on for root. "
+        "For an ordinary user this needs the line user_allow_other in /etc/fuse.conf. Risk: on an ordinary user's "
+        "mount, other users act in the source with that user's rights.",
     )
     cache: Cache = _option(
         Cache.AUTO,
-        "What the kernel may keep. never: nothing; changes made directly in the source are seen at once, and each "
-        "access costs a request; only a mapping (mmap) made earlier may show old bytes until the file is opened again. "
-        "auto: names and attributes for 1 second, data until a fresh open or a refresh of the "
-        "attributes shows another size or time. always: everything for a day; only for a source that nobody else "
-        "changes, else old data is shown. Default: auto.",
+        "What the kernel may cache. never: nothing. The mount shows changes in the source at once, and each access is "
+        "a request to llloop. Only a mapping (mmap) that a program made earlier may show old data until the next open "
+        "of the file. auto: names and attributes for 1 second. Data until an open or a refresh of the attributes shows "
+        "another size or time. always: everything for a day. Risk of always: if anybody changes the source directly, "
+        "the mount shows old data. Default: auto.",
     )
     io: IoKind = _option(
         IoKind.WORKERS,
-        "Who reads and writes open files. workers: the worker processes, each file always the same one. kernel: the "
-        "kernel itself, as fast as the source (passthrough; needs root and Linux 6.9; not with --writeback); fails "
-        "where that cannot be had. auto: the kernel where it can, else the workers. Risk of kernel: all writes to "
-        "a file count as those of the user who opened it first, root loses its reserved blocks for the files of "
-        "others, and O_APPEND and O_DIRECT cannot be switched on an open file. Default: workers.",
+        "Which process reads and writes open files. workers: the worker processes. kernel: the kernel itself (FUSE "
+        "passthrough), as fast as in the source. This needs root and Linux 6.9 and excludes --writeback. If the kernel "
+        "cannot do it, llloop does not mount. auto: the kernel if it can, otherwise the workers. Risk of kernel: all "
+        "writes to a file count as writes of the user who opened it first. Root cannot use its reserved blocks for "
+        "files of other users. A program cannot switch O_APPEND and O_DIRECT on an open file. Default: workers.",
     )
     writeback: bool = _option(
         False,
-        "Let the kernel collect writes and send them later in large pieces: many times faster for small writes. Risk: "
-        "while the kernel knows a file, its size and times in the source are not asked for, and what was appended to "
-        "it there is hidden and can be overwritten; only for a source nobody else writes to. Data written and not "
-        "synced is lost if the machine or the server fails. Not with --io kernel. Default: off.",
+        "Let the kernel collect writes and send them later in large requests. Small writes become several times "
+        "faster. Use this only if nobody else writes to the source. Risk: while the kernel knows a file, it uses its "
+        "own values for size and times. It hides data that somebody appended in the source, and later writes can "
+        "overwrite that data. If the machine or the server fails, data that was not synced is lost. Excludes --io "
+        "kernel. Default: off.",
     )
     metadata: MetadataKind = _option(
         MetadataKind.AUTO,
-        "Who touches the source first for names and attributes. front: the front, which is fastest, and with which a "
-        "source that hangs (a dead file server) stops the whole mount. workers: a worker, and the front only when "
-        "that has been answered, so that what hangs keeps its own share of requests waiting; every request costs two "
-        "wake-ups more. auto: workers where the source is a network or FUSE file system, else front. Default: auto.",
+        "Which process accesses the source first for names and attributes. front: the front process. This is fastest, "
+        "but a source that hangs (a dead file server) stops the whole mount. workers: a worker, and the front after "
+        "the worker has finished. A hanging source then blocks only some of the requests. Each request costs two more "
+        "wake-ups. auto: workers if the source is on a network or FUSE file system, otherwise front. Default: auto.",
     )
     attr_timeout: float = _option(
-        None, "Seconds the kernel may keep attributes (size, mode, times) without asking. Default: as --cache says."
+        None,
+        "For how many seconds the kernel may cache attributes (size, mode, times). Default: set by --cache.",
     )
-    entry_timeout: float = _option(None, "Seconds the kernel may keep what a name leads to. Default: as --cache says.")
+    entry_timeout: float = _option(
+        None, "For how many seconds the kernel may cache which file a name leads to. Default: set by --cache."
+    )
     negative_timeout: float = _option(
         None,
-        "Seconds the kernel may keep that a name does not exist; a file made directly in the source stays unseen that "
-        "long. Default: as --cache says.",
+        "For how many seconds the kernel may cache that a name does not exist. The mount may hide a file that somebody "
+        "creates directly in the source for that long. Default: set by --cache.",
     )
     xattr: bool = _option(
         True,
-        "Pass extended attributes and POSIX ACLs through. Without, programs are told they are not supported, and one "
-        "request for each access check is saved. Risk of switching it off: ACLs of the source are not enforced. "
+        "Support extended attributes and POSIX ACLs. --no-xattr: programs get the answer that the file system does not "
+        "support them. This saves requests. Risk of --no-xattr: the mount does not enforce ACLs of the source. "
         "Default: on.",
     )
     options: tuple[str, ...] = _option(
         (),
-        "Further mount options for libfuse or the kernel, separated by commas: noexec, or as root suid and dev, which "
-        "allow set-ID programs and device nodes. Options that exclude each other are refused. Risk of suid and dev: "
-        "who can write in the source can become root. "
-        "noatime has no effect on the source, whose own mount options decide. Default: none; nosuid,nodev are on.",
+        "Further mount options, separated by commas, such as noexec. Root can give suid and dev, which allow set-ID "
+        "programs and device nodes. llloop refuses options that exclude each other. Risk of suid and dev: anybody who "
+        "can write to the source can become root. noatime has no effect on access times in the source. The mount "
+        "options of the source's own file system decide about these. Default: nosuid,nodev.",
     )
-    fsname: str = _option(None, "Name of the file system shown by mount(8) and df(1). Default: the source.")
+    fsname: str = _option(None, "Name of the file system in the output of mount(8) and df(1). Default: the source.")
     nonempty: bool = _option(
-        False, "Mount over a directory that is not empty; what it holds is hidden until the unmount. Default: off."
+        False,
+        "Mount over a directory that is not empty. The mount hides the content of this directory. Default: off.",
     )
     replace_dead: bool = _option(
         False,
-        'If the mount point is a dead FUSE mount ("Transport endpoint is not connected"), detach it first. '
+        'If the mount point is a dead FUSE mount ("Transport endpoint is not connected"), detach that mount first. '
         "Default: off.",
     )
     loop: LoopKind = _option(
         LoopKind.OWN,
-        "Who runs the request loop. own: llloop. llfuse: the library llfuse, the plain way. Risk of llfuse: it is "
-        f"slower, and the mount lacks {WITHOUT_OWN_LOOP}. It excludes --io kernel, --writeback and --metadata workers. "
-        "Default: own.",
+        "Which request loop serves the mount. own: the loop of llloop. llfuse: the loop of the library llfuse, for "
+        f"comparison. Risk of llfuse: it is slower, and the mount lacks {WITHOUT_OWN_LOOP}. It excludes --io kernel, "
+        "--writeback and --metadata workers. Default: own.",
     )
     slots: int = _option(DEFAULT_SLOTS, "How many requests may be with the workers at a time; for tests.")
 
@@ -189,7 +196,7 @@ class ServeConfig:
             (self.mountpoint, MountpointError, "mount point"),
         ):
             if not isinstance(path, str) or not path or "\0" in path:
-                raise kind(f"{what} {path!r}: this is not the name of a directory")
+                raise kind(f"{what} {path!r}: a path must be a non-empty string without null bytes")
 
     def _check(self) -> None:
         if "ro" in self.options:
@@ -200,9 +207,9 @@ class ServeConfig:
             if type(getattr(self, name)) is not bool:
                 raise UsageError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if not isinstance(self.fsname, str) or not self.fsname or "\0" in self.fsname:
-            raise UsageError(f"--fsname must be a name, not {self.fsname!r}")
+            raise UsageError(f"--fsname must be a non-empty string without null bytes, not {self.fsname!r}")
         if len(self.fsname) > _LONGEST_FSNAME:
-            raise UsageError(f"--fsname may have {_LONGEST_FSNAME} characters at most, not {len(self.fsname)}")
+            raise UsageError(f"--fsname may have at most {_LONGEST_FSNAME} characters, not {len(self.fsname)}")
         if self.loop is LoopKind.LLFUSE:
             for unfit, option in (
                 (self.io is IoKind.KERNEL, "--io kernel"),
@@ -210,9 +217,11 @@ class ServeConfig:
                 (self.metadata is MetadataKind.WORKERS, "--metadata workers"),
             ):
                 if unfit:
-                    raise UsageError(f"{option} and --loop llfuse exclude each other: llfuse's loop cannot do that")
+                    raise UsageError(
+                        f"{option} and --loop llfuse exclude each other: the loop of llfuse does not support {option}"
+                    )
         if self.writeback and self.io is IoKind.KERNEL:
-            raise UsageError("--writeback and --io kernel exclude each other: the kernel has nothing to collect then")
+            raise UsageError("--writeback and --io kernel exclude each other; give one of them")
         for name in ("attr_timeout", "entry_timeout", "negative_timeout"):
             seconds: Any = getattr(self, name)
             if type(seconds) not in (int, float) or not (math.isfinite(seconds) and 0 <= seconds <= 2**31):

@@ -30,14 +30,14 @@ _MAX_READ = re.compile(r"max_read=([0-9]+)")
 _LARGEST_NUMBER = 2**32 - 1  # the kernel takes it as an unsigned int
 # Options of libfuse that llloop sets itself or cannot hold to, and what to do instead.
 _REFUSED = {
-    "allow_other": "say --allow-other or --no-allow-other instead",
+    "allow_other": "use --allow-other or --no-allow-other",
     # libfuse checks this in its own request loop, which llloop does not use: everybody would be let in.
-    "allow_root": "it cannot be had; say --allow-other or --no-allow-other instead",
-    "auto_unmount": "it is not needed: a mount whose server dies is detached",
-    "fsname": "say --fsname NAME instead",
-    "nonempty": "say --nonempty instead",
-    "remount": "llloop cannot change the options of a mount; unmount it and mount it anew",
-    "subtype": "it is always llloop",
+    "allow_root": "llloop does not support it; use --allow-other or --no-allow-other",
+    "auto_unmount": "it is not needed: llloop detaches a mount when its server dies",
+    "fsname": "use --fsname NAME",
+    "nonempty": "use --nonempty",
+    "remount": "llloop cannot change the options of a mount; unmount it, then mount it again",
+    "subtype": "llloop sets it itself",
 }
 # For these an ordinary user's fusermount goes on without a word, as if they had not been given.
 _ONLY_ROOT = ("suid", "dev")
@@ -90,13 +90,13 @@ def checked(options: Iterable[str]) -> tuple[str, ...]:
         if name in _REFUSED:
             raise UsageError(f"mount option {option}: {_REFUSED[name]}")
         if not option.isascii():
-            raise UsageError(f"mount option {option!r}: only ASCII can be passed to libfuse")
+            raise UsageError(f"mount option {option!r}: it may contain ASCII characters only")
         size = _MAX_READ.fullmatch(option)
         if size is not None and int(size[1]) > _LARGEST_NUMBER:
             raise UsageError(f"mount option {option}: the number must be at most {_LARGEST_NUMBER}")
         if option not in KERNEL and option != "default_permissions" and size is None:
             raise UsageError(
-                f"mount options: unknown option `{option}'; there are: "
+                f"mount option {option}: there is no such option; the options are: "
                 + ", ".join(one for group in _KERNEL_GROUPS for one in group)
             )
     refuse_contradictions(single)
@@ -112,7 +112,7 @@ def check_user(config: ServeConfig) -> None:
     if os.geteuid() != 0:
         for option in config.options:
             if option in _ONLY_ROOT:
-                raise HostError(f"mount option {option}: only root may ask for it")
+                raise HostError(f"mount option {option}: only root may use it")
 
 
 def for_libfuse(config: ServeConfig) -> list[str]:

@@ -164,7 +164,7 @@ class ServerProcess:
             try:
                 self._mount.unmount(lazy=True)
             except OSError as error:
-                raise LlloopError(f"mount point {self.mountpoint}: it could not be detached: {error}") from None
+                raise LlloopError(f"mount point {self.mountpoint}: it cannot be detached: {error}") from None
         code: int = told.get("ended", returned or 1)
         return code
 
@@ -225,7 +225,7 @@ def _interpreter() -> str:
     for candidate in candidates:
         if os.path.isabs(candidate) and os.access(candidate, os.X_OK):
             return candidate
-    raise HostError(f"no Python interpreter is known to start the server with: {' and '.join(candidates)} do not exist")
+    raise HostError(f"no Python interpreter to start the server with: {' and '.join(candidates)} do not exist")
 
 
 def _module_files() -> dict[str, tuple[str, list[str] | None]]:
@@ -235,7 +235,7 @@ def _module_files() -> dict[str, tuple[str, list[str] | None]]:
         module = sys.modules.get(name)
         spec = getattr(module, "__spec__", None) or importlib.util.find_spec(name)
         if spec is None or spec.origin is None:
-            raise HostError(f"the file of the module {name} is not known, so no server can be started")
+            raise HostError(f"the server cannot be started: the file of the module {name} is unknown")
         places = spec.submodule_search_locations
         found[name] = os.path.abspath(spec.origin), None if places is None else [os.path.abspath(one) for one in places]
     return found

@@ -79,7 +79,7 @@ class Worker:
                     raise Malformed("no such request is lent a slot")
                 requests.append(request)
             except Malformed as error:
-                _log.error("a lent slot holds no request: %s", error)
+                _log.error("returned a slot that holds no valid request: %s", error)
                 slots.give_back(slot)
         return sorted(requests, key=lambda request: (not slots.stages[request.slot], request.unique & ~RESENT))
 
@@ -89,7 +89,7 @@ class Worker:
         try:
             self._operations.resume(request)
         except _SENSELESS as error:
-            _log.error("a lent slot's request makes no sense: %s", error)
+            _log.error("returned a slot with an invalid request: %s", error)
             self._slots.give_back(request.slot)
         if request.operation != Operation.PROBE and self._slots.states[request.slot] != self._shard + 1:
             self._sheet.finished(opcode_of(request), time.monotonic_ns() - begun)
@@ -192,7 +192,7 @@ class Worker:
             try:
                 request = decode(message)
             except Malformed as error:
-                _log.error("a message that is no request was dropped: %s", error)
+                _log.error("dropped a message that is not a request: %s", error)
                 continue
             try:
                 slot = request.slot
@@ -217,7 +217,7 @@ class Worker:
                     if execute(request) and request.operation != Operation.PROBE:  # the front counts what that was for
                         finished(opcode_of(request), clock() - start)
             except _SENSELESS as error:
-                _log.error("a message that makes no sense was dropped: %s", error)
+                _log.error("dropped an invalid request: %s", error)
             if leadership.stalled or closing:
                 if not self._go_on():
                     return False

@@ -42,7 +42,7 @@ class Probes:
             except OSError:
                 continue
             except Exception:
-                _log.exception("%s could not be looked at", path)
+                _log.exception("the look-up of %s failed", path)
         os.write(self._told, PROBED.pack(request.unique))
 
 

@@ -40,7 +40,7 @@ class WritebackErrors:
         key = _key(fd)
         if self._errors.pop(key, None) is None:
             _log.warning(
-                "%s: data that was stored through a mapping or collected could not be written and is lost: %s",
+                "%s: data from a mapping or from --writeback could not be written and is lost: %s",
                 os.readlink(f"/proc/self/fd/{fd}"),
                 os.strerror(number),
             )

@@ -25,11 +25,11 @@ EXIT_CODES = """\b
 Exit codes:
   0  stopped cleanly
   1  the mount failed or ended unexpectedly
-  2  an option makes no sense
+  2  an option is invalid
   3  the source cannot be mirrored
   4  the mount point cannot be used
   5  this machine or user cannot mount with FUSE
-  6  a dead mount is in the way
+  6  a dead mount is at the mount point
 """
 
 

@@ -89,5 +89,8 @@ def _wait_for(child: int, reader: int) -> NoReturn:
     code = os.waitstatus_to_exitcode(status)
     if code < 0:
         with suppress(OSError):
-            os.write(2, f"llloop: killed by {signal.Signals(-code).name} before the mount was ready\n".encode())
+            os.write(
+                2,
+                f"llloop: the server was killed by {signal.Signals(-code).name} before the mount was ready\n".encode(),
+            )
     os._exit(code if code >= 0 else 1)

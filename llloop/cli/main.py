@@ -55,10 +55,10 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, context_settings=_CONTEXT, epilog=EXIT_CODES)
 @click.version_option(__version__, prog_name="llloop", message="%(prog)s %(version)s")
 def main() -> None:
-    """Mirror a directory at a mount point through FUSE, with its data I/O spread over worker processes.
+    """Mirror a directory at a mount point through FUSE. Several worker processes read and write the data.
 
-    Every option can also be given as an environment variable: LLLOOP_SERVE_WORKERS=8 for --workers 8 of serve.
-    LLLOOP_SOURCE and LLLOOP_MOUNTPOINT stand in for SOURCE and MOUNTPOINT.
+    Every option has an environment variable. For example, LLLOOP_SERVE_WORKERS=8 means serve --workers 8.
+    LLLOOP_SOURCE and LLLOOP_MOUNTPOINT mean SOURCE and MOUNTPOINT.
     """
 
 
@@ -94,36 +94,39 @@ _mountpoint = click.argument("mountpoint", type=UntouchedPath(), envvar="LLLOOP_
 @click.option(
     "--daemon",
     is_flag=True,
-    help="Go on in the background: return when the mount is ready, with a non-zero exit code if it never is. "
-    "Messages then go to --log-file or are lost. Default: stay in the foreground.",
+    help="Serve in the background. The command returns when the mount is ready. If it cannot mount, it prints the "
+    "reason and ends with another exit code than 0. Without --log-file, later log messages are lost. "
+    "Default: stay in the foreground.",
 )
 @click.option(
     "--pid-file",
     type=click.Path(path_type=Path),
-    help="Write the supervisor's process id there when the mount is ready; removed at the end. Default: none.",
+    help="When the mount is ready, write the process id of the supervisor to this file. llloop removes the file at the "
+    "end. Default: no file.",
 )
 @click.option(
     "--log-level",
     type=click.Choice(log.LEVELS),
     default="info",
-    help="Least severe messages to log. Nothing is logged for single requests, so this costs no speed. Default: info.",
+    help="Log messages of this level and above. llloop does not log single requests, so no level costs speed. "
+    "Default: info.",
 )
 @click.option(
     "--log-file",
     type=click.Path(path_type=Path),
-    help="Append log messages of all processes to this file. Default: standard error.",
+    help="Append the log messages of all processes to this file. Default: standard error.",
 )
 @click.option(
     "--check",
     is_flag=True,
-    help="Mount nothing: say whether the mount could be made, with the exit code and the message that it would end "
-    "with. Default: off.",
+    help="Check whether the mount is possible, and mount nothing. If it is not possible, the message and the exit code "
+    "are the same as without --check. Default: off.",
 )
 @click.option(
     "--check-restart",
     is_flag=True,
-    help="As --check, for an llloop mount that is served at MOUNTPOINT now and is to be started anew with other "
-    "options: that it is there is no hindrance. Default: off.",
+    help="Like --check, but an llloop mount at MOUNTPOINT is allowed. Use it to check new options before you restart "
+    "that mount. Default: off.",
 )
 @report_errors
 def serve(
@@ -148,7 +151,7 @@ def serve(
     config = ServeConfig(source=source, mountpoint=mountpoint, **options)
     for option, file in (("--log-file", log_file), ("--pid-file", pid_file)):
         if file is not None and mounts.is_below(str(file), mountpoint):
-            raise UsageError(f"{option} {file}: it lies in the mount point, where the mount would hide it")
+            raise UsageError(f"{option} {file}: this file is inside the mount point; the mount would hide it")
     try:
         if log_file is not None:
             log_file = log_file.absolute()
@@ -185,18 +188,19 @@ def serve(
 @click.option(
     "--lazy",
     is_flag=True,
-    help="Detach the mount at once even if it is in use: programs that have files open there keep them, and the "
-    "server ends when the last is closed. A dead mount in use goes the same way. Default: fail if it is busy.",
+    help="Detach the mount at once, even if programs use it. Programs keep the files that they have open there. The "
+    "server ends when the last of these files is closed. This also detaches a dead mount that programs use. "
+    "Default: fail if the mount is busy.",
 )
 @click.option(
     "--if-dead",
     is_flag=True,
-    help="Unmount only what a dead server has left behind. If nothing is mounted there, or something that lives, do "
-    "nothing and end with 0. For clean-up after a service, whatever ended it. Default: off.",
+    help="Unmount only a dead mount. If nothing is mounted there, or if the mount works, do nothing and end with 0. "
+    "Use it to clean up after a service. Default: off.",
 )
 @report_errors
 def umount(mountpoint: str, lazy: bool, if_dead: bool) -> None:
-    """End the llloop mount at MOUNTPOINT: its server stops cleanly."""
+    """Unmount the llloop mount at MOUNTPOINT. Its server ends."""
     path = mounts.resolve_mountpoint(mountpoint)
     try:
         entry = mounts.find_mount(path) if if_dead else mounts.find_llloop(path, mountpoint)
@@ -205,7 +209,7 @@ def umount(mountpoint: str, lazy: bool, if_dead: bool) -> None:
         elif entry is not None and entry.type == mounts.TYPE:
             mount_identity.detach_if_dead(path, lazy=lazy)
     except OSError as error:
-        hint = "; close what uses it, or detach it with --lazy" if not lazy else ""
+        hint = "; end the programs that use it (fuser -vm), or detach it with --lazy" if not lazy else ""
         raise MountpointError(f"{mountpoint}: {error.strerror}{hint}") from None
 
 
@@ -213,10 +217,10 @@ def umount(mountpoint: str, lazy: bool, if_dead: bool) -> None:
 @click.argument("place", nargs=-1, metavar="[SOURCE MOUNTPOINT]", type=click.Path(readable=False))
 @report_errors
 def print_systemd_unit(place: tuple[str, ...]) -> None:
-    """Print the systemd unit llloop@.service, which runs this very command.
+    """Print the systemd unit llloop@.service with the path of this command.
 
-    With SOURCE and MOUNTPOINT: print what makes one instance wait for the file systems that these lie on, to be
-    written to /etc/systemd/system/llloop@INSTANCE.service.d/mounts.conf.
+    With SOURCE and MOUNTPOINT, print a drop-in instead. It makes one instance wait for the file systems of both
+    directories. Write it to /etc/systemd/system/llloop@INSTANCE.service.d/mounts.conf.
     """
     if len(place) not in (0, 2):
         raise UsageError("systemd-unit takes either no arguments or SOURCE and MOUNTPOINT")

@@ -22,22 +22,22 @@ _T = TypeVar("_T")
 
 _STATUS_CODES = """\b
 Exit codes:
-  0  every mount shown is served
-  1  one is dead, does not answer, does not talk to this user, or has a problem
+  0  all shown mounts are served
+  1  a shown mount is dead, does not answer, belongs to another user, or has a problem
   4  MOUNTPOINT is not an llloop mount
 """
 _CONTROL_CODES = """\b
 Exit codes:
-  0  it has been told, and does it
-  1  the mount's server is gone, does not answer, or is another user's
-  2  an argument makes no sense
+  0  the server has accepted the command
+  1  the server of the mount is gone, does not answer, or belongs to another user
+  2  an argument is invalid
   4  MOUNTPOINT is not an llloop mount
 """
 _STATS_CODES = """\b
 Exit codes:
-  0  shown, or ended by Ctrl-C; without MOUNTPOINT, whatever state the mounts are in
-  1  the mount's server is gone, does not answer, or is another user's
-  2  an option makes no sense
+  0  the figures were shown; without MOUNTPOINT always, in whatever state the mounts are
+  1  the server of the mount is gone, does not answer, or belongs to another user
+  2  an option is invalid
   4  MOUNTPOINT is not an llloop mount
   5  the file for --textfile cannot be written
 """
@@ -45,14 +45,14 @@ Exit codes:
 
 @click.command(epilog=_STATUS_CODES)
 @click.argument("mountpoint", type=UntouchedPath(), required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead: a list, also of one mount.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: a list, even for one mount.")
 @report_errors
 def status(mountpoint: str | None, as_json: bool) -> None:
     """Show the llloop mounts on this machine, or the one at MOUNTPOINT.
 
-    Of each: its source, options, processes and features, how long it has been up, and whether it answers; what is
-    wrong, if a process is stopped, or the source is gone, hangs or is frozen. Also shown are mounts whose server is
-    gone. Ordinary users see their own in full, and that others exist.
+    For each mount: source, options, features, processes, and how long it has been mounted. Problems are shown too: a
+    stopped process, a source that is gone, hangs or is frozen, a server that is gone. An ordinary user sees all this
+    of his own mounts; of other mounts he sees that they exist.
     """
     mounts = [discovery.status_of(mountpoint)] if mountpoint else discovery.all_statuses()
     if as_json:
@@ -75,25 +75,28 @@ def status(mountpoint: str | None, as_json: bool) -> None:
     flag_value=1.0,
     default=None,
     metavar="[SECONDS]",
-    help="Go on until Ctrl-C, and show what happened in each interval. Default: 1 second if no number is given; "
-    "without --watch, the figures since the mount began.",
+    help="Until Ctrl-C, show what happened in each interval. --watch without a number means 1 second. "
+    "Default: show once what has happened since the mount began.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead; with --watch a line for each interval.")
-@click.option("--prometheus", is_flag=True, help="Print the counters in Prometheus's text format instead.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; with --watch one line for each interval.")
+@click.option("--prometheus", is_flag=True, help="Print the counters in the text format of Prometheus.")
 @click.option(
     "--textfile",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Write that format to FILE, replaced as a whole, for node_exporter's textfile collector; its name must end "
-    "in .prom there. With --watch, again and again.",
+    help="Write the counters in this format to FILE, for the textfile collector of node_exporter. That collector reads "
+    "only files whose names end in .prom. llloop replaces FILE atomically; with --watch, once in each interval.",
 )
 @report_errors
 def stats(mountpoint: str | None, watch: float | None, as_json: bool, prometheus: bool, textfile: Path | None) -> None:
-    """Show what the llloop mount at MOUNTPOINT does, or all that this user can see: rates, latencies, who does it."""
+    """Show rates and latencies of requests, by operation and by process.
+
+    Without MOUNTPOINT, show all llloop mounts that this user may see.
+    """
     if as_json + prometheus + (textfile is not None) > 1:
         raise UsageError("--json, --prometheus and --textfile exclude each other")
     if prometheus and watch is not None:
-        raise UsageError("--prometheus and --watch exclude each other; a loop can write a file: --textfile")
+        raise UsageError("--prometheus and --watch exclude each other; --textfile can be used with --watch")
     if watch is not None and not _LEAST <= watch <= 86400:
         raise UsageError(f"--watch must be a number of seconds from {_LEAST:g} to 86400, not {watch:g}")
     try:
@@ -113,15 +116,15 @@ def stats(mountpoint: str | None, watch: float | None, as_json: bool, prometheus
 @click.argument("level", type=click.Choice(log.LEVELS), required=False)
 @report_errors
 def control(mountpoint: str, command: str, level: str | None) -> None:
-    """Have the llloop mount at MOUNTPOINT do something.
+    """Send a command to the server of the llloop mount at MOUNTPOINT.
 
     \b
-    reload           open the log file again and replace the workers one by one
-    stop             unmount and end, as SIGTERM does; does not wait for it
-    log-level LEVEL  log messages of LEVEL and above from now on, in all processes
+    reload           open the log file again and replace all processes but the supervisor, as SIGHUP does
+    stop             unmount and end, as SIGTERM does; the command does not wait for the end
+    log-level LEVEL  all processes log messages of LEVEL and above from now on
     """
     if (command == "log-level") != (level is not None):
-        raise UsageError("log-level takes a level, e.g. debug" if level is None else f"{command} takes no argument")
+        raise UsageError("log-level needs a level, such as debug" if level is None else f"{command} takes no argument")
     client.ask_mount(mountpoint, command, **({"level": level} if level else {}))
 
 

@@ -25,9 +25,9 @@ from llloop.version import __version__
 # Exit codes of mount(8).
 _USAGE, _SYSTEM, _BUG, _INTERRUPTED, _FAILED = 1, 2, 4, 8, 32
 _EXIT_CODES = """\b
-Exit codes, as mount(8) has them:
+Exit codes, the same as those of mount(8):
   0   mounted
-  1   an option makes no sense
+  1   an option is invalid
   2   this machine or user cannot mount with FUSE
   4   an error inside llloop
   8   interrupted
@@ -87,13 +87,17 @@ def serve_arguments(options: Iterable[str], *, sloppy: bool = False) -> list[str
         if option in _IGNORED or option in mount_options.WITHOUT_EFFECT or option.startswith(_IGNORED_PREFIXES):
             continue
         if name == "remount":
-            raise UsageError("llloop cannot change the options of a mount; unmount it and mount it anew")
+            raise UsageError(
+                "mount option remount: llloop cannot change the options of a mount; unmount it, then mount it again"
+            )
         if name in table:
             parameter, spelling, wants_value = table[name]
             if parameter != "options" and seen.setdefault(parameter, option) != option:
                 raise UsageError(f"mount options {seen[parameter]} and {option} exclude each other; give one of them")
             if wants_value != bool(assigned):
-                raise UsageError(f"mount option {option}: {'it needs a value' if wants_value else 'it takes no value'}")
+                raise UsageError(
+                    f"mount option {option}: this option {'needs a value' if wants_value else 'takes no value'}"
+                )
             arguments += [f"{spelling}={value}" if wants_value else spelling]
         elif option in mount_options.KERNEL or not sloppy:
             arguments += ["-o", option]
@@ -145,15 +149,15 @@ class Command(click.Command):
 )
 @click.argument("source", type=click.Path(readable=False))
 @click.argument("mountpoint", type=click.Path(readable=False))
-@click.option("options", "-o", multiple=True, metavar="OPTION[,OPTION...]", help="Mount options, see below.")
-@click.option("fake", "-f", is_flag=True, help="Check the options, and mount nothing.")
-@click.option("sloppy", "-s", is_flag=True, help="Ignore mount options that nobody knows.")
+@click.option("options", "-o", multiple=True, metavar="OPTION[,OPTION...]", help="Mount options; see Mount Options.")
+@click.option("fake", "-f", is_flag=True, help="Check the options and mount nothing.")
+@click.option("sloppy", "-s", is_flag=True, help="Ignore unknown mount options.")
 @click.option("verbose", "-v", is_flag=True, help="Print the `llloop serve` command that does the same.")
-@click.option("no_mtab", "-n", is_flag=True, help="Has no effect: there is no /etc/mtab to leave alone.")
+@click.option("no_mtab", "-n", is_flag=True, help="No effect: llloop never writes /etc/mtab.")
 @click.option("read_only", "-r", is_flag=True, help="The same as -o ro.")
 @click.option("writable", "-w", is_flag=True, help="The same as -o rw.")
-@click.option("kind", "-t", metavar="TYPE", help="Has no effect: the type is always fuse.llloop.")
-@click.option("namespace", "-N", metavar="NAMESPACE", help="Refused: mount it with nsenter(1) instead.")
+@click.option("kind", "-t", metavar="TYPE", help="No effect: the type is always fuse.llloop.")
+@click.option("namespace", "-N", metavar="NAMESPACE", help="Not supported; use nsenter(1).")
 @click.version_option(__version__, "-V", "--version", prog_name="mount.llloop", message="%(prog)s %(version)s")
 def mount_llloop(
     source: str,
@@ -168,9 +172,9 @@ def mount_llloop(
     kind: str | None,
     namespace: str | None,
 ) -> None:
-    """Mirror the directory SOURCE at MOUNTPOINT, in the background, until it is unmounted.
+    """Mirror the directory SOURCE at MOUNTPOINT in the background until it is unmounted.
 
-    For mount(8), which calls it for the types llloop and fuse.llloop: `mount -t llloop SOURCE MOUNTPOINT`, or a line of
+    mount(8) runs this program for the types llloop and fuse.llloop: `mount -t llloop SOURCE MOUNTPOINT`, or a line in
     /etc/fstab.
     """
     if namespace is not None:

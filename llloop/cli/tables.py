@@ -166,7 +166,7 @@ def _state(figures: dict[str, Any]) -> Text:
     opens = sum(cache.values())
     if opens:
         named = ", ".join(f"{value} {key.replace('_', ' ')}" for key, value in cache.items() if value)
-        text += f"; {_plural(opens, 'open')}, with the pages in the cache {named}"
+        text += f"; {_plural(opens, 'open')}, cached pages: {named}"
     return Text(text, style=_QUIET)
 
 

@@ -59,13 +59,13 @@ def ask(path: str, command: str, *, owner: int | None = None, deadline: float | 
     except (FileNotFoundError, ConnectionRefusedError):
         raise NotReachable("its server is gone") from None
     except PermissionError:
-        raise NotReachable("it is another user's, who alone may ask it, besides root") from None
+        raise NotReachable("it belongs to another user; only that user and root may ask its server") from None
     except TimeoutError:
         raise NotReachable(f"its server has not answered within {timeout:.2g} seconds") from None
     except ShapeMismatch as error:
-        raise NotReachable(f"its server is of another version, or none of llloop's: {error}") from None
+        raise NotReachable(f"its server is another version of llloop, or not llloop: {error}") from None
     except (OSError, BadMessage) as error:
-        raise NotReachable(f"its server does not answer properly: {error}") from None
+        raise NotReachable(f"its server gave an invalid answer: {error}") from None
 
 
 def _check_peer(connection: socket.socket, users: set[int]) -> None:
@@ -76,7 +76,7 @@ def _check_peer(connection: socket.socket, users: set[int]) -> None:
     """
     _, uid, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
     if uid not in users:
-        raise BadMessage(f"it is run by user {uid}")
+        raise BadMessage(f"it runs as user {uid}")
 
 
 def _receive(connection: socket.socket, length: int, deadline: float) -> bytes:
@@ -85,7 +85,7 @@ def _receive(connection: socket.socket, length: int, deadline: float) -> bytes:
         connection.settimeout(max(0.001, deadline - time.monotonic()))
         part = connection.recv(min(length - len(data), 1 << 20))
         if not part:
-            raise BadMessage("it ended in the middle")
+            raise BadMessage("the answer is cut short")
         data += part
     return bytes(data)
 
@@ -126,7 +126,7 @@ def ask_entry(entry: MountEntry, command: str, *, deadline: float | None = None,
         return (
             {**found, "mountpoint": entry.mountpoint} if "mountpoint" in validation.SHAPES.get(command, ()) else found
         )
-    raise problem or NotReachable("it has no control socket here; its server is gone, or another user's")
+    raise problem or NotReachable("it has no control socket; its server is gone, or belongs to another user")
 
 
 def ask_mount(mountpoint: str, command: str, **arguments: Any) -> Any:

@@ -153,7 +153,7 @@ def process_problems(processes: Sequence[dict[str, Any]]) -> list[str]:
         if one["state"] in STOPPED:
             found.append(f"{one['role']} (process {one['pid']}) is stopped (state {one['state']}) and does nothing")
         elif (one["busy"] or 0.0) > _BUSY_LIMIT:
-            found.append(f"{one['role']} (process {one['pid']}) has been at one request for {one['busy']:.0f} s")
+            found.append(f"{one['role']} (process {one['pid']}) has been busy with one request for {one['busy']:.0f} s")
     return found
 
 

@@ -141,7 +141,7 @@ class Loop:
             if self._context.router.claim(unique):
                 pass
             elif opcode not in _NOT_RESENT and self._journal.serving_again(unique) > _MOST_TRIES:
-                _log.error("request %d (opcode %d) has killed %d fronts: it is refused", unique, opcode, _MOST_TRIES)
+                _log.error("request %d (opcode %d) has killed %d fronts; it gets EIO", unique, opcode, _MOST_TRIES)
                 self._refuse(base, opcode, errno.EIO)
             else:
                 self._serve(base, length)
@@ -312,7 +312,7 @@ class Loop:
         """Refuse what is no FUSE request, if that much of it is there that an answer finds its way."""
         if not self._complained:
             self._complained = True
-            _log.error("the kernel sent a malformed request of %d bytes; it is refused, and so are others", length)
+            _log.error("the kernel sent a malformed request of %d bytes; llloop refuses it, and logs no others", length)
         if length >= fuse.IN_HEADER_SIZE:
             self._refuse(base, opcode, errno.EINVAL)
 

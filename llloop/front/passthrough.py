@@ -180,7 +180,10 @@ class Passthrough:
         """Say once for each file system that the workers do what the kernel does not."""
         if handle.mount not in self._refused:
             self._refused.add(handle.mount)
-            _log.info("the kernel does not pass files of one file system through (%s); workers do", error.strerror)
+            _log.info(
+                "the kernel refuses passthrough for one file system (%s); workers move the data of its files",
+                error.strerror,
+            )
 
     def release(self, handle: Handle) -> None:
         """Note that a file passed through was closed."""

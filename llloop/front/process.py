@@ -102,7 +102,7 @@ def _report(context: Context) -> None:
     states = context.router.slots.states
     lent = sum(1 for state in states if state)
     _log.info(
-        "%d inodes, %d open handles, %d directories kept open, %d of %d slots lent",
+        "%d inodes, %d open handles, %d directories kept open, %d of %d slots in use",
         len(context.inodes),
         len(context.handles),
         context.tree.directory_fds.kept,

@@ -38,19 +38,19 @@ def check(workers: int) -> None:
         size, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     if size != resource.RLIM_INFINITY:
         raise HostError(
-            f"this process may write files of {size} bytes at most, so nobody could write longer ones in the mount; "
-            "lift that limit (ulimit -f unlimited)"
+            f"the file size limit of this process is {size} bytes and would apply to all users of the mount; "
+            "lift it (ulimit -f unlimited)"
         )
     needed = needed_descriptors(workers)
     if allowed != resource.RLIM_INFINITY and allowed < needed:
         raise HostError(
-            f"{workers} workers need {needed} open files, and this process may have {allowed}; "
+            f"{workers} workers need {needed} open files, but this process may have {allowed} only; "
             f"allow more (ulimit -n {needed}) or serve with fewer workers"
         )
     processes, _ = resource.getrlimit(resource.RLIMIT_NPROC)
     if os.geteuid() != 0 and processes != resource.RLIM_INFINITY and processes < workers + _OTHER_PROCESSES:
         raise HostError(
-            f"{workers} workers need {workers + _OTHER_PROCESSES} processes, and this user may have {processes}; "
+            f"{workers} workers need {workers + _OTHER_PROCESSES} processes, but this user may have {processes} only; "
             "allow more (ulimit -u) or serve with fewer workers"
         )
 

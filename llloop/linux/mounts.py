@@ -124,9 +124,7 @@ def find_llloop(path: str, shown: str) -> MountEntry:
     if entry is None:
         raise MountpointError(f"{shown}: nothing is mounted there")
     if entry.type != TYPE:
-        raise MountpointError(
-            f"{shown}: {entry.source} ({entry.type}) is mounted there, which is not llloop's; use umount"
-        )
+        raise MountpointError(f"{shown}: {entry.source} ({entry.type}) is mounted there, not llloop; use umount")
     return entry
 
 
@@ -143,7 +141,7 @@ def absolute(path: str, error: LlloopError) -> str:
     try:
         return os.path.abspath(path)
     except OSError:
-        raise type(error)(f"{error}: it is relative, and the working directory does not exist any more") from None
+        raise type(error)(f"{error}: the path is relative, and the working directory no longer exists") from None
 
 
 def resolve_mountpoint(mountpoint: str) -> str:
@@ -182,7 +180,9 @@ def fusermount() -> str:
     places = [place for place in os.get_exec_path() if os.path.isabs(place)]
     found = shutil.which("fusermount", path=os.pathsep.join([*places, *_SYSTEM_PATH]))
     if found is None:
-        raise HostError("fusermount is missing, which lets users mount: install Debian's package fuse3 (or fuse)")
+        raise HostError(
+            "fusermount is missing, and ordinary users need it to mount; install Debian's package fuse3 (or fuse)"
+        )
     return found
 
 

@@ -35,4 +35,4 @@ def open_process(pid: int, started: int) -> int:
     if start_time(pid) == started and not is_readable(pidfd):
         return pidfd
     os.close(pidfd)
-    raise ProcessLookupError(f"process {pid} is another than the one that was meant")
+    raise ProcessLookupError(f"process id {pid} belongs to another process now")

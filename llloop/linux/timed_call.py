@@ -61,7 +61,7 @@ def call_with_timeout(function: Callable[[], T], timeout: float, timeout_error: 
     if "errno" in answer:
         raise OSError(answer["errno"], os.strerror(answer["errno"]), answer["path"])
     if "result" not in answer:
-        raise errors.LlloopError("a check ended without a result; was its process killed?")
+        raise errors.LlloopError("a check ended without a result; its process may have been killed")
     result: T = answer["result"]
     return result
 

@@ -191,7 +191,7 @@ def _check(place: _ResolvedPath) -> None:
     if status.st_uid not in (0, os.geteuid()):
         raise _problem(f"{_owner(status)}, who may have put it there")
     if status.st_nlink > 1:
-        raise _problem("it has several names, and another user may have put this one there (a hard link)")
+        raise _problem("it has several hard links, and another user may have put this one there")
 
 
 def _has_other_names(place: _ResolvedPath, status: os.stat_result) -> bool:

@@ -267,7 +267,7 @@ def reopen() -> None:
         try:
             _destination.reopen()
         except OSError as error:
-            _log.warning("the log file cannot be opened again, the old one stays in use: %s", error)
+            _log.warning("the log file cannot be opened again: %s; llloop goes on writing to the old one", error)
 
 
 class _Multiprocessing:

@@ -101,7 +101,9 @@ class Oversight:
             name = protocol.socket_name(self._sight.mountpoint, self._sight.device)
             return Control(os.path.join(directory, name), commands)
         except OSError as error:
-            _log.warning("no control socket, so llloop status and stats will not work: %s", error)
+            _log.warning(
+                "llloop status, stats and control will not work: the control socket cannot be created: %s", error
+            )
             return None
 
     # For the supervisor's loop
@@ -280,8 +282,10 @@ class Oversight:
         if level not in log.LEVELS:
             raise UsageError(f"the log level must be one of {', '.join(log.LEVELS)}, not {level!r:.80}")
         if not log.set_level(level):
-            raise UsageError("this mount is part of another program, which decides what is logged")
-        _log.info("messages of level %s and above are logged from now on", level)
+            raise UsageError(
+                "another program serves this mount with llloop.serve(), and that program sets the log level"
+            )
+        _log.info("logging messages of level %s and above from now on", level)
         return str(level)
 
     def _reload(self, request: dict[str, Any]) -> str:

@@ -131,7 +131,7 @@ class Child:
         """End a process that has nothing left to do, or whose time is up."""
         if self.process is not None:
             if not end(self.process):
-                _log.warning("%s waits for the source and cannot be ended before that answers", self.name)
+                _log.warning("%s waits for the source and ends only when the source answers", self.name)
             os.close(self.sentinel)
             self.process, self.sentinel = None, -1
 
@@ -215,5 +215,5 @@ def child_main(
     try:
         target()
     except Exception:
-        _log.exception("%s ends by an error nobody expected", name, extra={"once": name})
+        _log.exception("%s ends after an unexpected error", name, extra={"once": name})
         sys.exit(1)

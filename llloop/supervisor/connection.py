@@ -83,12 +83,12 @@ def mount(operations: Operations, mountpoint: str, options: list[str]) -> int:
         reason = complaints.text() or str(error)
         if "fuse_lowlevel_new" in str(error) or "option" in reason:
             raise UsageError(f"mount options {','.join(options)}: {reason}") from None
-        raise HostError(f"mount point {mountpoint}: it could not be mounted: {reason}") from None
+        raise HostError(f"mount point {mountpoint}: mounting failed: {reason}") from None
     except BaseException as error:
         if mounted:
             llfuse.close()
         if isinstance(error, ValueError):
-            raise LlloopError("libfuse did not open /dev/fuse as expected") from None
+            raise LlloopError("libfuse did not open exactly one descriptor of /dev/fuse") from None
         raise
 
 
@@ -104,7 +104,7 @@ def initialise(device: int, config: ServeConfig, source: str) -> Connection:
         HostError: the kernel lacks what the options need.
     """
     if config.loop is LoopKind.LLFUSE:
-        _log.info("llfuse runs the request loop. This mount lacks %s", WITHOUT_OWN_LOOP)
+        _log.info("llfuse runs the request loop; this mount lacks %s", WITHOUT_OWN_LOOP)
         return Connection(device, None)
     preflight = _asks_first(config, source)
     buffer = bytearray(_INIT_BUFFER)
@@ -142,12 +142,12 @@ def _check_passthrough(device: int, config: ServeConfig, capabilities: Capabilit
     if Feature.PASSTHROUGH in capabilities.features:
         reason = refusal(device)
     else:
-        reason = "with --writeback" if config.writeback else "this kernel does not offer it; Linux 6.9 does"
+        reason = "--writeback excludes it" if config.writeback else "it needs Linux 6.9"
     if reason is None:
         return capabilities
     if config.io is IoKind.KERNEL:
-        hint = "" if os.geteuid() == 0 else "; it needs root"
-        raise HostError(f"--io kernel cannot be had: {reason}{hint}. Serve with --io auto or --io workers")
+        hint = "" if os.geteuid() == 0 else ", it needs root"
+        raise HostError(f"--io kernel is not possible: {reason}{hint}; use --io auto or --io workers")
     return capabilities.without(Feature.PASSTHROUGH)
 
 

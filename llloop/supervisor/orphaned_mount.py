@@ -48,9 +48,10 @@ def detach_dead_mount(mount: MountIdentity, device: int) -> bool:
     try:
         mount.unmount(lazy=True)
     except (OSError, LlloopError) as error:
-        _log.error("the supervisor has died and %s could not be detached: %s", mount.mountpoint, error)
+        _log.error("the supervisor has died, and the keeper could not detach %s: %s", mount.mountpoint, error)
         return False
     _log.error(
-        "the supervisor has died; %s was detached, and what was open there answers with errors", mount.mountpoint
+        "the supervisor has died; the keeper has detached %s, and files that are open there give errors",
+        mount.mountpoint,
     )
     return True

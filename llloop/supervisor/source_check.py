@@ -21,7 +21,7 @@ _DELETED, _MISSING, _REPLACED = range(200, 203)
 _PROBLEMS = {
     _DELETED: "the source has been deleted",
     _MISSING: "the source is no longer at its path: it was renamed, or its file system was unmounted",
-    _REPLACED: "another directory is at the source's path: it was replaced, or file systems were mounted or unmounted",
+    _REPLACED: "another directory is at the path of the source: it was replaced, or something was mounted or unmounted",
 }
 # No file system has names of this length, so nothing can have it: the call fails, but only after it has waited for a
 # frozen file system (fsfreeze(8)) to be thawed, as every change has to.

@@ -75,19 +75,21 @@ def make_way(config: ServeConfig) -> Checked:
             mount_identity.detach_if_dead(checked.mountpoint)
         except OSError as error:
             raise DeadMountError(
-                f"mount point {config.mountpoint}: the dead mount in the way cannot be detached: {error.strerror}"
+                f"mount point {config.mountpoint}: the dead mount there cannot be detached: {error.strerror}"
             ) from None
     return checked
 
 
 def _ask_source(config: ServeConfig) -> str:
-    late = SourceError(f"source {config.source}: it does not answer within {PATIENCE:g} seconds")
+    late = SourceError(f"source {config.source}: the file system has not answered within {PATIENCE:g} seconds")
     return call_with_timeout(lambda: check_source(config.source), PATIENCE, late)
 
 
 def _ask_mountpoint(config: ServeConfig, source: str, restart: bool) -> tuple[str, bool]:
     """Return the mount point's absolute path, and whether a dead mount is there that is to be replaced."""
-    late = MountpointError(f"mount point {config.mountpoint}: it does not answer within {PATIENCE:g} seconds")
+    late = MountpointError(
+        f"mount point {config.mountpoint}: the file system has not answered within {PATIENCE:g} seconds"
+    )
     path, dead = call_with_timeout(lambda: check_mountpoint(config, source, restart=restart), PATIENCE, late)
     return path, dead
 
@@ -106,12 +108,12 @@ def check_source(source: str) -> str:
     except FileNotFoundError:
         raise SourceError(f"source {source}: there is no such directory") from None
     except OSError as error:
-        hint = "; it is a mount whose server is gone" if error.errno in mounts.DEAD else ""
+        hint = "; this is a FUSE mount whose server is gone" if error.errno in mounts.DEAD else ""
         raise SourceError(f"source {source}: {error.strerror}{hint}") from None
     if not stat.S_ISDIR(kind.st_mode):
         raise SourceError(f"source {source}: this is not a directory; llloop mirrors directories")
     if not os.access(path, os.R_OK | os.X_OK):
-        raise SourceError(f"source {source}: you may not read it; it needs read and search permission (r-x)")
+        raise SourceError(f"source {source}: this user needs read and search permission (r-x)")
     return path
 
 
@@ -136,14 +138,16 @@ def check_mountpoint(config: ServeConfig, source: str, *, restart: bool = False)
         kind = os.stat(path)
         os.statvfs(path)  # for the attributes of a dead mount may still be cached, as mounting.is_dead() says
     except FileNotFoundError:
-        raise MountpointError(f"mount point {shown}: there is no such directory; make it first: mkdir {path}") from None
+        raise MountpointError(
+            f"mount point {shown}: there is no such directory; create it with: mkdir {path}"
+        ) from None
     except OSError as error:
         if error.errno in mounts.DEAD and config.replace_dead:
             return path, True
         if error.errno in mounts.DEAD:
             raise DeadMountError(
-                f"mount point {shown}: a FUSE mount whose server died is in the way ({error.strerror}); "
-                f"detach it with: llloop umount --lazy {path} (or serve with --replace-dead)"
+                f"mount point {shown}: there is a dead FUSE mount, whose server is gone ({error.strerror}); "
+                f"detach it with: llloop umount --lazy {path}, or serve with --replace-dead"
             ) from None
         raise MountpointError(f"mount point {shown}: {error.strerror}") from None
     if not stat.S_ISDIR(kind.st_mode):
@@ -154,7 +158,7 @@ def check_mountpoint(config: ServeConfig, source: str, *, restart: bool = False)
         return path, False
     if mounted is not None:
         raise MountpointError(
-            f"mount point {shown}: {mounted.source} ({mounted.type}) is mounted there already; "
+            f"mount point {shown}: {mounted.source} ({mounted.type}) is already mounted there; "
             f"unmount it first: llloop umount {path}"
         )
     try:
@@ -163,12 +167,12 @@ def check_mountpoint(config: ServeConfig, source: str, *, restart: bool = False)
         raise MountpointError(f"mount point {shown}: {error.strerror}") from None
     if filled and not config.nonempty:
         raise MountpointError(
-            f"mount point {shown}: the directory is not empty; a mount would hide its files "
-            "(--nonempty mounts all the same)"
+            f"mount point {shown}: the directory is not empty, and the mount would hide its files; "
+            "use an empty directory, or --nonempty"
         )
     if os.geteuid() != 0 and not os.access(path, os.W_OK):
         raise MountpointError(
-            f"mount point {shown}: you may not write to it, so fusermount will not let you mount on it"
+            f"mount point {shown}: this user needs write permission; fusermount does not mount on it otherwise"
         )
     return path, False
 
@@ -177,13 +181,13 @@ def _check_places(mountpoint: str, source: str) -> None:
     """Refuse a mount point inside the source, where llloop would ask itself and wait for ever, and the reverse."""
     if _is_within(mountpoint, source):
         raise MountpointError(
-            f"mount point {mountpoint}: it is the source or lies inside it ({source}); the mirror would contain itself "
-            "and deadlock. Choose a mount point outside of the source"
+            f"mount point {mountpoint}: this is the source ({source}) or a directory inside it; the mount would "
+            "contain itself and deadlock; choose a mount point outside the source"
         )
     if _is_within(source, mountpoint):
         raise MountpointError(
-            f"mount point {mountpoint}: the source {source} lies inside it and would be hidden by the mount. "
-            "Choose a mount point elsewhere"
+            f"mount point {mountpoint}: the source {source} is inside this directory, and the mount would hide it; "
+            "choose another mount point"
         )
 
 
@@ -212,16 +216,18 @@ def check_host(config: ServeConfig) -> None:
         device = os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         raise HostError(
-            f"{_DEVICE} is missing: load the kernel module (modprobe fuse), or, in a container, pass the device in"
+            f"{_DEVICE} is missing; load the kernel module (modprobe fuse), or give the device to this container"
         ) from None
     except OSError as error:
         raise HostError(
-            f"{_DEVICE} cannot be opened ({error.strerror}): this user or container is not allowed to use FUSE"
+            f"{_DEVICE} cannot be opened ({error.strerror}): this user or container may not use FUSE"
         ) from None
     kind = os.fstat(device)
     os.close(device)
     if not stat.S_ISCHR(kind.st_mode) or kind.st_rdev != _DEVICE_NUMBER:
-        raise HostError(f"{_DEVICE} is not the FUSE device (character device 10, 229): mknod {_DEVICE} c 10 229")
+        raise HostError(
+            f"{_DEVICE} is not the FUSE device (character device 10, 229); create it with: mknod {_DEVICE} c 10 229"
+        )
     mount_options.check_user(config)
     if config.io is IoKind.KERNEL:
         _check_passthrough()
@@ -231,12 +237,12 @@ def check_host(config: ServeConfig) -> None:
     mounts.fusermount()
     if syscalls.prctl(syscalls.PR_GET_NO_NEW_PRIVS):
         raise HostError(
-            "fusermount cannot mount for this process: it may get no new privileges (no_new_privs, prctl(2))"
+            "this process has no_new_privs set (prctl(2)), so fusermount cannot mount for it; start llloop without that"
         )
     if config.allow_other and not _user_allow_other():
         raise HostError(
-            f"--allow-other needs the line user_allow_other in {_FUSE_CONF}, which root can add; "
-            "or serve with --no-allow-other"
+            f"--allow-other needs the line user_allow_other in {_FUSE_CONF}; ask root to add it, or serve with "
+            "--no-allow-other"
         )
 
 
@@ -249,8 +255,8 @@ def _check_may_mount() -> None:
         syscalls.umount(_NO_MOUNT, syscalls.MNT_EXPIRE)
     except PermissionError:
         raise HostError(
-            "this process may not mount, although it is root's: it lacks CAP_SYS_ADMIN here; a container gets it "
-            "with --cap-add SYS_ADMIN, unshare(1) with --mount"
+            "this process runs as root but may not mount: it lacks CAP_SYS_ADMIN; start the container with --cap-add "
+            "SYS_ADMIN, or unshare(1) with --mount"
         ) from None
     except OSError:
         pass
@@ -271,6 +277,6 @@ def _check_passthrough() -> None:
     if os.geteuid() != 0:
         reason = "it needs root"
     elif release < _PASSTHROUGH_SINCE:
-        reason = "this kernel does not offer it; Linux 6.9 does"
+        reason = "it needs Linux 6.9"
     if reason is not None:
-        raise HostError(f"--io kernel cannot be had: {reason}. Serve with --io auto or --io workers")
+        raise HostError(f"--io kernel is not possible: {reason}; use --io auto or --io workers")

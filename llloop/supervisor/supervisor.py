@@ -164,7 +164,7 @@ class Supervisor:
                 self._start()
                 self._watch()
             except (OSError, MemoryError) as error:
-                raise HostError(f"mount point {self._mountpoint}: it could not be served: {_reason(error)}") from None
+                raise HostError(f"mount point {self._mountpoint}: serving failed: {_reason(error)}") from None
             finally:
                 self._clean_up()
         if not self._announced and self._stopped_by is not None:
@@ -192,7 +192,7 @@ class Supervisor:
         self._device = device
         self._mount = mount = mount_identity.identify(self._mountpoint)
         if mount is None:
-            raise LlloopError(f"mount point {self._mountpoint}: the mount is gone as soon as it was made")
+            raise LlloopError(f"mount point {self._mountpoint}: the mount disappeared right after it was made")
         self._connection = connection.initialise(device, self._config, self._source)
         mounts.raise_read_ahead(mount.device)  # only now: INIT's answer may lower it
         self._make_children(root, operations, shared, mount)
@@ -330,7 +330,7 @@ class Supervisor:
             self._go_on_reloading()
             self._oversight.tend()
             if self._deadline is not None and time.monotonic() >= self._deadline:
-                _log.warning("%s is still in use after %g seconds; ending all the same", self._mountpoint, GRACE)
+                _log.warning("%s is still in use after %g seconds; the server ends anyway", self._mountpoint, GRACE)
                 self._ended = True
 
     def _patience(self) -> float | None:
@@ -350,13 +350,13 @@ class Supervisor:
         if child is self._front and code == 0:
             self._ended = True  # unmounted
             return
-        how = f"killed by signal {-code}" if code < 0 else f"ended with {code}"
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         if child is self._front and not self._announced:
-            _log.error("%s was %s before it served anything", child.name, how)
+            _log.error("%s %s before it served a request; the mount ends", child.name, how)
             self._failed = self._ended = True
             return
         if child is self._front and self._connection.capabilities is None:
-            _log.error("%s was %s; llfuse's own loop cannot be taken up again, so the mount ends", child.name, how)
+            _log.error("%s %s; with --loop llfuse no other front can take over, so the mount ends", child.name, how)
             self._failed = self._ended = True
             return
         asked = child.asked
@@ -364,9 +364,9 @@ class Supervisor:
         # Told once, and again only when the cause is another or it had gone well for a while.
         once = {"once": child.name}
         if pause < 1 and not asked:
-            _log.warning("%s was %s; another takes over", child.name, how, extra=once)
+            _log.warning("%s %s; a new process takes over", child.name, how, extra=once)
         elif not asked:
-            text = "%s was %s again and again; it is tried again after pauses of up to %g seconds"
+            text = "%s %s again and again; the supervisor now waits up to %g seconds before each restart"
             _log.error(text, child.name, how, LONGEST_PAUSE, extra=once)
 
     def _start_due_children(self) -> None:
@@ -377,7 +377,7 @@ class Supervisor:
                     child.start()
                 except OSError as error:
                     pause = child.schedule_restart()
-                    _log.error("%s could not be started: %s; trying again in %g seconds", child.name, error, pause)
+                    _log.error("%s could not be started: %s; next attempt in %g seconds", child.name, error, pause)
                     continue
                 if child is self._keepers:
                     self._hand_descriptors_over()
@@ -395,7 +395,11 @@ class Supervisor:
         except OSError as error:
             self._front.signal(signal.SIGCONT)
             if not syscalls.is_readable(self._front.sentinel):  # else it has ended, which is seen to next
-                _log.warning("if the front dies now, files without names are lost to who has them open: %s", error)
+                _log.warning(
+                    "the keeper could not fetch the front's descriptors: %s; "
+                    "if the front dies now, programs lose the deleted files that they have open",
+                    error,
+                )
         else:
             self._front.replace()
 
@@ -492,7 +496,7 @@ class Supervisor:
         """Open the log file again, and replace the workers, the keeper and the front, one after the other."""
         log.reopen()
         if self._replacing is None and self._unmounter is None and self._deadline is None:
-            _log.info("reloading: the processes are replaced one by one")
+            _log.info("reloading: replacing the processes one by one")
             self._replacing = [*self._workers, *self._invalidators]
             capabilities = self._connection.capabilities
             # Where the kernel does not send them again, the front's requests would fail.
@@ -534,7 +538,9 @@ class Supervisor:
         self._unmounter = None
         if process.exitcode == errno.EBUSY and not self._lazy:
             _log.warning(
-                "%s is busy: detached lazily; who uses it now may go on for %g seconds", self._mountpoint, GRACE
+                "%s is busy: detaching it lazily; programs that use it may go on for %g seconds",
+                self._mountpoint,
+                GRACE,
             )
             print(f"llloop: {printable(self._mountpoint)} is busy, detaching it lazily", file=sys.stderr, flush=True)
             self._start_unmounting(lazy=True)

@@ -45,7 +45,7 @@ def _unmount(mount: MountIdentity, device: int, lazy: bool) -> None:
     # As long as this process held it, what it asks of a mount that nobody serves would wait for itself.
     os.close(device)
     if place is None and mount.is_covered():
-        _log.error("%s: another mount lies over it; unmount that first", mount.mountpoint)
+        _log.error("%s cannot be unmounted: another mount covers it; unmount that one first", mount.mountpoint)
         sys.exit(1)
     if place is None:
         sys.exit(0)

@@ -92,9 +92,9 @@ def kill_while_working(
         pytest.skip("this kernel does not send a dead front's requests again (Linux 6.9)")
     mirror.expect_log(r"llloop-(front|keeper|worker-\d+) was killed by signal 9")
     if both:  # one that was closed and removed, of which the kernel had not told the front yet
-        mirror.expect_log("a file that was open when the front died is lost to its user", required=False)
-        mirror.expect_log("if the front dies now, files without names are lost", required=False)
-        mirror.expect_log("could not be started: .*the keeper has died; trying again", required=False)
+        mirror.expect_log("a file that was open when the front died cannot be opened again", required=False)
+        mirror.expect_log("the keeper could not fetch the front's descriptors", required=False)
+        mirror.expect_log("could not be started: .*the keeper has died; next attempt", required=False)
     children = {}
     end = time.monotonic() + seconds
     for number, load in enumerate(group):

@@ -123,7 +123,7 @@ class Moments:
 def check_nothing_left(mirror: Mirror) -> None:
     """When the kernel has forgotten all, the front is as it was in the beginning."""
     front = process_of(mirror, "front", 0)
-    reports = r"(\d+) inodes, (\d+) open handles, (\d+) directories kept open, (\d+) of \d+ slots lent"
+    reports = r"(\d+) inodes, (\d+) open handles, (\d+) directories kept open, (\d+) of \d+ slots in use"
 
     def held() -> tuple[list[str], list[tuple[str, ...]]]:
         os.kill(mirror.pid, signal.SIGUSR1)

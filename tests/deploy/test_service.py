@@ -216,7 +216,7 @@ def test_a_killed_worker_is_the_supervisors_business(service: Service) -> None:
     before = service.pid
     worker = service.machine.run("pgrep", "-P", str(before), "llloop-worker").stdout.split()[0]
     service.machine.run("kill", "-KILL", worker)
-    wait_until(lambda: "another takes over" in service.journal(), "the worker is replaced")
+    wait_until(lambda: "a new process takes over" in service.journal(), "the worker is replaced")
     assert (service.pid, service.show("NRestarts")) == (before, "0")
 
 
@@ -240,7 +240,7 @@ def test_a_mount_of_somebody_else_is_left_alone(service: Service) -> None:
     machine.run(LLLOOP, "serve", "--daemon", "--workers", "1", service.source, service.mountpoint)
     try:
         machine.run("systemctl", "start", service.unit, check=False)
-        wait_until(lambda: "is mounted there already" in service.journal(), "refused")
+        wait_until(lambda: "is already mounted there" in service.journal(), "refused")
         machine.run("systemctl", "stop", service.unit)
         assert service.read("file") == "mirrored\n"
     finally:

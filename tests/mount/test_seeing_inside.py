@@ -377,7 +377,11 @@ def test_a_dead_mount_is_shown_as_dead(serve: Serve) -> None:
 @pytest.mark.parametrize("command", [("status",), ("stats",), ("control", "reload")])
 def test_what_is_no_mount_of_llloop(command: tuple[str, ...], tmp_path: Path) -> None:
     name, *more = command
-    for place, reason in ((tmp_path, "nothing is mounted there"), ("/proc", "not llloop's"), ("/a/b", "nothing")):
+    for place, reason in (
+        (tmp_path, "nothing is mounted there"),
+        ("/proc", "not llloop; use umount"),
+        ("/a/b", "nothing"),
+    ):
         ended = CliRunner().invoke(main, [name, str(place), *more])
         assert ended.exit_code == 4
         assert reason in ended.output
@@ -401,10 +405,10 @@ def test_another_user_sees_that_it_exists_and_no_more(serve: Serve) -> None:
     code, text = run_as(STRANGER, look, "status")
     assert code == 1
     assert "unknown" in text
-    assert "another user's" in " ".join(text.split())
+    assert "belongs to another user" in " ".join(text.split())
     code, text = run_as(STRANGER, look, "stats")
     assert code == 1
-    assert "another user's" in text
+    assert "belongs to another user" in text
     assert "Traceback" not in text
 
 
@@ -693,7 +697,7 @@ def test_the_log_level_changes_in_every_process(serve: Serve) -> None:
     os.kill(mirror.pid, signal.SIGUSR1)
     os.statvfs(mirror.mountpoint)
     if mirror.via == "own":
-        mirror.wait_for_log("llloop-front: .*slots lent")
+        mirror.wait_for_log("llloop-front: .*slots in use")
     assert llloop("control", mirror.mountpoint, "log-level", "error").code == 0
     (pid,) = workers(mirror).values()
     os.kill(pid, signal.SIGKILL)

@@ -155,7 +155,7 @@ def test_counters_tell_who_did_what(serve: Serve) -> None:
     def reported() -> bool:
         # The fallback's front takes signals with its next request only.
         os.statvfs(mirror.mountpoint)
-        return "slots lent" in mirror.log.read_text()
+        return "slots in use" in mirror.log.read_text()
 
     line = re.compile(r"(llloop-worker-\d): (\d+) requests, (\d+) errors, (\d+) bytes read, (\d+) bytes written, 0 re")
     assert wait_until(reported)

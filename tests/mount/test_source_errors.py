@@ -188,7 +188,7 @@ def test_cached_data_that_fits_only_partly_is_not_lost_silently(
     options = ["--writeback", "--cache", "auto"] if how == "writeback" else []
     with tmpfs(scratch / "full", "size=1m") as source, serving(source, *options) as mirror:
         (source / "filler").write_bytes(bytes(MIB - room))
-        mirror.expect_log("file: data that was stored .* could not be written and is lost: No space left")
+        mirror.expect_log("file: data from a mapping .* could not be written and is lost: No space left")
         assert outcome(write, mirror.mountpoint / "file") == "ENOSPC"
         assert (source / "file").stat().st_blocks * 512 == room
         (source / "filler").unlink()
@@ -209,7 +209,7 @@ def fill_up(path: Path) -> None:
 def test_who_stored_what_is_lost_is_told_at_close(scratch: Path, serving: Callable[..., Any], mode: str) -> None:
     """Also if somebody else, or a copy of the descriptor, was closed before and has been told."""
     with tmpfs(scratch / "full", "size=1m") as source, serving(source, *mode.split()) as mirror:
-        mirror.expect_log("file: data that was stored .* could not be written and is lost: No space left")
+        mirror.expect_log("file: data from a mapping .* could not be written and is lost: No space left")
         path = mirror.mountpoint / "file"
         path.write_bytes(b"")
         os.truncate(path, MIB)
@@ -304,7 +304,7 @@ def test_what_is_reserved_for_root_is_not_for_users(
     user = Caller(4001, 4001)
     image = make_image(scratch / "image", 16 * MIB, "ext4", "-F", "-m", "20", "-O", "^has_journal")
     with mounted(image, scratch / "source", "-o", "loop,nodelalloc") as source, serving(source, *options) as mirror:
-        mirror.expect_log("data that was stored .* could not be written and is lost: No space left", required=False)
+        mirror.expect_log("data from a mapping .* could not be written and is lost: No space left", required=False)
         source.chmod(0o777)
         state = os.statvfs(source)
         reserved = state.f_bfree - state.f_bavail

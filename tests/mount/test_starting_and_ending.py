@@ -112,7 +112,7 @@ def test_no_room_for_a_thread(place: Ground) -> None:
         pytest.skip("the stack's hard limit is too low")
     # 8 TB for each, of which there are fewer than that in an address space with a limit.
     prefix = ["sh", "-c", 'ulimit -s 8000000000 && ulimit -v 100000000 && exec "$@"', "sh"]
-    place.refused(HOST, "can't start new thread|could not be served", prefix=prefix)
+    place.refused(HOST, "can't start new thread|serving failed", prefix=prefix)
 
 
 @pytest.mark.root
@@ -283,7 +283,7 @@ def test_check_looks_where_a_link_leads(place: Ground, option: str) -> None:
 
 def test_check_for_a_restart(place: Ground) -> None:
     assert in_background(place).returncode == 0
-    check_complaint(place.serve("--check"), MOUNTPOINT, "mounted there already")
+    check_complaint(place.serve("--check"), MOUNTPOINT, "already mounted there")
     assert place.serve("--check-restart").code == 0
     check_complaint(place.serve("--check-restart", "--workers=500"), USAGE, "workers")
     (place.mountpoint / "file").write_text("it still serves")

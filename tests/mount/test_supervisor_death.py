@@ -19,7 +19,7 @@ from tests.server_processes import titles, wait_until
 
 pytestmark = [pytest.mark.mounted, pytest.mark.user]
 
-DETACHED = "the supervisor has died; .* was detached"
+DETACHED = "the supervisor has died; the keeper has detached"
 LARGE = 200_000  # bytes; more than the front does by itself
 # What a program may be told that used the mount when its server went.
 GONE = (errno.ENOTCONN, errno.ECONNABORTED, errno.EIO)
@@ -116,7 +116,7 @@ def test_what_was_mounted_in_its_place_stays(serve: Serve) -> None:
 
 def test_the_keeper_is_replaced_when_it_dies(serve: Serve) -> None:
     mirror = serve("--workers", "1")
-    mirror.expect_log("llloop-keeper was killed by signal 9; another takes over")
+    mirror.expect_log("llloop-keeper was killed by signal 9; a new process takes over")
     mirror.expect_log(DETACHED)
     first = titles(mirror)["llloop-keeper"]
     os.kill(first, signal.SIGKILL)

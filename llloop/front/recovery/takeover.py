@@ -51,7 +51,9 @@ def _take_over_handle(context: Context, journal: Journal, record: Record, left: 
     try:
         handle = context.files.take_over(number, nodeid, descriptor, flags, opener, record.place, left)
     except OSError as error:
-        _log.warning("a file that was open when the front died is lost to its user: %s", error.strerror)
+        _log.warning(
+            "a file that was open when the front died cannot be opened again; its users get errors: %s", error.strerror
+        )
         journal.remove(record.place)
         if descriptor not in left:
             os.close(descriptor)

@@ -140,7 +140,7 @@ def test_help_tells_effect_and_default(option: click.Option) -> None:
     if option.name in ("cache", "io", "log_level"):
         assert default == value
     elif option.is_flag and value is not None:
-        words = {True: ("on",), False: ("off", "stay in the foreground", "fail if it is busy")}
+        words = {True: ("on",), False: ("off", "stay in the foreground", "fail if the mount is busy")}
         assert default in words[bool(value)], text
 
 
@@ -271,7 +271,7 @@ def test_umount_of_what_is_not_a_mount(tmp_path: Path) -> None:
 def test_umount_of_somebody_elses_mount() -> None:
     result = run("umount", "/proc")
     assert result.exit_code == 4
-    assert "not llloop's" in result.stderr
+    assert "not llloop; use umount" in result.stderr
 
 
 @pytest.mark.parametrize("lazy", [False, True])

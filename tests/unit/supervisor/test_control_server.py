@@ -400,8 +400,8 @@ def test_the_client_says_why_it_gets_no_answer(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("reply", "reason"),
     [
-        (b"", "ended in the middle"),
-        (b"\0\0\0\x09abc", "ended in the middle"),
+        (b"", "cut short"),
+        (b"\0\0\0\x09abc", "cut short"),
         (b"\xff\xff\xff\xff", "4294967295 bytes"),
         (b"\0\0\0\x01\xc1", "msgpack"),
         (b"\0\0\0\x01\x01", "map"),
