@@ -134,7 +134,7 @@ class _Walk:
             status = os.fstat(fd)
             if stat.S_ISLNK(status.st_mode):
                 if not directory.vouches_for(status):
-                    raise _problem(f"the symbolic link {name} on the way is not followed: {_owner(status)}")
+                    raise _problem(f"llloop does not follow the symbolic link {name} in this path: {_owner(status)}")
                 links += 1
                 if links > _MOST_LINKS:
                     raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
@@ -269,11 +269,11 @@ def _replaceable(place: _ResolvedPath) -> None:
         return
     if place.by_kernel or not stat.S_ISREG(place.status.st_mode):
         status = _KINDS.get(stat.S_IFMT(place.status.st_mode), "a link of /proc")
-        raise _problem(f"this is {status}, not a regular file, and is not replaced")
+        raise _problem(f"this is {status}; llloop replaces only regular files")
     _check(place)
     directory = os.fstat(place.directory.fd)
     if directory.st_mode & stat.S_ISVTX and os.geteuid() not in (0, place.status.st_uid, directory.st_uid):
-        raise _problem(f"{_owner(place.status)}, who alone can replace it in a sticky directory")
+        raise _problem(f"{_owner(place.status)}, and only that user can replace it in a sticky directory")
 
 
 def replace_file(path: str, data: bytes) -> None:

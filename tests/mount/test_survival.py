@@ -48,7 +48,7 @@ def kill(*pids: int) -> None:
 
 def requests_with_workers(mirror: Mirror) -> int:
     """How many requests the workers have in hand, as the front reports it on demand."""
-    reports = r"(\d+) of \d+ slots lent"
+    reports = r"(\d+) of \d+ slots in use"
     before = len(re.findall(reports, mirror.log.read_text()))
     os.kill(mirror.pid, signal.SIGUSR1)
     assert wait_until(lambda: len(re.findall(reports, mirror.log.read_text())) > before), mirror.all_output()

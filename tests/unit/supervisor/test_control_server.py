@@ -564,7 +564,7 @@ def test_only_the_owner_of_the_socket_is_believed(bench: Bench) -> None:
     try:
         child = Child(impostor, caller=Caller(4001, 4001))
         os.read(reader, 1)
-        with pytest.raises(client.NotReachable, match="run by user 4001"):
+        with pytest.raises(client.NotReachable, match="runs as user 4001"):
             client.ask(str(place / "0.sock"), "status")
         child.result()
     finally:
