@@ -221,7 +221,7 @@ class DirectoryFds:
         return Reached(fd, is_path=True, is_own=True)
 
     def open(self, nodeid: int, flags: int) -> tuple[int, Attributes]:
-        """Open *nodeid* by one of its names with open(2) *flags*; a pinned one through /proc/self/fd.
+        """Open *nodeid* by one of its names with open(2) *flags*; a pinned one by its pin.
 
         Returns:
             The new descriptor and the attributes of what it opened.
@@ -230,30 +230,40 @@ class DirectoryFds:
             OSError: ESTALE if none of its names leads to it any more, or what open(2) says.
         """
         inode = self._inodes.get(nodeid)
-        # To open for writing waits for a file system that is frozen.
-        open_ = os.open if flags & os.O_ACCMODE == os.O_RDONLY else self._open_writing
         pin = self.pins.get(nodeid)
         if pin is not None:
-            fd = open_(f"/proc/self/fd/{pin}", flags & ~os.O_NOFOLLOW)
-            return fd, fstatx(fd)
+            return self.open_again(pin, flags)
         if nodeid == ROOT:
-            fd = open_(".", flags, dir_fd=self._root)
+            fd = os.open(".", flags, dir_fd=self._root)
             return fd, fstatx(fd)
+        # To open a device can be a command to it, and to open a fifo lets whoever waits for that go on. So the name is
+        # opened for I/O only when it is known to lead to the inode.
+        is_harmless = flags & (os.O_PATH | os.O_DIRECTORY)
         for parent, name in self.places(nodeid):
             try:
-                fd = open_(name, flags, dir_fd=self.directory(parent))
+                fd = os.open(name, flags if is_harmless else _ANY, dir_fd=self.directory(parent))
             except OSError as error:
                 if error.errno in _MOVED:
                     continue
                 raise
             attributes = fstatx(fd)
             if inode.is_same(attributes):
-                return fd, attributes
+                if is_harmless:
+                    return fd, attributes
+                with Reached(fd, is_path=True, is_own=True):
+                    return self.open_again(fd, flags)
             os.close(fd)
         raise stale()
 
-    def _open_writing(self, path: str | bytes, flags: int, *, dir_fd: int | None = None) -> int:
-        return self._leadership.call(os.open, path, flags, dir_fd=dir_fd)
+    def open_again(self, fd: int, flags: int) -> tuple[int, Attributes]:
+        """Open the file behind *fd*, which may be opened with O_PATH, with other *flags*; for the result see `open`."""
+        # To open for writing waits for a file system that is frozen.
+        open_ = os.open if flags & os.O_ACCMODE == os.O_RDONLY else self._open_writing
+        opened = open_(f"/proc/self/fd/{fd}", flags & ~os.O_NOFOLLOW)
+        return opened, fstatx(opened)
+
+    def _open_writing(self, path: str, flags: int) -> int:
+        return self._leadership.call(os.open, path, flags)
 
     def drop(self, nodeid: int) -> None:
         """Close what is kept for *nodeid*: the kernel has forgotten it, or its number was given to another."""

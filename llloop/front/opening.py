@@ -8,7 +8,7 @@ import os
 import stat
 
 from llloop.front.descriptor_shares import DIRECTORY
-from llloop.front.directory_fds import DirectoryFds
+from llloop.front.directory_fds import DirectoryFds, Reached
 from llloop.front.inodes import ROOT, Inodes
 from llloop.front.killpriv import KillPriv
 from llloop.front.nowait import Promptness
@@ -19,7 +19,7 @@ from llloop.front.requester import Requester
 from llloop.front.router import Router
 from llloop.front.tree import Tree, check_name
 from llloop.front.unsized_files import Sizes
-from llloop.linux.syscalls import Attributes, DirectoryEntry, fstatx, read_directory, statx
+from llloop.linux.syscalls import Attributes, DirectoryEntry, fstatx, read_directory
 from llloop.shared.leadership import Leadership
 from llloop.shared.messages import identity_of
 from llloop.shared.notifications import expire_attributes
@@ -148,8 +148,7 @@ class Files:
             handles = self._handles.of_inode(nodeid)
             if error.errno != errno.ESTALE or not handles:
                 raise
-        descriptor = os.open(f"/proc/self/fd/{handles[0].descriptor}", flags & ~os.O_NOFOLLOW)
-        return descriptor, fstatx(descriptor)
+        return self._directory_fds.open_again(handles[0].descriptor, flags)
 
     def _add(
         self,
@@ -242,7 +241,7 @@ class Files:
                 parent, who, lambda at: self._call(os.open, name, source_flags, mode_bits, dir_fd=at), mode_bits
             )
         except FileExistsError:
-            found = self._made_before(parent, name, source_flags & ~(os.O_CREAT | os.O_EXCL))
+            found = self._made_before(parent, name, source_flags & ~(os.O_CREAT | os.O_EXCL), who)
             if found is None:
                 number = errno.EEXIST if flags & os.O_EXCL else errno.ESTALE
                 raise OSError(number, os.strerror(number)) from None
@@ -255,7 +254,7 @@ class Files:
         nodeid = self._inodes.remember(parent, name, attributes)
         return self._add(descriptor, nodeid, flags, attributes, who, is_new=True), nodeid, attributes
 
-    def _made_before(self, parent: int, name: bytes, flags: int) -> int | None:
+    def _made_before(self, parent: int, name: bytes, flags: int, who: Requester) -> int | None:
         """Return the descriptor of a file that a dead front had made for this very request, or None if it had not.
 
         It is one of those that it left open; not every file can be opened again as it was when it was made.
@@ -263,12 +262,14 @@ class Files:
         intent = self._intents.interrupted()
         if intent is None:
             return None
-        directory = self._directory_fds.directory(parent)
-        there = statx(directory, name)
-        if not intent.made(there):
-            return None
-        orphan = self._intents.take_orphan(there)
-        return os.open(name, flags, dir_fd=directory) if orphan is None else orphan
+        pin = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory_fds.directory(parent))
+        with Reached(pin, is_path=True, is_own=True):
+            there = fstatx(pin)
+            # Somebody else may have made one since, which the requester must not get.
+            if not (intent.made(there) and stat.S_ISREG(there.mode) and self._tree.permissions.owns(who, there)):
+                return None
+            orphan = self._intents.take_orphan(there)
+            return self._directory_fds.open_again(pin, flags)[0] if orphan is None else orphan
 
     def tmpfile(self, parent: int, mode: int, flags: int, who: Requester) -> tuple[int, int, Attributes]:
         """Make and open a file without a name (open(2), O_TMPFILE); it can be given one by `Tree.link`.

@@ -387,7 +387,7 @@ class Tree:
         """Return a descriptor that is open for writing; what is open of the file may be so for reading only."""
         handles = self._handles.of_inode(nodeid)
         if handles:
-            fd = self._call(os.open, f"/proc/self/fd/{handles[0].descriptor}", _TO_TRUNCATE)
+            fd, _ = self.directory_fds.open_again(handles[0].descriptor, _TO_TRUNCATE)
         else:
             fd, _ = self.directory_fds.open(nodeid, _TO_TRUNCATE | os.O_NOFOLLOW)
         return Reached(fd, is_path=False, is_own=True)

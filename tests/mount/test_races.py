@@ -1,4 +1,4 @@
-"""Names are swapped for symlinks that lead out of SRC while others use them: nothing outside is read or changed.
+"""Names are swapped for what leads elsewhere while others use them: nothing else is read or changed.
 
 The symlinks are relative: from SRC they lead to the canary, from the mount to nothing. So only the server itself
 could reach it, by following one.
@@ -10,6 +10,8 @@ import contextlib
 import errno
 import os
 import random
+import stat
+import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +20,9 @@ import pytest
 
 from llloop.linux import syscalls
 from tests import expect
-from tests.as_user import Child
+from tests.as_user import MYSELF, Caller, Child
 from tests.conftest import Serve
-from tests.mirror import Mirror
+from tests.mirror import Mirror, Tree
 
 pytestmark = [pytest.mark.mounted, pytest.mark.user]
 
@@ -194,3 +196,163 @@ def test_a_directory_moved_out_of_the_source_is_gone_by_its_path(serve: Serve) -
                 os.stat(mirror.mountpoint / path)
     finally:
         os.close(inside)
+
+
+USER = Caller(4001, 4001)
+NAMED = ("file", "directory")
+# An ACL that gives everybody everything, as `system.posix_acl_access` stores it (version, then tag, permissions, id).
+OPEN_ACL = struct.pack("<I" + "HHI" * 3, 2, 1, 7, 0xFFFFFFFF, 4, 7, 0xFFFFFFFF, 0x20, 7, 0xFFFFFFFF)
+
+
+def set_up_hostile(mirror: Mirror) -> Path:
+    """A sticky directory with a file and a directory of USER's, and what takes their places; returns the canary.
+
+    It is root's, and USER may do nothing to it: a file, a directory, symlinks out of SRC, a fifo and a device.
+    """
+    canary = set_up(mirror)
+    top = mirror.source / "top"
+    for path in (top / "directory" / "file", top / "directory", top / "file"):
+        os.chown(path, USER.uid or 0, USER.gid or 0)
+    top.chmod(0o1777)
+    (top / "root-file").write_bytes(OUTSIDE)
+    (top / "root-directory").mkdir()
+    (top / "root-directory" / "file").write_bytes(OUTSIDE)
+    os.mkfifo(top / "root-fifo")
+    os.mknod(top / "root-device", stat.S_IFCHR | 0o600, os.makedev(1, 3))
+    for path in (top / "root-file", top / "root-directory" / "file", top / "root-fifo"):
+        path.chmod(0o600)
+    (top / "root-directory").chmod(0o700)
+    for path in (top / "root-directory" / "file", top / "root-directory", top / "root-file"):
+        os.utime(path, ns=(10**18, 10**18 + 1))
+    return canary
+
+
+def what_can_be_seen_of(path: Path) -> list[object]:
+    """All but the time of the last change of its inode, which a change of its name sets."""
+    status = path.lstat()
+    acls = os.listxattr(path, follow_symlinks=False)
+    content = path.read_bytes() if path.is_file() and not path.is_symlink() else b""
+    return [status.st_mode, status.st_size, status.st_uid, status.st_gid, status.st_nlink, status.st_mtime_ns,
+            acls, content]  # fmt: skip
+
+
+def swap_for_hostile_ones(top: Path, seed: int, until: float) -> int:
+    """Exchange the user's names for root's, and back."""
+    choose = random.Random(seed)
+    directory = os.open(top, os.O_RDONLY)
+    hostile = [name for name in os.listdir(directory) if name.startswith(("root-", "to-"))]
+    count = 0
+    while time.monotonic() < until:
+        names = [os.fsencode(name) for name in (choose.choice(NAMED), choose.choice(hostile))]
+        for _ in range(2):
+            with contextlib.suppress(OSError):
+                syscalls.renameat2(directory, names[0], directory, names[1], syscalls.RENAME_EXCHANGE)
+                count += 1
+            time.sleep(choose.random() * 0.004)
+    return count
+
+
+def overwrite(path: Path, flags: int = 0) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | flags, 0o666)
+    try:
+        os.pwrite(fd, b"hostile", 0)
+        os.fchmod(fd, 0o666)
+    finally:
+        os.close(fd)
+
+
+def take_name(path: Path) -> None:
+    """Make a link and remove it. Afterwards the name is as before."""
+    os.link(path, path.with_name(f"linked-{os.getpid()}"), follow_symlinks=False)
+    os.unlink(path.with_name(f"linked-{os.getpid()}"))
+
+
+def replace(path: Path) -> None:
+    """Remove a name, or rename another over it; in a sticky directory only of what is one's own."""
+    other = path.with_name(f"other-{os.getpid()}")
+    other.write_bytes(INSIDE)
+    os.rename(other, path)
+
+
+HOSTILE: list[Callable[[Path], object]] = [
+    overwrite,
+    lambda path: overwrite(path, os.O_TRUNC),
+    lambda path: overwrite(path, os.O_CREAT),
+    lambda path: overwrite(path, os.O_CREAT | os.O_TRUNC),
+    lambda path: os.truncate(path, 3),
+    lambda path: os.chmod(path, 0o666),
+    lambda path: os.chown(path, -1, USER.gid or -1),
+    lambda path: os.utime(path, ns=(5, 5)),
+    lambda path: os.setxattr(path, "user.llloop", b"x"),
+    lambda path: os.setxattr(path, "system.posix_acl_access", OPEN_ACL),
+    lambda path: os.removexattr(path, "system.posix_acl_access"),
+    take_name,
+    replace,
+]
+
+
+def attack(top: Path, seed: int, until: float) -> int:
+    """Change by path what is one's own; what is not follows from the names that somebody exchanges."""
+    choose = random.Random(seed)
+    count = 0
+    while time.monotonic() < until:
+        path = choose.choice((top / "file", top / "directory", top / "directory" / "file"))
+        with contextlib.suppress(OSError):
+            choose.choice(HOSTILE)(path)
+            count += 1
+    return count
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("attacker", ["a user", "root"])
+@pytest.mark.parametrize("side", ["behind", "through"])
+def test_nothing_but_what_a_name_leads_to_is_changed(serve: Serve, side: str, attacker: str) -> None:
+    """With root's rights the files of root's in SRC may change, but nothing out of SRC."""
+    mirror = serve("--workers", "2", "--entry-timeout", "0.01", "--attr-timeout", "0.01")
+    mirror.expect_log("ESTALE|Stale|could not be written and is lost", required=False)
+    canary = set_up_hostile(mirror)
+    top = mirror.source / "top"
+    roots = [*top.glob("root-*"), top / "root-directory" / "file", *top.glob("to-*")]
+    before = state_of(canary)
+    seen = {path.name: what_can_be_seen_of(path) for path in roots}
+    until = time.monotonic() + SECONDS
+    swapping = Child(swap_for_hostile_ones, top if side == "behind" else mirror.mountpoint / "top", 1, until)
+    caller = USER if attacker == "a user" else MYSELF
+    attacking = [Child(attack, mirror.mountpoint / "top", seed, until, caller=caller) for seed in range(3)]
+    done = [child.result() for child in attacking]
+    assert swapping.result() > 20
+    assert sum(done) > 20, done
+    assert state_of(canary) == before
+    assert (canary / "file").read_bytes() == OUTSIDE
+    assert sorted(os.listdir(canary.parent)) == ["canary", "source"]
+    if attacker == "a user":
+        assert {path.name: what_can_be_seen_of(path) for path in roots} == seen
+
+
+OPENING: dict[str, tuple[int, Callable[[Path], object]]] = {
+    "open for reading": (os.O_WRONLY, lambda path: os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))),
+    "open for writing": (os.O_RDONLY, lambda path: os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))),
+    "truncate": (os.O_RDONLY, lambda path: os.truncate(path, 0)),
+}
+
+
+@pytest.mark.parametrize("how", OPENING)
+def test_a_fifo_that_takes_a_name_is_not_opened(tree: Tree, how: str) -> None:
+    """Who waits for its other end would see that the server has opened it; of a device an open can be a command."""
+    awaited, act = OPENING[how]
+    (tree.src / "file").write_bytes(INSIDE)
+    os.mkfifo(tree.src / "fifo")
+    waiting = Child(os.open, tree.src / "fifo", awaited)
+    deadline = time.monotonic() + 5
+    while b"partner" not in Path(f"/proc/{waiting.pid}/wchan").read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.stat(tree.mnt / "file")
+    os.rename(tree.src / "fifo", tree.src / "file")
+    try:
+        with contextlib.suppress(OSError):
+            act(tree.mnt / "file")
+        time.sleep(0.1)
+        assert not waiting.is_done()
+    finally:
+        os.close(os.open(tree.src / "file", os.O_RDWR))
+        waiting.result()

@@ -27,6 +27,7 @@ from llloop.front.recovery.intents import _CLOCK_REALTIME_COARSE
 from llloop.linux import fuse
 from llloop.linux.fuse import Opcode
 from llloop.linux.syscalls import RAM_FILE_SYSTEMS, RENAME_EXCHANGE, RENAME_NOREPLACE
+from tests.unit import mortal
 from tests.unit.mortal import Killed, Life, Line, Request
 from tests.unit.support import Reply, packet_pipe
 
@@ -738,3 +739,34 @@ def test_so_it_is_when_the_next_front_is_killed_too(name: str, lines: Lines) -> 
         steps = choose.randrange(40), choose.randrange(80)
         found, _ = lines.run(one, *map(Life, steps))
         compare(one, found, expected, *steps)
+
+
+@pytest.mark.parametrize("kind", ["another user's", "fifo"])
+def test_who_creates_does_not_get_what_another_has_made_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The front dies before it has made the file, and something of that name is made in the source."""
+    if kind != "fifo":
+        if os.geteuid():
+            pytest.skip("needs root")
+        monkeypatch.setattr(mortal, "ME", (4002, 4002))
+    for steps in range(_MOST_STEPS):
+        with packet_pipe(8) as first, packet_pipe(8) as second:
+            line = Line(tmp_path / f"source-{steps}", [first, second])
+            try:
+                line.path.chmod(0o777)
+                with pytest.raises(Killed):
+                    line.ask(create_request(0), Life(steps))
+                unique = line.unique
+                if (line.path / "new").exists():
+                    break
+                if kind == "fifo":
+                    os.mkfifo(line.path / "new")
+                else:
+                    (line.path / "new").write_text("secret")
+                    (line.path / "new").chmod(0o600)
+                line.take_up()
+                assert line.answers[unique].error == errno.ESTALE, f"after a death at step {steps}"
+            finally:
+                line.close()
+    assert steps > 3
