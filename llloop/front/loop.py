@@ -289,7 +289,7 @@ class Loop:
         if router.backlog and router.parked:  # a worker will count it, as those that have left the slot
             router.parked = False
         elif router.slot == slot:
-            # As Sheet.finished() does, whose call would cost more than this.
+            # Inlined ProcessCounters.finished(), because a call costs more than this.
             latency = time.monotonic_ns() - router.taken
             row = self._rows[opcode]
             row[NANOSECONDS] += latency

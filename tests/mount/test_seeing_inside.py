@@ -466,7 +466,7 @@ def test_tables_fit_a_terminal_of_80_columns(serve: Serve) -> None:
     busy["COPY_FILE_RANGE"] = {**busy["LOOKUP"], "bytes": 10**14, "errors": 12_345, "errnos": {"EIO": 12_345}}
     for one in (now["front"], *now["workers"]):
         one.update(pid=4194304, requests=12_345_678, bytes=10**14, descriptors=1_000_000, restarts=999, cpu_seconds=900)
-    console.print(tables.stats_view([rates.since({**now, "operations": busy, "uptime": 1000}, None)]))
+    console.print(tables.stats_view([rates.rates_since({**now, "operations": busy, "uptime": 1000}, None)]))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "\N{HORIZONTAL ELLIPSIS}" not in text, "something was left out"
     lines = text.splitlines()
@@ -614,7 +614,7 @@ def test_the_names_of_the_world_are_shown_safely(serve: Serve, tmp_path: Path) -
     source.mkdir()
     mirror = serve("--fsname", "x", source=source)
     answer = ask(mirror, "stats")
-    for view in (tables.status_view([status(mirror)]), tables.stats_view([rates.since(answer, None)])):
+    for view in (tables.status_view([status(mirror)]), tables.stats_view([rates.rates_since(answer, None)])):
         console = tables.console()
         console.file = io.StringIO()
         console.print(view)

@@ -172,7 +172,7 @@ def process() -> Iterator[int]:
 def test_a_worker_closes_only_its_own_descriptors_though_a_front_died_before_it_was_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(descriptors_module, "_LONGEST_ABSENCE", 0.05)
+    monkeypatch.setattr(descriptors_module, "_FRONT_TIMEOUT", 0.05)
     fd = os.open(tmp_path, os.O_RDONLY)
     slots = Slots(2, 4096, 1)
     descriptors = Descriptors(slots)

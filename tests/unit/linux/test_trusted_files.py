@@ -45,8 +45,8 @@ def replace(path: Path) -> None:
 
 def as_pid_file(path: Path) -> None:
     daemon = Daemon(path)
-    daemon.ready()
-    daemon.end()
+    daemon.write_pid_file()
+    daemon.remove_pid_file()
 
 
 ways = pytest.mark.parametrize("write", [append, replace, as_pid_file])
@@ -195,9 +195,9 @@ def test_links_that_lead_nowhere_end(place: Path) -> None:
 
 def test_another_server_s_pid_file_stays(place: Path) -> None:
     daemon = Daemon(place / "pid")
-    daemon.ready()
+    daemon.write_pid_file()
     (place / "pid").write_text(f"{os.getpid()}1\n")
-    daemon.end()
+    daemon.remove_pid_file()
     assert (place / "pid").exists()
 
 

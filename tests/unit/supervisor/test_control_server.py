@@ -486,7 +486,9 @@ def show(command: str, answer: Any) -> str:
         problems = discovery.process_problems(answer.get("processes", ()))
         console.print(tables.status_view([{**answer, "visible": True, "problems": problems}]))
     else:
-        console.print(tables.stats_view([rates.since(answer, before) for before in (None, {**STATS, "time": 4.0})]))
+        console.print(
+            tables.stats_view([rates.rates_since(answer, before) for before in (None, {**STATS, "time": 4.0})])
+        )
         prometheus.text([{**answer, "source_problem": PROBLEM}])
     return console.file.getvalue()
 
