@@ -14,7 +14,7 @@ from llloop.cli.daemon import Daemon
 from llloop.errors import HostError
 from llloop.linux import trusted_files
 from tests.as_user import Caller, run_as
-from tests.mirror import reachable_directory, remove_tree
+from tests.server import reachable_directory, remove_tree
 
 STRANGER = Caller(4001, 4001)
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")

@@ -28,7 +28,7 @@ from llloop.linux import mounts
 from llloop.supervisor import control_server
 from llloop.supervisor.control_server import MAX_CLIENTS, Control
 from tests.as_user import MYSELF, Caller, Child
-from tests.mirror import reachable_directory, remove_tree
+from tests.server import reachable_directory, remove_tree
 from tests.server_processes import wait_until
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
