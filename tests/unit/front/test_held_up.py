@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from llloop.front.inodes import ROOT
+from llloop.linux import syscalls
 from llloop.linux.fuse import Opcode
 from llloop.shared.leadership import MOST_THREADS
 from tests.server_processes import wait_until
@@ -215,3 +216,45 @@ def test_a_change_that_is_held_up_before_its_call_never_meets_another_file(
     modes = [(line.path / name).stat().st_mode & 0o777 for name in ("meant", "other")]
     assert modes == [0o600, 0o644]
     assert line.context.closing == []
+
+
+@pytest.mark.parametrize("why", ["no space", "forgotten"])
+def test_a_descriptor_that_a_held_up_call_uses_is_not_closed(
+    line: Line, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    """The call is held up before the kernel looks at the descriptor, and the file's number would be another's then."""
+    for name in ("removed", "other"):
+        (line.path / name).touch(0o644)
+    nodeid, other = line.lookup(b"removed"), line.lookup(b"other")
+    line.answer(Request(Opcode.UNLINK, ROOT, b"removed\0"))
+    (pin,) = line.context.tree.directory_fds.pins.descriptors()
+    held = BlockedCall(syscalls.chmod)
+    full = iter([OSError(errno.ENOSPC, "full")])
+    real = os.mkdir
+
+    def fill_up(*arguments: Any, **options: Any) -> None:
+        for error in full:
+            raise error
+        real(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(syscalls, "chmod", held)
+        patch.setattr(os, "mkdir", fill_up)
+        served = Served(line)
+        change = struct.pack("=II6Q3I5I", 1, 0, *[0] * 6, *[0] * 3, 0o600, *[0] * 4)  # FATTR_MODE
+        waiting = served.send(Request(Opcode.SETATTR, nodeid, change))
+        assert wait_until(lambda: held.waiting == 1)
+        if why == "no space":
+            served.answers(mkdir("directory"))
+        else:
+            line._kernel.send(Request(Opcode.FORGET, nodeid, struct.pack("=Q", 1)).packed(0))
+        for _ in range(5):
+            served.answers(Request(Opcode.OPEN, other, struct.pack("=II", os.O_RDONLY, 0)))
+        assert os.fstat(pin).st_nlink == 0, "its number is another file's"
+        held.release()
+        assert wait_until(lambda: served.has_answered(*waiting))
+        served.answers(PROBE)
+    served.end()
+    assert (line.path / "other").stat().st_mode & 0o777 == 0o644
+    assert line.context.closing == []
+    assert pin not in line.extra_descriptors()

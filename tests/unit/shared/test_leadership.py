@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 from collections.abc import Iterator
@@ -167,23 +166,19 @@ def test_run_ends_although_a_thread_is_stalled(server: Server) -> None:
     assert wait_until(lambda: server.leadership._ended)
 
 
-def test_may_close_only_when_all_calls_have_begun(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread that waits for a lock or a processor may be replaced before its system call begins."""
+def test_uses_knows_the_descriptors_of_calls_under_way(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     leadership = server.leadership
-    assert leadership.may_close()
-    server.hold(-1)
+    gate = threading.Event()
+
+    def wait(*arguments: object, dir_fd: int = -1) -> None:
+        assert gate.wait(PATIENCE)
+
+    monkeypatch.setattr(
+        server, "_do", lambda request: leadership.call(wait, 70, b"name", "/proc/self/fd/71", dir_fd=72)
+    )
+    server.requests.put(1)
     assert wait_until(lambda: leadership.stalled == 1)
-    assert not leadership.may_close()
-    server.let_go(-1)
+    assert [fd for fd in range(100) if leadership.uses(fd)] == [70, 71, 72]
+    gate.set()
     assert wait_until(lambda: leadership.stalled == 0)
-    reader, writer = os.pipe()
-    try:
-        monkeypatch.setattr(server, "_do", lambda request: os.read(reader, 1))
-        server.requests.put(1)
-        assert wait_until(lambda: leadership.stalled == 1 and leadership.may_close())
-        monkeypatch.undo()
-    finally:
-        os.write(writer, b"x")
-        assert wait_until(lambda: leadership.stalled == 0)
-        os.close(reader)
-        os.close(writer)
+    assert not leadership.uses(70)
