@@ -16,8 +16,8 @@ from llloop.errors import LlloopError
 from llloop.linux import mounts
 from llloop.logging import setup as log
 from llloop.server_process import ServerProcess
+from llloop.supervisor import supervisor
 from llloop.supervisor.process_state import ProcessState, keep_ended_children
-from llloop.supervisor.supervisor import Supervisor
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +60,7 @@ def serve(source: str | os.PathLike[str], mountpoint: str | os.PathLike[str], **
     # The program's own handling of SIGCHLD would take away the children that the supervisor waits for.
     with ProcessState((signal.SIGCHLD,)):
         keep_ended_children()
-        return Supervisor(config, on_ready=_ignore).run()
-
-
-def _ignore(line: str) -> None:
-    """Take no notice of readiness."""
+        return supervisor.serve(config, on_ready=lambda served: None)
 
 
 @contextmanager

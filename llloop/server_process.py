@@ -299,6 +299,7 @@ def serve(channel: socket.socket, told: dict[str, Any]) -> None:
         told: its message.
     """
     from llloop.logging import setup as log
+    from llloop.supervisor import supervisor
     from llloop.supervisor.process_state import keep_ended_children
     from llloop.supervisor.supervisor import Supervisor
 
@@ -306,11 +307,11 @@ def serve(channel: socket.socket, told: dict[str, Any]) -> None:
         with suppress(OSError):  # the program has ended, which the supervisor sees
             channel.sendall(_line(message))
 
-    def on_ready(line: str) -> None:
-        mount = supervisor.mount
+    def on_ready(served: Supervisor) -> None:
+        mount = served.mount
         tell(
-            ready=line,
-            source=supervisor.source,
+            ready=served.description,
+            source=served.source,
             mountpoint=mount.mountpoint,
             device=mount.device,
             mount_id=mount.mount_id,
@@ -323,8 +324,7 @@ def serve(channel: socket.socket, told: dict[str, Any]) -> None:
         log.configure(told["log_level"], None)
         # Forks of the program keep the socket open, so its end is watched, too.
         lifelines = (channel.fileno(), int(sys.argv[2]))
-        supervisor = Supervisor(ServeConfig(**told["config"]), on_ready, lifelines=lifelines)
-        code = supervisor.run()
+        code = supervisor.serve(ServeConfig(**told["config"]), on_ready, lifelines=lifelines)
     except LlloopError as error:
         tell(failed=str(error), code=error.exit_code)
         sys.exit(error.exit_code)

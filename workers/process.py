@@ -1,4 +1,4 @@
-"""The main function of a worker process."""
+"""A worker process, from its fork to its end."""
 
 from __future__ import annotations
 
@@ -20,14 +20,13 @@ class WorkerSetup:
     """What a worker inherits from the supervisor.
 
     Attributes:
-        shard: the worker's number.
-        slots: the request slots in shared memory.
-        pipe: the read end of the worker's request pipe.
-        device: a descriptor of /dev/fuse.
-        answers: the write end of the pipe for answers to the front (with `--loop llfuse`); None if the worker answers
-            the kernel directly.
+        shard: its number.
+        arena: the shared memory.
+        pipe: the read end of its request pipe.
+        device: the descriptor of /dev/fuse.
+        answers: the write end of the pipe to a front that waits for answers, or None where they go to the kernel.
         root: an O_PATH descriptor of the source.
-        probed: the write end of the pipe for results of PROBE requests to the front.
+        probed: the write end of the pipe by which the front is told of what was looked at for it.
         wanted: the write end of the pipe to the invalidator.
     """
 
@@ -42,7 +41,7 @@ class WorkerSetup:
 
 
 def run_worker(setup: WorkerSetup) -> None:
-    """Serve one shard until all writers of the request pipe are closed."""
+    """Serve one shard until the request pipe has no writer any more."""
     slots = setup.slots
     leadership = Leadership()
     replies: Replies
@@ -51,13 +50,13 @@ def run_worker(setup: WorkerSetup) -> None:
     else:
         replies = FrontReplies(setup.answers, slots, leadership)
     drop_capabilities_except(worker_capabilities())
-    counters = slots.metrics.workers[setup.shard]
+    sheet = slots.metrics.workers[setup.shard]
     descriptors = Descriptors(slots)
     probes = Probes(setup.root, descriptors, setup.probed, leadership)
     invalidations = Invalidations(setup.wanted)
     operations = Operations(
-        slots, descriptors, replies, SetidGuard(), Writer(), counters, invalidations, probes.probe, leadership
+        slots, descriptors, replies, SetidGuard(), Writer(), sheet, invalidations, probes.look, leadership
     )
-    worker = Worker(setup.shard, slots, setup.pipe, operations, counters, descriptors, leadership, invalidations)
+    worker = Worker(setup.shard, slots, setup.pipe, operations, sheet, descriptors, leadership, invalidations)
     worker.recover()
     worker.run()

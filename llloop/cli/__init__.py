@@ -1,1 +1,1 @@
-"""The commands `llloop` and `mount.llloop`."""
+"""The commands."""

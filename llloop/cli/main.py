@@ -1,4 +1,4 @@
-"""The `llloop` command: its arguments and messages."""
+"""The `llloop` command: argument handling and messages, nothing else."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from llloop.linux.stdio import open_missing_standard_descriptors
 from llloop.logging import setup as log
 from llloop.logging.escape import printable
 from llloop.shared.slots import DEFAULT_SLOTS
-from llloop.supervisor import start_checks
+from llloop.supervisor import start_checks, supervisor
 from llloop.supervisor.process_state import keep_ended_children
 from llloop.supervisor.sd_notify import Notifier
 from llloop.supervisor.supervisor import Supervisor
@@ -31,12 +31,12 @@ _CONTEXT = {"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "LLLOOP
 
 
 def _option(name: str, *more: str, **attributes: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Declare an option of `ServeConfig`. Its help text is the documentation of that field."""
+    """Declare an option of `ServeConfig`, whose help text is that field's documentation."""
     return click.option(*more, name, help=help_text(name), **attributes)
 
 
-def _print_line(line: str) -> None:
-    """Print a line. If the reader of standard output is gone, continue without it."""
+def _say(line: str) -> None:
+    """Print a line; that nobody reads it is no reason not to serve."""
     try:
         click.echo(line)
     except OSError:
@@ -44,7 +44,7 @@ def _print_line(line: str) -> None:
 
 
 class _Commands(click.Group):
-    """The command group. It also works if it is started without standard descriptors, or with SIGCHLD ignored."""
+    """The command as a whole, which may be started without standard descriptors, or with SIGCHLD ignored."""
 
     def main(self, *arguments: Any, **options: Any) -> Any:
         open_missing_standard_descriptors()
@@ -164,23 +164,23 @@ def serve(
     background = Daemon(pid_file)
     if check or check_restart:
         checked = start_checks.check(config, restart=check_restart)
-        _print_line(printable(f"llloop: {checked.source} can be served at {checked.mountpoint}"))
+        _say(printable(f"llloop: {checked.source} can be served at {checked.mountpoint}"))
         return
 
-    def on_ready(line: str) -> None:
-        background.write_pid_file()
+    def on_ready(served: Supervisor) -> None:
+        background.ready()
         if not daemon:
-            _print_line(f"llloop: {printable(line)}")
+            _say(f"llloop: {printable(served.description)}")
         else:
-            background.detach()
+            background.let_go()
 
-    supervisor = Supervisor(config, on_ready, detached=daemon, notifier=Notifier(os.environ))
+    notifier = Notifier(os.environ)  # WATCHDOG_PID is the process that was started, not the one in the background
     if daemon:
         background.start()
     try:
-        sys.exit(supervisor.run())
+        sys.exit(supervisor.serve(config, on_ready, detached=daemon, notifier=notifier))
     finally:
-        background.remove_pid_file()
+        background.end()
 
 
 @main.command()
@@ -214,17 +214,17 @@ def umount(mountpoint: str, lazy: bool, if_dead: bool) -> None:
 
 
 @main.command("systemd-unit")
-@click.argument("paths", nargs=-1, metavar="[SOURCE MOUNTPOINT]", type=click.Path(readable=False))
+@click.argument("place", nargs=-1, metavar="[SOURCE MOUNTPOINT]", type=click.Path(readable=False))
 @report_errors
-def print_systemd_unit(paths: tuple[str, ...]) -> None:
+def print_systemd_unit(place: tuple[str, ...]) -> None:
     """Print the systemd unit llloop@.service with the path of this command.
 
     With SOURCE and MOUNTPOINT, print a drop-in instead. It makes one instance wait for the file systems of both
     directories. Write it to /etc/systemd/system/llloop@INSTANCE.service.d/mounts.conf.
     """
-    if len(paths) not in (0, 2):
+    if len(place) not in (0, 2):
         raise UsageError("systemd-unit takes either no arguments or SOURCE and MOUNTPOINT")
-    click.echo(systemd_unit.drop_in(*paths) if paths else systemd_unit.unit(), nl=False)
+    click.echo(systemd_unit.drop_in(*place) if place else systemd_unit.unit(), nl=False)
 
 
 main.add_command(status)

@@ -129,10 +129,6 @@ class Pins:
         unused = [nodeid for nodeid in self._table if nodeid not in used and nodeid != needed]
         for nodeid in unused:
             fd = self._take(nodeid)
-            if fd is None:  # another thread has closed it during the last call
-                continue
-            if self._leadership.uses(fd):
-                self._closing.append(fd)
-            else:
+            if fd is not None:  # else another thread has closed it during the last call
                 self._leadership.call(os.close, fd)
         return bool(unused)

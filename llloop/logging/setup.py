@@ -294,13 +294,16 @@ def start_collecting() -> None:
     """Write the records of processes that are forked from now on in this process.
 
     Raises:
-        RuntimeError: the thread for this cannot be started.
+        OSError: the thread for this cannot be started.
     """
     global _collector_pid
     _collector_pid = os.getpid()
     # Check that a thread can be started. Otherwise multiprocessing-logging leaves a half-initialised handler behind,
     # which fails again when Python exits.
-    threading.Thread(target=lambda: None).start()
+    try:
+        threading.Thread(target=lambda: None).start()
+    except RuntimeError as error:  # what Python raises if the system has no more threads
+        raise OSError(errno.EAGAIN, str(error)) from None
     multiprocessing_logging.install_mp_handler()
 
 

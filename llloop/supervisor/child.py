@@ -135,6 +135,11 @@ class Child:
             os.close(self.sentinel)
             self.process, self.sentinel = None, -1
 
+    def close(self) -> None:
+        """End the process, and let no other follow."""
+        self.end()
+        self.stacks.close()
+
     def schedule_restart(self) -> float:
         """Note when the next one is due and return the pause until then, in seconds."""
         now = time.monotonic()

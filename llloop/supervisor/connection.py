@@ -14,7 +14,8 @@ from llloop.config import WITHOUT_OWN_LOOP, Cache, IoKind, LoopKind, MetadataKin
 from llloop.errors import HostError, LlloopError, UsageError
 from llloop.front.llfuse.operations import Operations
 from llloop.front.passthrough import refusal
-from llloop.linux import syscalls
+from llloop.linux import mount_identity, syscalls
+from llloop.linux.mount_identity import MountIdentity
 from llloop.linux.stdio import CapturedStderr
 from llloop.shared import negotiation
 from llloop.shared.negotiation import Capabilities, Feature
@@ -57,8 +58,8 @@ class Connection:
         }
 
 
-def mount(operations: Operations, mountpoint: str, options: list[str]) -> int:
-    """Mount, and return the descriptor of /dev/fuse.
+def mount(operations: Operations, mountpoint: str, options: list[str]) -> tuple[int, MountIdentity]:
+    """Mount, and return the descriptor of /dev/fuse, and which mount it is.
 
     Args:
         operations: what llfuse is to call.
@@ -68,6 +69,7 @@ def mount(operations: Operations, mountpoint: str, options: list[str]) -> int:
     Raises:
         UsageError: libfuse does not know an option.
         HostError: libfuse or fusermount refused otherwise.
+        LlloopError: the mount is gone again.
     """
     before = fuse_devices()
     complaints = CapturedStderr()
@@ -77,7 +79,10 @@ def mount(operations: Operations, mountpoint: str, options: list[str]) -> int:
             llfuse.init(operations, mountpoint, options)
             mounted = True
         (device,) = fuse_devices() - before
-        return device
+        identity = mount_identity.identify(mountpoint)
+        if identity is None:
+            raise LlloopError(f"mount point {mountpoint}: the mount disappeared right after it was made")
+        return device, identity
     except RuntimeError as error:
         # Only libfuse itself, or fusermount, knows why, and says so on standard error.
         reason = complaints.text() or str(error)

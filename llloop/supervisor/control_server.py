@@ -1,8 +1,7 @@
 """The control socket of a mount, from the server's side: it takes requests and never waits for who sends them.
 
-All its descriptors are in one epoll(7) set, so that the supervisor has one descriptor to watch; `handle` does what
-can be done at once. Clients that send nonsense get an error and are cut off; those that are slow are cut off after
-`PATIENCE` seconds; of too many at a time, some wait in the kernel's queue.
+Clients that send nonsense get an error and are cut off; those that are slow are cut off after `PATIENCE` seconds; of
+too many at a time, some wait in the kernel's queue.
 """
 
 from __future__ import annotations
@@ -10,10 +9,8 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import select
 import socket
 import struct
-import time
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -22,6 +19,8 @@ from typing import Any
 from llloop.control import protocol
 from llloop.control.protocol import HEADER, MAX_REQUEST, BadMessage
 from llloop.errors import LlloopError
+from llloop.linux.mount_identity import MountIdentity
+from llloop.supervisor.event_loop import EventLoop
 
 _log = logging.getLogger(__name__)
 
@@ -31,26 +30,96 @@ Command = Callable[[dict[str, Any]], Any]
 # How long a client may take to send a request or to take the reply, in seconds.
 PATIENCE = 5.0
 MAX_CLIENTS = 16
-# At one call of `handle`, so that a flood of clients does not keep the supervisor from its children.
-_EVENTS = 32
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 
 
 class _Client:
-    """One connection: what has come, what is still to go, and until when it may take."""
+    """One connection: what has come, and what is still to go."""
 
-    def __init__(self, connection: socket.socket) -> None:
-        self.connection = connection
-        self.received = bytearray()
-        self.unsent = memoryview(b"")
-        self.closing = False
-        self.deadline = time.monotonic() + PATIENCE
+    def __init__(self, server: ControlServer, loop: EventLoop, connection: socket.socket) -> None:
+        self._server = server
+        self._loop = loop
+        self._connection = connection
+        self._received = bytearray()
+        self._unsent = memoryview(b"")
+        self._last = False
+        self._deadline = loop.deadline(self.drop)
+        self._deadline.set_in(PATIENCE)
+        loop.watch(connection.fileno(), self._ready)
+
+    def _ready(self) -> None:
+        try:
+            if self._unsent:
+                self._send()
+            else:
+                self._receive()
+        except BlockingIOError:
+            pass
+        except OSError:  # it has gone
+            self.drop()
+
+    def _receive(self) -> None:
+        wanted = HEADER.size
+        if len(self._received) >= HEADER.size:
+            wanted += HEADER.unpack_from(self._received)[0]
+        data = self._connection.recv(wanted - len(self._received))
+        if not data:
+            self.drop()
+            return
+        self._received += data
+        if len(self._received) < HEADER.size:
+            return
+        (length,) = HEADER.unpack_from(self._received)
+        if length > MAX_REQUEST:
+            problem = f"a request of {length} bytes is too long; at most {MAX_REQUEST}"
+            self._answer({"error": problem}, last=True)
+        elif len(self._received) == HEADER.size + length:
+            body = bytes(self._received[HEADER.size :])
+            self._received.clear()
+            try:
+                message = protocol.decode(body)
+            except BadMessage as error:
+                self._answer({"error": str(error)}, last=True)
+            else:
+                self._answer(self._server.reply(message))
+
+    def _answer(self, message: dict[str, Any], last: bool = False) -> None:
+        self._unsent = memoryview(protocol.encode(message))
+        self._last = last
+        self._deadline.set_in(PATIENCE)
+        # Before the first try: one that cannot be made now must be made later.
+        self._loop.watch(self._connection.fileno(), self._ready, writing=True)
+        self._send()
+
+    def _send(self) -> None:
+        self._unsent = self._unsent[self._connection.send(self._unsent, socket.MSG_NOSIGNAL) :]
+        if self._unsent:
+            return
+        if self._last:
+            self.drop()
+        else:
+            self._loop.watch(self._connection.fileno(), self._ready)
+
+    def drop(self) -> None:
+        """End the connection."""
+        self._deadline.cancel()
+        self._loop.forget(self._connection.fileno())
+        with suppress(OSError):
+            # Not close(2) alone: a child forked meanwhile has the connection too, and the client would go on waiting.
+            self._connection.shutdown(socket.SHUT_RDWR)
+        self.abandon()
+        self._server.dropped(self)
+
+    def abandon(self) -> None:
+        """Let go of the connection in a forked child, whose parent goes on with it."""
+        self._connection.close()
 
 
-class Control:
+class ControlServer:
     """The socket.
 
     Args:
+        loop: the supervisor's.
         path: where it is to be; whatever is there is replaced.
         commands: what can be asked for.
 
@@ -58,10 +127,11 @@ class Control:
         OSError: it cannot be made.
     """
 
-    def __init__(self, path: str, commands: Mapping[str, Command]) -> None:
+    def __init__(self, loop: EventLoop, path: str, commands: Mapping[str, Command]) -> None:
         self.path = path
         self._commands = commands
-        self._clients: dict[int, _Client] = {}
+        self._loop = loop
+        self._clients: set[_Client] = set()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         # Bound under another name first: who finds the name that counts finds somebody who listens.
         beginning = os.path.join(os.path.dirname(path), f".{os.getpid()}-{os.path.basename(path)}")
@@ -78,148 +148,58 @@ class Control:
             with suppress(OSError):
                 os.unlink(beginning)
             raise
-        self._epoll = select.epoll()
-        self._epoll.register(self._listener, select.EPOLLIN)
-        self._listening = True
-        self._retry: float | None = None
+        self._retry = loop.deadline(self._listen)
+        self._listen()
         _open.add(self)
 
-    def fileno(self) -> int:
-        """Return a descriptor that is readable when there is something for `handle` to do."""
-        return self._epoll.fileno()
-
-    def due(self) -> float | None:
-        """Return when `handle` must be called at the latest (monotonic clock), or None."""
-        times = [client.deadline for client in self._clients.values()]
-        if self._retry is not None:
-            times.append(self._retry)
-        return min(times, default=None)
-
-    def handle(self) -> None:
-        """Do what can be done without waiting."""
-        for fd, _ in self._epoll.poll(0, _EVENTS):
-            if fd == self._listener.fileno():
-                self._accept()
-            elif fd in self._clients:
-                client = self._clients[fd]
-                try:
-                    self._serve(client)
-                except OSError:
-                    self._drop(client)  # it has gone
-        now = time.monotonic()
-        for client in list(self._clients.values()):
-            if client.deadline <= now:
-                self._drop(client)
-        if self._retry is not None and self._retry <= now:
-            self._listen(True)
+    def _listen(self) -> None:
+        self._retry.cancel()
+        self._loop.watch(self._listener.fileno(), self._accept)
 
     def _accept(self) -> None:
         try:
             connection, _ = self._listener.accept()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
-                self._listen(False)  # else epoll would report it again and again
-                self._retry = time.monotonic() + PATIENCE
+                self._loop.forget(self._listener.fileno())  # else it would be reported again and again
+                self._retry.set_in(PATIENCE)
             return
         connection.setblocking(False)
         _, uid, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
         if uid not in (0, os.geteuid()):
             connection.close()
             return
-        client = _Client(connection)
-        self._clients[connection.fileno()] = client
-        self._epoll.register(connection, select.EPOLLIN)
+        self._clients.add(_Client(self, self._loop, connection))
         if len(self._clients) >= MAX_CLIENTS:
-            self._listen(False)
+            self._loop.forget(self._listener.fileno())
 
-    def _listen(self, wanted: bool) -> None:
-        if wanted != self._listening:
-            self._epoll.modify(self._listener, select.EPOLLIN if wanted else 0)
-            self._listening = wanted
-            self._retry = None
+    def dropped(self, client: _Client) -> None:
+        """Take note that a client has gone: there is room for another, and a descriptor."""
+        self._clients.discard(client)
+        self._listen()
 
-    def _serve(self, client: _Client) -> None:
-        if client.unsent:
-            self._send(client)
-            return
-        wanted = HEADER.size
-        if len(client.received) >= HEADER.size:
-            (length,) = HEADER.unpack_from(client.received)
-            wanted += length
-        try:
-            data = client.connection.recv(wanted - len(client.received))
-        except BlockingIOError:
-            return
-        if not data:
-            self._drop(client)
-            return
-        client.received += data
-        if len(client.received) < HEADER.size:
-            return
-        (length,) = HEADER.unpack_from(client.received)
-        if length > MAX_REQUEST:
-            problem = f"a request of {length} bytes is too long; at most {MAX_REQUEST}"
-            self._answer(client, {"error": problem}, last=True)
-        elif len(client.received) == HEADER.size + length:
-            body = bytes(client.received[HEADER.size :])
-            client.received.clear()
-            self._request(client, body)
-
-    def _request(self, client: _Client, body: bytes) -> None:
-        try:
-            message = protocol.decode(body)
-        except BadMessage as error:
-            self._answer(client, {"error": str(error)}, last=True)
-            return
+    def reply(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Do what a client asks for; return the reply."""
         name = message.get("command")
         command = self._commands.get(name) if isinstance(name, str) else None
         if command is None:
             known = ", ".join(sorted(self._commands))
-            self._answer(client, {"error": f"unknown command {name!r:.80}; there are: {known}"})
-            return
+            return {"error": f"unknown command {name!r:.80}; there are: {known}"}
         try:
-            reply = {"result": command(message)}
+            return {"result": command(message)}
         except LlloopError as error:
-            reply = {"error": str(error)}
+            return {"error": str(error)}
         except Exception:
             _log.exception("the control request %r failed", name)
-            reply = {"error": f"{name} failed; the log of the mount has the details"}
-        self._answer(client, reply)
-
-    def _answer(self, client: _Client, message: dict[str, Any], last: bool = False) -> None:
-        client.unsent = memoryview(protocol.encode(message))
-        client.closing = last
-        client.deadline = time.monotonic() + PATIENCE
-        self._send(client)
-
-    def _send(self, client: _Client) -> None:
-        try:
-            sent = client.connection.send(client.unsent, socket.MSG_NOSIGNAL)
-        except BlockingIOError:
-            sent = 0
-        client.unsent = client.unsent[sent:]
-        if client.unsent:
-            self._epoll.modify(client.connection, select.EPOLLOUT)
-        elif client.closing:
-            self._drop(client)
-        else:
-            self._epoll.modify(client.connection, select.EPOLLIN)
-
-    def _drop(self, client: _Client) -> None:
-        del self._clients[client.connection.fileno()]
-        self._epoll.unregister(client.connection)
-        with suppress(OSError):
-            # Not close(2) alone: a child forked meanwhile has the connection too, and the client would go on waiting.
-            client.connection.shutdown(socket.SHUT_RDWR)
-        client.connection.close()
-        self._listen(True)
+            return {"error": f"{name} failed; the log of the mount has the details"}
 
     def close(self) -> None:
         """Take the socket away, unless another server has taken its place."""
         _open.discard(self)
-        for client in list(self._clients.values()):
-            self._drop(client)
-        self._epoll.close()
+        for client in list(self._clients):
+            client.drop()
+        self._retry.cancel()
+        self._loop.forget(self._listener.fileno())
         self._listener.close()
         self.remove()
 
@@ -231,14 +211,12 @@ class Control:
 
     def abandon(self) -> None:
         """Let go of the socket in a forked child, whose parent goes on with it."""
-        for client in self._clients.values():
-            client.connection.close()
-        self._clients.clear()
-        self._epoll.close()
+        for client in self._clients:
+            client.abandon()
         self._listener.close()
 
 
-_open: weakref.WeakSet[Control] = weakref.WeakSet()
+_open: weakref.WeakSet[ControlServer] = weakref.WeakSet()
 
 
 def _abandon_all() -> None:
@@ -249,6 +227,18 @@ def _abandon_all() -> None:
 
 # A child that outlives the supervisor must not look like one who listens.
 os.register_at_fork(after_in_child=_abandon_all)
+
+
+def open_for(mount: MountIdentity, loop: EventLoop, commands: Mapping[str, Command]) -> ControlServer | None:
+    """Open the control socket of a mount. Return None if it cannot be made: that is no reason not to serve."""
+    try:
+        directory = protocol.make_directory()
+        remove_stale(directory)
+        name = protocol.socket_name(mount.mountpoint, mount.device)
+        return ControlServer(loop, os.path.join(directory, name), commands)
+    except OSError as error:
+        _log.warning("llloop status, stats and control will not work: the control socket cannot be created: %s", error)
+        return None
 
 
 def remove_stale(directory: str) -> None:

@@ -88,9 +88,16 @@ class DescriptorKeeper:
     Args:
         front: runs in each front, with the descriptors that are not a front's own; does not return.
         farewell: runs in the keeper when the supervisor has ended without ending it.
+        sentinel: returns a descriptor that is readable when the keeper has ended, or -1 if none runs. Without it,
+            nobody notices the end of a keeper that is asked for something.
     """
 
-    def __init__(self, front: Callable[[Collection[int]], None], farewell: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        front: Callable[[Collection[int]], None],
+        farewell: Callable[[], None],
+        sentinel: Callable[[], int] | None = None,
+    ) -> None:
         self._supervisor = os.getpid()
         self._front = front
         self._farewell = farewell
@@ -98,8 +105,7 @@ class DescriptorKeeper:
         self._answer_reader, self._answer_writer = os.pipe2(os.O_CLOEXEC)
         self._told = 0  # the number of the last command
         self.descriptors = (self._command_reader, self._command_writer, self._answer_reader, self._answer_writer)
-        # Returns a descriptor that is readable when the keeper has ended, or -1 if none runs. None: nobody notices.
-        self.sentinel: Callable[[], int] | None = None
+        self.sentinel = sentinel
         # What every front starts with. A later keeper inherits more, under numbers that are the front's files by then.
         self.own: Collection[int] = ()
         # The front that may serve. One whose keeper died before it told of it is nobody's, and must not.

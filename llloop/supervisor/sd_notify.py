@@ -26,6 +26,7 @@ class Notifier:
         if self._address[:1] not in ("/", "@"):
             self._address = ""
         self.interval = self._watchdog(environment) if self._address else None
+        self._stopping = False
 
     @staticmethod
     def _watchdog(environment: Mapping[str, str]) -> float | None:
@@ -35,7 +36,7 @@ class Notifier:
         return int(allowed) / 2_000_000 if allowed.isdecimal() and int(allowed) else None
 
     def _send(self, *lines: str) -> None:
-        if not self._address:
+        if not self._address or self._stopping:
             return
         address = os.fsencode(self._address)
         if address.startswith(b"@"):  # the abstract name space (unix(7))
@@ -57,8 +58,9 @@ class Notifier:
         self._send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
     def stopping(self) -> None:
-        """The end has begun."""
+        """The end has begun. It is told once, and nothing else after it."""
         self._send("STOPPING=1", "STATUS=unmounting")
+        self._stopping = True
 
     def alive(self) -> None:
         """The mount still answers."""

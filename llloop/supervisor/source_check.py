@@ -13,6 +13,7 @@ from typing import Any
 
 from llloop.linux import syscalls
 from llloop.supervisor.child import fork
+from llloop.supervisor.event_loop import EventLoop
 
 # An answer is given again to those who ask within this time, in seconds.
 _FRESH = 0.5
@@ -32,34 +33,28 @@ class SourceCheck:
     """Looks at the source on demand. At most one process looks at a time, however long the source hangs.
 
     Args:
+        loop: the supervisor's.
         source: its path.
         root: an O_PATH descriptor of it.
         changes: whether the mount can change it; if not, that it is frozen does not matter.
     """
 
-    def __init__(self, source: str, root: int, changes: bool) -> None:
+    def __init__(self, loop: EventLoop, source: str, root: int, changes: bool) -> None:
+        self._loop = loop
         self._source = source
         self._root = root
         self._changes = changes
         self._process: BaseProcess | None = None
-        self._sentinel = -1  # readable when it has ended, whatever it has closed before (pidfd_open(2))
+        self._pidfd = -1
         self._begun = 0.0
         self._ended = float("-inf")
         self._code = 0
 
-    @property
-    def watched(self) -> list[int]:
-        """A descriptor that is readable when there is something to `tend` to, if there is any."""
-        return [self._sentinel] if self._process is not None else []
-
-    def tend(self) -> None:
-        """Take note of a process that has ended."""
-        if self._process is not None and syscalls.is_readable(self._sentinel):
-            self._process.join()
-            os.close(self._sentinel)
-            self._code = self._process.exitcode or 0
-            self._process = None
-            self._ended = time.monotonic()
+    def _note_end(self, process: BaseProcess) -> None:
+        process.join()
+        self._code = process.exitcode or 0
+        self._process = None
+        self._ended = time.monotonic()
 
     def ask(self) -> dict[str, Any]:
         """Begin to look, unless that has been done a moment ago or is being done. Never waits.
@@ -68,14 +63,13 @@ class SourceCheck:
             ``waiting``: for how many seconds the source has not answered, None if there is an answer; ``problem``: the
             last answer, a text for people, None if all is well.
         """
-        self.tend()
         now = time.monotonic()
         if self._process is None and now - self._ended > _FRESH:
             self._begun = now
-            self._process = fork.Process(target=self._look, name="llloop-source-check")
-            self._process.start()
-            assert self._process.pid is not None
-            self._sentinel = os.pidfd_open(self._process.pid)
+            process = fork.Process(target=self._look, name="llloop-source-check")
+            process.start()
+            self._pidfd = self._loop.watch_process(process, lambda: self._note_end(process))
+            self._process = process
         waiting = now - self._begun if self._process is not None else None
         return {"waiting": waiting, "problem": _problem(self._code)}
 
@@ -98,9 +92,9 @@ class SourceCheck:
         """End the process, and do not wait for it where the source hangs."""
         if self._process is not None:
             self._process.kill()
-            if syscalls.is_readable(self._sentinel, 0.1):
+            if syscalls.is_readable(self._pidfd, 0.1):
                 self._process.join()
-            os.close(self._sentinel)
+            self._loop.close(self._pidfd)
             # At its exit this process is not to wait for it, either, which multiprocessing has no other way to say.
             multiprocessing.process._children.discard(self._process)  # type: ignore[attr-defined]
             self._process = None

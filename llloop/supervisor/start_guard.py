@@ -33,6 +33,7 @@ class StartGuard:
     """
 
     def __init__(self, mountpoint: str) -> None:
+        self._dismissed = False
         reader, self._writer = os.pipe2(os.O_CLOEXEC)
         self._process = fork.Process(
             target=_guard, args=(mountpoint, reader, self._writer), name="llloop-start-guard", daemon=True
@@ -46,7 +47,10 @@ class StartGuard:
             os.close(reader)
 
     def dismiss(self) -> None:
-        """End it: it is not needed any more."""
+        """End it, if that was not done before: it is not needed any more."""
+        if self._dismissed:
+            return
+        self._dismissed = True
         with suppress(BrokenPipeError):  # it was killed
             os.write(self._writer, b"!")
         os.close(self._writer)

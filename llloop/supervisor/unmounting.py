@@ -1,19 +1,23 @@
-"""The process that unmounts: that writes cached data back through the mount, so the supervisor must not wait for it."""
+"""Unmounting. A process of its own does it, since it waits for cached data to be written back through the mount."""
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.process import BaseProcess
 
 from llloop.errors import LlloopError
 from llloop.linux import syscalls
 from llloop.linux.mount_identity import MountIdentity
-from llloop.supervisor.child import STOP_SIGNALS, fork
+from llloop.logging.escape import printable
+from llloop.supervisor.child import PATIENCE, STOP_SIGNALS, end, fork
+from llloop.supervisor.event_loop import EventLoop
 
 _log = logging.getLogger(__name__)
 
@@ -21,23 +25,94 @@ _log = logging.getLogger(__name__)
 GRACE = 5.0
 
 
-def start(mount: MountIdentity, device: int, *, lazy: bool) -> BaseProcess:
-    """Start a process that unmounts *mount* and says by its exit code, an errno, how that went.
+class Unmounting:
+    """The end of one mount, when it is asked for: unmount; if the mount is busy, detach it and wait for `GRACE`.
+
+    The front ends when nobody uses the mount any more, which the supervisor sees.
 
     Args:
+        loop: the supervisor's.
         mount: the mount; another one in its place is left alone.
         device: the descriptor of /dev/fuse.
-        lazy: detach it now even if it is busy.
-
-    Raises:
-        OSError: no process can be started.
+        finish: ends the supervisor although the front still serves; takes whether something has failed.
     """
-    process = fork.Process(target=_unmount, args=(mount, device, lazy), name="llloop-unmount")
-    process.start()
-    return process
+
+    def __init__(self, loop: EventLoop, mount: MountIdentity, device: int, finish: Callable[[bool], None]) -> None:
+        self._loop = loop
+        self._mount = mount
+        self._device = device
+        self._finish = finish
+        self._deadline = loop.deadline(self._time_is_up)
+        self._process: BaseProcess | None = None
+        self._lazy = False
+        self.begun = False
+
+    def request(self) -> None:
+        """Begin to unmount. A second request does not wait any longer.
+
+        Raises:
+            OSError: no process can be started.
+        """
+        if self.begun:
+            self._finish(False)
+        else:
+            self.begun = True
+            self._start(lazy=False)
+
+    def _start(self, lazy: bool) -> None:
+        self._lazy = lazy
+        if lazy:  # it can hang as any who uses the mount, where the source does
+            self._deadline.set_in(2 * GRACE)
+        process = fork.Process(target=_unmount, args=(self._mount, self._device, lazy), name="llloop-unmount")
+        process.start()
+        self._process = process
+        self._loop.watch_process(process, lambda: self._ended(process))
+
+    def _ended(self, process: BaseProcess) -> None:
+        process.join()
+        code = process.exitcode
+        self._process = None
+        place = self._mount.mountpoint
+        if code == errno.EBUSY and not self._lazy:
+            _log.warning("%s is busy: detaching it lazily; programs that use it may go on for %g seconds", place, GRACE)
+            print(f"llloop: {printable(place)} is busy, detaching it lazily", file=sys.stderr, flush=True)
+            self._start(lazy=True)
+        elif code != 0 and (self._mount.is_reachable(self._device) or self._mount.is_covered()):
+            _log.error("%s could not be unmounted", place)
+            self._finish(True)
+        else:
+            self._deadline.set_in(GRACE)
+
+    def _time_is_up(self) -> None:
+        _log.warning("%s is still in use after %g seconds; the server ends anyway", self._mount.mountpoint, GRACE)
+        self._finish(False)
+
+    def close(self) -> None:
+        """End the process that unmounts."""
+        process, self._process = self._process, None  # with it go its descriptors
+        if process is not None:
+            if not self._mount.is_reachable(self._device):
+                process.join(PATIENCE)  # it has nothing left to do; killed, it would leave its fusermount behind
+            end(process)
+
+
+def detach(mount: MountIdentity, device: int) -> None:
+    """Detach a mount if it is still there; *device* is its descriptor of /dev/fuse."""
+    try:
+        if mount.is_reachable(device):
+            mount.unmount(lazy=True)
+    except (OSError, LlloopError) as error:
+        _log.error("%s could not be detached: %s", mount.mountpoint, error)
 
 
 def _unmount(mount: MountIdentity, device: int, lazy: bool) -> None:
+    """Unmount, in a process of its own, and tell by the exit code, an errno, how that went.
+
+    Args:
+        mount: the mount.
+        device: the descriptor of /dev/fuse.
+        lazy: detach it now even if it is busy.
+    """
     signal.set_wakeup_fd(-1)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -24,7 +24,7 @@ import llloop
 from llloop.config import ServeConfig
 from llloop.errors import LlloopError
 from llloop.linux.syscalls import is_readable
-from llloop.supervisor.supervisor import Supervisor
+from llloop.supervisor.supervisor import Supervisor, serve
 from tests.watchdog import mount_entry, processes_of_session
 
 PACKAGE = os.path.dirname(llloop.__file__) + os.sep
@@ -47,26 +47,25 @@ def step_of(frame: FrameType, event: str, argument: Any) -> Step | None:
 def start(source: str, mountpoint: str, at_step: Callable[[Step], None]) -> None:
     """Serve until the mount is ready, then stop."""
     supervisor_pid = os.getpid()
-    begun: list[bool] = []  # what comes before is undone by the end of a with block
+    begun: list[bool] = []  # from the first step of Supervisor on; a with block undoes what comes before
 
     def profile(frame: FrameType, event: str, argument: Any) -> None:
         if os.getpid() != supervisor_pid:  # what is forked is not this process's step
             sys.setprofile(None)
         elif event in ("call", "c_call"):
             step = step_of(frame, event, argument)
-            begun[:] = [any(begun) or (step is not None and step[2] == "_start")]
+            begun[:] = [any(begun) or (step is not None and step[2] == "show_title")]
             if step is not None and any(begun):
                 at_step(step)
 
-    def ready(line: str) -> None:
+    def ready(served: Supervisor) -> None:
         sys.setprofile(None)
         os.kill(supervisor_pid, signal.SIGTERM)
 
     code = 1
     try:
-        supervisor = Supervisor(ServeConfig(source=source, mountpoint=mountpoint, workers=1), ready)
         sys.setprofile(profile)
-        code = supervisor.run()
+        code = serve(ServeConfig(source=source, mountpoint=mountpoint, workers=1), ready)
     except LlloopError as error:
         print(error, file=sys.stderr)
         code = error.exit_code

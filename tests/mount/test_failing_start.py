@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from tests.mirror import Mirror
 from tests.mount.command_line import Ground, environment, ground
 from tests.mount.start_steps import IN_THE_WAY
-from tests.server import Server
 from tests.watchdog import Watchdog, kill_session, unmount_lazily
 
 CHECKOUT = Path(__file__).parents[2]
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.mounted, pytest.mark.timeout(300)]
 def place(via: str, watchdog: Watchdog) -> Iterator[Ground]:
     if via == "llfuse":
         pytest.skip("the same again")
-    with ground(Server.prepare(via, watchdog), via) as prepared:
+    with ground(Mirror.prepare(via, watchdog), via) as prepared:
         try:
             yield prepared
         finally:
@@ -58,7 +58,9 @@ def test_each_step_may_fail(place: Ground) -> None:
         # Not every step is needed.
         assert one["code"] in (0, 5), one
         if one["code"] == 5:
-            assert one["said"].count("\n") == 1 and "No room" in one["said"], one
+            # A message is lost if standard error itself cannot be put back.
+            unheard = one["step"][2] in ("__exit__", "dup2") and one["said"] == ""
+            assert unheard or (one["said"].count("\n") == 1 and "No room" in one["said"]), one
     assert sum(IN_THE_WAY in one["said"] for one in found) > len(found) // 3, "the file in the way is named"
 
 

@@ -20,7 +20,7 @@ import pytest
 from tests.conftest import Serve
 from tests.expect import outcome
 from tests.filesystems import ext4, tmpfs
-from tests.server import Server, reachable_directory
+from tests.mirror import Mirror, reachable_directory
 from tests.watchdog import Watchdog
 
 pytestmark = pytest.mark.root
@@ -52,19 +52,19 @@ def image() -> Iterator[Path]:
 @pytest.fixture(scope="module", params=["never", "auto"])
 def patient(
     request: pytest.FixtureRequest, image: Path, via: str, serve_options: list[str], watchdog: Watchdog
-) -> Iterator[Server]:
-    server = Server.prepare(via, watchdog, [*serve_options, "--cache", request.param], image)
+) -> Iterator[Mirror]:
+    mirror = Mirror.prepare(via, watchdog, [*serve_options, "--cache", request.param], image)
     try:
-        server.start()
-        yield server
-        server.stop()
+        mirror.start()
+        yield mirror
+        mirror.stop()
     finally:
-        server.clean_up()
-        server.forget_files()
+        mirror.clean_up()
+        mirror.forget_files()
 
 
 @pytest.fixture
-def place(patient: Server) -> Iterator[Place]:
+def place(patient: Mirror) -> Iterator[Place]:
     if not patient.alive():
         # Another test ended it, and has failed for that; this one is not to fail with it.
         patient.clean_up()
@@ -332,9 +332,9 @@ def test_equal_numbers_on_two_devices_are_two_files(serve: Serve) -> None:
                     (source / name / f"directory{number}" / name).write_bytes(b"")
             numbers = [os.stat(source / name / "file0").st_ino for name in ("one", "two")]
             assert numbers[0] == numbers[1]
-            server = serve(source=source)
+            mirror = serve(source=source)
             try:
-                mnt = server.mountpoint
+                mnt = mirror.mountpoint
                 assert sorted(os.listdir(mnt)) == ["one", "two"]
                 for name in ("one", "two", "one"):
                     assert len(os.listdir(mnt / name)) == 10
@@ -354,6 +354,6 @@ def test_equal_numbers_on_two_devices_are_two_files(serve: Serve) -> None:
                 assert (mnt / "one" / "file0").read_bytes() == b"changed"
             finally:
                 # Before the file systems below it go.
-                server.stop()
+                mirror.stop()
     finally:
         shutil.rmtree(holder)

@@ -1,0 +1,138 @@
+"""The processes below the supervisor: what each of them runs, and what it inherits."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
+from functools import partial
+from multiprocessing.process import BaseProcess
+
+from llloop.config import ServeConfig
+from llloop.front.llfuse.operations import Operations
+from llloop.front.process import FrontSetup, run_front
+from llloop.linux import syscalls
+from llloop.logging.stacks import Stacks
+from llloop.supervisor.child import Child, Cloned, child_main, forked
+from llloop.supervisor.connection import Connection
+from llloop.supervisor.descriptor_keeper import DescriptorKeeper
+from llloop.supervisor.invalidator import InvalidatorSetup, run_invalidator
+from llloop.supervisor.shared_resources import SharedResources
+from llloop.workers.process import WorkerSetup, run_worker
+
+
+class Processes:
+    """The processes of one mount, none of them started.
+
+    Args:
+        config: the mount's options.
+        resources: what they share.
+        connection: the mount's connection with the kernel.
+        mountpoint: where it is, for the titles of the processes.
+        operations: the object given to ``llfuse.init()``.
+        farewell: runs in the keeper when the supervisor has ended without ending it.
+        detached: whether the processes let go of the standard descriptors.
+        cleanup: ends them, the keeper last.
+
+    Attributes:
+        keeper: keeps what the front has open,
+        descriptor_keeper: the supervisor's side of it.
+        workers: by shard.
+        invalidators: the one that drops pages; none where llfuse runs the loop, and no request waits for that.
+        front: takes the kernel's requests.
+        all: in the order in which they are started.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        resources: SharedResources,
+        connection: Connection,
+        mountpoint: str,
+        operations: Operations,
+        farewell: Callable[[], None],
+        *,
+        detached: bool,
+        cleanup: ExitStack,
+    ) -> None:
+        own_loop = connection.capabilities is not None
+        if own_loop:
+            resources.open_payload_pipes()
+        fork = partial(forked, detached=detached, mountpoint=mountpoint)
+        supervisor = os.getpid()
+        front_setup = FrontSetup(
+            config=config,
+            slots=resources.slots,
+            journal=resources.journal,
+            pipes=[writer for _, writer in resources.requests],
+            root=resources.root,
+            device=connection.device,
+            operations=operations,
+            capabilities=connection.capabilities,
+            answers=resources.answers[0],
+            probed=resources.probed[0] if connection.preflight else None,
+        )
+        invalidator_setup = InvalidatorSetup(
+            connection.device, [reader for reader, _ in resources.wanted], [writer for _, writer in resources.requests]
+        )
+
+        def serve(own: Collection[int]) -> None:
+            run_front(front_setup, own, lambda: _tell(resources.ready[1]))
+
+        def front_of_keeper(own: Collection[int]) -> None:
+            stacks = self.front.stacks
+            child_main("llloop-front", lambda: serve(own), supervisor, detached, stacks, mountpoint=mountpoint)
+
+        def start_keeper(stacks: Stacks) -> BaseProcess:
+            return fork("llloop-keeper", self.descriptor_keeper.run, stacks, outlives=True)
+
+        def start_front(stacks: Stacks) -> BaseProcess | Cloned:
+            if self.descriptor_keeper.can_share:
+                return self.descriptor_keeper.start_front()
+            own = syscalls.open_descriptors()
+            return fork("llloop-front", lambda: serve(own), stacks)
+
+        def start_worker(shard: int, stacks: Stacks) -> BaseProcess:
+            setup = WorkerSetup(
+                shard=shard,
+                slots=resources.slots,
+                pipe=resources.requests[shard][0],
+                device=connection.device,
+                answers=None if own_loop else resources.answers[1],
+                root=resources.root,
+                probed=resources.probed[1],
+                wanted=resources.wanted[shard][1],
+            )
+            return fork(f"llloop-worker-{shard}", lambda: run_worker(setup), stacks)
+
+        def start_invalidator(stacks: Stacks) -> BaseProcess:
+            return fork("llloop-invalidator", lambda: run_invalidator(invalidator_setup), stacks)
+
+        def child(name: str, launch: Callable[[Stacks], BaseProcess | Cloned]) -> Child:
+            one = Child(name, launch)
+            cleanup.callback(one.close)
+            return one
+
+        self.descriptor_keeper = DescriptorKeeper(front_of_keeper, farewell, lambda: self.keeper.sentinel)
+        cleanup.callback(self.descriptor_keeper.close)
+        self.keeper = child("llloop-keeper", start_keeper)
+        self.workers = [
+            child(f"llloop-worker-{shard}", partial(start_worker, shard)) for shard in range(config.workers)
+        ]
+        self.invalidators = [child("llloop-invalidator", start_invalidator)] if own_loop else []
+        self.front = child("llloop-front", start_front)
+        self.all = [self.keeper, *self.workers, *self.invalidators, self.front]
+
+    def end_serving(self) -> None:
+        """End all but the keeper."""
+        serving = [one for one in self.all if one is not self.keeper]
+        for one in serving:
+            one.signal(signal.SIGKILL)  # all at once, for each may take its time
+        with ExitStack() as steps:
+            for one in serving:
+                steps.callback(one.end)
+
+
+def _tell(writer: int) -> None:
+    os.write(writer, b"!")

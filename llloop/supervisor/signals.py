@@ -1,0 +1,73 @@
+"""The supervisor's signals, as calls of its event loop."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Collection
+from types import FrameType
+
+from llloop.supervisor.child import STOP_SIGNALS
+from llloop.supervisor.event_loop import Callback, EventLoop
+
+SIGNALS = (*STOP_SIGNALS, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class Signals:
+    """Catches `SIGNALS`. The handlers only take note; the calls are made by the loop.
+
+    Who uses this puts back the handlers later (`ProcessState`).
+
+    Attributes:
+        stopped_by: the name of the last SIGTERM or SIGINT, None if there was none. It is known before the call is made.
+
+    Raises:
+        OSError: there are no descriptors left.
+    """
+
+    def __init__(self, loop: EventLoop) -> None:
+        self.stopped_by: str | None = None
+        self._had_terminal = _has_terminal()
+        self._pending: set[int] = set()
+        self._callbacks: dict[frozenset[int], Callback] = {}
+        self._reader, self._writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        for number in SIGNALS:
+            signal.signal(number, self._note)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # whoever started this may have blocked them
+        loop.watch(self._reader, self._call)
+
+    def on(self, numbers: Collection[int], callback: Callback) -> None:
+        """Call *callback* when one of these signals has come; once, if several have come meanwhile."""
+        self._callbacks[frozenset(numbers)] = callback
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._pending.add(number)
+        if number in (signal.SIGTERM, signal.SIGINT):
+            self.stopped_by = signal.Signals(number).name
+
+    def _call(self) -> None:
+        os.read(self._reader, 4096)
+        for numbers, callback in self._callbacks.items():
+            if numbers & self._pending:
+                self._pending -= numbers
+                callback()
+
+    def lost_terminal(self) -> bool:
+        """Whether the terminal was closed in which this process was started: the kernel sends SIGHUP then, too."""
+        return self._had_terminal and not _has_terminal()
+
+    def close(self) -> None:
+        """Let go of the descriptors."""
+        signal.set_wakeup_fd(-1)
+        os.close(self._reader)
+        os.close(self._writer)
+
+
+def _has_terminal() -> bool:
+    """Whether this process has a controlling terminal (tty(4))."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
