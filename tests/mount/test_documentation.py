@@ -218,3 +218,30 @@ def test_every_page_is_in_the_navigation() -> None:
     navigation = (CHECKOUT / "scripts" / "mkdocs.yml").read_text()
     for page in CHECKOUT.glob("docs/*.md"):
         assert re.search(rf"(?:- |: ){page.name}$", navigation, re.MULTILINE), page.name
+
+
+def names_in(text: str) -> set[str]:
+    """What stands between backquotes, outside of code blocks."""
+    return set(re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)))
+
+
+def test_the_architecture_names_what_there_is() -> None:
+    """Files, directories, and methods of classes (`Class.method`)."""
+    names = names_in(TEXT["architecture.md"])
+    places = {name for name in names if re.fullmatch(r"(llloop|workers|tests|scripts)/[\w./]*", name)}
+    assert len(places) > 20
+    assert [place for place in sorted(places) if not (CHECKOUT / place).exists()] == []
+    sources = [path.read_text() for top in ("llloop", "workers") for path in (CHECKOUT / top).rglob("*.py")]
+    for name in names:
+        if match := re.fullmatch(r"([A-Z]\w+)\.(\w+)", name):
+            bodies = [source for source in sources if re.search(rf"^class {match[1]}\b", source, re.MULTILINE)]
+            assert any(f"    def {match[2]}(" in body for body in bodies), name
+
+
+def test_each_test_of_a_claim_exists() -> None:
+    named = [name for name in names_in(TEXT["claims.md"]) if name.startswith("tests/")]
+    assert len(named) > 30
+    for name in named:
+        file, _, function = name.partition("::")
+        assert (CHECKOUT / file).exists(), name
+        assert not function or f"def {function}(" in (CHECKOUT / file).read_text(), name
