@@ -13,7 +13,7 @@ from typing import Protocol
 import pytest
 
 from tests import expect
-from tests.mirror import Mirror, Tree, reachable_directory, remove_tree
+from tests.server import Server, Tree, reachable_directory, remove_tree
 from tests.watchdog import Watchdog
 
 DEFAULT_TIMEOUT = 60.0
@@ -36,7 +36,7 @@ class Serve(Protocol):
         source: Path | None = None,
         env: Mapping[str, str] | None = None,
         command: list[str] | None = None,
-    ) -> Mirror: ...
+    ) -> Server: ...
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -138,29 +138,29 @@ def serve_options(request: pytest.FixtureRequest) -> list[str]:
 
 
 @contextmanager
-def running(mirror: Mirror) -> Iterator[Mirror]:
+def running(server: Server) -> Iterator[Server]:
     try:
-        mirror.start()
-        yield mirror
-        mirror.stop()
+        server.start()
+        yield server
+        server.stop()
     finally:
-        mirror.clean_up()
-        mirror.forget_files()
+        server.clean_up()
+        server.forget_files()
 
 
 @pytest.fixture(scope="session")
-def mirror(via: str, serve_options: list[str], watchdog: Watchdog) -> Iterator[Mirror]:
+def server(via: str, serve_options: list[str], watchdog: Watchdog) -> Iterator[Server]:
     """The mount that most tests share."""
-    with running(Mirror.prepare(via, watchdog, serve_options)) as shared:
+    with running(Server.prepare(via, watchdog, serve_options)) as shared:
         yield shared
 
 
 @pytest.fixture(scope="session")
-def disk_mirror(via: str, serve_options: list[str], watchdog: Watchdog) -> Iterator[Mirror]:
+def disk_server(via: str, serve_options: list[str], watchdog: Watchdog) -> Iterator[Server]:
     """Another one, whose source is most likely no RAM file system and has a disk's demands (O_DIRECT, blocks)."""
     holder = reachable_directory("llloop-source-", "/var/tmp")
     try:
-        with running(Mirror.prepare(via, watchdog, serve_options, source=holder)) as shared:
+        with running(Server.prepare(via, watchdog, serve_options, source=holder)) as shared:
             yield shared
     finally:
         remove_tree(holder)
@@ -170,28 +170,28 @@ _numbers = itertools.count(1)
 
 
 @contextmanager
-def fresh_directory(mirror: Mirror, test: str) -> Iterator[Tree]:
-    if not mirror.alive():
+def fresh_directory(server: Server, test: str) -> Iterator[Tree]:
+    if not server.alive():
         # Another test ended it, and has failed for that; this one is not to fail with it.
-        mirror.clean_up()
-        mirror.start()
+        server.clean_up()
+        server.start()
     name = f"{re.sub('[^A-Za-z0-9_]+', '-', test)[:80]}-{next(_numbers)}"
-    own = Tree(mirror.source / name, mirror.mountpoint / name, mirror)
+    own = Tree(server.source / name, server.mountpoint / name, server)
     own.src.mkdir(mode=0o755)
     yield own
-    assert mirror.alive(), f"the server ended during the test\n{mirror.all_output()}"
+    assert server.alive(), f"the server ended during the test\n{server.all_output()}"
     remove_tree(own.src)
-    mirror.check_log()
+    server.check_log()
 
 
 @pytest.fixture
-def tree(mirror: Mirror, request: pytest.FixtureRequest) -> Iterator[Tree]:
+def tree(server: Server, request: pytest.FixtureRequest) -> Iterator[Tree]:
     """A fresh directory of the shared mount."""
-    with fresh_directory(mirror, request.node.name) as own:
+    with fresh_directory(server, request.node.name) as own:
         yield own
 
 
-@pytest.fixture(params=["mirror", "disk_mirror"], ids=["shared", "disk"])
+@pytest.fixture(params=["server", "disk_server"], ids=["shared", "disk"])
 def tree_of_each(request: pytest.FixtureRequest) -> Iterator[Tree]:
     """A fresh directory of the shared mount, and in another run of the test of the one whose source is on a disk."""
     with fresh_directory(request.getfixturevalue(request.param), request.node.name) as own:
@@ -201,17 +201,17 @@ def tree_of_each(request: pytest.FixtureRequest) -> Iterator[Tree]:
 @pytest.fixture
 def serve(via: str, serve_options: list[str], watchdog: Watchdog) -> Iterator[Serve]:
     """Starts mounts of the test's own, stopped and checked at its end."""
-    started: list[Mirror] = []
+    started: list[Server] = []
 
     def start(
         *arguments: str,
         source: Path | None = None,
         env: Mapping[str, str] | None = None,
         command: list[str] | None = None,
-    ) -> Mirror:
+    ) -> Server:
         if {"--io=kernel", "--writeback"} <= {*serve_options, *arguments}:
             pytest.skip("--writeback and --io=kernel exclude each other")
-        own = Mirror.prepare(via, watchdog, [*serve_options, *arguments], source, command, env)
+        own = Server.prepare(via, watchdog, [*serve_options, *arguments], source, command, env)
         started.append(own)
         own.start()
         return own

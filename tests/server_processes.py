@@ -8,25 +8,25 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.mirror import Mirror
+from tests.server import Server
 from tests.watchdog import kill_session
 
 
-def titles(mirror: Mirror) -> dict[str, int]:
+def titles(server: Server) -> dict[str, int]:
     """Process ids by the names that `ps` shows, such as llloop-worker-0; one that was just forked gets its own soon."""
     deadline = time.monotonic() + 5
     while True:
         try:
-            return _titles(mirror)
+            return _titles(server)
         except (AssertionError, OSError):
             if time.monotonic() > deadline:
                 raise
         time.sleep(0.02)
 
 
-def _titles(mirror: Mirror) -> dict[str, int]:
+def _titles(server: Server) -> dict[str, int]:
     found: dict[str, int] = {}
-    for pid in mirror.processes():
+    for pid in server.processes():
         title = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()
         match = re.match(r"llloop-(supervisor|keeper|front|invalidator|worker-\d+)\b", title)
         assert match, f"process {pid} of the server is called {title!r}"
@@ -35,27 +35,27 @@ def _titles(mirror: Mirror) -> dict[str, int]:
     return found
 
 
-def kill_all_at_once(mirror: Mirror) -> None:
+def kill_all_at_once(server: Server) -> None:
     """Leaves a dead mount, which takes some doing: the keeper would take it away, and another one take its place."""
-    assert mirror.process
-    os.kill(mirror.pid, signal.SIGSTOP)
-    os.kill(titles(mirror)["llloop-keeper"], signal.SIGKILL)
-    kill_session(mirror.pid)
-    mirror.process.wait(10)
+    assert server.process
+    os.kill(server.pid, signal.SIGSTOP)
+    os.kill(titles(server)["llloop-keeper"], signal.SIGKILL)
+    kill_session(server.pid)
+    server.process.wait(10)
 
 
-def process_ids(mirror: Mirror, role: str) -> list[int]:
+def process_ids(server: Server, role: str) -> list[int]:
     """The living processes of this title; one that was just forked has none yet."""
     found = []
-    for pid in mirror.processes():
+    for pid in server.processes():
         with contextlib.suppress(OSError):
             if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(f"llloop-{role}".encode()):
                 found.append(pid)
     return found
 
 
-def workers(mirror: Mirror) -> dict[str, int]:
-    return {title: pid for title, pid in titles(mirror).items() if title.startswith("llloop-worker-")}
+def workers(server: Server) -> dict[str, int]:
+    return {title: pid for title, pid in titles(server).items() if title.startswith("llloop-worker-")}
 
 
 def descriptors(pid: int) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.as_user import MYSELF, Caller, run_as
-from tests.mirror import Tree
+from tests.server import Tree
 
 # Names outside these (security.selinux, system.nfs4_acl ...) depend on the machine, not on what the test did.
 _XATTRS = ("user.", "system.posix_acl_", "security.capability")

@@ -1,1 +1,1 @@
-"""The worker processes, which hold the file descriptors and move the data."""
+"""The worker processes, which do the data I/O."""

@@ -1,4 +1,4 @@
-"""Requests that a worker holds until the kernel has dropped pages: see `llloop.supervisor.invalidator`."""
+"""Requests that wait until the kernel has dropped cached pages, see `llloop.supervisor.invalidator`."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from dataclasses import dataclass
 
 from llloop.shared.messages import Operation, Request, encode
 
-# When the invalidator has not answered for this long, in seconds, it is asked again: it may have been killed.
-_PATIENCE = 1.0
+# After so many seconds without an answer, the worker asks the invalidator again, which may have been killed.
+_ANSWER_TIMEOUT = 1.0
 
 
 @dataclass
 class Held:
-    """A request that waits, and what it asks the invalidator for.
+    """A waiting request, and the range that the kernel must drop.
 
     Attributes:
         request: the request.
         nodeid: the inode.
-        offset: the first byte of the range.
-        length: how many bytes it has, 0 for all to the end.
-        followers: requests that wait with it.
-        is_asked: whether the invalidator was told; of an inode it is told one at a time.
+        offset: the start of the range in bytes.
+        length: the length of the range in bytes, 0 for everything to the end.
+        followers: requests that wait for this one.
+        is_asked: whether the invalidator was asked. Of each inode, it is asked for one request at a time.
     """
 
     request: Request
@@ -35,18 +35,18 @@ class Held:
 
 
 class Invalidations:
-    """The requests that are held.
+    """The requests of a worker that wait for the invalidator.
 
-    They stay in their slots meanwhile, so a successor of the worker holds them again. The kernel drops pages more
-    slowly than it writes, and for a page that is being read it waits for a READ, which needs a slot. So of an inode's
-    answered writes at most two are held: one for which the invalidator was told, and one that waits for the pages of
-    all after it.
+    They keep their slots, so that the successor of the worker waits for them again. But slots must remain free: the
+    kernel drops pages more slowly than it writes, and before it drops a page that is being read it waits for a READ,
+    which needs a slot. So of each inode's answered writes, at most two wait: one for which the invalidator was asked,
+    and one for the ranges of all later writes.
 
     Args:
-        pipe: the write end of the pipe to the invalidator, not blocking.
+        pipe: the non-blocking write end of the pipe to the invalidator.
 
     Attributes:
-        held: the requests by their numbers.
+        held: the waiting requests by their `unique`.
     """
 
     def __init__(self, pipe: int) -> None:
@@ -60,13 +60,13 @@ class Invalidations:
         Args:
             request: the request.
             nodeid: the inode.
-            offset: the first byte of the range.
-            length: how many bytes it has, 0 for all to the end.
+            offset: the start of the range in bytes.
+            length: the length of the range in bytes, 0 for everything to the end.
 
         Returns:
-            A WRITE that is held no longer, for this request waits for its pages, too.
+            A WRITE that need not wait any longer, because this request now also waits for its range; or None.
         """
-        if request.unique in self.held:  # it was resumed
+        if request.unique in self.held:  # a resumed request
             self._ask_next(nodeid)
             return None
         held = Held(request, nodeid, offset, length, [])
@@ -76,14 +76,14 @@ class Invalidations:
             replaced = last.request
             del self.held[replaced.unique]
             held.followers = last.followers
-            held.offset, held.length = _joined(last, held)
+            held.offset, held.length = _union(last, held)
         self.held[request.unique] = held
         if last is None:
             self._ask(held)
         return replaced
 
     def follow(self, request: Request, nodeid: int) -> bool:
-        """Hold a request as long as the one that was held last for an inode; return False if there is none."""
+        """Hold a request as long as the last held one of an inode; return False if there is none."""
         last = self._last_of(nodeid)
         if last is None:
             return False
@@ -92,19 +92,19 @@ class Invalidations:
         return True
 
     def take(self, unique: int) -> Held | None:
-        """Return what was held under that number and is held no longer, if anything was."""
+        """Remove and return the held request with that `unique`, or None."""
         held = self.held.pop(unique, None)
         if held is not None:
             self._ask_next(held.nodeid)
         return held
 
-    def patience(self) -> float:
-        """Return for how many seconds the invalidator may still be waited for before it is asked again."""
+    def timeout(self) -> float:
+        """Return after how many seconds to ask the invalidator again."""
         return max(0.0, self._deadline - time.monotonic())
 
     def ask_again(self) -> None:
-        """Ask again for all that was asked for."""
-        self._deadline = time.monotonic() + _PATIENCE
+        """Repeat all unanswered orders to the invalidator."""
+        self._deadline = time.monotonic() + _ANSWER_TIMEOUT
         for held in self.held.values():
             if held.is_asked:
                 self._ask(held)
@@ -120,13 +120,13 @@ class Invalidations:
 
     def _ask(self, held: Held) -> None:
         held.is_asked = True
-        self._deadline = time.monotonic() + _PATIENCE
-        with suppress(BlockingIOError):  # it has enough to do, and will be asked again
+        self._deadline = time.monotonic() + _ANSWER_TIMEOUT
+        with suppress(BlockingIOError):  # the pipe is full; `ask_again` repeats it
             os.write(self._pipe, encode((held.request.unique, held.nodeid, held.offset, held.length)))
 
 
-def _joined(one: Held, other: Held) -> tuple[int, int]:
-    """Return offset and length of a range that has those of both."""
+def _union(one: Held, other: Held) -> tuple[int, int]:
+    """Return offset and length of the smallest range that contains both ranges."""
     if not one.length or not other.length:
         return 0, 0
     first = min(one.offset, other.offset)

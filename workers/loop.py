@@ -1,4 +1,4 @@
-"""A worker's life: take a message off the pipe, do what it says, again."""
+"""The main loop of a worker: read a message from the pipe, do the request."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llloop.linux.fuse import FUSE_UNIQUE_RESEND as RESENT
 from llloop.linux.syscalls import is_readable
 from llloop.shared.leadership import TICK, Leadership
 from llloop.shared.messages import MAX_MESSAGE, Malformed, Operation, Request, decode, decode_strictly
-from llloop.shared.metrics import Sheet
+from llloop.shared.metrics import ProcessCounters
 from llloop.shared.slots import Slots
 from llloop.workers.descriptors import Descriptors
 from llloop.workers.invalidations import Invalidations
@@ -21,22 +21,22 @@ from llloop.workers.pending import Pending
 
 _log = logging.getLogger(__name__)
 
-# What comes of fields that are no numbers, or none that a request can have; looked for only here, off the hot path.
-_SENSELESS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error)
+# The exceptions that invalid fields of a message cause. Catching them is cheaper than checking each message.
+_INVALID_FIELDS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error)
 
 
 class Worker:
-    """One shard's worker.
+    """The worker of one shard.
 
     Args:
-        shard: its number.
-        arena: the shared memory.
-        pipe: the read end of its request pipe.
-        transfers: does the work.
-        sheet: where the requests are counted.
-        leases: the open files.
-        leadership: which thread serves.
-        invalidations: the requests that *transfers* holds until the kernel has dropped pages.
+        shard: the worker's number.
+        slots: the request slots in shared memory.
+        pipe: the read end of the request pipe.
+        operations: does the requests.
+        counters: the worker's counters.
+        descriptors: the open files.
+        leadership: decides which thread serves.
+        invalidations: the requests that wait until the kernel has dropped pages.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Worker:
         slots: Slots,
         pipe: int,
         operations: Operations,
-        sheet: Sheet,
+        counters: ProcessCounters,
         descriptors: Descriptors,
         leadership: Leadership,
         invalidations: Invalidations,
@@ -54,21 +54,21 @@ class Worker:
         self._slots = slots
         self._pipe = pipe
         self._operations = operations
-        self._sheet = sheet
+        self._counters = counters
         self._descriptors = descriptors
         self._leadership = leadership
         self._pending = leadership.in_hand = Pending(descriptors, leadership)
         self._invalidations = invalidations
 
     def recover(self) -> None:
-        """Have `run` begin with what a worker before this one had taken off the pipe, or may have, but not answered."""
+        """Make `run` begin with the requests that the previous worker may have received but has not answered."""
         for request in self._lent():
             self._pending.add(request)
 
     def _lent(self) -> list[Request]:
-        """Return the requests in the slots that are lent to this shard: the one that was begun, then the older first.
+        """Return the requests in the slots that are lent to this shard: first the one that was begun, then by age.
 
-        Nothing else is done while one is begun: how far it had come shows in the state of its open file.
+        A begun request must be finished before others: the state of its open file shows how far it had come.
         """
         slots = self._slots
         requests = []
@@ -84,43 +84,46 @@ class Worker:
         return sorted(requests, key=lambda request: (not slots.stages[request.slot], request.unique & ~RESENT))
 
     def _resume(self, request: Request) -> None:
-        """Do what a worker, or a front, before this one has left."""
+        """Do a request that a previous worker or front has left unfinished."""
         begun = self._slots.metrics.begun[request.slot]
         try:
             self._operations.resume(request)
-        except _SENSELESS as error:
+        except _INVALID_FIELDS as error:
             _log.error("returned a slot with an invalid request: %s", error)
             self._slots.give_back(request.slot)
         if request.operation != Operation.PROBE and self._slots.states[request.slot] != self._shard + 1:
-            self._sheet.finished(opcode_of(request), time.monotonic_ns() - begun)
+            self._counters.finished(opcode_of(request), time.monotonic_ns() - begun)
 
     def _resume_all(self, uniques: Sequence[int]) -> bool:
-        """Do those of the requests that are lent to this worker still, whatever a slot that they had holds now.
+        """Do those of the requests that are still lent to this worker.
 
-        Those that are under way in other threads are answered by these, under the number that holds then.
+        Other threads answer the requests that they serve, with the `unique` that is noted in the slot then.
+
+        Args:
+            uniques: the `unique` of each request, with or without `FUSE_UNIQUE_RESEND`.
 
         Returns:
-            Whether this thread still leads.
+            Whether this thread is still the leader.
         """
         wanted = {unique & ~RESENT for unique in uniques}
         for request in self._lent():
             if request.unique & ~RESENT in wanted and request.slot not in self._pending.slots:
                 self._pending.add(request)
-        return self.catch_up()
+        return self.do_waiting()
 
-    def catch_up(self) -> bool:
-        """Do what waits, as far as it need not wait longer; return whether this thread still leads."""
+    def do_waiting(self) -> bool:
+        """Do the waiting requests that can be done now; return whether this thread is still the leader."""
         while request := self._pending.take():
             self._resume(request)
-            if not self._go_on():
+            if not self._finish_request():
                 return False
         return True
 
-    def _go_on(self) -> bool:
-        """After each request: close what it has left; if another thread leads, do what waits, and leave.
+    def _finish_request(self) -> bool:
+        """Finish a request: close released descriptors; if another thread leads, do waiting requests, then leave.
 
         Returns:
-            Whether this thread still leads.
+            Whether this thread is still the leader.
         """
         pending, leadership = self._pending, self._leadership
         while True:
@@ -137,36 +140,36 @@ class Worker:
             self._resume(request)
 
     def _close(self) -> None:
-        """Close what is not needed any more. For a large file that was removed, the last close(2) takes long."""
+        """Close released descriptors. The last close(2) of a large file that was removed takes long."""
         closing, leadership = self._descriptors.closing, self._leadership
         while closing and not (leadership.alone and leadership.leads):
             leadership.call(self._descriptors.close, closing.pop())
 
     def _invalidated(self, unique: int) -> bool:
-        """Go on with what was held until the kernel had dropped pages for the request *unique*.
+        """Continue with the requests that waited until the kernel had dropped pages for the request *unique*.
 
         Returns:
-            Whether this thread still leads.
+            Whether this thread is still the leader.
         """
         held = self._invalidations.take(unique)
-        if held is None:  # it was asked for twice
+        if held is None:  # the invalidator was asked twice
             return True
         begun = self._slots.metrics.begun
         starts = [(request, begun[request.slot]) for request in held.followers]
-        left = self._operations.go_on(held)
+        left = self._operations.continue_held(held)
         for request, start in starts:
             if self._slots.states[request.slot] != self._shard + 1:
-                self._sheet.finished(opcode_of(request), time.monotonic_ns() - start)
+                self._counters.finished(opcode_of(request), time.monotonic_ns() - start)
         if left is not None and left.slot not in self._pending.slots:
             self._pending.add(left)
-        return self.catch_up()
+        return self.do_waiting()
 
     def run(self) -> None:
-        """Serve until the pipe's last writer is gone."""
-        self._leadership.run(self._lead)
+        """Serve until all writers of the pipe are closed."""
+        self._leadership.run(self._serve)
 
-    def _lead(self) -> bool:
-        """Serve until the pipe's last writer is gone, or another thread does it; return whether it is gone."""
+    def _serve(self) -> bool:
+        """Serve as the leader; return True at the end of the pipe, False if another thread has become the leader."""
         execute = self._operations.execute
         pipe = self._pipe
         read = os.read
@@ -174,14 +177,14 @@ class Worker:
         states, numbers, stages = self._slots.states, self._slots.numbers, self._slots.stages
         own = self._shard + 1
         clock = time.monotonic_ns
-        finished = self._sheet.finished
+        finished = self._counters.finished
         pending, leadership, closing = self._pending, self._leadership, self._descriptors.closing
         invalidations = self._invalidations
         held = invalidations.held
-        if not self.catch_up():
+        if not self.do_waiting():
             return False
         while True:
-            if held and not leadership.wait(is_readable, pipe, invalidations.patience()):
+            if held and not leadership.wait(is_readable, pipe, invalidations.timeout()):
                 invalidations.ask_again()
                 continue
             message = leadership.wait(read, pipe, MAX_MESSAGE) if leadership.stalled else read(pipe, MAX_MESSAGE)
@@ -196,7 +199,7 @@ class Worker:
                 continue
             try:
                 slot = request.slot
-                if slot < 0:  # nobody waits for it
+                if slot < 0:  # the message needs no answer
                     if request.operation == Operation.RESUME:
                         if not self._resume_all(request.extra):
                             return False
@@ -208,18 +211,18 @@ class Worker:
                 elif leadership.stalled and pending.must_wait(request):
                     continue
                 elif states[slot] != own or numbers[slot] != request.unique or stages[slot]:
-                    if not self._resume_all((request.unique,)):  # a worker before this one has had it
+                    if not self._resume_all((request.unique,)):  # a previous worker has received it
                         return False
                     continue
                 else:
-                    start = begun[slot]  # with the answer the slot becomes somebody else's
+                    start = begun[slot]  # read now, because the slot is free after the answer
                     pending.request = request
-                    if execute(request) and request.operation != Operation.PROBE:  # the front counts what that was for
+                    if execute(request) and request.operation != Operation.PROBE:  # the front counts that request
                         finished(opcode_of(request), clock() - start)
-            except _SENSELESS as error:
+            except _INVALID_FIELDS as error:
                 _log.error("dropped an invalid request: %s", error)
             if leadership.stalled or closing:
-                if not self._go_on():
+                if not self._finish_request():
                     return False
             else:
                 pending.request = None

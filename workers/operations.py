@@ -1,4 +1,4 @@
-"""The data requests, as system calls on the files themselves."""
+"""The requests of a worker: each operation as system calls on the source's files."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from llloop.shared.messages import (
     DATA_ONLY,
     INVALIDATE,
     KILL_PRIVILEGES,
-    ONCE,
     PIPED,
+    SINGLE_CALL,
     Operation,
     Request,
 )
-from llloop.shared.metrics import ERRORS, Sheet
+from llloop.shared.metrics import ERRORS, ProcessCounters
 from llloop.shared.slots import Slots
 from llloop.workers.invalidations import Held, Invalidations
 from llloop.workers.replies import Replies
@@ -36,43 +36,42 @@ from llloop.workers.writeback_errors import WritebackErrors
 
 _log = logging.getLogger(__name__)
 
-# One reply cannot report more (struct fuse_write_out.size has 32 bits), and other files of the shard wait meanwhile.
-_COPY_AT_ONCE = 64 * 1024 * 1024
+# The maximum of one COPY_FILE_RANGE in bytes: the reply has 32 bits for the size, and the shard's other files wait.
+_MAX_COPY = 64 * 1024 * 1024
 
-_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
-# What a splice fails with and a write may not: a file that takes no splice, and want of room, which may pass.
-_TO_COPY = _NO_ROOM | {errno.EINVAL}
-_ROOM_PAUSES = (0.001, 0.01)  # seconds
+_NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
+# Errors of splice(2) after which pwrite(2) may succeed: no support for splice, and lack of space, which may pass.
+_COPY_AFTER = _NO_SPACE | {errno.EINVAL}
+_SPACE_PAUSES = (0.001, 0.01)  # seconds
 
-# Where the position of an open file is put before an append, in bytes behind where its end should be then: the first
-# that the file system allows.
+# How many bytes behind the expected end of the file to set the file position before an append. The first distance that
+# the file system allows is used.
 _MARKS = (1 << 31, 4093)
 
-# The kernel's number of each operation, under which it is counted; FSYNCDIR counts as FSYNC.
+# The FUSE opcode of each operation, for the counters; FSYNCDIR counts as FSYNC.
 _OPCODES = (0, *(int(Opcode.__members__.get(operation.name, 0)) for operation in Operation))
 
-# How far a request had come that must not be done twice, noted in its slot for a successor, and with it a number: for
-# an append and a shift how large the file was before, and how much was written when the rest began to be copied from
-# the pipe into the slot. When it is done, the number becomes negative by one store: what the answer says, with all bits
-# turned.
+# The stages of a request that must not be done twice, noted in its slot for the successor of this worker. The slot also
+# has a result: while appending or shifting the size of the file before, while copying from the pipe the number of bytes
+# that were written before. One store marks the request as done: it sets the result to ~answer, which is negative.
 _BEGUN, _APPENDING, _SHIFTING, _DONE, _COPYING = range(5)
 
-# fallocate(2) modes that move what lies behind the range (<linux/falloc.h>).
+# fallocate(2) modes that shift the data after the range (<linux/falloc.h>).
 _FALLOC_FL_COLLAPSE_RANGE, _FALLOC_FL_INSERT_RANGE = 0x08, 0x20
 
 
-_AS_IT_IS = nullcontext()
+_UNCHANGED = nullcontext()
 _Result = TypeVar("_Result")
 
 
 def opcode_of(request: Request) -> int:
-    """Return the kernel's number of what is asked for, 0 if it is nothing known."""
+    """Return the FUSE opcode of a request's operation, 0 if it is unknown."""
     operation = request.operation
     return _OPCODES[operation] if 0 <= operation < len(_OPCODES) else 0
 
 
 def _write_once(fd: int, payload: memoryview, offset: int) -> int:
-    """Write by one system call, at the position of the open file if there are no others (ESPIPE)."""
+    """Write with a single system call; at the file position if the file has no offsets (ESPIPE)."""
     try:
         return os.pwrite(fd, payload, offset)
     except OSError as error:
@@ -83,10 +82,10 @@ def _write_once(fd: int, payload: memoryview, offset: int) -> int:
 
 @contextmanager
 def _buffered(fd: int) -> Iterator[None]:
-    """Take O_DIRECT off a descriptor for a while.
+    """Clear O_DIRECT of a descriptor in the ``with`` block.
 
-    The flag is the open file's, shared with the front. All I/O of a file is one worker's, which does one request at a
-    time; only where the front has to do a worker's work can two meet here, and then a direct request may be cached.
+    The front shares this flag, which belongs to the open file description. One worker does all I/O of a file, and one
+    such request at a time. Only if the front does a worker's I/O can a direct request run meanwhile and be cached.
     """
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
@@ -96,31 +95,31 @@ def _buffered(fd: int) -> Iterator[None]:
         fcntl.fcntl(fd, fcntl.F_SETFL, flags)
 
 
-def _watched(inodes: Sequence[int], fd: int) -> tuple[int, ...]:
-    """Return those inodes, of the file *fd*, if it has set-ID bits to lose."""
+def _with_setid_bits(inodes: Sequence[int], fd: int) -> tuple[int, ...]:
+    """Return *inodes*, which all belong to the file *fd*, if the file has set-ID bits, else nothing."""
     return tuple(inodes) if inodes and os.fstat(fd).st_mode & SETID_BITS else ()
 
 
 class Descriptors(Protocol):
-    """Where descriptors of open files come from: see `llloop.workers.descriptors`."""
+    """Provides descriptors of open files, see `llloop.workers.descriptors`."""
 
     def get(self, handle: int, descriptor: int, file: int = 0) -> int: ...
     def release(self, handle: int) -> None: ...
 
 
 class Operations:
-    """Does what requests ask for, answers them and gives their slots back.
+    """Does requests, answers them, and gives back their slots.
 
     Args:
-        arena: the shared memory.
+        slots: the request slots in shared memory.
         descriptors: the open files.
-        replies: where answers go.
-        setid: decides about set-ID bits.
-        writer: shows the source who writes.
-        sheet: where bytes and errors are counted; requests are by who hands them in.
-        invalidations: holds what waits for the kernel to drop pages.
-        look: does PROBE.
-        leadership: which thread serves.
+        replies: sends the answers.
+        setid: controls whether set-ID bits are cleared.
+        writer: sets the ids of the writing user.
+        counters: the counters. This class counts bytes and errors; its caller counts requests.
+        invalidations: the requests that wait until the kernel has dropped pages.
+        probe: does PROBE.
+        leadership: decides which thread serves.
     """
 
     def __init__(
@@ -130,9 +129,9 @@ class Operations:
         replies: Replies,
         setid: SetidGuard,
         writer: Writer,
-        sheet: Sheet,
+        counters: ProcessCounters,
         invalidations: Invalidations,
-        look: Callable[[Request], None] | None = None,
+        probe: Callable[[Request], None] | None = None,
         leadership: Leadership | None = None,
     ) -> None:
         self._call = (leadership or Leadership()).call
@@ -141,9 +140,9 @@ class Operations:
         self._replies = replies
         self._setid = setid
         self._writer = writer
-        self._sheet = sheet
+        self._counters = counters
         self._invalidations = invalidations
-        self._late = WritebackErrors()
+        self._writeback_errors = WritebackErrors()
         self._table: dict[Operation, Callable[[Request], None]] = {
             Operation.READ: self._read,
             Operation.WRITE: self._write,
@@ -155,42 +154,45 @@ class Operations:
             Operation.SYNCFS: self._syncfs,
             Operation.GETATTR: self._getattr,
         }
-        if look is not None:
-            self._table[Operation.PROBE] = look
+        if probe is not None:
+            self._table[Operation.PROBE] = probe
 
     def execute(self, request: Request) -> bool:
-        """Do one request. Whatever happens, it is answered and nothing is raised but the death of /dev/fuse.
+        """Do one request and answer it, also if it fails.
 
         Returns:
-            False if it is held until the kernel has dropped pages, and answered in `go_on`.
+            False if it has to wait until the kernel has dropped pages; `continue_held` then answers it.
+
+        Raises:
+            OSError: /dev/fuse refused the answer because the mount has ended.
         """
         if request.operation == Operation.RELEASE:
             for handle in request.extra:
                 self._descriptors.release(handle)
-                self._late.release(handle)
+                self._writeback_errors.release(handle)
             return True
-        if self._is_to_wait(request):
+        if self._must_wait(request):
             return False
         self._do(request)
         if request.slot >= 0:
-            if self._replies.heard or request.operation == Operation.PROBE:
+            if self._replies.accepted or request.operation == Operation.PROBE:
                 self._conclude(request)
             else:
                 self._resume(request)
         return True
 
-    def _is_to_wait(self, request: Request) -> bool:
-        """Hold a request that has to wait until the kernel has dropped pages; return whether it is one."""
+    def _must_wait(self, request: Request) -> bool:
+        """Return whether a request must wait until the kernel has dropped pages; if so, hold it."""
         if request.operation == Operation.LSEEK and request.flags & INVALIDATE:
             self._invalidations.hold(request, request.extra[1], 0, 0)
             return True
         return request.operation == Operation.GETATTR and self._invalidations.follow(request, request.extra[0])
 
-    def go_on(self, held: Held) -> Request | None:
-        """Go on with what was held, now that the kernel has dropped pages.
+    def continue_held(self, held: Held) -> Request | None:
+        """Continue with held requests after the kernel has dropped pages.
 
         Returns:
-            What is to be resumed yet, as any request that may take long.
+            A request that the caller must still resume, because it may take long; or None.
         """
         request = held.request
         if request.operation == Operation.WRITE:
@@ -209,12 +211,12 @@ class Operations:
             self._fail(request, errno.EIO)
 
     def _conclude(self, request: Request, *, all_pages: bool = False) -> None:
-        """Give the slot of an answered request back, for a WRITE with INVALIDATE when the kernel has dropped its pages.
+        """Give back an answered request's slot; for a WRITE with INVALIDATE, after the kernel has dropped its pages.
 
-        It is answered before, because the kernel may keep its last page locked until then.
+        Such a WRITE is answered before, because the kernel may keep its last page locked until it has the answer.
         """
         if request.operation == Operation.WRITE and request.flags & INVALIDATE:
-            # A worker before this one may have had this request wait for the pages of others, too.
+            # In the previous worker, this request may have waited for the ranges of other writes, too.
             offset, length = (0, 0) if all_pages else (request.offset, request.length)
             replaced = self._invalidations.hold(request, request.extra[0], offset, length)
             if replaced is not None:
@@ -223,10 +225,10 @@ class Operations:
             self._give_back(request)
 
     def _fail(self, request: Request, number: int) -> None:
-        self._sheet.failed(opcode_of(request), number)
+        self._counters.failed(opcode_of(request), number)
         if request.operation == Operation.WRITE and request.flags & CACHED:
             with suppress(OSError):  # no descriptor
-                self._late.note(self._fd(request), number, self._sheet.rows[Opcode.WRITE][ERRORS])
+                self._writeback_errors.note(self._fd(request), number, self._counters.rows[Opcode.WRITE][ERRORS])
         self._replies.error(request, number)
 
     def _give_back(self, request: Request) -> None:
@@ -235,22 +237,22 @@ class Operations:
         self._slots.give_back(request.slot)
 
     def resume(self, request: Request) -> None:
-        """Do a request that was begun before; see `_resume`. It is held as by `execute`."""
-        if not self._is_to_wait(request):
+        """Resume a request, see `_resume`, unless it must wait until the kernel has dropped pages."""
+        if not self._must_wait(request):
             self._resume(request)
 
     def _resume(self, request: Request) -> None:
-        """Do a request that was begun before, and answer it, without doing twice what counts once.
+        """Continue and answer a request that a previous worker may have begun or done, without doing anything twice.
 
-        An answer that the kernel does not take is due under another number, or was given before by a worker that died
-        then. As long as it is not known which, the slot stays lent; the front sends a reminder when it knows.
+        If the kernel refuses the answer, either it expects another `unique`, or a worker that died has answered before.
+        Until it is known which, the slot stays lent. The front sends a reminder when it knows.
         """
         slots, slot = self._slots, request.slot
         while True:
-            claim = slots.claims[slot]  # first: the front notes it last
+            claim = slots.claims[slot]  # read first, because the front writes it last
             number = slots.numbers[slot]
-            self._do_again(request._replace(unique=number))
-            if self._replies.heard or request.operation == Operation.PROBE:
+            self._redo(request._replace(unique=number))
+            if self._replies.accepted or request.operation == Operation.PROBE:
                 self._conclude(request, all_pages=True)
                 return
             settled = slots.settled
@@ -259,7 +261,7 @@ class Operations:
                     self._conclude(request, all_pages=True)
                 return
 
-    def _do_again(self, request: Request) -> None:
+    def _redo(self, request: Request) -> None:
         stage = self._slots.stages[request.slot]
         result = self._slots.results[request.slot]
         if stage != _BEGUN and result < 0:
@@ -268,13 +270,13 @@ class Operations:
             self._do(request)
 
     def _finish(self, request: Request, result: int) -> None:
-        """Note that a request is done that must not be done twice, or not after others, and answer it."""
+        """Note that a request is done, so that a successor does not do it again, and answer it."""
         self._slots.results[request.slot] = ~result
         self._slots.stages[request.slot] = _DONE
         self._answer(request, result)
 
     def _answer(self, request: Request, result: int) -> None:
-        """Answer with a number of bytes if it is asked for."""
+        """Answer with *result* as number of bytes, or for FALLOCATE with success."""
         if request.operation == Operation.FALLOCATE:
             self._replies.error(request, 0)
         else:
@@ -285,27 +287,27 @@ class Operations:
 
     def _read(self, request: Request) -> None:
         fd = self._fd(request)
-        with _buffered(fd) if request.flags & BUFFERED else _AS_IT_IS:
-            self._sheet.moved(Opcode.READ, self._replies.data(request, fd))
+        with _buffered(fd) if request.flags & BUFFERED else _UNCHANGED:
+            self._counters.moved(Opcode.READ, self._replies.data(request, fd))
 
     def _pwrite(self, fd: int, payload: memoryview, offset: int) -> int:
-        return self._persistently(os.pwrite, fd, payload, offset)
+        return self._retry_without_space(os.pwrite, fd, payload, offset)
 
-    def _persistently(self, act: Callable[..., _Result], *arguments: Any) -> _Result:
-        """Do what takes space, and if there is none, do it again a moment later.
+    def _retry_without_space(self, act: Callable[..., _Result], *arguments: Any) -> _Result:
+        """Call *act*; if there is no space, try again for a moment.
 
-        The space of a file removed just before is free only when the front has heard that the kernel forgot it.
+        The space of a removed file becomes free only after the kernel has sent FORGET to the front.
         """
-        for pause in _ROOM_PAUSES:
+        for pause in _SPACE_PAUSES:
             try:
                 return self._call(act, *arguments)
             except OSError as error:
-                if error.errno not in _NO_ROOM:
+                if error.errno not in _NO_SPACE:
                     raise
             self._call(time.sleep, pause)
         return self._call(act, *arguments)
 
-    def _act_for(self, request: Request) -> None:
+    def _set_credentials(self, request: Request) -> None:
         self._setid.clear(bool(request.flags & KILL_PRIVILEGES))
         self._writer.assume(request.uid, request.gid)
 
@@ -315,35 +317,39 @@ class Operations:
         slot = request.slot
         flags = request.flags
         payload = slots.payload(slot, request.length)
-        self._act_for(request)
-        watched = _watched(request.extra, fd)
-        moved = self._move(request, fd) if flags & PIPED and slots.stages[slot] != _APPENDING else None
+        self._set_credentials(request)
+        watched = _with_setid_bits(request.extra, fd)
+        moved = self._splice_from_pipe(request, fd) if flags & PIPED and slots.stages[slot] != _APPENDING else None
         if moved is not None:
             count = moved
-        elif flags & ONCE:
+        elif flags & SINGLE_CALL:
             count = self._call(_write_once, fd, payload, 0 if flags & APPEND else request.offset)
         elif flags & APPEND:
             count = self._append(slot, fd, payload)
         else:
-            with _buffered(fd) if flags & BUFFERED else _AS_IT_IS:
+            with _buffered(fd) if flags & BUFFERED else _UNCHANGED:
                 count = slots.results[slot] if slots.stages[slot] == _COPYING else 0
                 count += self._pwrite(fd, payload[count:], request.offset + count)
                 while count < request.length and flags & CACHED:
                     count += self._pwrite(fd, payload[count:], request.offset + count)
-        self._sheet.moved(Opcode.WRITE, count)
-        self._tell_of(watched)
+        self._counters.moved(Opcode.WRITE, count)
+        self._expire_attributes(watched)
         self._finish(request, count)
 
-    def _tell_of(self, watched: tuple[int, ...]) -> None:
-        """Have the kernel ask again for the modes of inodes that may have lost set-ID bits."""
+    def _expire_attributes(self, watched: tuple[int, ...]) -> None:
+        """Make the kernel drop the cached modes of inodes that may have lost set-ID bits."""
         for nodeid in watched:
             self._replies.expire(nodeid)
 
     def _append(self, slot: int, fd: int, payload: memoryview) -> int:
-        """Append once what a worker that died may have appended in part or in full, and return how much that is.
+        """Append *payload* exactly once, although a worker that died may have appended a part or all of it.
 
-        The position of the open file tells. It belongs to the front's open file, so it outlives the worker, and nothing
-        else moves it. It is put to a mark before the append; the append puts it to its own end, in one system call.
+        The file position shows that. It belongs to the front's open file description, so it survives the worker, and
+        nothing else changes it. The worker sets it to a mark before the append. The append itself sets it to its end,
+        in the same system call.
+
+        Returns:
+            The number of bytes that were appended, including those by a worker that died.
         """
         slots = self._slots
         if slots.stages[slot] == _APPENDING:
@@ -358,7 +364,7 @@ class Operations:
         slots.stages[slot] = _APPENDING
         if done < len(payload):
             rest = payload[done:]
-            done += self._persistently(os.pwritev, fd, [rest], -1, os.RWF_APPEND)
+            done += self._retry_without_space(os.pwritev, fd, [rest], -1, os.RWF_APPEND)
         return done
 
     @staticmethod
@@ -367,49 +373,50 @@ class Operations:
             try:
                 os.lseek(fd, position + mark, os.SEEK_SET)
                 return
-            except OSError:  # no file can become so large there
+            except OSError:  # beyond the maximum file size of the file system
                 continue
 
     @staticmethod
     def _appended(fd: int, payload: memoryview, size: int, before: int) -> int:
-        """Return how much a worker that died had appended when it died; see `_append`.
+        """Return how many bytes a worker that died had appended, see `_append`.
 
         Args:
             fd: the file.
-            payload: what it was to append.
-            size: how large the file was at first.
-            before: how much had been appended before that.
+            payload: the data that it should have appended.
+            size: the size of the file before the first append.
+            before: how many bytes had been appended before that.
 
         Raises:
-            OSError: EIO, if it cannot be known.
+            OSError: EIO, if the number cannot be determined.
         """
         length = len(payload)
         end = os.lseek(fd, 0, os.SEEK_CUR)
         for mark in _MARKS:
-            # A worker that died while it noted how much was done has left that in the mark.
+            # A worker that died between setting the mark and noting `done` has encoded `done` in the mark.
             noted = end - mark - (size + before + length) - before
             if 0 <= noted <= length:
                 return noted
-        if end == 0 and os.fstat(fd).st_size == size + before:  # opened again since, and nothing was appended
+        if end == 0 and os.fstat(fd).st_size == size + before:  # the file was reopened, and nothing was appended
             return 0
         with open(f"/proc/self/fd/{fd}", "rb") as file:
             file.seek(max(end - length, 0))
             tail = file.read(min(end, length))
-        likely = end - size - before  # if nobody else has appended anything; a kill can cut a write short
+        likely = end - size - before  # right if nobody else has appended; a kill may truncate a write
         counts = (likely, *range(length, 0, -1)) if 0 < likely <= length else range(length, 0, -1)
         for count in counts:
             if count <= len(tail) and tail[len(tail) - count :] == payload[:count]:
                 return count
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    def _move(self, request: Request, fd: int) -> int | None:
-        """Move the payload from the pipe into the file.
+    def _splice_from_pipe(self, request: Request, fd: int) -> int | None:
+        """Splice the payload from the pipe into the file.
 
-        Each byte is in the file, in the slot or still in the pipe, so that it does not matter where a worker before
-        this one died.
+        At every moment each byte is in the file, in the slot, or in the pipe. So it does not matter when a previous
+        worker died.
 
         Returns:
-            How much was written; or None if the file takes no splice or has no room: the rest is in the slot then.
+            The number of bytes written; None if the file does not support splice(2) or has no space. The rest of the
+            payload is in the slot then.
         """
         slots = self._slots
         pipes = slots.pipes
@@ -417,7 +424,7 @@ class Operations:
         slot, length = request.slot, request.length
         done = length - pipes.left(slot)
         if slots.stages[slot] != _COPYING:
-            if not request.flags & (APPEND | BUFFERED | ONCE):
+            if not request.flags & (APPEND | BUFFERED | SINGLE_CALL):
                 try:
                     while done < length:
                         done += self._call(pipes.move, slot, fd, length - done, request.offset + done)
@@ -426,7 +433,7 @@ class Operations:
                     done = length - pipes.left(slot)
                     if done and not request.flags & CACHED:
                         return done
-                    if error.errno not in _TO_COPY:
+                    if error.errno not in _COPY_AFTER:
                         raise
             slots.results[slot] = done
             slots.stages[slot] = _COPYING
@@ -439,16 +446,16 @@ class Operations:
             self._call(os.fdatasync, self._fd(request))
         else:
             self._call(os.fsync, self._fd(request))
-        self._late.settle(request, self._fd(request))
+        self._writeback_errors.settle(request, self._fd(request))
         self._replies.error(request, 0)
 
     def _flush(self, request: Request) -> None:
         fd = self._fd(request)
-        self._call(os.close, os.dup(fd))  # where the source reports late write errors, it is at close(2)
-        self._replies.error(request, self._late.error_of(request, fd))
+        self._call(os.close, os.dup(fd))  # network file systems report errors of earlier writes at close(2)
+        self._replies.error(request, self._writeback_errors.error_of(request, fd))
 
     def _fallocate(self, request: Request) -> None:
-        self._act_for(request)
+        self._set_credentials(request)
         fd = self._fd(request)
         if request.extra[0] & (_FALLOC_FL_COLLAPSE_RANGE | _FALLOC_FL_INSERT_RANGE):
             slots, slot = self._slots, request.slot
@@ -458,16 +465,16 @@ class Operations:
                 return
             slots.results[slot], slots.written[slot] = now.st_size, now.st_ctime_ns
             slots.stages[slot] = _SHIFTING
-        watched = _watched(request.extra[1:], fd)
-        self._persistently(syscalls.fallocate, fd, request.extra[0], request.offset, request.length)
-        self._tell_of(watched)
+        watched = _with_setid_bits(request.extra[1:], fd)
+        self._retry_without_space(syscalls.fallocate, fd, request.extra[0], request.offset, request.length)
+        self._expire_attributes(watched)
         self._finish(request, 0)
 
     def _has_shifted(self, request: Request, now: os.stat_result) -> bool:
-        """Whether a worker that died had taken the range out of the file, or put it in.
+        """Return whether a worker that died had already collapsed or inserted the range.
 
         Raises:
-            OSError: EIO, if that cannot be known, since others have changed the file meanwhile.
+            OSError: EIO, if this cannot be determined because others have changed the file meanwhile.
         """
         size, changed = self._slots.results[request.slot], self._slots.written[request.slot]
         shift = -request.length if request.extra[0] & _FALLOC_FL_COLLAPSE_RANGE else request.length
@@ -484,22 +491,22 @@ class Operations:
         handle, descriptor, offset, nodeid, file, *own = request.extra
         self._fd(request)
         source = self._descriptors.get(handle, descriptor, file)
-        self._act_for(request)
-        length = min(request.length, _COPY_AT_ONCE)
+        self._set_credentials(request)
+        length = min(request.length, _MAX_COPY)
         accessed = os.fstat(source).st_atime_ns
         try:
             fd = self._fd(request)
-            watched = _watched(own, fd)
-            count = self._persistently(os.copy_file_range, source, fd, length, offset, request.offset)
+            watched = _with_setid_bits(own, fd)
+            count = self._retry_without_space(os.copy_file_range, source, fd, length, offset, request.offset)
         except OSError as error:
             # The kernel then copies through its page cache itself (fs/fuse/file.c, fuse_copy_file_range()).
             if error.errno in (errno.EXDEV, errno.ENOSYS):
                 error.errno = errno.EOPNOTSUPP
             raise
-        self._sheet.moved(Opcode.WRITE, count)
-        if os.fstat(source).st_atime_ns != accessed:  # of which the kernel does not think
+        self._counters.moved(Opcode.WRITE, count)
+        if os.fstat(source).st_atime_ns != accessed:  # the kernel's cache still has the old access time
             self._replies.expire(nodeid)
-        self._tell_of(watched)
+        self._expire_attributes(watched)
         self._finish(request, count)
 
     def _getattr(self, request: Request) -> None:

@@ -1,8 +1,8 @@
-"""The requests that are under way in threads other than the leader, and those that wait for them.
+"""The requests in progress in threads other than the leader, and the requests that wait for them.
 
-Requests on one inode are done one at a time and in their order, for how far an append came shows in the position of
-the open file, O_DIRECT is a flag of the open file, and a worker's successor begins with the oldest. Those that change
-neither the file nor its descriptor may go before others of their inode.
+*Ordered* requests on one inode are done one at a time and in their order, for three reasons: the file position shows
+how far an append has come, O_DIRECT is a flag of the open file, and the successor of a worker begins with the oldest
+request. Requests that change neither the file nor its open file description may overtake others of their inode.
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ from collections import Counter
 from typing import Protocol
 
 from llloop.shared.leadership import Leadership
-from llloop.shared.messages import BUFFERED, ONCE, Operation, Request
+from llloop.shared.messages import BUFFERED, SINGLE_CALL, Operation, Request
 
-# They read or write the position of an open file, change the file, or tell of changes that were made before.
+# They use the file position, change the file, or must be answered after earlier changes.
 _ORDERED = frozenset(
     {Operation.WRITE, Operation.FALLOCATE, Operation.LSEEK, Operation.COPY_FILE_RANGE, Operation.GETATTR}
 )
-# They wait for nothing that is frozen.
+# A frozen file system does not block them.
 _QUICK = frozenset({Operation.READ, Operation.GETATTR})
-# How many threads may have requests on one inode that need no order, so that one file does not take all threads.
-_MOST_ON_ONE = 4
+# How many threads may serve unordered requests on one inode, so that one file does not occupy all threads.
+_MAX_UNORDERED = 4
 
 
 class Descriptors(Protocol):
-    """Keeps descriptors open while they are used."""
+    """Keeps descriptors open while threads use them."""
 
     def hold(self, handle: int) -> None: ...
-    def let_go(self, handle: int) -> None: ...
+    def unhold(self, handle: int) -> None: ...
 
 
 def _is_ordered(request: Request) -> bool:
-    return request.operation in _ORDERED or bool(request.flags & (BUFFERED | ONCE))
+    return request.operation in _ORDERED or bool(request.flags & (BUFFERED | SINGLE_CALL))
 
 
 def _handles_of(request: Request) -> tuple[int, ...]:
@@ -41,18 +41,18 @@ def _handles_of(request: Request) -> tuple[int, ...]:
 
 
 class Pending:
-    """See `llloop.shared.leadership.InHand`.
+    """The current, the stalled and the waiting requests of a worker; implements `llloop.shared.leadership.InHand`.
 
-    As long as a request waits, a thread has one under way, for which it waits. That thread takes the next one that can
-    be done when it has finished its own, so nobody has to be woken.
+    A request only waits for a request that another thread serves. When that thread has finished, it takes the next
+    waiting request. So no thread has to be woken.
 
     Args:
         descriptors: the open files.
-        leadership: which thread serves.
+        leadership: decides which thread serves.
 
     Attributes:
-        request: what the thread that runs has in hand; None between requests.
-        slots: those of the requests that are under way in other threads, or wait.
+        request: the request of the running thread; None between requests.
+        slots: the slots of requests that other threads serve, and of waiting requests.
     """
 
     def __init__(self, descriptors: Descriptors, leadership: Leadership) -> None:
@@ -61,12 +61,12 @@ class Pending:
         self.request: Request | None = None
         self.slots: set[int] = set()
         self._waiting: list[Request] = []
-        # By inode: how many threads have a request on it, and whether one of these is ordered.
+        # By inode: the number of threads that serve a request on it. And the inodes of which one is ordered.
         self._threads: Counter[int] = Counter()
         self._in_order: set[int] = set()
 
     def set_aside(self, thread: int) -> Request | None:
-        """Return the request of the thread that is held up; the next one is not in hand yet."""
+        """Return the request of the stalled thread; there is no current request then."""
         request, self.request = self.request, None
         if request is not None:
             self._begin(request)
@@ -87,7 +87,7 @@ class Pending:
         if _is_ordered(request):
             self._in_order.discard(request.nodeid)
         for handle in _handles_of(request):
-            self._descriptors.let_go(handle)
+            self._descriptors.unhold(handle)
 
     def _begin(self, request: Request) -> None:
         self.slots.add(request.slot)
@@ -98,9 +98,9 @@ class Pending:
             self._descriptors.hold(handle)
 
     def must_wait(self, request: Request) -> bool:
-        """While threads are stalled: keep a request for later that cannot be done now, and return whether it is one.
+        """Return whether a request must wait; if so, keep it for `take`. Call it while threads are stalled.
 
-        It is dropped if it is under way or waits already.
+        A duplicate of a request in progress or of a waiting one is dropped.
         """
         if request.slot in self.slots:
             return True
@@ -110,7 +110,7 @@ class Pending:
         return True
 
     def add(self, request: Request) -> None:
-        """Have a request wait for `take`."""
+        """Keep a request for `take`."""
         self.slots.add(request.slot)
         self._waiting.append(request)
 
@@ -123,10 +123,10 @@ class Pending:
             return False
         if _is_ordered(request):
             return request.nodeid not in self._in_order
-        return request.operation == Operation.PROBE or self._threads[request.nodeid] < _MOST_ON_ONE
+        return request.operation == Operation.PROBE or self._threads[request.nodeid] < _MAX_UNORDERED
 
     def take(self) -> Request | None:
-        """Put the first request in hand that waits and can be done, and return it; None if there is none."""
+        """Make the first waiting request that can be done the current one; return it, or None."""
         passed_over: set[int] = set()
         for position, request in enumerate(self._waiting):
             ordered = _is_ordered(request)

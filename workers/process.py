@@ -1,4 +1,4 @@
-"""A worker process, from its fork to its end."""
+"""The main function of a worker process."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ class WorkerSetup:
     """What a worker inherits from the supervisor.
 
     Attributes:
-        shard: its number.
-        arena: the shared memory.
-        pipe: the read end of its request pipe.
-        device: the descriptor of /dev/fuse.
-        answers: the write end of the pipe to a front that waits for answers, or None where they go to the kernel.
+        shard: the worker's number.
+        slots: the request slots in shared memory.
+        pipe: the read end of the worker's request pipe.
+        device: a descriptor of /dev/fuse.
+        answers: the write end of the pipe for answers to the front (with `--loop llfuse`); None if the worker answers
+            the kernel directly.
         root: an O_PATH descriptor of the source.
-        probed: the write end of the pipe by which the front is told of what was looked at for it.
+        probed: the write end of the pipe for results of PROBE requests to the front.
         wanted: the write end of the pipe to the invalidator.
     """
 
@@ -41,7 +42,7 @@ class WorkerSetup:
 
 
 def run_worker(setup: WorkerSetup) -> None:
-    """Serve one shard until the request pipe has no writer any more."""
+    """Serve one shard until all writers of the request pipe are closed."""
     slots = setup.slots
     leadership = Leadership()
     replies: Replies
@@ -50,13 +51,13 @@ def run_worker(setup: WorkerSetup) -> None:
     else:
         replies = FrontReplies(setup.answers, slots, leadership)
     drop_capabilities_except(worker_capabilities())
-    sheet = slots.metrics.workers[setup.shard]
+    counters = slots.metrics.workers[setup.shard]
     descriptors = Descriptors(slots)
     probes = Probes(setup.root, descriptors, setup.probed, leadership)
     invalidations = Invalidations(setup.wanted)
     operations = Operations(
-        slots, descriptors, replies, SetidGuard(), Writer(), sheet, invalidations, probes.look, leadership
+        slots, descriptors, replies, SetidGuard(), Writer(), counters, invalidations, probes.probe, leadership
     )
-    worker = Worker(setup.shard, slots, setup.pipe, operations, sheet, descriptors, leadership, invalidations)
+    worker = Worker(setup.shard, slots, setup.pipe, operations, counters, descriptors, leadership, invalidations)
     worker.recover()
     worker.run()

@@ -1,4 +1,4 @@
-"""Where a worker's answers go: straight into /dev/fuse, or to a front that waits for them."""
+"""Sending a worker's answers, to the kernel through /dev/fuse or to a front that waits for them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Protocol
 from llloop.linux import fuse
 from llloop.shared import notifications
 from llloop.shared.leadership import Leadership
-from llloop.shared.messages import ONCE, Request, encode
+from llloop.shared.messages import SINGLE_CALL, Request, encode
 from llloop.shared.slots import Slots
 
 # Up to this size, in bytes, copying through a buffer costs less than the system calls of a splice.
@@ -20,16 +20,16 @@ COPY_LIMIT = 32 * 1024
 
 
 class Replies(Protocol):
-    """How requests are answered.
+    """Answers requests.
 
     Attributes:
-        heard: whether the last answer was waited for.
+        accepted: whether the kernel (or the front) has accepted the last answer.
     """
 
-    heard: bool
+    accepted: bool
 
     def expire(self, nodeid: int) -> None:
-        """Have the kernel ask again for an inode's attributes, of which the next answer does not tell."""
+        """Make the kernel drop an inode's cached attributes, which the next answer does not contain."""
 
     def error(self, request: Request, number: int) -> None:
         """Answer with an errno, or with 0 for success without a result."""
@@ -38,20 +38,20 @@ class Replies(Protocol):
         """Answer with the number of bytes written."""
 
     def position(self, request: Request, offset: int) -> None:
-        """Answer with a position in the file."""
+        """Answer with an offset in the file."""
 
     def data(self, request: Request, fd: int) -> int:
-        """Answer with the bytes of *fd* that the request asks for; return how many there were."""
+        """Answer with the requested bytes of *fd*; return their number."""
 
     def ready(self, reply: bytes) -> None:
-        """Answer with a reply that the front has prepared."""
+        """Answer with a complete reply that the front has prepared."""
 
 
 def read_fully(fd: int, buffer: memoryview, offset: int) -> int:
-    """Fill *buffer* from *fd* at *offset* as far as the file goes, and return how many bytes that was.
+    """Fill *buffer* from *fd* at *offset* up to the end of the file; return the number of bytes.
 
-    A short answer means the end of the file to the kernel, so a short read is followed by another, unless the
-    first one ends where a read past a block's boundary could not go on anyway (O_DIRECT at the end of the file).
+    To the kernel, a short answer means the end of the file. So a short read is followed by another one. With O_DIRECT,
+    that one fails with EINVAL if the first read ended within a block at the end of the file.
     """
     done = os.preadv(fd, [buffer], offset)
     while 0 < done < len(buffer):
@@ -68,7 +68,7 @@ def read_fully(fd: int, buffer: memoryview, offset: int) -> int:
 
 
 def read_once(fd: int, buffer: memoryview, offset: int) -> int:
-    """Read by one system call, at the position of the open file if there are no others (ESPIPE)."""
+    """Read with a single system call; at the file position if the file has no offsets (ESPIPE)."""
     try:
         return os.preadv(fd, [buffer], offset)
     except OSError as error:
@@ -78,26 +78,26 @@ def read_once(fd: int, buffer: memoryview, offset: int) -> int:
 
 
 class KernelReplies(threading.local):
-    """Writes answers to /dev/fuse, data by splice: file -> pipe -> kernel, never through this process's memory.
+    """Writes answers to /dev/fuse. Large reads are spliced: file -> pipe -> kernel, not through this process's memory.
 
-    Each thread has its own pipe and buffer, in which its answer lies while the file is read.
+    Each thread has its own pipe and buffer.
 
     Args:
         device: a descriptor of /dev/fuse.
-        largest: the most bytes one request asks for.
-        leadership: which thread serves.
+        largest: the largest size of a READ in bytes.
+        leadership: decides which thread serves.
     """
 
     def __init__(self, device: int, largest: int, leadership: Leadership | None = None) -> None:
         self._call = (leadership or Leadership()).call_anyway
         self._device = device
         self._largest = largest
-        # A page before the data, so that the header ends where page-aligned data begins (O_DIRECT wants it aligned).
+        # The header is at the end of the first page, so that the data is page-aligned, as O_DIRECT requires.
         self._memory = memoryview(mmap.mmap(-1, fuse.PAGE_SIZE + largest))
         self._header = fuse.PAGE_SIZE - fuse.OUT_HEADER_SIZE
         self._pipe: tuple[int, int] | None = None
         self._room = 0
-        self.heard = True
+        self.accepted = True
 
     def expire(self, nodeid: int) -> None:
         notifications.expire_attributes(self._device, nodeid)
@@ -118,23 +118,23 @@ class KernelReplies(threading.local):
         try:
             os.write(self._device, reply)
         except FileNotFoundError:
-            self.heard = False
+            self.accepted = False
         else:
-            self.heard = True
+            self.accepted = True
 
     def data(self, request: Request, fd: int) -> int:
         size = request.length
         if size > self._largest:
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))  # an answer cut short would mean the end of the file
-        if size <= COPY_LIMIT or request.flags & ONCE:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))  # a truncated answer would mean the end of the file
+        if size <= COPY_LIMIT or request.flags & SINGLE_CALL:
             return self._copy(request, fd, 0)
         return self._splice(request, fd)
 
     def _copy(self, request: Request, fd: int, done: int) -> int:
-        """Answer through the buffer, in which the first *done* bytes are in place already."""
+        """Answer from the buffer, which already contains the first *done* bytes."""
         start = fuse.PAGE_SIZE
         rest = self._memory[start + done : start + request.length]
-        read = read_once if request.flags & ONCE else read_fully
+        read = read_once if request.flags & SINGLE_CALL else read_fully
         done += self._call(read, fd, rest, request.offset + done)
         length = fuse.OUT_HEADER_SIZE + done
         fuse.OUT_HEADER.pack_into(self._memory, self._header, length, 0, request.unique)
@@ -142,10 +142,10 @@ class KernelReplies(threading.local):
         return done
 
     def _splice(self, request: Request, fd: int) -> int:
-        """Answer by splice if the whole range is there; what falls short is completed through the buffer.
+        """Answer with splice(2). If the file is shorter than the range, answer from the buffer.
 
-        The header must be in the pipe before the data and name the exact length. So the full length is
-        announced, and in the rare case that the file ends earlier the announcement is taken back.
+        The header is in the pipe before the data and must contain the exact length. So the header announces the full
+        length. In the rare case that less data follows, the content of the pipe is read into the buffer.
         """
         size = request.length
         reader, writer = self._open_pipe()
@@ -156,14 +156,14 @@ class KernelReplies(threading.local):
         call = self._call
         try:
             while moved < size:
-                # Not blocking: an unaligned range may need a page more than the pipe has.
+                # Non-blocking, because an unaligned range may need one page more than the pipe has.
                 offset = request.offset + moved
                 count = call(os.splice, fd, writer, size - moved, offset, flags=os.SPLICE_F_NONBLOCK)
                 if count == 0:
                     break
                 moved += count
         except OSError as error:
-            # This source, or this range, cannot be spliced, or has an error to report that the read below reports too.
+            # The source or the range does not support splice(2), or there is an error that `_copy` will report too.
             if error.errno not in (errno.EINVAL, errno.EAGAIN, errno.EIO):
                 self._close_pipe()
                 raise
@@ -175,9 +175,9 @@ class KernelReplies(threading.local):
             return self._copy(request, fd, moved)
         try:
             os.splice(reader, self._device, fuse.OUT_HEADER_SIZE + size, flags=os.SPLICE_F_MOVE)
-            self.heard = True
+            self.accepted = True
         except FileNotFoundError:
-            self.heard = False
+            self.accepted = False
             self._close_pipe()
         except OSError:
             self._close_pipe()
@@ -189,12 +189,12 @@ class KernelReplies(threading.local):
             self._pipe = os.pipe2(os.O_CLOEXEC)
             try:
                 self._room = fcntl.fcntl(self._pipe[1], fcntl.F_SETPIPE_SZ, self._largest + 2 * fuse.PAGE_SIZE)
-            except PermissionError:  # the user's share of pipe pages is used up (pipe(7))
+            except PermissionError:  # the user's limit of pipe pages is reached (pipe(7))
                 self._room = 0
         return self._pipe
 
     def _close_pipe(self) -> None:
-        """Throw away the pipe with whatever is left in it."""
+        """Close the pipe, and so discard its content."""
         if self._pipe is not None:
             for end in self._pipe:
                 os.close(end)
@@ -202,22 +202,22 @@ class KernelReplies(threading.local):
 
 
 class FrontReplies:
-    """Answers a front that waits, through a pipe; data goes into the request's slot.
+    """Answers a front that waits (`--loop llfuse`), through a pipe; the data is in the request's slot.
 
     Args:
         pipe: the write end of the pipe.
-        arena: where the slots are.
-        leadership: which thread serves.
+        slots: the request slots in shared memory.
+        leadership: decides which thread serves.
     """
 
     def __init__(self, pipe: int, slots: Slots, leadership: Leadership | None = None) -> None:
         self._call = (leadership or Leadership()).call_anyway
         self._pipe = pipe
         self._slots = slots
-        self.heard = True
+        self.accepted = True
 
     def expire(self, nodeid: int) -> None:
-        """Do nothing: where llfuse runs the loop, the kernel clears set-ID bits itself."""
+        """Do nothing: with `--loop llfuse`, the kernel clears set-ID bits itself."""
 
     def error(self, request: Request, number: int) -> None:
         self._send(request, -number)

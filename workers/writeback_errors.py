@@ -1,8 +1,8 @@
 """Errors of writes from the kernel's page cache, for which no program waits.
 
-The kernel tells of such an error once: at the next close(2) or fsync(2) of the file, whoever calls it, and it forgets
-the error then. So each file that was open for writing is told by its own close(2), and by that of every copy of its
-descriptor, for it cannot be known whether anybody looks at what the first one returns (mmap of Python keeps a copy).
+The kernel reports such an error only once, to the next close(2) or fsync(2) of the file in any process. So llloop
+reports it to every close(2) of each file that was open for writing, also of duplicated descriptors. It cannot know
+whether the program checks the result of the first close(2) (Python's mmap keeps a duplicate).
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from llloop.shared.messages import Request
 
 _log = logging.getLogger(__name__)
 
-# For so many inodes errors are kept, the latest ones.
-_MOST = 1024
+# The number of inodes whose errors are kept, the latest ones.
+_MAX_INODES = 1024
 
 
 class WritebackErrors:
-    """The last such error of each inode.
+    """The last write error of each inode.
 
-    An error is known by how many errors of writes the worker had counted then. The count outlives the worker, the
-    errors do not.
+    An error is identified by the worker's count of failed writes. The count survives the worker, the errors do not.
     """
 
     def __init__(self) -> None:
@@ -30,12 +29,12 @@ class WritebackErrors:
         self._told: dict[int, int] = {}
 
     def note(self, fd: int, number: int, count: int) -> None:
-        """Note that a write failed, and log it if it is the first one of its inode.
+        """Note that a write failed, and log the first failure of each inode.
 
         Args:
             fd: the file.
             number: the errno.
-            count: how many writes have failed, this one included.
+            count: how many writes have failed, including this one.
         """
         key = _key(fd)
         if self._errors.pop(key, None) is None:
@@ -45,15 +44,15 @@ class WritebackErrors:
                 os.strerror(number),
             )
         self._errors[key] = number, count
-        if len(self._errors) > _MOST:
+        if len(self._errors) > _MAX_INODES:
             del self._errors[next(iter(self._errors))]
 
     def error_of(self, request: Request, fd: int) -> int:
-        """Return the errno that the answer to a FLUSH has to tell, 0 if there is none.
+        """Return the errno with which to answer a FLUSH, 0 if there is no error to report.
 
         Args:
-            request: the request; its first extra is the count when the file was opened.
-            fd: its descriptor.
+            request: the FLUSH; its first extra is the count of failed writes when the file was opened.
+            fd: the file.
         """
         if not self._errors:
             return 0
@@ -62,7 +61,7 @@ class WritebackErrors:
         return number if count > known else 0
 
     def settle(self, request: Request, fd: int) -> None:
-        """Note that an open file was told by fsync(2): the kernel tells of errors before it sends FSYNC."""
+        """Note that fsync(2) has reported the error to this open file. The kernel does so before it sends FSYNC."""
         if self._errors:
             self._told[request.handle] = self._errors.get(_key(fd), (0, 0))[1]
 

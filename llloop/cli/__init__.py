@@ -1,1 +1,1 @@
-"""The commands."""
+"""The commands `llloop` and `mount.llloop`."""

@@ -1,4 +1,4 @@
-"""What the commands share: their exit codes, and errors told in one line."""
+"""Shared by the commands: exit codes, error messages and a parameter type."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llloop.logging.escape import printable
 
 
 class UntouchedPath(click.Path):
-    """A path that is taken as it is given: `click.Path` looks what is there, and waits for a server that hangs."""
+    """A path that is not accessed. `click.Path` calls stat(2), which hangs if the mount's server hangs."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         return os.fsdecode(value)
@@ -34,7 +34,7 @@ Exit codes:
 
 
 def report_errors(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Turn errors into one line on standard error and their exit code."""
+    """Decorate a command so that an `LlloopError` becomes one line on standard error and an exit code."""
 
     @functools.wraps(command)
     def wrapper(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Going into the background, and the pid file."""
+"""Running in the background (`--daemon`), and the pid file."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from llloop.supervisor.child import STOP_SIGNALS
 
 
 class Daemon:
-    """The background side of `llloop serve --daemon`, and the pid file of any `llloop serve`.
+    """The background process of `llloop serve --daemon`, and the pid file of `llloop serve`.
 
     Args:
-        pid_file: where to write the process id, or None.
+        pid_file: the path of the pid file, or None.
 
     Raises:
-        HostError: the pid file could not be written there; the text says why.
+        HostError: the pid file cannot be written; the text says why.
     """
 
     def __init__(self, pid_file: Path | None) -> None:
@@ -32,30 +32,30 @@ class Daemon:
                 trusted_files.check_replaceable(str(self._pid_file))
         except OSError as error:
             raise HostError(f"pid file {pid_file}: {error.strerror}") from None
-        self._waiting: int | None = None
+        self._parent_pipe: int | None = None
 
     def start(self) -> None:
-        """Go on in a child; the calling process ends when that calls `let_go`, or with its exit code."""
+        """Fork, and return in the child. The parent exits when the child calls `detach`, or with its exit code."""
         reader, writer = os.pipe2(os.O_CLOEXEC)
         caller = os.getpid()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # none is to be lost between the two
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # lose no signal between parent and child
         child = os.fork()
         if child:
             os.close(writer)
             for number in STOP_SIGNALS:
                 signal.signal(number, lambda *_: os.kill(child, signal.SIGTERM))
             signal.pthread_sigmask(signal.SIG_SETMASK, before - set(STOP_SIGNALS))
-            _wait_for(child, reader)
+            _exit_with(child, reader)
         os.close(reader)
         os.setsid()
-        self._waiting = writer
-        # A caller that was killed has no use for the mount.
+        self._parent_pipe = writer
+        # If the parent is killed before the mount is ready, end too.
         syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGTERM)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if os.getppid() != caller:
             os._exit(1)
 
-    def ready(self) -> None:
+    def write_pid_file(self) -> None:
         """Write the pid file."""
         if self._pid_file is not None:
             text = f"{os.getpid()}\n".encode()
@@ -65,24 +65,29 @@ class Daemon:
                 raise HostError(f"pid file {self._pid_file}: {error.strerror}") from None
             self._written = text
 
-    def let_go(self) -> None:
-        """Let the calling process end and leave its terminal."""
+    def detach(self) -> None:
+        """Detach from the terminal, and let the parent exit successfully."""
         redirect_standard_descriptors()
         os.chdir("/")
-        if self._waiting is not None:
+        if self._parent_pipe is not None:
             syscalls.prctl(syscalls.PR_SET_PDEATHSIG, 0)
-            os.write(self._waiting, b"!")
-            os.close(self._waiting)
-            self._waiting = None
+            os.write(self._parent_pipe, b"!")
+            os.close(self._parent_pipe)
+            self._parent_pipe = None
 
-    def end(self) -> None:
+    def remove_pid_file(self) -> None:
         """Remove the pid file, unless another server has taken it over."""
         if self._written is not None and self._pid_file is not None:
             trusted_files.remove_file(str(self._pid_file), self._written)
 
 
-def _wait_for(child: int, reader: int) -> NoReturn:
-    """End as soon as *child* lets go, or with its exit code."""
+def _exit_with(child: int, reader: int) -> NoReturn:
+    """Exit as soon as *child* detaches, or with its exit code.
+
+    Args:
+        child: the child's process id.
+        reader: the read end of a pipe to which the child writes when it detaches.
+    """
     if os.read(reader, 1):
         os._exit(0)
     _, status = os.waitpid(child, 0)

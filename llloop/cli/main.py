@@ -1,4 +1,4 @@
-"""The `llloop` command: argument handling and messages, nothing else."""
+"""The `llloop` command: its arguments and messages."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _CONTEXT = {"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "LLLOOP
 
 
 def _option(name: str, *more: str, **attributes: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Declare an option of `ServeConfig`, whose help text is that field's documentation."""
+    """Declare an option of `ServeConfig`. Its help text is the documentation of that field."""
     return click.option(*more, name, help=help_text(name), **attributes)
 
 
-def _say(line: str) -> None:
-    """Print a line; that nobody reads it is no reason not to serve."""
+def _print_line(line: str) -> None:
+    """Print a line. If the reader of standard output is gone, continue without it."""
     try:
         click.echo(line)
     except OSError:
@@ -44,7 +44,7 @@ def _say(line: str) -> None:
 
 
 class _Commands(click.Group):
-    """The command as a whole, which may be started without standard descriptors, or with SIGCHLD ignored."""
+    """The command group. It also works if it is started without standard descriptors, or with SIGCHLD ignored."""
 
     def main(self, *arguments: Any, **options: Any) -> Any:
         open_missing_standard_descriptors()
@@ -164,15 +164,15 @@ def serve(
     background = Daemon(pid_file)
     if check or check_restart:
         checked = start_checks.check(config, restart=check_restart)
-        _say(printable(f"llloop: {checked.source} can be served at {checked.mountpoint}"))
+        _print_line(printable(f"llloop: {checked.source} can be served at {checked.mountpoint}"))
         return
 
     def on_ready(served: Supervisor) -> None:
-        background.ready()
+        background.write_pid_file()
         if not daemon:
-            _say(f"llloop: {printable(served.description)}")
+            _print_line(f"llloop: {printable(served.description)}")
         else:
-            background.let_go()
+            background.detach()
 
     notifier = Notifier(os.environ)  # WATCHDOG_PID is the process that was started, not the one in the background
     if daemon:
@@ -180,7 +180,7 @@ def serve(
     try:
         sys.exit(supervisor.serve(config, on_ready, detached=daemon, notifier=notifier))
     finally:
-        background.end()
+        background.remove_pid_file()
 
 
 @main.command()
@@ -214,17 +214,17 @@ def umount(mountpoint: str, lazy: bool, if_dead: bool) -> None:
 
 
 @main.command("systemd-unit")
-@click.argument("place", nargs=-1, metavar="[SOURCE MOUNTPOINT]", type=click.Path(readable=False))
+@click.argument("paths", nargs=-1, metavar="[SOURCE MOUNTPOINT]", type=click.Path(readable=False))
 @report_errors
-def print_systemd_unit(place: tuple[str, ...]) -> None:
+def print_systemd_unit(paths: tuple[str, ...]) -> None:
     """Print the systemd unit llloop@.service with the path of this command.
 
     With SOURCE and MOUNTPOINT, print a drop-in instead. It makes one instance wait for the file systems of both
     directories. Write it to /etc/systemd/system/llloop@INSTANCE.service.d/mounts.conf.
     """
-    if len(place) not in (0, 2):
+    if len(paths) not in (0, 2):
         raise UsageError("systemd-unit takes either no arguments or SOURCE and MOUNTPOINT")
-    click.echo(systemd_unit.drop_in(*place) if place else systemd_unit.unit(), nl=False)
+    click.echo(systemd_unit.drop_in(*paths) if paths else systemd_unit.unit(), nl=False)
 
 
 main.add_command(status)

@@ -1,4 +1,4 @@
-"""The commands that look into running mounts: `llloop status` and `llloop stats`."""
+"""The commands for running mounts: `llloop status`, `llloop stats` and `llloop control`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llloop.errors import HostError, LlloopError, MountpointError, UsageError
 from llloop.linux import mounts
 from llloop.logging import setup as log
 
-_LEAST = 0.1  # seconds between two looks
+_MIN_INTERVAL = 0.1  # the shortest interval of --watch in seconds
 _T = TypeVar("_T")
 
 _STATUS_CODES = """\b
@@ -58,7 +58,7 @@ def status(mountpoint: str | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(mounts, indent=2))
     else:
-        # Only here: it takes longer to load than all the rest, and serve does not need it.
+        # Imported only here: it takes longer to import than everything else, and serve does not need it.
         from llloop.cli import tables
 
         tables.console().print(tables.status_view(mounts))
@@ -97,15 +97,15 @@ def stats(mountpoint: str | None, watch: float | None, as_json: bool, prometheus
         raise UsageError("--json, --prometheus and --textfile exclude each other")
     if prometheus and watch is not None:
         raise UsageError("--prometheus and --watch exclude each other; --textfile can be used with --watch")
-    if watch is not None and not _LEAST <= watch <= 86400:
-        raise UsageError(f"--watch must be a number of seconds from {_LEAST:g} to 86400, not {watch:g}")
+    if watch is not None and not _MIN_INTERVAL <= watch <= 86400:
+        raise UsageError(f"--watch must be a number of seconds from {_MIN_INTERVAL:g} to 86400, not {watch:g}")
     try:
         if as_json:
-            _print_json(_figures(mountpoint, watch), lines=watch is not None, alone=mountpoint is not None)
+            _print_json(_rates(mountpoint, watch), lines=watch is not None, single_mount=mountpoint is not None)
         elif prometheus or textfile is not None:
             _export(mountpoint, watch, textfile)
         else:
-            _show(_figures(mountpoint, watch))
+            _show(_rates(mountpoint, watch))
     except KeyboardInterrupt:
         pass
 
@@ -128,50 +128,51 @@ def control(mountpoint: str, command: str, level: str | None) -> None:
     client.ask_mount(mountpoint, command, **({"level": level} if level else {}))
 
 
-def _repeated(look: Callable[[], _T], watch: float | None) -> Iterator[_T]:
-    """Yield what *look* returns, once or again and again."""
+def _repeat(read_counters: Callable[[], _T], watch: float | None) -> Iterator[_T]:
+    """Yield the result of *read_counters*, once or every *watch* seconds."""
     while True:
-        yield look()
+        yield read_counters()
         if watch is None:
             return
         time.sleep(watch)
 
 
-def _counters(mountpoint: str | None) -> list[dict[str, Any]]:
-    """Return what the mounts asked for answer; of the one at *mountpoint*, where that is given, an answer or an error.
+def _stats(mountpoint: str | None) -> list[dict[str, Any]]:
+    """Return the counters of all mounts, or of the one at *mountpoint*.
 
     Raises:
-        LlloopError: the mount at *mountpoint* is none, or does not answer.
+        LlloopError: *mountpoint* is not an llloop mount, or its server does not answer.
     """
     return discovery.all_stats() if mountpoint is None else [client.ask_mount(mountpoint, "stats")]
 
 
-def _figures(mountpoint: str | None, watch: float | None) -> Iterator[list[dict[str, Any]]]:
-    """Yield the mounts' figures since each began, or of one interval after the other."""
-    from llloop.cli.rates import since
+def _rates(mountpoint: str | None, watch: float | None) -> Iterator[list[dict[str, Any]]]:
+    """Yield the mounts' rates and latencies since the start of each mount, or for each interval of *watch* seconds."""
+    from llloop.cli.rates import rates_since
 
     before: dict[str, dict[str, Any]] | None = None
-    for answers in _repeated(lambda: _counters(mountpoint), watch):
+    for answers in _repeat(lambda: _stats(mountpoint), watch):
         if watch is None or before is not None:
             then = before or {}
-            yield [since(one, then.get(one["mountpoint"])) if "operations" in one else one for one in answers]
+            yield [rates_since(one, then.get(one["mountpoint"])) if "operations" in one else one for one in answers]
         before = {one["mountpoint"]: one for one in answers if "operations" in one}
 
 
-def _print_json(figures: Iterator[list[dict[str, Any]]], lines: bool, alone: bool) -> None:
-    for answers in figures:
-        click.echo(json.dumps(answers[0] if alone else answers, indent=None if lines else 2))
+def _print_json(rates: Iterator[list[dict[str, Any]]], lines: bool, single_mount: bool) -> None:
+    for answers in rates:
+        click.echo(json.dumps(answers[0] if single_mount else answers, indent=None if lines else 2))
 
 
 def _export(mountpoint: str | None, watch: float | None, textfile: Path | None) -> None:
-    """Print or write Prometheus's format, in which a mount that is gone is down.
+    """Print the counters in Prometheus's text format, or write them to *textfile*. A mount that is gone counts as down.
 
     Raises:
-        LlloopError: the mount at *mountpoint* does not answer, which has been printed or written; or FILE cannot be.
+        LlloopError: the mount at *mountpoint* does not answer (after that has been printed or written), or *textfile*
+            cannot be written.
     """
     from llloop.cli import prometheus
 
-    for answers, error in _repeated(lambda: _exported(mountpoint), watch):
+    for answers, error in _repeat(lambda: _exported_stats(mountpoint), watch):
         if textfile is None:
             click.echo(prometheus.text(answers), nl=False)
         else:
@@ -183,7 +184,7 @@ def _export(mountpoint: str | None, watch: float | None, textfile: Path | None) 
             raise error
 
 
-def _exported(mountpoint: str | None) -> tuple[list[dict[str, Any]], LlloopError | None]:
+def _exported_stats(mountpoint: str | None) -> tuple[list[dict[str, Any]], LlloopError | None]:
     if mountpoint is None:
         return discovery.all_stats(), None
     try:
@@ -194,17 +195,17 @@ def _exported(mountpoint: str | None) -> tuple[list[dict[str, Any]], LlloopError
     return [found], None if reason is None else LlloopError(f"{mountpoint}: {reason}")
 
 
-def _show(figures: Iterator[list[dict[str, Any]]]) -> None:
+def _show(rates: Iterator[list[dict[str, Any]]]) -> None:
     from llloop.cli import tables
 
     console = tables.console()
     if not console.is_terminal:
-        for mounts in figures:
+        for mounts in rates:
             console.print(tables.stats_view(mounts))
         return
     from rich.live import Live
 
-    first = next(figures)
+    first = next(rates)
     with Live(tables.stats_view(first), console=console, auto_refresh=False) as live:
-        for mounts in figures:
+        for mounts in rates:
             live.update(tables.stats_view(mounts), refresh=True)

@@ -1,6 +1,6 @@
-"""`mount.llloop`, the program by which mount(8) and /etc/fstab make llloop mounts.
+"""`mount.llloop`, the helper program of mount(8) for /etc/fstab and `mount -t llloop`.
 
-Its mount options are the options of `llloop serve`, taken from that command, so that there is no second list of them.
+Its mount options are derived from the options of `llloop serve`.
 """
 
 from __future__ import annotations
@@ -34,30 +34,30 @@ Exit codes, the same as those of mount(8):
   32  the mount failed: the source or the mount point cannot be used
 """
 
-# What mount(8) itself acts on, or what has no meaning for a FUSE mount.
+# Mount options that mount(8) handles itself, or that have no meaning for a FUSE mount.
 _IGNORED = frozenset(
     {
         *("auto", "noauto", "user", "nouser", "users", "nousers", "owner", "noowner", "group", "nogroup", "nofail"),
         *("_netdev", "defaults", "default_permissions", "loud", "silent"),
     }
 )
-# With these, mount(8) puts noexec, nosuid and nodev before what the table says.
-_IMPLYING = re.compile("(users?|owner|group)(=.*)?")
-_IMPLIED = ("noexec", "nosuid", "nodev")
+# With these options, mount(8) prepends noexec, nosuid and nodev to the options of fstab.
+_USER_MOUNT = re.compile("(users?|owner|group)(=.*)?")
+_PREPENDED = ("noexec", "nosuid", "nodev")
 _IGNORED_PREFIXES = ("x-", "X-", "comment=", "user=", "helper=", "uhelper=")
-# What a mount option cannot set: these are the helper's own business.
-_NOT_OFFERED = frozenset({"daemon", "check", "check_restart", "help"})
+# Options of `llloop serve` that are not mount options.
+_NOT_MOUNT_OPTIONS = frozenset({"daemon", "check", "check_restart", "help"})
 
 
-def _offered() -> list[click.Option]:
+def _mount_option_parameters() -> list[click.Option]:
     """Return the options of `llloop serve` that are mount options too."""
-    return [one for one in serve.params if isinstance(one, click.Option) and one.name not in _NOT_OFFERED]
+    return [one for one in serve.params if isinstance(one, click.Option) and one.name not in _NOT_MOUNT_OPTIONS]
 
 
 def _spellings() -> dict[str, tuple[str, str, bool]]:
-    """Return the mount options: whose value each sets and what it is for `llloop serve`, and whether it has a value."""
+    """Return for each spelling of a mount option: parameter name, option of `llloop serve`, whether it has a value."""
     table = {}
-    for option in _offered():
+    for option in _mount_option_parameters():
         for spelling in (*option.opts, *option.secondary_opts):
             if spelling.startswith("--"):
                 name = spelling[2:].replace("-", "_")
@@ -71,16 +71,16 @@ def serve_arguments(options: Iterable[str], *, sloppy: bool = False) -> list[str
 
     Args:
         options: single mount options, such as "ro" or "workers=8".
-        sloppy: leave out what nobody knows.
+        sloppy: ignore unknown options.
 
     Raises:
-        UsageError: an option lacks its value, has one too many, contradicts another, or asks for what a FUSE mount
-            cannot do.
+        UsageError: an option lacks its value, has a value although it takes none, contradicts another option, or is
+            not supported.
     """
     table = _spellings()
     arguments = []
     seen: dict[str, str] = {}
-    given = _without_implied(options)
+    given = _without_prepended(options)
     mount_options.refuse_contradictions(given)
     for option in given:
         name, assigned, value = option.partition("=")
@@ -104,35 +104,38 @@ def serve_arguments(options: Iterable[str], *, sloppy: bool = False) -> list[str
     return arguments
 
 
-def _without_implied(options: Iterable[str]) -> list[str]:
-    """Return *options* without what mount(8) has put before them because an ordinary user may mount it."""
+def _without_prepended(options: Iterable[str]) -> list[str]:
+    """Return *options* without those that mount(8) has prepended for a mount by an ordinary user.
+
+    An option that mount(8) has prepended, such as noexec, is only removed if the table has its opposite after it.
+    """
     given = list(options)
-    if not any(_IMPLYING.fullmatch(option) for option in given):
+    if not any(_USER_MOUNT.fullmatch(option) for option in given):
         return given
     return [
         option
         for place, option in enumerate(given)
-        if option not in _IMPLIED or option.removeprefix("no") not in given[place:]
+        if option not in _PREPENDED or option.removeprefix("no") not in given[place:]
     ]
 
 
-def _value(option: click.Option) -> str:
-    """Return what stands for an option's value in the help."""
+def _placeholder(option: click.Option) -> str:
+    """Return the placeholder for an option's value in the help text."""
     if isinstance(option.type, click.Choice):
         return "|".join(map(str, option.type.choices))
     return option.metavar or option.type.name.upper()
 
 
 class Command(click.Command):
-    """A command whose help lists the mount options too."""
+    """A command whose help also lists the mount options."""
 
     def rows(self) -> list[tuple[str, str]]:
-        """Return the mount options: how each is written, and what it does."""
+        """Return the spelling and the help text of each mount option."""
         rows = []
-        for option in _offered():
+        for option in _mount_option_parameters():
             if not option.hidden:
                 names = [spelling[2:] for spelling in (*option.opts, *option.secondary_opts) if spelling[2:]]
-                value = "" if option.is_flag else f"={_value(option)}"
+                value = "" if option.is_flag else f"={_placeholder(option)}"
                 rows.append((", ".join(f"{name.replace('-', '_')}{value}" for name in names), option.help or ""))
         return rows
 
@@ -184,22 +187,22 @@ def mount_llloop(
     arguments = ["--daemon", *serve_arguments(single, sloppy=sloppy), "--", source, mountpoint]
     if verbose:
         click.echo(shlex.join(["llloop", "serve", *arguments]))
-    # No prefix: what a caller's environment says of another mount is not for this one.
+    # Without a prefix for environment variables: the caller's LLLOOP_ variables do not apply to this mount.
     context = serve.make_context("llloop serve", arguments)
     if fake:
         return
-    # The code of `llloop serve` becomes one of mount(8)'s, and --daemon ends the process that it is called in.
+    # Fork, because `llloop serve --daemon` exits, and its exit code must be translated into one of mount(8).
     child = os.fork()
     if child == 0:
         with context:
             serve.invoke(context)
         sys.exit(0)
     _, status = os.waitpid(child, 0)
-    sys.exit(_code_of(os.waitstatus_to_exitcode(status)))
+    sys.exit(_mount_exit_code(os.waitstatus_to_exitcode(status)))
 
 
-def _code_of(code: int) -> int:
-    """Return mount(8)'s exit code for one of `llloop serve`'s."""
+def _mount_exit_code(code: int) -> int:
+    """Return the exit code of mount(8) for an exit code of `llloop serve`, negative if a signal killed it."""
     if code < 0:
         return _INTERRUPTED if code == -signal.SIGINT else _BUG
     return {0: 0, UsageError.exit_code: _USAGE, HostError.exit_code: _SYSTEM}.get(code, _FAILED)
@@ -213,7 +216,7 @@ def main() -> None:
         mount_llloop(standalone_mode=False)
     except click.ClickException as error:
         message = error.format_message()
-        if isinstance(error, click.BadParameter) and error.param in _offered():
+        if isinstance(error, click.BadParameter) and error.param in _mount_option_parameters():
             message = f"mount option {error.param.name}: {error.message}"
         click.echo(f"mount.llloop: {printable(message)}", err=True)
         sys.exit(_USAGE)

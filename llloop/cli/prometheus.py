@@ -1,4 +1,4 @@
-"""Counters of mounts in Prometheus's text format, printed or put into a file for node_exporter's textfile collector."""
+"""Counters of mounts in Prometheus's text format, also as a file for the textfile collector of node_exporter."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from prometheus_client.registry import Collector
 
 from llloop.linux import trusted_files
 from llloop.logging.escape import printable_texts
-from llloop.shared.metrics import ORDINARY
+from llloop.shared.metrics import EXPECTED_ERRNOS
 
-# The buckets shown: up to 2**27 microseconds, some two minutes. More would be series that nobody fills.
+# The number of exported buckets, up to 2**27 microseconds or about two minutes. Higher ones would stay empty.
 _BUCKETS = 28
-# Errors that are shown before there are any: an alert cannot see that a series which begins with 1 has grown.
-_SHOWN = ("EIO", "ENOSPC", "EDQUOT", "EROFS", "EMFILE", "ENOMEM", "ETIMEDOUT")
+# Errors that are exported even while their count is 0: if a series began with 1, an alert would not see an increase.
+_ALWAYS_EXPORTED = ("EIO", "ENOSPC", "EDQUOT", "EROFS", "EMFILE", "ENOMEM", "ETIMEDOUT")
 # States in which a mount answers requests.
 _UP = frozenset({"serving", "reloading", "stopping"})
-# Process states (proc_pid_stat(5)) in which a process does its work.
-_AT_WORK = frozenset("RSDI")
+# Process states (proc_pid_stat(5)) in which a process counts as up.
+_RUNNING = frozenset("RSDI")
 
 
 class _Collector(Collector):
-    """What several mounts answered to ``stats``, as metrics.
+    """Converts the ``stats`` of mounts into Prometheus metrics.
 
     Args:
-        mounts: what `llloop.control.discovery.all_stats` returns.
+        mounts: the result of `llloop.control.discovery.all_stats`.
     """
 
     def __init__(self, mounts: Sequence[dict[str, Any]]) -> None:
         by_mountpoint: dict[str, dict[str, Any]] = {}
         for one in printable_texts(mounts):
-            # Of mounts on top of each other, or in several mount namespaces, the one that is seen here, once.
+            # Only one mount per mount point: prefer the visible one to covered ones and those of other namespaces.
             if one["mountpoint"] not in by_mountpoint or one.get("visible"):
                 by_mountpoint[one["mountpoint"]] = one
         self._all = list(by_mountpoint.values())
@@ -88,11 +88,11 @@ class _Collector(Collector):
         moved = CounterMetricFamily("llloop_bytes", "Bytes of file data read, written or copied.", labels=labels)
         for one in self._answered:
             for name, count in one["operations"].items():
-                of = [one["mountpoint"], name.lower()]
-                latency.add_metric(of, _buckets(count["histogram"]), sum_value=count["nanoseconds"] / 1e9)
-                for errno, times in {**dict.fromkeys(_SHOWN, 0), **count["errnos"]}.items():
-                    (ordinary if errno in ORDINARY else errors).add_metric([*of, errno], times)
-                moved.add_metric(of, count["bytes"])
+                label_values = [one["mountpoint"], name.lower()]
+                latency.add_metric(label_values, _buckets(count["histogram"]), sum_value=count["nanoseconds"] / 1e9)
+                for errno, times in {**dict.fromkeys(_ALWAYS_EXPORTED, 0), **count["errnos"]}.items():
+                    (ordinary if errno in EXPECTED_ERRNOS else errors).add_metric([*label_values, errno], times)
+                moved.add_metric(label_values, count["bytes"])
         yield from (latency, errors, ordinary, moved)
 
     def _processes(self) -> Iterator[Metric]:
@@ -111,18 +111,18 @@ class _Collector(Collector):
         for mount in self._answered:
             workers = [(f"worker-{shard}", one) for shard, one in enumerate(mount["workers"])]
             for name, one in [("front", mount["front"]), *workers]:
-                of = [mount["mountpoint"], name]
+                label_values = [mount["mountpoint"], name]
                 for key, family in counters.items():
-                    family.add_metric(of, one[key])
-                up.add_metric(of, one["state"] in _AT_WORK)
-                descriptors.add_metric(of, one["descriptors"])
+                    family.add_metric(label_values, one[key])
+                up.add_metric(label_values, one["state"] in _RUNNING)
+                descriptors.add_metric(label_values, one["descriptors"])
                 if "queue" in one:
-                    queue.add_metric(of, one["queue"])
+                    queue.add_metric(label_values, one["queue"])
         yield from (*counters.values(), up, descriptors, queue)
 
 
 def _buckets(histogram: list[int]) -> list[tuple[str, float]]:
-    """Return the cumulative buckets; their bounds are in seconds."""
+    """Return the cumulative buckets, each with its upper bound in seconds."""
     found: list[tuple[str, float]] = []
     total = 0
     for bucket in range(_BUCKETS):
@@ -132,16 +132,16 @@ def _buckets(histogram: list[int]) -> list[tuple[str, float]]:
 
 
 def text(mounts: Sequence[dict[str, Any]]) -> str:
-    """Return what `llloop.control.discovery.all_stats` returns in Prometheus's text format."""
+    """Return the result of `llloop.control.discovery.all_stats` in Prometheus's text format."""
     registry = CollectorRegistry()
     registry.register(_Collector(mounts))
     return generate_latest(registry).decode()
 
 
 def write(mounts: Sequence[dict[str, Any]], file: Path) -> None:
-    """Put it into *file*, which is replaced as a whole: no reader sees half of it.
+    """Atomically replace *file* with the counters in Prometheus's text format.
 
     Raises:
-        OSError: it cannot be written, or is no regular file.
+        OSError: it cannot be written, or it is not a regular file.
     """
     trusted_files.replace_file(os.path.abspath(file), text(mounts).encode())

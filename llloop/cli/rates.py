@@ -1,4 +1,4 @@
-"""Counters made into figures for people: what happened between two looks, rates, percentiles."""
+"""Rates and latencies, computed from counters: differences between two readings, rates, percentiles."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ _PROCESS = ("requests", "errors", "bytes", "cpu_seconds", "restarts")
 
 
 def percentile(histogram: Sequence[int], share: float) -> float | None:
-    """Return the latency in microseconds that *share* of the requests did not exceed, None if there were none.
+    """Return a percentile of latencies in microseconds, or None if there were no requests.
+
+    It assumes that the latencies in a bucket are distributed evenly. So the error is less than the bucket's width.
 
     Args:
-        histogram: how many requests took less than 1, 2, 4, ... microseconds, and not less than the one before.
-        share: from 0 to 1. Within a bucket the latencies are taken to be spread evenly, so a figure is off by less
-            than the width of its bucket.
+        histogram: the number of latencies in each bucket, see `llloop.shared.metrics`.
+        share: the share of requests that are not slower, from 0 to 1.
     """
     wanted = share * sum(histogram)
     passed = 0
@@ -28,39 +29,39 @@ def percentile(histogram: Sequence[int], share: float) -> float | None:
     return None
 
 
-def since(now: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the figures of the time between two answers to ``stats``, or since the mount began.
+def rates_since(now: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the rates between two answers to ``stats``, or since the start of the mount.
 
     Args:
         now: the later answer.
-        before: the earlier one, or None.
+        before: the earlier answer, or None for the start of the mount.
 
     Returns:
-        *now*, with what counts up since the mount began replaced by what it grew by, ``seconds`` for how long that
-        took, and for each operation ``per_second``, ``bytes_per_second``, ``mean_us``, ``p50_us`` and ``p99_us``; for
-        each process ``per_second``, ``bytes_per_second`` and ``cpu`` (1 is one CPU kept busy).
+        A copy of *now* in which each counter is replaced by its increase. In addition: ``seconds``, the length of the
+        interval; for each operation ``per_second``, ``bytes_per_second``, ``mean_us``, ``p50_us`` and ``p99_us``; for
+        each process ``per_second``, ``bytes_per_second`` and ``cpu`` (1 means one CPU fully used).
     """
     if before is not None and now["time"] - now["uptime"] > before["time"]:
-        before = None  # another mount in the same place
+        before = None  # it was another mount at the same mount point
     seconds = now["time"] - before["time"] if before else now["uptime"]
     seconds = max(seconds, 1e-6)
     earlier = before["operations"] if before else {}
     operations = {}
     for name, count in now["operations"].items():
         then = earlier.get(name, {})
-        grown: dict[str, Any] = {key: count[key] - then.get(key, 0) for key in _OPERATION}
+        increase: dict[str, Any] = {key: count[key] - then.get(key, 0) for key in _OPERATION}
         pairs = zip_longest(count["histogram"], then.get("histogram", ()), fillvalue=0)
         histogram = [one - another for one, another in pairs]
         errnos = {one: times - then.get("errnos", {}).get(one, 0) for one, times in count["errnos"].items()}
-        if not grown["requests"] and not grown["errors"]:
+        if not increase["requests"] and not increase["errors"]:
             continue
         operations[name] = {
-            **grown,
+            **increase,
             "histogram": histogram,
             "errnos": {one: times for one, times in errnos.items() if times},
-            "per_second": grown["requests"] / seconds,
-            "bytes_per_second": grown["bytes"] / seconds,
-            "mean_us": grown["nanoseconds"] / grown["requests"] / 1000 if grown["requests"] else None,
+            "per_second": increase["requests"] / seconds,
+            "bytes_per_second": increase["bytes"] / seconds,
+            "mean_us": increase["nanoseconds"] / increase["requests"] / 1000 if increase["requests"] else None,
             "p50_us": percentile(histogram, 0.5),
             "p99_us": percentile(histogram, 0.99),
         }
@@ -79,14 +80,14 @@ def since(now: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
 
 def _process(now: dict[str, Any], before: dict[str, Any] | None, seconds: float) -> dict[str, Any]:
     then = before or {}
-    grown = {key: now[key] - then.get(key, 0) for key in _PROCESS}
-    if then and then["pid"] != now["pid"]:  # a successor, whose clock began anew
-        grown["cpu_seconds"] = now["cpu_seconds"]
+    increase = {key: now[key] - then.get(key, 0) for key in _PROCESS}
+    if then and then["pid"] != now["pid"]:  # a new process, whose CPU time began at 0
+        increase["cpu_seconds"] = now["cpu_seconds"]
     return {
         **now,
-        **grown,
+        **increase,
         "restarts": now["restarts"],
-        "per_second": grown["requests"] / seconds,
-        "bytes_per_second": grown["bytes"] / seconds,
-        "cpu": grown["cpu_seconds"] / seconds,
+        "per_second": increase["requests"] / seconds,
+        "bytes_per_second": increase["bytes"] / seconds,
+        "cpu": increase["cpu_seconds"] / seconds,
     }

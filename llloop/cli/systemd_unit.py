@@ -1,4 +1,4 @@
-"""The systemd unit that this installation can offer (systemd.service(5), systemd.unit(5))."""
+"""The systemd template unit and drop-in that `llloop systemd-unit` prints (systemd.service(5), systemd.unit(5))."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 from llloop.errors import HostError, UsageError
 
 _UNIT = "llloop@.service"
-# What the unit file names as the command.
+# The command in the installed unit file.
 _COMMAND = "/usr/local/bin/llloop"
 
 
 def unit() -> str:
-    """Return the template unit llloop@.service, running the command that runs now.
+    """Return the template unit llloop@.service with the path of the running command.
 
     Raises:
-        HostError: this installation came without the unit file.
+        HostError: the unit file is not installed.
     """
     path = _installed(_UNIT)
     if path is None:
@@ -27,23 +27,23 @@ def unit() -> str:
 
 
 def drop_in(source: str, mountpoint: str) -> str:
-    """Return what one instance's unit needs in addition: to wait for the file systems it builds on.
+    """Return a drop-in that makes an instance wait for the file systems of its source and mount point.
 
     Args:
         source: the instance's source directory.
-        mountpoint: its mount point, whose parent directory must be there before.
+        mountpoint: its mount point.
 
     Raises:
-        UsageError: a path cannot be written in a unit file.
+        UsageError: a unit file cannot contain a path.
     """
-    # Of the mount point only the parent: systemd makes a mount unit of the mirror itself once it is there, and an
-    # instance that required its own mirror could not be started again.
+    # Require the parent of the mount point only. Once the instance has mounted, systemd has a mount unit for the mount
+    # point itself. An instance that required its own mount could not be restarted.
     places = (os.path.abspath(source), os.path.dirname(os.path.abspath(mountpoint)))
     return "[Unit]\n" + "".join(f"RequiresMountsFor={_path(place)}\n" for place in places)
 
 
 def _installed(name: str) -> Path | None:
-    # An editable installation leaves data files where they are: in the checkout.
+    # In an editable installation, data files stay in the checkout.
     beside = Path(__file__).parents[2] / "scripts" / "systemd" / name
     if beside.is_file():
         return beside
@@ -62,13 +62,13 @@ def _this_command() -> list[str]:
 
 
 def _word(text: str) -> str:
-    """Quote a word of a command line, where backslashes escape."""
+    """Quote a word of a command line in a unit file, in which a backslash escapes."""
     escaped = text.replace("\\", "\\\\").replace("%", "%%")
     return escaped if " " not in text and '"' not in text else '"' + escaped.replace('"', '\\"') + '"'
 
 
 def _path(path: str) -> str:
-    """Quote a path in a list of paths, where backslashes are themselves."""
+    """Quote a path in a list of paths in a unit file, in which a backslash does not escape."""
     if "\n" in path:
         raise UsageError(f"{path!r}: a unit file cannot hold a path with a line break")
     quoted = '"\'"'.join(f"'{part}'" for part in path.split("'")) if "'" in path else f'"{path}"'

@@ -1,4 +1,4 @@
-"""What `llloop status` and `llloop stats` show on a terminal."""
+"""The tables of `llloop status` and `llloop stats`."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from rich.text import Text
 
 from llloop.control.discovery import STOPPED
 from llloop.logging.escape import printable_texts
-from llloop.shared.metrics import ORDINARY
+from llloop.shared.metrics import EXPECTED_ERRNOS
 
-# Wide enough for a table where nobody knows how wide the reader's screen is.
-_WIDTH_OF_FILES = 120
-_GOOD, _BAD, _QUIET = "green", "bold red", "dim"
+# The width of the output, in characters, if it does not go to a terminal.
+_FILE_WIDTH = 120
+_GOOD, _BAD, _DIM = "green", "bold red", "dim"
 _STATES = {"serving": _GOOD, "reloading": "yellow", "stopping": "yellow", "unknown": "yellow"}
 _BAR = 6  # characters
 _PROCESS_STATES = {"R": "running", "S": "sleeping", "D": "waits for a disk", "T": "stopped", "t": "traced", "Z": "dead"}
 
 
 def console() -> Console:
-    """Return where to print: as wide as the terminal, or wide enough for a file."""
-    width = None if sys.stdout.isatty() else _WIDTH_OF_FILES
-    # No markup: a text that others chose would be taken for some, and could be none that makes sense.
+    """Return a console for standard output."""
+    width = None if sys.stdout.isatty() else _FILE_WIDTH
+    # Without markup: file names and other untrusted text could contain valid or invalid markup.
     return Console(highlight=False, markup=False, emoji=False, width=width)
 
 
@@ -41,7 +41,7 @@ def bytes_text(count: float) -> str:
 
 
 def rate_text(per_second: float) -> str:
-    """Return a rate, short: "0.2", "37", "12.3k"."""
+    """Return a rate as a short text, e.g. "0.2", "37", "12.3k"."""
     if per_second >= 10_000:
         return f"{per_second / 1000:.1f}k"
     return f"{per_second:.0f}" if per_second >= 10 or per_second == 0 else f"{per_second:.1f}"
@@ -67,12 +67,12 @@ def _plural(count: int, what: str) -> str:
     return f"{count} {what}" if count == 1 else f"{count} {what}s"
 
 
-def _quiet(text: str, value: float) -> Text:
-    return Text(text, style="" if value else _QUIET)
+def _dim_if_zero(text: str, value: float) -> Text:
+    return Text(text, style="" if value else _DIM)
 
 
-def _silent(one: dict[str, Any]) -> list[RenderableType]:
-    """Return what there is to say of a mount whose server does not answer."""
+def _unanswered(one: dict[str, Any]) -> list[RenderableType]:
+    """Return the lines for a mount whose server does not answer."""
     return [_head(one), Text(f"  {one['reason']}{_advice(one)}")]
 
 
@@ -80,46 +80,46 @@ def _head(one: dict[str, Any]) -> Text:
     state = one["state"]
     head = Text.assemble((one["mountpoint"], "bold"), f"  mirrors {one['source']}  ", (state, _STATES.get(state, _BAD)))
     if not one["visible"]:
-        head.append("  (not in this mount namespace, or detached)", style=_QUIET)
+        head.append("  (not in this mount namespace, or detached)", style=_DIM)
     return head
 
 
-def _heading(figures: dict[str, Any]) -> Text:
+def _heading(rates: dict[str, Any]) -> Text:
     line = Text()
-    line.append(figures["mountpoint"], style="bold")
-    line.append(f"  mirrors {figures['source']}, up {duration_text(figures['uptime'])}", style=_QUIET)
+    line.append(rates["mountpoint"], style="bold")
+    line.append(f"  mirrors {rates['source']}, up {duration_text(rates['uptime'])}", style=_DIM)
     return line
 
 
-def _summary(figures: dict[str, Any]) -> Text:
-    operations = figures["operations"]
+def _summary(rates: dict[str, Any]) -> Text:
+    operations = rates["operations"]
     requests = sum(one["per_second"] for one in operations.values())
     read = operations.get("READ", {}).get("bytes_per_second", 0.0)
     written = sum(operations[name]["bytes_per_second"] for name in ("WRITE", "COPY_FILE_RANGE") if name in operations)
     errnos: Counter[str] = Counter()
     for one in operations.values():
-        errnos.update({name: count for name, count in one["errnos"].items() if name not in ORDINARY})
-    errors = sum(errnos.values()) / figures["seconds"]
+        errnos.update({name: count for name, count in one["errnos"].items() if name not in EXPECTED_ERRNOS})
+    errors = sum(errnos.values()) / rates["seconds"]
     which = f" ({', '.join(f'{count} {name}' for name, count in errnos.most_common(4))})" if errnos else ""
     parts = [
         ("requests", f"{rate_text(requests)}/s", "bold cyan"),
         ("read", f"{bytes_text(read)}/s", "bold cyan"),
         ("written", f"{bytes_text(written)}/s", "bold cyan"),
-        ("errors", f"{rate_text(errors)}/s{which}", "bold yellow" if errors else _QUIET),
+        ("errors", f"{rate_text(errors)}/s{which}", "bold yellow" if errors else _DIM),
     ]
     line = Text()
     for name, value, style in parts:
-        line.append("    " if line else "").append(f"{name} ", style=_QUIET).append(value, style=style)
+        line.append("    " if line else "").append(f"{name} ", style=_DIM).append(value, style=style)
     return line
 
 
-def _operations(figures: dict[str, Any]) -> Table:
+def _operations(rates: dict[str, Any]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("operation")
     for name in ("per s", "errors", "MB/s", "mean", "p50", "p99"):
         table.add_column(name, justify="right")
     table.add_column("share")
-    operations = figures["operations"]
+    operations = rates["operations"]
     everything = sum(one["requests"] for one in operations.values()) or 1
     for name, one in sorted(operations.items(), key=lambda item: -item[1]["requests"]):
         share = one["requests"] / everything
@@ -127,51 +127,55 @@ def _operations(figures: dict[str, Any]) -> Table:
         table.add_row(
             name.lower(),
             rate_text(one["per_second"]),
-            _quiet(str(one["errors"]), one["errors"]),
-            _quiet(f"{moved:.1f}", moved),
+            _dim_if_zero(str(one["errors"]), one["errors"]),
+            _dim_if_zero(f"{moved:.1f}", moved),
             latency_text(one["mean_us"]),
             latency_text(one["p50_us"]),
             latency_text(one["p99_us"]),
             Text.assemble(("\N{BOX DRAWINGS HEAVY HORIZONTAL}" * round(share * _BAR), "cyan"), f" {share:.0%}"),
         )
     if not operations:
-        table.add_row(Text("no requests", style=_QUIET))
+        table.add_row(Text("no requests", style=_DIM))
     return table
 
 
-def _processes(figures: dict[str, Any]) -> Table:
+def _processes(rates: dict[str, Any]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("process")
     for name in ("pid", "requests/s", "MB/s", "CPU", "queue", "files", "restarts"):
         table.add_column(name, justify="right")
-    for one in ({**figures["front"], "name": "front"}, *figures["workers"]):
+    for one in ({**rates["front"], "name": "front"}, *rates["workers"]):
         moved = one["bytes_per_second"] / 1e6
         queue = one.get("queue")
         table.add_row(
             Text(one["name"], style=_BAD if one["state"] in STOPPED else ""),
             str(one["pid"] or "-"),
-            _quiet(rate_text(one["per_second"]), one["per_second"]),
-            _quiet(f"{moved:.1f}", moved),
-            _quiet(f"{one['cpu']:.0%}", round(one["cpu"], 2)),
-            "" if queue is None else _quiet(str(queue), queue),
+            _dim_if_zero(rate_text(one["per_second"]), one["per_second"]),
+            _dim_if_zero(f"{moved:.1f}", moved),
+            _dim_if_zero(f"{one['cpu']:.0%}", round(one["cpu"], 2)),
+            "" if queue is None else _dim_if_zero(str(queue), queue),
             str(one["descriptors"]),
-            _quiet(str(one["restarts"]), one["restarts"]),
+            _dim_if_zero(str(one["restarts"]), one["restarts"]),
         )
     return table
 
 
-def _state(figures: dict[str, Any]) -> Text:
-    cache, slots = figures["cache"], figures["slots"]
-    text = f"{figures['inodes']} inodes, {figures['handles']} open, {slots['used']} of {slots['total']} slots in use"
+def _state(rates: dict[str, Any]) -> Text:
+    cache, slots = rates["cache"], rates["slots"]
+    text = f"{rates['inodes']} inodes, {rates['handles']} open, {slots['used']} of {slots['total']} slots in use"
     opens = sum(cache.values())
     if opens:
         named = ", ".join(f"{value} {key.replace('_', ' ')}" for key, value in cache.items() if value)
         text += f"; {_plural(opens, 'open')}, cached pages: {named}"
-    return Text(text, style=_QUIET)
+    return Text(text, style=_DIM)
 
 
 def stats_view(mounts: list[dict[str, Any]]) -> RenderableType:
-    """Return the tables of `llloop.cli.rates.since`'s figures of several mounts."""
+    """Return the tables of `llloop stats`.
+
+    Args:
+        mounts: for each mount the result of `llloop.cli.rates.rates_since`, or its state if its server does not answer.
+    """
     if not mounts:
         return Text("no llloop mounts")
     parts: list[RenderableType] = []
@@ -181,12 +185,16 @@ def stats_view(mounts: list[dict[str, Any]]) -> RenderableType:
         if "operations" in one:
             parts += [_heading(one), _summary(one), _operations(one), _processes(one), _state(one)]
         else:
-            parts += _silent(one)
+            parts += _unanswered(one)
     return Group(*parts)
 
 
 def status_view(mounts: list[dict[str, Any]]) -> RenderableType:
-    """Return what `llloop.control.discovery` found, one paragraph for each mount."""
+    """Return the paragraphs of `llloop status`, one for each mount.
+
+    Args:
+        mounts: the result of `llloop.control.discovery.all_statuses`.
+    """
     if not mounts:
         return Text("no llloop mounts")
     parts: list[RenderableType] = []
@@ -199,9 +207,9 @@ def status_view(mounts: list[dict[str, Any]]) -> RenderableType:
 
 def _mount(one: dict[str, Any]) -> list[RenderableType]:
     if "reason" in one:
-        return _silent(one)
+        return _unanswered(one)
     grid = Table.grid(padding=(0, 2))
-    grid.add_column(style=_QUIET)
+    grid.add_column(style=_DIM)
     grid.add_column(overflow="fold")
     for problem in one["problems"]:
         grid.add_row("  problem", Text(problem, style=_BAD))

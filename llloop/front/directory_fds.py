@@ -274,9 +274,9 @@ class DirectoryFds:
 
     def shrink(self) -> None:
         """Close all directories that can be opened again, for when descriptors run out."""
-        if self._leadership.may_close():
-            for fd in self._directories.values():
+        for fd in self._directories.values():
+            if self._leadership.uses(fd):
+                self._closing.append(fd)
+            else:
                 os.close(fd)
-        else:
-            self._closing.extend(self._directories.values())
         self._directories.clear()

@@ -237,19 +237,23 @@ class Loop:
     def _close(self) -> None:
         """Close what is not needed any more. For a large file that was removed, the last close(2) takes long.
 
-        What another thread may be about to use is closed after a later request.
+        What a call of another thread uses is closed after a later request.
         """
         closing = self._closing
         leadership = self._leadership
-        if not leadership.may_close():
-            return
+        used = []
         done = 0
         while closing and not (leadership.alone and leadership.leads):
             if done and not done % _CLOSED_AT_ONCE and is_readable(self._device):
-                return  # many of one user's: they must not keep others waiting
+                break  # many of one user's: they must not keep others waiting
             done += 1
-            with suppress(OSError):  # of a server that is gone; who asked by fsync(2) or close(2) has been told
-                leadership.call(os.close, closing.pop())
+            fd = closing.pop()
+            if leadership.uses(fd):
+                used.append(fd)
+            else:
+                with suppress(OSError):  # of a server that is gone; who asked by fsync(2) or close(2) has been told
+                    leadership.call(os.close, fd)
+        closing += used
 
     def _receive_piped(self, slot: int) -> int:
         """Receive a request through the pipe of *slot*, where a large payload stays."""
@@ -289,7 +293,7 @@ class Loop:
         if router.backlog and router.parked:  # a worker will count it, as those that have left the slot
             router.parked = False
         elif router.slot == slot:
-            # As Sheet.finished() does, whose call would cost more than this.
+            # Inlined ProcessCounters.finished(), because a call costs more than this.
             latency = time.monotonic_ns() - router.taken
             row = self._rows[opcode]
             row[NANOSECONDS] += latency

@@ -129,6 +129,10 @@ class Pins:
         unused = [nodeid for nodeid in self._table if nodeid not in used and nodeid != needed]
         for nodeid in unused:
             fd = self._take(nodeid)
-            if fd is not None:  # else another thread has closed it during the last call
+            if fd is None:  # another thread has closed it during the last call
+                continue
+            if self._leadership.uses(fd):
+                self._closing.append(fd)
+            else:
                 self._leadership.call(os.close, fd)
         return bool(unused)

@@ -20,7 +20,7 @@ from llloop.front.router import Task
 from llloop.front.tree import check_name
 from llloop.linux import fuse
 from llloop.linux.fuse import Opcode
-from llloop.shared.messages import PROBED, SERVER, Operation
+from llloop.shared.messages import ASK_SERVER, PROBED, Operation
 
 _ANSWERS_AT_ONCE = 512
 # The longest paths, in bytes and together, that surely fit into a message. What lies deeper is not asked about.
@@ -118,7 +118,7 @@ class Preflight:
         if not places or sum(len(path) for _, path in places) > _LONGEST:
             return False
         unique, nodeid = fuse.NODE_REQUEST.unpack_from(self._memory, base)
-        flags = 0 if kind in _BY_CACHE else SERVER
+        flags = 0 if kind in _BY_CACHE else ASK_SERVER
         router = self._router
         self._asked[unique] = (self._memory[base : base + length], router.taken)
         # By path, so that all requests on one object wait for the same worker if it hangs, and those on its neighbours

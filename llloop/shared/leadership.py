@@ -34,11 +34,11 @@ _IDLE_TICKS = 5
 MOST_THREADS = 32
 
 _CLONE_FS = 0x200  # <linux/sched.h>
-# futex(2) on x86-64, on arm64 and riscv64, on powerpc64 and on s390x: a thread that waits for another.
-_FUTEX = frozenset({b"202", b"98", b"221", b"238"})
 _STACK = 512 * 1024  # bytes
 
 _Result = TypeVar("_Result")
+# The arguments of a call, by position and by name.
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Postponed(Exception):
@@ -89,9 +89,9 @@ class Leadership:
         self._serve: Callable[[], bool] | None = None
         self._ended = False
         self._failure: BaseException | None = None
-        # The leader appends an item before a call. Whoever pops it decides: if the leader does, it goes on; if the
-        # follower does, the leader is replaced. Each new leader gets a new list.
-        self._in_call: list[None] = []
+        # The leader appends the arguments of a call before it. Whoever pops them decides: if the leader does, it goes
+        # on; if the follower does, the leader is replaced. Each new leader gets a new list.
+        self._in_call: list[_Arguments] = []
         self._calls = 0
         self._lock = threading.Lock()
         self._lock.acquire()  # held by the leader
@@ -103,10 +103,8 @@ class Leadership:
         self._bell.acquire()
         # A number for each thread, counted from 0, by its Python identifier.
         self._numbers: dict[int, int] = {}
-        # Threads that were replaced and are in a further call of the same request.
-        self._finishing: set[int] = set()
-        # The kernel's thread id of each thread.
-        self._tids: dict[int, int] = {}
+        # The arguments of the call in which each thread is that was replaced.
+        self._under_way: dict[int, _Arguments] = {}
         # The request state of each thread that was replaced.
         self._aside: dict[int, Any] = {}
         # The request state of the leader while a stalled thread finishes its request.
@@ -124,7 +122,6 @@ class Leadership:
         """
         self._leader = threading.get_ident()
         self._numbers[self._leader] = 0
-        self._tids[self._leader] = threading.get_native_id()
         self._serve = serve
         self._start_follower()
         try:
@@ -166,7 +163,7 @@ class Leadership:
                 raise Postponed
         self._calls += 1
         mine = self._in_call
-        mine.append(None)
+        mine.append((arguments, options))
         if self._resting:
             self._wake()
         try:
@@ -189,36 +186,35 @@ class Leadership:
     def _return(self) -> None:
         """Continue with the request after a call during which another thread became the leader."""
         self._lock.acquire()
-        self._leaders = self.in_hand.exchange(self._aside.pop(threading.get_ident()))
+        thread = threading.get_ident()
+        del self._under_way[thread]
+        self._leaders = self.in_hand.exchange(self._aside.pop(thread))
 
     def _call_while_finishing(self, function: Callable[..., _Result], *arguments: Any, **options: Any) -> _Result:
         mine = self.in_hand.exchange(self._leaders)
         thread = threading.get_ident()
-        self._finishing.add(thread)
+        self._under_way[thread] = arguments, options
         self._lock.release()
         try:
             return function(*arguments, **options)
         finally:
             self._lock.acquire()
-            self._finishing.discard(thread)
+            del self._under_way[thread]
             self._leaders = self.in_hand.exchange(mine)
 
-    def may_close(self) -> bool:
-        """Return whether it is safe to close a descriptor: no stalled thread can be about to use its number.
+    def uses(self, fd: int) -> bool:
+        """Return whether a call of a stalled thread has *fd* among its arguments, also as /proc/self/fd/N.
 
-        If a thread gets no processor for some time, it is replaced before its system call has begun. If its descriptor
-        were closed and reused then, the call would use another file. A thread that sleeps in its system call is safe:
-        the kernel has already looked up its descriptors.
+        Such a descriptor must stay open. A thread that gets no processor is replaced before its system call has begun,
+        and some calls look up a descriptor only after they have slept (renameat(2) in a directory of a file server).
+        If the number were another file's by then, the call would use that file.
         """
-        return not self.stalled or all(map(self._sleeps_in_call, {*self._aside, *self._finishing}))
-
-    def _sleeps_in_call(self, thread: int) -> bool:
-        try:
-            with open(f"/proc/self/task/{self._tids[thread]}/syscall", "rb") as file:
-                call = file.read().split()[0]
-        except OSError:
-            return False
-        return call.isdigit() and call not in _FUTEX  # else "running", or -1 in a page fault
+        path = f"/proc/self/fd/{fd}"
+        return any(
+            argument in (fd, path)
+            for arguments, options in self._under_way.values()
+            for argument in (*arguments, *options.values())
+        )
 
     def must_leave(self) -> bool:
         """Return whether this thread was replaced while it served its request, and must return from *serve*.
@@ -269,7 +265,6 @@ class Leadership:
 
     def _be_follower(self, number: int) -> None:
         self._numbers[threading.get_ident()] = number
-        self._tids[threading.get_ident()] = threading.get_native_id()
         syscalls.unshare(_CLONE_FS)  # give each thread its own umask
         try:
             self._take_turns(False)
@@ -307,16 +302,17 @@ class Leadership:
         with suppress(RuntimeError):  # no thread waits, or another thread has released it
             self._bell.release()
 
-    def _replace(self, current: list[None]) -> bool:
+    def _replace(self, current: list[_Arguments]) -> bool:
         """Become the leader. Return False if the leader's call has just ended."""
         try:
-            current.pop()
+            arguments = current.pop()
         except IndexError:
             return False
         # From here on this thread owns the lock: the old leader finds its item gone and waits for the lock.
         old, self._leader = self._leader, threading.get_ident()
         self._in_call = []
         self.stalled += 1
+        self._under_way[old] = arguments
         self._aside[old] = self.in_hand.set_aside(self._numbers[self._leader])
         if self._threads - 1 - self.stalled < 1:
             self._start_follower()

@@ -52,10 +52,10 @@ CACHED = 1 << 4
 # WRITE: the data is in the slot's pipe instead of in the slot, see `llloop.shared.pipes`.
 PIPED = 1 << 5
 # PROBE: ask the server of a network file system, because a cache may answer a request for attributes.
-SERVER = 1 << 6
+ASK_SERVER = 1 << 6
 # READ, WRITE of a file without a meaningful size (such as in proc(5)): make one system call only, because a second one
 # would read other data, or write a separate message.
-ONCE = 1 << 8
+SINGLE_CALL = 1 << 8
 # Make the kernel drop cached pages of the inode, after it has written dirty ones: after a WRITE the pages of its range,
 # before an LSEEK all.
 INVALIDATE = 1 << 9
@@ -166,7 +166,7 @@ def decode_strictly(data: bytes) -> Request:
     return request
 
 
-def decode_wanted(data: bytes) -> tuple[int, int, int, int]:
+def decode_invalidation(data: bytes) -> tuple[int, int, int, int]:
     """Return a worker's order to the invalidator: `unique` of its request, inode, offset and length in bytes."""
     unique, nodeid, offset, length = _unpack(data)
     return unique, nodeid, offset, length

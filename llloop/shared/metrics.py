@@ -18,9 +18,9 @@ from llloop.linux.fuse import Opcode
 
 # The cells of one operation. The first ones are the histogram: bucket 0 counts latencies below 1 us, bucket b those
 # from 2**(b-1) to below 2**b us. Every latency that fits into 64 bits of nanoseconds has a bucket.
-ROW = 64
+ROW_SIZE = 64
 BUCKETS = 60
-ERRORS, BYTES, NANOSECONDS = range(BUCKETS + 1, ROW)
+ERRORS, BYTES, NANOSECONDS = range(BUCKETS + 1, ROW_SIZE)
 # Requests with an unknown opcode count as operation 0.
 OPERATIONS = max(Opcode) + 1
 UNKNOWN = "UNKNOWN"
@@ -32,7 +32,7 @@ OTHER = "OTHER"
 # Errnos that describe a normal state, such as a missing file, or an invalid call of a program. Every local file system
 # returns them in everyday use, so they do not count as errors. ESTALE is among them: with it, llloop tells the kernel
 # that the source has changed, and the kernel looks up the name again.
-ORDINARY = frozenset(
+EXPECTED_ERRNOS = frozenset(
     errno.errorcode[number]
     for number in (
         *(errno.ENOENT, errno.ENODATA, errno.ERANGE, errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR),
@@ -69,7 +69,7 @@ class Count(NamedTuple):
 
     Attributes:
         requests: the number of finished requests.
-        errors: how many of them were answered with an errno that is not among `ORDINARY`.
+        errors: how many of them were answered with an errno that is not among `EXPECTED_ERRNOS`.
         bytes: the bytes of file data that were read, written or copied.
         nanoseconds: the sum of the latencies, measured from the moment when the front took the request.
         histogram: the number of latencies in each bucket.
@@ -96,8 +96,8 @@ class Count(NamedTuple):
         )
 
 
-class Sheet:
-    """The counters of one process: for each opcode a row of `ROW` cells, then for each opcode a cell per errno.
+class ProcessCounters:
+    """The counters of one process: for each opcode a row of `ROW_SIZE` cells, then for each opcode a cell per errno.
 
     Args:
         cells: the shared memory, `CELLS` long; default: memory that nobody reads.
@@ -107,13 +107,13 @@ class Sheet:
         errnos: the errno cells of each operation, by opcode.
     """
 
-    CELLS = (ROW + ERRNOS) * OPERATIONS
+    CELLS = (ROW_SIZE + ERRNOS) * OPERATIONS
     __slots__ = ("errnos", "rows")
 
     def __init__(self, cells: memoryview | None = None) -> None:
         memory = memoryview(bytearray(8 * self.CELLS)).cast("Q") if cells is None else cells
-        self.rows = [memory[ROW * opcode : ROW * (opcode + 1)] for opcode in range(OPERATIONS)]
-        errnos = memory[ROW * OPERATIONS :]
+        self.rows = [memory[ROW_SIZE * opcode : ROW_SIZE * (opcode + 1)] for opcode in range(OPERATIONS)]
+        errnos = memory[ROW_SIZE * OPERATIONS :]
         self.errnos = [errnos[ERRNOS * opcode : ERRNOS * (opcode + 1)] for opcode in range(OPERATIONS)]
 
     def finished(self, opcode: int, nanoseconds: int) -> None:
@@ -140,7 +140,7 @@ class Sheet:
                 histogram = tuple(cells[:BUCKETS])
                 # Read the errno cells only if there are errors: untouched memory occupies no pages.
                 errnos = self._errnos(opcode) if cells[ERRORS] else {}
-                errors = sum(count for name, count in errnos.items() if name not in ORDINARY)
+                errors = sum(count for name, count in errnos.items() if name not in EXPECTED_ERRNOS)
                 found[name_of(opcode)] = Count(
                     sum(histogram), errors, cells[BYTES], cells[NANOSECONDS], trimmed(histogram), errnos
                 )
@@ -166,13 +166,15 @@ class Metrics:
     """
 
     def __init__(self, workers: int, slots: int) -> None:
-        sheet = Sheet.CELLS
-        cells = memoryview(mmap.mmap(-1, 8 * (sheet * (workers + 1) + ROW + slots))).cast("Q")
-        self.front = Sheet(cells[:sheet])
-        self.workers = [Sheet(cells[sheet * number : sheet * (number + 1)]) for number in range(1, workers + 1)]
+        sheet = ProcessCounters.CELLS
+        cells = memoryview(mmap.mmap(-1, 8 * (sheet * (workers + 1) + ROW_SIZE + slots))).cast("Q")
+        self.front = ProcessCounters(cells[:sheet])
+        self.workers = [
+            ProcessCounters(cells[sheet * number : sheet * (number + 1)]) for number in range(1, workers + 1)
+        ]
         rest = cells[sheet * (workers + 1) :]
-        self.gauges = rest[:ROW]
-        self.begun = rest[ROW:]
+        self.gauges = rest[:ROW_SIZE]
+        self.begun = rest[ROW_SIZE:]
 
     def gauge(self, which: Gauge) -> memoryview:
         """Return a memoryview of one gauge, for writing."""

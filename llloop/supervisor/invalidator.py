@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from llloop.linux.credentials import drop_capabilities_except
 from llloop.shared import notifications
-from llloop.shared.messages import MAX_MESSAGE, Operation, decode_wanted, encode
+from llloop.shared.messages import MAX_MESSAGE, Operation, decode_invalidation, encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ def run_invalidator(setup: InvalidatorSetup) -> None:
 def _serve(device: int, wanted: int, pipe: int) -> None:
     """Do what one worker asks for, one after the other."""
     while message := os.read(wanted, MAX_MESSAGE):
-        unique, nodeid, offset, length = decode_wanted(message)
+        unique, nodeid, offset, length = decode_invalidation(message)
         try:
             notifications.drop_pages(device, nodeid, offset, length)
         except OSError as error:

@@ -11,14 +11,14 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.mirror import Mirror
+from tests.server import Server
 from tests.server_processes import process_ids, titles, wait_until
 
 # A restart under load takes so long at most, in seconds.
 RESTART = 30.0
 
 
-def waiting_in(mirror: Mirror) -> str:
+def waiting_in(server: Server) -> str:
     """What those who work in the mount are waiting for in the kernel."""
     found = []
     for entry in os.listdir("/proc"):
@@ -27,7 +27,7 @@ def waiting_in(mirror: Mirror) -> str:
                 process = Path("/proc", entry)
                 command = process.joinpath("cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
                 where = process.joinpath("wchan").read_text()
-                if where.startswith(("fuse", "request_wait")) or str(mirror.mountpoint) in command:
+                if where.startswith(("fuse", "request_wait")) or str(server.mountpoint) in command:
                     found.append(f"{entry} {command[:200]}: {where}\n{process.joinpath('stack').read_text()}")
     return "\n".join(found)
 
@@ -56,13 +56,13 @@ class Killer:
     the other has a new partner; before that neither is killed, unless *both* says so. Workers may die at any time.
 
     Args:
-        mirror: whose processes are killed.
+        server: whose processes are killed.
         chance: decides which, and when.
         both: whether front and keeper may die together.
     """
 
-    def __init__(self, mirror: Mirror, chance: random.Random, *, both: bool = False) -> None:
-        self._context = mirror
+    def __init__(self, server: Server, chance: random.Random, *, both: bool = False) -> None:
+        self._context = server
         self._chance = chance
         self._two = (*TWO, *BOTH, *BOTH) if both else TWO
         self.killed: Counter[str] = Counter()

@@ -87,31 +87,31 @@ def test_so_it_is_for_named_files_if_front_and_keeper_die_together(
 def kill_while_working(
     serve: Serve, tmp_path: Path, seconds: float, seed: int, way: str, group: list[Load], *, both: bool
 ) -> None:
-    mirror = serve("--workers", "2", *WAYS[way])
-    if "has_resend" not in mirror.output.read_text():
+    server = serve("--workers", "2", *WAYS[way])
+    if "has_resend" not in server.output.read_text():
         pytest.skip("this kernel does not send a dead front's requests again (Linux 6.9)")
-    mirror.expect_log(r"llloop-(front|keeper|worker-\d+) was killed by signal 9")
+    server.expect_log(r"llloop-(front|keeper|worker-\d+) was killed by signal 9")
     if both:  # one that was closed and removed, of which the kernel had not told the front yet
-        mirror.expect_log("a file that was open when the front died cannot be opened again", required=False)
-        mirror.expect_log("the keeper could not fetch the front's descriptors", required=False)
+        server.expect_log("a file that was open when the front died cannot be opened again", required=False)
+        server.expect_log("the keeper could not fetch the front's descriptors", required=False)
     children = {}
     end = time.monotonic() + seconds
     for number, load in enumerate(group):
         name = load.__name__
-        (mirror.source / name).mkdir()
+        (server.source / name).mkdir()
         scratch = tmp_path / name
         scratch.mkdir()
         place = Place(
-            mirror.mountpoint / name,
-            mirror.source / name,
+            server.mountpoint / name,
+            server.source / name,
             random.Random(seed + number),
             lambda: time.monotonic() < end,
             scratch,
-            direct=_takes_direct(mirror.source),
+            direct=_takes_direct(server.source),
             size=2000 if BY_HAND else 400,
         )
         children[name] = Child(load, place)
-    killer = Killer(mirror, random.Random(seed), both=both)
+    killer = Killer(server, random.Random(seed), both=both)
 
     def all_done() -> bool:
         return all(child.is_done() for child in children.values())
@@ -120,13 +120,13 @@ def kill_while_working(
     try:
         killer.kill_until(all_done, (0.1, 0.4), seconds + LAST_ROUND)
         if not wait_until(all_done, LAST_ROUND):
-            failure = f"a call hangs, or the machine is too slow:\n{waiting_in(mirror)}"
-            abort_connection(str(mirror.mountpoint))
+            failure = f"a call hangs, or the machine is too slow:\n{waiting_in(server)}"
+            abort_connection(str(server.mountpoint))
     except AssertionError as error:
         failure = str(error)
     failures = [f"--- {name}\n{text}" for name, child in children.items() if (text := _outcome(child))]
     told = f"with LLLOOP_CHAOS_SEED={seed}, {way}, {dict(killer.killed)} killed: {failure}"
-    assert not failure and not failures, "\n".join((told, *failures, mirror.log.read_text()))
+    assert not failure and not failures, "\n".join((told, *failures, server.log.read_text()))
     assert killer.killed, "nobody was killed"
     print(told)
 

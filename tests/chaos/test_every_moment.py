@@ -24,7 +24,7 @@ from tests.chaos.deeds import DATA, LISTING, NAMES, Deed
 from tests.conftest import Serve
 from tests.expect import outcome
 from tests.kernel_caches import forget_unused
-from tests.mirror import Mirror
+from tests.server import Server
 from tests.server_processes import descriptors, process_ids, wait_until
 from tests.tracing import Traced
 
@@ -55,22 +55,22 @@ def state(directory: Path) -> dict[str, tuple[object, ...]]:
     return found
 
 
-def process_of(mirror: Mirror, role: str, before: int) -> int:
+def process_of(server: Server, role: str, before: int) -> int:
     found: list[int] = []
 
     def is_there() -> bool:
-        found[:] = process_ids(mirror, role)
+        found[:] = process_ids(server, role)
         return len(found) == 1 and found[0] != before
 
-    assert wait_until(is_there, 30), mirror.all_output()
+    assert wait_until(is_there, 30), server.all_output()
     return found[0]
 
 
 class Moments:
     """Does deeds again and again, each time with a process killed at another moment."""
 
-    def __init__(self, mirror: Mirror, role: str) -> None:
-        self._context = mirror
+    def __init__(self, server: Server, role: str) -> None:
+        self._context = server
         self._role = role
         self._victim = 0
         self._done = 0
@@ -120,32 +120,32 @@ class Moments:
         return traced.passed, killed, (result, state(source))
 
 
-def check_nothing_left(mirror: Mirror) -> None:
+def check_nothing_left(server: Server) -> None:
     """When the kernel has forgotten all, the front is as it was in the beginning."""
-    front = process_of(mirror, "front", 0)
+    front = process_of(server, "front", 0)
     reports = r"(\d+) inodes, (\d+) open handles, (\d+) directories kept open, (\d+) of \d+ slots in use"
 
     def held() -> tuple[list[str], list[tuple[str, ...]]]:
-        os.kill(mirror.pid, signal.SIGUSR1)
+        os.kill(server.pid, signal.SIGUSR1)
         time.sleep(0.2)
-        found = [path for path in descriptors(front) if str(mirror.source) in path and path != str(mirror.source)]
-        return found, list(re.findall(reports, mirror.log.read_text())[-1:])
+        found = [path for path in descriptors(front) if str(server.source) in path and path != str(server.source)]
+        return found, list(re.findall(reports, server.log.read_text())[-1:])
 
     def is_clean() -> bool:
-        forget_unused(mirror.mountpoint)
+        forget_unused(server.mountpoint)
         return held() == ([], [("1", "0", "0", "0")])
 
     assert wait_until(is_clean), f"the front still holds {held()}"
 
 
 @pytest.fixture
-def begin(serve: Serve) -> Callable[..., Mirror]:
-    def start(*arguments: str) -> Mirror:
-        mirror = serve("--workers", "1", *arguments)
-        if "has_resend" not in mirror.output.read_text():
+def begin(serve: Serve) -> Callable[..., Server]:
+    def start(*arguments: str) -> Server:
+        server = serve("--workers", "1", *arguments)
+        if "has_resend" not in server.output.read_text():
             pytest.skip("this kernel does not send a dead front's requests again (Linux 6.9)")
-        mirror.expect_log(r"llloop-(front|worker-0) was killed by signal 9")
-        return mirror
+        server.expect_log(r"llloop-(front|worker-0) was killed by signal 9")
+        return server
 
     return start
 
@@ -169,22 +169,22 @@ if BY_HAND:
         [(role, arguments, deed) for role, arguments, deeds in COMBINED for deed in deeds],
         ids=_title,
     )
-    def test_every_moment(begin: Callable[..., Mirror], role: str, arguments: tuple[str, ...], deed: Deed) -> None:
-        mirror = begin(*arguments)
-        moments = Moments(mirror, role)
+    def test_every_moment(begin: Callable[..., Server], role: str, arguments: tuple[str, ...], deed: Deed) -> None:
+        server = begin(*arguments)
+        moments = Moments(server, role)
         # The listing has too many moments, which are all alike.
         assert moments.kill_at(deed, range(1, 1 << 30, 397 if deed is LISTING else 1)) > 2
-        check_nothing_left(mirror)
+        check_nothing_left(server)
 
 else:
 
     @pytest.mark.parametrize("part", range(3))
     @pytest.mark.parametrize(("role", "arguments", "deeds"), COMBINED, ids=lambda what: "")
     def test_some_moments(
-        begin: Callable[..., Mirror], seed: int, role: str, arguments: tuple[str, ...], deeds: list[Deed], part: int
+        begin: Callable[..., Server], seed: int, role: str, arguments: tuple[str, ...], deeds: list[Deed], part: int
     ) -> None:
-        mirror = begin(*arguments)
-        moments = Moments(mirror, role)
+        server = begin(*arguments)
+        moments = Moments(server, role)
         chance = random.Random(seed)
         for deed in deeds[part::3]:
             stops = moments.count_stops(deed)
@@ -194,4 +194,4 @@ else:
                 moments.kill_at(deed, chosen)
             except AssertionError as error:
                 raise AssertionError(f"with LLLOOP_CHAOS_SEED={seed}: {error}") from None
-        check_nothing_left(mirror)
+        check_nothing_left(server)

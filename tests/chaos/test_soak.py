@@ -16,7 +16,7 @@ from tests.chaos.killing import Killer
 from tests.chaos.loads import Load, Place
 from tests.conftest import Serve
 from tests.kernel_caches import forget_unused
-from tests.mirror import Mirror
+from tests.server import Server
 from tests.server_processes import descriptors, private_memory, titles, wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.mounted, pytest.mark.own_loop, pytest.mark.by_workers]
@@ -26,7 +26,7 @@ LOADS: list[Load] = [loads.names, loads.unlinked, loads.xattrs, loads.appends, l
 TOLERANCE = 4 << 20
 
 
-def work(mirror: Mirror, scratch: Path, chance: random.Random, seconds: float) -> None:
+def work(server: Server, scratch: Path, chance: random.Random, seconds: float) -> None:
     """All loads, one beside the other, and nothing left of them."""
     end = time.monotonic() + seconds
 
@@ -36,19 +36,19 @@ def work(mirror: Mirror, scratch: Path, chance: random.Random, seconds: float) -
     calls = []
     for load in LOADS:
         name = load.__name__
-        (mirror.source / name).mkdir(exist_ok=True)
-        place = Place(mirror.mountpoint / name, mirror.source / name, chance, more, scratch, direct=False, size=0)
+        (server.source / name).mkdir(exist_ok=True)
+        place = Place(server.mountpoint / name, server.source / name, chance, more, scratch, direct=False, size=0)
         calls.append((load, (place,)))
     run_together(calls)
     for load in LOADS:
-        for path in (mirror.mountpoint / load.__name__).iterdir():
+        for path in (server.mountpoint / load.__name__).iterdir():
             path.unlink()
 
 
-def state(mirror: Mirror) -> dict[str, list[str]]:
+def state(server: Server) -> dict[str, list[str]]:
     """What each process has open, when the kernel has forgotten what it does not use."""
-    forget_unused(mirror.mountpoint)
-    pids = titles(mirror)
+    forget_unused(server.mountpoint)
+    pids = titles(server)
     found = {}
     for title, pid in pids.items():
         paths = [re.sub(r"\d+", "", path) for path in descriptors(pid)]
@@ -58,46 +58,46 @@ def state(mirror: Mirror) -> dict[str, list[str]]:
     return found
 
 
-def settled(mirror: Mirror) -> dict[str, list[str]]:
+def settled(server: Server) -> dict[str, list[str]]:
     """The state, when it is the same twice: the kernel tells a moment later what it has forgotten."""
-    last = state(mirror)
-    while (now := state(mirror)) != last:
+    last = state(server)
+    while (now := state(server)) != last:
         last = now
     return now
 
 
-def same_again(mirror: Mirror, before: dict[str, list[str]]) -> None:
+def same_again(server: Server, before: dict[str, list[str]]) -> None:
     def is_same() -> bool:
-        return state(mirror) == before
+        return state(server) == before
 
     assert wait_until(is_same, 20), {
         title: set(paths) ^ set(before[title]) or (len(paths), len(before[title]))
-        for title, paths in state(mirror).items()
+        for title, paths in state(server).items()
         if paths != before[title]
     }
 
 
 def test_nothing_grows(serve: Serve, tmp_path: Path, seconds: float, seed: int) -> None:
-    mirror = serve("--workers", "2")
+    server = serve("--workers", "2")
     chance = random.Random(seed)
-    work(mirror, tmp_path, chance, seconds / 2)
-    before = settled(mirror)
-    memory = {title: private_memory(pid) for title, pid in titles(mirror).items()}
-    work(mirror, tmp_path, chance, seconds)
-    same_again(mirror, before)
-    grown = {title: private_memory(pid) - memory[title] for title, pid in titles(mirror).items()}
+    work(server, tmp_path, chance, seconds / 2)
+    before = settled(server)
+    memory = {title: private_memory(pid) for title, pid in titles(server).items()}
+    work(server, tmp_path, chance, seconds)
+    same_again(server, before)
+    grown = {title: private_memory(pid) - memory[title] for title, pid in titles(server).items()}
     assert all(growth < TOLERANCE for growth in grown.values()), grown
 
 
 def test_nothing_grows_when_processes_die(serve: Serve, tmp_path: Path, seconds: float, seed: int) -> None:
     """What a dead process has left in the middle of its work is found and put in order by those after it."""
-    mirror = serve("--workers", "2")
-    mirror.expect_log(r"llloop-(front|keeper|worker-\d+) was killed by signal 9")
+    server = serve("--workers", "2")
+    server.expect_log(r"llloop-(front|keeper|worker-\d+) was killed by signal 9")
     chance = random.Random(seed)
-    killer = Killer(mirror, chance)
+    killer = Killer(server, chance)
 
     def work_and_kill(seconds: float) -> None:
-        working = Child(work, mirror, tmp_path, random.Random(seed), seconds)
+        working = Child(work, server, tmp_path, random.Random(seed), seconds)
         killer.kill_until(working.is_done, (0.1, 0.3), seconds + LAST_ROUND)
         working.result()
 
@@ -106,11 +106,11 @@ def test_nothing_grows_when_processes_die(serve: Serve, tmp_path: Path, seconds:
         for role in ("keeper", "front"):
             killer.kill(role)
         killer.wait_for_all()
-        before = settled(mirror)
-        supervisor = private_memory(mirror.pid)
+        before = settled(server)
+        supervisor = private_memory(server.pid)
         work_and_kill(seconds)
         killer.wait_for_all()
-        same_again(mirror, before)
-        assert private_memory(mirror.pid) - supervisor < TOLERANCE
+        same_again(server, before)
+        assert private_memory(server.pid) - supervisor < TOLERANCE
     except AssertionError as error:
         raise AssertionError(f"with LLLOOP_CHAOS_SEED={seed}: {error}") from None

@@ -22,7 +22,7 @@ from tests.deploy.playbook import (
     controller_environment,
     run_here,
 )
-from tests.mirror import reachable_directory, remove_tree
+from tests.server import reachable_directory, remove_tree
 from tests.server_processes import wait_until
 from tests.watchdog import mount_entry, unmount_lazily
 

@@ -47,7 +47,7 @@ def podman(machine: Machine, store: str) -> Run:
 
 
 @pytest.fixture
-def mirror(machine: Machine) -> Iterator[str]:
+def server(machine: Machine) -> Iterator[str]:
     """A mirror in a shared mount of the host: what is mounted there later is seen by those who were given that one."""
     machine.run("mkdir", "-p", "/srv/source", "/srv/mirrors")
     machine.path("/srv/source/file").write_text("from the host\n")
@@ -80,25 +80,25 @@ def test_without_either_it_says_what_is_missing(podman: Run, options: tuple[str,
     assert complaint in done.stdout
 
 
-def test_a_container_reads_and_writes_what_the_host_mirrors(machine: Machine, podman: Run, mirror: str) -> None:
-    done = podman("cat /data/file; echo changed >/data/file; ls /data", f"--volume={mirror}:/data")
+def test_a_container_reads_and_writes_what_the_host_mirrors(machine: Machine, podman: Run, server: str) -> None:
+    done = podman("cat /data/file; echo changed >/data/file; ls /data", f"--volume={server}:/data")
     assert done.stdout == "from the host\nfile\n"
     assert machine.path("/srv/source/file").read_text() == "changed\n"
 
 
-def test_a_container_only_reads_what_it_is_given_read_only(machine: Machine, podman: Run, mirror: str) -> None:
-    done = podman("cat /data/file; echo changed >/data/file", f"--volume={mirror}:/data:ro")
+def test_a_container_only_reads_what_it_is_given_read_only(machine: Machine, podman: Run, server: str) -> None:
+    done = podman("cat /data/file; echo changed >/data/file", f"--volume={server}:/data:ro")
     assert done.stdout.startswith("from the host\n")
     assert "Read-only file system" in done.stdout
     assert machine.path("/srv/source/file").read_text() == "from the host\n"
 
 
-def test_a_container_with_propagation_sees_what_is_mounted_later(machine: Machine, podman: Run, mirror: str) -> None:
-    machine.run(LLLOOP, "umount", mirror)
+def test_a_container_with_propagation_sees_what_is_mounted_later(machine: Machine, podman: Run, server: str) -> None:
+    machine.run(LLLOOP, "umount", server)
     machine.run("mkdir", "-p", "/srv/signals")
     script = "touch /signals/up; until [ -e /data/photos/file ]; do sleep 0.1; done; cat /data/photos/file"
-    serve = f"until [ -e /srv/signals/up ]; do sleep 0.1; done; {LLLOOP} serve --daemon /srv/source {mirror}"
+    serve = f"until [ -e /srv/signals/up ]; do sleep 0.1; done; {LLLOOP} serve --daemon /srv/source {server}"
     machine.run("systemd-run", "--quiet", "--collect", "-p", "Type=forking", "--no-block", "sh", "-c", serve)
-    volumes = ("--volume=/srv/signals:/signals", f"--volume={os.path.dirname(mirror)}:/data:rslave")
+    volumes = ("--volume=/srv/signals:/signals", f"--volume={os.path.dirname(server)}:/data:rslave")
     done = podman(f"timeout 20 sh -c '{script}'", *volumes)
     assert (done.returncode, done.stdout) == (0, "from the host\n")

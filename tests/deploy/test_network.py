@@ -23,7 +23,7 @@ import pytest
 
 from tests.conftest import Serve
 from tests.expect import pattern
-from tests.mirror import Mirror, reachable_directory, remove_tree
+from tests.server import Server, reachable_directory, remove_tree
 from tests.server_processes import titles, wait_until
 from tests.watchdog import abort_connection, unmount_lazily
 
@@ -50,13 +50,13 @@ class Remote:
 
     Attributes:
         directory: what the server serves.
-        server: the process id of its sshd.
+        sshd_pid: the process id of its sshd.
     """
 
     directory: Path
     state: Path
     port: int
-    server: int
+    sshd_pid: int
     mounted: list[Path]
 
     def mount(self, mountpoint: Path) -> None:
@@ -71,7 +71,7 @@ class Remote:
 
     def processes(self) -> list[int]:
         """The server's processes, those that serve files among them."""
-        found, fresh = [], [self.server]
+        found, fresh = [], [self.sshd_pid]
         while fresh:
             found += fresh
             fresh = [int(child) for pid in fresh for child in children(pid)]
@@ -159,8 +159,8 @@ def far(remote: Remote) -> Iterator[Path]:
     yield mountpoint
 
 
-def ready_line(mirror: Mirror) -> str:
-    return mirror.output.read_text()
+def ready_line(server: Server) -> str:
+    return server.output.read_text()
 
 
 class Intent:
@@ -190,9 +190,9 @@ def llloop(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_what_is_done_through_the_mount_is_done_on_the_server(remote: Remote, far: Path, serve: Serve) -> None:
-    mirror = serve("--workers", "2", source=far)
-    assert "metadata through workers" in ready_line(mirror)
-    mnt, there = mirror.mountpoint, remote.directory
+    server = serve("--workers", "2", source=far)
+    assert "metadata through workers" in ready_line(server)
+    mnt, there = server.mountpoint, remote.directory
 
     data = pattern(LARGE)
     (mnt / "large").write_bytes(data)
@@ -262,8 +262,8 @@ def test_what_hangs_keeps_nothing_else_waiting(remote: Remote, serve: Serve) -> 
     source = remote.state / "source"
     source.mkdir()
     split(source, remote)
-    mirror = serve("--workers", "8", "--metadata", "workers", "--cache", "never", source=source)
-    mnt = mirror.mountpoint
+    server = serve("--workers", "8", "--metadata", "workers", "--cache", "never", source=source)
+    mnt = server.mountpoint
     assert (mnt / "far" / "file").stat().st_size == LARGE
     assert all(use(mnt / f"near{number}") for number in range(32))
 
@@ -291,21 +291,21 @@ def test_what_hangs_keeps_nothing_else_waiting(remote: Remote, serve: Serve) -> 
     assert (mnt / "far" / "file").read_bytes() == pattern(LARGE)
 
 
-def four_readers(mirror: Mirror) -> list[Intent]:
+def four_readers(server: Server) -> list[Intent]:
     """Read a file, which hangs."""
-    intents = [Intent((mirror.mountpoint / "file").read_bytes) for _ in range(4)]
+    intents = [Intent((server.mountpoint / "file").read_bytes) for _ in range(4)]
     assert not intents[0].over(PATIENCE)
     return intents
 
 
 def test_a_worker_that_is_replaced_while_it_looks_keeps_nobody_waiting(remote: Remote, far: Path, serve: Serve) -> None:
     (remote.directory / "file").write_bytes(b"data")
-    mirror = serve("--workers", "2", "--cache", "never", source=far)
-    mirror.expect_log("llloop-worker-. was killed by signal 9; a new process takes over")
+    server = serve("--workers", "2", "--cache", "never", source=far)
+    server.expect_log("llloop-worker-. was killed by signal 9; a new process takes over")
     remote.hang()
     try:
-        stuck = four_readers(mirror)
-        for title, pid in titles(mirror).items():
+        stuck = four_readers(server)
+        for title, pid in titles(server).items():
             if "worker" in title:
                 os.kill(pid, signal.SIGKILL)
     finally:
@@ -315,14 +315,14 @@ def test_a_worker_that_is_replaced_while_it_looks_keeps_nobody_waiting(remote: R
 
 def test_a_front_that_is_replaced_is_asked_again(remote: Remote, far: Path, serve: Serve) -> None:
     (remote.directory / "file").write_bytes(b"data")
-    mirror = serve("--workers", "2", "--cache", "never", source=far)
-    if "has_resend" not in ready_line(mirror):
+    server = serve("--workers", "2", "--cache", "never", source=far)
+    if "has_resend" not in ready_line(server):
         pytest.skip("this kernel does not send requests again")
-    mirror.expect_log("llloop-front was killed by signal 9; a new process takes over")
+    server.expect_log("llloop-front was killed by signal 9; a new process takes over")
     remote.hang()
     try:
-        stuck = four_readers(mirror)
-        os.kill(titles(mirror)["llloop-front"], signal.SIGKILL)
+        stuck = four_readers(server)
+        os.kill(titles(server)["llloop-front"], signal.SIGKILL)
         assert not stuck[0].over(PATIENCE)
     finally:
         remote.come_back()
@@ -331,44 +331,44 @@ def test_a_front_that_is_replaced_is_asked_again(remote: Remote, far: Path, serv
 
 def test_a_mount_of_a_server_that_hangs_can_be_detached(remote: Remote, far: Path, serve: Serve) -> None:
     (remote.directory / "file").write_bytes(b"data")
-    mirror = serve("--workers", "2", "--cache", "never", source=far)
+    server = serve("--workers", "2", "--cache", "never", source=far)
     remote.hang()
     try:
-        stuck = Intent(lambda: os.listdir(mirror.mountpoint))
+        stuck = Intent(lambda: os.listdir(server.mountpoint))
         assert not stuck.over(PATIENCE)
-        detached = llloop("umount", "--lazy", str(mirror.mountpoint))
+        detached = llloop("umount", "--lazy", str(server.mountpoint))
         assert detached.returncode == 0, detached.stderr
-        assert not mirror.mounted()
+        assert not server.mounted()
     finally:
         remote.come_back()
     # Who was in it may go on, and the mount ends after the last has left.
     assert stuck.over(20)
     assert stuck.result == ["file"]
-    assert mirror.process is not None
-    assert mirror.process.wait(20) == 0
+    assert server.process is not None
+    assert server.process.wait(20) == 0
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_mount_of_a_server_that_hangs_can_be_stopped(remote: Remote, far: Path, serve: Serve) -> None:
     (remote.directory / "file").write_bytes(b"data")
-    mirror = serve("--workers", "2", "--cache", "never", source=far)
-    mirror.expect_log("busy: detaching it lazily", required=False)
-    mirror.expect_log("is busy, detaching it lazily", required=False)
-    mirror.expect_log("is still in use after")
-    mirror.expect_log("llloop-worker-. waits for the source and ends only when")
+    server = serve("--workers", "2", "--cache", "never", source=far)
+    server.expect_log("busy: detaching it lazily", required=False)
+    server.expect_log("is busy, detaching it lazily", required=False)
+    server.expect_log("is still in use after")
+    server.expect_log("llloop-worker-. waits for the source and ends only when")
     remote.hang()
     try:
-        stuck = Intent(lambda: os.listdir(mirror.mountpoint))
+        stuck = Intent(lambda: os.listdir(server.mountpoint))
         assert not stuck.over(PATIENCE)
-        assert mirror.process is not None
-        mirror.process.send_signal(signal.SIGTERM)
-        assert mirror.process.wait(45) == 0
-        assert not mirror.mounted()
+        assert server.process is not None
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(45) == 0
+        assert not server.mounted()
     finally:
         remote.come_back()
     # A worker that waits for an answer cannot be killed before it comes, and with it the connection to the kernel ends.
     assert stuck.over(20)
     assert stuck.error is not None
     assert stuck.error.errno in (errno.ENOTCONN, errno.ECONNABORTED)
-    assert wait_until(lambda: not mirror.processes())
+    assert wait_until(lambda: not server.processes())

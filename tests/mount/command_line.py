@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.mirror import Mirror
+from tests.server import Server
 from tests.watchdog import kill_session, mount_entry, processes_of_session
 
 SECONDS = 30.0
@@ -104,15 +104,15 @@ def check_complaint(ended: Ended, code: int, pattern: str) -> str:
 
 
 @contextlib.contextmanager
-def ground(mirror: Mirror, via: str) -> Iterator[Ground]:
+def ground(server: Server, via: str) -> Iterator[Ground]:
     try:
         loop = ("--loop", "llfuse") if via == "llfuse" else ()
-        yield Ground(mirror.source, mirror.mountpoint, mirror.state, loop)
+        yield Ground(server.source, server.mountpoint, server.state, loop)
     finally:
-        mirror.forget_files()
+        server.forget_files()
 
 
-def stopped(server: Mirror) -> None:
+def stopped(server: Server) -> None:
     """The server has been told to stop in some way: it ends with 0, unmounted, with all its processes."""
     assert server.process
     code = server.process.wait(SECONDS)

@@ -30,15 +30,15 @@ def is_accessed(path: Path) -> bool:
     ["", "--cache always", "--cache never", "--writeback", pytest.param("--io kernel", marks=pytest.mark.root)],
 )
 def test_a_read_of_cached_pages_sets_the_access_time(serve: Serve, mode: str) -> None:
-    mirror = serve(*mode.split())
-    twins = mirror.mountpoint / "file", mirror.source / "native"
+    server = serve(*mode.split())
+    twins = server.mountpoint / "file", server.source / "native"
     for path in twins:
         path.write_bytes(b"data")
         with opened(path, os.O_RDONLY) as descriptor:  # so that --writeback keeps no times of its own any more
             os.fsync(descriptor)
         os.utime(path, ns=(LONG_AGO, LONG_AGO))
     # The kernel keeps pages only of files whose last change lies a second back.
-    time.sleep(max(0.0, os.stat(mirror.source / "file").st_ctime + 1.1 - time.time()))
+    time.sleep(max(0.0, os.stat(server.source / "file").st_ctime + 1.1 - time.time()))
     for _ in range(3):
         for path in twins:
             assert read(path, os.O_NOATIME) == b"data"
@@ -47,4 +47,4 @@ def test_a_read_of_cached_pages_sets_the_access_time(serve: Serve, mode: str) ->
         assert read(path) == b"data"
     mounted, native = map(is_accessed, twins)
     assert mounted == native
-    assert is_accessed(mirror.source / "file") == native
+    assert is_accessed(server.source / "file") == native

@@ -15,7 +15,7 @@ import pytest
 
 from tests.as_user import Caller, run_as
 from tests.conftest import Serve
-from tests.mirror import Tree
+from tests.server import Tree
 from tests.twins import Twins, outcome_of, outcomes
 
 pytestmark = [pytest.mark.root, pytest.mark.own_loop]
@@ -294,9 +294,9 @@ def test_setfacl_and_getfacl_work(tree: Tree) -> None:
 
 @pytest.mark.parametrize("option", ["never", "auto"])
 def test_an_acl_changed_in_the_source_is_enforced(serve: Serve, option: str) -> None:
-    mirror = serve("--cache", option)
-    path = make_file(mirror.source / "file", 0o600)
-    mounted = mirror.mountpoint / "file"
+    server = serve("--cache", option)
+    path = make_file(server.source / "file", 0o600)
+    mounted = server.mountpoint / "file"
     assert run_as(NAMED, try_to_open, mounted)["read"] == "EACCES"
     os.setxattr(path, ACCESS, acl(R | W, 0, 0, mask=R, users={4002: R}))
     time.sleep(1.1 if option == "auto" else 0)

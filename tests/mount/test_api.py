@@ -16,8 +16,8 @@ import pytest
 
 import llloop
 from llloop import errors
-from tests.mirror import Mirror
 from tests.mount.command_line import Ground, environment, ground, process_titles, wait_until
+from tests.server import Server
 from tests.watchdog import Watchdog, kill_session, mount_entry, processes_of_session, unmount_lazily
 
 pytestmark = [pytest.mark.mounted, pytest.mark.user]
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.mounted, pytest.mark.user]
 
 @pytest.fixture
 def place(via: str, watchdog: Watchdog) -> Iterator[Ground]:
-    with ground(Mirror.prepare(via, watchdog), via) as prepared:
+    with ground(Server.prepare(via, watchdog), via) as prepared:
         try:
             yield prepared
         finally:

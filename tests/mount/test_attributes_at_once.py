@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Serve
-from tests.mirror import Mirror
+from tests.server import Server
 from tests.syscalls import AT_STATX_DONT_SYNC as AS_CACHED
 from tests.syscalls import AT_SYMLINK_NOFOLLOW as NOFOLLOW
 from tests.syscalls import FALLOC_FL_KEEP_SIZE, RENAME_EXCHANGE, Statx, fallocate, opened, renameat2, statx
@@ -94,12 +94,12 @@ def field_of(found: Statx, field: str) -> int:
     return int(value if isinstance(value, int) else value.ns)
 
 
-def stale(mirror: Mirror, name: str, deed: Callable[[Path], object], fields: set[str]) -> set[str]:
+def stale(server: Server, name: str, deed: Callable[[Path], object], fields: set[str]) -> set[str]:
     """Do a deed in a directory of its own; ask for each field of what it has changed alone; return what is wrong."""
     wrong = set()
     asked: set[tuple[str, str]] = set()
     for intent in range(50):
-        source, mounted = (top / f"{name} {intent}" for top in (mirror.source, mirror.mountpoint))
+        source, mounted = (top / f"{name} {intent}" for top in (server.source, server.mountpoint))
         make(source)
         for path in paths(mounted):
             statx(path)
@@ -127,11 +127,11 @@ def stale(mirror: Mirror, name: str, deed: Callable[[Path], object], fields: set
     "options", [[], ["--io=kernel"], ["--writeback"], ["--cache=never"], ["--cache=always"]], ids=str
 )
 def test_what_was_changed_is_seen(serve: Serve, serve_options: list[str], options: list[str]) -> None:
-    mirror = serve(*options)
+    server = serve(*options)
     fields = set(FIELDS)
     if "--writeback" in [*options, *serve_options]:
         fields -= KEPT_BY_KERNEL
     deeds = dict(DEEDS)
     if "--io=kernel" in [*options, *serve_options]:
         del deeds["store"]  # it goes to the pages of the source, past FUSE
-    assert set().union(*(stale(mirror, name, deed, fields) for name, deed in deeds.items())) == set()
+    assert set().union(*(stale(server, name, deed, fields) for name, deed in deeds.items())) == set()

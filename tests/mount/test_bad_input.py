@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Serve
-from tests.mirror import Mirror
 from tests.mount.command_line import Ground, check_complaint, ground, llloop, wait_until
+from tests.server import Server
 from tests.server_processes import kill_all_at_once
 from tests.watchdog import Watchdog, kill_session, mount_entry, unmount_lazily
 
@@ -30,7 +30,7 @@ def not_by_the_fallback(via: str) -> None:
 
 @pytest.fixture
 def place(via: str, watchdog: Watchdog) -> Iterator[Ground]:
-    prepared = Mirror.prepare(via, watchdog)
+    prepared = Server.prepare(via, watchdog)
     with ground(prepared, via) as empty:
         yield empty
         if mount_entry(str(empty.mountpoint)):
@@ -167,7 +167,7 @@ def test_a_mount_point_where_another_file_system_is(place: Ground) -> None:
 
 
 @pytest.fixture
-def dead(serve: Serve) -> Iterator[Mirror]:
+def dead(serve: Serve) -> Iterator[Server]:
     server = serve()
     kill_all_at_once(server)
     wait_until(lambda: not server.processes(), "the server's processes are gone")
@@ -185,13 +185,13 @@ def dead(serve: Serve) -> Iterator[Mirror]:
     server.clean_up()
 
 
-def test_a_dead_mount_is_named_with_its_cure(dead: Mirror) -> None:
+def test_a_dead_mount_is_named_with_its_cure(dead: Server) -> None:
     complaint = check_complaint(llloop("serve", dead.source, dead.mountpoint), DEAD, "dead")
     assert "--replace-dead" in complaint or "umount" in complaint
     assert dead.mounted(), "nothing is unmounted unasked"
 
 
-def test_a_dead_mount_is_replaced_if_asked(dead: Mirror, serve: Serve) -> None:
+def test_a_dead_mount_is_replaced_if_asked(dead: Server, serve: Serve) -> None:
     (dead.source / "file").write_text("content")
     process = subprocess.Popen(
         [sys.executable, "-m", "llloop", "serve", dead.source, dead.mountpoint, "--replace-dead"],
@@ -214,7 +214,7 @@ def test_a_dead_mount_is_replaced_if_asked(dead: Mirror, serve: Serve) -> None:
     assert not dead.mounted()
 
 
-def test_a_dead_mount_as_the_source(dead: Mirror, place: Ground) -> None:
+def test_a_dead_mount_as_the_source(dead: Server, place: Ground) -> None:
     ended = llloop("serve", dead.mountpoint, place.mountpoint)
     place.check_refused(ended, SOURCE, "not connected|dead")
 

@@ -18,7 +18,6 @@ import pytest
 from llloop.version import __version__
 from tests.as_user import Caller, run_as
 from tests.conftest import Serve
-from tests.mirror import READY, Mirror
 from tests.mount.command_line import (
     Ground,
     check_complaint,
@@ -29,6 +28,7 @@ from tests.mount.command_line import (
     stopped,
     wait_until,
 )
+from tests.server import READY, Server
 from tests.server_processes import kill_all_at_once
 from tests.watchdog import Watchdog, kill_session, mount_entry, processes_of_session, unmount_lazily
 
@@ -39,11 +39,11 @@ NOBODY = Caller(uid=65534, gid=65534)
 
 @pytest.fixture
 def place(via: str, watchdog: Watchdog) -> Iterator[Ground]:
-    with ground(Mirror.prepare(via, watchdog), via) as prepared:
+    with ground(Server.prepare(via, watchdog), via) as prepared:
         yield prepared
 
 
-def ready_line(server: Mirror) -> str:
+def ready_line(server: Server) -> str:
     (line,) = [line for line in server.output.read_text().splitlines() if line.startswith(READY)]
     return line
 
@@ -351,12 +351,12 @@ def test_without_daemon_the_pid_file_is_written_too(serve: Serve, tmp_path: Path
 # Stopping
 
 
-def terminate_twice(server: Mirror) -> None:
+def terminate_twice(server: Server) -> None:
     os.kill(server.pid, signal.SIGTERM)
     os.kill(server.pid, signal.SIGTERM)
 
 
-STOPS: dict[str, Callable[[Mirror], object]] = {
+STOPS: dict[str, Callable[[Server], object]] = {
     "SIGINT": lambda server: os.kill(server.pid, signal.SIGINT),
     "SIGTERM": lambda server: os.kill(server.pid, signal.SIGTERM),
     "Ctrl-C in a terminal": lambda server: os.killpg(server.pid, signal.SIGINT),

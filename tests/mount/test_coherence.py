@@ -17,7 +17,7 @@ import pytest
 from tests import expect
 from tests.conftest import Serve
 from tests.expect import outcome
-from tests.mirror import Mirror, Tree
+from tests.server import Server, Tree
 from tests.syscalls import opened
 from tests.watchdog import Watchdog
 
@@ -47,21 +47,21 @@ class View:
 
 
 @pytest.fixture(scope="module", params=["never", "auto"])
-def patient(request: pytest.FixtureRequest, via: str, serve_options: list[str], watchdog: Watchdog) -> Iterator[Mirror]:
+def patient(request: pytest.FixtureRequest, via: str, serve_options: list[str], watchdog: Watchdog) -> Iterator[Server]:
     """One mount for all tests with the same --cache."""
     options = AUTO if request.param == "auto" else ["--cache", request.param]
-    mirror = Mirror.prepare(via, watchdog, [*serve_options, *options])
+    server = Server.prepare(via, watchdog, [*serve_options, *options])
     try:
-        mirror.start()
-        yield mirror
-        mirror.stop()
+        server.start()
+        yield server
+        server.stop()
     finally:
-        mirror.clean_up()
-        mirror.forget_files()
+        server.clean_up()
+        server.forget_files()
 
 
 @pytest.fixture
-def view(patient: Mirror) -> Iterator[View]:
+def view(patient: Server) -> Iterator[View]:
     if not patient.alive():
         # Another test ended it, and has failed for that; this one is not to fail with it.
         patient.clean_up()
@@ -529,14 +529,14 @@ def test_one_second_is_enough_by_default(tree: Tree) -> None:
 @pytest.mark.mounted
 def test_the_timeouts_are_options(serve: Serve) -> None:
     """Long ones keep, so that the other tests prove more than a server that never lets the kernel cache."""
-    mirror = serve("--attr-timeout", "30", "--entry-timeout", "30", "--negative-timeout", "30")
+    server = serve("--attr-timeout", "30", "--entry-timeout", "30", "--negative-timeout", "30")
 
     def seen(directory: Path) -> list[int | str]:
         return [outcome(lambda name=name: (directory / name).stat().st_size) for name in ("file", "gone", "missing")]
 
     # More than once, as the kernel may drop its caches at any time, for whoever needs the memory.
     for intent in range(5):
-        src, mnt = mirror.source / f"{intent}", mirror.mountpoint / f"{intent}"
+        src, mnt = server.source / f"{intent}", server.mountpoint / f"{intent}"
         src.mkdir()
         (src / "file").write_bytes(b"12345")
         (src / "gone").write_bytes(b"")
@@ -627,8 +627,8 @@ def test_no_read_is_older_than_the_timeout(view: View) -> None:
 def test_directories_that_change_places_in_the_source_hang_nobody(serve: Serve) -> None:
     """Each was seen below the other, and neither is held open by then: the limit of 160 files leaves few kept."""
     command = ["/bin/sh", "-c", 'ulimit -n 160 && exec "$0" "$@"', sys.executable, "-m", "llloop", "serve"]
-    mirror = serve("--workers", "1", command=command)
-    src, mnt = mirror.source, mirror.mountpoint
+    server = serve("--workers", "1", command=command)
+    src, mnt = server.source, server.mountpoint
     (src / "outer/inner").mkdir(parents=True)
     with opened(mnt / "outer/inner", os.O_PATH) as inner:
         assert outcome(os.stat, "nothing", dir_fd=inner) == "ENOENT"
@@ -644,10 +644,10 @@ def test_directories_that_change_places_in_the_source_hang_nobody(serve: Serve) 
 
 
 def test_a_listing_that_the_kernel_keeps_is_not_shown_after_a_change(serve: Serve) -> None:
-    mirror = serve("--cache", "always")
-    directory = mirror.source / "directory"
+    server = serve("--cache", "always")
+    directory = server.source / "directory"
     directory.mkdir()
-    shown = mirror.mountpoint / "directory"
+    shown = server.mountpoint / "directory"
     for number in range(50):
         (directory / f"{number}").touch()
     time.sleep(1.2)  # from then on the directory's time stamp is trusted

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Serve
-from tests.mirror import Mirror, reachable_directory, remove_tree
 from tests.mount.command_line import environment, wait_until
+from tests.server import Server, reachable_directory, remove_tree
 from tests.watchdog import kill_session
 
 LLLOOP = f"{sys.executable} -m llloop"
@@ -41,7 +41,7 @@ def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(command, process.returncode, output)
 
 
-def in_sandbox(server: Mirror, how: str, script: str) -> subprocess.CompletedProcess[str]:
+def in_sandbox(server: Server, how: str, script: str) -> subprocess.CompletedProcess[str]:
     """Runs a script that sees /usr and, as /data, the mirror, bound with that option of bwrap(1)."""
     bwrap = shutil.which("bwrap")
     assert bwrap, "bwrap is missing; scripts/setup --test installs bubblewrap"

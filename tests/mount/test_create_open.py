@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.expect import fails, outcome, python, same_status, start_python
-from tests.mirror import Tree
+from tests.server import Tree
 from tests.syscalls import opened
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.as_user import run_together
-from tests.mirror import Mirror, Tree
+from tests.server import Server, Tree
 from tests.syscalls import opened
 from tests.watchdog import Watchdog
 
@@ -27,19 +27,19 @@ PROCESSES = 4
 
 
 @pytest.fixture(scope="module", params=["1", "2", "8"])
-def served(request: pytest.FixtureRequest, via: str, serve_options: list[str], watchdog: Watchdog) -> Iterator[Mirror]:
-    mirror = Mirror.prepare(via, watchdog, [*serve_options, "--workers", request.param])
+def served(request: pytest.FixtureRequest, via: str, serve_options: list[str], watchdog: Watchdog) -> Iterator[Server]:
+    server = Server.prepare(via, watchdog, [*serve_options, "--workers", request.param])
     try:
-        mirror.start()
-        yield mirror
-        mirror.stop()
+        server.start()
+        yield server
+        server.stop()
     finally:
-        mirror.clean_up()
-        mirror.forget_files()
+        server.clean_up()
+        server.forget_files()
 
 
 @pytest.fixture
-def place(served: Mirror, request: pytest.FixtureRequest) -> Iterator[Tree]:
+def place(served: Server, request: pytest.FixtureRequest) -> Iterator[Tree]:
     if not served.alive():
         # Another test ended it, and has failed for that; this one is not to fail with it.
         served.clean_up()

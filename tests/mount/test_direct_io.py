@@ -9,7 +9,7 @@ import os
 import pytest
 
 from tests.expect import outcome, pattern
-from tests.mirror import Tree
+from tests.server import Tree
 from tests.syscalls import opened
 
 MIB = 1024 * 1024

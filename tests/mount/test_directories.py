@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.expect import fails, outcome, python, same_status, start_python
-from tests.mirror import Tree
+from tests.server import Tree
 from tests.syscalls import directory_stream, opened
 
 DT_FIFO, DT_CHR, DT_DIR, DT_REG, DT_LNK = 1, 2, 4, 8, 10
@@ -44,8 +44,8 @@ def test_mkdir_and_rmdir(tree: Tree) -> None:
 
 def test_the_mount_s_root_is_not_removed(tree: Tree) -> None:
     with fails(errno.EBUSY, errno.ENOTEMPTY):
-        os.rmdir(tree.mirror.mountpoint)
-    assert os.path.isdir(tree.mirror.source)
+        os.rmdir(tree.server.mountpoint)
+    assert os.path.isdir(tree.server.source)
 
 
 def test_a_removed_directory_made_anew(tree: Tree) -> None:
@@ -79,7 +79,7 @@ def test_entries_with_their_kinds_and_inodes(tree: Tree) -> None:
 
 def test_dot_and_dotdot_come_once(tree: Tree) -> None:
     (tree.src / "empty").mkdir()
-    for path in (tree.mnt / "empty", tree.mnt, tree.mirror.mountpoint):
+    for path in (tree.mnt / "empty", tree.mnt, tree.server.mountpoint):
         with directory_stream(path) as stream:
             counted = collections.Counter(entry.name for entry in stream)
         assert counted[b"."] == counted[b".."] == 1

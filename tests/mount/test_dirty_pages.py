@@ -16,7 +16,7 @@ import pytest
 
 from tests.conftest import Serve
 from tests.expect import outcome, start_python
-from tests.mirror import Mirror, Tree
+from tests.server import Server, Tree
 from tests.server_processes import titles, wait_until
 from tests.syscalls import (
     FALLOC_FL_COLLAPSE_RANGE,
@@ -205,12 +205,12 @@ def test_ranges_are_removed_and_moved_with_what_was_stored(tree: Tree) -> None:
 @pytest.mark.by_workers
 @pytest.mark.parametrize("victim", ["llloop-invalidator", "llloop-worker-0", "llloop-front"])
 def test_a_seek_survives_whoever_answers_it(serve: Serve, victim: str) -> None:
-    mirror = serve("--workers", "1")
-    path = mirror.mountpoint / "file"
+    server = serve("--workers", "1")
+    path = server.mountpoint / "file"
     all_hole(path, 4 * MIB)
     with opened(path, os.O_RDONLY) as reading, stored(path, 4 * MIB, (MIB, b"hello")):
         found: list[list[tuple[int, int]]] = []
-        stopped = titles(mirror)["llloop-invalidator"]
+        stopped = titles(server)["llloop-invalidator"]
         os.kill(stopped, signal.SIGSTOP)
         seeking = threading.Thread(target=lambda: found.append(data_of(reading)))
         seeking.start()
@@ -218,8 +218,8 @@ def test_a_seek_survives_whoever_answers_it(serve: Serve, victim: str) -> None:
             # The worker has asked when the invalidator has something to read, which only it sees: a moment is enough.
             seeking.join(0.2)
             assert seeking.is_alive(), "it did not wait for the dirty pages"
-            mirror.expect_log(f"{victim} was killed")
-            os.kill(titles(mirror)[victim], signal.SIGKILL)
+            server.expect_log(f"{victim} was killed")
+            os.kill(titles(server)[victim], signal.SIGKILL)
         finally:
             if victim != "llloop-invalidator":
                 os.kill(stopped, signal.SIGCONT)
@@ -230,19 +230,19 @@ def test_a_seek_survives_whoever_answers_it(serve: Serve, victim: str) -> None:
 @pytest.mark.mounted
 @pytest.mark.by_workers
 def test_a_seek_that_waits_keeps_nobody_waiting(serve: Serve) -> None:
-    mirror = serve("--workers", "1")
-    path = mirror.mountpoint / "file"
+    server = serve("--workers", "1")
+    path = server.mountpoint / "file"
     all_hole(path, 4 * MIB)
-    (mirror.mountpoint / "other").write_bytes(b"x" * MIB)
+    (server.mountpoint / "other").write_bytes(b"x" * MIB)
     with opened(path, os.O_RDONLY) as reading, stored(path, 4 * MIB, (MIB, b"hello")):
-        stopped = titles(mirror)["llloop-invalidator"]
+        stopped = titles(server)["llloop-invalidator"]
         os.kill(stopped, signal.SIGSTOP)
         try:
             seeking = threading.Thread(target=data_of, args=(reading,))
             seeking.start()
             for number in range(20):
-                (mirror.mountpoint / f"new-{number}").write_bytes(b"y" * 300_000)
-                assert (mirror.mountpoint / "other").read_bytes() == b"x" * MIB
+                (server.mountpoint / f"new-{number}").write_bytes(b"y" * 300_000)
+                assert (server.mountpoint / "other").read_bytes() == b"x" * MIB
             assert seeking.is_alive()
         finally:
             os.kill(stopped, signal.SIGCONT)
@@ -253,14 +253,14 @@ def test_a_seek_that_waits_keeps_nobody_waiting(serve: Serve) -> None:
 class SlowBuffer:
     """Two pages of memory, the second of which can be read only when `release` is called."""
 
-    def __init__(self, mirror: Mirror, content: bytes) -> None:
-        (mirror.source / "slow").write_bytes(content)
-        self.front = titles(mirror)["llloop-front"]
-        with opened(mirror.mountpoint / "slow", os.O_RDONLY) as descriptor:
+    def __init__(self, server: Server, content: bytes) -> None:
+        (server.source / "slow").write_bytes(content)
+        self.front = titles(server)["llloop-front"]
+        with opened(server.mountpoint / "slow", os.O_RDONLY) as descriptor:
             self.memory = mmap.mmap(descriptor, 2 * PAGE, mmap.MAP_PRIVATE, mmap.PROT_READ)
         self.memory.madvise(mmap.MADV_RANDOM)  # no reading ahead
         assert self.memory[0] == content[0]
-        self.workers = [pid for title, pid in titles(mirror).items() if title.startswith("llloop-worker")]
+        self.workers = [pid for title, pid in titles(server).items() if title.startswith("llloop-worker")]
         for pid in (self.front, *self.workers):
             os.kill(pid, signal.SIGSTOP)
 
@@ -275,8 +275,8 @@ class SlowBuffer:
 @pytest.mark.parametrize("cache", ["auto", "always"])
 def test_a_page_dropped_during_a_write_is_not_old_afterwards(serve: Serve, cache: str) -> None:
     """The kernel has entered the data into a page and not sent it yet, when the page is dropped and read again."""
-    mirror, other = serve("--cache", cache, "--attr-timeout", "0"), serve()
-    path = mirror.mountpoint / "file"
+    server, other = serve("--cache", cache, "--attr-timeout", "0"), serve()
+    path = server.mountpoint / "file"
     path.write_bytes(b"o" * 4 * PAGE)
     buffer = SlowBuffer(other, b"n" * 2 * PAGE)
     try:
@@ -291,7 +291,7 @@ def test_a_page_dropped_during_a_write_is_not_old_afterwards(serve: Serve, cache
             # The mapping shows the data as soon as the kernel has entered it into the page.
             assert wait_until(lambda: mapped[0] == ord("n"))
             # A new mtime makes the kernel drop all pages.
-            os.utime(mirror.source / "file", ns=(10**18, 10**18))
+            os.utime(server.source / "file", ns=(10**18, 10**18))
             assert wait_until(lambda: os.pread(reading, 1, 0) == b"o"), "the page was not dropped"
             buffer.release()
             writer.join(10)

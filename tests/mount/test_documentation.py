@@ -23,8 +23,8 @@ import pytest
 
 from llloop.cli.main import main
 from llloop.errors import LlloopError
-from tests.mirror import reachable_directory, remove_tree
 from tests.mount.command_line import environment, wait_until
+from tests.server import reachable_directory, remove_tree
 from tests.watchdog import abort_connection, kill_session, unescaped, unmount_lazily
 
 CHECKOUT = Path(__file__).parents[2]

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from tests.mirror import Mirror
 from tests.mount.command_line import Ground, environment, ground
 from tests.mount.start_steps import IN_THE_WAY
+from tests.server import Server
 from tests.watchdog import Watchdog, kill_session, unmount_lazily
 
 CHECKOUT = Path(__file__).parents[2]
@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.mounted, pytest.mark.timeout(300)]
 def place(via: str, watchdog: Watchdog) -> Iterator[Ground]:
     if via == "llfuse":
         pytest.skip("the same again")
-    with ground(Mirror.prepare(via, watchdog), via) as prepared:
+    with ground(Server.prepare(via, watchdog), via) as prepared:
         try:
             yield prepared
         finally:

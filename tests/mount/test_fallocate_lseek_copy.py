@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.expect import fails, outcome, pattern, same_status
-from tests.mirror import Tree
+from tests.server import Tree
 from tests.syscalls import (
     FALLOC_FL_COLLAPSE_RANGE,
     FALLOC_FL_INSERT_RANGE,

@@ -17,7 +17,7 @@ import pytest
 from tests.conftest import running
 from tests.expect import fails, pattern
 from tests.kernel_caches import forget_unused
-from tests.mirror import Mirror, reachable_directory
+from tests.server import Server, reachable_directory
 from tests.syscalls import RENAME_NOREPLACE, fallocate, opened, renameat2, statx
 from tests.watchdog import Watchdog
 
@@ -31,7 +31,7 @@ MUCH = 200_000  # bytes; more than the front writes by itself
 class Faulty:
     """A mount whose handlers fail on demand, and an empty directory of its own for each test."""
 
-    mirror: Mirror
+    server: Server
     trigger: Path
     src: Path
     mnt: Path
@@ -40,17 +40,17 @@ class Faulty:
     def fault(self, method: str) -> Iterator[None]:
         """While in the block this method fails; afterwards the log tells of it, and the mount serves as before."""
         pattern_of_it = rf"Traceback.*RuntimeError: injected into {re.escape(method)}\b"
-        self.mirror.expect_log(pattern_of_it)
-        processes = self.mirror.processes()
+        self.server.expect_log(pattern_of_it)
+        processes = self.server.processes()
         self.trigger.write_text(method)
         try:
             yield
-            self.mirror.wait_for_log(pattern_of_it)
+            self.server.wait_for_log(pattern_of_it)
         finally:
             self.trigger.write_text("")
-        assert self.mirror.alive()
+        assert self.server.alive()
         # Nobody died and was replaced.
-        assert self.mirror.processes() == processes
+        assert self.server.processes() == processes
         probe = self.mnt / "probe"
         probe.write_bytes(b"alive")
         assert probe.read_bytes() == (self.src / "probe").read_bytes() == b"alive"
@@ -58,34 +58,34 @@ class Faulty:
 
 
 @pytest.fixture(scope="module")
-def faulty_server(via: str, serve_options: list[str], watchdog: Watchdog) -> Iterator[tuple[Mirror, Path]]:
+def faulty_server(via: str, serve_options: list[str], watchdog: Watchdog) -> Iterator[tuple[Server, Path]]:
     directory = reachable_directory("llloop-faults-")
     trigger = directory / "trigger"
     trigger.touch()
-    server = [sys.executable, str(Path(__file__).with_name("faulty_server.py")), str(trigger), "serve"]
+    command = [sys.executable, str(Path(__file__).with_name("faulty_server.py")), str(trigger), "serve"]
     # Without caches every call reaches its handler.
     timeouts = ["--attr-timeout", "0", "--entry-timeout", "0"]
     try:
-        with running(Mirror.prepare(via, watchdog, [*serve_options, *timeouts], command=server)) as mirror:
-            yield mirror, trigger
+        with running(Server.prepare(via, watchdog, [*serve_options, *timeouts], command=command)) as server:
+            yield server, trigger
     finally:
         trigger.unlink()
         directory.rmdir()
 
 
 @pytest.fixture
-def faulty(faulty_server: tuple[Mirror, Path], request: pytest.FixtureRequest) -> Iterator[Faulty]:
-    mirror, trigger = faulty_server
+def faulty(faulty_server: tuple[Server, Path], request: pytest.FixtureRequest) -> Iterator[Faulty]:
+    server, trigger = faulty_server
     name = re.sub("[^A-Za-z0-9_]+", "-", request.node.name)
-    own = Faulty(mirror, trigger, mirror.source / name, mirror.mountpoint / name)
+    own = Faulty(server, trigger, server.source / name, server.mountpoint / name)
     own.src.mkdir()
     (own.src / "file").write_bytes(pattern(LARGE))
     (own.src / "directory").mkdir()
     (own.src / "symlink").symlink_to("file")
     os.setxattr(own.src / "file", "user.there", b"value")
     yield own
-    assert mirror.alive()
-    mirror.check_log()
+    assert server.alive()
+    server.check_log()
 
 
 REQUESTS: dict[str, Callable[[Path], object]] = {
@@ -123,7 +123,7 @@ OWN_REQUESTS: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("method", REQUESTS)
 def test_a_fault_in_a_handler(faulty: Faulty, method: str) -> None:
     before = sorted(os.listdir(faulty.src))
-    called = OF_OWN_LOOP.get(method, method) if faulty.mirror.via == "own" else method
+    called = OF_OWN_LOOP.get(method, method) if faulty.server.via == "own" else method
     with faulty.fault(called), fails(errno.EIO):
         REQUESTS[method](faulty.mnt)
     assert sorted(os.listdir(faulty.src)) == before
@@ -160,7 +160,7 @@ def test_a_fault_in_forget(faulty: Faulty) -> None:
     with faulty.fault("Tree.forget"):
         for descriptor in descriptors:
             os.close(descriptor)
-        forget_unused(faulty.mirror.mountpoint)
+        forget_unused(faulty.server.mountpoint)
 
 
 @pytest.mark.by_workers

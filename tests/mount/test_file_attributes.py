@@ -23,7 +23,7 @@ from llloop.linux.syscalls import (
 from tests.as_user import Caller, Child
 from tests.conftest import fresh_directory
 from tests.expect import fails, outcome
-from tests.mirror import Mirror, Tree
+from tests.server import Server, Tree
 from tests.syscalls import opened
 
 pytestmark = [pytest.mark.root, pytest.mark.own_loop]
@@ -46,8 +46,8 @@ def set_flags(path: Path, flags: int) -> None:
 
 
 @pytest.fixture
-def tree(disk_mirror: Mirror, request: pytest.FixtureRequest) -> Iterator[Tree]:
-    with fresh_directory(disk_mirror, request.node.name) as tree:
+def tree(disk_server: Server, request: pytest.FixtureRequest) -> Iterator[Tree]:
+    with fresh_directory(disk_server, request.node.name) as tree:
         tree.src.chmod(0o777)
         (tree.src / "probe").touch()
         if outcome(flags_of, tree.src / "probe") == "ENOTTY":

@@ -13,37 +13,37 @@ import pytest
 from tests.conftest import Serve
 from tests.expect import outcome
 from tests.filesystems import mounted
-from tests.mirror import Mirror, reachable_directory
+from tests.server import Server, reachable_directory
 from tests.syscalls import opened
 
 pytestmark = [pytest.mark.root, pytest.mark.own_loop]
 
 
 @pytest.fixture(params=[(), ("--cache", "always")], ids=["", "always"])
-def mirror(serve: Serve, request: pytest.FixtureRequest) -> Iterator[Mirror]:
+def server(serve: Serve, request: pytest.FixtureRequest) -> Iterator[Server]:
     """A mirror of a directory with proc, sysfs and a cgroup hierarchy of its own below it."""
     holder = reachable_directory("llloop-sizes-")
     try:
         with ExitStack() as stack:
             for kind in ("proc", "sysfs"):
                 stack.enter_context(mounted(kind, holder / kind, "-t", kind))
-            mirror = serve(*request.param, source=holder)
-            stack.callback(mirror.stop)
-            yield mirror
+            server = serve(*request.param, source=holder)
+            stack.callback(server.stop)
+            yield server
     finally:
         shutil.rmtree(holder)
 
 
-def same_as_in_source(mirror: Mirror, name: str) -> bytes:
-    content = (mirror.source / name).read_bytes()
-    assert (mirror.mountpoint / name).read_bytes() == content != b""
+def same_as_in_source(server: Server, name: str) -> bytes:
+    content = (server.source / name).read_bytes()
+    assert (server.mountpoint / name).read_bytes() == content != b""
     return content
 
 
-def test_they_are_read_whole(mirror: Mirror, tmp_path: Path) -> None:
+def test_they_are_read_whole(server: Server, tmp_path: Path) -> None:
     for name in ("proc/filesystems", "proc/1/status", "proc/crypto", "sysfs/kernel/mm/transparent_hugepage/enabled"):
-        content = same_as_in_source(mirror, name)
-        path = mirror.mountpoint / name
+        content = same_as_in_source(server, name)
+        path = server.mountpoint / name
         subprocess.run(["cp", path, tmp_path / "copy"], check=True, timeout=20)
         assert (tmp_path / "copy").read_bytes() == content
         head = subprocess.run(["head", "-c", "7", path], capture_output=True, check=True, timeout=10)
@@ -55,41 +55,41 @@ def test_they_are_read_whole(mirror: Mirror, tmp_path: Path) -> None:
             assert os.pread(fd, 10, 10_000_000) == b""
 
 
-def test_they_are_read_afresh_each_time(mirror: Mirror) -> None:
+def test_they_are_read_afresh_each_time(server: Server) -> None:
     """No time of theirs changes with their content."""
-    with opened(mirror.mountpoint / "proc" / "uptime", os.O_RDONLY) as fd:
+    with opened(server.mountpoint / "proc" / "uptime", os.O_RDONLY) as fd:
         seen = {os.pread(fd, 100, 0) for _ in range(1000)}
-    native = (mirror.source / "proc" / "uptime").read_bytes()
+    native = (server.source / "proc" / "uptime").read_bytes()
     assert all(len(one.split()) == 2 for one in seen)
     assert float(native.split()[0]) >= max(float(one.split()[0]) for one in seen)
-    value = mirror.mountpoint / "proc" / "sys" / "kernel" / "domainname"
+    value = server.mountpoint / "proc" / "sys" / "kernel" / "domainname"
     before = value.read_bytes()
     try:
         for name in (b"longer than that\n", b"short\n"):
-            (mirror.source / value.relative_to(mirror.mountpoint)).write_bytes(name)
+            (server.source / value.relative_to(server.mountpoint)).write_bytes(name)
             assert value.read_bytes() == name
     finally:
         value.write_bytes(before)
-    assert (mirror.source / value.relative_to(mirror.mountpoint)).read_bytes() == before
+    assert (server.source / value.relative_to(server.mountpoint)).read_bytes() == before
 
 
-def test_each_write_is_one_write(mirror: Mirror) -> None:
+def test_each_write_is_one_write(server: Server) -> None:
     """What is written there is a command: it must come whole, and once."""
     name = Path("proc/sys/kernel/domainname")
-    before = (mirror.source / name).read_bytes()
+    before = (server.source / name).read_bytes()
     try:
-        with opened(mirror.mountpoint / name, os.O_WRONLY | os.O_TRUNC) as fd:
+        with opened(server.mountpoint / name, os.O_WRONLY | os.O_TRUNC) as fd:
             assert os.write(fd, b"by-write\n") == 9
-        assert (mirror.source / name).read_bytes() == b"by-write\n"
-        with opened(mirror.mountpoint / name, os.O_WRONLY | os.O_APPEND) as fd:
+        assert (server.source / name).read_bytes() == b"by-write\n"
+        with opened(server.mountpoint / name, os.O_WRONLY | os.O_APPEND) as fd:
             assert os.write(fd, b"by-append\n") == 10
-        assert same_as_in_source(mirror, str(name)) == b"by-append\n"
-        subprocess.run(f"echo by-shell > {mirror.mountpoint / name}", shell=True, check=True, timeout=10)
-        assert same_as_in_source(mirror, str(name)) == b"by-shell\n"
+        assert same_as_in_source(server, str(name)) == b"by-append\n"
+        subprocess.run(f"echo by-shell > {server.mountpoint / name}", shell=True, check=True, timeout=10)
+        assert same_as_in_source(server, str(name)) == b"by-shell\n"
     finally:
-        (mirror.source / name).write_bytes(before)
+        (server.source / name).write_bytes(before)
     wrong = Path("proc/sys/vm/swappiness")
-    with opened(mirror.mountpoint / wrong, os.O_WRONLY) as fd:
+    with opened(server.mountpoint / wrong, os.O_WRONLY) as fd:
         assert outcome(os.write, fd, b"not a number\n") == "EINVAL"
 
 
@@ -98,8 +98,8 @@ def test_a_group_of_processes_is_made_and_commanded(serve: Serve) -> None:
     group = f"llloop-test-{os.getpid()}"
     try:
         with mounted("cgroup2", holder / "cgroup", "-t", "cgroup2") as hierarchy:
-            mirror = serve(source=holder)
-            below = mirror.mountpoint / "cgroup" / group
+            server = serve(source=holder)
+            below = server.mountpoint / "cgroup" / group
             try:
                 below.mkdir()
                 with subprocess.Popen(["sleep", "60"]) as process:
@@ -112,16 +112,16 @@ def test_a_group_of_processes_is_made_and_commanded(serve: Serve) -> None:
             finally:
                 if (hierarchy / group).is_dir():
                     (hierarchy / group).rmdir()
-                mirror.stop()
+                server.stop()
     finally:
         shutil.rmtree(holder)
 
 
-def test_those_of_a_file_system_behind_another_server_are_read_whole(serve: Serve, mirror: Mirror) -> None:
+def test_those_of_a_file_system_behind_another_server_are_read_whole(serve: Serve, server: Server) -> None:
     """Its empty files are empty all the same, and what is written to them is there."""
-    outer = serve(source=mirror.mountpoint)
+    outer = serve(source=server.mountpoint)
     try:
-        assert (outer.mountpoint / "proc" / "devices").read_bytes() == (mirror.source / "proc" / "devices").read_bytes()
+        assert (outer.mountpoint / "proc" / "devices").read_bytes() == (server.source / "proc" / "devices").read_bytes()
         empty = outer.mountpoint / "empty"
         empty.touch()
         assert empty.read_bytes() == b""
@@ -131,16 +131,16 @@ def test_those_of_a_file_system_behind_another_server_are_read_whole(serve: Serv
             with mmap.mmap(fd, 7) as memory:
                 memory[:5] = b"WRITT"
                 memory.flush()
-        assert empty.read_bytes() == (mirror.source / "empty").read_bytes() == b"WRITTen"
+        assert empty.read_bytes() == (server.source / "empty").read_bytes() == b"WRITTen"
     finally:
         outer.stop()
 
 
-def test_ordinary_files_are_still_cached_and_mapped(mirror: Mirror) -> None:
-    path = mirror.mountpoint / "file"
+def test_ordinary_files_are_still_cached_and_mapped(server: Server) -> None:
+    path = server.mountpoint / "file"
     with opened(path, os.O_RDWR | os.O_CREAT) as fd:
         os.write(fd, b"some content")
         with mmap.mmap(fd, 12) as memory:
             memory[:4] = b"more"
             memory.flush()
-    assert (mirror.source / "file").read_bytes() == b"more content"
+    assert (server.source / "file").read_bytes() == b"more content"

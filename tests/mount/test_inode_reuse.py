@@ -20,7 +20,7 @@ import pytest
 from tests.conftest import Serve
 from tests.expect import outcome
 from tests.filesystems import ext4, tmpfs
-from tests.mirror import Mirror, reachable_directory
+from tests.server import Server, reachable_directory
 from tests.watchdog import Watchdog
 
 pytestmark = pytest.mark.root
@@ -52,19 +52,19 @@ def image() -> Iterator[Path]:
 @pytest.fixture(scope="module", params=["never", "auto"])
 def patient(
     request: pytest.FixtureRequest, image: Path, via: str, serve_options: list[str], watchdog: Watchdog
-) -> Iterator[Mirror]:
-    mirror = Mirror.prepare(via, watchdog, [*serve_options, "--cache", request.param], image)
+) -> Iterator[Server]:
+    server = Server.prepare(via, watchdog, [*serve_options, "--cache", request.param], image)
     try:
-        mirror.start()
-        yield mirror
-        mirror.stop()
+        server.start()
+        yield server
+        server.stop()
     finally:
-        mirror.clean_up()
-        mirror.forget_files()
+        server.clean_up()
+        server.forget_files()
 
 
 @pytest.fixture
-def place(patient: Mirror) -> Iterator[Place]:
+def place(patient: Server) -> Iterator[Place]:
     if not patient.alive():
         # Another test ended it, and has failed for that; this one is not to fail with it.
         patient.clean_up()
@@ -332,9 +332,9 @@ def test_equal_numbers_on_two_devices_are_two_files(serve: Serve) -> None:
                     (source / name / f"directory{number}" / name).write_bytes(b"")
             numbers = [os.stat(source / name / "file0").st_ino for name in ("one", "two")]
             assert numbers[0] == numbers[1]
-            mirror = serve(source=source)
+            server = serve(source=source)
             try:
-                mnt = mirror.mountpoint
+                mnt = server.mountpoint
                 assert sorted(os.listdir(mnt)) == ["one", "two"]
                 for name in ("one", "two", "one"):
                     assert len(os.listdir(mnt / name)) == 10
@@ -354,6 +354,6 @@ def test_equal_numbers_on_two_devices_are_two_files(serve: Serve) -> None:
                 assert (mnt / "one" / "file0").read_bytes() == b"changed"
             finally:
                 # Before the file systems below it go.
-                mirror.stop()
+                server.stop()
     finally:
         shutil.rmtree(holder)

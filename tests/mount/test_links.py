@@ -9,7 +9,7 @@ import stat
 import pytest
 
 from tests.expect import fails, outcome, same_status
-from tests.mirror import Tree
+from tests.server import Tree
 from tests.syscalls import AT_SYMLINK_FOLLOW, link_descriptor, linkat, opened
 
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import pytest
 
 from tests.expect import fails, start_python
-from tests.mirror import Tree
+from tests.server import Tree
 from tests.syscalls import opened
 
 # struct flock of 64-bit Linux: type, whence, start, length, pid.

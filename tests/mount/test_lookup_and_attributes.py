@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import Serve
 from tests.expect import fails, fields_of, same_status
 from tests.kernel_caches import forget_unused
-from tests.mirror import Tree
+from tests.server import Tree
 from tests.syscalls import opened
 
 
@@ -52,13 +52,13 @@ def test_status_of_devices_with_large_numbers(tree: Tree) -> None:
 
 
 def test_status_of_the_mount_s_root(serve: Serve) -> None:
-    mirror = serve()
-    assert stat.S_ISDIR(os.stat(mirror.mountpoint).st_mode)
-    same_status(mirror.mountpoint, mirror.source)
-    (mirror.mountpoint / "directory").mkdir()
-    os.chmod(mirror.mountpoint, 0o711)
-    same_status(mirror.mountpoint, mirror.source)
-    assert os.path.samefile(mirror.mountpoint / "directory" / "..", mirror.mountpoint)
+    server = serve()
+    assert stat.S_ISDIR(os.stat(server.mountpoint).st_mode)
+    same_status(server.mountpoint, server.source)
+    (server.mountpoint / "directory").mkdir()
+    os.chmod(server.mountpoint, 0o711)
+    same_status(server.mountpoint, server.source)
+    assert os.path.samefile(server.mountpoint / "directory" / "..", server.mountpoint)
 
 
 @pytest.mark.mounted
@@ -66,11 +66,11 @@ def test_the_mount_is_a_device_of_its_own(tree: Tree) -> None:
     (tree.src / "file").touch()
     (tree.src / "directory").mkdir()
     devices = {
-        os.stat(path).st_dev for path in (tree.mirror.mountpoint, tree.mnt, tree.mnt / "file", tree.mnt / "directory")
+        os.stat(path).st_dev for path in (tree.server.mountpoint, tree.mnt, tree.mnt / "file", tree.mnt / "directory")
     }
     assert len(devices) == 1
     assert devices != {os.stat(tree.src).st_dev}
-    assert os.path.ismount(tree.mirror.mountpoint)
+    assert os.path.ismount(tree.server.mountpoint)
 
 
 def test_inode_numbers_are_the_source_s(tree: Tree) -> None:
@@ -220,7 +220,7 @@ def test_forgotten_inodes_are_found_again(tree: Tree) -> None:
     for _ in range(3):
         for number in range(500):
             assert os.stat(tree.mnt / f"{number}").st_size == number
-        forget_unused(tree.mirror.mountpoint)
+        forget_unused(tree.server.mountpoint)
 
 
 @pytest.mark.root
@@ -233,7 +233,7 @@ def test_what_is_open_survives_a_forget_of_all_else(tree: Tree) -> None:
         opened(tree.mnt / "a" / "b", os.O_RDONLY) as directory,
     ):
         assert os.stat(tree.mnt / "a" / "b" / "other").st_size == 5
-        forget_unused(tree.mirror.mountpoint)
+        forget_unused(tree.server.mountpoint)
         assert os.pread(descriptor, 100, 0) == b"kept open"
         assert os.fstat(descriptor).st_size == 9
         assert os.stat("other", dir_fd=directory).st_size == 5

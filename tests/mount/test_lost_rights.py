@@ -17,7 +17,7 @@ from llloop.linux.syscalls import set_capabilities
 from tests import syscalls
 from tests.as_user import Caller, Child
 from tests.conftest import fresh_directory, running
-from tests.mirror import Mirror
+from tests.server import Server
 from tests.twins import Twins, demand_equal, describe, outcome_of
 from tests.watchdog import Watchdog
 
@@ -41,15 +41,15 @@ FOR_BOB = acl((1, 7, NOBODY), (2, 7, 4002), (4, 7, NOBODY), (16, 7, NOBODY), (32
 
 
 @pytest.fixture(scope="module")
-def remembering(via: str, serve_options: list[str], watchdog: Watchdog) -> Iterator[Mirror]:
+def remembering(via: str, serve_options: list[str], watchdog: Watchdog) -> Iterator[Server]:
     """A mount whose kernel asks for nothing again while a test runs."""
     timeouts = [f"--{what}-timeout=60" for what in ("attr", "entry", "negative")]
-    with running(Mirror.prepare(via, watchdog, [*serve_options, *timeouts])) as mirror:
-        yield mirror
+    with running(Server.prepare(via, watchdog, [*serve_options, *timeouts])) as server:
+        yield server
 
 
 @pytest.fixture
-def twins(remembering: Mirror, request: pytest.FixtureRequest) -> Iterator[Twins]:
+def twins(remembering: Server, request: pytest.FixtureRequest) -> Iterator[Twins]:
     with fresh_directory(remembering, request.node.name) as tree:
         both = Twins.of(tree)
         for directory in (both.native, both.behind):

@@ -32,7 +32,7 @@ from llloop.shared.negotiation import MAX_WRITE
 from llloop.shared.slots import Slots
 from llloop.supervisor import connection
 from tests.hostile import Choices, hostile_request
-from tests.mirror import reachable_directory, remove_tree
+from tests.server import reachable_directory, remove_tree
 from tests.watchdog import unmount_lazily
 
 pytestmark = [pytest.mark.mounted, pytest.mark.own_loop, pytest.mark.user]
@@ -50,9 +50,9 @@ def feed(source: Path, mountpoint: Path, seed: int) -> None:
     slots.new_front(os.getpid())
     reader, writer = os.pipe2(os.O_DIRECT | os.O_NONBLOCK)
     root = os.open(source, os.O_PATH | os.O_DIRECTORY)
-    mirror = build_context(config, made.capabilities, slots, journal, [writer], root, device)
-    nodeids = [ROOT, *(mirror.tree.lookup(ROOT, name)[0] for name in (b"file", b"directory", b"out"))]
-    handles = [mirror.files.open(nodeids[1], os.O_RDWR, False, Requester(0, 0))[0]]
+    server = build_context(config, made.capabilities, slots, journal, [writer], root, device)
+    nodeids = [ROOT, *(server.tree.lookup(ROOT, name)[0] for name in (b"file", b"directory", b"out"))]
+    handles = [server.files.open(nodeids[1], os.O_RDWR, False, Requester(0, 0))[0]]
     choose = random.Random(seed)
     numbers = iter(range(1, REQUESTS + 1))
     real_readv = os.readv
@@ -64,7 +64,7 @@ def feed(source: Path, mountpoint: Path, seed: int) -> None:
         if number is None:
             raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
         for slot in range(4):  # no worker takes them
-            if slot != mirror.router.slot:
+            if slot != server.router.slot:
                 slots.give_back(slot)
         with contextlib.suppress(BlockingIOError):
             while True:
@@ -75,7 +75,7 @@ def feed(source: Path, mountpoint: Path, seed: int) -> None:
         return len(packet)
 
     with mock.patch("os.readv", readv):
-        Loop(mirror, device, journal).run()
+        Loop(server, device, journal).run()
     llfuse.close()
     print("survived")
 

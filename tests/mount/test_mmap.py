@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from tests.expect import pattern, same_status, start_python
-from tests.mirror import Tree
+from tests.server import Tree
 from tests.syscalls import opened
 
 PAGE = mmap.PAGESIZE

@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import Serve
 from tests.expect import outcome
 from tests.filesystems import make_image, mounted, tmpfs
-from tests.mirror import Mirror, reachable_directory
+from tests.server import Server, reachable_directory
 from tests.server_processes import process_ids, wait_until
 from tests.syscalls import opened
 
@@ -43,13 +43,13 @@ def bound(what: Path, where: Path, *options: str) -> Iterator[Path]:
 
 
 @contextmanager
-def serving(serve: Serve, source: Path, *arguments: str) -> Iterator[Mirror]:
+def serving(serve: Serve, source: Path, *arguments: str) -> Iterator[Server]:
     """A mount that ends with the block, before what is mounted below its source goes."""
-    mirror = serve(*arguments, source=source)
+    server = serve(*arguments, source=source)
     try:
-        yield mirror
+        yield server
     finally:
-        mirror.stop()
+        server.stop()
 
 
 def working_directory_of(pid: int) -> str:
@@ -66,22 +66,22 @@ def process_in(directory: Path) -> Iterator[int]:
 
 
 def test_a_directory_that_two_paths_lead_to_is_at_both(serve: Serve, source: Path) -> None:
-    with bound(source / "one", source / "two"), serving(serve, source) as mirror:
-        mnt = mirror.mountpoint
+    with bound(source / "one", source / "two"), serving(serve, source) as server:
+        mnt = server.mountpoint
         with process_in(mnt / "one" / "inner") as pid, opened(mnt / "one" / "inner", os.O_RDONLY) as fd:
             for name in ("two", "one", "two"):
                 assert os.listdir(mnt / name / "inner") == ["file"]
                 assert (mnt / name / "inner" / "file").read_bytes() == b"content"
                 assert working_directory_of(pid) == str(mnt / "one" / "inner")
                 assert os.readlink(f"/proc/self/fd/{fd}") == str(mnt / "one" / "inner")
-        if mirror.via != "llfuse":  # there is no telling an inode's number from that which the kernel knows it by
+        if server.via != "llfuse":  # there is no telling an inode's number from that which the kernel knows it by
             assert (mnt / "two" / "inner").stat().st_ino == (source / "one" / "inner").stat().st_ino
 
 
 @pytest.mark.mounted
 def test_a_mount_point_in_the_mirror_stays_where_it_is(serve: Serve, source: Path) -> None:
-    with bound(source / "one", source / "two"), serving(serve, source) as mirror:
-        mnt = mirror.mountpoint
+    with bound(source / "one", source / "two"), serving(serve, source) as server:
+        mnt = server.mountpoint
         with tmpfs(mnt / "one" / "inner", "size=1m"):
             assert os.listdir(mnt / "two" / "inner") == ["file"]
             assert os.listdir(mnt / "one" / "inner") == []
@@ -89,14 +89,14 @@ def test_a_mount_point_in_the_mirror_stays_where_it_is(serve: Serve, source: Pat
 
 
 def test_a_source_bound_into_itself(serve: Serve, source: Path) -> None:
-    with bound(source, source / "two"), serving(serve, source) as mirror:
-        mnt = mirror.mountpoint
+    with bound(source, source / "two"), serving(serve, source) as server:
+        mnt = server.mountpoint
         with process_in(mnt / "one") as pid:
             assert sorted(os.listdir(mnt / "two")) == ["one", "two"]
             assert (mnt / "two" / "one" / "inner" / "file").read_bytes() == b"content"
             assert os.listdir(mnt / "two" / "two") == []
             assert working_directory_of(pid) == str(mnt / "one")
-        if mirror.via != "llfuse":
+        if server.via != "llfuse":
             native, mirrored = (
                 subprocess.run(["find", "."], cwd=side, capture_output=True, text=True, timeout=20)
                 for side in (source, mnt)
@@ -113,8 +113,8 @@ def test_one_device_mounted_twice(serve: Serve, source: Path, tmp_path: Path) ->
         stack.enter_context(mounted(device, source / "two"))
         (one / "inner").mkdir()
         (one / "inner" / "file").write_bytes(b"content")
-        mirror = stack.enter_context(serving(serve, source))
-        mnt = mirror.mountpoint
+        server = stack.enter_context(serving(serve, source))
+        mnt = server.mountpoint
         with process_in(mnt / "one" / "inner") as pid:
             for name in ("two", "one", "two"):
                 assert (mnt / name / "inner" / "file").read_bytes() == b"content"
@@ -122,8 +122,8 @@ def test_one_device_mounted_twice(serve: Serve, source: Path, tmp_path: Path) ->
 
 
 def test_a_file_that_two_paths_lead_to_is_one(serve: Serve, source: Path) -> None:
-    with bound(source / "one", source / "two"), serving(serve, source) as mirror:
-        one, two = (mirror.mountpoint / name / "inner" / "file" for name in ("one", "two"))
+    with bound(source / "one", source / "two"), serving(serve, source) as server:
+        one, two = (server.mountpoint / name / "inner" / "file" for name in ("one", "two"))
         with opened(one, os.O_RDWR) as here, opened(two, os.O_RDWR) as there:
             for number in range(20):
                 content = b"%d" % number * (number + 7)
@@ -144,8 +144,8 @@ def test_a_file_that_two_paths_lead_to_is_one(serve: Serve, source: Path) -> Non
 
 
 def test_what_a_mount_forbids_is_forbidden_by_its_path_only(serve: Serve, source: Path) -> None:
-    with bound(source / "one", source / "two", "ro"), serving(serve, source) as mirror:
-        one, two = (mirror.mountpoint / name / "inner" / "file" for name in ("one", "two"))
+    with bound(source / "one", source / "two", "ro"), serving(serve, source) as server:
+        one, two = (server.mountpoint / name / "inner" / "file" for name in ("one", "two"))
         for _ in range(2):
             for path in (one, two, one):
                 path.stat()
@@ -181,8 +181,8 @@ def test_what_is_mounted_over_a_known_directory_is_seen_and_what_is_unmounted_is
     serve: Serve, source: Path
 ) -> None:
     (source / "two" / "below").mkdir()
-    with serving(serve, source) as mirror:
-        mnt = mirror.mountpoint
+    with serving(serve, source) as server:
+        mnt = server.mountpoint
 
         def shows(*names: str) -> bool:
             return wait_until(lambda: sorted(os.listdir(mnt / "two")) == sorted(names))
@@ -209,15 +209,15 @@ def test_what_is_mounted_over_a_known_directory_is_seen_and_what_is_unmounted_is
 def test_after_the_front_s_death_each_path_is_still_its_own(serve: Serve, source: Path) -> None:
     with ExitStack() as stack:
         stack.enter_context(bound(source / "one", source / "two"))
-        mirror = stack.enter_context(serving(serve, source))
-        mirror.expect_log("llloop-front was killed by signal 9")
-        mnt = mirror.mountpoint
+        server = stack.enter_context(serving(serve, source))
+        server.expect_log("llloop-front was killed by signal 9")
+        mnt = server.mountpoint
         one, two = (mnt / name / "inner" for name in ("one", "two"))
         here, there = (stack.enter_context(opened(path, os.O_RDONLY)) for path in (one, two))
         pid = stack.enter_context(process_in(one))
-        front = process_ids(mirror, "front")
+        front = process_ids(server, "front")
         os.kill(front[0], signal.SIGKILL)
-        assert wait_until(lambda: process_ids(mirror, "front") not in ([], front))
+        assert wait_until(lambda: process_ids(server, "front") not in ([], front))
         for path, fd in ((two, there), (one, here)) * 2:
             assert os.listdir(path) == os.listdir(fd) == ["file"]
             assert os.stat("file", dir_fd=fd).st_size == 7

@@ -9,7 +9,7 @@ import stat
 import pytest
 
 from tests.expect import fails
-from tests.mirror import Tree
+from tests.server import Tree
 from tests.syscalls import opened
 
 ODD = (

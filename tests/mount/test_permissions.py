@@ -12,7 +12,7 @@ import pytest
 
 from tests.as_user import MYSELF, Caller, Child, run_as
 from tests.conftest import Serve
-from tests.mirror import Tree
+from tests.server import Tree
 from tests.twins import Twins, outcome_of, outcomes
 
 pytestmark = pytest.mark.root
@@ -102,7 +102,7 @@ def test_tmpfiles_linked_in_belong_to_the_caller(tree: Tree) -> None:
     twins = Twins.of(tree)
     twins.prepare(as_directory(0o2777, 0, TEAM))
     # The fallback cannot hand out O_TMPFILE at all; programs then take a named file.
-    if tree.mirror.via == "llfuse":
+    if tree.server.via == "llfuse":
         assert run_as(STRANGER, outcome_of, link_in, twins.mounted) in ("EOPNOTSUPP", "ENOTSUP")
     else:
         assert twins.both(link_in, caller=STRANGER.with_umask(0o007)) is None
@@ -451,13 +451,13 @@ def test_files_made_at_the_same_time_belong_each_to_its_maker(tree: Tree) -> Non
 def test_the_servers_own_umask_does_not_matter(serve: Serve) -> None:
     previous = os.umask(0o077)
     try:
-        mirror = serve()
+        server = serve()
     finally:
         os.umask(previous)
-    run_as(MYSELF.with_umask(0), create_with, mirror.mountpoint / "file", 0o666)
-    run_as(MYSELF.with_umask(0), os.mkdir, mirror.mountpoint / "directory", 0o777)
-    assert stat.S_IMODE((mirror.source / "file").stat().st_mode) == 0o666
-    assert stat.S_IMODE((mirror.source / "directory").stat().st_mode) == 0o777
+    run_as(MYSELF.with_umask(0), create_with, server.mountpoint / "file", 0o666)
+    run_as(MYSELF.with_umask(0), os.mkdir, server.mountpoint / "directory", 0o777)
+    assert stat.S_IMODE((server.source / "file").stat().st_mode) == 0o666
+    assert stat.S_IMODE((server.source / "directory").stat().st_mode) == 0o777
 
 
 def create_write_remove(directory: Path, name: str) -> list[str]:
@@ -480,8 +480,8 @@ def create_write_remove(directory: Path, name: str) -> list[str]:
 def test_a_server_without_the_right_to_trace_serves_users_as_well(serve: Serve) -> None:
     """While the front acts as another user, its descriptors are closed to the workers unless they may trace it."""
     permissions = ["setpriv", "--bounding-set=-sys_ptrace", "--inh-caps=-sys_ptrace"]
-    mirror = serve("--workers", "2", command=[*permissions, sys.executable, "-m", "llloop", "serve"])
-    mirror.source.chmod(0o777)
+    server = serve("--workers", "2", command=[*permissions, sys.executable, "-m", "llloop", "serve"])
+    server.source.chmod(0o777)
     callers = [OWNER, MEMBER, PRIMARY, STRANGER]
-    children = [Child(create_write_remove, mirror.mountpoint, str(caller.uid), caller=caller) for caller in callers]
+    children = [Child(create_write_remove, server.mountpoint, str(caller.uid), caller=caller) for caller in callers]
     assert [child.result() for child in children] == [[]] * len(callers)

@@ -16,7 +16,7 @@ from llloop.linux.syscalls import PR_SET_DUMPABLE, prctl, set_capabilities
 from tests import filesystems
 from tests.as_user import Caller, run_as
 from tests.conftest import Serve
-from tests.mirror import Tree
+from tests.server import Tree
 from tests.syscalls import STATX_MODE, statx, syncfs, unshare_user
 from tests.syscalls import opened as opened_file
 from tests.twins import Twins, outcome_of
@@ -144,7 +144,7 @@ def test_privileges_go_with_newer_calls_too(tree: Tree, caller: Caller, action: 
 def test_the_mark_of_mandatory_locks_goes_when_it_goes_natively(tree: Tree, caller: Caller) -> None:
     """Members of the file's group keep it. (Through the fallback the kernel itself decides, and always keeps it.)"""
     for number, action in enumerate((ACTIONS | OWN_LOOP_ACTIONS).values()):
-        directory = Tree(tree.src / str(number), tree.mnt / str(number), tree.mirror)
+        directory = Tree(tree.src / str(number), tree.mnt / str(number), tree.server)
         directory.src.mkdir()
         twins = Twins.of(directory)
         twins.prepare(lambda path: make_privileged(path, MARKED))
@@ -194,8 +194,8 @@ def test_somebody_elses_open_file_gives_nobody_the_right_to_take_privileges(
     serve: Serve, options: list[str], by: str
 ) -> None:
     """With a chown(2) that names neither owner nor group, which the kernel hardly tells from a write."""
-    mirror = serve(*options)
-    path, behind = mirror.mountpoint / "program", mirror.source / "program"
+    server = serve(*options)
+    path, behind = server.mountpoint / "program", server.source / "program"
     path.write_bytes(b"program")
     os.chown(path, OWNER.uid, TEAM)
     path.chmod(0o4755)
@@ -223,8 +223,8 @@ def test_somebody_elses_open_file_gives_nobody_the_right_to_take_privileges(
 def test_a_user_who_writes_through_anothers_descriptor_takes_the_privileges(
     serve: Serve, options: list[str], way: str, by: str
 ) -> None:
-    mirror = serve(*options)
-    path, behind = mirror.mountpoint / "program", mirror.source / "program"
+    server = serve(*options)
+    path, behind = server.mountpoint / "program", server.source / "program"
     make_with_both(path)
     os.chown(path, OWNER.uid, TEAM)
     make_with_both(path)
@@ -253,12 +253,12 @@ def test_a_user_who_writes_through_anothers_descriptor_takes_the_privileges(
 @pytest.mark.parametrize("caller", [STRANGER, MEMBER], ids=["stranger", "member"])
 def test_who_makes_the_kernel_write_back_times_needs_no_right_to_them(serve: Serve, caller: Caller) -> None:
     """The kernel keeps another time than the source, which sets its own when the data reaches it."""
-    mirror = serve("--writeback")
-    path = mirror.mountpoint / "file"
+    server = serve("--writeback")
+    path = server.mountpoint / "file"
     path.write_bytes(b"x" * SIZE)
     os.chown(path, OWNER.uid, TEAM)
     path.chmod(0o666)
-    os.utime(mirror.source / "file", ns=(1, path.stat().st_mtime_ns + 5_000_000))
+    os.utime(server.source / "file", ns=(1, path.stat().st_mtime_ns + 5_000_000))
 
     def change_and_close() -> bytes:
         with opened_file(path, os.O_RDONLY):
@@ -266,7 +266,7 @@ def test_who_makes_the_kernel_write_back_times_needs_no_right_to_them(serve: Ser
         return path.read_bytes()
 
     assert run_as(caller, change_and_close) == b"x" * SIZE
-    with opened_file(mirror.mountpoint, os.O_RDONLY) as directory:
+    with opened_file(server.mountpoint, os.O_RDONLY) as directory:
         syncfs(directory)
     assert run_as(caller, outcome_of, lambda: os.utime(path, (1, 1))) == "EPERM"
 
@@ -310,9 +310,9 @@ def test_root_of_a_user_namespace_gives_its_own_files_capabilities(tree: Tree) -
 @pytest.mark.own_loop
 def test_a_set_id_program_that_a_user_wrote_runs_without_it(serve: Serve, options: list[str]) -> None:
     """However the kernel writes: it executes what it has cached of the mode."""
-    mirror = serve("-o", "suid", *options)
-    shutil.copy(ID, mirror.mountpoint / "pristine")
-    content = (mirror.mountpoint / "pristine").read_bytes()
+    server = serve("-o", "suid", *options)
+    shutil.copy(ID, server.mountpoint / "pristine")
+    content = (server.mountpoint / "pristine").read_bytes()
 
     def effective(path: Path) -> int:
         return int(subprocess.run([path, "-u"], capture_output=True, check=True, timeout=30).stdout)
@@ -326,7 +326,7 @@ def test_a_set_id_program_that_a_user_wrote_runs_without_it(serve: Serve, option
         return before & 0o7000, seen & 0o7000, effective(path)
 
     def copy_from_pristine(fd: int) -> None:
-        with opened_file(mirror.mountpoint / "pristine", os.O_RDONLY) as source:
+        with opened_file(server.mountpoint / "pristine", os.O_RDONLY) as source:
             os.copy_file_range(source, fd, 1000, 0, 0)
 
     ways: dict[str, tuple[Callable[[int], Any], int]] = {
@@ -340,7 +340,7 @@ def test_a_set_id_program_that_a_user_wrote_runs_without_it(serve: Serve, option
         "copy": (copy_from_pristine, 0),
     }
     for name, (write, flags) in ways.items():
-        path = mirror.mountpoint / name
+        path = server.mountpoint / name
         shutil.copy(ID, path)
         path.chmod(0o4777)
         assert run_as(STRANGER, effective, path) == 0, f"{name}: set-ID programs do not run at all"
@@ -354,10 +354,10 @@ def test_a_set_id_program_that_a_user_wrote_runs_without_it(serve: Serve, option
 def test_a_file_that_becomes_set_id_while_it_is_open_loses_it_by_a_write(
     serve: Serve, options: list[str], through: str
 ) -> None:
-    mirror = serve(*options)
+    server = serve(*options)
     for size in (10, 300_000):
         name = f"program of {size}"
-        path = mirror.mountpoint / name
+        path = server.mountpoint / name
         path.write_bytes(b"p" * size)
         path.chmod(0o777)
         os.seteuid(STRANGER.uid)  # what the kernel collects counts as written by who opened the file
@@ -365,7 +365,7 @@ def test_a_file_that_becomes_set_id_while_it_is_open_loses_it_by_a_write(
             fd = os.open(path, os.O_WRONLY)
         finally:
             os.seteuid(0)
-        ((mirror.mountpoint if through == "mount" else mirror.source) / name).chmod(0o6777)
+        ((server.mountpoint if through == "mount" else server.source) / name).chmod(0o6777)
 
         def write_and_look(fd: int = fd, size: int = size, path: Path = path) -> int:
             os.write(fd, b"e" * size)
@@ -374,7 +374,7 @@ def test_a_file_that_becomes_set_id_while_it_is_open_loses_it_by_a_write(
 
         assert mode_of(path) == 0o6777 or through == "source"
         assert run_as(STRANGER, write_and_look) == 0o777
-        assert stat.S_IMODE((mirror.source / name).stat().st_mode) == 0o777
+        assert stat.S_IMODE((server.source / name).stat().st_mode) == 0o777
         os.close(fd)
 
 
@@ -462,35 +462,35 @@ def make_program(path: Path, mode: int) -> Path:
 
 @pytest.mark.parametrize("option", ["nosuid", "suid"])
 def test_a_mount_below_the_source_where_nothing_is_run(serve: Serve, option: str) -> None:
-    mirror = serve("-o", option)
-    below = mirror.source / "below"
+    server = serve("-o", option)
+    below = server.source / "below"
     below.mkdir()
     with filesystems.tmpfs(below, "noexec,mode=755"):
         program = make_program(below / "id", 0o755)
-        run = make_program(mirror.source / "id", 0o755)
-        for path in (program, mirror.mountpoint / "below" / "id"):
+        run = make_program(server.source / "id", 0o755)
+        for path in (program, server.mountpoint / "below" / "id"):
             for caller in (ROOT, STRANGER):
                 with pytest.raises(PermissionError):
                     run_as(caller, run_program, path)
                 assert run_as(caller, path.read_bytes) == Path(ID).read_bytes(), "it can be read"
-        assert run_as(STRANGER, run_program, mirror.mountpoint / run.name) == (0, "4003\n")
-        mirror.stop()
+        assert run_as(STRANGER, run_program, server.mountpoint / run.name) == (0, "4003\n")
+        server.stop()
 
 
 def test_a_mount_below_the_source_where_programs_get_no_privileges(serve: Serve) -> None:
     """Whoever can put programs there must not become root through a mirror that is served with suid."""
-    mirror = serve("-o", "suid")
-    below = mirror.source / "below"
+    server = serve("-o", "suid")
+    below = server.source / "below"
     below.mkdir()
     with filesystems.tmpfs(below, "nosuid,mode=755"):
         for mode in (0o4755, 0o2755, 0o755):
             make_program(below / f"{mode:o}", mode)
         os.setxattr(make_program(below / "capable", 0o755), "security.capability", CAPABILITY)
-        make_program(mirror.source / "4755", 0o4755)
+        make_program(server.source / "4755", 0o4755)
         assert run_as(STRANGER, run_program, below / "4755") == (0, "4003\n")
         for name in ("4755", "2755", "capable"):
             with pytest.raises(PermissionError):
-                run_as(STRANGER, run_program, mirror.mountpoint / "below" / name)
-        assert run_as(STRANGER, run_program, mirror.mountpoint / "below" / "755") == (0, "4003\n")
-        assert run_as(STRANGER, run_program, mirror.mountpoint / "4755") == (0, "0\n")
-        mirror.stop()
+                run_as(STRANGER, run_program, server.mountpoint / "below" / name)
+        assert run_as(STRANGER, run_program, server.mountpoint / "below" / "755") == (0, "4003\n")
+        assert run_as(STRANGER, run_program, server.mountpoint / "4755") == (0, "0\n")
+        server.stop()

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.mirror import Tree
 from tests.programs import Postgres, quiet_environment, run
+from tests.server import Tree
 
 pytestmark = [pytest.mark.user, pytest.mark.timeout(150)]
 

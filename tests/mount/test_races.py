@@ -22,7 +22,7 @@ from llloop.linux import syscalls
 from tests import expect
 from tests.as_user import MYSELF, Caller, Child
 from tests.conftest import Serve
-from tests.mirror import Mirror, Tree
+from tests.server import Server, Tree
 
 pytestmark = [pytest.mark.mounted, pytest.mark.user]
 
@@ -37,13 +37,13 @@ EXPECTED = {
 LATE = {errno.EIO}
 
 
-def set_up(mirror: Mirror) -> Path:
+def set_up(server: Server) -> Path:
     """SRC/top with a directory and a file, and symlinks to take their places; returns the canary."""
-    top = mirror.source / "top"
+    top = server.source / "top"
     (top / "directory").mkdir(parents=True)
     for place in (top / "file", top / "directory" / "file"):
         place.write_bytes(INSIDE)
-    canary = mirror.source.parent / "canary"
+    canary = server.source.parent / "canary"
     canary.mkdir()
     (canary / "file").write_bytes(OUTSIDE)
     for path in (canary / "file", canary):
@@ -166,14 +166,14 @@ def use(top: Path, seed: int, until: float) -> tuple[int, int]:
 @pytest.mark.parametrize("cache", ["never", "auto"])
 @pytest.mark.parametrize("side", ["behind", "through"])
 def test_nothing_outside_is_reached(serve: Serve, cache: str, side: str) -> None:
-    mirror = serve("--cache", cache, "--workers", "2")
-    mirror.expect_log("ESTALE|Stale", required=False)
-    canary = set_up(mirror)
+    server = serve("--cache", cache, "--workers", "2")
+    server.expect_log("ESTALE|Stale", required=False)
+    canary = set_up(server)
     before = state_of(canary)
     until = time.monotonic() + SECONDS
-    swapper = (swap_behind, mirror.source / "top") if side == "behind" else (swap_through, mirror.mountpoint / "top")
+    swapper = (swap_behind, server.source / "top") if side == "behind" else (swap_through, server.mountpoint / "top")
     swapping = Child(*swapper, until)
-    using = [Child(use, mirror.mountpoint / "top", seed, until) for seed in range(3)]
+    using = [Child(use, server.mountpoint / "top", seed, until) for seed in range(3)]
     results = [child.result() for child in using]
     assert swapping.result() > 20
     assert state_of(canary) == before
@@ -184,16 +184,16 @@ def test_nothing_outside_is_reached(serve: Serve, cache: str, side: str) -> None
 
 def test_a_directory_moved_out_of_the_source_is_gone_by_its_path(serve: Serve) -> None:
     """Who has it open stays in it, as natively; nobody else finds the way."""
-    mirror = serve("--cache", "never", "--workers", "1")
-    (mirror.source / "directory" / "below").mkdir(parents=True)
-    inside = os.open(mirror.mountpoint / "directory", os.O_RDONLY)
+    server = serve("--cache", "never", "--workers", "1")
+    (server.source / "directory" / "below").mkdir(parents=True)
+    inside = os.open(server.mountpoint / "directory", os.O_RDONLY)
     try:
-        os.stat(mirror.mountpoint / "directory" / "below")
-        os.rename(mirror.source / "directory", mirror.source.parent / "moved")
-        (mirror.source.parent / "moved" / "secret").write_text("secret")
+        os.stat(server.mountpoint / "directory" / "below")
+        os.rename(server.source / "directory", server.source.parent / "moved")
+        (server.source.parent / "moved" / "secret").write_text("secret")
         for path in ("directory", "directory/secret", "directory/below"):
             with pytest.raises(FileNotFoundError):
-                os.stat(mirror.mountpoint / path)
+                os.stat(server.mountpoint / path)
     finally:
         os.close(inside)
 
@@ -204,13 +204,13 @@ NAMED = ("file", "directory")
 OPEN_ACL = struct.pack("<I" + "HHI" * 3, 2, 1, 7, 0xFFFFFFFF, 4, 7, 0xFFFFFFFF, 0x20, 7, 0xFFFFFFFF)
 
 
-def set_up_hostile(mirror: Mirror) -> Path:
+def set_up_hostile(server: Server) -> Path:
     """A sticky directory with a file and a directory of USER's, and what takes their places; returns the canary.
 
     It is root's, and USER may do nothing to it: a file, a directory, symlinks out of SRC, a fifo and a device.
     """
-    canary = set_up(mirror)
-    top = mirror.source / "top"
+    canary = set_up(server)
+    top = server.source / "top"
     for path in (top / "directory" / "file", top / "directory", top / "file"):
         os.chown(path, USER.uid or 0, USER.gid or 0)
     top.chmod(0o1777)
@@ -308,17 +308,17 @@ def attack(top: Path, seed: int, until: float) -> int:
 @pytest.mark.parametrize("side", ["behind", "through"])
 def test_nothing_but_what_a_name_leads_to_is_changed(serve: Serve, side: str, attacker: str) -> None:
     """With root's rights the files of root's in SRC may change, but nothing out of SRC."""
-    mirror = serve("--workers", "2", "--entry-timeout", "0.01", "--attr-timeout", "0.01")
-    mirror.expect_log("ESTALE|Stale|could not be written and is lost", required=False)
-    canary = set_up_hostile(mirror)
-    top = mirror.source / "top"
+    server = serve("--workers", "2", "--entry-timeout", "0.01", "--attr-timeout", "0.01")
+    server.expect_log("ESTALE|Stale|could not be written and is lost", required=False)
+    canary = set_up_hostile(server)
+    top = server.source / "top"
     roots = [*top.glob("root-*"), top / "root-directory" / "file", *top.glob("to-*")]
     before = state_of(canary)
     seen = {path.name: what_can_be_seen_of(path) for path in roots}
     until = time.monotonic() + SECONDS
-    swapping = Child(swap_for_hostile_ones, top if side == "behind" else mirror.mountpoint / "top", 1, until)
+    swapping = Child(swap_for_hostile_ones, top if side == "behind" else server.mountpoint / "top", 1, until)
     caller = USER if attacker == "a user" else MYSELF
-    attacking = [Child(attack, mirror.mountpoint / "top", seed, until, caller=caller) for seed in range(3)]
+    attacking = [Child(attack, server.mountpoint / "top", seed, until, caller=caller) for seed in range(3)]
     done = [child.result() for child in attacking]
     assert swapping.result() > 20
     assert sum(done) > 20, done

@@ -334,23 +334,23 @@ class Comparison:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_random_calls(serve: Serve, mode: str) -> None:
-    mirror = serve("--workers", "2", *mode.split())
+    server = serve("--workers", "2", *mode.split())
     for seed in seeds():
-        comparison = Comparison(mirror.mountpoint, seed)
+        comparison = Comparison(server.mountpoint, seed)
         try:
             comparison.run(CALLS)
-            comparison.end(mirror.source)
+            comparison.end(server.source)
         except AssertionError as error:
             raise AssertionError(f"seed {seed}: {error}") from None
 
 
 def test_random_calls_on_the_source(serve: Serve) -> None:
     """The model is right."""
-    mirror = serve()
+    server = serve()
     for seed in seeds():
-        comparison = Comparison(mirror.source, seed)
+        comparison = Comparison(server.source, seed)
         comparison.run(CALLS)
-        comparison.end(mirror.source)
+        comparison.end(server.source)
 
 
 PIECE = 1000  # bytes: neighbours share pages
@@ -360,8 +360,8 @@ PIECES = 200
 @pytest.mark.parametrize("mode", MODES)
 def test_random_calls_of_two_processes(serve: Serve, mode: str) -> None:
     """Each reads and writes pieces of its own. Nobody else writes these, so it always knows what they hold."""
-    mirror = serve("--workers", "2", *mode.split())
-    path = mirror.mountpoint / "file"
+    server = serve("--workers", "2", *mode.split())
+    path = server.mountpoint / "file"
     for seed in SEEDS[:1]:
         path.write_bytes(bytes(PIECE * PIECES))
         command = [sys.executable, "-c", f"from {__name__} import neighbour; neighbour()", str(path), str(seed), mode]
@@ -378,7 +378,7 @@ def test_random_calls_of_two_processes(serve: Serve, mode: str) -> None:
         with opened(path, os.O_RDWR) as descriptor:
             os.fsync(descriptor)
         content = path.read_bytes()
-        assert content == (mirror.source / "file").read_bytes()
+        assert content == (server.source / "file").read_bytes()
         for own in range(2):
             expected = bytes.fromhex(said[own])
             for number in range(own, PIECES, 2):

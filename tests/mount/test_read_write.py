@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.expect import fails, outcome, pattern, same_status, start_python
-from tests.mirror import Mirror, Tree
+from tests.server import Server, Tree
 from tests.syscalls import opened
 
 KIB = 1024
@@ -381,9 +381,9 @@ def test_write_moves_the_times(tree: Tree) -> None:
 
 @pytest.mark.mounted
 @pytest.mark.own_loop
-def test_the_kernel_reads_further_ahead_for_root(mirror: Mirror) -> None:
+def test_the_kernel_reads_further_ahead_for_root(server: Server) -> None:
     if os.geteuid():
         pytest.skip("only root may say how far")
-    device = mirror.mountpoint.stat().st_dev
+    device = server.mountpoint.stat().st_dev
     setting = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
     assert int(setting.read_text()) >= 512

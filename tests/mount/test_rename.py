@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.expect import fails, python, same_status
-from tests.mirror import Tree
+from tests.server import Tree
 from tests.syscalls import opened
 
 

@@ -9,7 +9,7 @@ import stat
 import pytest
 
 from tests.expect import fails, same_status
-from tests.mirror import Tree
+from tests.server import Tree
 from tests.syscalls import RENAME_EXCHANGE, RENAME_NOREPLACE, opened, renameat2
 
 pytestmark = pytest.mark.own_loop

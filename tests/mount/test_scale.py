@@ -15,7 +15,7 @@ from tests.as_user import Child
 from tests.conftest import Serve
 from tests.expect import fails, outcome
 from tests.kernel_caches import forget_unused
-from tests.mirror import Tree, reachable_directory, source_parent
+from tests.server import Tree, reachable_directory, source_parent
 from tests.server_processes import descriptors, private_memory, titles, wait_until
 from tests.syscalls import opened
 
@@ -63,26 +63,26 @@ def walk(root: Path) -> int:
 @pytest.mark.mounted
 @pytest.mark.timeout(240)
 def test_a_large_tree_needs_few_descriptors_and_is_forgotten(serve: Serve, forest: Path) -> None:
-    mirror = serve(source=forest, command=with_descriptor_limit(1024))
-    front = titles(mirror)["llloop-front"]
+    server = serve(source=forest, command=with_descriptor_limit(1024))
+    front = titles(server)["llloop-front"]
     expected = DIRECTORIES // 2 * (1 + FILES)
     start = private_memory(front)
-    assert walk(mirror.mountpoint / "first") == expected
+    assert walk(server.mountpoint / "first") == expected
     assert len(descriptors(front)) < 1024
     peak = private_memory(front)
-    forget_unused(mirror.mountpoint)
+    forget_unused(server.mountpoint)
     settle(front)
     after_first = private_memory(front)
-    assert walk(mirror.mountpoint / "second") == expected
-    forget_unused(mirror.mountpoint)
+    assert walk(server.mountpoint / "second") == expected
+    forget_unused(server.mountpoint)
     settle(front)
     after_second = private_memory(front)
     # The interpreter keeps freed memory for its next objects, so the second half must fit into what the first left.
     told = f"start {start}, peak {peak}, after the first half {after_first}, after the second {after_second}"
     assert after_second - after_first < max((peak - start) / 4, 4 << 20), told
     # What was let go can be had again.
-    assert os.listdir(mirror.mountpoint / "first" / "directory0000")
-    assert (mirror.mountpoint / "first" / "directory0000" / "file000").read_bytes() == b""
+    assert os.listdir(server.mountpoint / "first" / "directory0000")
+    assert (server.mountpoint / "first" / "directory0000" / "file000").read_bytes() == b""
 
 
 def settle(pid: int) -> None:
@@ -102,9 +102,9 @@ def settle(pid: int) -> None:
 
 @pytest.mark.mounted
 def test_a_deep_tree_needs_few_descriptors(serve: Serve) -> None:
-    mirror = serve(command=with_descriptor_limit(160))
+    server = serve(command=with_descriptor_limit(160))
     depth = 400
-    path, mounted = mirror.source, mirror.mountpoint
+    path, mounted = server.source, server.mountpoint
     here = os.open(path, os.O_RDONLY)
     for _ in range(depth):
         os.mkdir("d", dir_fd=here)
@@ -141,8 +141,8 @@ def test_five_thousand_files_open_at_once(serve: Serve, via: str) -> None:
     """Started with the usual soft limit of 1024, which the server raises by itself."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     command = ["/bin/sh", "-c", 'ulimit -Sn 1024 && exec "$0" "$@"', sys.executable, "-m", "llloop", "serve"]
-    mirror = serve("--workers", "2", command=command)
-    processes = {} if via == "native" else titles(mirror)
+    server = serve("--workers", "2", command=command)
+    processes = {} if via == "native" else titles(server)
     for title, pid in processes.items():
         if title != "llloop-supervisor":
             assert resource.prlimit(pid, resource.RLIMIT_NOFILE) == (hard, hard)
@@ -151,47 +151,47 @@ def test_five_thousand_files_open_at_once(serve: Serve, via: str) -> None:
         return {title: len(descriptors(pid)) for title, pid in processes.items()}
 
     before = counts()
-    assert Child(use_many, mirror.mountpoint, OPEN_FILES).result() == {"wrong": 0, "wrong sizes": 0}
+    assert Child(use_many, server.mountpoint, OPEN_FILES).result() == {"wrong": 0, "wrong sizes": 0}
     for number in range(0, OPEN_FILES, 7):
-        assert (mirror.source / f"{number}").read_bytes() == bytes(number) + b"file %05d" % number
+        assert (server.source / f"{number}").read_bytes() == bytes(number) + b"file %05d" % number
     assert wait_until(lambda: all(counts()[title] <= before[title] + 3 for title in before)), (before, counts())
 
 
 @pytest.mark.mounted
 def test_the_servers_own_limit_is_an_error_for_the_caller_only(serve: Serve) -> None:
-    mirror = serve("--workers", "2", command=with_descriptor_limit(200))
-    mirror.expect_log("Too many open files|EMFILE|ENFILE", required=False)
-    (mirror.source / "there").write_bytes(b"content")
+    server = serve("--workers", "2", command=with_descriptor_limit(200))
+    server.expect_log("Too many open files|EMFILE|ENFILE", required=False)
+    (server.source / "there").write_bytes(b"content")
     files: list[int] = []
     try:
         result = None
         while result is None and len(files) < 1_000:
             number = len(files)
             result = outcome(
-                lambda: files.append(os.open(mirror.mountpoint / f"{number}", os.O_RDWR | os.O_CREAT))  # noqa: B023
+                lambda: files.append(os.open(server.mountpoint / f"{number}", os.O_RDWR | os.O_CREAT))  # noqa: B023
             )
         assert result == "EMFILE"
         # What is open goes on working, and so does what needs no further descriptor.
         for number, fd in enumerate(files):
             assert os.pwrite(fd, b"x" * 50_000, 0) == 50_000, number
             assert os.pread(fd, 4, 0) == b"xxxx"
-        assert (mirror.mountpoint / "there").stat().st_size == 7
+        assert (server.mountpoint / "there").stat().st_size == 7
     finally:
         for fd in files:
             os.close(fd)
-    assert wait_until(lambda: outcome((mirror.mountpoint / "there").read_bytes) == b"content")
+    assert wait_until(lambda: outcome((server.mountpoint / "there").read_bytes) == b"content")
 
 
 @pytest.mark.mounted
 def test_names_can_be_used_when_no_more_files_can_be_opened(serve: Serve) -> None:
     """Or one user who opens all he can would take the mount from everybody."""
-    mirror = serve("--workers", "1", command=with_descriptor_limit(300))
-    mnt = mirror.mountpoint
+    server = serve("--workers", "1", command=with_descriptor_limit(300))
+    mnt = server.mountpoint
     for number in range(40):
-        (mirror.source / f"directory{number}" / "below").mkdir(parents=True)
-        (mirror.source / f"directory{number}" / "below" / "file").write_bytes(b"content")
+        (server.source / f"directory{number}" / "below").mkdir(parents=True)
+        (server.source / f"directory{number}" / "below" / "file").write_bytes(b"content")
     for number in range(300):
-        (mirror.source / f"{number}").touch()
+        (server.source / f"{number}").touch()
     files: list[int] = []
     try:
         with fails(errno.EMFILE):
@@ -210,7 +210,7 @@ def test_names_can_be_used_when_no_more_files_can_be_opened(serve: Serve) -> Non
         for number in range(10):
             os.unlink(mnt / f"{number}")
             os.replace(mnt / f"{number + 10}", mnt / f"{number + 20}")
-        assert os.listdir(mirror.source / "directory39" / "below" / "new") == ["symlink"]
+        assert os.listdir(server.source / "directory39" / "below" / "new") == ["symlink"]
     finally:
         for fd in files:
             os.close(fd)
@@ -233,19 +233,19 @@ def test_a_large_directory_is_made_listed_and_removed(tree: Tree) -> None:
 @pytest.mark.mounted
 def test_descriptors_of_removed_files_go_with_them(serve: Serve) -> None:
     """A removed name that the kernel still knows is held open by the server, until the kernel forgets it."""
-    mirror = serve()
-    front = titles(mirror)["llloop-front"]
-    (mirror.mountpoint / "first").write_bytes(b"")
+    server = serve()
+    front = titles(server)["llloop-front"]
+    (server.mountpoint / "first").write_bytes(b"")
     before = len(descriptors(front))
 
     def fill_and_empty(remove: Callable[[Path], None], make: Callable[[Path], None]) -> None:
         for number in range(300):
-            make(mirror.mountpoint / f"{number}")
+            make(server.mountpoint / f"{number}")
         for number in range(300):
-            remove(mirror.mountpoint / f"{number}")
+            remove(server.mountpoint / f"{number}")
 
     fill_and_empty(os.unlink, lambda path: path.touch())
     fill_and_empty(os.rmdir, os.mkdir)
-    fill_and_empty(lambda path: os.replace(path, mirror.mountpoint / "first"), lambda path: path.touch())
-    forget_unused(mirror.mountpoint)
+    fill_and_empty(lambda path: os.replace(path, server.mountpoint / "first"), lambda path: path.touch())
+    forget_unused(server.mountpoint)
     assert wait_until(lambda: len(descriptors(front)) <= before + 20), (before, len(descriptors(front)))

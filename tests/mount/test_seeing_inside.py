@@ -32,8 +32,8 @@ from llloop.supervisor.process_info import process_state
 from tests import filesystems
 from tests.as_user import Caller, Child, run_as
 from tests.conftest import Serve
-from tests.mirror import Mirror
 from tests.mount.command_line import llloop, stopped
+from tests.server import Server
 from tests.server_processes import wait_until, workers
 from tests.syscalls import opened
 from tests.watchdog import kill_session, mount_entry, unmount_lazily
@@ -46,46 +46,46 @@ LARGE = 200_000
 STRANGER = Caller(4001, 4001)
 
 
-def stats(mirror: Mirror) -> dict[str, Any]:
-    ended = llloop("stats", mirror.mountpoint, "--json")
+def stats(server: Server) -> dict[str, Any]:
+    ended = llloop("stats", server.mountpoint, "--json")
     assert ended.code == 0, ended.stderr
     return dict(json.loads(ended.stdout))
 
 
-def status(mirror: Mirror) -> dict[str, Any]:
-    return discovery.status_of(str(mirror.mountpoint))
+def status(server: Server) -> dict[str, Any]:
+    return discovery.status_of(str(server.mountpoint))
 
 
-def ask(mirror: Mirror, command: str, **arguments: Any) -> Any:
-    return client.ask_mount(str(mirror.mountpoint), command, **arguments)
+def ask(server: Server, command: str, **arguments: Any) -> Any:
+    return client.ask_mount(str(server.mountpoint), command, **arguments)
 
 
-def socket_of(mirror: Mirror) -> str:
-    entry = mounts.find_mount(str(mirror.mountpoint))
+def socket_of(server: Server) -> str:
+    entry = mounts.find_mount(str(server.mountpoint))
     assert entry
     ((path, _),) = client.socket_candidates(entry)
     return path
 
 
-def counted(mirror: Mirror, operation: str, what: str = "requests") -> int:
-    return int(ask(mirror, "stats")["operations"].get(operation, {}).get(what, 0))
+def counted(server: Server, operation: str, what: str = "requests") -> int:
+    return int(ask(server, "stats")["operations"].get(operation, {}).get(what, 0))
 
 
 # Counters
 
 
 def test_requests_are_counted_once_each(serve: Serve) -> None:
-    mirror = serve("--workers", "2")
-    before = ask(mirror, "stats")["operations"]
+    server = serve("--workers", "2")
+    before = ask(server, "stats")["operations"]
     for number in range(10):
-        os.mkdir(mirror.mountpoint / f"{number}")
+        os.mkdir(server.mountpoint / f"{number}")
     with pytest.raises(FileExistsError):
-        os.mkdir(mirror.mountpoint / "0")
+        os.mkdir(server.mountpoint / "0")
     for number in range(5):
-        os.rmdir(mirror.mountpoint / f"{number}")
+        os.rmdir(server.mountpoint / f"{number}")
     # The front counts after it has answered.
-    assert wait_until(lambda: counted(mirror, "RMDIR") == 5)
-    after = ask(mirror, "stats")["operations"]
+    assert wait_until(lambda: counted(server, "RMDIR") == 5)
+    after = ask(server, "stats")["operations"]
     grown = {name: after[name]["requests"] - before.get(name, {}).get("requests", 0) for name in ("MKDIR", "RMDIR")}
     assert grown == {"MKDIR": 10, "RMDIR": 5}
     assert after["MKDIR"]["errors"] == 0, "the kernel knows that it exists"
@@ -95,14 +95,14 @@ def test_requests_are_counted_once_each(serve: Serve) -> None:
 
 @pytest.mark.by_workers
 def test_bytes_and_workers(serve: Serve) -> None:
-    mirror = serve("--workers", "4")
+    server = serve("--workers", "4")
     for number in range(16):
-        with opened(mirror.mountpoint / f"file{number}", os.O_RDWR | os.O_CREAT | os.O_DIRECT) as fd:
+        with opened(server.mountpoint / f"file{number}", os.O_RDWR | os.O_CREAT | os.O_DIRECT) as fd:
             os.write(fd, mmap.mmap(-1, MIB))
             os.preadv(fd, [mmap.mmap(-1, MIB)], 0)
     # A worker counts after it has answered.
-    assert wait_until(lambda: counted(mirror, "READ", "bytes") == 16 * MIB)
-    found = stats(mirror)
+    assert wait_until(lambda: counted(server, "READ", "bytes") == 16 * MIB)
+    found = stats(server)
     assert found["operations"]["WRITE"]["bytes"] == found["operations"]["READ"]["bytes"] == 16 * MIB
     assert [worker["name"] for worker in found["workers"]] == [f"worker-{number}" for number in range(4)]
     assert sum(worker["bytes"] for worker in found["workers"]) == 32 * MIB
@@ -113,44 +113,44 @@ def test_bytes_and_workers(serve: Serve) -> None:
 
 def test_errors_are_counted(serve: Serve) -> None:
     # The kernel is not to ask again whether the file is there.
-    mirror = serve("--no-xattr" if os.geteuid() else "--xattr", "--negative-timeout", "1")
+    server = serve("--no-xattr" if os.geteuid() else "--xattr", "--negative-timeout", "1")
     with pytest.raises(OSError):
-        os.readlink(mirror.mountpoint)
-    (mirror.mountpoint / "file").touch()
+        os.readlink(server.mountpoint)
+    (server.mountpoint / "file").touch()
     for _ in range(3):
         with pytest.raises(OSError):
-            os.getxattr(mirror.mountpoint / "file", "user.missing")
-    operations = ask(mirror, "stats")["operations"]
+            os.getxattr(server.mountpoint / "file", "user.missing")
+    operations = ask(server, "stats")["operations"]
     assert sum(operations["GETXATTR"]["errnos"].values()) >= 1
     assert operations["GETXATTR"]["errors"] == operations["LOOKUP"]["errors"] == 0
     assert sum(operations["LOOKUP"]["errnos"].values()) <= 1
 
 
 def test_what_the_mount_holds_is_counted_up_and_down(serve: Serve) -> None:
-    mirror = serve()
-    before = ask(mirror, "stats")
-    (mirror.source / "directory").mkdir()
+    server = serve()
+    before = ask(server, "stats")
+    (server.source / "directory").mkdir()
     for number in range(20):
-        (mirror.source / "directory" / f"{number}").touch()
-    descriptors = [os.open(mirror.mountpoint / "directory" / f"{number}", os.O_RDONLY) for number in range(20)]
-    during = ask(mirror, "stats")
+        (server.source / "directory" / f"{number}").touch()
+    descriptors = [os.open(server.mountpoint / "directory" / f"{number}", os.O_RDONLY) for number in range(20)]
+    during = ask(server, "stats")
     assert during["inodes"] == before["inodes"] + 21
     assert during["handles"] == before["handles"] + 20
     assert during["front"]["descriptors"] >= before["front"]["descriptors"] + 20
     for fd in descriptors:
         os.close(fd)
-    assert wait_until(lambda: ask(mirror, "stats")["handles"] == before["handles"])
+    assert wait_until(lambda: ask(server, "stats")["handles"] == before["handles"])
 
 
 @pytest.mark.own_loop
 @pytest.mark.by_workers
 def test_cache_decisions_are_counted(serve: Serve) -> None:
-    mirror = serve("--cache", "always")
-    (mirror.source / "file").touch()
-    os.utime(mirror.source / "file", (time.time(), time.time() - 10))  # no read has to update the access time
+    server = serve("--cache", "always")
+    (server.source / "file").touch()
+    os.utime(server.source / "file", (time.time(), time.time() - 10))  # no read has to update the access time
     for _ in range(3):
-        (mirror.mountpoint / "file").read_bytes()
-    assert ask(mirror, "stats")["cache"]["kept"] == 3
+        (server.mountpoint / "file").read_bytes()
+    assert ask(server, "stats")["cache"]["kept"] == 3
     never = serve("--cache", "never")
     (never.source / "file").touch()
     (never.mountpoint / "file").read_bytes()
@@ -160,78 +160,78 @@ def test_cache_decisions_are_counted(serve: Serve) -> None:
 
 @pytest.mark.by_workers
 def test_counters_outlive_a_worker(serve: Serve) -> None:
-    mirror = serve("--workers", "1")
-    mirror.expect_log("llloop-worker-0 was killed by signal 9")
-    (mirror.mountpoint / "file").write_bytes(bytes(LARGE))
-    assert wait_until(lambda: counted(mirror, "WRITE", "bytes") == LARGE)
-    (pid,) = workers(mirror).values()
+    server = serve("--workers", "1")
+    server.expect_log("llloop-worker-0 was killed by signal 9")
+    (server.mountpoint / "file").write_bytes(bytes(LARGE))
+    assert wait_until(lambda: counted(server, "WRITE", "bytes") == LARGE)
+    (pid,) = workers(server).values()
     os.kill(pid, signal.SIGKILL)
-    (mirror.mountpoint / "file").write_bytes(bytes(LARGE))
-    assert wait_until(lambda: counted(mirror, "WRITE", "bytes") == 2 * LARGE)
-    (worker,) = ask(mirror, "stats")["workers"]
+    (server.mountpoint / "file").write_bytes(bytes(LARGE))
+    assert wait_until(lambda: counted(server, "WRITE", "bytes") == 2 * LARGE)
+    (worker,) = ask(server, "stats")["workers"]
     assert worker["restarts"] == 1
     assert worker["pid"] != pid
 
 
 @pytest.mark.own_loop
 def test_counters_outlive_the_front(serve: Serve) -> None:
-    mirror = serve("--workers", "1")
-    mirror.expect_log("llloop-front was killed by signal 9")
+    server = serve("--workers", "1")
+    server.expect_log("llloop-front was killed by signal 9")
     for number in range(7):
-        os.mkdir(mirror.mountpoint / f"{number}")
+        os.mkdir(server.mountpoint / f"{number}")
     # The front counts after it has answered.
-    assert wait_until(lambda: counted(mirror, "MKDIR") == 7)
-    front = ask(mirror, "stats")["front"]["pid"]
+    assert wait_until(lambda: counted(server, "MKDIR") == 7)
+    front = ask(server, "stats")["front"]["pid"]
     os.kill(front, signal.SIGKILL)
-    os.mkdir(mirror.mountpoint / "after")
-    assert wait_until(lambda: counted(mirror, "MKDIR") == 8)
-    assert ask(mirror, "stats")["front"]["restarts"] == 1
+    os.mkdir(server.mountpoint / "after")
+    assert wait_until(lambda: counted(server, "MKDIR") == 8)
+    assert ask(server, "stats")["front"]["restarts"] == 1
 
 
 @pytest.mark.by_workers
 @pytest.mark.own_loop
 def test_the_queue_is_what_a_worker_has_not_answered(serve: Serve) -> None:
-    mirror = serve("--workers", "1")
-    (worker,) = workers(mirror).values()
-    (mirror.source / "file").write_bytes(bytes(LARGE))
-    with opened(mirror.mountpoint / "file", os.O_WRONLY) as fd:
+    server = serve("--workers", "1")
+    (worker,) = workers(server).values()
+    (server.source / "file").write_bytes(bytes(LARGE))
+    with opened(server.mountpoint / "file", os.O_WRONLY) as fd:
         os.kill(worker, signal.SIGSTOP)
         try:
             syncing = Child(os.fsync, fd)
-            assert wait_until(lambda: ask(mirror, "stats")["workers"][0]["queue"] == 1)
-            assert ask(mirror, "stats")["slots"]["used"] == 1
+            assert wait_until(lambda: ask(server, "stats")["workers"][0]["queue"] == 1)
+            assert ask(server, "stats")["slots"]["used"] == 1
             time.sleep(0.05)
         finally:
             os.kill(worker, signal.SIGCONT)
         syncing.result()
-    assert wait_until(lambda: counted(mirror, "FSYNC") == 1)
-    count = ask(mirror, "stats")["operations"]["FSYNC"]
+    assert wait_until(lambda: counted(server, "FSYNC") == 1)
+    count = ask(server, "stats")["operations"]["FSYNC"]
     assert count["nanoseconds"] >= 50_000_000, "the time in the queue counts"
-    assert ask(mirror, "stats")["slots"]["used"] == 0
+    assert ask(server, "stats")["slots"]["used"] == 0
 
 
 # status
 
 
 def test_status_of_one(serve: Serve, via: str) -> None:
-    mirror = serve("--workers", "2", "--read-only", "--fsname", "photos")
-    found = status(mirror)
+    server = serve("--workers", "2", "--read-only", "--fsname", "photos")
+    found = status(server)
     assert found["state"] == "serving"
-    assert found["source"] == str(mirror.source)
-    assert found["mountpoint"] == str(mirror.mountpoint)
-    assert found["pid"] == mirror.pid
+    assert found["source"] == str(server.source)
+    assert found["mountpoint"] == str(server.mountpoint)
+    assert found["pid"] == server.pid
     assert found["loop"] == via
-    assert ("has_resend" in found["capabilities"]) == ("has_resend" in mirror.output.read_text())
+    assert ("has_resend" in found["capabilities"]) == ("has_resend" in server.output.read_text())
     assert found["options"]["workers"] == 2
     assert found["options"]["read_only"] is True
     assert found["options"]["fsname"] == "photos"
     assert 0 <= found["uptime"] < 60
-    assert {process["pid"] for process in found["processes"]} == set(mirror.processes())
+    assert {process["pid"] for process in found["processes"]} == set(server.processes())
     roles = {process["role"] for process in found["processes"]}
     assert {"supervisor", "front", "worker-0", "worker-1"} <= roles
-    text = llloop("status", mirror.mountpoint)
+    text = llloop("status", server.mountpoint)
     assert text.code == 0
-    assert re.search(rf"^{mirror.mountpoint}  mirrors\s+{mirror.source}\s+serving", text.stdout)
+    assert re.search(rf"^{server.mountpoint}  mirrors\s+{server.source}\s+serving", text.stdout)
     assert "read-only" in text.stdout
     assert re.search(r"worker-1 +\d+", text.stdout)
 
@@ -242,18 +242,18 @@ def test_status_of_all(serve: Serve) -> None:
     # Others may serve on this machine, and may be dead.
     assert ended.code in (0, 1), ended.stderr
     found = {one["mountpoint"]: one for one in json.loads(ended.stdout)}
-    for mirror in servers:
-        assert found[str(mirror.mountpoint)]["state"] == "serving"
-        assert found[str(mirror.mountpoint)]["visible"] is True
+    for server in servers:
+        assert found[str(server.mountpoint)]["state"] == "serving"
+        assert found[str(server.mountpoint)]["visible"] is True
 
 
 def test_a_stopped_front_is_noticed(serve: Serve) -> None:
-    mirror = serve()
-    front = ask(mirror, "stats")["front"]["pid"]
+    server = serve()
+    front = ask(server, "stats")["front"]["pid"]
     os.kill(front, signal.SIGSTOP)
     try:
         # Only the command's own process may be hung, should it ask the mount.
-        ended = llloop("status", mirror.mountpoint, "--json")
+        ended = llloop("status", server.mountpoint, "--json")
         assert ended.code == 1
         (found,) = json.loads(ended.stdout)
         assert found["state"] == "not answering"
@@ -261,117 +261,117 @@ def test_a_stopped_front_is_noticed(serve: Serve) -> None:
         assert state == "T"
     finally:
         os.kill(front, signal.SIGCONT)
-    assert status(mirror)["state"] == "serving"
+    assert status(server)["state"] == "serving"
 
 
 def test_a_stopped_worker_is_a_problem(serve: Serve) -> None:
-    mirror = serve("--workers", "2")
-    assert status(mirror)["problems"] == []
-    pid = workers(mirror)["llloop-worker-1"]
+    server = serve("--workers", "2")
+    assert status(server)["problems"] == []
+    pid = workers(server)["llloop-worker-1"]
     os.kill(pid, signal.SIGSTOP)
     try:
-        assert wait_until(lambda: status(mirror)["state"] == "degraded")
-        ended = llloop("status", mirror.mountpoint)
+        assert wait_until(lambda: status(server)["state"] == "degraded")
+        ended = llloop("status", server.mountpoint)
         assert ended.code == 1
         assert f"worker-1 (process {pid}) is stopped (state T)" in " ".join(ended.stdout.split())
     finally:
         os.kill(pid, signal.SIGCONT)
-    assert wait_until(lambda: status(mirror)["state"] == "serving")
+    assert wait_until(lambda: status(server)["state"] == "serving")
 
 
 def test_what_auto_came_to_is_told(serve: Serve, via: str) -> None:
-    mirror = serve("--cache", "auto", "--io", "auto", "--metadata", "auto", "--entry-timeout", "3")
-    in_force = status(mirror)["in_force"]
-    assert in_force["io"] == ("kernel" if "passthrough" in mirror.output.read_text() else "workers")
-    assert in_force["metadata"] == ("workers" if "metadata through workers" in mirror.output.read_text() else "front")
+    server = serve("--cache", "auto", "--io", "auto", "--metadata", "auto", "--entry-timeout", "3")
+    in_force = status(server)["in_force"]
+    assert in_force["io"] == ("kernel" if "passthrough" in server.output.read_text() else "workers")
+    assert in_force["metadata"] == ("workers" if "metadata through workers" in server.output.read_text() else "front")
     assert "names 3 s" in in_force["cache"]
     assert "kept until it changes" in in_force["cache"]
     assert f"io: {in_force['io']}; metadata: {in_force['metadata']}" in " ".join(
-        llloop("status", mirror.mountpoint).stdout.split()
+        llloop("status", server.mountpoint).stdout.split()
     )
 
 
-def problems(mirror: Mirror) -> str:
-    found = status(mirror)
+def problems(server: Server) -> str:
+    found = status(server)
     assert (found["state"] == "degraded") == bool(found["problems"])
     return "; ".join(found["problems"])
 
 
 def test_a_source_that_is_gone_or_replaced_is_a_problem(serve: Serve) -> None:
-    mirror = serve("--workers", "1")
-    moved = mirror.source.with_name("moved")
-    assert problems(mirror) == ""
-    mirror.source.rename(moved)
-    assert wait_until(lambda: "no longer at its path" in problems(mirror))
-    mirror.source.mkdir()
-    assert wait_until(lambda: "another directory" in problems(mirror))
-    assert exported(mirror.mountpoint)["llloop_source_up", (("mountpoint", str(mirror.mountpoint)),)] == 0
-    mirror.source.rmdir()
-    moved.rename(mirror.source)
-    assert wait_until(lambda: problems(mirror) == "")
-    mirror.source.rmdir()
-    assert wait_until(lambda: "has been deleted" in problems(mirror))
+    server = serve("--workers", "1")
+    moved = server.source.with_name("moved")
+    assert problems(server) == ""
+    server.source.rename(moved)
+    assert wait_until(lambda: "no longer at its path" in problems(server))
+    server.source.mkdir()
+    assert wait_until(lambda: "another directory" in problems(server))
+    assert exported(server.mountpoint)["llloop_source_up", (("mountpoint", str(server.mountpoint)),)] == 0
+    server.source.rmdir()
+    moved.rename(server.source)
+    assert wait_until(lambda: problems(server) == "")
+    server.source.rmdir()
+    assert wait_until(lambda: "has been deleted" in problems(server))
 
 
 @pytest.mark.root
 def test_a_source_whose_file_system_is_gone_is_a_problem(serve: Serve, tmp_path: Path) -> None:
     with filesystems.tmpfs(tmp_path, "size=1m") as source:
-        mirror = serve("--workers", "1", source=source)
+        server = serve("--workers", "1", source=source)
         with filesystems.tmpfs(tmp_path, "size=2m"):
-            assert wait_until(lambda: "another directory" in problems(mirror))
-        assert wait_until(lambda: problems(mirror) == "")
+            assert wait_until(lambda: "another directory" in problems(server))
+        assert wait_until(lambda: problems(server) == "")
         unmount_lazily(str(source))
-        assert wait_until(lambda: "another directory" in problems(mirror))
-        mirror.stop()
+        assert wait_until(lambda: "another directory" in problems(server))
+        server.stop()
         subprocess.run(["mount", "-t", "tmpfs", "none", source], check=True)  # for what unmounts it
 
 
 @pytest.mark.root
 def test_a_frozen_source_is_a_problem_and_nobody_waits_for_it(serve: Serve, tmp_path: Path) -> None:
     with filesystems.ext4(tmp_path) as source:
-        mirror = serve("--workers", "1", source=source)
-        assert problems(mirror) == ""
+        server = serve("--workers", "1", source=source)
+        assert problems(server) == ""
         subprocess.run(["fsfreeze", "--freeze", source], check=True)
         try:
             for _ in range(3):
                 time.sleep(0.6)  # an answer is given again within half a second
                 begun = time.monotonic()
-                assert "frozen" in problems(mirror)
+                assert "frozen" in problems(server)
                 assert time.monotonic() - begun < 3
-            looking = [pid for pid in mirror.processes() if process_state(pid) == "D"]
+            looking = [pid for pid in server.processes() if process_state(pid) == "D"]
             assert len(looking) == 1, "who looks at the source pile up"
         finally:
             subprocess.run(["fsfreeze", "--unfreeze", source], check=True)
-        assert wait_until(lambda: problems(mirror) == "")
+        assert wait_until(lambda: problems(server) == "")
         assert os.listdir(source) == ["lost+found"], "looking has left something"
-        mirror.stop()
+        server.stop()
 
 
-def kill_all(mirror: Mirror) -> None:
-    assert mirror.process
-    for pid in mirror.processes():
+def kill_all(server: Server) -> None:
+    assert server.process
+    for pid in server.processes():
         os.kill(pid, signal.SIGSTOP)  # so that none tidies up after another
-    for pid in mirror.processes():
+    for pid in server.processes():
         os.kill(pid, signal.SIGKILL)
-    mirror.process.wait(10)
-    assert wait_until(lambda: mirror.processes() == [])
+    server.process.wait(10)
+    assert wait_until(lambda: server.processes() == [])
 
 
 def test_a_dead_mount_is_shown_as_dead(serve: Serve) -> None:
-    mirror = serve()
-    kill_all(mirror)
+    server = serve()
+    kill_all(server)
     try:
-        assert status(mirror)["state"] == "dead"
-        text = llloop("status", mirror.mountpoint)
+        assert status(server)["state"] == "dead"
+        text = llloop("status", server.mountpoint)
         assert text.code == 1
-        assert f"llloop umount --lazy {mirror.mountpoint}" in " ".join(text.stdout.split())
+        assert f"llloop umount --lazy {server.mountpoint}" in " ".join(text.stdout.split())
         everything = {one["mountpoint"]: one["state"] for one in discovery.all_statuses()}
-        assert everything[str(mirror.mountpoint)] == "dead"
+        assert everything[str(server.mountpoint)] == "dead"
         with pytest.raises(client.NotReachable, match="its server is gone"):
-            ask(mirror, "stats")
+            ask(server, "stats")
     finally:
-        unmount_lazily(str(mirror.mountpoint))
-        mirror.clean_up()
+        unmount_lazily(str(server.mountpoint))
+        server.clean_up()
 
 
 @pytest.mark.parametrize("command", [("status",), ("stats",), ("control", "reload")])
@@ -389,11 +389,11 @@ def test_what_is_no_mount_of_llloop(command: tuple[str, ...], tmp_path: Path) ->
 
 @pytest.mark.root
 def test_another_user_sees_that_it_exists_and_no_more(serve: Serve) -> None:
-    mirror = serve()
+    server = serve()
 
     def look(command: str) -> tuple[int, str]:
         done = subprocess.run(
-            [sys.executable, "-m", "llloop", command, str(mirror.mountpoint)],
+            [sys.executable, "-m", "llloop", command, str(server.mountpoint)],
             cwd="/",
             env={"PATH": "/usr/bin"},
             capture_output=True,
@@ -416,20 +416,20 @@ def test_another_user_sees_that_it_exists_and_no_more(serve: Serve) -> None:
 
 
 def test_the_table(serve: Serve) -> None:
-    mirror = serve("--workers", "2")
-    (mirror.mountpoint / "file").write_bytes(bytes(LARGE))
-    (mirror.mountpoint / "file").read_bytes()
-    ended = llloop("stats", mirror.mountpoint)
+    server = serve("--workers", "2")
+    (server.mountpoint / "file").write_bytes(bytes(LARGE))
+    (server.mountpoint / "file").read_bytes()
+    ended = llloop("stats", server.mountpoint)
     assert ended.code == 0
-    assert str(mirror.mountpoint) in ended.stdout
+    assert str(server.mountpoint) in ended.stdout
     assert re.search(r"^ *lookup +[\d.]+", ended.stdout, re.MULTILINE)
     assert re.search(r"^ *worker-1 +\d+", ended.stdout, re.MULTILINE)
 
 
 def test_watching_shows_each_interval(serve: Serve) -> None:
-    mirror = serve()
+    server = serve()
     watcher = subprocess.Popen(
-        [sys.executable, "-m", "llloop", "stats", str(mirror.mountpoint), "--json", "--watch", "0.2"],
+        [sys.executable, "-m", "llloop", "stats", str(server.mountpoint), "--json", "--watch", "0.2"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -441,7 +441,7 @@ def test_watching_shows_each_interval(serve: Serve) -> None:
         first = json.loads(watcher.stdout.readline())
         assert 0.1 < first["seconds"] < 5
         for number in range(50):
-            os.mkdir(mirror.mountpoint / f"{number}")
+            os.mkdir(server.mountpoint / f"{number}")
         seen = 0
         while seen < 50:
             seen += json.loads(watcher.stdout.readline())["operations"].get("MKDIR", {}).get("requests", 0)
@@ -456,17 +456,17 @@ def test_watching_shows_each_interval(serve: Serve) -> None:
 
 
 def test_tables_fit_a_terminal_of_80_columns(serve: Serve) -> None:
-    mirror = serve("--workers", "2")
+    server = serve("--workers", "2")
     for number in range(3):
-        (mirror.mountpoint / f"{number}").write_bytes(bytes(LARGE))
-        (mirror.mountpoint / f"{number}").read_bytes()
+        (server.mountpoint / f"{number}").write_bytes(bytes(LARGE))
+        (server.mountpoint / f"{number}").read_bytes()
     console = Console(width=80, file=io.StringIO(), markup=False, highlight=False)
-    now = {**ask(mirror, "stats"), "mountpoint": "/mnt", "source": "/src"}
+    now = {**ask(server, "stats"), "mountpoint": "/mnt", "source": "/src"}
     busy = {name: {**count, "requests": 12_345_678, "nanoseconds": 10**18} for name, count in now["operations"].items()}
     busy["COPY_FILE_RANGE"] = {**busy["LOOKUP"], "bytes": 10**14, "errors": 12_345, "errnos": {"EIO": 12_345}}
     for one in (now["front"], *now["workers"]):
         one.update(pid=4194304, requests=12_345_678, bytes=10**14, descriptors=1_000_000, restarts=999, cpu_seconds=900)
-    console.print(tables.stats_view([rates.since({**now, "operations": busy, "uptime": 1000}, None)]))
+    console.print(tables.stats_view([rates.rates_since({**now, "operations": busy, "uptime": 1000}, None)]))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "\N{HORIZONTAL ELLIPSIS}" not in text, "something was left out"
     lines = text.splitlines()
@@ -492,8 +492,8 @@ def exported(*arguments: str | Path) -> dict[tuple[str, tuple[tuple[str, str], .
 
 def test_everyday_use_makes_no_errors(serve: Serve) -> None:
     """What can be alerted on must not happen in a mount in which all is well."""
-    mirror = serve("--workers", "1")
-    place = mirror.mountpoint
+    server = serve("--workers", "1")
+    place = server.mountpoint
     (place / "directory").mkdir()
     for number in range(10):
         (place / f"{number}").write_bytes(b"x")  # the kernel asks for security.capability at the first write
@@ -522,16 +522,16 @@ def test_everyday_use_makes_no_errors(serve: Serve) -> None:
 @pytest.mark.root
 def test_errors_are_told_by_errno(serve: Serve, tmp_path: Path) -> None:
     with filesystems.tmpfs(tmp_path, "size=1m") as source:
-        mirror = serve("--workers", "1", "--io", "workers", source=source)
-        with opened(mirror.mountpoint / "file", os.O_WRONLY | os.O_CREAT | os.O_DIRECT) as fd, pytest.raises(OSError):
+        server = serve("--workers", "1", "--io", "workers", source=source)
+        with opened(server.mountpoint / "file", os.O_WRONLY | os.O_CREAT | os.O_DIRECT) as fd, pytest.raises(OSError):
             for _ in range(4):
                 os.write(fd, mmap.mmap(-1, MIB))
         # A worker counts after it has answered.
-        assert wait_until(lambda: counted(mirror, "WRITE", "errors") >= 1)
-        write = (("errno", "ENOSPC"), ("mountpoint", str(mirror.mountpoint)), ("operation", "write"))
-        assert exported(mirror.mountpoint)["llloop_errors_total", write] >= 1
-        assert "errors" in llloop("stats", mirror.mountpoint).stdout.split("ENOSPC")[0]
-        mirror.stop()
+        assert wait_until(lambda: counted(server, "WRITE", "errors") >= 1)
+        write = (("errno", "ENOSPC"), ("mountpoint", str(server.mountpoint)), ("operation", "write"))
+        assert exported(server.mountpoint)["llloop_errors_total", write] >= 1
+        assert "errors" in llloop("stats", server.mountpoint).stdout.split("ENOSPC")[0]
+        server.stop()
 
 
 def test_all_mounts_are_in_one_export_and_the_dead_are_down(serve: Serve, tmp_path: Path) -> None:
@@ -561,12 +561,12 @@ def test_all_mounts_are_in_one_export_and_the_dead_are_down(serve: Serve, tmp_pa
 
 
 def test_a_stopped_front_is_down(serve: Serve) -> None:
-    mirror = serve("--workers", "1")
-    front = ask(mirror, "stats")["front"]["pid"]
-    itself = (("mountpoint", str(mirror.mountpoint)),)
+    server = serve("--workers", "1")
+    front = ask(server, "stats")["front"]["pid"]
+    itself = (("mountpoint", str(server.mountpoint)),)
     os.kill(front, signal.SIGSTOP)
     try:
-        samples = exported(mirror.mountpoint)
+        samples = exported(server.mountpoint)
         assert samples["llloop_up", itself] == 0
         assert samples["llloop_process_up", (*itself, ("process", "front"))] == 0
     finally:
@@ -574,13 +574,13 @@ def test_a_stopped_front_is_down(serve: Serve) -> None:
 
 
 def test_prometheus_can_read_it(serve: Serve, tmp_path: Path) -> None:
-    mirror = serve("--workers", "2")
+    server = serve("--workers", "2")
     for number in range(3):
-        os.mkdir(mirror.mountpoint / f"{number}")
-    ended = llloop("stats", mirror.mountpoint, "--prometheus")
+        os.mkdir(server.mountpoint / f"{number}")
+    ended = llloop("stats", server.mountpoint, "--prometheus")
     assert ended.code == 0
     samples = samples_in(ended.stdout)
-    itself = (("mountpoint", str(mirror.mountpoint)),)
+    itself = (("mountpoint", str(server.mountpoint)),)
     mkdir = (*itself, ("operation", "mkdir"))
     assert samples["llloop_request_seconds_count", mkdir] == 3
     assert samples["llloop_request_seconds_bucket", (("le", "+Inf"), *mkdir)] == 3
@@ -589,13 +589,13 @@ def test_prometheus_can_read_it(serve: Serve, tmp_path: Path) -> None:
     assert samples["llloop_up", itself] == samples["llloop_source_up", itself] == 1
     assert samples["llloop_process_up", (*itself, ("process", "worker-1"))] == 1
     file = tmp_path / "llloop.prom"
-    assert llloop("stats", mirror.mountpoint, "--textfile", file).code == 0
+    assert llloop("stats", server.mountpoint, "--textfile", file).code == 0
     assert {family.name for family in text_string_to_metric_families(file.read_text())} >= {"llloop_opens"}
     assert os.listdir(tmp_path) == ["llloop.prom"]
 
 
 def test_bad_options_of_stats(serve: Serve, tmp_path: Path) -> None:
-    mirror = serve()
+    server = serve()
     for arguments, code, reason in (
         (["--json", "--prometheus"], 2, "exclude each other"),
         (["--watch", "--prometheus"], 2, "exclude each other"),
@@ -603,7 +603,7 @@ def test_bad_options_of_stats(serve: Serve, tmp_path: Path) -> None:
         (["--watch", "0"], 2, "--watch must be"),
         (["--textfile", str(tmp_path / "no" / "such")], 5, "No such file or directory"),
     ):
-        ended = CliRunner().invoke(main, ["stats", str(mirror.mountpoint), *arguments])
+        ended = CliRunner().invoke(main, ["stats", str(server.mountpoint), *arguments])
         assert ended.exit_code == code
         assert reason in ended.output
         assert len(ended.output.splitlines()) == 1
@@ -612,16 +612,16 @@ def test_bad_options_of_stats(serve: Serve, tmp_path: Path) -> None:
 def test_the_names_of_the_world_are_shown_safely(serve: Serve, tmp_path: Path) -> None:
     source = tmp_path / os.fsdecode(b"[red]caf\xe9\x1b[31m\n")
     source.mkdir()
-    mirror = serve("--fsname", "x", source=source)
-    answer = ask(mirror, "stats")
-    for view in (tables.status_view([status(mirror)]), tables.stats_view([rates.since(answer, None)])):
+    server = serve("--fsname", "x", source=source)
+    answer = ask(server, "stats")
+    for view in (tables.status_view([status(server)]), tables.stats_view([rates.rates_since(answer, None)])):
         console = tables.console()
         console.file = io.StringIO()
         console.print(view)
         text = console.file.getvalue()
         assert "\x1b" not in text
         assert "[red]caf\\udce9\\x1b[31m\\n" in "".join(text.split())
-    assert status(mirror)["source"] == str(source)
+    assert status(server)["source"] == str(source)
     assert json.loads(json.dumps(answer))["source"] == str(source)
     assert prometheus.text([{**answer, "source_problem": None, "mountpoint": str(source)}]).isascii()
 
@@ -630,27 +630,27 @@ def test_the_names_of_the_world_are_shown_safely(serve: Serve, tmp_path: Path) -
 
 
 def test_reload_replaces_the_workers_and_nobody_notices(serve: Serve) -> None:
-    mirror = serve("--workers", "2")
-    before = workers(mirror)
-    with opened(mirror.mountpoint / "file", os.O_RDWR | os.O_CREAT) as fd:
+    server = serve("--workers", "2")
+    before = workers(server)
+    with opened(server.mountpoint / "file", os.O_RDWR | os.O_CREAT) as fd:
         os.write(fd, bytes(LARGE))
-        assert llloop("control", mirror.mountpoint, "reload").code == 0
-        mirror.wait_for_log(r"reloaded")
-        after = workers(mirror)
+        assert llloop("control", server.mountpoint, "reload").code == 0
+        server.wait_for_log(r"reloaded")
+        after = workers(server)
         assert set(after) == set(before)
         assert set(after.values()).isdisjoint(before.values())
         os.fsync(fd)
         assert os.pread(fd, LARGE, 0) == bytes(LARGE)
-    assert status(mirror)["state"] == "serving"
+    assert status(server)["state"] == "serving"
 
 
 def test_sighup_reloads_and_opens_the_log_again(serve: Serve) -> None:
-    mirror = serve("--workers", "1")
-    old = mirror.log.with_name("log.1")
-    mirror.log.rename(old)
-    os.kill(mirror.pid, signal.SIGHUP)
-    assert wait_until(mirror.log.exists)
-    mirror.wait_for_log("reloaded")
+    server = serve("--workers", "1")
+    old = server.log.with_name("log.1")
+    server.log.rename(old)
+    os.kill(server.pid, signal.SIGHUP)
+    assert wait_until(server.log.exists)
+    server.wait_for_log("reloaded")
     assert "reload" not in old.read_text()
 
 
@@ -682,43 +682,43 @@ def test_a_terminal_that_is_closed_ends_the_mount(tmp_path: Path) -> None:
 
 
 def test_stop(serve: Serve) -> None:
-    mirror = serve()
-    assert llloop("control", mirror.mountpoint, "stop").code == 0
-    stopped(mirror)
-    mirror.clean_up()
+    server = serve()
+    assert llloop("control", server.mountpoint, "stop").code == 0
+    stopped(server)
+    server.clean_up()
 
 
 @pytest.mark.by_workers
 def test_the_log_level_changes_in_every_process(serve: Serve) -> None:
-    mirror = serve("--workers", "1", "--log-level", "error")
-    mirror.expect_log("was killed by signal 9", required=False)
-    ask(mirror, "log-level", level="info")
-    mirror.wait_for_log("level info")
-    os.kill(mirror.pid, signal.SIGUSR1)
-    os.statvfs(mirror.mountpoint)
-    if mirror.via == "own":
-        mirror.wait_for_log("llloop-front: .*slots in use")
-    assert llloop("control", mirror.mountpoint, "log-level", "error").code == 0
-    (pid,) = workers(mirror).values()
+    server = serve("--workers", "1", "--log-level", "error")
+    server.expect_log("was killed by signal 9", required=False)
+    ask(server, "log-level", level="info")
+    server.wait_for_log("level info")
+    os.kill(server.pid, signal.SIGUSR1)
+    os.statvfs(server.mountpoint)
+    if server.via == "own":
+        server.wait_for_log("llloop-front: .*slots in use")
+    assert llloop("control", server.mountpoint, "log-level", "error").code == 0
+    (pid,) = workers(server).values()
     os.kill(pid, signal.SIGKILL)
-    assert wait_until(lambda: set(workers(mirror).values()) not in (set(), {pid}))
+    assert wait_until(lambda: set(workers(server).values()) not in (set(), {pid}))
     time.sleep(0.3)
-    assert "was killed" not in mirror.log.read_text()
+    assert "was killed" not in server.log.read_text()
 
 
 def test_bad_control_commands(serve: Serve) -> None:
-    mirror = serve()
+    server = serve()
     for arguments in (["log-level"], ["reload", "debug"], ["nonsense"], ["log-level", "loud"]):
-        assert CliRunner().invoke(main, ["control", str(mirror.mountpoint), *arguments]).exit_code == 2
+        assert CliRunner().invoke(main, ["control", str(server.mountpoint), *arguments]).exit_code == 2
     with pytest.raises(LlloopError, match="must be one of debug, info"):
-        ask(mirror, "log-level", level=["debug"])
+        ask(server, "log-level", level=["debug"])
     with pytest.raises(LlloopError, match="unknown command"):
-        ask(mirror, "nonsense")
+        ask(server, "nonsense")
 
 
 def test_garbage_in_the_socket_harms_nothing(serve: Serve) -> None:
-    mirror = serve("--workers", "1")
-    path = socket_of(mirror)
+    server = serve("--workers", "1")
+    path = socket_of(server)
     assert os.stat(path).st_mode & 0o777 == 0o600
     held = []
     for garbage in (b"", b"\0", b"\xff" * 5000, struct.pack("!I", 9) + b"\xc1" * 9, struct.pack("!I", 4000) + b"half"):
@@ -732,72 +732,72 @@ def test_garbage_in_the_socket_harms_nothing(serve: Serve) -> None:
                 connection.close()
                 continue
             held.append(connection)
-            (mirror.mountpoint / "file").write_bytes(bytes(LARGE))
-    (pid,) = workers(mirror).values()
-    mirror.expect_log("llloop-worker-0 was killed by signal 9")
+            (server.mountpoint / "file").write_bytes(bytes(LARGE))
+    (pid,) = workers(server).values()
+    server.expect_log("llloop-worker-0 was killed by signal 9")
     os.kill(pid, signal.SIGKILL)
     # The supervisor is not kept from its work by those who hold their connections.
-    assert wait_until(lambda: set(workers(mirror).values()) not in (set(), {pid}), 3)
+    assert wait_until(lambda: set(workers(server).values()) not in (set(), {pid}), 3)
     for connection in held:
         connection.close()
-    assert wait_until(lambda: status(mirror)["state"] == "serving")
+    assert wait_until(lambda: status(server)["state"] == "serving")
 
 
 def test_nothing_is_left_of_the_socket(serve: Serve) -> None:
-    mirror = serve()
-    path = socket_of(mirror)
-    mirror.stop()
+    server = serve()
+    path = socket_of(server)
+    server.stop()
     assert not os.path.exists(path)
 
 
 def test_a_killed_supervisor_leaves_no_socket(serve: Serve) -> None:
-    mirror = serve()
-    mirror.expect_log("the supervisor has died")
-    path = socket_of(mirror)
-    assert mirror.process
-    os.kill(mirror.pid, signal.SIGKILL)
-    mirror.process.wait(10)
-    assert wait_until(lambda: mirror.processes() == [])
+    server = serve()
+    server.expect_log("the supervisor has died")
+    path = socket_of(server)
+    assert server.process
+    os.kill(server.pid, signal.SIGKILL)
+    server.process.wait(10)
+    assert wait_until(lambda: server.processes() == [])
     assert not os.path.exists(path)
-    mirror.clean_up()
+    server.clean_up()
 
 
 def test_a_mount_without_a_socket_serves_all_the_same(serve: Serve, tmp_path: Path) -> None:
     if os.geteuid() == 0:
         pytest.skip("root can always make one in /run/llloop")
     (tmp_path / "llloop").touch()
-    mirror = serve(env={"XDG_RUNTIME_DIR": str(tmp_path)})
-    assert status(mirror)["state"] == "serving", "another place is used"
+    server = serve(env={"XDG_RUNTIME_DIR": str(tmp_path)})
+    assert status(server)["state"] == "serving", "another place is used"
 
 
 # Logs
 
 
 def test_every_process_tells_what_it_is_doing(serve: Serve) -> None:
-    mirror = serve("--workers", "2", "--log-level", "error")
-    os.kill(mirror.pid, signal.SIGUSR2)
+    server = serve("--workers", "2", "--log-level", "error")
+    os.kill(server.pid, signal.SIGUSR2)
     for role, module in (
         ("supervisor", "supervisor.py"),
         ("front", "front/process.py"),
         ("worker-0", "workers/loop.py"),
         ("worker-1", "workers/loop.py"),
     ):
-        mirror.wait_for_log(rf"stacks of llloop-{role} \(process \d+\):\n[^\n]*Thread|thread.*{module}")
-    text = mirror.log.read_text()
+        server.wait_for_log(rf"stacks of llloop-{role} \(process \d+\):\n[^\n]*Thread|thread.*{module}")
+    text = server.log.read_text()
     for part in text.split("stacks of ")[1:]:
         assert 'File "' in part, part
     assert "llloop-front" in text
-    (mirror.mountpoint / "file").write_bytes(bytes(LARGE))
+    (server.mountpoint / "file").write_bytes(bytes(LARGE))
 
 
 def test_a_process_that_is_stopped_does_not_keep_the_others_from_telling(serve: Serve) -> None:
-    mirror = serve("--workers", "1")
-    (pid,) = workers(mirror).values()
+    server = serve("--workers", "1")
+    (pid,) = workers(server).values()
     os.kill(pid, signal.SIGSTOP)
     try:
-        os.kill(mirror.pid, signal.SIGUSR2)
-        mirror.wait_for_log(r"stacks of llloop-worker-0 \(process \d+\):\n  no answer; its state is T")
-        mirror.wait_for_log(r"stacks of llloop-front \(process \d+\):\n[^\n]*hread")
+        os.kill(server.pid, signal.SIGUSR2)
+        server.wait_for_log(r"stacks of llloop-worker-0 \(process \d+\):\n  no answer; its state is T")
+        server.wait_for_log(r"stacks of llloop-front \(process \d+\):\n[^\n]*hread")
     finally:
         os.kill(pid, signal.SIGCONT)
 
@@ -831,27 +831,27 @@ class Manager:
 
 def test_the_service_manager_is_told(serve: Serve, tmp_path: Path) -> None:
     manager = Manager(tmp_path)
-    mirror = serve("--workers", "1", env={"NOTIFY_SOCKET": manager.address})
+    server = serve("--workers", "1", env={"NOTIFY_SOCKET": manager.address})
     assert manager.hears("READY=1")
-    assert f"MAINPID={mirror.pid}" in manager.heard[0]
-    assert f"STATUS=serving {mirror.source} at {mirror.mountpoint}" in manager.heard[0]
+    assert f"MAINPID={server.pid}" in manager.heard[0]
+    assert f"STATUS=serving {server.source} at {server.mountpoint}" in manager.heard[0]
     manager.forget()
-    os.kill(mirror.pid, signal.SIGHUP)
+    os.kill(server.pid, signal.SIGHUP)
     assert manager.hears("RELOADING=1\nMONOTONIC_USEC=")
     assert manager.hears("READY=1")
     assert not manager.has_heard("WATCHDOG"), "nobody asked for it"
     manager.forget()
-    mirror.stop()
+    server.stop()
     assert manager.hears("STOPPING=1")
     manager.socket.close()
 
 
 def test_the_watchdog_hears_only_of_a_front_that_answers(serve: Serve, tmp_path: Path) -> None:
     manager = Manager(tmp_path)
-    mirror = serve(
+    server = serve(
         "--workers", "1", "--cache", "never", env={"NOTIFY_SOCKET": manager.address, "WATCHDOG_USEC": "400000"}
     )
-    front = ask(mirror, "stats")["front"]["pid"]
+    front = ask(server, "stats")["front"]["pid"]
     assert manager.hears("WATCHDOG=1")
     manager.forget()
     assert manager.hears("WATCHDOG=1"), "an idle mount is a healthy one"
@@ -862,12 +862,12 @@ def test_the_watchdog_hears_only_of_a_front_that_answers(serve: Serve, tmp_path:
         time.sleep(0.8)
         assert not manager.has_heard("WATCHDOG=1")
         # The supervisor itself is at work all the while.
-        assert ask(mirror, "status")["state"] == "not answering"
+        assert ask(server, "status")["state"] == "not answering"
     finally:
         os.kill(front, signal.SIGCONT)
     manager.forget()
     assert manager.hears("WATCHDOG=1")
-    mirror.stop()
+    server.stop()
     manager.socket.close()
 
 
@@ -889,10 +889,10 @@ def test_a_mount_inside_a_program_does_not_speak_for_the_program(tmp_path: Path)
     manager.socket.close()
 
 
-def switches(mirror: Mirror) -> dict[str, int]:
+def switches(server: Server) -> dict[str, int]:
     """How often each thread of the server has gone to sleep or been interrupted (proc_pid_status(5))."""
     found = {}
-    for pid in mirror.processes():
+    for pid in server.processes():
         for status in Path(f"/proc/{pid}/task").glob("*/status"):
             counts = re.findall(r"^(?:non)?voluntary_ctxt_switches:\s*(\d+)$", status.read_text(), re.MULTILINE)
             found[str(status)] = sum(map(int, counts))
@@ -901,15 +901,15 @@ def switches(mirror: Mirror) -> dict[str, int]:
 
 @pytest.mark.mounted
 def test_nobody_wakes_up_where_nothing_happens(serve: Serve) -> None:
-    mirror = serve("--workers", "2")
-    (mirror.mountpoint / "file").write_bytes(bytes(LARGE))
+    server = serve("--workers", "2")
+    (server.mountpoint / "file").write_bytes(bytes(LARGE))
 
     awake = []
 
     def is_quiet() -> bool:
-        before = switches(mirror)
+        before = switches(server)
         time.sleep(1)
-        awake.append(switches(mirror).items() - before.items())
+        awake.append(switches(server).items() - before.items())
         return not awake[-1]
 
     # Somebody else on the machine may ask for the status of all mounts.
@@ -918,14 +918,14 @@ def test_nobody_wakes_up_where_nothing_happens(serve: Serve) -> None:
 
 @pytest.mark.mounted
 def test_processes_and_log_name_the_mount(serve: Serve) -> None:
-    mirror = serve("--workers", "1")
-    titles = {Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0 ") for pid in mirror.processes()}
+    server = serve("--workers", "1")
+    titles = {Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0 ") for pid in server.processes()}
     assert {title.partition(" ")[0] for title in titles} >= {"llloop-supervisor", "llloop-worker-0", "llloop-front"}
-    assert {title.partition(" ")[2] for title in titles} == {str(mirror.mountpoint)}
-    mirror.stop()
-    lines = mirror.log.read_text().splitlines()
-    served = [line for line in lines if f": serving {mirror.source} at {mirror.mountpoint} with 1 worker" in line]
-    stopped = [line for line in lines if line.endswith(f": stopped serving {mirror.source} at {mirror.mountpoint}")]
+    assert {title.partition(" ")[2] for title in titles} == {str(server.mountpoint)}
+    server.stop()
+    lines = server.log.read_text().splitlines()
+    served = [line for line in lines if f": serving {server.source} at {server.mountpoint} with 1 worker" in line]
+    stopped = [line for line in lines if line.endswith(f": stopped serving {server.source} at {server.mountpoint}")]
     assert len(served) == len(stopped) == 1, lines
     for line in (*served, *stopped):
         assert re.match(r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d\S*[+-]\d\d:?\d\d ", line), line

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.expect import fails, fields_of, outcome, pattern, same_status
-from tests.mirror import Tree
+from tests.server import Tree
 from tests.syscalls import AT_SYMLINK_NOFOLLOW, UTIME_NOW, UTIME_OMIT, opened, utimensat
 
 DISTANT = (
@@ -73,13 +73,13 @@ def test_chmod_moves_the_change_time_only(tree: Tree) -> None:
 
 
 def test_chmod_of_the_mount_s_root(tree: Tree) -> None:
-    before = stat.S_IMODE(os.stat(tree.mirror.source).st_mode)
+    before = stat.S_IMODE(os.stat(tree.server.source).st_mode)
     try:
-        os.chmod(tree.mirror.mountpoint, 0o705)
-        assert stat.S_IMODE(os.stat(tree.mirror.source).st_mode) == 0o705
-        assert stat.S_IMODE(os.stat(tree.mirror.mountpoint).st_mode) == 0o705
+        os.chmod(tree.server.mountpoint, 0o705)
+        assert stat.S_IMODE(os.stat(tree.server.source).st_mode) == 0o705
+        assert stat.S_IMODE(os.stat(tree.server.mountpoint).st_mode) == 0o705
     finally:
-        os.chmod(tree.mirror.mountpoint, before)
+        os.chmod(tree.server.mountpoint, before)
 
 
 @pytest.mark.root

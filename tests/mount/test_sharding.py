@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Serve
-from tests.mirror import Mirror
+from tests.server import Server
 from tests.server_processes import bytes_moved, descriptors, titles, wait_until, workers
 from tests.syscalls import opened
 
@@ -21,14 +21,14 @@ MIB = 1024 * 1024
 PIECE = b"x" * 300_000
 
 
-def holders(mirror: Mirror, path: Path) -> set[str]:
+def holders(server: Server, path: Path) -> set[str]:
     """The workers that hold a descriptor of this file of the source."""
-    return {title for title, pid in workers(mirror).items() if str(path) in descriptors(pid)}
+    return {title for title, pid in workers(server).items() if str(path) in descriptors(pid)}
 
 
 def test_processes_are_named_in_ps(serve: Serve) -> None:
-    mirror = serve("--workers", "3")
-    found = titles(mirror)
+    server = serve("--workers", "3")
+    found = titles(server)
     # Where llfuse runs the loop, no request waits for the kernel to drop pages.
     assert set(found) | {"llloop-invalidator"} == {
         "llloop-invalidator",
@@ -37,7 +37,7 @@ def test_processes_are_named_in_ps(serve: Serve) -> None:
         "llloop-front",
         *(f"llloop-worker-{n}" for n in range(3)),
     }
-    assert found["llloop-supervisor"] == mirror.pid
+    assert found["llloop-supervisor"] == server.pid
     shown = subprocess.run(["ps", "-o", "pid=,args="], capture_output=True, text=True, check=False)
     if shown.returncode == 0:
         for title, pid in found.items():
@@ -50,41 +50,41 @@ def test_processes_are_named_in_ps(serve: Serve) -> None:
 
 @pytest.mark.by_workers
 def test_an_open_file_is_held_by_exactly_one_worker(serve: Serve) -> None:
-    mirror = serve("--workers", "4")
+    server = serve("--workers", "4")
     for number in range(8):
         name = f"file{number}"
-        with opened(mirror.mountpoint / name, os.O_RDWR | os.O_CREAT) as fd:
+        with opened(server.mountpoint / name, os.O_RDWR | os.O_CREAT) as fd:
             os.pwrite(fd, PIECE, 0)
             os.fsync(fd)
-            first = holders(mirror, mirror.source / name)
+            first = holders(server, server.source / name)
             assert len(first) == 1
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             assert os.pread(fd, len(PIECE), 0) == PIECE
             os.fsync(fd)
-            assert holders(mirror, mirror.source / name) == first
+            assert holders(server, server.source / name) == first
             # Flags may differ, the file is the same.
-            with opened(mirror.mountpoint / name, os.O_WRONLY | os.O_APPEND) as second:
+            with opened(server.mountpoint / name, os.O_WRONLY | os.O_APPEND) as second:
                 os.write(second, PIECE)
                 os.fsync(second)
-                assert holders(mirror, mirror.source / name) == first
-        with opened(mirror.mountpoint / name, os.O_RDWR) as fd:
+                assert holders(server, server.source / name) == first
+        with opened(server.mountpoint / name, os.O_RDWR) as fd:
             os.pwrite(fd, PIECE, 0)
             os.fsync(fd)
-            assert holders(mirror, mirror.source / name) == first, "another worker after a fresh open"
+            assert holders(server, server.source / name) == first, "another worker after a fresh open"
 
 
 @pytest.mark.by_workers
 def test_io_of_many_files_is_spread_over_the_workers(serve: Serve) -> None:
     count, shards = 240, 4
-    mirror = serve("--workers", str(shards))
-    files = [os.open(mirror.mountpoint / f"file{number}", os.O_RDWR | os.O_CREAT) for number in range(count)]
+    server = serve("--workers", str(shards))
+    files = [os.open(server.mountpoint / f"file{number}", os.O_RDWR | os.O_CREAT) for number in range(count)]
     try:
         for fd in files:
             os.pwrite(fd, PIECE[:200_000], 0)
             os.fsync(fd)
         held = {
-            title: {path for path in descriptors(pid) if path.startswith(str(mirror.source / "file"))}
-            for title, pid in workers(mirror).items()
+            title: {path for path in descriptors(pid) if path.startswith(str(server.source / "file"))}
+            for title, pid in workers(server).items()
         }
     finally:
         for fd in files:
@@ -97,19 +97,19 @@ def test_io_of_many_files_is_spread_over_the_workers(serve: Serve) -> None:
 
 
 def test_descriptors_are_given_back_after_close(serve: Serve) -> None:
-    mirror = serve("--workers", "2")
+    server = serve("--workers", "2")
     # The supervisor has nothing of files, and now and then something of its own.
-    processes = {title: pid for title, pid in titles(mirror).items() if title != "llloop-supervisor"}
+    processes = {title: pid for title, pid in titles(server).items() if title != "llloop-supervisor"}
     # Every worker's first file brings things that stay, such as its handle on the front.
     for number in range(20):
-        (mirror.mountpoint / f"first{number}").write_bytes(PIECE)
+        (server.mountpoint / f"first{number}").write_bytes(PIECE)
 
     def counts() -> dict[str, int]:
         return {title: len(descriptors(pid)) for title, pid in processes.items()}
 
-    assert wait_until(lambda: not any(holders(mirror, mirror.source / f"first{number}") for number in range(20)))
+    assert wait_until(lambda: not any(holders(server, server.source / f"first{number}") for number in range(20)))
     before = counts()
-    files = [os.open(mirror.mountpoint / f"file{number}", os.O_RDWR | os.O_CREAT) for number in range(100)]
+    files = [os.open(server.mountpoint / f"file{number}", os.O_RDWR | os.O_CREAT) for number in range(100)]
     for fd in files:
         os.pwrite(fd, PIECE, 0)
         os.pread(fd, 100, 0)
@@ -122,48 +122,48 @@ def test_descriptors_are_given_back_after_close(serve: Serve) -> None:
 @pytest.mark.own_loop
 def test_the_front_never_touches_the_bytes_of_a_large_read(serve: Serve) -> None:
     """The worker moves them from the file to the kernel; the front reads the request and no more."""
-    mirror = serve("--workers", "2")
+    server = serve("--workers", "2")
     size = 64 << 20
-    with open(mirror.source / "file", "wb") as file:
+    with open(server.source / "file", "wb") as file:
         file.truncate(size)
-    front = titles(mirror)["llloop-front"]
+    front = titles(server)["llloop-front"]
     before = bytes_moved(front)
-    with opened(mirror.mountpoint / "file", os.O_RDONLY) as fd:
+    with opened(server.mountpoint / "file", os.O_RDONLY) as fd:
         while os.read(fd, 1 << 20):
             pass
     assert bytes_moved(front) - before < size // 32
 
 
 def test_one_worker_is_enough(serve: Serve) -> None:
-    mirror = serve("--workers", "1")
-    (mirror.mountpoint / "file").write_bytes(PIECE)
-    assert (mirror.mountpoint / "file").read_bytes() == PIECE
-    assert set(workers(mirror)) == {"llloop-worker-0"}
+    server = serve("--workers", "1")
+    (server.mountpoint / "file").write_bytes(PIECE)
+    assert (server.mountpoint / "file").read_bytes() == PIECE
+    assert set(workers(server)) == {"llloop-worker-0"}
 
 
 @pytest.mark.by_workers
 def test_counters_tell_who_did_what(serve: Serve) -> None:
     """SIGUSR1 has every worker's requests and bytes logged, and what the front holds."""
-    mirror = serve("--workers", "4")
+    server = serve("--workers", "4")
     for number in range(16):
-        with opened(mirror.mountpoint / f"file{number}", os.O_RDWR | os.O_CREAT | os.O_DIRECT) as fd:
+        with opened(server.mountpoint / f"file{number}", os.O_RDWR | os.O_CREAT | os.O_DIRECT) as fd:
             os.write(fd, mmap.mmap(-1, MIB))
     # The releases come before it, and what is asked about next is over then.
-    os.statvfs(mirror.mountpoint)
-    os.kill(mirror.pid, signal.SIGUSR1)
+    os.statvfs(server.mountpoint)
+    os.kill(server.pid, signal.SIGUSR1)
 
     def reported() -> bool:
         # The fallback's front takes signals with its next request only.
-        os.statvfs(mirror.mountpoint)
-        return "slots in use" in mirror.log.read_text()
+        os.statvfs(server.mountpoint)
+        return "slots in use" in server.log.read_text()
 
     line = re.compile(r"(llloop-worker-\d): (\d+) requests, (\d+) errors, (\d+) bytes read, (\d+) bytes written, 0 re")
     assert wait_until(reported)
-    found = line.findall(mirror.log.read_text())
+    found = line.findall(server.log.read_text())
     assert [title for title, *_ in found] == [f"llloop-worker-{number}" for number in range(4)]
     assert sum(int(written) for *_, written in found) == 16 * MIB
     for title, requests, errors, read, written in found:
         # A file's bytes are counted where the file is held, whole files that is.
         assert (int(errors), int(read), int(written) % MIB) == (0, 0, 0), title
         assert int(requests) >= int(written) // MIB
-    assert re.search(r"llloop-front: 17 inodes, 0 open handles", mirror.log.read_text())
+    assert re.search(r"llloop-front: 17 inodes, 0 open handles", server.log.read_text())

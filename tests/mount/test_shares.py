@@ -11,8 +11,8 @@ import pytest
 from tests.as_user import Caller, Child, run_as
 from tests.conftest import Serve
 from tests.expect import outcome
-from tests.mirror import Mirror
 from tests.mount.test_scale import with_descriptor_limit
+from tests.server import Server
 from tests.server_processes import process_ids, wait_until
 from tests.syscalls import opened
 
@@ -23,17 +23,17 @@ LIMIT = 400
 
 
 @pytest.fixture
-def mirror(serve: Serve) -> Mirror:
+def server(serve: Serve) -> Server:
     """A server that may open few files, with a directory of each user's."""
-    mirror = serve("--workers", "1", command=with_descriptor_limit(LIMIT))
+    server = serve("--workers", "1", command=with_descriptor_limit(LIMIT))
     for user in (GREEDY, OTHER):
-        directory = mirror.source / str(user.uid)
+        directory = server.source / str(user.uid)
         (directory / "below" / "deeper").mkdir(parents=True)
         for number in range(6):
             (directory / f"file{number}").write_bytes(b"content")
         for path in (directory, *directory.rglob("*")):
             os.chown(path, user.uid, user.uid)
-    return mirror
+    return server
 
 
 def everything(directory: Path) -> dict[str, Any]:
@@ -100,14 +100,14 @@ def _while_others_try(directory: Path, look: Callable[[], Any]) -> Any:
     return look()
 
 
-def try_while(child: Child[Any], mirror: Mirror, *more: Callable[[], None]) -> Any:
+def try_while(child: Child[Any], server: Server, *more: Callable[[], None]) -> Any:
     """What another user can do while the greedy one holds what he has taken; then the latter's own result."""
-    own = mirror.source / str(GREEDY.uid)
+    own = server.source / str(GREEDY.uid)
     try:
         assert wait_until(lambda: (own / "holding").exists() or child.is_done(), 30)
         for action in more:
             action()
-        found = run_as(OTHER, everything, mirror.mountpoint / str(OTHER.uid))
+        found = run_as(OTHER, everything, server.mountpoint / str(OTHER.uid))
     finally:
         (own / "tried").touch()
         result = child.result()
@@ -115,33 +115,33 @@ def try_while(child: Child[Any], mirror: Mirror, *more: Callable[[], None]) -> A
     return result
 
 
-def test_who_opens_all_he_may_is_refused_and_nobody_else(mirror: Mirror) -> None:
-    own = mirror.mountpoint / str(GREEDY.uid)
-    count, why, listed, _ = try_while(Child(open_all, own, caller=GREEDY), mirror)
+def test_who_opens_all_he_may_is_refused_and_nobody_else(server: Server) -> None:
+    own = server.mountpoint / str(GREEDY.uid)
+    count, why, listed, _ = try_while(Child(open_all, own, caller=GREEDY), server)
     assert why == "EMFILE"
     assert LIMIT / 8 < count < LIMIT / 2
     assert listed is None, "directories can still be listed"
     assert wait_until(lambda: run_as(GREEDY, _error, (own / "file0").read_bytes) is None)
 
 
-def test_who_holds_many_removed_files_loses_the_oldest(mirror: Mirror) -> None:
-    own = mirror.mountpoint / str(GREEDY.uid)
-    seen = try_while(Child(hold_removed_files, own, caller=GREEDY), mirror)
+def test_who_holds_many_removed_files_loses_the_oldest(server: Server) -> None:
+    own = server.mountpoint / str(GREEDY.uid)
+    seen = try_while(Child(hold_removed_files, own, caller=GREEDY), server)
     kept = [number for number in seen if number is not None]
     assert kept == list(range(LIMIT - len(kept), LIMIT))
     assert LIMIT / 8 < len(kept) < LIMIT / 2
 
 
 @pytest.mark.own_loop
-def test_shares_are_known_to_the_next_front(mirror: Mirror) -> None:
-    mirror.expect_log("llloop-front was killed by signal 9")
+def test_shares_are_known_to_the_next_front(server: Server) -> None:
+    server.expect_log("llloop-front was killed by signal 9")
 
     def kill_front() -> None:
-        front = process_ids(mirror, "front")
+        front = process_ids(server, "front")
         os.kill(front[0], signal.SIGKILL)
-        assert wait_until(lambda: process_ids(mirror, "front") not in ([], front))
-        more = run_as(GREEDY, _error, os.open, mirror.mountpoint / str(GREEDY.uid) / "file1", os.O_RDONLY)
+        assert wait_until(lambda: process_ids(server, "front") not in ([], front))
+        more = run_as(GREEDY, _error, os.open, server.mountpoint / str(GREEDY.uid) / "file1", os.O_RDONLY)
         assert more == "EMFILE"
 
-    child = Child(open_all, mirror.mountpoint / str(GREEDY.uid), caller=GREEDY)
-    assert try_while(child, mirror, kill_front)[1] == "EMFILE"
+    child = Child(open_all, server.mountpoint / str(GREEDY.uid), caller=GREEDY)
+    assert try_while(child, server, kill_front)[1] == "EMFILE"

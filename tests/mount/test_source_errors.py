@@ -26,7 +26,7 @@ from tests.as_user import Caller, Child, run_as
 from tests.conftest import Serve
 from tests.expect import outcome, pattern
 from tests.filesystems import ext4, make_image, mounted, overlay, tmpfs
-from tests.mirror import Mirror, Tree, reachable_directory
+from tests.server import Server, Tree, reachable_directory
 from tests.server_processes import wait_until
 from tests.syscalls import FALLOC_FL_KEEP_SIZE, fallocate, opened, syncfs
 from tests.twins import outcomes
@@ -57,12 +57,12 @@ def serving(serve: Serve) -> Callable[..., Any]:
     """A mount that ends with the block, before the file system below it is unmounted."""
 
     @contextmanager
-    def over(source: Path, *arguments: str) -> Iterator[Mirror]:
-        mirror = serve(*arguments, source=source)
+    def over(source: Path, *arguments: str) -> Iterator[Server]:
+        server = serve(*arguments, source=source)
         try:
-            yield mirror
+            yield server
         finally:
-            mirror.stop()
+            server.stop()
 
     return over
 
@@ -94,8 +94,8 @@ def holds_pattern(path: Path, piece: int, size: int) -> bool:
 @pytest.mark.root
 @pytest.mark.parametrize("piece", [100, 4096, 65_536, 3 * MIB], ids=["100", "4k", "64k", "3m"])
 def test_a_full_source_says_so_and_keeps_what_it_took(scratch: Path, serving: Callable[..., Any], piece: int) -> None:
-    with tmpfs(scratch / "full", "size=2m") as source, serving(source) as mirror:
-        path = mirror.mountpoint / "file"
+    with tmpfs(scratch / "full", "size=2m") as source, serving(source) as server:
+        path = server.mountpoint / "file"
         taken, why = write_until_it_fails(path, piece)
         assert why == "ENOSPC"
         assert MIB < taken <= 2 * MIB
@@ -149,13 +149,13 @@ def test_a_full_source_refuses_every_way_to_fill_it(scratch: Path, serving: Call
 
     found = {}
     for side in ("native", "mounted"):
-        with tmpfs(scratch / side, "size=2m") as source, serving(source) as mirror:
-            directory = source if side == "native" else mirror.mountpoint
+        with tmpfs(scratch / side, "size=2m") as source, serving(source) as server:
+            directory = source if side == "native" else server.mountpoint
             (source / "hole").touch()
             write_until_it_fails(directory / "filler", 4096)
             found[side] = try_all(directory)
-            assert os.statvfs(mirror.mountpoint).f_bavail == os.statvfs(source).f_bavail == 0
-    if mirror.via == "llfuse":
+            assert os.statvfs(server.mountpoint).f_bavail == os.statvfs(source).f_bavail == 0
+    if server.via == "llfuse":
         for name in ("posix_fallocate", "fallocate", "fallocate keeping the size", "copy_file_range"):
             del found["native"][name], found["mounted"][name]
     assert found["mounted"] == found["native"]
@@ -187,13 +187,13 @@ def test_cached_data_that_fits_only_partly_is_not_lost_silently(
 
     # With --cache never the kernel collects nothing.
     options = ["--writeback", "--cache", "auto"] if how == "writeback" else []
-    with tmpfs(scratch / "full", "size=1m") as source, serving(source, *options) as mirror:
+    with tmpfs(scratch / "full", "size=1m") as source, serving(source, *options) as server:
         (source / "filler").write_bytes(bytes(MIB - room))
-        mirror.expect_log("file: data from a mapping .* could not be written and is lost: No space left")
-        assert outcome(write, mirror.mountpoint / "file") == "ENOSPC"
+        server.expect_log("file: data from a mapping .* could not be written and is lost: No space left")
+        assert outcome(write, server.mountpoint / "file") == "ENOSPC"
         assert (source / "file").stat().st_blocks * 512 == room
         (source / "filler").unlink()
-        assert outcome(write, mirror.mountpoint / "second") is None
+        assert outcome(write, server.mountpoint / "second") is None
         assert (source / "second").read_bytes() == content
 
 
@@ -209,9 +209,9 @@ def fill_up(path: Path) -> None:
 @pytest.mark.parametrize("mode", ["", "--writeback", "--cache never"])
 def test_who_stored_what_is_lost_is_told_at_close(scratch: Path, serving: Callable[..., Any], mode: str) -> None:
     """Also if somebody else, or a copy of the descriptor, was closed before and has been told."""
-    with tmpfs(scratch / "full", "size=1m") as source, serving(source, *mode.split()) as mirror:
-        mirror.expect_log("file: data from a mapping .* could not be written and is lost: No space left")
-        path = mirror.mountpoint / "file"
+    with tmpfs(scratch / "full", "size=1m") as source, serving(source, *mode.split()) as server:
+        server.expect_log("file: data from a mapping .* could not be written and is lost: No space left")
+        path = server.mountpoint / "file"
         path.write_bytes(b"")
         os.truncate(path, MIB)
         storing, copy = os.open(path, os.O_RDWR), -1
@@ -245,17 +245,17 @@ def test_a_source_without_inodes_refuses_new_files(scratch: Path, serving: Calla
             }
         )
 
-    with tmpfs(scratch / "full", "size=2m,nr_inodes=20") as source, serving(source) as mirror:
+    with tmpfs(scratch / "full", "size=2m,nr_inodes=20") as source, serving(source) as server:
         for number in range(30):
-            if outcome((mirror.mountpoint / f"{number}").touch) == "ENOSPC":
+            if outcome((server.mountpoint / f"{number}").touch) == "ENOSPC":
                 break
-        found = try_all(mirror.mountpoint)
+        found = try_all(server.mountpoint)
         assert found.pop("rename") is None
         assert set(found.values()) == {"ENOSPC"}
         assert sorted(os.listdir(source)) == sorted([*(str(n) for n in range(1, number)), "f"])
-        (mirror.mountpoint / "1").unlink()
+        (server.mountpoint / "1").unlink()
         # The server may hold on to what was removed until the kernel's FORGET, which comes a moment later.
-        assert wait_until(lambda: outcome((mirror.mountpoint / "again").touch) is None)
+        assert wait_until(lambda: outcome((server.mountpoint / "again").touch) is None)
 
 
 def fill_by_writing(fd: int, size: int, flags: int = 0) -> None:
@@ -304,8 +304,8 @@ def test_what_is_reserved_for_root_is_not_for_users(
     """Whoever writes on a user's behalf as root must not eat what ext4 keeps back for root."""
     user = Caller(4001, 4001)
     image = make_image(scratch / "image", 16 * MIB, "ext4", "-F", "-m", "20", "-O", "^has_journal")
-    with mounted(image, scratch / "source", "-o", "loop,nodelalloc") as source, serving(source, *options) as mirror:
-        mirror.expect_log("data from a mapping .* could not be written and is lost: No space left", required=False)
+    with mounted(image, scratch / "source", "-o", "loop,nodelalloc") as source, serving(source, *options) as server:
+        server.expect_log("data from a mapping .* could not be written and is lost: No space left", required=False)
         source.chmod(0o777)
         state = os.statvfs(source)
         reserved = state.f_bfree - state.f_bavail
@@ -319,7 +319,7 @@ def test_what_is_reserved_for_root_is_not_for_users(
 
         for name, way in WAYS_TO_FILL.items():
             # As one of several who have the file open, and the first of them is root.
-            path = mirror.mountpoint / name
+            path = server.mountpoint / name
             path.touch()
             os.chown(path, user.uid, 0)
             with opened(path, os.O_RDONLY):
@@ -334,7 +334,7 @@ def test_what_is_reserved_for_root_is_not_for_users(
             assert reserved - 20 <= free <= reserved + 300, f"{name}: {free} blocks are free, {reserved} are reserved"
             path.unlink()
             assert wait_until(lambda: os.statvfs(source).f_bfree > state.f_bfree - 100)
-        fill(mirror.mountpoint / "of root", WAYS_TO_FILL["write"])
+        fill(server.mountpoint / "of root", WAYS_TO_FILL["write"])
         assert os.statvfs(source).f_bfree < reserved // 2, "nothing is reserved for root"
 
 
@@ -349,12 +349,12 @@ def test_what_is_reserved_for_a_group_of_the_server_is_not_for_users(
     command = ["setpriv", "--groups", "0,5000", sys.executable, "-m", "llloop", "serve"]
     with mounted(image, scratch / "source", "-o", "loop,nodelalloc,resgid=5000") as source:
         source.chmod(0o777)
-        mirror = serve(*options, source=source, command=command)
-        _, why = run_as(Caller(4001, 4001), write_until_it_fails, mirror.mountpoint / "file", 65_536)
+        server = serve(*options, source=source, command=command)
+        _, why = run_as(Caller(4001, 4001), write_until_it_fails, server.mountpoint / "file", 65_536)
         assert why == "ENOSPC"
         state = os.statvfs(source)
         assert state.f_bfree > 2000
-        mirror.stop()
+        server.stop()
 
 
 @pytest.mark.root
@@ -385,7 +385,7 @@ def test_names_and_attributes_of_users_take_no_reserved_blocks(
     found = {}
     for side in ("native", "mounted"):
         image = make_image(scratch / f"{side}.image", 16 * MIB, "ext4", "-F", "-m", "20", "-I", "128", "-b", "1024")
-        with mounted(image, scratch / side, "-o", "loop,nodelalloc") as source, serving(source) as mirror:
+        with mounted(image, scratch / side, "-o", "loop,nodelalloc") as source, serving(source) as server:
             (source / "crowded").mkdir()
             for name in ("file", "full", *map(str, range(10))):
                 (source / name).touch()
@@ -398,7 +398,7 @@ def test_names_and_attributes_of_users_take_no_reserved_blocks(
                 run_as(user, write_until_it_fails, source / "full", piece, 64 * MIB, os.O_APPEND)
             assert os.statvfs(source).f_bavail == 0
             free = os.statvfs(source).f_bfree
-            found[side] = run_as(user, take_blocks, source if side == "native" else mirror.mountpoint)
+            found[side] = run_as(user, take_blocks, source if side == "native" else server.mountpoint)
             found[side]["taken"] = free - os.statvfs(source).f_bfree
     assert found["native"]["taken"] == 0
     assert set(found["native"].values()) == {"ENOSPC", 0}
@@ -413,16 +413,16 @@ def test_an_exceeded_quota_says_so(scratch: Path, serving: Callable[..., Any]) -
     with mounted(image, scratch / "limited", "-o", "loop") as source:
         for command in (["quota", "enable"], ["qgroup", "limit", "2M"]):
             subprocess.run(["btrfs", *command, source], check=True, capture_output=True, timeout=60)
-        with serving(source) as mirror:
-            path = mirror.mountpoint / "file"
+        with serving(source) as server:
+            path = server.mountpoint / "file"
             taken, why = write_until_it_fails(path, 65_536)
             assert why == "EDQUOT"
             assert 0 < taken < 3 * MIB
             for side in (path, source / "file"):
                 assert holds_pattern(side, 65_536, taken)
             syncfs_of(source)
-            assert outcome(lambda: os.close(os.open(mirror.mountpoint / "more", os.O_CREAT))) == "EDQUOT"
-            assert outcome(lambda: os.mkdir(mirror.mountpoint / "more")) == "EDQUOT"
+            assert outcome(lambda: os.close(os.open(server.mountpoint / "more", os.O_CREAT))) == "EDQUOT"
+            assert outcome(lambda: os.mkdir(server.mountpoint / "more")) == "EDQUOT"
 
 
 @pytest.mark.at_once("errors of collected writes are told at fsync or close")
@@ -451,10 +451,10 @@ def test_a_file_beyond_the_sources_limit_is_too_big(scratch: Path, serving: Call
             }
         )
 
-    with ext4(scratch, 32 * MIB, "-b", "4096") as source, serving(source) as mirror:
+    with ext4(scratch, 32 * MIB, "-b", "4096") as source, serving(source) as server:
         (source / "native").mkdir()
         (source / "mounted").mkdir()
-        found = try_all(mirror.mountpoint / "mounted")
+        found = try_all(server.mountpoint / "mounted")
         assert found == try_all(source / "native")
         assert (found["write beyond"], found["ftruncate"], found["just below"]) == ("EFBIG", "EFBIG", 1)
 
@@ -533,34 +533,34 @@ def test_a_source_that_is_mounted_read_only(scratch: Path, serving: Callable[...
     image = make_image(scratch / "image", 16 * MIB, "ext4", "-F")
     with mounted(image, scratch / "there", "-o", "loop") as source:
         fill(source)
-    with mounted(image, scratch / "there", "-o", "loop,ro") as source, serving(source) as mirror:
+    with mounted(image, scratch / "there", "-o", "loop,ro") as source, serving(source) as server:
         expected = change_everything(source)
-        assert change_everything(mirror.mountpoint) == expected
+        assert change_everything(server.mountpoint) == expected
         assert list(expected.values()).count("EROFS") >= 15
 
 
 @pytest.mark.root
 def test_a_source_that_becomes_read_only_while_served(scratch: Path, serving: Callable[..., Any]) -> None:
     """As ext4 does by itself after an error."""
-    with ext4(scratch, 16 * MIB) as source, serving(source) as mirror:
+    with ext4(scratch, 16 * MIB) as source, serving(source) as server:
         fill(source)
-        assert (mirror.mountpoint / "file").read_bytes() == b"content"
+        assert (server.mountpoint / "file").read_bytes() == b"content"
         subprocess.run(["mount", "-o", "remount,ro", source], check=True, timeout=30)
-        assert change_everything(mirror.mountpoint) == change_everything(source)
+        assert change_everything(server.mountpoint) == change_everything(source)
         subprocess.run(["mount", "-o", "remount,rw", source], check=True, timeout=30)
-        (mirror.mountpoint / "file").write_bytes(b"goes on")
+        (server.mountpoint / "file").write_bytes(b"goes on")
         assert (source / "file").read_bytes() == b"goes on"
 
 
 @pytest.mark.mounted
 def test_the_option_read_only(serving: Callable[..., Any], tmp_path: Path) -> None:
     fill(tmp_path)
-    with serving(tmp_path, "--read-only") as mirror:
-        found = change_everything(mirror.mountpoint)
+    with serving(tmp_path, "--read-only") as server:
+        found = change_everything(server.mountpoint)
         for name in ("read", "list", "getxattr", "create what is there", "mkdir what is there"):
             assert found.pop(name) in (b"content", ["inside"], b"value", None, "EEXIST")
         assert set(found.values()) == {"EROFS"}
-        assert outcome(lambda: os.access(mirror.mountpoint / "file", os.W_OK)) is False
+        assert outcome(lambda: os.access(server.mountpoint / "file", os.W_OK)) is False
     assert (tmp_path / "file").read_bytes() == b"content"
 
 
@@ -578,8 +578,8 @@ def test_an_unreadable_disk_gives_eio_and_the_mount_lives(scratch: Path, serving
         with open(image, "r+b") as file:
             file.truncate(9 * MIB)
         assert outcome((source / "bad").read_bytes) == "EIO"
-        with serving(source) as mirror:
-            mnt = mirror.mountpoint
+        with serving(source) as server:
+            mnt = server.mountpoint
             assert outcome((mnt / "bad").read_bytes) == "EIO"
             with opened(mnt / "bad", os.O_RDONLY | os.O_DIRECT) as fd, mmap.mmap(-1, MIB) as memory:
                 assert outcome(lambda: os.preadv(fd, [memory], 24 * MIB)) == "EIO"
@@ -603,11 +603,11 @@ def test_a_disk_that_cannot_be_written_fails_fsync(scratch: Path, serving: Calla
     """The image lies on a full tmpfs: write succeeds into the page cache, and only fsync can tell of the loss."""
     with tmpfs(scratch / "backing", "size=6m") as backing:
         image = make_image(backing / "image", 64 * MIB, "ext4", "-F", "-m", "0", "-O", "^has_journal", "-b", "4096")
-        with mounted(image, scratch / "there", "-o", "loop") as source, serving(source) as mirror:
+        with mounted(image, scratch / "there", "-o", "loop") as source, serving(source) as server:
             (source / "small").write_bytes(b"before")
-            path = mirror.mountpoint / "file"
+            path = server.mountpoint / "file"
             if expect.collecting:
-                mirror.expect_log("file: data that was stored .* could not be written and is lost", required=False)
+                server.expect_log("file: data that was stored .* could not be written and is lost", required=False)
 
             def write_and_sync() -> None:
                 flags = os.O_SYNC if how == "O_SYNC" else 0
@@ -627,8 +627,8 @@ def test_a_disk_that_cannot_be_written_fails_fsync(scratch: Path, serving: Calla
                         os.fdatasync(fd)
 
             assert outcome(write_and_sync) in ("EIO", "ENOSPC")
-            assert (mirror.mountpoint / "small").read_bytes() == b"before"
-            assert mirror.alive()
+            assert (server.mountpoint / "small").read_bytes() == b"before"
+            assert server.alive()
 
 
 def test_errors_of_devices_and_ioctls_are_the_usual_ones(tree: Tree) -> None:
@@ -654,17 +654,17 @@ def test_an_append_only_file_of_the_source_grows_by_what_is_appended(
     """Such a file (chattr +a) appends whatever is written, also a page that the kernel had filled up with old data."""
     if options and via == "llfuse":
         pytest.skip("only llloop's own loop can do this")
-    with ext4(scratch, 16 * MIB) as source, serving(source, *options) as mirror:
+    with ext4(scratch, 16 * MIB) as source, serving(source, *options) as server:
         (source / "log").write_bytes(b"hello")
         subprocess.run(["chattr", "+a", source / "log"], check=True, timeout=30)
         try:
-            with opened(mirror.mountpoint / "log", os.O_WRONLY | os.O_APPEND) as fd:
+            with opened(server.mountpoint / "log", os.O_WRONLY | os.O_APPEND) as fd:
                 assert os.write(fd, b"12345") == 5
                 assert os.write(fd, b"x" * 100_000) == 100_000
                 os.fsync(fd)
-            for side in (source, mirror.mountpoint):
+            for side in (source, server.mountpoint):
                 assert (side / "log").read_bytes() == b"hello12345" + b"x" * 100_000
-            assert outcome(lambda: os.open(mirror.mountpoint / "log", os.O_WRONLY)) == "EPERM"
+            assert outcome(lambda: os.open(server.mountpoint / "log", os.O_WRONLY)) == "EPERM"
         finally:
             subprocess.run(["chattr", "-a", source / "log"], check=True, timeout=30)
 
@@ -679,8 +679,8 @@ def test_a_copy_up_of_an_overlay_leaves_what_is_open_as_it_is(scratch: Path, ser
     with overlay(scratch, below) as source:
         # A birth time is as coarse as the kernel's clock tick.
         time.sleep(0.02)
-        with serving(source) as mirror:
-            directory = mirror.mountpoint / "directory"
+        with serving(source) as server:
+            directory = server.mountpoint / "directory"
             try:
                 with opened(directory, os.O_RDONLY) as descriptor, opened(directory / "file", os.O_RDONLY) as fd:
                     os.fchdir(descriptor)

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Serve
-from tests.mirror import Mirror
 from tests.mount.command_line import Ground, check_complaint, environment, ground, llloop, wait_until
+from tests.server import Server
 from tests.server_processes import kill_all_at_once
 from tests.watchdog import Watchdog, kill_session, mount_entry, unmount_lazily
 
@@ -29,7 +29,7 @@ USAGE, SOURCE, MOUNTPOINT, HOST = 2, 3, 4, 5
 def place(via: str, watchdog: Watchdog) -> Iterator[Ground]:
     if via == "llfuse":
         pytest.skip("the same again")
-    with ground(Mirror.prepare(via, watchdog), via) as prepared:
+    with ground(Server.prepare(via, watchdog), via) as prepared:
         try:
             yield prepared
         finally:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import Serve
 from tests.filesystems import tmpfs
-from tests.mirror import Tree
+from tests.server import Tree
 from tests.syscalls import opened
 
 CONSTANT = ("f_bsize", "f_frsize", "f_blocks", "f_files", "f_namemax")
@@ -32,20 +32,20 @@ def test_the_source_s_numbers(tree: Tree) -> None:
         assert abs(mounted.f_ffree - native.f_ffree) < 100_000
     with opened(tree.mnt / "file", os.O_RDONLY) as descriptor:
         assert constant(os.fstatvfs(descriptor)) == constant(os.statvfs(tree.src))
-    assert constant(os.statvfs(tree.mirror.mountpoint)) == constant(os.statvfs(tree.mirror.source))
+    assert constant(os.statvfs(tree.server.mountpoint)) == constant(os.statvfs(tree.server.source))
 
 
 @pytest.mark.root
 def test_what_is_written_is_missing_from_the_room(serve: Serve, tmp_path: Path) -> None:
     with tmpfs(tmp_path / "small", "size=16m") as source:
-        mirror = serve(source=source)
+        server = serve(source=source)
         try:
-            before = os.statvfs(mirror.mountpoint)
-            (mirror.mountpoint / "file").write_bytes(os.urandom(8 * MIB))
-            after = os.statvfs(mirror.mountpoint)
+            before = os.statvfs(server.mountpoint)
+            (server.mountpoint / "file").write_bytes(os.urandom(8 * MIB))
+            after = os.statvfs(server.mountpoint)
         finally:
             # Before the file system below it goes.
-            mirror.stop()
+            server.stop()
     assert (before.f_bfree - after.f_bfree) * after.f_frsize == 8 * MIB
 
 
@@ -63,11 +63,11 @@ def test_a_file_system_below_the_source_tells_its_own_room(serve: Serve, tmp_pat
         pytest.skip("llfuse does not say of which inode")
     (tmp_path / "source" / "below").mkdir(parents=True)
     with tmpfs(tmp_path / "source" / "below", "size=16m") as below:
-        mirror = serve(source=tmp_path / "source")
+        server = serve(source=tmp_path / "source")
         try:
-            shown = os.statvfs(mirror.mountpoint / "below")
+            shown = os.statvfs(server.mountpoint / "below")
             assert constant(shown) == constant(os.statvfs(below))
             assert shown.f_blocks * shown.f_frsize == 16 * MIB
-            assert constant(os.statvfs(mirror.mountpoint)) == constant(os.statvfs(tmp_path / "source"))
+            assert constant(os.statvfs(server.mountpoint)) == constant(os.statvfs(tmp_path / "source"))
         finally:
-            mirror.stop()
+            server.stop()

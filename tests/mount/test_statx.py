@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tests.expect import agree, fails
-from tests.mirror import Tree
+from tests.server import Tree
 from tests.syscalls import AT_SYMLINK_NOFOLLOW, STATX_BASIC_STATS, STATX_BTIME, opened, statx
 
 # FUSE passes statx on since Linux 6.6.

@@ -16,7 +16,7 @@ import pytest
 from llloop.control import client
 from tests.conftest import Serve
 from tests.expect import pattern
-from tests.mirror import Mirror
+from tests.server import Server
 from tests.server_processes import wait_until, workers
 
 pytestmark = [pytest.mark.mounted, pytest.mark.own_loop, pytest.mark.by_workers, pytest.mark.user]
@@ -29,23 +29,23 @@ MANY = 300  # more than there are slots
 WORKERS = ("--workers", "2", "--metadata", "front")
 
 
-def files_by_worker(mirror: Mirror, count: int = 16) -> dict[str, list[Path]]:
+def files_by_worker(server: Server, count: int = 16) -> dict[str, list[Path]]:
     """Files in the mount by the worker that does their I/O: the one that moves the bytes."""
     found: dict[str, list[Path]] = {}
     for number in range(count):
-        path = mirror.mountpoint / f"file{number}"
-        before = moved_by(mirror)
+        path = server.mountpoint / f"file{number}"
+        before = moved_by(server)
         path.write_bytes(pattern(LARGE, number))
         # A worker counts after it has answered.
-        assert wait_until(lambda: sum(moved_by(mirror).values()) == sum(before.values()) + LARGE)  # noqa: B023
-        (owner,) = (title for title, moved in moved_by(mirror).items() if moved != before[title])
+        assert wait_until(lambda: sum(moved_by(server).values()) == sum(before.values()) + LARGE)  # noqa: B023
+        (owner,) = (title for title, moved in moved_by(server).items() if moved != before[title])
         found.setdefault(owner, []).append(path)
     return found
 
 
-def moved_by(mirror: Mirror) -> dict[str, int]:
+def moved_by(server: Server) -> dict[str, int]:
     """How many bytes of files each worker has moved, by its title."""
-    stats = client.ask_mount(str(mirror.mountpoint), "stats")
+    stats = client.ask_mount(str(server.mountpoint), "stats")
     return {f"llloop-{worker['name']}": worker["bytes"] for worker in stats["workers"]}
 
 
@@ -100,16 +100,16 @@ def all_works(path: Path) -> None:
 
 @pytest.mark.at_once("the kernel sends 64 collected writes at a time, whichever workers these wait for")
 def test_a_stopped_worker_stops_no_other(serve: Serve) -> None:
-    mirror = serve(*WORKERS)
-    owners = files_by_worker(mirror)
+    server = serve(*WORKERS)
+    owners = files_by_worker(server)
     (stopped, theirs), (_, others) = sorted(owners.items())
     stuck = []
     for number in range(MANY):
         # Further names do not do: the kernel lets one writer at a time into each file.
-        path = mirror.mountpoint / f"more{number}"
+        path = server.mountpoint / f"more{number}"
         path.touch()
         stuck.append(path)
-    os.kill(workers(mirror)[stopped], signal.SIGSTOP)
+    os.kill(workers(server)[stopped], signal.SIGSTOP)
     try:
         with in_threads([*stuck, *theirs]) as threads:
             try:
@@ -118,14 +118,14 @@ def test_a_stopped_worker_stops_no_other(serve: Serve) -> None:
                 assert sum(thread.is_alive() for thread in threads) > MANY // 4
                 for path in others[:3]:
                     all_works(path)
-                assert len(os.listdir(mirror.mountpoint)) >= MANY
+                assert len(os.listdir(server.mountpoint)) >= MANY
             finally:
-                os.kill(workers(mirror)[stopped], signal.SIGCONT)
+                os.kill(workers(server)[stopped], signal.SIGCONT)
         assert not any(thread.is_alive() for thread in threads), "what was held back is done when the worker goes on"
     finally:
         with contextlib.suppress(KeyError):
-            os.kill(workers(mirror)[stopped], signal.SIGCONT)
-    assert all((mirror.source / path.name).read_bytes() == CONTENT for path in [*stuck, *theirs])
+            os.kill(workers(server)[stopped], signal.SIGCONT)
+    assert all((server.source / path.name).read_bytes() == CONTENT for path in [*stuck, *theirs])
     for path in theirs[:2]:
         all_works(path)
 
@@ -133,13 +133,13 @@ def test_a_stopped_worker_stops_no_other(serve: Serve) -> None:
 @pytest.mark.at_once("collected writes and read-ahead are 64 at a time, whichever workers these wait for")
 def test_many_readers_who_wait_for_a_stopped_worker_stop_no_other(serve: Serve) -> None:
     """The kernel lets so many read ahead at a time, and these must not all be those who wait."""
-    mirror = serve(*WORKERS)
-    stopped, _ = sorted(workers(mirror))
-    others = next(paths for owner, paths in files_by_worker(mirror).items() if owner != stopped)
-    paths = [mirror.mountpoint / f"more{number}" for number in range(MANY)]
+    server = serve(*WORKERS)
+    stopped, _ = sorted(workers(server))
+    others = next(paths for owner, paths in files_by_worker(server).items() if owner != stopped)
+    paths = [server.mountpoint / f"more{number}" for number in range(MANY)]
     for number in range(MANY):
-        (mirror.source / f"more{number}").write_bytes(CONTENT)
-    os.kill(workers(mirror)[stopped], signal.SIGSTOP)
+        (server.source / f"more{number}").write_bytes(CONTENT)
+    os.kill(workers(server)[stopped], signal.SIGSTOP)
     try:
         with in_threads(paths, read_all) as threads:
             try:
@@ -148,11 +148,11 @@ def test_many_readers_who_wait_for_a_stopped_worker_stop_no_other(serve: Serve) 
                 for path in others[:3]:
                     all_works(path)
             finally:
-                os.kill(workers(mirror)[stopped], signal.SIGCONT)
+                os.kill(workers(server)[stopped], signal.SIGCONT)
         assert not any(thread.is_alive() for thread in threads)
     finally:
         with contextlib.suppress(KeyError):
-            os.kill(workers(mirror)[stopped], signal.SIGCONT)
+            os.kill(workers(server)[stopped], signal.SIGCONT)
 
 
 @pytest.mark.at_once("a collected write does not wait for its answer")

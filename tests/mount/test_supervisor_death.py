@@ -14,7 +14,7 @@ import pytest
 from tests.as_user import Child
 from tests.conftest import Serve
 from tests.expect import fails, outcome
-from tests.mirror import Mirror
+from tests.server import Server
 from tests.server_processes import titles, wait_until
 
 pytestmark = [pytest.mark.mounted, pytest.mark.user]
@@ -25,44 +25,44 @@ LARGE = 200_000  # bytes; more than the front does by itself
 GONE = (errno.ENOTCONN, errno.ECONNABORTED, errno.EIO)
 
 
-def kill_supervisor(mirror: Mirror) -> None:
+def kill_supervisor(server: Server) -> None:
     """And take notice of it: until its parent does, its process id is still there."""
-    assert mirror.process
-    os.kill(mirror.pid, signal.SIGKILL)
-    mirror.process.wait(10)
+    assert server.process
+    os.kill(server.pid, signal.SIGKILL)
+    server.process.wait(10)
 
 
-def check_nothing_is_left(mirror: Mirror) -> None:
-    assert wait_until(lambda: not mirror.mounted()), mirror.all_output()
-    assert wait_until(lambda: mirror.processes() == []), mirror.processes()
-    assert os.listdir(mirror.mountpoint) == [], "the plain directory is there again"
+def check_nothing_is_left(server: Server) -> None:
+    assert wait_until(lambda: not server.mounted()), server.all_output()
+    assert wait_until(lambda: server.processes() == []), server.processes()
+    assert os.listdir(server.mountpoint) == [], "the plain directory is there again"
 
 
 def test_an_idle_mount_is_detached(serve: Serve) -> None:
-    mirror = serve("--workers", "2")
-    (mirror.mountpoint / "file").write_bytes(bytes(LARGE))
-    mirror.expect_log(DETACHED)
-    kill_supervisor(mirror)
-    check_nothing_is_left(mirror)
-    assert (mirror.source / "file").read_bytes() == bytes(LARGE)
-    mirror.check_log()
-    mirror.clean_up()
+    server = serve("--workers", "2")
+    (server.mountpoint / "file").write_bytes(bytes(LARGE))
+    server.expect_log(DETACHED)
+    kill_supervisor(server)
+    check_nothing_is_left(server)
+    assert (server.source / "file").read_bytes() == bytes(LARGE)
+    server.check_log()
+    server.clean_up()
 
 
 @pytest.mark.at_once("a collected write does not wait for its answer")
 def test_a_mount_in_use_is_detached(serve: Serve) -> None:
     """Who has something open there, or works in it, is told so, and keeps nobody from mounting anew."""
-    mirror = serve("--workers", "1")
+    server = serve("--workers", "1")
     content = b"content"
-    (mirror.source / "directory").mkdir()
-    (mirror.source / "file").write_bytes(content)
-    mirror.expect_log(DETACHED)
-    fd = os.open(mirror.mountpoint / "file", os.O_RDWR)
-    worker = subprocess.Popen(["sleep", "60"], cwd=mirror.mountpoint / "directory")
+    (server.source / "directory").mkdir()
+    (server.source / "file").write_bytes(content)
+    server.expect_log(DETACHED)
+    fd = os.open(server.mountpoint / "file", os.O_RDWR)
+    worker = subprocess.Popen(["sleep", "60"], cwd=server.mountpoint / "directory")
     try:
-        kill_supervisor(mirror)
-        check_nothing_is_left(mirror)
-        if "--io=kernel" in mirror.arguments:
+        kill_supervisor(server)
+        check_nothing_is_left(server)
+        if "--io=kernel" in server.arguments:
             # No server is asked: the kernel writes to the file in the source itself for as long as it is open.
             content = b"written later"
             assert os.pwrite(fd, content, 0) == len(content)
@@ -76,59 +76,59 @@ def test_a_mount_in_use_is_detached(serve: Serve) -> None:
         worker.wait()
         with contextlib.suppress(OSError):  # close(2) may ask the server, and fails then
             os.close(fd)
-    mirror.check_log()
-    mirror.clean_up()
-    mirror.start()
-    assert (mirror.mountpoint / "file").read_bytes() == content
+    server.check_log()
+    server.clean_up()
+    server.start()
+    assert (server.mountpoint / "file").read_bytes() == content
 
 
 @pytest.mark.at_once("a collected write does not wait for its answer")
 @pytest.mark.by_workers
 def test_a_request_in_flight_ends_with_an_error(serve: Serve) -> None:
-    mirror = serve("--workers", "1")
-    mirror.expect_log(DETACHED)
-    fd = os.open(mirror.mountpoint / "file", os.O_RDWR | os.O_CREAT)
-    os.kill(titles(mirror)["llloop-worker-0"], signal.SIGSTOP)
+    server = serve("--workers", "1")
+    server.expect_log(DETACHED)
+    fd = os.open(server.mountpoint / "file", os.O_RDWR | os.O_CREAT)
+    os.kill(titles(server)["llloop-worker-0"], signal.SIGSTOP)
     writing = Child(outcome, os.pwrite, fd, bytes(LARGE), 0)
     time.sleep(0.2)  # it has no way to say that it waits
-    kill_supervisor(mirror)
+    kill_supervisor(server)
     assert writing.result() in {errno.errorcode[number] for number in GONE}
     with contextlib.suppress(OSError):  # close(2) may ask the server, and fails then
         os.close(fd)
-    check_nothing_is_left(mirror)
-    mirror.check_log()
-    mirror.clean_up()
+    check_nothing_is_left(server)
+    server.check_log()
+    server.clean_up()
 
 
 @pytest.mark.root
 def test_what_was_mounted_in_its_place_stays(serve: Serve) -> None:
-    mirror = serve("--workers", "1")
-    subprocess.run(["mount", "-t", "tmpfs", "none", mirror.mountpoint], check=True, timeout=10)
+    server = serve("--workers", "1")
+    subprocess.run(["mount", "-t", "tmpfs", "none", server.mountpoint], check=True, timeout=10)
     try:
-        (mirror.mountpoint / "theirs").touch()
-        kill_supervisor(mirror)
-        assert wait_until(lambda: mirror.processes() == []), mirror.processes()
-        assert os.listdir(mirror.mountpoint) == ["theirs"]
+        (server.mountpoint / "theirs").touch()
+        kill_supervisor(server)
+        assert wait_until(lambda: server.processes() == []), server.processes()
+        assert os.listdir(server.mountpoint) == ["theirs"]
     finally:
-        subprocess.run(["umount", mirror.mountpoint], check=True, timeout=10)
-        mirror.clean_up()
+        subprocess.run(["umount", server.mountpoint], check=True, timeout=10)
+        server.clean_up()
 
 
 def test_the_keeper_is_replaced_when_it_dies(serve: Serve) -> None:
-    mirror = serve("--workers", "1")
-    mirror.expect_log("llloop-keeper was killed by signal 9; a new process takes over")
-    mirror.expect_log(DETACHED)
-    first = titles(mirror)["llloop-keeper"]
+    server = serve("--workers", "1")
+    server.expect_log("llloop-keeper was killed by signal 9; a new process takes over")
+    server.expect_log(DETACHED)
+    first = titles(server)["llloop-keeper"]
     os.kill(first, signal.SIGKILL)
 
     def another_is_there() -> bool:
         with contextlib.suppress(AssertionError, OSError):  # one that was just forked has no title yet
-            return titles(mirror).get("llloop-keeper", first) != first
+            return titles(server).get("llloop-keeper", first) != first
         return False
 
-    assert wait_until(another_is_there), mirror.all_output()
-    assert wait_until(lambda: "llloop-keeper was killed" in mirror.log.read_text())
-    kill_supervisor(mirror)
-    check_nothing_is_left(mirror)
-    mirror.check_log()
-    mirror.clean_up()
+    assert wait_until(another_is_there), server.all_output()
+    assert wait_until(lambda: "llloop-keeper was killed" in server.log.read_text())
+    kill_supervisor(server)
+    check_nothing_is_left(server)
+    server.check_log()
+    server.clean_up()

@@ -26,7 +26,7 @@ from tests.conftest import Serve
 from tests.expect import fails, outcome
 from tests.filesystems import make_image, mounted, tmpfs
 from tests.kernel_caches import forget_unused
-from tests.mirror import Mirror
+from tests.server import Server
 from tests.server_processes import descriptors as descriptors_of
 from tests.server_processes import private_memory, process_ids, titles, wait_until
 from tests.syscalls import opened
@@ -46,13 +46,13 @@ def kill(*pids: int) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def requests_with_workers(mirror: Mirror) -> int:
+def requests_with_workers(server: Server) -> int:
     """How many requests the workers have in hand, as the front reports it on demand."""
     reports = r"(\d+) of \d+ slots in use"
-    before = len(re.findall(reports, mirror.log.read_text()))
-    os.kill(mirror.pid, signal.SIGUSR1)
-    assert wait_until(lambda: len(re.findall(reports, mirror.log.read_text())) > before), mirror.all_output()
-    return int(re.findall(reports, mirror.log.read_text())[-1])
+    before = len(re.findall(reports, server.log.read_text()))
+    os.kill(server.pid, signal.SIGUSR1)
+    assert wait_until(lambda: len(re.findall(reports, server.log.read_text())) > before), server.all_output()
+    return int(re.findall(reports, server.log.read_text())[-1])
 
 
 def direct_read(fd: int, size: int, offset: int) -> bytes:
@@ -62,23 +62,23 @@ def direct_read(fd: int, size: int, offset: int) -> bytes:
 
 
 @pytest.fixture
-def resending(serve: Serve) -> Callable[..., Mirror]:
+def resending(serve: Serve) -> Callable[..., Server]:
     """Mounts whose kernel sends a dead front's requests again."""
 
-    def start(*arguments: str) -> Mirror:
-        mirror = serve(*arguments)
-        if "has_resend" not in mirror.output.read_text():
+    def start(*arguments: str) -> Server:
+        server = serve(*arguments)
+        if "has_resend" not in server.output.read_text():
             pytest.skip("this kernel does not send a dead front's requests again (Linux 6.9)")
-        return mirror
+        return server
 
     return start
 
 
-def replace_front(mirror: Mirror) -> None:
+def replace_front(server: Server) -> None:
     """Kill the front and wait until another is there."""
-    (front,) = process_ids(mirror, "front")
+    (front,) = process_ids(server, "front")
     kill(front)
-    assert wait_until(lambda: process_ids(mirror, "front") not in ([], [front]), 30), mirror.all_output()
+    assert wait_until(lambda: process_ids(server, "front") not in ([], [front]), 30), server.all_output()
 
 
 @pytest.mark.at_once("a collected write does not wait for its answer")
@@ -87,41 +87,41 @@ def replace_front(mirror: Mirror) -> None:
 @pytest.mark.parametrize("fate", ["goes on", "is killed"])
 @pytest.mark.parametrize("deaths", [1, 5])
 def test_a_dead_front_s_request_reaches_its_file_and_no_other(
-    resending: Callable[..., Mirror], fate: str, deaths: int
+    resending: Callable[..., Server], fate: str, deaths: int
 ) -> None:
     """A worker has it in hand and stands still while fronts come and go, more than one request may ever kill."""
     # It is not to be asked about names, for nobody would be told any.
-    mirror = resending("--workers", "1", "--metadata", "front")
-    mirror.expect_log(DEATH_OF_THE_FRONT)
+    server = resending("--workers", "1", "--metadata", "front")
+    server.expect_log(DEATH_OF_THE_FRONT)
     if fate == "is killed":
-        mirror.expect_log(DEATH_OF_A_WORKER)
-    (worker,) = process_ids(mirror, "worker")
+        server.expect_log(DEATH_OF_A_WORKER)
+    (worker,) = process_ids(server, "worker")
     others = [f"other{number}" for number in range(8)]
-    descriptors = [os.open(mirror.mountpoint / name, os.O_RDWR | os.O_CREAT) for name in ("file", "log")]
-    log = os.open(mirror.mountpoint / "log", os.O_WRONLY | os.O_APPEND)
+    descriptors = [os.open(server.mountpoint / name, os.O_RDWR | os.O_CREAT) for name in ("file", "log")]
+    log = os.open(server.mountpoint / "log", os.O_WRONLY | os.O_APPEND)
     descriptors.append(log)
     try:
         os.kill(worker, signal.SIGSTOP)
         writing = Child(outcome, os.pwrite, descriptors[0], b"A" * LARGE, 0)
         appending = Child(outcome, os.write, log, b"L" * LARGE)
         try:
-            assert wait_until(lambda: requests_with_workers(mirror) == 2)
+            assert wait_until(lambda: requests_with_workers(server) == 2)
             for _ in range(deaths):
-                replace_front(mirror)
+                replace_front(server)
                 # Served again, as far as that goes: the next front is not to die in its beginnings.
-                assert os.listdir(mirror.mountpoint)
+                assert os.listdir(server.mountpoint)
             for name in others:
-                descriptors.append(os.open(mirror.mountpoint / name, os.O_RDWR | os.O_CREAT))
+                descriptors.append(os.open(server.mountpoint / name, os.O_RDWR | os.O_CREAT))
                 os.pwrite(descriptors[-1], b"precious", 0)
         finally:
             os.kill(worker, signal.SIGCONT if fate == "goes on" else signal.SIGKILL)
         assert (writing.result(), appending.result()) == (LARGE, LARGE)
         # The worker takes one request after the other: whatever it did of the old one is done when this is.
-        (mirror.mountpoint / "late").write_bytes(b"B" * LARGE)
-        assert (mirror.source / "late").read_bytes() == b"B" * LARGE
-        assert {(mirror.source / name).read_bytes() for name in others} == {b"precious"}
-        assert (mirror.source / "file").read_bytes() == b"A" * LARGE
-        assert (mirror.source / "log").stat().st_size == LARGE, "appended more than once"
+        (server.mountpoint / "late").write_bytes(b"B" * LARGE)
+        assert (server.source / "late").read_bytes() == b"B" * LARGE
+        assert {(server.source / name).read_bytes() for name in others} == {b"precious"}
+        assert (server.source / "file").read_bytes() == b"A" * LARGE
+        assert (server.source / "log").stat().st_size == LARGE, "appended more than once"
         assert os.pread(descriptors[0], 10, 0) == b"A" * 10
     finally:
         for fd in descriptors:
@@ -129,38 +129,38 @@ def test_a_dead_front_s_request_reaches_its_file_and_no_other(
 
 
 @pytest.mark.own_loop
-def test_keeper_and_front_may_die_in_turn(resending: Callable[..., Mirror]) -> None:
+def test_keeper_and_front_may_die_in_turn(resending: Callable[..., Server]) -> None:
     """Files without a name pass from one to the other and back."""
-    mirror = resending("--workers", "1")
-    mirror.expect_log(DEATH_OF_THE_FRONT)
-    mirror.expect_log("llloop-keeper was killed by signal 9")
-    path = mirror.mountpoint / "file"
+    server = resending("--workers", "1")
+    server.expect_log(DEATH_OF_THE_FRONT)
+    server.expect_log("llloop-keeper was killed by signal 9")
+    path = server.mountpoint / "file"
     with opened(path, os.O_RDWR | os.O_CREAT) as fd:
         os.unlink(path)
         for number in range(3):
-            (keeper,), (front,) = process_ids(mirror, "keeper"), process_ids(mirror, "front")
+            (keeper,), (front,) = process_ids(server, "keeper"), process_ids(server, "front")
             kill(keeper)
-            assert wait_until(lambda: process_ids(mirror, "front") not in ([], [front]), 30)  # noqa: B023
+            assert wait_until(lambda: process_ids(server, "front") not in ([], [front]), 30)  # noqa: B023
             assert os.pwrite(fd, bytes([number]) * LARGE, number * LARGE) == LARGE
-            replace_front(mirror)
+            replace_front(server)
             assert os.fstat(fd).st_size == (number + 1) * LARGE
         assert os.pread(fd, 4 * LARGE, 0) == b"".join(bytes([number]) * LARGE for number in range(3))
 
 
 @pytest.mark.own_loop
 @pytest.mark.timeout(120)
-def test_fronts_that_die_at_once_again_and_again(resending: Callable[..., Mirror]) -> None:
+def test_fronts_that_die_at_once_again_and_again(resending: Callable[..., Server]) -> None:
     """Each is killed as soon as it shows; they come after pauses then, which the log says once for each length."""
-    mirror = resending("--workers", "1")
-    mirror.expect_log(DEATH_OF_THE_FRONT)
-    mirror.expect_log("llloop-front was killed by signal 9 again; the next try is in", required=False)
-    path = mirror.mountpoint / "file"
+    server = resending("--workers", "1")
+    server.expect_log(DEATH_OF_THE_FRONT)
+    server.expect_log("llloop-front was killed by signal 9 again; the next try is in", required=False)
+    path = server.mountpoint / "file"
     with opened(path, os.O_RDWR | os.O_CREAT | os.O_EXCL) as fd:
         os.unlink(path)
-        working = Child(make_and_remove, mirror.mountpoint, 40)
+        working = Child(make_and_remove, server.mountpoint, 40)
         killed: set[int] = set()
         while len(killed) < 14:
-            fresh = [pid for pid in process_ids(mirror, "front") if pid not in killed]
+            fresh = [pid for pid in process_ids(server, "front") if pid not in killed]
             kill(*fresh)
             killed.update(fresh)
         assert working.result() == 40
@@ -181,36 +181,36 @@ def make_and_remove(directory: Path, times: int) -> int:
 @pytest.mark.own_loop
 @pytest.mark.by_workers
 def test_a_worker_that_stands_still_stops_no_other_shard(serve: Serve) -> None:
-    mirror = serve("--workers", "4", "--cache", "never", "--metadata", "front")
-    stopped, *_ = process_ids(mirror, "worker")
-    files = [mirror.mountpoint / f"{number}" for number in range(24)]
+    server = serve("--workers", "4", "--cache", "never", "--metadata", "front")
+    stopped, *_ = process_ids(server, "worker")
+    files = [server.mountpoint / f"{number}" for number in range(24)]
     for path in files:
         path.touch()
     os.kill(stopped, signal.SIGSTOP)
     try:
         children = [Child(outcome, path.write_bytes, b"x" * LARGE) for path in files]
         # The stopped worker has about a quarter of the files.
-        assert wait_until(lambda: sum(child.is_done() for child in children) >= 8), mirror.all_output()
+        assert wait_until(lambda: sum(child.is_done() for child in children) >= 8), server.all_output()
         waiting = sum(not child.is_done() for child in children)
-        os.mkdir(mirror.mountpoint / "directory")
-        assert len(os.listdir(mirror.mountpoint)) == len(files) + 1
+        os.mkdir(server.mountpoint / "directory")
+        assert len(os.listdir(server.mountpoint)) == len(files) + 1
     finally:
         os.kill(stopped, signal.SIGCONT)
     assert [child.result() for child in children] == [LARGE] * len(files)
     assert waiting > 0, "the stopped worker had nothing to do"
-    assert all((mirror.source / path.name).read_bytes() == b"x" * LARGE for path in files)
+    assert all((server.source / path.name).read_bytes() == b"x" * LARGE for path in files)
 
 
 @pytest.mark.root
 @pytest.mark.own_loop
-def test_a_full_source_and_dying_processes(resending: Callable[..., Mirror], tmp_path: Path) -> None:
+def test_a_full_source_and_dying_processes(resending: Callable[..., Server], tmp_path: Path) -> None:
     """What does not fit is refused, whoever died meanwhile; what does fit afterwards is taken."""
-    mirror = resending("--workers", "1", "--cache", "never")
-    mirror.expect_log(DEATH_OF_THE_FRONT)
-    mirror.expect_log(DEATH_OF_A_WORKER)
-    (mirror.source / "small").mkdir()
-    with tmpfs(mirror.source / "small", "size=4m"):
-        path = mirror.mountpoint / "small" / "file"
+    server = resending("--workers", "1", "--cache", "never")
+    server.expect_log(DEATH_OF_THE_FRONT)
+    server.expect_log(DEATH_OF_A_WORKER)
+    (server.source / "small").mkdir()
+    with tmpfs(server.source / "small", "size=4m"):
+        path = server.mountpoint / "small" / "file"
         with opened(path, os.O_RDWR | os.O_CREAT) as fd:
             for _ in range(3):
                 written = 0
@@ -218,10 +218,10 @@ def test_a_full_source_and_dying_processes(resending: Callable[..., Mirror], tmp
                     while True:
                         written += os.pwrite(fd, b"f" * LARGE, written)
                 assert caught.value.errno == errno.ENOSPC
-                replace_front(mirror)
-                (worker,) = process_ids(mirror, "worker")
+                replace_front(server)
+                (worker,) = process_ids(server, "worker")
                 kill(worker)
-                assert wait_until(lambda: process_ids(mirror, "worker") not in ([], [worker]))  # noqa: B023
+                assert wait_until(lambda: process_ids(server, "worker") not in ([], [worker]))  # noqa: B023
                 with fails(errno.ENOSPC):
                     os.pwrite(fd, b"f" * LARGE, written)
                 os.ftruncate(fd, 0)
@@ -229,46 +229,46 @@ def test_a_full_source_and_dying_processes(resending: Callable[..., Mirror], tmp
                 os.ftruncate(fd, 0)
         os.unlink(path)
         # Released a moment after close(2) has returned.
-        assert wait_until(lambda: os.statvfs(mirror.source / "small").f_bavail * 4096 > 3_900_000)
-        forget_unused(mirror.mountpoint)
+        assert wait_until(lambda: os.statvfs(server.source / "small").f_bavail * 4096 > 3_900_000)
+        forget_unused(server.mountpoint)
 
 
 @pytest.mark.root
 def test_a_part_of_the_source_that_goes_and_comes_back(serve: Serve, tmp_path: Path) -> None:
     """A disk below the source is pulled out and put in again."""
-    mirror = serve("--workers", "1", "--cache", "never")
-    (mirror.source / "disk").mkdir()
+    server = serve("--workers", "1", "--cache", "never")
+    (server.source / "disk").mkdir()
     image = make_image(tmp_path / "image", 8 << 20)
-    path = mirror.mountpoint / "disk" / "file"
-    with mounted(image, mirror.source / "disk", "-o", "loop"):
+    path = server.mountpoint / "disk" / "file"
+    with mounted(image, server.source / "disk", "-o", "loop"):
         path.write_bytes(b"on the disk")
         fd = os.open(path, os.O_RDWR)
-        subprocess.run(["umount", "-l", mirror.source / "disk"], check=True)
+        subprocess.run(["umount", "-l", server.source / "disk"], check=True)
         try:
             assert os.pwrite(fd, b"ON", 0) == 2, "what is open stays open"
             assert not path.exists()
             with fails(errno.ENOENT):
                 os.open(path, os.O_RDONLY)
-            assert os.listdir(mirror.mountpoint / "disk") == []
+            assert os.listdir(server.mountpoint / "disk") == []
         finally:
             os.close(fd)
             # The last descriptors of the disk go when the server has been told.
-            forget_unused(mirror.mountpoint)
-        subprocess.run(["mount", "-o", "loop", image, mirror.source / "disk"], check=True)
+            forget_unused(server.mountpoint)
+        subprocess.run(["mount", "-o", "loop", image, server.source / "disk"], check=True)
         assert path.read_bytes() == b"ON the disk"
-        assert os.listdir(mirror.mountpoint / "disk") != []
-        forget_unused(mirror.mountpoint)
+        assert os.listdir(server.mountpoint / "disk") != []
+        forget_unused(server.mountpoint)
 
 
-def descriptor_counts(mirror: Mirror) -> dict[str, int]:
-    return {title: len(descriptors_of(pid)) for title, pid in titles(mirror).items()}
+def descriptor_counts(server: Server) -> dict[str, int]:
+    return {title: len(descriptors_of(pid)) for title, pid in titles(server).items()}
 
 
 @pytest.mark.own_loop
 @pytest.mark.parametrize("times", [3_000, pytest.param(100_000, marks=[pytest.mark.slow, pytest.mark.timeout(240)])])
 def test_opens_and_closes_leave_nothing(serve: Serve, times: int) -> None:
-    mirror = serve("--workers", "2")
-    files = [mirror.mountpoint / f"{number}" for number in range(50)]
+    server = serve("--workers", "2")
+    files = [server.mountpoint / f"{number}" for number in range(50)]
     for path in files:
         path.write_bytes(b"content")
 
@@ -279,21 +279,21 @@ def test_opens_and_closes_leave_nothing(serve: Serve, times: int) -> None:
                     os.pread(fd, LARGE, 0)
 
     open_and_close(500)
-    assert wait_until(lambda: requests_with_workers(mirror) == 0)
-    before = descriptor_counts(mirror)
-    pids = titles(mirror)
+    assert wait_until(lambda: requests_with_workers(server) == 0)
+    before = descriptor_counts(server)
+    pids = titles(server)
     memory = {title: private_memory(pid) for title, pid in pids.items()}
     open_and_close(times)
-    assert wait_until(lambda: descriptor_counts(mirror) == before), (before, descriptor_counts(mirror))
+    assert wait_until(lambda: descriptor_counts(server) == before), (before, descriptor_counts(server))
     grown = {title: private_memory(pid) - memory[title] for title, pid in pids.items()}
     assert all(growth < 1 << 20 for growth in grown.values()), grown
 
 
 def test_nothing_outlives_the_supervisor(serve: Serve) -> None:
     """Acting for another user makes the kernel forget that a process wanted to die with its parent."""
-    mirror = serve("--workers", "2")
-    mirror.expect_log("has lost its supervisor: it ends", required=False)
-    mirror.source.chmod(0o777)
+    server = serve("--workers", "2")
+    server.expect_log("has lost its supervisor: it ends", required=False)
+    server.source.chmod(0o777)
 
     def make_files(directory: Path) -> None:
         os.mkdir(directory / "directory")
@@ -301,19 +301,19 @@ def test_nothing_outlives_the_supervisor(serve: Serve) -> None:
             (directory / f"{number}").write_bytes(b"small")
             (directory / f"{number}").write_bytes(bytes(LARGE))
 
-    run_as(STRANGER if os.geteuid() == 0 else MYSELF, make_files, mirror.mountpoint)
-    assert mirror.process
+    run_as(STRANGER if os.geteuid() == 0 else MYSELF, make_files, server.mountpoint)
+    assert server.process
     try:
-        kill(mirror.pid)
-        mirror.process.wait(10)
-        mirror.expect_log("the supervisor has died; the keeper has detached")
-        assert wait_until(lambda: mirror.processes() == []), mirror.processes()
-        assert wait_until(lambda: not mirror.mounted()), "the mount is left behind"
-        assert os.listdir(mirror.mountpoint) == []
-        assert all((mirror.source / f"{number}").read_bytes() == bytes(LARGE) for number in range(8))
+        kill(server.pid)
+        server.process.wait(10)
+        server.expect_log("the supervisor has died; the keeper has detached")
+        assert wait_until(lambda: server.processes() == []), server.processes()
+        assert wait_until(lambda: not server.mounted()), "the mount is left behind"
+        assert os.listdir(server.mountpoint) == []
+        assert all((server.source / f"{number}").read_bytes() == bytes(LARGE) for number in range(8))
     finally:
-        mirror.clean_up()
-    assert not mirror.mounted()
+        server.clean_up()
+    assert not server.mounted()
 
 
 def write_and_verify(directory: Path, number: int, finish: Path) -> tuple[bytes, bytes]:
@@ -355,10 +355,10 @@ def result_or_failure(child: Child[Any]) -> Any:
 
 @pytest.mark.parametrize("how", ["one after the other", "all at once"])
 def test_workers_killed_under_load_lose_and_repeat_nothing(serve: Serve, tmp_path: Path, how: str) -> None:
-    mirror = serve("--workers", "2", "--cache", "never")
-    mirror.expect_log(DEATH_OF_A_WORKER)
+    server = serve("--workers", "2", "--cache", "never")
+    server.expect_log(DEATH_OF_A_WORKER)
     finish = tmp_path / "finish"
-    children = [Child(write_and_verify, mirror.mountpoint, number, finish) for number in range(3)]
+    children = [Child(write_and_verify, server.mountpoint, number, finish) for number in range(3)]
     killed: set[int] = set()
     try:
         choose = random.Random(how)
@@ -366,10 +366,10 @@ def test_workers_killed_under_load_lose_and_repeat_nothing(serve: Serve, tmp_pat
             fresh: list[int] = []
 
             def all_are_there() -> bool:
-                fresh[:] = [pid for pid in process_ids(mirror, "worker") if pid not in killed]  # noqa: B023
+                fresh[:] = [pid for pid in process_ids(server, "worker") if pid not in killed]  # noqa: B023
                 return len(fresh) == 2  # noqa: B023
 
-            assert wait_until(all_are_there), mirror.all_output()
+            assert wait_until(all_are_there), server.all_output()
             time.sleep(choose.uniform(0.05, 0.2))
             victims = fresh if how == "all at once" else [choose.choice(fresh)]
             kill(*victims)
@@ -382,7 +382,7 @@ def test_workers_killed_under_load_lose_and_repeat_nothing(serve: Serve, tmp_pat
         assert isinstance(result, tuple), f"process {number} failed with {result}"
         # Not compared by assert itself, which would print megabytes.
         same = [
-            (mirror.source / name).read_bytes() == content
+            (server.source / name).read_bytes() == content
             for name, content in zip((f"random{number}", f"appended{number}"), result, strict=True)
         ]
         assert same == [True, True], f"process {number}: {same}"
@@ -391,15 +391,15 @@ def test_workers_killed_under_load_lose_and_repeat_nothing(serve: Serve, tmp_pat
 @pytest.mark.by_workers
 def test_a_worker_killed_with_requests_in_hand(serve: Serve) -> None:
     """It has been told of them and has done none: the next one has to do them all, and appends only once."""
-    mirror = serve("--workers", "1", "--cache", "never")
-    mirror.expect_log(DEATH_OF_A_WORKER)
-    (worker,) = process_ids(mirror, "worker")
+    server = serve("--workers", "1", "--cache", "never")
+    server.expect_log(DEATH_OF_A_WORKER)
+    (worker,) = process_ids(server, "worker")
     content = random.Random(1).randbytes(LARGE)
-    (mirror.source / "there").write_bytes(content)
+    (server.source / "there").write_bytes(content)
     descriptors: list[int] = []
 
     def open_one(name: str, flags: int) -> int:
-        descriptors.append(os.open(mirror.mountpoint / name, flags | os.O_CREAT))
+        descriptors.append(os.open(server.mountpoint / name, flags | os.O_CREAT))
         return descriptors[-1]
 
     # Each of another file: the kernel would hold back a second write to the same one.
@@ -414,10 +414,10 @@ def test_a_worker_killed_with_requests_in_hand(serve: Serve) -> None:
         os.kill(worker, signal.SIGSTOP)
         children = [Child(outcome, function, *arguments) for function, arguments, _ in requests]
         try:
-            if mirror.via == "own":
+            if server.via == "own":
                 # Where a user's pipes are small (pipe(7)), the front keeps some of them.
-                small = "pipes hold fewer" in mirror.log.read_text()
-                assert wait_until(lambda: requests_with_workers(mirror) >= (1 if small else len(requests)))
+                small = "pipes hold fewer" in server.log.read_text()
+                assert wait_until(lambda: requests_with_workers(server) >= (1 if small else len(requests)))
             else:
                 time.sleep(0.5)  # through the fallback there is one at a time
         finally:
@@ -426,9 +426,9 @@ def test_a_worker_killed_with_requests_in_hand(serve: Serve) -> None:
     finally:
         for fd in descriptors:
             os.close(fd)
-    assert (mirror.source / "written").read_bytes() == bytes(5_000) + content
-    assert (mirror.source / "appended").read_bytes() == content
-    assert (mirror.source / "synchronous").read_bytes() == content
+    assert (server.source / "written").read_bytes() == bytes(5_000) + content
+    assert (server.source / "appended").read_bytes() == content
+    assert (server.source / "synchronous").read_bytes() == content
 
 
 @pytest.mark.own_loop
@@ -437,21 +437,21 @@ def test_a_worker_killed_with_requests_in_hand(serve: Serve) -> None:
 def test_without_a_keeper_open_files_are_opened_again_by_name(serve: Serve) -> None:
     """On kinds of machines for which nobody has looked up how to clone, and where keeper and front both die."""
     program = "import platform; platform.machine = lambda: 'vax'; from llloop.cli.main import main; main()"
-    mirror = serve("--workers", "1", command=[sys.executable, "-c", program, "serve"])
-    if "has_resend" not in mirror.output.read_text():
+    server = serve("--workers", "1", command=[sys.executable, "-c", program, "serve"])
+    if "has_resend" not in server.output.read_text():
         pytest.skip("this kernel does not send a dead front's requests again (Linux 6.9)")
-    mirror.expect_log(DEATH_OF_THE_FRONT)
-    mirror.expect_log("a file that was open when the front died cannot be opened again")
-    with opened(mirror.mountpoint / "file", os.O_RDWR | os.O_CREAT) as file:
-        gone = os.open(mirror.mountpoint / "gone", os.O_RDWR | os.O_CREAT)
+    server.expect_log(DEATH_OF_THE_FRONT)
+    server.expect_log("a file that was open when the front died cannot be opened again")
+    with opened(server.mountpoint / "file", os.O_RDWR | os.O_CREAT) as file:
+        gone = os.open(server.mountpoint / "gone", os.O_RDWR | os.O_CREAT)
         os.pwrite(file, b"before", 0)
         os.pwrite(gone, b"before", 0)
-        os.unlink(mirror.mountpoint / "gone")
-        (front,) = process_ids(mirror, "front")
+        os.unlink(server.mountpoint / "gone")
+        (front,) = process_ids(server, "front")
         kill(front)
         assert os.pwrite(file, LARGE * b"a", 6) == LARGE
         with fails(errno.EBADF):
             os.pwrite(gone, LARGE * b"a", 6)
         with fails(errno.EBADF):
             os.close(gone)  # what was written through a mapping may be lost, too
-    assert (mirror.source / "file").read_bytes() == b"before" + LARGE * b"a"
+    assert (server.source / "file").read_bytes() == b"before" + LARGE * b"a"

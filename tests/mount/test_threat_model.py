@@ -15,7 +15,7 @@ from llloop.linux.credentials import FRONT_CAPABILITIES, WORKER_CAPABILITIES
 from tests.as_user import Caller, run_as
 from tests.conftest import Serve
 from tests.expect import fails, outcome
-from tests.mirror import Mirror, Tree
+from tests.server import Server, Tree
 from tests.server_processes import titles
 
 pytestmark = [pytest.mark.mounted, pytest.mark.user]
@@ -48,7 +48,7 @@ def do_everything(tree: Tree) -> None:
 def test_no_process_keeps_a_privilege_it_does_not_need(tree: Tree) -> None:
     do_everything(tree)
     own = int(status_of(os.getpid())["CapPrm"], 16)
-    for title, pid in titles(tree.mirror).items():
+    for title, pid in titles(tree.server).items():
         status = status_of(pid)
         if title in ("llloop-supervisor", "llloop-keeper"):
             assert int(status["CapPrm"], 16) == own
@@ -96,12 +96,12 @@ def test_strangers_have_no_hold_on_the_processes(tree: Tree, moment: str) -> Non
 
     if moment != "at first":
         do_everything(tree)
-    results = run_as(STRANGER, intent, list(titles(tree.mirror).values()))
+    results = run_as(STRANGER, intent, list(titles(tree.server).values()))
     assert set(results) <= REFUSED, results
 
 
 def test_a_link_out_of_the_source_is_followed_with_the_caller_s_rights_only(tree: Tree) -> None:
-    secret = tree.mirror.state / "secret"
+    secret = tree.server.state / "secret"
     secret.write_text("secret")
     secret.chmod(0o600)
     (tree.src / "link").symlink_to(secret)
@@ -113,17 +113,17 @@ def test_a_link_out_of_the_source_is_followed_with_the_caller_s_rights_only(tree
         os.open(tree.mnt / "link", os.O_RDONLY | os.O_NOFOLLOW)
 
 
-def test_the_parent_of_the_root_is_the_mount_point_s_own(mirror: Mirror) -> None:
-    above = os.stat(mirror.mountpoint / "..")
-    assert os.path.samestat(above, os.stat(mirror.mountpoint.parent))
-    assert not os.path.samestat(above, os.stat(mirror.source.parent))
+def test_the_parent_of_the_root_is_the_mount_point_s_own(server: Server) -> None:
+    above = os.stat(server.mountpoint / "..")
+    assert os.path.samestat(above, os.stat(server.mountpoint.parent))
+    assert not os.path.samestat(above, os.stat(server.source.parent))
 
 
 def test_the_path_of_a_directory_moved_out_works_no_longer_than_names_are_kept(serve: Serve) -> None:
-    mirror = serve("--entry-timeout", "0", "--workers", "1")
-    (mirror.source / "directory").mkdir()
-    (mirror.source / "directory" / "file").touch()
-    os.stat(mirror.mountpoint / "directory" / "file")
-    (mirror.source / "directory").rename(mirror.source.parent / "moved")
+    server = serve("--entry-timeout", "0", "--workers", "1")
+    (server.source / "directory").mkdir()
+    (server.source / "directory" / "file").touch()
+    os.stat(server.mountpoint / "directory" / "file")
+    (server.source / "directory").rename(server.source.parent / "moved")
     with fails(errno.ENOENT):
-        os.stat(mirror.mountpoint / "directory" / "file")
+        os.stat(server.mountpoint / "directory" / "file")

@@ -10,7 +10,7 @@ import tempfile
 import pytest
 
 from tests.expect import fails, pattern, same_fields, same_status
-from tests.mirror import Tree
+from tests.server import Tree
 from tests.syscalls import link_descriptor, opened
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.expect import pattern, start_python
-from tests.mirror import Tree
+from tests.server import Tree
 from tests.syscalls import opened, statx, utimensat
 
 
@@ -228,7 +228,7 @@ def test_nobody_holds_it_after_the_last_close(tree: Tree) -> None:
         os.write(descriptor, bytes(1024 * 1024))
         inode = os.fstat(descriptor).st_ino
         os.unlink(tree.mnt / "file")
-        pids = [os.getpid(), *tree.mirror.processes()]
+        pids = [os.getpid(), *tree.server.processes()]
         assert holders(pids, inode)
     # The server is told of the last close a moment after it, and its workers by the server.
     deadline = time.monotonic() + 5

@@ -16,7 +16,7 @@ import pytest
 
 from tests import filesystems
 from tests.conftest import Serve
-from tests.mirror import Mirror
+from tests.server import Server
 from tests.server_processes import process_ids, wait_until
 
 pytestmark = [pytest.mark.mounted, pytest.mark.own_loop, pytest.mark.root]
@@ -27,7 +27,7 @@ SMALL = b"small"
 
 
 @pytest.fixture(params=["front", "workers"])
-def mirror(request: pytest.FixtureRequest, serve: Serve, tmp_path: Path) -> Iterator[Mirror]:
+def server(request: pytest.FixtureRequest, serve: Serve, tmp_path: Path) -> Iterator[Server]:
     """A mount whose source is a file system of its own, which can be frozen."""
     with filesystems.ext4(tmp_path) as source:
         for number in range(8):
@@ -64,8 +64,8 @@ def doing(*actions: Callable[[], object]) -> Iterator[list[threading.Thread]]:
     assert failures == []
 
 
-def front_of(mirror: Mirror) -> int:
-    (pid,) = process_ids(mirror, "front")
+def front_of(server: Server) -> int:
+    (pid,) = process_ids(server, "front")
     return pid
 
 
@@ -77,12 +77,12 @@ def in_calls(pid: int) -> int:
     return states.count("D")
 
 
-def check_reading(mirror: Mirror, *, opened: int) -> None:
+def check_reading(server: Server, *, opened: int) -> None:
     """All that changes nothing goes on; with another thread, so that the test ends if it does not."""
     done = []
 
     def read() -> None:
-        mount = mirror.mountpoint
+        mount = server.mountpoint
         assert os.pread(opened, 100, 8) == CONTENT[8:108]
         for number in range(1, 8):
             assert (mount / f"file{number}").read_bytes() == CONTENT
@@ -118,20 +118,20 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_that_waits_keeps_nobody_waiting_who_changes_nothing(mirror: Mirror, change: str) -> None:
-    mount = mirror.mountpoint
+def test_a_change_that_waits_keeps_nobody_waiting_who_changes_nothing(server: Server, change: str) -> None:
+    mount = server.mountpoint
     opened = os.open(mount / "file1", os.O_RDONLY)
     try:
-        with filesystems.frozen(mirror.source), doing(lambda: CHANGES[change](mount / "changes")) as threads:
-            assert wait_until(lambda: in_calls(front_of(mirror)) > 0)
-            check_reading(mirror, opened=opened)
+        with filesystems.frozen(server.source), doing(lambda: CHANGES[change](mount / "changes")) as threads:
+            assert wait_until(lambda: in_calls(front_of(server)) > 0)
+            check_reading(server, opened=opened)
             assert threads[0].is_alive()
-            filesystems.thaw(mirror.source)
+            filesystems.thaw(server.source)
     finally:
         os.close(opened)
-    CHECKS[change](mirror.source / "changes")
+    CHECKS[change](server.source / "changes")
     (mount / "afterwards").write_bytes(SMALL)
-    assert (mirror.source / "afterwards").read_bytes() == SMALL
+    assert (server.source / "afterwards").read_bytes() == SMALL
 
 
 def _is(path: Path, content: bytes) -> None:
@@ -157,8 +157,8 @@ CHECKS: dict[str, Callable[[Path], object]] = {
 }
 
 
-def test_more_changes_wait_than_the_front_has_threads(mirror: Mirror) -> None:
-    mount = mirror.mountpoint
+def test_more_changes_wait_than_the_front_has_threads(server: Server) -> None:
+    mount = server.mountpoint
     many = 60
     opened = os.open(mount / "file1", os.O_RDONLY)
     directories = [mount / f"of{number}" for number in range(many)]
@@ -166,27 +166,27 @@ def test_more_changes_wait_than_the_front_has_threads(mirror: Mirror) -> None:
         directory.mkdir()
     try:
         makers = [(directory / "new").touch for directory in directories]
-        with filesystems.frozen(mirror.source), doing(*makers) as threads:
-            assert wait_until(lambda: in_calls(front_of(mirror)) > 30)
-            check_reading(mirror, opened=opened)
+        with filesystems.frozen(server.source), doing(*makers) as threads:
+            assert wait_until(lambda: in_calls(front_of(server)) > 30)
+            check_reading(server, opened=opened)
             assert all(thread.is_alive() for thread in threads)
-            filesystems.thaw(mirror.source)
+            filesystems.thaw(server.source)
     finally:
         os.close(opened)
-    assert all((mirror.source / directory.name / "new").exists() for directory in directories)
+    assert all((server.source / directory.name / "new").exists() for directory in directories)
 
 
-def test_a_front_that_is_killed_while_changes_wait_does_each_once(mirror: Mirror) -> None:
-    mount = mirror.mountpoint
-    mirror.expect_log(DEATH_OF_THE_FRONT)
+def test_a_front_that_is_killed_while_changes_wait_does_each_once(server: Server) -> None:
+    mount = server.mountpoint
+    server.expect_log(DEATH_OF_THE_FRONT)
     many = 20
     directories = [mount / f"of{number}" for number in range(many)]
     for directory in directories:
         directory.mkdir()
     makers = [(directory / "new").mkdir for directory in directories]
-    with filesystems.frozen(mirror.source), doing(*makers):
-        pid = front_of(mirror)
+    with filesystems.frozen(server.source), doing(*makers):
+        pid = front_of(server)
         assert wait_until(lambda: in_calls(pid) >= many)
         os.kill(pid, signal.SIGKILL)
-        filesystems.thaw(mirror.source)
-    assert all((mirror.source / directory.name / "new").is_dir() for directory in directories)
+        filesystems.thaw(server.source)
+    assert all((server.source / directory.name / "new").is_dir() for directory in directories)

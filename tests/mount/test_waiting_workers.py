@@ -18,8 +18,8 @@ import pytest
 from tests import filesystems
 from tests.conftest import Serve
 from tests.expect import pattern
-from tests.mirror import Mirror
 from tests.mount.test_waiting import doing, in_calls
+from tests.server import Server
 from tests.server_processes import wait_until, workers
 from tests.syscalls import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
 
@@ -35,7 +35,7 @@ SOON = 2.0
 
 
 @pytest.fixture(params=["front", "workers"])
-def mirror(request: pytest.FixtureRequest, serve: Serve, tmp_path: Path) -> Iterator[Mirror]:
+def server(request: pytest.FixtureRequest, serve: Serve, tmp_path: Path) -> Iterator[Server]:
     """A mount of one worker whose source is a file system of its own, which can be frozen."""
     with filesystems.ext4(tmp_path) as source:
         for number in range(24):
@@ -45,8 +45,8 @@ def mirror(request: pytest.FixtureRequest, serve: Serve, tmp_path: Path) -> Iter
         own.stop()
 
 
-def worker_of(mirror: Mirror) -> int:
-    (pid,) = workers(mirror).values()
+def worker_of(server: Server) -> int:
+    (pid,) = workers(server).values()
     return pid
 
 
@@ -59,7 +59,7 @@ def forget_pages(path: Path) -> None:
         os.close(fd)
 
 
-def check_reading(mirror: Mirror, *names: str) -> None:
+def check_reading(server: Server, *names: str) -> None:
     """Reads go on, of pages that are in memory and of others, small and large; in a thread, so that the test ends."""
     done = []
 
@@ -67,8 +67,8 @@ def check_reading(mirror: Mirror, *names: str) -> None:
         for name in names:
             expected = pattern(LARGE, int(name.removeprefix("file")))
             for size in (PAGE, LARGE):
-                forget_pages(mirror.source / name)
-                fd = os.open(mirror.mountpoint / name, os.O_RDONLY)
+                forget_pages(server.source / name)
+                fd = os.open(server.mountpoint / name, os.O_RDONLY)
                 try:
                     assert os.pread(fd, size, 0) == expected[:size]
                 finally:
@@ -111,17 +111,17 @@ CALLS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_a_call_that_waits_in_the_only_worker_keeps_no_reader_waiting(mirror: Mirror, call: str) -> None:
-    mount, pid = mirror.mountpoint, worker_of(mirror)
-    check_reading(mirror, "file1")
-    with filesystems.frozen(mirror.source), doing(lambda: CALLS[call](mount / "file0")) as threads:
+def test_a_call_that_waits_in_the_only_worker_keeps_no_reader_waiting(server: Server, call: str) -> None:
+    mount, pid = server.mountpoint, worker_of(server)
+    check_reading(server, "file1")
+    with filesystems.frozen(server.source), doing(lambda: CALLS[call](mount / "file0")) as threads:
         assert wait_until(lambda: in_calls(pid) > 0)
-        check_reading(mirror, "file1", "file2")
-        if "--writeback" not in mirror.arguments or call in ("write", "append"):
+        check_reading(server, "file1", "file2")
+        if "--writeback" not in server.arguments or call in ("write", "append"):
             # Else the kernel locks the inode, and close(2) waits for that lock (fs/fuse/file.c, fuse_flush()).
-            check_reading(mirror, "file0")
+            check_reading(server, "file0")
         assert threads[0].is_alive()
-        filesystems.thaw(mirror.source)
+        filesystems.thaw(server.source)
     expected = bytearray(pattern(LARGE, 0))
     if call == "write":
         expected[:] = MUCH
@@ -131,31 +131,31 @@ def test_a_call_that_waits_in_the_only_worker_keeps_no_reader_waiting(mirror: Mi
         expected[: 1 << 16] = bytes(1 << 16)
     else:
         expected[1 << 18 :] = expected[: 1 << 16]
-    assert (mirror.source / "file0").read_bytes() == (mount / "file0").read_bytes() == expected
+    assert (server.source / "file0").read_bytes() == (mount / "file0").read_bytes() == expected
 
 
-def test_more_writes_wait_than_the_worker_is_given(mirror: Mirror) -> None:
-    mount, pid = mirror.mountpoint, worker_of(mirror)
+def test_more_writes_wait_than_the_worker_is_given(server: Server) -> None:
+    mount, pid = server.mountpoint, worker_of(server)
     written = [f"file{number}" for number in range(2, 24)]
     writers = [partial(write_to, mount / name, os.O_APPEND) for name in written]
-    with filesystems.frozen(mirror.source), doing(*writers) as threads:
+    with filesystems.frozen(server.source), doing(*writers) as threads:
         assert wait_until(lambda: in_calls(pid) >= 8)
-        check_reading(mirror, "file0", "file1")
+        check_reading(server, "file0", "file1")
         assert all(thread.is_alive() for thread in threads)
-        filesystems.thaw(mirror.source)
+        filesystems.thaw(server.source)
     for name in written:
-        assert (mirror.source / name).read_bytes() == pattern(LARGE, int(name[4:])) + MUCH
+        assert (server.source / name).read_bytes() == pattern(LARGE, int(name[4:])) + MUCH
 
 
-def test_a_worker_that_is_killed_while_appends_wait_does_each_once(mirror: Mirror) -> None:
-    mirror.expect_log(DEATH_OF_A_WORKER)
-    mount, pid = mirror.mountpoint, worker_of(mirror)
+def test_a_worker_that_is_killed_while_appends_wait_does_each_once(server: Server) -> None:
+    server.expect_log(DEATH_OF_A_WORKER)
+    mount, pid = server.mountpoint, worker_of(server)
     written = [f"file{number}" for number in range(2, 8)]
     writers = [partial(write_to, mount / name, os.O_APPEND) for name in written]
-    with filesystems.frozen(mirror.source), doing(*writers):
+    with filesystems.frozen(server.source), doing(*writers):
         assert wait_until(lambda: in_calls(pid) == len(written))
         os.kill(pid, signal.SIGKILL)
-        filesystems.thaw(mirror.source)
+        filesystems.thaw(server.source)
     for name in written:
-        assert (mirror.source / name).read_bytes() == pattern(LARGE, int(name[4:])) + MUCH
-    assert worker_of(mirror) != pid
+        assert (server.source / name).read_bytes() == pattern(LARGE, int(name[4:])) + MUCH
+    assert worker_of(server) != pid

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from tests.expect import fails, outcome, python
-from tests.mirror import Tree
+from tests.server import Tree
 from tests.syscalls import getxattr_into, listxattr_into, opened
 
 

@@ -1,4 +1,4 @@
-"""The manual pages and completions that are kept are those of the commands as they are."""
+"""The generated manual pages and completions are up to date."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ PAGES = [name for name in shared_documents() if name.startswith("man/")]
 
 
 @pytest.mark.parametrize("name", documents())
-def test_what_is_kept_is_what_the_commands_say(name: str) -> None:
+def test_generated_files_are_up_to_date(name: str) -> None:
     kept = (CHECKOUT / name).read_text(encoding="utf-8")
     assert kept == documents()[name], "an option or its help has changed: run scripts/man"
 
 
-def test_nothing_else_is_kept() -> None:
+def test_there_are_no_other_files() -> None:
     kept = {str(path.relative_to(SHARE)) for path in SHARE.rglob("*") if path.is_file()}
     assert kept == set(shared_documents())
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_roff_has_nothing_to_say_against_a_page(name: str) -> None:
+def test_groff_accepts_each_page(name: str) -> None:
     groff = shutil.which("groff")
     assert groff, "groff is missing; scripts/setup --test installs groff-base"
     done = subprocess.run([groff, "-man", "-ww", "-z", "-Tutf8", SHARE / name], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_every_option_is_in_the_page_as_it_is_typed() -> None:
+def test_page_contains_each_option() -> None:
     page = SHARE / "man" / "llloop.1"
     groff = ["groff", "-man", "-Tascii", "-P-cbou", str(page)]
     text = subprocess.run(groff, capture_output=True, text=True, check=True).stdout
@@ -47,11 +47,11 @@ def test_every_option_is_in_the_page_as_it_is_typed() -> None:
                 assert all(spelling in text for spelling in option.opts), option.opts
 
 
-def test_text_is_never_taken_for_a_request() -> None:
+def test_text_is_escaped_for_roff() -> None:
     assert escaped(".so /etc/passwd\n'a\\b") == "\\&.so /etc/passwd\n\\(aqa\\eb"
 
 
-def test_bash_completes_with_what_is_kept() -> None:
+def test_bash_completion_works() -> None:
     command = Path(sys.executable).parent / "llloop"
     script = (
         f'source "{SHARE}/bash/llloop"; complete -p llloop\n'

@@ -1,4 +1,4 @@
-"""Mount options: how they are written, which there are, and what becomes of them together."""
+"""Mount options: parsing, translation for libfuse, contradictions."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def test_options_are_split_at_commas(text: str, parts: list[str]) -> None:
 
 
 @given(st.lists(st.text(min_size=1)))
-def test_escaped_options_come_back_whole(parts: list[str]) -> None:
+def test_escaped_options_are_unescaped(parts: list[str]) -> None:
     def escaped(part: str) -> str:
         return "".join("\\" + character if character in '\\,"' else character for character in part)
 
     assert split(",".join(map(escaped, parts))) == parts
 
 
-def test_what_libfuse_is_told() -> None:
+def test_options_for_libfuse() -> None:
     assert for_libfuse(config(source="/data")) == ["default_permissions", "subtype=llloop", "fsname=/data", "rw"]
     made = for_libfuse(
         config(allow_other=True, read_only=True, nonempty=True, options=("noatime", "max_read=4096"), fsname="name")
@@ -53,18 +53,18 @@ def test_what_libfuse_is_told() -> None:
     assert made[2:] == ["fsname=name", "noatime", "max_read=4096", "ro", "allow_other", "nonempty"]
 
 
-def test_a_name_cannot_smuggle_options_in() -> None:
+def test_fsname_cannot_inject_options() -> None:
     assert "fsname=a\\,suid\\,b\\\\\\,dev" in for_libfuse(config(fsname="a,suid,b\\,dev"))
 
 
-def test_only_ascii_is_passed_on() -> None:
+def test_non_ascii_fsname_is_replaced_and_options_are_refused() -> None:
     assert "fsname=/d?ta" in for_libfuse(config(source="/dåta"))
     with pytest.raises(UsageError, match="ASCII"):
         config(options=("foo=ü",))
 
 
 @given(st.lists(st.sampled_from(sorted(KERNEL - {"ro", "rw"})), unique=True))
-def test_their_order_is_kept(options: list[str]) -> None:
+def test_order_of_options_is_kept(options: list[str]) -> None:
     try:
         made = config(options=options)
     except UsageError:
@@ -75,13 +75,13 @@ def test_their_order_is_kept(options: list[str]) -> None:
 @pytest.mark.parametrize(
     "options", [("rw", "ro"), ("ro,rw",), ("noexec", "dev", "exec"), ("suid,nosuid",), ("atime", "noatime")]
 )
-def test_options_that_exclude_each_other_are_refused(options: tuple[str, ...]) -> None:
+def test_contradicting_options_are_refused(options: tuple[str, ...]) -> None:
     with pytest.raises(UsageError, match="exclude each other"):
         config(options=options)
 
 
 @pytest.mark.parametrize("options", [(), ("rw",), ("noexec", "rw"), "rw,dirsync"])
-def test_read_only_wins(options: Any) -> None:
+def test_read_only_overrides_rw(options: Any) -> None:
     made = for_libfuse(config(read_only=True, options=options))
     assert "ro" in made and "rw" not in made
 
@@ -91,7 +91,7 @@ def test_ro_is_read_only() -> None:
     assert not config(options=("rw",)).read_only
 
 
-def test_each_is_passed_on_once_and_empty_ones_are_none() -> None:
+def test_duplicate_and_empty_options_are_dropped() -> None:
     assert config(options=("noexec,,noexec", "", "nodev,noexec")).options == ("noexec", "nodev")
 
 
@@ -102,14 +102,14 @@ def test_each_is_passed_on_once_and_empty_ones_are_none() -> None:
         *("allow_root", "allow_other", "auto_unmount", "fsname=a", "subtype=a", "nonempty", "noexec\\,suid"),
     ],
 )
-def test_what_cannot_be_had_is_refused(option: str) -> None:
+def test_unsupported_options_are_refused(option: str) -> None:
     with pytest.raises(UsageError, match="mount option") as raised:
         config(options=(option,))
     assert option.replace("\\", "") in str(raised.value)
 
 
 @pytest.mark.parametrize("option", ["suid", "dev"])
-def test_what_is_roots_is_refused_to_others(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_for_root_are_refused_to_other_users(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made = config(options=(option,))
     check_user(config(options=("noexec",)))
     monkeypatch.setattr(os, "geteuid", lambda: 0)

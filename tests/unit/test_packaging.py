@@ -1,4 +1,4 @@
-"""What `pip install` of a wheel brings: all of llloop with the workers in it, and nothing else."""
+"""The wheel contains all modules of llloop, with the workers, and nothing else."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def names(wheel: Path) -> set[str]:
         return set(archive.namelist())
 
 
-def test_the_wheel_holds_every_module_and_nothing_else(names: set[str]) -> None:
+def test_wheel_contains_exactly_all_modules(names: set[str]) -> None:
     packed = {name for name in names if not name.startswith(f"llloop-{__version__}.dist-info/")}
     data = {
         *("lib/systemd/system/llloop@.service", "share/man/man1/llloop.1", "share/man/man8/mount.llloop.8"),
@@ -63,7 +63,7 @@ def test_the_wheel_holds_every_module_and_nothing_else(names: set[str]) -> None:
     assert packed == modules_of_checkout() | expected
 
 
-def test_the_workers_are_in_it(names: set[str]) -> None:
+def test_wheel_contains_the_workers(names: set[str]) -> None:
     assert any(name.startswith("llloop/workers/") and not name.endswith("__init__.py") for name in names)
 
 
@@ -93,7 +93,7 @@ def test_metadata(wheel: Path, names: set[str]) -> None:
     assert any(name.startswith(info) and name.endswith("/LICENSE") for name in names)
 
 
-def test_an_unpacked_wheel_runs_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
+def test_unpacked_wheel_runs_without_checkout(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
     code = (

@@ -1,4 +1,4 @@
-"""Promises that were once broken, each by a fault that the other tests did not see."""
+"""Regression tests for defects that the other tests did not find."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def ends_within(seconds: float) -> Iterator[None]:
 # Names and numbers that others change in the source
 
 
-def test_directories_that_changed_places_in_the_source_are_stale_not_endless(source: Source) -> None:
-    """Seen before and after, each is known to lie in the other."""
+def test_swapped_directories_give_estale(source: Source) -> None:
+    """Each directory was seen in the other one, before and after the swap."""
     os.makedirs(source.path / "a/b")
     a, _ = source.tree.lookup(ROOT, b"a")
     b, _ = source.tree.lookup(a, b"b")
@@ -70,7 +70,7 @@ def test_directories_that_changed_places_in_the_source_are_stale_not_endless(sou
             source.tree.directory_fds.directory(nodeid)
 
 
-def test_a_file_outlives_its_last_name_though_another_was_removed_in_the_source(source: Source) -> None:
+def test_open_file_survives_unlink_after_removal_in_source(source: Source) -> None:
     (source.path / "a").write_text("content")
     (source.path / "b").hardlink_to(source.path / "a")
     nodeid, _ = source.tree.lookup(ROOT, b"a")
@@ -81,7 +81,7 @@ def test_a_file_outlives_its_last_name_though_another_was_removed_in_the_source(
     assert source.tree.getattr(nodeid).nlink == 0
 
 
-def test_a_file_outlives_its_last_name_though_it_took_one_that_was_removed_in_the_source(source: Source) -> None:
+def test_open_file_survives_unlink_after_rename_to_removed_name(source: Source) -> None:
     (source.path / "a").write_text("content")
     (source.path / "b").hardlink_to(source.path / "a")
     nodeid, _ = source.tree.lookup(ROOT, b"b")
@@ -92,7 +92,7 @@ def test_a_file_outlives_its_last_name_though_it_took_one_that_was_removed_in_th
     assert source.tree.getattr(nodeid).nlink == 0
 
 
-def test_a_removed_file_never_answers_for_the_one_that_had_its_number_before(source: Source) -> None:
+def test_removed_file_is_not_mistaken_for_one_with_its_old_number(source: Source) -> None:
     (source.path / "file").write_text("new file")
     nodeid, _ = source.tree.lookup(ROOT, b"file")
     source.context.inodes.get(nodeid).birth -= 1  # as if the kernel had been told of an older file with this number
@@ -103,7 +103,7 @@ def test_a_removed_file_never_answers_for_the_one_that_had_its_number_before(sou
         source.tree.getattr(nodeid)
 
 
-def test_an_inode_keeps_its_number_when_the_one_that_took_its_own_is_forgotten() -> None:
+def test_inode_keeps_its_number_after_forget_of_another() -> None:
     table = Inodes(attributes(2, device=0x801, mode=stat.S_IFDIR | 0o755), Journal(64))
     first = table.remember(ROOT, b"a", attributes(100, device=0x2A))
     homeless = attributes(first, device=0x801)
@@ -121,7 +121,7 @@ def policy(**options: Any) -> CachePolicy:
 
 
 @pytest.mark.parametrize(("changed", "trusted"), [((999_999, 998_000_000), False), ((999_998, 998_000_000), True)])
-def test_a_time_stamp_is_trusted_only_when_it_is_a_whole_second_old(
+def test_timestamps_are_trusted_after_one_second(
     changed: tuple[int, int], trusted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(time, "time", lambda: NOW)
@@ -131,7 +131,7 @@ def test_a_time_stamp_is_trusted_only_when_it_is_a_whole_second_old(
     assert (policy().open_flags(inode, seen) == FOPEN_KEEP_CACHE) is trusted
 
 
-def test_a_cache_mode_may_be_given_by_its_name() -> None:
+def test_cache_mode_can_be_given_by_name() -> None:
     old = attributes(size=5, mtime=(5, 0), ctime=(5, 0))
     inode = Inode(ROOT, b"file", old.ino, old.device)
     never = policy(cache="never")
@@ -139,7 +139,7 @@ def test_a_cache_mode_may_be_given_by_its_name() -> None:
     assert never.open_flags(inode, old) != FOPEN_KEEP_CACHE
 
 
-def test_every_choice_may_be_given_by_its_name() -> None:
+def test_each_choice_can_be_given_by_name() -> None:
     config = ServeConfig(source="/s", mountpoint="/m", cache="always", io="auto", loop="own")  # type: ignore[arg-type]
     assert (config.cache, config.io, config.loop) == (Cache.ALWAYS, IoKind.AUTO, LoopKind.OWN)
 
@@ -147,7 +147,7 @@ def test_every_choice_may_be_given_by_its_name() -> None:
 @pytest.mark.parametrize(
     "options", [{"workers": "4"}, {"attr_timeout": "1"}, {"cache": "sometimes"}, {"io": "disk"}, {"loop": "nonsense"}]
 )
-def test_a_value_of_a_wrong_kind_is_a_usage_error(options: dict[str, Any]) -> None:
+def test_value_of_wrong_type_is_a_usage_error(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         ServeConfig(source="/s", mountpoint="/m", **options)
 
@@ -169,10 +169,10 @@ def process() -> Iterator[int]:
         os.waitpid(pid, 0)
 
 
-def test_a_worker_closes_only_its_own_descriptors_though_a_front_died_before_it_was_asked(
+def test_worker_closes_only_its_own_descriptors_after_death_of_front(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(descriptors_module, "_LONGEST_ABSENCE", 0.05)
+    monkeypatch.setattr(descriptors_module, "_FRONT_TIMEOUT", 0.05)
     fd = os.open(tmp_path, os.O_RDONLY)
     slots = Slots(2, 4096, 1)
     descriptors = Descriptors(slots)
@@ -194,7 +194,7 @@ def test_a_worker_closes_only_its_own_descriptors_though_a_front_died_before_it_
         os.close(number)
 
 
-def test_releases_are_delivered_to_a_slow_worker_though_no_request_comes() -> None:
+def test_releases_reach_a_slow_worker_without_further_requests() -> None:
     with packet_pipe(2) as first, packet_pipe(2) as second:
         router = Router(Slots(4, 4096, 2), [first[1], second[1]])
         for shard, (_, writer) in enumerate((first, second)):
@@ -224,8 +224,8 @@ def test_releases_are_delivered_to_a_slow_worker_though_no_request_comes() -> No
 # What others have made of this machine
 
 
-def test_a_mount_point_with_a_carriage_return_is_one_mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel escapes the newline in it, but not this."""
+def test_mount_point_may_contain_carriage_return(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel escapes a newline in mountinfo, but not a carriage return."""
     table = tmp_path / "mountinfo"
     table.write_bytes(b"36 35 98:0 / /mnt/a\rb rw - tmpfs tmpfs rw\n")
     monkeypatch.setattr(mounts, "Path", lambda name: table)

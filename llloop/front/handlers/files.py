@@ -24,8 +24,8 @@ from llloop.shared.messages import (
     DATA_ONLY,
     INVALIDATE,
     KILL_PRIVILEGES,
-    ONCE,
     PIPED,
+    SINGLE_CALL,
     Operation,
 )
 from llloop.shared.metrics import ERRORS, Gauge
@@ -176,7 +176,7 @@ class FileRequests(Responder):
             return
         flags = BUFFERED if handle.direct and not open_flags & os.O_DIRECT else 0
         if handle.unsized:
-            flags |= ONCE
+            flags |= SINGLE_CALL
         self._router.entrust(
             Task(handle, number, Operation.READ, unique, offset, size, flags), in_order=not may_overtake
         )
@@ -224,7 +224,7 @@ class FileRequests(Responder):
         if handle.direct and (cached or not open_flags & os.O_DIRECT):
             flags |= BUFFERED
         if handle.unsized:
-            flags |= ONCE
+            flags |= SINGLE_CALL
         pages = handle.pages
         if (
             pages is not None

@@ -1,4 +1,4 @@
-"""The command's options, help texts and exit codes, without a mount: what would be served is only noted."""
+"""Options, help texts and exit codes of `llloop`, without a mount: a fake supervisor records the configuration."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from llloop.server_process import _plain
 from llloop.version import __version__
 
 
-class Noted:
-    """Stands in for the supervisor."""
+class FakeSupervisor:
+    """Replaces the supervisor; records its configuration."""
 
     config: ServeConfig
     options: dict[str, Any]
@@ -33,23 +33,23 @@ class Noted:
     error: Exception | None = None
 
     def __init__(self, config: ServeConfig, on_ready: Callable[[str], None], **options: Any) -> None:
-        if Noted.error is not None:
-            raise Noted.error
-        Noted.config = config
-        Noted.options = options
+        if FakeSupervisor.error is not None:
+            raise FakeSupervisor.error
+        FakeSupervisor.config = config
+        FakeSupervisor.options = options
         self._on_ready = on_ready
 
     def run(self) -> int:
         self._on_ready("serving /src at /mnt with 1 worker: own loop")
-        return Noted.code
+        return FakeSupervisor.code
 
 
 @pytest.fixture(autouse=True)
-def noted(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Noted]]:
-    monkeypatch.setattr(main, "Supervisor", Noted)
+def fake_supervisor(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeSupervisor]]:
+    monkeypatch.setattr(main, "Supervisor", FakeSupervisor)
     monkeypatch.setattr(log, "configure", lambda level, file: None)
-    Noted.code, Noted.error = 0, None
-    yield Noted
+    FakeSupervisor.code, FakeSupervisor.error = 0, None
+    yield FakeSupervisor
 
 
 def run(*arguments: str, env: dict[str, str] | None = None) -> Result:
@@ -59,18 +59,18 @@ def run(*arguments: str, env: dict[str, str] | None = None) -> Result:
 def config_of(*arguments: str, env: dict[str, str] | None = None) -> ServeConfig:
     result = run("serve", "/src", "/mnt", *arguments, env=env)
     assert result.exit_code == 0, result.output
-    return Noted.config
+    return FakeSupervisor.config
 
 
 def shown(command: click.Command) -> list[click.Option]:
     return [one for one in command.params if isinstance(one, click.Option) and not one.hidden and one.name != "help"]
 
 
-def test_without_options_everything_has_its_default() -> None:
+def test_config_without_options_has_defaults() -> None:
     assert config_of() == ServeConfig(source="/src", mountpoint="/mnt")
 
 
-# Each option of a mount: its arguments, its environment variable, and what both must come to.
+# Each option: field, arguments, environment variables, and the value that both must give.
 OPTIONS: list[tuple[str, list[str], dict[str, str], Any]] = [
     ("workers", ["--workers", "3"], {"WORKERS": "3"}, 3),
     ("workers", ["-w3"], {"WORKERS": "3"}, 3),
@@ -95,12 +95,12 @@ OPTIONS: list[tuple[str, list[str], dict[str, str], Any]] = [
 ]
 
 
-def test_every_option_is_tried() -> None:
+def test_option_table_is_complete() -> None:
     assert {name for name, *_ in OPTIONS} == {one.name for one in fields(ServeConfig)} - {"source", "mountpoint"}
 
 
 @pytest.mark.parametrize(("name", "arguments", "environment", "value"), OPTIONS, ids=lambda value: str(value))
-def test_an_option_as_argument_and_as_variable(
+def test_option_as_argument_and_as_environment_variable(
     name: str, arguments: list[str], environment: dict[str, str], value: Any
 ) -> None:
     by_argument = config_of(*arguments)
@@ -111,14 +111,12 @@ def test_an_option_as_argument_and_as_variable(
 
 
 @pytest.mark.parametrize(("name", "arguments", "environment", "value"), OPTIONS, ids=lambda value: str(value))
-def test_the_library_hands_each_option_to_the_command(
-    name: str, arguments: list[str], environment: dict[str, str], value: Any
-) -> None:
+def test_config_survives_json(name: str, arguments: list[str], environment: dict[str, str], value: Any) -> None:
     config = config_of(*arguments)
     assert ServeConfig(**json.loads(json.dumps(_plain(config)))) == config
 
 
-def test_an_argument_goes_before_a_variable() -> None:
+def test_argument_overrides_environment_variable() -> None:
     assert config_of("--workers", "2", env={"LLLOOP_SERVE_WORKERS": "5"}).workers == 2
 
 
@@ -130,12 +128,12 @@ def options_of_all_commands() -> list[click.Option]:
 
 
 @pytest.mark.parametrize("option", options_of_all_commands(), ids=lambda option: option.opts[0])
-def test_help_tells_effect_and_default(option: click.Option) -> None:
+def test_option_help_states_effect_and_default(option: click.Option) -> None:
     text = option.help or ""
     effect, _, rest = text.partition("Default: ")
-    assert len(effect.split()) >= 5, "what does it do?"
+    assert len(effect.split()) >= 5, "the effect is missing"
     default = re.split(r"[.;]", rest)[0].strip()
-    assert default, "what is the default?"
+    assert default, "the default is missing"
     value = option.get_default(click.Context(main.serve))
     if option.name in ("cache", "io", "log_level"):
         assert default == value
@@ -146,13 +144,13 @@ def test_help_tells_effect_and_default(option: click.Option) -> None:
 
 @pytest.mark.parametrize("command", [[], ["serve"], ["umount"]])
 @pytest.mark.parametrize("option", ["-h", "--help"])
-def test_help_is_given(command: list[str], option: str) -> None:
+def test_help_option_prints_usage(command: list[str], option: str) -> None:
     result = run(*command, option)
     assert result.exit_code == 0
     assert result.output.startswith("Usage: ")
 
 
-def test_help_shows_every_option_and_hides_the_hidden() -> None:
+def test_help_shows_all_options_except_hidden_ones() -> None:
     output = " ".join(run("serve", "--help").output.split())
     for option in shown(main.serve):
         assert option.opts[0] in output
@@ -185,23 +183,25 @@ KINDS = [
 
 
 @pytest.mark.parametrize(("kind", "code"), KINDS)
-def test_an_error_is_one_line_and_its_exit_code(noted: type[Noted], kind: type[errors.LlloopError], code: int) -> None:
-    noted.error = kind("what is wrong")
+def test_error_prints_one_line_and_sets_code(
+    fake_supervisor: type[FakeSupervisor], kind: type[errors.LlloopError], code: int
+) -> None:
+    fake_supervisor.error = kind("what is wrong")
     result = run("serve", "/src", "/mnt")
     assert result.exit_code == code
     assert result.stderr == "llloop: what is wrong\n"
     assert result.stdout == ""
 
 
-def test_every_kind_of_error_has_a_code_of_its_own() -> None:
+def test_each_error_class_has_its_own_exit_code() -> None:
     kinds = {kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.LlloopError)}
     assert kinds == {kind for kind, _ in KINDS}
     assert all(kind.exit_code == code for kind, code in KINDS)
 
 
 @pytest.mark.parametrize("code", [0, 1])
-def test_the_end_of_the_mount_is_the_exit_code(noted: type[Noted], code: int) -> None:
-    noted.code = code
+def test_serve_exits_with_code_of_supervisor(fake_supervisor: type[FakeSupervisor], code: int) -> None:
+    fake_supervisor.code = code
     result = run("serve", "/src", "/mnt")
     assert result.exit_code == code
     assert result.stdout == "llloop: serving /src at /mnt with 1 worker: own loop\n"
@@ -221,7 +221,7 @@ def test_the_end_of_the_mount_is_the_exit_code(noted: type[Noted], code: int) ->
         ["third argument"],
     ],
 )
-def test_options_that_make_no_sense(arguments: list[str]) -> None:
+def test_invalid_options_are_refused(arguments: list[str]) -> None:
     result = run("serve", "/src", "/mnt", *arguments)
     assert result.exit_code == 2
     assert arguments[0].partition("=")[0].lstrip("-") in result.stderr
@@ -230,25 +230,25 @@ def test_options_that_make_no_sense(arguments: list[str]) -> None:
 # Files
 
 
-def test_the_pid_file_is_there_while_it_is_served(
-    noted: type[Noted], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_pid_file_exists_while_serving(
+    fake_supervisor: type[FakeSupervisor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
     pid_file = tmp_path / "pid"
-    original = Noted.run
+    original = FakeSupervisor.run
 
-    def run_and_look(supervisor: Noted) -> int:
+    def run_and_look(supervisor: FakeSupervisor) -> int:
         code = original(supervisor)
         seen.append(pid_file.read_text())
         return code
 
-    monkeypatch.setattr(Noted, "run", run_and_look)
+    monkeypatch.setattr(FakeSupervisor, "run", run_and_look)
     assert run("serve", "/src", "/mnt", "--pid-file", str(pid_file)).exit_code == 0
     assert int(seen[0]) > 1
     assert not pid_file.exists()
 
 
-def test_a_log_file_that_cannot_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritable_log_file_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(level: str, file: Path) -> None:
         assert file.is_absolute()
         raise PermissionError(13, "Permission denied")
@@ -262,13 +262,13 @@ def test_a_log_file_that_cannot_be_opened(monkeypatch: pytest.MonkeyPatch) -> No
 # umount
 
 
-def test_umount_of_what_is_not_a_mount(tmp_path: Path) -> None:
+def test_umount_refuses_a_plain_directory(tmp_path: Path) -> None:
     result = run("umount", str(tmp_path))
     assert result.exit_code == 4
     assert "nothing is mounted there" in result.stderr
 
 
-def test_umount_of_somebody_elses_mount() -> None:
+def test_umount_refuses_another_file_system() -> None:
     result = run("umount", "/proc")
     assert result.exit_code == 4
     assert "not llloop; use umount" in result.stderr
@@ -285,12 +285,12 @@ def test_umount(monkeypatch: pytest.MonkeyPatch, lazy: bool) -> None:
     assert called == [("/mnt", lazy)]
 
 
-def test_umount_of_a_busy_mount_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    begun = time.monotonic()
+def test_umount_of_a_busy_mount_suggests_lazy(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = time.monotonic()
     tries: list[float] = []
 
     def busy(path: str, lazy: bool) -> None:
-        tries.append(time.monotonic() - begun)
+        tries.append(time.monotonic() - start)
         raise OSError(16, "Device or resource busy")
 
     entry = mounts.MountEntry(1, (0, 5), "/mnt", "fuse.llloop", "/src")
@@ -299,4 +299,4 @@ def test_umount_of_a_busy_mount_names_the_way_out(monkeypatch: pytest.MonkeyPatc
     result = run("umount", "/mnt")
     assert result.exit_code == 4
     assert "busy" in result.stderr and "--lazy" in result.stderr
-    assert len(tries) > 10 and tries[-1] >= 0.5, "who looks at it for a moment makes it busy, too"
+    assert len(tries) > 10 and tries[-1] >= 0.5, "a statfs(2) of another program makes a mount busy for a moment"

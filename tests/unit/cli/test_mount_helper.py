@@ -1,4 +1,4 @@
-"""What mount.llloop makes of mount options."""
+"""The translation of mount options into options of `llloop serve`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from llloop.cli.main import serve
 from llloop.cli.mount_helper import serve_arguments
 from llloop.errors import UsageError
 
-# A mount by mount(8) is always a daemon, and each mount option stands for itself.
-OTHERS = {"daemon", "check", "check_restart"}
-SERVE_OPTIONS = [one for one in serve.params if isinstance(one, click.Option) and one.name not in OTHERS]
+# Options of serve that are not mount options.
+NOT_MOUNT_OPTIONS = {"daemon", "check", "check_restart"}
+SERVE_OPTIONS = [one for one in serve.params if isinstance(one, click.Option) and one.name not in NOT_MOUNT_OPTIONS]
 
 
 def test_options_of_serve_are_mount_options() -> None:
@@ -35,12 +35,12 @@ def test_options_of_serve_are_mount_options() -> None:
         ("read_only", "--read-only"),
     ],
 )
-def test_switches(option: str, argument: str) -> None:
+def test_flags_and_their_spellings(option: str, argument: str) -> None:
     assert serve_arguments([option]) == [argument]
 
 
 @pytest.mark.parametrize("option", SERVE_OPTIONS, ids=lambda option: option.opts[0])
-def test_every_option_of_serve_can_be_given_in_fstab(option: click.Option) -> None:
+def test_each_option_of_serve_is_a_mount_option(option: click.Option) -> None:
     name = str(option.name)
     (argument,) = serve_arguments([name if option.is_flag else f"{name}=1"])
     assert argument.partition("=")[0] in option.opts
@@ -53,15 +53,15 @@ def test_every_option_of_serve_can_be_given_in_fstab(option: click.Option) -> No
         *("x-systemd.automount", "x-systemd.requires=/srv", "X-mount.mkdir=755", "comment=the photos", "relatime"),
     ],
 )
-def test_what_mount_itself_acts_on_is_ignored(option: str) -> None:
+def test_options_of_mount_itself_are_ignored(option: str) -> None:
     assert serve_arguments([option, "ro"]) == ["--ro"]
 
 
-def test_what_the_kernel_acts_on_is_passed_on() -> None:
+def test_kernel_options_are_passed_on() -> None:
     assert serve_arguments(["suid", "noexec"]) == ["-o", "suid", "-o", "noexec"]
 
 
-def test_what_nobody_knows_is_left_to_libfuse_to_refuse_or_ignored_if_asked() -> None:
+def test_unknown_options_are_passed_on_or_ignored_if_sloppy() -> None:
     assert serve_arguments(["nonsense=1", "noexec"]) == ["-o", "nonsense=1", "-o", "noexec"]
     assert serve_arguments(["nonsense=1", "noexec"], sloppy=True) == ["-o", "noexec"]
 
@@ -75,7 +75,7 @@ def test_what_nobody_knows_is_left_to_libfuse_to_refuse_or_ignored_if_asked() ->
         ("remount=1", "cannot change the options"),
     ],
 )
-def test_what_makes_no_sense_is_refused(option: str, reason: str) -> None:
+def test_invalid_options_are_refused(option: str, reason: str) -> None:
     with pytest.raises(UsageError, match=reason):
         serve_arguments([option])
 
@@ -87,21 +87,21 @@ def test_what_makes_no_sense_is_refused(option: str, reason: str) -> None:
         *(["strictatime", "nostrictatime"], ["xattr", "noxattr"], ["cache=never", "cache=always"]),
     ],
 )
-def test_options_that_exclude_each_other_are_refused(options: list[str]) -> None:
+def test_contradicting_options_are_refused(options: list[str]) -> None:
     with pytest.raises(UsageError, match="exclude each other"):
         serve_arguments(options)
 
 
-def test_the_same_twice_is_no_contradiction() -> None:
+def test_repeated_option_is_accepted() -> None:
     assert serve_arguments(["ro", "ro", "cache=never", "cache=never"])[-1] == "--cache=never"
 
 
-def test_mount_says_rw_of_whatever_is_not_ro() -> None:
-    """So that is no contradiction to llloop's own option, which wins (see `llloop.mount_options.for_libfuse`)."""
+def test_rw_does_not_contradict_read_only() -> None:
+    """mount(8) passes rw for every mount without ro; read_only overrides it (`llloop.mount_options.for_libfuse`)."""
     assert serve_arguments(["rw", "read_only"]) == ["-o", "rw", "--read-only"]
 
 
-def test_what_a_users_mount_implies_can_be_taken_back() -> None:
+def test_options_implied_by_user_can_be_overridden() -> None:
     """mount(8), user: "implies noexec, nosuid, nodev unless overridden by subsequent options"."""
     assert serve_arguments(["noexec", "nosuid", "nodev", "user", "exec"]) == [
         *("-o", "nosuid", "-o", "nodev", "-o", "exec"),
@@ -110,6 +110,6 @@ def test_what_a_users_mount_implies_can_be_taken_back() -> None:
         serve_arguments(["user", "exec", "noexec"])
 
 
-def test_what_mount_keeps_for_itself_can_be_given_all_the_same() -> None:
-    """util-linux before 2.39 does not tell its helpers of suid, dev and the other opposites of a flag."""
+def test_options_option_passes_kernel_options() -> None:
+    """mount(8) of util-linux before 2.39 does not pass on suid, dev and the opposites of other flags."""
     assert serve_arguments(["rw", "options=suid", "options=dev"]) == ["-o", "rw", "--options=suid", "--options=dev"]

@@ -1,4 +1,4 @@
-"""Rates and percentiles from counters, and how they are written for people."""
+"""Rates and percentiles from counters, and their formatting."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llloop.cli import prometheus, tables
-from llloop.cli.rates import percentile, since
+from llloop.cli.rates import percentile, rates_since
 from llloop.linux.fuse import Opcode
 from llloop.logging import escape
-from llloop.shared.metrics import Sheet
+from llloop.shared.metrics import ProcessCounters
 
 
 def answer(time: float, requests: int, moved: int, histogram: list[int], pid: int = 7, cpu: float = 0.0) -> Any:
@@ -45,9 +45,9 @@ def answer(time: float, requests: int, moved: int, histogram: list[int], pid: in
     }
 
 
-def test_rates_are_of_the_time_between() -> None:
+def test_rates_are_computed_from_the_difference() -> None:
     before = answer(200.0, 100, 1000, [0, 100], cpu=1.0)
-    found = since(answer(202.0, 300, 5000, [0, 100, 200], cpu=2.0), before)
+    found = rates_since(answer(202.0, 300, 5000, [0, 100, 200], cpu=2.0), before)
     read = found["operations"]["READ"]
     assert found["seconds"] == 2
     assert (read["requests"], read["errors"], read["per_second"], read["bytes_per_second"]) == (200, 0, 100, 2000)
@@ -59,30 +59,30 @@ def test_rates_are_of_the_time_between() -> None:
     assert found["cache"]["kept"] == 200
 
 
-def test_without_an_earlier_answer_it_is_the_whole_life() -> None:
-    found = since(answer(300.0, 100, 1000, [100]), None)
+def test_rates_without_earlier_answer_cover_the_uptime() -> None:
+    found = rates_since(answer(300.0, 100, 1000, [100]), None)
     assert found["operations"]["READ"]["per_second"] == 0.5
 
 
-def test_a_mount_that_was_made_anew_is_another() -> None:
-    found = since({**answer(210.0, 5, 0, [5]), "uptime": 3}, answer(200.0, 100, 0, [100]))
+def test_rates_ignore_counters_of_an_earlier_mount() -> None:
+    found = rates_since({**answer(210.0, 5, 0, [5]), "uptime": 3}, answer(200.0, 100, 0, [100]))
     assert (found["seconds"], found["operations"]["READ"]["requests"]) == (3, 5)
 
 
-def test_what_did_not_happen_meanwhile_is_left_out() -> None:
+def test_operations_without_new_requests_are_omitted() -> None:
     before = answer(200.0, 100, 0, [100])
-    assert since(answer(201.0, 100, 0, [100]), before)["operations"] == {}
+    assert rates_since(answer(201.0, 100, 0, [100]), before)["operations"] == {}
 
 
-def test_a_successor_s_clock_begins_anew() -> None:
+def test_cpu_time_of_a_new_process_counts_from_zero() -> None:
     before = answer(200.0, 1, 0, [1], pid=7, cpu=100.0)
-    found = since(answer(201.0, 2, 0, [2], pid=8, cpu=0.25), before)
+    found = rates_since(answer(201.0, 2, 0, [2], pid=8, cpu=0.25), before)
     assert found["workers"][0]["cpu"] == 0.25
 
 
 @given(st.lists(st.integers(0, 10**9), min_size=1, max_size=200), st.sampled_from([0.01, 0.5, 0.9, 0.99, 1.0]))
-def test_a_percentile_is_in_the_bucket_of_the_true_one(microseconds: list[int], share: float) -> None:
-    sheet = Sheet()
+def test_percentile_is_in_the_right_bucket(microseconds: list[int], share: float) -> None:
+    sheet = ProcessCounters()
     for one in microseconds:
         sheet.finished(Opcode.READ, 1000 * one)
     found = percentile(sheet.snapshot()["READ"].histogram, share)
@@ -93,7 +93,7 @@ def test_a_percentile_is_in_the_bucket_of_the_true_one(microseconds: list[int], 
     assert (2 ** (bucket - 1) if bucket else 0) <= found <= 2**bucket
 
 
-def test_no_requests_have_no_percentile() -> None:
+def test_percentile_without_requests_is_none() -> None:
     assert percentile([], 0.5) is None
     assert percentile([0, 0], 0.99) is None
 
@@ -120,11 +120,11 @@ def test_no_requests_have_no_percentile() -> None:
         (escape.printable, "a\nb\x1b\udcff", r"a\nb\x1b\udcff"),
     ],
 )
-def test_figures_are_short(function: Any, value: Any, text: str) -> None:
+def test_values_are_formatted_briefly(function: Any, value: Any, text: str) -> None:
     assert function(value) == text
 
 
-def test_prometheus_buckets_add_up() -> None:
+def test_prometheus_buckets_are_cumulative() -> None:
     text = prometheus.text([answer(300.0, 6, 1000, [1, 2, 0, 3])])
     bucket = 'llloop_request_seconds_bucket{le="%s",mountpoint="/mnt",operation="read"} %s'
     cumulative = {"1e-06": 1.0, "2e-06": 3.0, "4e-06": 3.0, "8e-06": 6.0, "134.218": 6.0, "+Inf": 6.0}

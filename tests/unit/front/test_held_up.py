@@ -13,16 +13,17 @@ from typing import Any
 import pytest
 
 from llloop.front.inodes import ROOT
+from llloop.linux import syscalls
 from llloop.linux.fuse import Opcode
 from llloop.shared.leadership import MOST_THREADS
 from tests.server_processes import wait_until
 from tests.unit.mortal import PROBE, Life, Line, Request
 from tests.unit.support import packet_pipe
 
-PATIENCE = 10.0
+TIMEOUT = 10.0
 
 
-class Held:
+class BlockedCall:
     """A system call that is held up until it is let go."""
 
     def __init__(self, call: Callable[..., Any]) -> None:
@@ -32,10 +33,10 @@ class Held:
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         self.waiting += 1
-        assert self._gate.wait(PATIENCE)
+        assert self._gate.wait(TIMEOUT)
         return self._call(*arguments, **options)
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         self._gate.set()
 
 
@@ -67,7 +68,7 @@ class Served:
 
     def end(self) -> None:
         self.line.unmount()
-        self._thread.join(PATIENCE)
+        self._thread.join(TIMEOUT)
         assert not self._thread.is_alive()
 
 
@@ -91,7 +92,7 @@ def lookup(name: str) -> Request:
 
 def test_a_change_that_is_held_up_holds_nothing_else_up(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
     (line.path / "there").touch()
-    held = Held(os.mkdir)
+    held = BlockedCall(os.mkdir)
     with monkeypatch.context() as patch:
         patch.setattr(os, "mkdir", held)
         served = Served(line)
@@ -100,7 +101,7 @@ def test_a_change_that_is_held_up_holds_nothing_else_up(line: Line, monkeypatch:
         served.answers(lookup("there"), PROBE, Request(Opcode.UNLINK, ROOT, b"there\0"))
         assert not (line.path / "there").exists()
         assert not served.has_answered(waiting[0])
-        held.let_go()
+        held.release()
         assert wait_until(lambda: served.has_answered(*waiting))
     served.answers(mkdir("third"))
     served.end()
@@ -122,7 +123,7 @@ def test_the_last_close_of_a_removed_file_holds_nothing_up(line: Line, monkeypat
     def held(fd: int) -> None:
         if fd == pin:
             closed.append(fd)
-            assert gate.wait(PATIENCE)
+            assert gate.wait(TIMEOUT)
         close(fd)
 
     monkeypatch.setattr(os, "close", held)
@@ -140,7 +141,7 @@ def test_what_changes_waits_where_no_thread_is_left_and_the_rest_goes_on(
     line: Line, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (line.path / "there").touch()
-    held = Held(os.mkdir)
+    held = BlockedCall(os.mkdir)
     with monkeypatch.context() as patch:
         patch.setattr(os, "mkdir", held)
         served = Served(line)
@@ -152,7 +153,7 @@ def test_what_changes_waits_where_no_thread_is_left_and_the_rest_goes_on(
                 assert wait_until(lambda: held.waiting == number + 1)  # noqa: B023
         assert wait_until(lambda: len(line.front.loop._postponed) == many - MOST_THREADS + 1)
         served.answers(PROBE, lookup("there"))
-        held.let_go()
+        held.release()
         assert wait_until(lambda: served.has_answered(*waiting))
     served.end()
     assert [line.answers[unique].error for unique in waiting] == [0] * many
@@ -199,7 +200,7 @@ def test_a_change_that_is_held_up_before_its_call_never_meets_another_file(
         (line.path / name).touch(0o644)
     nodeid, other = line.lookup(b"meant"), line.lookup(b"other")
     handle = line.open(nodeid)
-    held = Held(os.fchmod)
+    held = BlockedCall(os.fchmod)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fchmod", held)
         served = Served(line)
@@ -208,10 +209,52 @@ def test_a_change_that_is_held_up_before_its_call_never_meets_another_file(
         assert wait_until(lambda: held.waiting == 1)
         served.answers(Request(Opcode.RELEASE, nodeid, struct.pack("=QIIQ", handle, os.O_RDWR, 0, 0)))
         served.answers(Request(Opcode.OPEN, other, struct.pack("=II", os.O_RDWR, 0)))
-        held.let_go()
+        held.release()
         assert wait_until(lambda: served.has_answered(*waiting))
     served.end()
     assert line.answers[waiting[0]].error == 0
     modes = [(line.path / name).stat().st_mode & 0o777 for name in ("meant", "other")]
     assert modes == [0o600, 0o644]
     assert line.context.closing == []
+
+
+@pytest.mark.parametrize("why", ["no space", "forgotten"])
+def test_a_descriptor_that_a_held_up_call_uses_is_not_closed(
+    line: Line, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    """The call is held up before the kernel looks at the descriptor, and the file's number would be another's then."""
+    for name in ("removed", "other"):
+        (line.path / name).touch(0o644)
+    nodeid, other = line.lookup(b"removed"), line.lookup(b"other")
+    line.answer(Request(Opcode.UNLINK, ROOT, b"removed\0"))
+    (pin,) = line.context.tree.directory_fds.pins.descriptors()
+    held = BlockedCall(syscalls.chmod)
+    full = iter([OSError(errno.ENOSPC, "full")])
+    real = os.mkdir
+
+    def fill_up(*arguments: Any, **options: Any) -> None:
+        for error in full:
+            raise error
+        real(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(syscalls, "chmod", held)
+        patch.setattr(os, "mkdir", fill_up)
+        served = Served(line)
+        change = struct.pack("=II6Q3I5I", 1, 0, *[0] * 6, *[0] * 3, 0o600, *[0] * 4)  # FATTR_MODE
+        waiting = served.send(Request(Opcode.SETATTR, nodeid, change))
+        assert wait_until(lambda: held.waiting == 1)
+        if why == "no space":
+            served.answers(mkdir("directory"))
+        else:
+            line._kernel.send(Request(Opcode.FORGET, nodeid, struct.pack("=Q", 1)).packed(0))
+        for _ in range(5):
+            served.answers(Request(Opcode.OPEN, other, struct.pack("=II", os.O_RDONLY, 0)))
+        assert os.fstat(pin).st_nlink == 0, "its number is another file's"
+        held.release()
+        assert wait_until(lambda: served.has_answered(*waiting))
+        served.answers(PROBE)
+    served.end()
+    assert (line.path / "other").stat().st_mode & 0o777 == 0o644
+    assert line.context.closing == []
+    assert pin not in line.extra_descriptors()

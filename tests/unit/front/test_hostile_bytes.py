@@ -25,7 +25,7 @@ from llloop.linux.fuse import Opcode
 from llloop.shared.journal import Journal
 from llloop.shared.leadership import Leadership
 from llloop.shared.messages import Malformed, Operation, decode_strictly, encode
-from llloop.shared.metrics import Sheet
+from llloop.shared.metrics import ProcessCounters
 from llloop.shared.slots import Slots
 from llloop.workers.descriptors import Descriptors
 from llloop.workers.invalidations import Invalidations
@@ -198,7 +198,7 @@ class Files:
 @contextmanager
 def worker() -> Iterator[tuple[Worker, Slots, int, Device]]:
     slots, device, files = Slots(4, 8 * fuse.PAGE_SIZE, 2), Device(), Files()
-    sheet = Sheet()
+    sheet = ProcessCounters()
     replies = KernelReplies(device.fd, slots.payload_size)
     reader, writer = os.pipe2(os.O_DIRECT)
     invalidations = Invalidations(writer)

@@ -16,7 +16,7 @@ from llloop.front.preflight import Preflight
 from llloop.linux import fuse
 from llloop.linux.fuse import Opcode
 from llloop.shared.journal import Journal
-from llloop.shared.messages import PROBED, SERVER, Operation, Request, decode_strictly, encode
+from llloop.shared.messages import ASK_SERVER, PROBED, Operation, Request, decode_strictly, encode
 from llloop.workers.descriptors import Descriptors
 from llloop.workers.preflight import Probes
 from tests.server_processes import wait_until
@@ -137,13 +137,13 @@ def test_each_portion_of_a_listing_asks_the_server(front: Front) -> None:
     for offset in (0, 3):
         body = (1).to_bytes(8, "little") + offset.to_bytes(8, "little") + (4096).to_bytes(4, "little") + bytes(12)
         assert front.ask(request(Opcode.READDIR, front.inner, body))
-        assert front.sent()[0].flags == SERVER
+        assert front.sent()[0].flags == ASK_SERVER
 
 
 def test_what_a_cache_does_not_answer_asks_the_server(front: Front) -> None:
     assert front.ask(request(Opcode.OPEN, front.file, bytes(8)))
     assert front.ask(named(Opcode.LOOKUP, ROOT, 0, b"name"))
-    assert [message.flags for message in front.sent()] == [SERVER, 0]
+    assert [message.flags for message in front.sent()] == [ASK_SERVER, 0]
 
 
 @pytest.mark.parametrize("name", [b"..", b".", b"", b"a/b"])
@@ -220,7 +220,7 @@ def probe(*places: tuple[int, bytes], flags: int = 0) -> Request:
     return decode_strictly(encode((Operation.PROBE, 7, 0, -1, -1, 0, 0, flags, 0, 0, places)))
 
 
-@pytest.mark.parametrize("flags", [0, SERVER])
+@pytest.mark.parametrize("flags", [0, ASK_SERVER])
 @pytest.mark.parametrize(
     "path", [b"", b"outer", b"outer/inner/file", b"outer/none", b"none/none", b"outer/inner/file/x"]
 )
@@ -228,7 +228,7 @@ def test_whatever_a_worker_finds_it_tells_and_leaves_nothing_open(
     front: Front, probes: Probes, path: bytes, flags: int
 ) -> None:
     before = open_descriptors()
-    probes.look(probe((-1, path), (-1, b"outer"), flags=flags))
+    probes.probe(probe((-1, path), (-1, b"outer"), flags=flags))
     assert os.read(front.answers, 64) == PROBED.pack(7)
     assert open_descriptors() == before
 
@@ -244,7 +244,7 @@ def test_a_worker_follows_no_symlink(front: Front, probes: Probes, monkeypatch: 
         return fd
 
     monkeypatch.setattr(os, "open", spying)
-    probes.look(probe((-1, b"out/etc/passwd"), flags=SERVER))
+    probes.probe(probe((-1, b"out/etc/passwd"), flags=ASK_SERVER))
     assert opened == [bytes(front.source.path / "out")]
 
 
@@ -255,5 +255,5 @@ def test_a_name_yet_to_be_made_asks_its_directory(
     monkeypatch.setattr(
         "llloop.workers.preflight.file_system_type", lambda fd: asked.append(os.readlink(f"/proc/self/fd/{fd}"))
     )
-    probes.look(probe((-1, b"outer/inner/new"), flags=SERVER))
+    probes.probe(probe((-1, b"outer/inner/new"), flags=ASK_SERVER))
     assert asked == [str(front.source.path / "outer" / "inner")]

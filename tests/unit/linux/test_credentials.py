@@ -1,4 +1,4 @@
-"""Acting for others: owners of new files, bits that go when somebody else writes; each in a process of its own."""
+"""Credentials: owners of new files, clearing of set-ID bits, dropped capabilities; each in its own process."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def ids() -> tuple[str, str]:
 
 
 @root_only
-def test_set_id_bits_go_or_stay_as_said(tmp_path: Path) -> None:
+def test_set_id_bits_are_cleared_or_kept(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("x")
 
@@ -62,7 +62,7 @@ def test_set_id_bits_go_or_stay_as_said(tmp_path: Path) -> None:
 
 
 @root_only
-def test_only_that_one_capability_is_touched() -> None:
+def test_setid_guard_changes_only_cap_fsetid() -> None:
     def sets() -> list[int]:
         guard = SetidGuard()
         found = [capabilities()]
@@ -77,7 +77,7 @@ def test_only_that_one_capability_is_touched() -> None:
 
 
 @root_only
-def test_nothing_is_done_for_requests_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_setid_guard_makes_no_needless_system_call(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     monkeypatch.setattr(syscalls, "set_capabilities", lambda effective, *rest: calls.append(effective))
     guard = SetidGuard()
@@ -86,7 +86,7 @@ def test_nothing_is_done_for_requests_alike(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(calls) == 2
 
 
-def test_an_ordinary_user_has_nothing_to_lower() -> None:
+def test_setid_guard_of_an_ordinary_user_does_nothing() -> None:
     def clear() -> int:
         guard = SetidGuard()
         for clearing in (True, False, True):
@@ -98,7 +98,7 @@ def test_an_ordinary_user_has_nothing_to_lower() -> None:
 
 
 @root_only
-def test_a_new_file_is_its_makers(tmp_path: Path) -> None:
+def test_new_file_belongs_to_the_caller(tmp_path: Path) -> None:
     os.chmod(tmp_path, 0o777)
 
     def make() -> list[tuple[int, int, int]]:
@@ -119,7 +119,7 @@ def test_a_new_file_is_its_makers(tmp_path: Path) -> None:
 
 
 @root_only
-def test_afterwards_it_is_itself_again_even_after_an_error() -> None:
+def test_credentials_are_restored_after_an_error() -> None:
     def identities() -> list[tuple[tuple[str, str], bool]]:
         caller = Caller(SetidGuard())
         before = capabilities()
@@ -134,8 +134,8 @@ def test_afterwards_it_is_itself_again_even_after_an_error() -> None:
 
 
 @root_only
-def test_it_stays_dumpable() -> None:
-    """Else workers could no longer pull descriptors from it (ptrace(2))."""
+def test_process_stays_dumpable() -> None:
+    """Otherwise workers could no longer fetch descriptors from it (ptrace(2))."""
 
     def after() -> int:
         with Caller(SetidGuard())(4711, 4712, (), 0):
@@ -147,7 +147,7 @@ def test_it_stays_dumpable() -> None:
 
 @root_only
 @pytest.mark.parametrize("clearing", [False, True])
-def test_what_the_guard_has_lowered_stays_so(clearing: bool) -> None:
+def test_caller_keeps_the_state_of_the_setid_guard(clearing: bool) -> None:
     def change() -> tuple[int, int]:
         guard = SetidGuard()
         guard.clear(clearing)
@@ -161,8 +161,8 @@ def test_what_the_guard_has_lowered_stays_so(clearing: bool) -> None:
 
 
 @root_only
-def test_the_source_judges_as_if_the_caller_had_asked(tmp_path: Path) -> None:
-    """Each right by what gives it: the owner's id, a group, a capability."""
+def test_source_checks_the_callers_permissions(tmp_path: Path) -> None:
+    """Permissions by owner, by group and by capability."""
     own, team = tmp_path / "own", tmp_path / "team"
     for path, uid, gid, mode in ((own, 4711, 0, 0o600), (team, 0, 5000, 0o060)):
         path.touch()
@@ -204,7 +204,7 @@ def test_the_source_judges_as_if_the_caller_had_asked(tmp_path: Path) -> None:
         os.close(fd)
 
 
-def test_an_ordinary_users_server_acts_as_itself(tmp_path: Path) -> None:
+def test_caller_of_an_ordinary_user_changes_nothing(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
 
     descriptor = os.open(tmp_path, os.O_RDONLY)
@@ -226,7 +226,7 @@ def test_an_ordinary_users_server_acts_as_itself(tmp_path: Path) -> None:
 
 
 @root_only
-def test_a_writer_stays_until_another_comes() -> None:
+def test_writer_keeps_its_ids_until_the_next_one() -> None:
     def identities() -> list[tuple[str, str]]:
         found = []
         writer = Writer()
@@ -256,7 +256,7 @@ def read_by_cat() -> str:
 
 @root_only
 @pytest.mark.parametrize("kept", [FRONT_CAPABILITIES, WORKER_CAPABILITIES])
-def test_only_what_is_needed_is_kept_and_nothing_comes_back(kept: int) -> None:
+def test_dropped_capabilities_cannot_be_regained(kept: int) -> None:
     def give_up() -> tuple[dict[str, str], str]:
         drop_capabilities_except(kept)
         again = as_user.Child(read_by_cat, caller=as_user.MYSELF).result()
@@ -273,14 +273,14 @@ def test_only_what_is_needed_is_kept_and_nothing_comes_back(kept: int) -> None:
 
 
 @root_only
-def test_quotas_are_respected() -> None:
-    """With CAP_SYS_RESOURCE, writes would pass over quotas and reserved blocks."""
+def test_cap_sys_resource_is_dropped() -> None:
+    """With CAP_SYS_RESOURCE, writes would ignore quotas and reserved blocks."""
     assert (FRONT_CAPABILITIES | WORKER_CAPABILITIES) & 1 << 24 == 0
 
 
 @root_only
 @pytest.mark.parametrize("kept", [FRONT_CAPABILITIES, WORKER_CAPABILITIES])
-def test_what_is_kept_suffices_to_act_for_others(tmp_path: Path, kept: int) -> None:
+def test_kept_capabilities_suffice_to_switch_users(tmp_path: Path, kept: int) -> None:
     def act() -> list[int]:
         drop_capabilities_except(kept)
         guard, writer = SetidGuard(), Writer()
@@ -298,7 +298,7 @@ def test_what_is_kept_suffices_to_act_for_others(tmp_path: Path, kept: int) -> N
     os.close(directory)
 
 
-def test_an_ordinary_users_process_only_loses_the_way_to_set_id_programs() -> None:
+def test_ordinary_user_only_gets_no_new_privs() -> None:
     def give_up() -> dict[str, str]:
         drop_capabilities_except(FRONT_CAPABILITIES)
         return status_of_this_process()
@@ -309,8 +309,8 @@ def test_an_ordinary_users_process_only_loses_the_way_to_set_id_programs() -> No
 
 
 @root_only
-def test_what_may_not_be_raised_is_refused() -> None:
-    """The wrapper tells of errors: capset(2) cannot give what is not permitted."""
+def test_raising_a_forbidden_capability_fails() -> None:
+    """capset(2) reports an error if a capability is not permitted."""
 
     def raise_all() -> None:
         syscalls.set_capabilities(0, 0, 0)

@@ -1,4 +1,4 @@
-"""The wire structs against the same structs packed by a C compiler from <linux/fuse.h>."""
+"""The structs of llloop.linux.fuse, compared with those of <linux/fuse.h> as a C compiler packs them."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def in_c(field: str, minor: int) -> tuple[str, str]:
     return (name, printed) if minor < since else (field, f"it.{field}")
 
 
-def test_every_struct_is_compared() -> None:
+def test_each_struct_has_a_layout() -> None:
     structs = {name for name, value in vars(fuse).items() if isinstance(value, Struct)}
     assert {layout.name for layout in LAYOUTS} == structs
 
@@ -234,7 +234,7 @@ def packed(minor: int, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tu
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-def test_fields_are_where_c_puts_them(layout: Layout, minor: int, packed: dict[str, tuple[bytes, list[int]]]) -> None:
+def test_field_offsets_equal_those_of_c(layout: Layout, minor: int, packed: dict[str, tuple[bytes, list[int]]]) -> None:
     if layout.since > minor:
         pytest.skip(f"newer (7.{layout.since}) than the installed header (7.{minor})")
     data, values = packed[layout.name]
@@ -247,7 +247,7 @@ def test_fields_are_where_c_puts_them(layout: Layout, minor: int, packed: dict[s
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-def test_packing_gives_the_bytes_of_c(layout: Layout, minor: int, packed: dict[str, tuple[bytes, list[int]]]) -> None:
+def test_packed_bytes_equal_those_of_c(layout: Layout, minor: int, packed: dict[str, tuple[bytes, list[int]]]) -> None:
     if layout.since > minor:
         pytest.skip(f"newer (7.{layout.since}) than the installed header (7.{minor})")
     data, _ = packed[layout.name]
@@ -319,7 +319,7 @@ def constants() -> list[tuple[str, int, int]]:
     return [(name, value, young.get(name, 0)) for name, value in named]
 
 
-def test_numbers_and_sizes_are_those_of_the_header(minor: int, tmp_path: Path) -> None:
+def test_constants_and_sizes_equal_those_of_the_header(minor: int, tmp_path: Path) -> None:
     expected = [(name, value) for name, value, since in constants() if since <= minor]
     assert len(expected) > 80
     expected += [(f"sizeof(struct {name})", size) for name, (size, since) in SIZES.items() if since <= minor]
@@ -330,16 +330,16 @@ def test_numbers_and_sizes_are_those_of_the_header(minor: int, tmp_path: Path) -
     assert not wrong
 
 
-def test_device_numbers_are_those_of_makedev() -> None:
+def test_device_numbers_equal_makedev() -> None:
     for major in (0, 1, 8, 255, 256, 4095):
         for low in (0, 1, 255, 256, 0xFFFFF):
             assert fuse.encode_device(major, low) == os.makedev(major, low)
 
 
-def test_an_error_is_a_header_with_a_negative_number() -> None:
+def test_error_reply_contains_the_negative_errno() -> None:
     assert fuse.error_reply(0x1122334455667788, 2) == struct.pack("=IiQ", 16, -2, 0x1122334455667788)
     assert fuse.error_reply(7, 0) == struct.pack("=IiQ", 16, 0, 7)
 
 
-def test_a_reply_says_how_long_it_is() -> None:
+def test_reply_contains_its_length() -> None:
     assert fuse.reply(9, b"abc") == struct.pack("=IiQ", 19, 0, 9) + b"abc"

@@ -1,4 +1,4 @@
-"""What is checked before anything is mounted, and how the kernel's list of mounts is read."""
+"""Reading mountinfo, and unmounting."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def line(mountpoint: bytes, kind: bytes = b"tmpfs", source: bytes = b"tmpfs", op
 # The list of mounts
 
 
-def test_the_list_of_this_machine_is_read() -> None:
+def test_mounts_reads_mountinfo_of_this_machine() -> None:
     entries = mounts.mounts()
     assert mounts.find_mount("/") in entries
     root = mounts.find_mount("/proc")
@@ -67,7 +67,7 @@ def test_fields_of_a_mount(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, opti
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(name=st.binary(min_size=1, max_size=30).filter(lambda name: not {0, 0x0D} & set(name)))
-def test_odd_names_are_read(tmp_path: Path, name: bytes) -> None:
+def test_escaped_names_are_decoded(tmp_path: Path, name: bytes) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         mountinfo(monkeypatch, tmp_path, line(b"/" + name, source=name), line(b"/other"))
         first, second = mounts.mounts()
@@ -79,19 +79,19 @@ def test_odd_names_are_read(tmp_path: Path, name: bytes) -> None:
 @pytest.mark.parametrize(
     "name", ["with space", "tab\t", "line\nbreak", "back\\slash", "\\040", "#", " - ", "ü", "\udcff"]
 )
-def test_a_mount_with_an_odd_name_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+def test_mount_with_an_escaped_name_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
     mountinfo(monkeypatch, tmp_path, line(os.fsencode(f"/mnt/{name}")))
     found = mounts.find_mount(f"/mnt/{name}")
     assert found is not None and found.mountpoint == f"/mnt/{name}"
 
 
-def test_of_several_mounts_in_one_place_the_topmost_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_find_mount_returns_the_topmost(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     mountinfo(monkeypatch, tmp_path, line(b"/mnt", b"ext4"), line(b"/other"), line(b"/mnt", b"fuse.llloop"))
     found = mounts.find_mount("/mnt")
     assert found is not None and found.type == "fuse.llloop"
 
 
-def test_a_mount_without_a_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_mount_without_a_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     mountinfo(monkeypatch, tmp_path, b"36 35 0:50 / /mnt rw - tmpfs  rw")
     assert mounts.mounts()[0].source == ""
 
@@ -99,7 +99,7 @@ def test_a_mount_without_a_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 # Mount points by name
 
 
-def test_a_mount_point_is_found_without_being_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolve_mountpoint_does_not_access_the_mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     top = os.path.realpath(tmp_path)
@@ -121,7 +121,7 @@ def ordinary(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Fusermount:
-    """Stands in for the program."""
+    """Replaces fusermount(1)."""
 
     def __init__(self, code: int, stderr: str = "") -> None:
         self.code, self.stderr = code, stderr
@@ -143,7 +143,7 @@ def test_fusermount_unmounts(ordinary: None, monkeypatch: pytest.MonkeyPatch, la
     assert arguments[-2:] == ["--", "/-mnt"]
 
 
-def test_what_fusermount_says(ordinary: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fusermount_errors_are_raised(ordinary: None, monkeypatch: pytest.MonkeyPatch) -> None:
     busy = "fusermount: failed to unmount /mnt: Device or resource busy\n"
     monkeypatch.setattr(subprocess, "run", Fusermount(1, busy))
     with fails(errno.EBUSY):
@@ -156,7 +156,7 @@ def test_what_fusermount_says(ordinary: None, monkeypatch: pytest.MonkeyPatch) -
         mounts.unmount("/mnt", lazy=False)
 
 
-def test_fusermount_that_is_missing_or_hangs(ordinary: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_or_hanging_fusermount_is_an_error(ordinary: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def hanging(command: list[str], timeout: float, **options: Any) -> None:
         raise subprocess.TimeoutExpired(command, timeout)
 
@@ -169,14 +169,14 @@ def test_fusermount_that_is_missing_or_hangs(ordinary: None, monkeypatch: pytest
         mounts.unmount("/mnt", lazy=False)
 
 
-def test_root_unmounts_by_itself(tmp_path: Path) -> None:
+def test_root_unmounts_without_fusermount(tmp_path: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("root only")
     with fails(errno.EINVAL):
         mounts.unmount(str(tmp_path), lazy=False)
 
 
-def test_fusermount_is_not_looked_for_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fusermount_in_the_working_directory_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "fusermount"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)

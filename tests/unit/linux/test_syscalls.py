@@ -1,4 +1,4 @@
-"""The wrappers that have more than one way to do what they say."""
+"""System call wrappers that have a fallback."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from llloop.linux import syscalls
 
 
 @pytest.mark.parametrize(("number", "for_good"), [(errno.ENOSYS, True), (errno.EPERM, False)])
-def test_permissions_change_where_the_newer_call_is_not_to_be_had(
+def test_chmod_falls_back_without_fchmodat2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, for_good: bool
 ) -> None:
-    """Kernels before 6.6 do not know it; filters that do not either say EPERM, as the kernel does for other reasons."""
+    """Kernels before 6.6 return ENOSYS, seccomp filters that do not know the call EPERM."""
     tried = []
 
     def refuse(call: int, *arguments: object) -> int:
@@ -38,7 +38,7 @@ def test_permissions_change_where_the_newer_call_is_not_to_be_had(
     assert len(tried) == (1 if for_good else 2)
 
 
-def test_permissions_of_a_symlink_do_not_change(tmp_path: Path) -> None:
+def test_chmod_does_not_change_a_symlink(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("target")
     (tmp_path / "target").touch(0o600)
     fd = os.open(tmp_path / "link", os.O_PATH | os.O_NOFOLLOW)
@@ -51,7 +51,7 @@ def test_permissions_of_a_symlink_do_not_change(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "target").stat().st_mode) == 0o600
 
 
-def test_a_descriptor_is_readable_when_there_is_something_to_read() -> None:
+def test_is_readable() -> None:
     reader, writer = os.pipe()
     try:
         assert not syscalls.is_readable(reader)

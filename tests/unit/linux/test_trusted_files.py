@@ -1,4 +1,4 @@
-"""Files that root names in directories where other users can plant what they like."""
+"""Files that root opens in directories where other users can create files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llloop.cli.daemon import Daemon
 from llloop.errors import HostError
 from llloop.linux import trusted_files
 from tests.as_user import Caller, run_as
-from tests.mirror import reachable_directory, remove_tree
+from tests.server import reachable_directory, remove_tree
 
 STRANGER = Caller(4001, 4001)
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
@@ -45,8 +45,8 @@ def replace(path: Path) -> None:
 
 def as_pid_file(path: Path) -> None:
     daemon = Daemon(path)
-    daemon.ready()
-    daemon.end()
+    daemon.write_pid_file()
+    daemon.remove_pid_file()
 
 
 ways = pytest.mark.parametrize("write", [append, replace, as_pid_file])
@@ -76,7 +76,7 @@ def dangling(path: Path, victim: Path) -> None:
 @ways
 @pytest.mark.parametrize("where", ["sticky", "theirs"])
 @pytest.mark.parametrize("plant", [symlink, dangling, hard_link, named_pipe, own_file])
-def test_what_another_user_has_planted_is_not_used(
+def test_files_of_another_user_are_refused(
     place: Path, write: Callable[[Path], None], where: str, plant: Callable[[Path, Path], None]
 ) -> None:
     path, victim = place / where / "planted", place / "victim"
@@ -96,7 +96,7 @@ def test_what_another_user_has_planted_is_not_used(
 
 @needs_root
 @ways
-def test_a_directory_on_the_way_is_not_another_user_s_link(place: Path, write: Callable[[Path], None]) -> None:
+def test_symlink_of_another_user_on_the_path_is_refused(place: Path, write: Callable[[Path], None]) -> None:
     (place / "etc").mkdir()
     for where in ("sticky", "theirs"):
         run_as(STRANGER, symlink, place / where / "link", place / "etc")
@@ -108,7 +108,7 @@ def test_a_directory_on_the_way_is_not_another_user_s_link(place: Path, write: C
 
 
 @needs_root
-def test_a_link_that_comes_between_is_not_followed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_symlink_created_after_the_check_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = place / "sticky" / "file"
     path.touch()
     real = os.open
@@ -127,7 +127,7 @@ def test_a_link_that_comes_between_is_not_followed(place: Path, monkeypatch: pyt
 
 
 @ways
-def test_own_links_and_files_are_used(place: Path, write: Callable[[Path], None]) -> None:
+def test_own_symlinks_and_files_are_used(place: Path, write: Callable[[Path], None]) -> None:
     (place / "real").mkdir()
     (place / "sticky" / "link").symlink_to("../real")
     (place / "real" / "file").symlink_to("other")
@@ -140,13 +140,13 @@ def test_own_links_and_files_are_used(place: Path, write: Callable[[Path], None]
 
 
 @ways
-def test_a_relative_path(place: Path, write: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_path_is_resolved(place: Path, write: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     write(Path("file"))
     assert (place / "file").exists() == (write is not as_pid_file)
 
 
-def test_new_files_get_the_usual_mode(place: Path) -> None:
+def test_new_files_respect_the_umask(place: Path) -> None:
     append(place / "a")
     replace(place / "b")
     assert {stat.S_IMODE(os.stat(place / name).st_mode) for name in "ab"} == {0o644}
@@ -162,7 +162,7 @@ def test_only_regular_files_are_replaced(place: Path, write: Callable[[Path], No
         assert os.path.samestat(os.lstat(path), before)
 
 
-def test_devices_and_descriptors_can_be_written_to(place: Path) -> None:
+def test_devices_and_descriptors_can_be_opened(place: Path) -> None:
     append(Path("/dev/null"))
     with tempfile.NamedTemporaryFile(dir=place) as file:
         append(Path(f"/proc/self/fd/{file.fileno()}"))
@@ -174,13 +174,13 @@ def test_devices_and_descriptors_can_be_written_to(place: Path) -> None:
     os.close(writer)
 
 
-def test_a_pipe_that_nobody_reads_is_not_waited_for(place: Path) -> None:
+def test_pipe_without_reader_does_not_block(place: Path) -> None:
     os.mkfifo(place / "fifo")
     with pytest.raises(OSError):
         append(place / "fifo")
 
 
-def test_links_that_lead_nowhere_end(place: Path) -> None:
+def test_symlink_loops_give_eloop(place: Path) -> None:
     (place / "a").symlink_to("b")
     (place / "b").symlink_to("a")
     with pytest.raises(OSError, match="levels of symbolic links"):
@@ -193,15 +193,15 @@ def test_links_that_lead_nowhere_end(place: Path) -> None:
         append(place / "..")
 
 
-def test_another_server_s_pid_file_stays(place: Path) -> None:
+def test_pid_file_of_another_server_is_not_removed(place: Path) -> None:
     daemon = Daemon(place / "pid")
-    daemon.ready()
+    daemon.write_pid_file()
     (place / "pid").write_text(f"{os.getpid()}1\n")
-    daemon.end()
+    daemon.remove_pid_file()
     assert (place / "pid").exists()
 
 
-def test_no_descriptor_is_left(place: Path) -> None:
+def test_no_descriptor_is_leaked(place: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
     for write in (append, replace, as_pid_file):
         write(place / "sticky" / "file")
@@ -211,7 +211,7 @@ def test_no_descriptor_is_left(place: Path) -> None:
 
 
 @needs_root
-def test_directories_that_others_control_are_not_trusted(place: Path) -> None:
+def test_directories_of_other_users_are_not_trusted(place: Path) -> None:
     own = place / "own"
     own.mkdir(mode=0o755)
     run_as(STRANGER, symlink, place / "sticky" / "link", own)

@@ -1,8 +1,7 @@
-"""Which of several threads serves while system calls hold others up."""
+"""Which of several threads serves while system calls block others."""
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ PATIENCE = 10.0
 
 
 class InHand:
-    """One value that stands for what belongs to a request."""
+    """One value that stands for the state of a request."""
 
     def __init__(self) -> None:
         self.value: Any = None
@@ -36,7 +35,7 @@ class InHand:
 
 
 class Server:
-    """Serves numbers that come in a queue: each is one call, in which the negative ones stay until they are let go."""
+    """Serves numbers from a queue. Each is one call; calls of negative numbers block until `let_go`."""
 
     def __init__(self, most: int) -> None:
         self.in_hand = InHand()
@@ -105,14 +104,14 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
     own.end()
 
 
-def test_what_holds_nothing_up_is_served_by_one_thread(server: Server) -> None:
+def test_one_thread_serves_if_no_call_blocks(server: Server) -> None:
     for number in range(20):
         server.serve(number)
     assert server.leadership.stalled == 0
     assert server.served == list(range(20))
 
 
-def test_others_are_served_while_a_call_takes_long(server: Server) -> None:
+def test_other_requests_are_served_while_a_call_blocks(server: Server) -> None:
     server.hold(-1)
     server.serve(1)
     server.hold(-2)
@@ -126,7 +125,7 @@ def test_others_are_served_while_a_call_takes_long(server: Server) -> None:
     assert sorted(server.in_hand.done) == [-2, -1], "what belonged to each came back to it"
 
 
-def test_threads_that_were_held_up_serve_again(server: Server) -> None:
+def test_stalled_threads_serve_again(server: Server) -> None:
     for number in range(1, 10):
         server.hold(-number)
         server.serve(number)
@@ -136,7 +135,7 @@ def test_threads_that_were_held_up_serve_again(server: Server) -> None:
 
 
 @pytest.mark.parametrize("server", [3], indirect=True)
-def test_the_last_thread_makes_no_call(server: Server) -> None:
+def test_last_thread_makes_no_call(server: Server) -> None:
     server.hold(-1, -2)
     assert wait_until(lambda: server.leadership.alone)
     for number in (3, 4):
@@ -148,44 +147,38 @@ def test_the_last_thread_makes_no_call(server: Server) -> None:
     server.serve(5)
 
 
-def test_followers_sleep_while_there_is_nothing_to_do(server: Server) -> None:
+def test_followers_sleep_without_calls(server: Server) -> None:
     server.serve(1)
     assert wait_until(lambda: server.leadership._resting)
     server.hold(-1)
     server.serve(2)
 
 
-def test_a_call_that_fails_is_told_to_who_made_it(server: Server) -> None:
+def test_error_of_a_call_is_raised_to_its_caller(server: Server) -> None:
     with pytest.raises(ZeroDivisionError):
         Leadership().call(lambda: 1 // 0)
 
 
-def test_it_ends_though_a_thread_is_held_up(server: Server) -> None:
+def test_run_ends_although_a_thread_is_stalled(server: Server) -> None:
     server.hold(-1)
     server.serve(1)
     server.requests.put(None)
     assert wait_until(lambda: server.leadership._ended)
 
 
-def test_descriptors_are_closed_once_every_call_that_could_use_them_has_begun(
-    server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A thread that waits for a lock or a processor has not begun its system call, and is replaced all the same."""
+def test_uses_knows_the_descriptors_of_calls_under_way(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     leadership = server.leadership
-    assert leadership.may_close()
-    server.hold(-1)
+    gate = threading.Event()
+
+    def wait(*arguments: object, dir_fd: int = -1) -> None:
+        assert gate.wait(PATIENCE)
+
+    monkeypatch.setattr(
+        server, "_do", lambda request: leadership.call(wait, 70, b"name", "/proc/self/fd/71", dir_fd=72)
+    )
+    server.requests.put(1)
     assert wait_until(lambda: leadership.stalled == 1)
-    assert not leadership.may_close()
-    server.let_go(-1)
+    assert [fd for fd in range(100) if leadership.uses(fd)] == [70, 71, 72]
+    gate.set()
     assert wait_until(lambda: leadership.stalled == 0)
-    reader, writer = os.pipe()
-    try:
-        monkeypatch.setattr(server, "_do", lambda request: os.read(reader, 1))
-        server.requests.put(1)
-        assert wait_until(lambda: leadership.stalled == 1 and leadership.may_close())
-        monkeypatch.undo()
-    finally:
-        os.write(writer, b"x")
-        assert wait_until(lambda: leadership.stalled == 0)
-        os.close(reader)
-        os.close(writer)
+    assert not leadership.uses(70)

@@ -1,4 +1,4 @@
-"""Messages between front and workers: whatever is encoded comes back, and nothing else passes for a message."""
+"""Encoding and decoding of messages between front and workers, also of invalid ones."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ VALUES = st.recursive(
 
 
 @given(REQUESTS)
-def test_a_request_comes_back(request_: Request) -> None:
+def test_request_survives_encoding(request_: Request) -> None:
     message = encode(request_)
     assert len(message) <= MAX_MESSAGE
     decoded = decode(message)
@@ -50,12 +50,12 @@ def test_a_request_comes_back(request_: Request) -> None:
 
 
 @given(st.tuples(st.sampled_from(list(Operation)), U64, I64, U64, I64))
-def test_what_is_left_out_has_its_default(fields: tuple[int, int, int, int, int]) -> None:
+def test_missing_fields_have_defaults(fields: tuple[int, int, int, int, int]) -> None:
     assert decode(encode(fields)) == Request(*fields)
 
 
 @given(unique=U64, result=I64)
-def test_an_answer_comes_back(unique: int, result: int) -> None:
+def test_answer_survives_encoding(unique: int, result: int) -> None:
     assert decode_answer(encode((unique, result))) == Answer(unique, result)
 
 
@@ -96,25 +96,25 @@ def test_arbitrary_values(value: Any) -> None:
 
 
 @given(REQUESTS, st.data())
-def test_half_a_request_is_none(request_: Request, data: st.DataObject) -> None:
+def test_truncated_request_is_refused(request_: Request, data: st.DataObject) -> None:
     message = encode(request_)
     with pytest.raises(Malformed):
         decode(message[: data.draw(st.integers(0, len(message) - 1))])
 
 
 @given(REQUESTS, st.binary(min_size=1, max_size=8))
-def test_a_request_and_more_is_none(request_: Request, more: bytes) -> None:
+def test_request_with_trailing_bytes_is_refused(request_: Request, more: bytes) -> None:
     with pytest.raises(Malformed):
         decode(encode(request_) + more)
 
 
 @pytest.mark.parametrize("count", [0, 1, 4, 14])
-def test_a_request_has_five_to_thirteen_fields(count: int) -> None:
+def test_number_of_fields_is_checked(count: int) -> None:
     with pytest.raises(Malformed):
         decode(encode((1,) * count))
 
 
 @pytest.mark.parametrize("value", [(1,), (1, 2, 3), (1, None), (1.0, 2), (True, 1), "ab", {1: 2}])
-def test_an_answer_is_two_numbers(value: Any) -> None:
+def test_answer_must_be_two_numbers(value: Any) -> None:
     with pytest.raises(Malformed):
         decode_answer(encode(value))

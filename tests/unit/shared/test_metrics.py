@@ -1,4 +1,4 @@
-"""Counters in shared memory: what is counted where, and how it is read."""
+"""Counters in shared memory: what is counted, and how it is read."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from llloop.shared.metrics import (
     BYTES,
     ERRNOS,
     ERRORS,
+    EXPECTED_ERRNOS,
     NANOSECONDS,
     OPERATIONS,
-    ORDINARY,
-    ROW,
+    ROW_SIZE,
     Gauge,
     Metrics,
-    Sheet,
+    ProcessCounters,
 )
 from tests.as_user import Child
 from tests.unit.source import MYSELF, Source
 
 
-def test_a_sheet_counts_requests_errors_bytes_and_latencies() -> None:
-    sheet = Sheet()
+def test_counters_count_requests_errors_bytes_and_latencies() -> None:
+    sheet = ProcessCounters()
     for nanoseconds in (0, 999, 1_000, 1_999, 2_000, 1_000_000):
         sheet.finished(Opcode.READ, nanoseconds)
     sheet.moved(Opcode.READ, 2**40)
@@ -45,25 +45,28 @@ def test_a_sheet_counts_requests_errors_bytes_and_latencies() -> None:
     assert count.errnos == {"EIO": 1}
 
 
-def test_answers_that_are_no_fault_are_no_errors() -> None:
-    sheet = Sheet()
+def test_expected_errnos_do_not_count_as_errors() -> None:
+    sheet = ProcessCounters()
     for number in errno.errorcode:
         sheet.failed(Opcode.GETXATTR, number)
     for number in (524, 0, -5, 1 << 40):  # ENOTSUPP, which the kernel should keep to itself, and what nobody means
         sheet.failed(Opcode.GETXATTR, number)
     (count,) = sheet.snapshot().values()
     assert count.errnos == {**dict.fromkeys(errno.errorcode.values(), 1), "OTHER": 4}
-    assert count.errors == len(errno.errorcode) - len(ORDINARY) + 4
-    assert {"ENOENT", "ENODATA", "ERANGE", "EEXIST", "EACCES"} <= ORDINARY
-    assert not {"EIO", "ENOSPC", "EDQUOT", "EROFS", "EMFILE", "ENFILE", "ENOMEM", "ETIMEDOUT", "ENOTCONN"} & ORDINARY
+    assert count.errors == len(errno.errorcode) - len(EXPECTED_ERRNOS) + 4
+    assert {"ENOENT", "ENODATA", "ERANGE", "EEXIST", "EACCES"} <= EXPECTED_ERRNOS
+    assert (
+        not {"EIO", "ENOSPC", "EDQUOT", "EROFS", "EMFILE", "ENFILE", "ENOMEM", "ETIMEDOUT", "ENOTCONN"}
+        & EXPECTED_ERRNOS
+    )
 
 
 def test_every_latency_has_a_bucket() -> None:
-    sheet = Sheet()
+    sheet = ProcessCounters()
     sheet.finished(Opcode.STATX, 2**63 - 1)
     assert sheet.snapshot()["STATX"].requests == 1
     assert sheet.rows[Opcode.STATX][ERRORS] == sheet.rows[Opcode.STATX][BYTES] == 0
-    assert BUCKETS <= min(ERRORS, BYTES, NANOSECONDS) < ROW
+    assert BUCKETS <= min(ERRORS, BYTES, NANOSECONDS) < ROW_SIZE
 
 
 def test_cells_do_not_overlap() -> None:
@@ -78,13 +81,13 @@ def test_cells_do_not_overlap() -> None:
     for slot in range(5):
         metrics.begun[slot] = 20_000 + slot
     assert [row.tolist() for row in rows] == [[number] * len(row) for number, row in enumerate(rows)]
-    assert {len(row) for row in rows} == {ROW, ERRNOS}
+    assert {len(row) for row in rows} == {ROW_SIZE, ERRNOS}
     assert [metrics.gauges[gauge] for gauge in Gauge] == [10_000 + gauge for gauge in Gauge]
     assert metrics.begun.tolist() == [20_000 + slot for slot in range(5)]
 
 
-def test_counts_of_two_are_put_together() -> None:
-    one, another = Sheet(), Sheet()
+def test_plus_adds_counts() -> None:
+    one, another = ProcessCounters(), ProcessCounters()
     one.finished(Opcode.READ, 1_500)
     another.finished(Opcode.READ, 9_000)
     one.failed(Opcode.READ, errno.ENOENT)
@@ -94,7 +97,7 @@ def test_counts_of_two_are_put_together() -> None:
     assert both == (2, 1, 0, 10_500, (0, 1, 0, 0, 1), {"ENOENT": 2, "EIO": 1})
 
 
-def test_a_successor_goes_on_where_a_killed_process_was() -> None:
+def test_successor_continues_the_counters() -> None:
     metrics = Metrics(1, 1)
 
     def work(dies: bool) -> None:
@@ -111,7 +114,7 @@ def test_a_successor_goes_on_where_a_killed_process_was() -> None:
 
 
 class Requests:
-    """Stands for reading /dev/fuse: gives the loop one request after the other, then the unmount."""
+    """Replaces /dev/fuse: gives the loop one request after the other, then the unmount."""
 
     def __init__(self, source: Source, *requests: bytes) -> None:
         self.waiting = list(requests)
@@ -138,12 +141,12 @@ def run_loop(source: Source, device: int, monkeypatch: pytest.MonkeyPatch, *requ
 
 
 @pytest.fixture
-def sheet(source: Source) -> Sheet:
+def sheet(source: Source) -> ProcessCounters:
     return source.context.router.slots.metrics.front
 
 
-def test_the_loop_counts_what_the_front_answers(
-    source: Source, sheet: Sheet, device: Any, monkeypatch: pytest.MonkeyPatch
+def test_loop_counts_requests_of_the_front(
+    source: Source, sheet: ProcessCounters, device: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (source.path / "file").touch()
     lookup, missing = (request(Opcode.LOOKUP, 1, name) for name in (b"file\0", b"no directory/\0"))
@@ -156,8 +159,8 @@ def test_the_loop_counts_what_the_front_answers(
     assert source.context.router.slots.metrics.gauges[Gauge.INODES] == 2
 
 
-def test_an_opcode_from_the_future_is_counted_as_unknown(
-    source: Source, sheet: Sheet, device: Any, monkeypatch: pytest.MonkeyPatch
+def test_unknown_opcode_is_counted_as_unknown(
+    source: Source, sheet: ProcessCounters, device: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     strange = request(4096, 1, b"")
     run_loop(source, device.fd, monkeypatch, strange)
@@ -165,8 +168,8 @@ def test_an_opcode_from_the_future_is_counted_as_unknown(
     assert sheet.snapshot()["UNKNOWN"].errnos == {"ENOSYS": 1}
 
 
-def test_what_a_worker_answers_is_left_to_it_to_count(
-    source: Source, sheet: Sheet, device: Any, monkeypatch: pytest.MonkeyPatch
+def test_loop_does_not_count_requests_of_workers(
+    source: Source, sheet: ProcessCounters, device: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (source.path / "file").write_bytes(b"content")
     nodeid, _ = source.tree.lookup(1, b"file")

@@ -1,4 +1,4 @@
-"""INIT: llloop agrees to what the kernel offers and it can use itself, and to nothing else."""
+"""INIT: llloop requests exactly the features that the kernel offers and llloop uses."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ WISHES = st.fixed_dictionaries({name: st.booleans() for name in ("posix_acl", "w
 
 
 @given(offered=U64, wishes=WISHES, minor=st.integers(23, 60), readahead=U32, unique=U64)
-def test_only_what_was_offered_is_agreed_to(
+def test_only_offered_features_are_agreed_on(
     offered: int, wishes: dict[str, bool], minor: int, readahead: int, unique: int
 ) -> None:
     request = init_request(offered, minor, readahead=readahead, unique=unique)
@@ -88,7 +88,7 @@ def test_only_what_was_offered_is_agreed_to(
     assert not answer["agreed"] & ~int(sum(Feature)), "a bit that llloop has no name for"
 
 
-def test_what_is_worth_having_is_asked_for() -> None:
+def test_useful_features_are_requested() -> None:
     _, capabilities = agree(init_request(EVERYTHING), posix_acl=True)
     wanted = (
         "async_read atomic_o_trunc big_writes dont_mask auto_inval_data async_dio parallel_dirops posix_acl max_pages "
@@ -98,18 +98,18 @@ def test_what_is_worth_having_is_asked_for() -> None:
     assert not set(wanted.split()) - set(agreed)
 
 
-def test_what_has_a_price_is_asked_for_only_if_wished() -> None:
+def test_optional_features_are_requested_on_demand() -> None:
     _, capabilities = agree(init_request(EVERYTHING))
     assert not capabilities.features & (Feature.WRITEBACK_CACHE | Feature.PASSTHROUGH | Feature.POSIX_ACL)
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_passthrough_says_how_many_file_systems_may_be_stacked(depth: int) -> None:
+def test_passthrough_sets_the_stack_depth(depth: int) -> None:
     answer = parse(agree(init_request(EVERYTHING), passthrough=True, stack_depth=depth)[0])
     assert answer["stack_depth"] == depth
 
 
-def test_what_is_given_up_is_gone() -> None:
+def test_without_removes_a_feature() -> None:
     _, capabilities = agree(init_request(EVERYTHING), passthrough=True)
     less = capabilities.without(Feature.PASSTHROUGH)
     assert capabilities.features ^ less.features == Feature.PASSTHROUGH
@@ -130,12 +130,12 @@ def test_sizes_fit_the_pipe_and_each_other() -> None:
 
 
 @pytest.mark.parametrize(("major", "minor"), [(7, 22), (7, 0), (6, 40), (8, 0), (0, 0), (2**32 - 1, 2**32 - 1)])
-def test_a_protocol_that_is_too_old_or_too_new(major: int, minor: int) -> None:
+def test_unsupported_protocol_is_refused(major: int, minor: int) -> None:
     with pytest.raises(UnsupportedProtocol, match=rf"{major}\.{minor}.*7\.23"):
         agree(init_request(EVERYTHING, minor, major), posix_acl=False)
 
 
-def test_an_init_of_before_flags2() -> None:
+def test_init_without_flags2() -> None:
     """Before protocol 7.36 struct fuse_init_in ended with the flags."""
     short = init_request(EVERYTHING & ~int(Feature.INIT_EXT), minor=35)[: 40 + 16]
     answer = parse(agree(short, posix_acl=False)[0])
@@ -145,7 +145,7 @@ def test_an_init_of_before_flags2() -> None:
 
 
 @given(length=st.integers(0, 104), minor=st.integers(23, 60))
-def test_an_init_that_is_cut_off_offers_no_more_than_it_says(length: int, minor: int) -> None:
+def test_truncated_init_offers_only_its_features(length: int, minor: int) -> None:
     whole = init_request(EVERYTHING, minor)
     offered = int.from_bytes(whole[52:56][: max(0, length - 52)], "little")
     offered |= int.from_bytes(whole[56:60][: max(0, length - 56)], "little") << 32
@@ -176,6 +176,6 @@ def test_arbitrary_offers(body: bytes, minor: int) -> None:
     assert answer["agreed"] & ~(flags | flags2 << 32) == 0
 
 
-def test_what_was_agreed_is_said_in_words() -> None:
+def test_describe_lists_protocol_and_features() -> None:
     words = Capabilities(41, Feature.ASYNC_READ | Feature.HAS_RESEND).describe()
     assert words == "FUSE 7.41, async_read, has_resend"

@@ -1,4 +1,4 @@
-"""Notifications as the kernel gets them."""
+"""FUSE notifications as the kernel receives them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from llloop.shared import notifications
 from tests.unit.support import Device, Reply
 
 
-def test_attributes_expire_without_pages(device: Device) -> None:
+def test_expire_attributes_keeps_pages(device: Device) -> None:
     notifications.expire_attributes(device.fd, 2**63)
     assert device.take() == [Reply(0, -fuse.FUSE_NOTIFY_INVAL_INODE, struct.pack("=Qqq", 2**63, -1, 0))]
 
 
-def test_pages_are_dropped_in_a_range_or_to_the_end(device: Device) -> None:
+def test_drop_pages_of_a_range_or_to_the_end(device: Device) -> None:
     notifications.drop_pages(device.fd, 7, 4096, 100)
     notifications.drop_pages(device.fd, 8)
     code = -fuse.FUSE_NOTIFY_INVAL_INODE
@@ -28,13 +28,13 @@ def test_pages_are_dropped_in_a_range_or_to_the_end(device: Device) -> None:
     ]
 
 
-def test_a_name_of_any_bytes_expires(device: Device) -> None:
+def test_expire_entry_accepts_any_bytes(device: Device) -> None:
     notifications.expire_entry(device.fd, 1, b"\xff name")
     payload = struct.pack("=QII", 1, 6, 0) + b"\xff name\0"
     assert device.take() == [Reply(0, -fuse.FUSE_NOTIFY_INVAL_ENTRY, payload)]
 
 
-def test_a_kernel_that_does_not_know_the_inode_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_inode_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(fd: int, data: bytes) -> int:
         raise OSError(number, os.strerror(number))
 

@@ -1,4 +1,4 @@
-"""Large writes that wait in a pipe: moved, copied where the file takes no splice, and gone on with after a death."""
+"""Large writes from a pipe: spliced, copied if the file does not support splice, and continued after a death."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def lend(bench: Bench, payload: bytes, flags: int = 0, **more: Any) -> Request:
     return request
 
 
-def test_the_payload_goes_from_the_pipe_into_the_file(bench: Bench) -> None:
+def test_payload_is_spliced_into_the_file(bench: Bench) -> None:
     path = bench.open(1, b"before")
     request = lend(bench, pattern(SIZE), offset=3)
     bench.slots.payload(0, SIZE)[:] = b"\xff" * SIZE  # the slot has no part in it
@@ -63,7 +63,7 @@ def test_the_payload_goes_from_the_pipe_into_the_file(bench: Bench) -> None:
     assert pipes_of(bench).left(0) == 0
 
 
-def test_a_payload_of_the_largest_size_fits(bench: Bench) -> None:
+def test_largest_payload_fits(bench: Bench) -> None:
     path = bench.open(1)
     payload = pattern(bench.slots.payload_size)
     request = lend(bench, payload)
@@ -73,7 +73,7 @@ def test_a_payload_of_the_largest_size_fits(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("flags", [APPEND, BUFFERED, APPEND | CACHED])
-def test_what_cannot_be_spliced_is_copied(bench: Bench, flags: int) -> None:
+def test_appends_and_buffered_writes_are_copied(bench: Bench, flags: int) -> None:
     path = bench.open(1, b"before")
     request = lend(bench, pattern(SIZE), flags, offset=6)
     bench.operations.execute(request)
@@ -81,7 +81,7 @@ def test_what_cannot_be_spliced_is_copied(bench: Bench, flags: int) -> None:
     assert path.read_bytes() == b"before" + pattern(SIZE)
 
 
-def test_a_file_that_takes_no_splice(bench: Bench) -> None:
+def test_file_without_splice_is_copied(bench: Bench) -> None:
     # splice(2) refuses a descriptor with O_APPEND, as of a file that may only be appended to (chattr +a).
     path = bench.open(1, b"before", os.O_RDWR | os.O_APPEND)
     request = lend(bench, pattern(SIZE))
@@ -90,7 +90,7 @@ def test_a_file_that_takes_no_splice(bench: Bench) -> None:
     assert path.read_bytes() == b"before" + pattern(SIZE)
 
 
-def test_an_error_is_answered_and_the_pipe_is_empty_for_the_next(bench: Bench) -> None:
+def test_error_is_answered_and_empties_the_pipe(bench: Bench) -> None:
     bench.open(1, flags=os.O_RDONLY)
     path = bench.open(2)
     request = lend(bench, pattern(SIZE))
@@ -102,7 +102,7 @@ def test_an_error_is_answered_and_the_pipe_is_empty_for_the_next(bench: Bench) -
     assert path.read_bytes() == b"next" * 1000
 
 
-def test_a_handle_that_is_gone(bench: Bench) -> None:
+def test_unknown_handle_gives_error(bench: Bench) -> None:
     request = lend(bench, pattern(SIZE), handle=7)
     bench.operations.execute(request)
     assert bench.answered(request).error == errno.EBADF
@@ -110,7 +110,7 @@ def test_a_handle_that_is_gone(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("moved", [0, 4096, 100_000, SIZE])
-def test_a_successor_goes_on_where_a_dead_worker_was(bench: Bench, moved: int) -> None:
+def test_successor_continues_the_splice(bench: Bench, moved: int) -> None:
     path = bench.open(1)
     request = lend(bench, pattern(SIZE), offset=10)
     done = 0
@@ -123,7 +123,7 @@ def test_a_successor_goes_on_where_a_dead_worker_was(bench: Bench, moved: int) -
 
 @pytest.mark.parametrize("flags", [BUFFERED, APPEND])
 @pytest.mark.parametrize("copied", [0, 4096, SIZE])
-def test_a_successor_copies_the_rest(bench: Bench, flags: int, copied: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_successor_copies_the_rest(bench: Bench, flags: int, copied: int, monkeypatch: pytest.MonkeyPatch) -> None:
     path = bench.open(1, b"before")
     request = lend(bench, pattern(SIZE), flags, offset=6)
 
@@ -144,7 +144,7 @@ def test_a_successor_copies_the_rest(bench: Bench, flags: int, copied: int, monk
     assert path.read_bytes() == b"before" + pattern(SIZE)
 
 
-def test_what_was_done_and_not_answered_is_only_answered(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_done_request_is_only_answered(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     path = bench.open(1)
     request = lend(bench, pattern(SIZE))
 
@@ -164,7 +164,7 @@ def test_what_was_done_and_not_answered_is_only_answered(bench: Bench, monkeypat
     assert path.read_bytes() == b"others wrote since"
 
 
-def test_what_a_dead_front_had_received_is_thrown_away(bench: Bench) -> None:
+def test_pipe_content_of_a_dead_front_is_discarded(bench: Bench) -> None:
     pipes = pipes_of(bench)
     lent = lend(bench, b"lent")
     fill(pipes, 1, pattern(SIZE))
@@ -179,8 +179,8 @@ def batch_forget(count: int) -> bytes:
 
 @pytest.mark.parametrize("count", [2, 3, 1000])
 @pytest.mark.parametrize("begun", [False, True])
-def test_what_a_dead_front_was_to_forget_is_taken_into_its_slot(bench: Bench, count: int, begun: bool) -> None:
-    """The kernel does not send it again."""
+def test_batch_forget_of_a_dead_front_is_read_into_its_slot(bench: Bench, count: int, begun: bool) -> None:
+    """The kernel does not send BATCH_FORGET again."""
     pipes = pipes_of(bench)
     request = batch_forget(count)
     fill(pipes, 1, request)
@@ -192,7 +192,7 @@ def test_what_a_dead_front_was_to_forget_is_taken_into_its_slot(bench: Bench, co
     assert bytes(buffer[: len(request)]) == request
 
 
-def test_data_that_looks_like_it_is_not_taken_for_it(bench: Bench) -> None:
+def test_similar_data_is_not_mistaken_for_batch_forget(bench: Bench) -> None:
     pipes = pipes_of(bench)
     data = batch_forget(1000)
     header = struct.pack("=II", fuse.WRITE_HEADER_SIZE + len(data), fuse.Opcode.WRITE)
@@ -203,7 +203,7 @@ def test_data_that_looks_like_it_is_not_taken_for_it(bench: Bench) -> None:
     assert bytes(bench.slots.buffer(1)[:8]) == header
 
 
-def test_a_user_whose_share_of_pipes_is_used_up_goes_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_pipes_if_the_users_limit_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> int:
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
@@ -214,9 +214,7 @@ def test_a_user_whose_share_of_pipes_is_used_up_goes_without(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("flags", [0, CACHED])
-def test_a_write_cut_short_is_told_as_far_as_it_went_unless_it_was_cached(
-    bench: Bench, flags: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_short_write_is_answered_unless_it_is_cached(bench: Bench, flags: int, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.open(1)
     request = lend(bench, pattern(SIZE), flags)
     move = PayloadPipes.move
@@ -232,7 +230,7 @@ def test_a_write_cut_short_is_told_as_far_as_it_went_unless_it_was_cached(
     assert reply.error == errno.EIO if flags else count_of(reply) == 4096
 
 
-def test_room_that_comes_late_is_waited_for(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_is_retried_after_lack_of_space(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     path = bench.open(1)
     request = lend(bench, pattern(SIZE), CACHED)
     move = PayloadPipes.move

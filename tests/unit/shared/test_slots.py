@@ -1,4 +1,4 @@
-"""The shared memory: slots are lent and come back, and nothing of one lies in another."""
+"""The slots in shared memory: lending, giving back, receiving, and their boundaries."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_all_slots_are_free_at_first(slots: Slots) -> None:
     assert [slots.lent_to(shard) for shard in range(2)] == [[], []]
 
 
-def test_the_lowest_free_slot_comes_first(slots: Slots) -> None:
+def test_free_slot_returns_the_lowest(slots: Slots) -> None:
     for slot in range(4):
         assert slots.free_slot() == slot
         slots.lend(slot, 0, b"x")
@@ -39,7 +39,7 @@ def test_the_lowest_free_slot_comes_first(slots: Slots) -> None:
     assert slots.free_slot() == 1
 
 
-def test_a_lent_slot_keeps_its_message(slots: Slots) -> None:
+def test_lent_slot_keeps_its_message(slots: Slots) -> None:
     slots.lend(1, 0, b"one")
     slots.lend(3, 1, LONGEST)
     slots.lend(2, 0, b"")
@@ -49,26 +49,26 @@ def test_a_lent_slot_keeps_its_message(slots: Slots) -> None:
     assert slots.lent_to(0) == [(2, b"")]
 
 
-def test_the_highest_shard_is_not_taken_for_a_free_slot() -> None:
+def test_highest_shard_fits_the_state() -> None:
     slots = Slots(2, fuse.PAGE_SIZE, MAX_SHARDS)
     slots.lend(0, MAX_SHARDS - 1, b"message")
     assert slots.free_slot() == 1
     assert slots.lent_to(MAX_SHARDS - 1) == [(0, b"message")]
 
 
-def test_lending_forgets_how_far_the_last_request_had_come(slots: Slots) -> None:
+def test_lending_resets_the_stage(slots: Slots) -> None:
     slots.stages[0] = 2
     slots.lend(0, 1, b"x")
     assert slots.stages[0] == 0
 
 
-def test_payloads_begin_on_a_page(slots: Slots) -> None:
-    """A WRITE is received where it is written from, and O_DIRECT wants it aligned."""
+def test_payloads_are_page_aligned(slots: Slots) -> None:
+    """O_DIRECT requires this: the worker writes the data of a WRITE from the slot."""
     for slot in range(slots.count):
         assert (slots.address + slots.request_offset(slot) + fuse.WRITE_HEADER_SIZE) % fuse.PAGE_SIZE == 0
 
 
-def test_a_request_and_its_payload_are_received_in_one_piece(slots: Slots) -> None:
+def test_request_and_payload_are_contiguous(slots: Slots) -> None:
     reader, writer = os.pipe()
     try:
         for slot in range(slots.count):
@@ -90,7 +90,7 @@ def room(buffers: list[memoryview]) -> int:
     return sum(map(len, buffers))
 
 
-def test_a_receive_buffer_takes_the_largest_write(slots: Slots) -> None:
+def test_receive_buffer_fits_the_largest_write(slots: Slots) -> None:
     for buffers in slots.receive_buffers:
         assert room(buffers) == fuse.WRITE_HEADER_SIZE + slots.payload_size
     assert room(slots.receive_buffers[0]) >= 8192, "FUSE_MIN_READ_BUFFER: the kernel refuses to read into less"
@@ -123,13 +123,13 @@ def faults_of_receiving(count: int, again: bool) -> list[int]:
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_a_process_that_is_killed_needs_no_more_pages_to_receive_a_request(again: bool) -> None:
-    """The kernel answers a request with EIO that it cannot copy."""
+def test_receiving_needs_no_new_pages(again: bool) -> None:
+    """The kernel answers a request with EIO if it cannot copy it."""
     faults = Child(faults_of_receiving, 40, again).result()
     assert sum(faults) < 20, "what Python itself touches is not much"
 
 
-def test_the_next_process_begins_with_a_page_table_of_its_own() -> None:
+def test_touch_is_needed_after_fork() -> None:
     slots = Slots(4, 128 * fuse.PAGE_SIZE, 1)
     slots.touch()
     receive(slots, 1, b"x" * 300_000)
@@ -141,7 +141,7 @@ def test_the_next_process_begins_with_a_page_table_of_its_own() -> None:
     assert bytes(slots.buffer(1)[:400_001]) == b"y" * 400_000 + b"\0"
 
 
-def test_what_is_received_stays_in_memory() -> None:
+def test_received_pages_are_locked() -> None:
     def locked() -> int:
         slots = Slots(4, 128 * fuse.PAGE_SIZE, 1)
         slots.lock()
@@ -151,7 +151,7 @@ def test_what_is_received_stays_in_memory() -> None:
     assert Child(locked).result() > 600
 
 
-def test_who_may_not_lock_all_of_it_locks_the_beginning() -> None:
+def test_lock_respects_the_limit() -> None:
     def locked() -> int:
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (1 << 20, 1 << 20))
         os.setuid(65534)
@@ -164,7 +164,7 @@ def test_who_may_not_lock_all_of_it_locks_the_beginning() -> None:
 
 
 @pytest.mark.parametrize("size", [5000, 300_000])
-def test_a_request_whose_front_died_before_it_was_brought_together_is_so_by_the_next(slots: Slots, size: int) -> None:
+def test_next_front_completes_a_received_request(slots: Slots, size: int) -> None:
     request = bytes(range(256)) * (size // 256)
     with tempfile.TemporaryFile() as device:
         device.write(request)
@@ -176,7 +176,7 @@ def test_a_request_whose_front_died_before_it_was_brought_together_is_so_by_the_
     assert bytes(slots.buffer(2)[: len(request)]) == request
 
 
-def test_nothing_of_a_slot_lies_in_another(slots: Slots) -> None:
+def test_slots_do_not_overlap(slots: Slots) -> None:
     messages = [bytes([65 + slot]) * len(LONGEST) for slot in range(slots.count)]
     for slot, message in enumerate(messages):
         slots.lend(slot, slot % 2, message)
@@ -193,12 +193,12 @@ def test_nothing_of_a_slot_lies_in_another(slots: Slots) -> None:
     assert slots.front_pid == 2**31 - 1
 
 
-def test_results_hold_any_count_and_position(slots: Slots) -> None:
+def test_results_hold_64_bits(slots: Slots) -> None:
     slots.results[3] = 2**63 - 1
     assert slots.results[3] == 2**63 - 1
 
 
-def test_what_a_child_does_is_seen(slots: Slots) -> None:
+def test_memory_is_shared_with_children(slots: Slots) -> None:
     def work() -> None:
         slots.metrics.workers[1].moved(fuse.Opcode.READ, 7)
         slots.payload(0, 3)[:] = b"abc"
@@ -226,7 +226,7 @@ def test_any_number_of_slots(count: int) -> None:
 
 
 class SlotMachine(RuleBasedStateMachine):
-    """Random lending and giving back against a dictionary."""
+    """Random lending and giving back, compared with a dictionary."""
 
     SLOTS, SHARDS = 5, 3
 

@@ -1,4 +1,4 @@
-"""The control socket: what it answers, and that nothing that comes to it stops or harms the server."""
+"""The control socket: answers, invalid messages, access control."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from llloop.supervisor import control_server
 from llloop.supervisor.control_server import MAX_CLIENTS, ControlServer
 from llloop.supervisor.event_loop import EventLoop
 from tests.as_user import MYSELF, Caller, Child
-from tests.mirror import reachable_directory, remove_tree
+from tests.server import reachable_directory, remove_tree
 from tests.server_processes import wait_until
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
@@ -132,25 +132,25 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     own.close()
 
 
-def test_a_request_is_answered(bench: Bench) -> None:
+def test_request_is_answered(bench: Bench) -> None:
     assert bench.ask(command="echo", text="hello") == {"result": "hello"}
 
 
-def test_names_that_are_not_utf8_travel(bench: Bench) -> None:
+def test_undecodable_names_are_transferred(bench: Bench) -> None:
     name = os.fsdecode(b"caf\xe9")
     connection = bench.connect()
     connection.send(protocol.encode({"command": "echo", "text": name}))
     assert protocol.decode(bench.read(connection)[4:]) == {"result": name}
 
 
-def test_only_its_user_can_connect(bench: Bench) -> None:
+def test_other_users_cannot_connect(bench: Bench) -> None:
     kind = os.lstat(bench.path)
     assert stat.S_ISSOCK(kind.st_mode)
     assert stat.S_IMODE(kind.st_mode) == 0o600
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
-def test_another_user_who_gets_through_is_turned_away(bench: Bench) -> None:
+def test_connection_of_another_user_is_refused(bench: Bench) -> None:
     os.chmod(bench.path, 0o666)
     for directory in Path(bench.path).parents:
         if directory.stat().st_uid == 0 and str(directory).startswith("/tmp/"):
@@ -168,7 +168,7 @@ def test_another_user_who_gets_through_is_turned_away(bench: Bench) -> None:
     assert child.result()
 
 
-def test_errors_come_as_texts(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+def test_errors_are_sent_as_text(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     assert bench.ask(command="refuse") == {"error": "this makes no sense"}
     assert "unknown command 'nonsense'; there are: echo, fail" in bench.ask(command="nonsense")["error"]
     assert "unknown command None" in bench.ask(text="no command")["error"]
@@ -178,7 +178,7 @@ def test_errors_come_as_texts(bench: Bench, caplog: pytest.LogCaptureFixture) ->
     assert "a fault" in caplog.text
 
 
-def test_who_does_not_wait_for_the_answer_is_no_fault(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+def test_client_that_closes_early_is_not_logged(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     connection = bench.connect()
     connection.send(protocol.encode({"command": "echo", "text": "hello"}))
     connection.close()
@@ -197,7 +197,7 @@ def test_several_requests_on_one_connection(bench: Bench) -> None:
     assert bench.reply(connection) == {"result": 9}
 
 
-def test_requests_sent_at_once_are_answered_one_by_one(bench: Bench) -> None:
+def test_pipelined_requests_are_answered_in_order(bench: Bench) -> None:
     connection = bench.connect()
     connection.send(b"".join(protocol.encode({"command": "echo", "text": number}) for number in range(3)))
     data = bench.read(connection)
@@ -222,7 +222,7 @@ def test_requests_sent_at_once_are_answered_one_by_one(bench: Bench) -> None:
         b"\x91" * 4000,
     ],
 )
-def test_what_is_no_message_is_an_error_and_the_end(bench: Bench, body: bytes) -> None:
+def test_invalid_message_closes_the_connection(bench: Bench, body: bytes) -> None:
     connection = bench.connect()
     connection.send(struct.pack("!I", len(body)) + body)
     data = bench.read(connection)
@@ -231,7 +231,7 @@ def test_what_is_no_message_is_an_error_and_the_end(bench: Bench, body: bytes) -
     assert bench.ask(command="echo", text="still here") == {"result": "still here"}
 
 
-def test_an_oversized_request_is_refused_before_it_comes(bench: Bench) -> None:
+def test_oversized_request_is_refused_by_its_length(bench: Bench) -> None:
     for length in (MAX_REQUEST + 1, 2**32 - 1):
         connection = bench.connect()
         connection.send(struct.pack("!I", length))
@@ -239,12 +239,12 @@ def test_an_oversized_request_is_refused_before_it_comes(bench: Bench) -> None:
         assert bench.is_cut_off(connection)
 
 
-def test_the_largest_request_is_read(bench: Bench) -> None:
+def test_largest_request_is_accepted(bench: Bench) -> None:
     text = "x" * (MAX_REQUEST - len(protocol.encode({"command": "echo", "text": ""})) + 4 - 2)
     assert bench.ask(command="echo", text=text) == {"result": text}
 
 
-def test_a_request_may_come_byte_by_byte(bench: Bench) -> None:
+def test_request_is_accepted_byte_by_byte(bench: Bench) -> None:
     connection = bench.connect()
     for byte in protocol.encode({"command": "echo", "text": "slow"}):
         connection.send(bytes([byte]))
@@ -252,7 +252,7 @@ def test_a_request_may_come_byte_by_byte(bench: Bench) -> None:
     assert bench.reply(connection) == {"result": "slow"}
 
 
-def test_half_a_request_is_waited_for_and_then_cut_off(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_incomplete_request_times_out(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(control_server, "PATIENCE", 0.2)
     connections = [bench.connect() for _ in range(3)]
     for connection, part in zip(connections, (b"", b"\0\0", b"\0\0\0\x09abc"), strict=True):
@@ -266,7 +266,7 @@ def test_half_a_request_is_waited_for_and_then_cut_off(bench: Bench, monkeypatch
     assert all(bench.is_cut_off(connection) for connection in connections)
 
 
-def test_who_does_not_take_the_reply_is_cut_off(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_client_that_does_not_read_is_disconnected(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(control_server, "PATIENCE", 0.2)
     connection = bench.connect()
     connection.send(protocol.encode({"command": "large"}))
@@ -277,13 +277,13 @@ def test_who_does_not_take_the_reply_is_cut_off(bench: Bench, monkeypatch: pytes
     assert bench.is_cut_off(connection)
 
 
-def test_a_large_reply_comes_in_pieces(bench: Bench) -> None:
+def test_large_reply_is_sent_in_pieces(bench: Bench) -> None:
     connection = bench.connect()
     connection.send(protocol.encode({"command": "large"}))
     assert len(bench.reply(connection)["result"]) == 4_000_000
 
 
-def test_of_too_many_connections_some_wait(bench: Bench) -> None:
+def test_excess_connections_wait(bench: Bench) -> None:
     idle = [bench.connect() for _ in range(MAX_CLIENTS)]
     bench.serve(0.2)
     late = bench.connect()
@@ -294,7 +294,7 @@ def test_of_too_many_connections_some_wait(bench: Bench) -> None:
     assert bench.reply(late) == {"result": "late"}
 
 
-def test_clients_that_vanish_leave_nothing(bench: Bench) -> None:
+def test_disconnected_clients_leave_no_state(bench: Bench) -> None:
     gc.collect()  # what other tests have left is not to go meanwhile
     descriptors = len(os.listdir("/proc/self/fd"))
     for message in (b"", b"\0", protocol.encode({"command": "large"})):
@@ -310,7 +310,7 @@ def test_clients_that_vanish_leave_nothing(bench: Bench) -> None:
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.one_of(st.binary(max_size=200), st.builds(lambda body: struct.pack("!I", len(body)) + body, st.binary())))
-def test_no_bytes_do_harm(bench: Bench, data: bytes) -> None:
+def test_arbitrary_bytes_are_harmless(bench: Bench, data: bytes) -> None:
     connection = bench.connect()
     connection.send(data)
     bench.read(connection)
@@ -318,7 +318,7 @@ def test_no_bytes_do_harm(bench: Bench, data: bytes) -> None:
     assert bench.ask(command="echo", text=1) == {"result": 1}
 
 
-def test_it_takes_the_place_of_what_was_there(tmp_path: Path) -> None:
+def test_old_socket_is_replaced(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     successor = ControlServer(bench.loop, bench.path, {"echo": lambda request: "successor"})
     try:
@@ -332,7 +332,7 @@ def test_it_takes_the_place_of_what_was_there(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_stale_sockets_are_removed_and_others_are_not(bench: Bench, tmp_path: Path) -> None:
+def test_only_stale_sockets_are_removed(bench: Bench, tmp_path: Path) -> None:
     stale = tmp_path / f"stale{protocol.SUFFIX}"
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(stale))
@@ -348,8 +348,8 @@ def test_stale_sockets_are_removed_and_others_are_not(bench: Bench, tmp_path: Pa
     assert sorted(os.listdir(tmp_path)) == sorted([making.name, os.path.basename(bench.path), "something else"])
 
 
-def test_a_forked_child_does_not_listen_on(tmp_path: Path) -> None:
-    """Else a client would wait for a supervisor that is dead, as long as one of its children lives."""
+def test_forked_child_does_not_listen(tmp_path: Path) -> None:
+    """Otherwise a client would wait for a dead supervisor while one of its children lives."""
     bench = Bench(tmp_path)
     connection = bench.connect()
     bench.serve()
@@ -368,7 +368,7 @@ def test_a_forked_child_does_not_listen_on(tmp_path: Path) -> None:
         bench.close()
 
 
-def test_a_socket_that_cannot_be_made(tmp_path: Path) -> None:
+def test_socket_that_cannot_be_created(tmp_path: Path) -> None:
     with pytest.raises(OSError):
         ControlServer(EventLoop(), str(tmp_path / "missing" / "0.sock"), COMMANDS)
     with pytest.raises(OSError):
@@ -379,13 +379,13 @@ def test_a_socket_that_cannot_be_made(tmp_path: Path) -> None:
 # The client
 
 
-def test_the_client_asks(bench: Bench) -> None:
+def test_client_returns_the_result(bench: Bench) -> None:
     child = Child(client.ask, bench.path, "echo")
     bench.serve(0.3)
     assert child.result() is None
 
 
-def test_the_client_says_why_it_gets_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_client_reports_why_there_is_no_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = str(tmp_path / "0.sock")
     with pytest.raises(client.NotReachable, match="gone"):
         client.ask(path, "status")
@@ -410,7 +410,7 @@ def test_the_client_says_why_it_gets_no_answer(tmp_path: Path, monkeypatch: pyte
         (b"\0\0\0\x0c\x81\xa5error\xa4oops", "^oops$"),
     ],
 )
-def test_the_client_believes_nothing(tmp_path: Path, reply: bytes, reason: str) -> None:
+def test_client_refuses_invalid_replies(tmp_path: Path, reply: bytes, reason: str) -> None:
     path = str(tmp_path / "0.sock")
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(path)
@@ -488,14 +488,16 @@ def show(command: str, answer: Any) -> str:
         problems = discovery.process_problems(answer.get("processes", ()))
         console.print(tables.status_view([{**answer, "visible": True, "problems": problems}]))
     else:
-        console.print(tables.stats_view([rates.since(answer, before) for before in (None, {**STATS, "time": 4.0})]))
+        console.print(
+            tables.stats_view([rates.rates_since(answer, before) for before in (None, {**STATS, "time": 4.0})])
+        )
         prometheus.text([{**answer, "source_problem": PROBLEM}])
     return console.file.getvalue()
 
 
 @pytest.mark.parametrize("command", ANSWERS)
-def test_an_answer_of_another_shape_is_an_error_and_no_fault(command: str) -> None:
-    """Whether it is of another version, or another user's, who may answer anything."""
+def test_answer_of_wrong_shape_is_refused(command: str) -> None:
+    """A server of another version or of another user may answer anything."""
     answer, shape = ANSWERS[command], validation.SHAPES[command]
     show(command, validation.validated(answer, shape))
     refused = 0
@@ -521,13 +523,13 @@ def test_an_answer_of_another_shape_is_an_error_and_no_fault(command: str) -> No
         st.none() | st.floats() | st.integers() | st.text(), lambda one: st.lists(one) | st.dictionaries(st.text(), one)
     )
 )
-def test_no_answer_is_a_fault(answer: Any) -> None:
+def test_arbitrary_answers_are_handled(answer: Any) -> None:
     for shape in validation.SHAPES.values():
         with pytest.raises(validation.ShapeMismatch):
             validation.validated(answer, shape)
 
 
-def test_what_others_chose_reaches_the_terminal_escaped() -> None:
+def test_untrusted_text_is_escaped_on_the_terminal() -> None:
     evil = "[/red][bold]:warning:\x1b[2J\x1b]0;x\x07\n\u202e\x9b"
     answer = replaced(STATUS, ("options",), {evil: evil, "options": [evil]})
     for path in (("source",), ("mountpoint",), ("loop",), ("protocol",), ("capabilities", 0), ("version",)):
@@ -544,8 +546,8 @@ def test_what_others_chose_reaches_the_terminal_escaped() -> None:
 
 
 @needs_root
-def test_only_the_owner_of_the_socket_is_believed(bench: Bench) -> None:
-    """Whoever else has got hold of a place where one is looked for."""
+def test_server_of_another_user_is_not_trusted(bench: Bench) -> None:
+    """Another user may have created a socket where the client searches for one."""
     child = Child(client.ask, bench.path, "echo", caller=MYSELF)
     bench.serve(0.3)
     assert child.result() is None
@@ -575,7 +577,7 @@ def test_only_the_owner_of_the_socket_is_believed(bench: Bench) -> None:
         remove_tree(place)
 
 
-def test_all_together_are_waited_for_no_longer_than_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_servers_together_have_one_timeout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "TIMEOUT", 0.3)
     silent = []
     for number in range(100):
@@ -597,7 +599,7 @@ def test_all_together_are_waited_for_no_longer_than_one(tmp_path: Path, monkeypa
 # Where sockets are
 
 
-def test_the_name_tells_mounts_apart() -> None:
+def test_socket_names_distinguish_mounts() -> None:
     names = {
         protocol.socket_name(mountpoint, device)
         for mountpoint in ("/mnt", "/mnt2", "/" + "x" * 4000, os.fsdecode(b"/\xff"))
@@ -607,7 +609,7 @@ def test_the_name_tells_mounts_apart() -> None:
     assert all(len(f"/run/user/4294967295/llloop/.4194304-{name}") < 108 for name in names), "unix(7), sun_path"
 
 
-def test_a_directory_that_others_write_to_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_directory_writable_for_others_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs, link, own = tmp_path / "theirs", tmp_path / "link", tmp_path / "own"
     theirs.mkdir()
     theirs.chmod(0o777)
@@ -619,8 +621,8 @@ def test_a_directory_that_others_write_to_is_not_used(tmp_path: Path, monkeypatc
 
 
 @needs_root
-def test_a_directory_below_another_user_s_is_not_used(monkeypatch: pytest.MonkeyPatch, shared: Path) -> None:
-    """Its owner could put another in its place at any moment. XDG_RUNTIME_DIR is the user's own after su(1), too."""
+def test_directory_below_another_users_is_not_used(monkeypatch: pytest.MonkeyPatch, shared: Path) -> None:
+    """Its owner could replace it at any time. After su(1), XDG_RUNTIME_DIR may name another user's directory."""
     theirs = shared / "theirs"
     theirs.mkdir()
     os.chown(theirs, 4001, 4001)
@@ -631,8 +633,8 @@ def test_a_directory_below_another_user_s_is_not_used(monkeypatch: pytest.Monkey
     assert os.listdir(theirs) == []
 
 
-def test_users_of_one_number_have_directories_of_their_own(monkeypatch: pytest.MonkeyPatch, shared: Path) -> None:
-    """As root has who serves in a user namespace; anybody can make a directory of that name, too."""
+def test_users_with_the_same_id_use_different_directories(monkeypatch: pytest.MonkeyPatch, shared: Path) -> None:
+    """Root of a user namespace has the same id as root, and any user can create the directory first."""
     monkeypatch.setattr(protocol, "own_directories", lambda: protocol._shared_directories(os.geteuid()))
     first = shared / f"llloop-{os.geteuid()}"
     first.mkdir()
@@ -654,7 +656,7 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     remove_tree(path)
 
 
-def test_where_a_user_puts_sockets(monkeypatch: pytest.MonkeyPatch, shared: Path) -> None:
+def test_socket_directories_of_a_user(monkeypatch: pytest.MonkeyPatch, shared: Path) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/somewhere")
     assert protocol.own_directories() == ["/run/somewhere/llloop", "/run/user/1000/llloop", f"{shared}/llloop-1000"]

@@ -1,4 +1,4 @@
-"""The keeper with real processes: what a killed front had open is open in the next one."""
+"""The descriptor keeper with real processes: files of a killed front are open in the next one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PATIENCE = 10.0  # seconds
 
 
 class Pipe:
-    """Lines from other processes."""
+    """Receives lines from other processes."""
 
     def __init__(self) -> None:
         self.reader, self.writer = os.pipe2(os.O_CLOEXEC)
@@ -58,8 +58,8 @@ def pipe() -> Iterator[Pipe]:
     own.close()
 
 
-class Household:
-    """What a supervisor has: a keeper and fronts, ended with the test."""
+class Processes:
+    """A descriptor keeper and fronts, which end with the test."""
 
     def __init__(self, front: Callable[[Collection[int]], None], farewell: Callable[[], None]) -> None:
         self.keeper = DescriptorKeeper(front, farewell)
@@ -88,8 +88,8 @@ class Household:
 
 
 @contextmanager
-def household(front: Callable[[Collection[int]], None]) -> Iterator[Household]:
-    own = Household(front, lambda: None)
+def household(front: Callable[[Collection[int]], None]) -> Iterator[Processes]:
+    own = Processes(front, lambda: None)
     try:
         yield own
     finally:
@@ -123,7 +123,7 @@ def opener(path: Path, pipe: Pipe) -> Callable[[Collection[int]], None]:
     return front
 
 
-def test_the_next_front_has_what_a_killed_one_had_open(tmp_path: Path, pipe: Pipe) -> None:
+def test_next_front_inherits_descriptors_of_a_killed_one(tmp_path: Path, pipe: Pipe) -> None:
     with household(opener(tmp_path, pipe)) as own:
         own.start_keeper()
         had: list[str] = []
@@ -140,8 +140,8 @@ def test_the_next_front_has_what_a_killed_one_had_open(tmp_path: Path, pipe: Pip
         assert len(set(numbers)) == 4
 
 
-def test_what_a_front_closes_is_closed(tmp_path: Path, pipe: Pipe) -> None:
-    """The next one takes nothing for its own that was given back, and the keeper holds nothing back."""
+def test_descriptor_closed_by_the_front_is_closed(tmp_path: Path, pipe: Pipe) -> None:
+    """Neither the next front nor the keeper has it open."""
 
     def front(own: Collection[int]) -> None:
         found = files_of_others(own)
@@ -160,7 +160,7 @@ def test_what_a_front_closes_is_closed(tmp_path: Path, pipe: Pipe) -> None:
             own.end(process)
 
 
-def test_the_supervisor_has_none_of_it(tmp_path: Path, pipe: Pipe) -> None:
+def test_supervisor_has_no_descriptors_of_the_front(tmp_path: Path, pipe: Pipe) -> None:
     with household(opener(tmp_path, pipe)) as own:
         own.start_keeper()
         before = open_descriptors()
@@ -169,7 +169,7 @@ def test_the_supervisor_has_none_of_it(tmp_path: Path, pipe: Pipe) -> None:
         assert open_descriptors() == before
 
 
-def test_a_front_is_told_by_its_exit_code(pipe: Pipe) -> None:
+def test_exit_code_of_a_front_is_reported(pipe: Pipe) -> None:
     def front(own: Collection[int]) -> None:
         pipe.tell("here")
         raise SystemExit(3)
@@ -182,8 +182,8 @@ def test_a_front_is_told_by_its_exit_code(pipe: Pipe) -> None:
         assert process.exitcode == 3
 
 
-def test_memory_is_not_shared_but_what_is_mapped_so(pipe: Pipe) -> None:
-    """Fronts share descriptors and nothing else: each begins afresh."""
+def test_only_shared_mappings_are_shared(pipe: Pipe) -> None:
+    """Fronts share only descriptors and shared mappings: each front starts with fresh memory."""
     private = [0]
     shared = mmap.mmap(-1, 4096)
 
@@ -202,7 +202,7 @@ def test_memory_is_not_shared_but_what_is_mapped_so(pipe: Pipe) -> None:
     shared.close()
 
 
-def test_another_keeper_fetches_what_the_front_has_open(tmp_path: Path, pipe: Pipe) -> None:
+def test_new_keeper_fetches_descriptors_of_the_front(tmp_path: Path, pipe: Pipe) -> None:
     with household(opener(tmp_path, pipe)) as own:
         first = own.start_keeper()
         for expected in ([], ["content-0"]):
@@ -220,7 +220,7 @@ def test_another_keeper_fetches_what_the_front_has_open(tmp_path: Path, pipe: Pi
         assert pipe.hear()[3:] == ["content-0", "content-1"]
 
 
-def test_what_was_fetched_is_the_same_open_file_under_the_same_number(tmp_path: Path, pipe: Pipe) -> None:
+def test_fetched_descriptor_has_same_number_and_open_file(tmp_path: Path, pipe: Pipe) -> None:
     (tmp_path / "file").write_text("0123456789")
     times = mmap.mmap(-1, 4096)
 
@@ -248,7 +248,7 @@ def test_what_was_fetched_is_the_same_open_file_under_the_same_number(tmp_path: 
     times.close()
 
 
-def test_what_cannot_be_fetched_is_an_error_and_the_keeper_goes_on(tmp_path: Path, pipe: Pipe) -> None:
+def test_failed_fetch_is_reported(tmp_path: Path, pipe: Pipe) -> None:
     ended = run_as(MYSELF, os.getpid)
     with household(opener(tmp_path, pipe)) as own:
         own.start_keeper()
@@ -258,13 +258,13 @@ def test_what_cannot_be_fetched_is_an_error_and_the_keeper_goes_on(tmp_path: Pat
         assert pipe.hear()[3:] == []
 
 
-def test_a_keeper_that_does_not_answer_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopped_keeper_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keeper_module, "_PATIENCE", 0.05)
     with household(lambda own: None) as own, pytest.raises(TimeoutError):
         own.keeper.start_front()
 
 
-def test_where_there_is_no_such_system_call_it_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_clone_system_call_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keeper_module, "_SYS_CLONE", None)
     with household(lambda own: None) as own:
         own.start_keeper()
@@ -272,10 +272,8 @@ def test_where_there_is_no_such_system_call_it_is_an_error(monkeypatch: pytest.M
             own.keeper.start_front()
 
 
-def test_a_child_of_the_supervisor_can_be_watched_though_another_has_its_descriptors(
-    tmp_path: Path, pipe: Pipe
-) -> None:
-    """The end of a pipe would not do: the keeper holds it open."""
+def test_front_can_be_watched_by_pidfd(tmp_path: Path, pipe: Pipe) -> None:
+    """The keeper holds the ends of pipes open, so their end does not show that the front has died."""
     with household(opener(tmp_path, pipe)) as own:
         own.start_keeper()
         front = Child("llloop-front", lambda stacks: own.start_front())
@@ -296,7 +294,7 @@ def test_a_child_of_the_supervisor_can_be_watched_though_another_has_its_descrip
 
 
 @pytest.mark.parametrize("how", ["killed", "ended"])
-def test_when_the_supervisor_has_died_the_keeper_says_farewell(pipe: Pipe, how: str) -> None:
+def test_keeper_calls_farewell_after_death_of_supervisor(pipe: Pipe, how: str) -> None:
     def supervisor() -> None:
         keeper = DescriptorKeeper(lambda own: rest(), lambda: pipe.tell("farewell", os.getpid()))
         process = forked("llloop-keeper", keeper.run, Stacks("llloop-keeper"), detached=False, outlives=True)
@@ -337,8 +335,8 @@ def test_when_the_supervisor_has_died_the_keeper_says_farewell(pipe: Pipe, how: 
             assert poll.poll(PATIENCE * 1000)
 
 
-def test_a_keeper_whose_supervisor_lives_says_nothing(pipe: Pipe) -> None:
-    own = Household(lambda descriptors: None, lambda: pipe.tell("farewell"))
+def test_keeper_does_not_call_farewell_while_supervisor_lives(pipe: Pipe) -> None:
+    own = Processes(lambda descriptors: None, lambda: pipe.tell("farewell"))
     keeper = own.start_keeper()
     own.end(keeper)
     own.close()

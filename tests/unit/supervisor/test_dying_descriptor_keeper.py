@@ -1,4 +1,4 @@
-"""What becomes of orders to a keeper that dies, with processes that do nothing in the front's place."""
+"""Orders to a descriptor keeper that dies, with fronts that do nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.expect import fails
 
 
 class Processes:
-    """A keeper, the fronts that it starts, and a pipe through which each of these says that it serves."""
+    """A keeper, the fronts that it starts, and a pipe to which each front writes when it serves."""
 
     def __init__(self) -> None:
         self.reports, self.report = os.pipe()
@@ -74,14 +74,14 @@ def processes() -> Iterator[Processes]:
     own.close()
 
 
-def test_it_starts_fronts_that_share_its_descriptors(processes: Processes) -> None:
+def test_keeper_starts_fronts_that_share_its_descriptors(processes: Processes) -> None:
     keeper = processes.start_keeper()
     front = processes.start_front()
     assert processes.serving(0.5) == 1
     assert os.listdir(f"/proc/{front.pid}/fd") == os.listdir(f"/proc/{keeper}/fd")
 
 
-def test_one_that_dies_is_noticed_and_what_it_was_told_is_not_done_by_the_next(processes: Processes) -> None:
+def test_next_keeper_ignores_orders_to_the_dead_one(processes: Processes) -> None:
     deaf = processes.start_keeper(signal.pause)
     threading.Timer(0.2, os.kill, (deaf, signal.SIGKILL)).start()
     began = time.monotonic()
@@ -93,7 +93,7 @@ def test_one_that_dies_is_noticed_and_what_it_was_told_is_not_done_by_the_next(p
     assert processes.serving(0.5) == 1
 
 
-def test_what_a_front_that_has_ended_had_open_is_lost_and_no_more(processes: Processes) -> None:
+def test_only_descriptors_of_the_dead_front_are_lost(processes: Processes) -> None:
     processes.start_keeper()
     ended = os.fork()
     if ended == 0:
@@ -106,15 +106,15 @@ def test_what_a_front_that_has_ended_had_open_is_lost_and_no_more(processes: Pro
     assert processes.serving(0.3) == 1
 
 
-def test_without_one_nothing_is_told(processes: Processes) -> None:
+def test_order_without_a_keeper_fails(processes: Processes) -> None:
     with fails(errno.ESRCH):
         processes.start_front()
     processes.start_keeper()
     assert processes.serving(0.3) == 0
 
 
-def test_a_front_of_which_nobody_was_told_does_not_serve(processes: Processes) -> None:
-    """Its keeper died between starting it and saying so; the supervisor then has another one started."""
+def test_unreported_front_does_not_serve(processes: Processes) -> None:
+    """Its keeper died between starting and reporting it. The supervisor then has another front started."""
     keeper = processes.keeper
     processes.start_keeper()
     _, command, answer, _ = keeper.descriptors
@@ -125,10 +125,8 @@ def test_a_front_of_which_nobody_was_told_does_not_serve(processes: Processes) -
     assert processes.serving(0.5) == 1
 
 
-def test_an_answer_that_came_too_late_is_not_taken_for_the_next(
-    processes: Processes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The keeper was held up while the supervisor waited; the process id in its late answer is of no use any more."""
+def test_late_answer_is_ignored(processes: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The keeper stalled while the supervisor waited. The process id in its late answer is invalid by now."""
     keeper = processes.start_keeper()
     os.kill(keeper, signal.SIGSTOP)
     with monkeypatch.context() as patch:
@@ -145,10 +143,8 @@ def test_an_answer_that_came_too_late_is_not_taken_for_the_next(
     assert Path(f"/proc/{front.pid}/stat").exists()
 
 
-def test_the_descriptors_of_a_process_that_has_the_fronts_number_are_not_fetched(
-    processes: Processes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The front has ended; who has its process id now was started at another time."""
+def test_descriptors_of_a_reused_pid_are_not_fetched(processes: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The front has ended. The process that has its id now has another start time."""
     processes.start_keeper()
     stranger = os.fork()
     if stranger == 0:

@@ -1,4 +1,4 @@
-"""What the keeper does with a dead mount, without one."""
+"""How the descriptor keeper removes a dead mount, with a fake kernel."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OURS = MountIdentity(MNT, (0, 47), 5, 1001)
 
 
 class Kernel:
-    """What is mounted, and what is done about it."""
+    """Records which mounts there are, and what is done to them."""
 
     def __init__(self, connections: Path) -> None:
         self.entry: MountEntry | None = MountEntry(5, (0, 47), MNT, "fuse.llloop", "/srv")
@@ -55,7 +55,7 @@ def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kernel:
     return own
 
 
-def test_it_is_aborted_and_then_detached(kernel: Kernel, caplog: pytest.LogCaptureFixture) -> None:
+def test_mount_is_aborted_then_detached(kernel: Kernel, caplog: pytest.LogCaptureFixture) -> None:
     assert detach_dead_mount(OURS, kernel.device)
     assert kernel.calls == [f"unmount {MNT} lazy=True aborted=True"]
     assert kernel.abort.read_text() == "1"
@@ -72,7 +72,7 @@ def test_it_is_aborted_and_then_detached(kernel: Kernel, caplog: pytest.LogCaptu
         (MountEntry(5, (0, 47), MNT, "fuse.llloop", "/srv"), 1002),
     ],
 )
-def test_what_is_not_ours_is_left_alone(
+def test_other_mount_at_the_same_path_is_not_detached(
     kernel: Kernel, caplog: pytest.LogCaptureFixture, entry: MountEntry | None, unique: int | None
 ) -> None:
     kernel.entry, kernel.unique = entry, unique
@@ -80,14 +80,14 @@ def test_what_is_not_ours_is_left_alone(
     assert kernel.calls == [] and not kernel.abort.exists() and caplog.records == []
 
 
-def test_without_fusectl_it_is_detached_all_the_same(kernel: Kernel) -> None:
+def test_mount_is_detached_without_fusectl(kernel: Kernel) -> None:
     kernel.abort.parent.rmdir()
     assert detach_dead_mount(OURS, kernel.device)
     assert len(kernel.calls) == 1
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EPERM, "Operation not permitted"), LlloopError("fusermount says no")])
-def test_a_failure_is_logged_not_raised(kernel: Kernel, caplog: pytest.LogCaptureFixture, error: Exception) -> None:
+def test_failure_is_logged(kernel: Kernel, caplog: pytest.LogCaptureFixture, error: Exception) -> None:
     kernel.error = error
     assert not detach_dead_mount(OURS, kernel.device)
     assert str(error) in caplog.text and MNT in caplog.text

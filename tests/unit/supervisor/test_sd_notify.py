@@ -1,4 +1,4 @@
-"""What a service manager is told, and that one who is not there or does not listen is no trouble."""
+"""Notifications to the service manager, also if it is missing or does not read."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def manager(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Manager]
     own.socket.close()
 
 
-def test_the_manager_hears_everything(manager: Manager) -> None:
+def test_manager_receives_all_notifications(manager: Manager) -> None:
     notifier = Notifier({"NOTIFY_SOCKET": manager.address})
     notifier.ready("serving /a\nb\x1b[2J")
     notifier.reloading()
@@ -52,18 +52,18 @@ def test_the_manager_hears_everything(manager: Manager) -> None:
 
 
 @pytest.mark.parametrize("address", ["", "relative", "/no/such/socket", "@nobody", "vsock:1:2", "/" + "x" * 200])
-def test_nobody_to_tell_is_no_trouble(address: str) -> None:
+def test_notifier_without_manager_does_nothing(address: str) -> None:
     notifier = Notifier({"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "1000000"})
     notifier.ready("ready")
     notifier.stopping()
 
 
-def test_without_a_manager_there_is_no_watchdog() -> None:
+def test_no_watchdog_without_manager() -> None:
     assert Notifier({}).interval is None
     assert Notifier({"WATCHDOG_USEC": "1000000"}).interval is None
 
 
-def test_a_manager_that_does_not_listen_is_not_waited_for(tmp_path: Path) -> None:
+def test_notifier_does_not_wait_for_the_manager(tmp_path: Path) -> None:
     manager = Manager(str(tmp_path / "notify"))
     notifier = Notifier({"NOTIFY_SOCKET": manager.address})
     for _ in range(5000):  # far more than a socket's queue takes
@@ -83,7 +83,7 @@ def test_a_manager_that_does_not_listen_is_not_waited_for(tmp_path: Path) -> Non
         ("-5", None, None),
     ],
 )
-def test_the_watchdog_is_fed_twice_as_often_as_asked(allowed: str, pid: str | None, interval: float | None) -> None:
+def test_watchdog_interval_is_halved(allowed: str, pid: str | None, interval: float | None) -> None:
     environment = {"NOTIFY_SOCKET": "/run/notify", "WATCHDOG_USEC": allowed}
     if pid is not None:
         environment["WATCHDOG_PID"] = str(os.getpid()) if pid == "self" else pid

@@ -1,4 +1,4 @@
-"""What is checked before anything is mounted."""
+"""The checks before a mount."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ NOBODY = Caller(uid=65534, gid=65534)
 # The source
 
 
-def test_a_source_is_given_back_without_symlinks(tmp_path: Path) -> None:
+def test_source_is_resolved(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
     assert start_checks.check_source(str(tmp_path / "link")) == os.path.realpath(tmp_path / "real")
     assert start_checks.check_source("/") == "/"
 
 
-def test_sources_that_cannot_be(tmp_path: Path) -> None:
+def test_invalid_sources_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "dangling").symlink_to("nowhere")
     (tmp_path / "loop").symlink_to("loop")
@@ -51,7 +51,7 @@ def test_sources_that_cannot_be(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o000, 0o444, 0o111])
-def test_a_source_that_may_not_be_read(mode: int) -> None:
+def test_unreadable_source_is_refused(mode: int) -> None:
     # Not below pytest's directory, into which other users may not look.
     with tempfile.TemporaryDirectory() as name:
         top = Path(name)
@@ -92,13 +92,13 @@ def check(mountpoint: Path | str, source: Path, **options: Any) -> str:
     return path
 
 
-def test_a_mount_point_that_will_do(source: Path, mountpoint: Path, tmp_path: Path) -> None:
+def test_valid_mount_point_is_accepted(source: Path, mountpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("mnt")
     assert check(mountpoint, source) == os.path.realpath(mountpoint)
     assert check(tmp_path / "link", source) == os.path.realpath(mountpoint)
 
 
-def test_mount_points_that_cannot_be(source: Path, tmp_path: Path) -> None:
+def test_invalid_mount_points_are_refused(source: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(MountpointError, match="mkdir"):
         check(tmp_path / "missing", source)
@@ -108,14 +108,14 @@ def test_mount_points_that_cannot_be(source: Path, tmp_path: Path) -> None:
         check(tmp_path / "file" / "below", source)
 
 
-def test_a_mount_point_that_is_not_empty(source: Path, mountpoint: Path) -> None:
+def test_non_empty_mount_point_is_refused(source: Path, mountpoint: Path) -> None:
     (mountpoint / ".hidden").write_text("")
     with pytest.raises(MountpointError, match="--nonempty"):
         check(mountpoint, source)
     assert check(mountpoint, source, nonempty=True)
 
 
-def test_places_that_would_deadlock(source: Path, tmp_path: Path) -> None:
+def test_nested_source_and_mount_point_are_refused(source: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("source/sub")
     for place in (source, source / "sub", source / "sub" / "..", tmp_path / "link"):
         with pytest.raises(MountpointError, match="deadlock"):
@@ -126,7 +126,7 @@ def test_places_that_would_deadlock(source: Path, tmp_path: Path) -> None:
     assert check(tmp_path / "source-2", source), "only its name begins like the source's"
 
 
-def test_what_is_a_mount_already(
+def test_existing_mount_is_refused(
     source: Path, mountpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = os.path.realpath(mountpoint)
@@ -151,13 +151,13 @@ def dead(monkeypatch: pytest.MonkeyPatch, mountpoint: Path) -> list[str]:
     return detached
 
 
-def test_a_dead_mount_is_told_apart_and_how_to_cure_it(source: Path, mountpoint: Path, dead: list[str]) -> None:
+def test_dead_mount_is_reported_with_a_remedy(source: Path, mountpoint: Path, dead: list[str]) -> None:
     with pytest.raises(DeadMountError, match=rf"llloop umount --lazy {os.path.realpath(mountpoint)}.*--replace-dead"):
         check(mountpoint, source)
     assert dead == []
 
 
-def test_a_dead_mount_is_replaced_if_asked(
+def test_replace_dead_detaches_a_dead_mount(
     source: Path, mountpoint: Path, dead: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(start_checks, "_DEVICE", "/dev/null")
@@ -169,7 +169,7 @@ def test_a_dead_mount_is_replaced_if_asked(
     assert dead == [os.path.realpath(mountpoint)]
 
 
-def test_what_lies_under_a_dead_mount_is_checked_too(
+def test_directory_under_a_dead_mount_is_checked(
     source: Path, mountpoint: Path, dead: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(start_checks, "_DEVICE", "/dev/null")
@@ -180,7 +180,7 @@ def test_what_lies_under_a_dead_mount_is_checked_too(
 
 
 @pytest.mark.parametrize("kind", [b"fuse.llloop", b"ext4"])
-def test_only_an_llloop_mount_is_out_of_the_way_of_a_restart(
+def test_check_restart_accepts_only_llloop_mounts(
     source: Path, mountpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: bytes
 ) -> None:
     path = os.path.realpath(mountpoint)
@@ -199,7 +199,7 @@ def test_only_an_llloop_mount_is_out_of_the_way_of_a_restart(
 # The machine
 
 
-def test_a_machine_without_fuse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_fuse_device_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(start_checks, "_DEVICE", str(tmp_path / "missing"))
     with pytest.raises(HostError, match="modprobe fuse"):
         start_checks.check_host(config())
@@ -213,7 +213,7 @@ def test_a_machine_without_fuse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
             start_checks.check_host(config())
 
 
-def test_a_root_who_may_not_mount(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_root_without_cap_sys_admin_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def umount(place: str, flags: int) -> None:
         assert flags == syscalls.MNT_EXPIRE, "it unmounts nothing"
         raise PermissionError(errno.EPERM, "Operation not permitted")
@@ -224,7 +224,7 @@ def test_a_root_who_may_not_mount(monkeypatch: pytest.MonkeyPatch) -> None:
         start_checks.check_host(config())
 
 
-def test_a_machine_without_proc(
+def test_missing_proc_is_reported(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: Path, mountpoint: Path
 ) -> None:
     monkeypatch.setattr(mounts, "Path", lambda name: tmp_path / "missing")
@@ -232,7 +232,7 @@ def test_a_machine_without_proc(
         start_checks.check(config(mountpoint, source=str(source)))
 
 
-def test_a_machine_without_the_null_device(
+def test_missing_null_device_is_reported(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: Path, mountpoint: Path
 ) -> None:
     monkeypatch.setattr(os, "devnull", str(tmp_path / "missing"))
@@ -251,7 +251,7 @@ def ordinary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "fuse.conf"
 
 
-def test_an_ordinary_user_without_fusermount(ordinary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_fusermount_is_reported(ordinary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start_checks.check_host(config())
     monkeypatch.setattr(syscalls, "prctl", lambda option: int(option == syscalls.PR_GET_NO_NEW_PRIVS))
     with pytest.raises(HostError, match="no_new_privs"):
@@ -272,7 +272,7 @@ def test_an_ordinary_user_without_fusermount(ordinary: Path, monkeypatch: pytest
         (None, False),
     ],
 )
-def test_allow_other_needs_the_administrators_word(ordinary: Path, text: str | None, allowed: bool) -> None:
+def test_allow_other_needs_user_allow_other(ordinary: Path, text: str | None, allowed: bool) -> None:
     if text is not None:
         ordinary.write_text(text)
     start_checks.check_host(config(allow_other=False))
@@ -283,7 +283,7 @@ def test_allow_other_needs_the_administrators_word(ordinary: Path, text: str | N
             start_checks.check_host(config(allow_other=True))
 
 
-def test_kernel_io_is_refused_where_it_cannot_be(ordinary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernel_io_is_refused_if_unsupported(ordinary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(HostError, match="--io kernel is not possible: it needs root"):
         start_checks.check_host(config(io="kernel", allow_other=False))
     monkeypatch.setattr(os, "geteuid", lambda: 0)
@@ -297,7 +297,7 @@ def test_kernel_io_is_refused_where_it_cannot_be(ordinary: Path, monkeypatch: py
 # What may take for ever
 
 
-def test_what_answers_in_time() -> None:
+def test_timed_call_returns_results_and_errors() -> None:
     late = LlloopError("late")
     assert timed_call.call_with_timeout(lambda: ["/a", "\udcff", 5], 10, late) == ["/a", "\udcff", 5]
 
@@ -311,7 +311,7 @@ def test_what_answers_in_time() -> None:
     assert raised.value.filename == "/a\udcff"
 
 
-def test_what_does_not_answer_in_time(tmp_path: Path) -> None:
+def test_timed_call_times_out(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     begun = time.monotonic()
@@ -320,7 +320,7 @@ def test_what_does_not_answer_in_time(tmp_path: Path) -> None:
     assert time.monotonic() - begun < 10
 
 
-def test_who_asks_is_left_as_it_was() -> None:
+def test_timed_call_leaves_the_caller_unchanged() -> None:
     before = sorted(os.listdir("/proc/self/fd"))
     timed_call.call_with_timeout(lambda: 1, 10, LlloopError("late"))
     assert sorted(os.listdir("/proc/self/fd")) == before
@@ -348,7 +348,7 @@ def allowed(monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[int, int]]:
     return values
 
 
-def test_as_many_open_files_as_the_workers_need(allowed: dict[int, tuple[int, int]]) -> None:
+def test_open_file_limit_is_checked(allowed: dict[int, tuple[int, int]]) -> None:
     limits.check(128)
     needed = limits.needed_descriptors(8)
     allowed[resource.RLIMIT_NOFILE] = (20, needed)
@@ -362,7 +362,7 @@ def test_as_many_open_files_as_the_workers_need(allowed: dict[int, tuple[int, in
     limits.check(7)
 
 
-def test_files_as_long_as_any(allowed: dict[int, tuple[int, int]]) -> None:
+def test_file_size_limit_is_checked(allowed: dict[int, tuple[int, int]]) -> None:
     allowed[resource.RLIMIT_FSIZE] = (0, resource.RLIM_INFINITY)
     limits.check(1)
     assert allowed[resource.RLIMIT_FSIZE] == (0, resource.RLIM_INFINITY), "a check changes nothing"
@@ -371,9 +371,7 @@ def test_files_as_long_as_any(allowed: dict[int, tuple[int, int]]) -> None:
         limits.check(1)
 
 
-def test_as_many_processes_as_the_workers_need(
-    allowed: dict[int, tuple[int, int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_process_limit_is_checked(allowed: dict[int, tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     allowed[resource.RLIMIT_NPROC] = (10, 10)
     limits.check(5)

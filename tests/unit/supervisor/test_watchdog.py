@@ -1,4 +1,4 @@
-"""Whether the front answers, judged from outside and without asking it, and what the service manager is told."""
+"""Checks from outside whether the front answers requests, and notifications to the service manager."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Manager(Notifier):
 
 
 class Bench:
-    """A front that does nothing, and the kernel's count of requests that wait for it."""
+    """A front that does nothing, and the kernel's number of waiting requests."""
 
     def __init__(self, slots: Slots, directory: Path) -> None:
         self.slots = slots
@@ -65,11 +65,11 @@ def bench(slots: Slots, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     own.close()
 
 
-def test_an_idle_front_answers(bench: Bench) -> None:
+def test_idle_front_counts_as_answering(bench: Bench) -> None:
     assert [bench.watchdog.answers() for _ in range(3)] == [True] * 3
 
 
-def test_requests_that_lie_about_mean_that_it_does_not(bench: Bench) -> None:
+def test_front_with_waiting_requests_does_not_answer(bench: Bench) -> None:
     assert bench.watchdog.answers()
     bench.set_waiting(1)
     assert not bench.watchdog.answers()
@@ -80,7 +80,7 @@ def test_requests_that_lie_about_mean_that_it_does_not(bench: Bench) -> None:
     assert bench.watchdog.answers()
 
 
-def test_requests_that_workers_have_are_not_the_front_s(bench: Bench) -> None:
+def test_requests_of_workers_do_not_count(bench: Bench) -> None:
     bench.slots.lend(0, 0, b"message")
     bench.set_waiting(1)
     assert [bench.watchdog.answers() for _ in range(3)] == [True] * 3
@@ -88,7 +88,7 @@ def test_requests_that_workers_have_are_not_the_front_s(bench: Bench) -> None:
     assert not bench.watchdog.answers()
 
 
-def test_a_stopped_or_dead_front_does_not_answer(bench: Bench) -> None:
+def test_stopped_or_dead_front_does_not_answer(bench: Bench) -> None:
     os.kill(bench.pid, signal.SIGSTOP)
     assert wait_until(lambda: process_state(bench.pid) == "T")
     assert not bench.watchdog.answers()
@@ -98,7 +98,7 @@ def test_a_stopped_or_dead_front_does_not_answer(bench: Bench) -> None:
     assert process_state(None) is None
 
 
-def test_without_fusectl_a_living_front_is_believed(bench: Bench) -> None:
+def test_living_front_counts_as_answering_without_fusectl(bench: Bench) -> None:
     bench.waiting.unlink()
     assert [bench.watchdog.answers() for _ in range(3)] == [True] * 3
 

@@ -1,4 +1,4 @@
-"""Descriptors that a worker pulls from another process, keeps, drops and pulls again."""
+"""Descriptors that a worker fetches from the front, keeps, drops and fetches again."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FIRST, SECOND = HANDLES_PER_FRONT, 2 * HANDLES_PER_FRONT
 
 
 class Front:
-    """A process that has files open, as a front has, and does nothing."""
+    """A process that has files open, as a front does."""
 
     def __init__(self, paths: list[Path], flags: int = os.O_RDWR, numbers: list[int] | None = None) -> None:
         # Opened here, so that their numbers are known; the child keeps them, this process does not.
@@ -94,25 +94,25 @@ def name_behind(fd: int) -> str:
     return os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))
 
 
-def test_a_descriptor_is_pulled_once_and_kept(descriptors: Descriptors, front: Front) -> None:
+def test_descriptor_is_fetched_once(descriptors: Descriptors, front: Front) -> None:
     fd = descriptors.get(FIRST + 7, front.descriptors[2])
     assert name_behind(fd) == "file-2"
     assert descriptors.get(FIRST + 7, front.descriptors[2]) == fd
     assert len(descriptors) == 1
 
 
-def test_it_is_the_same_open_file(descriptors: Descriptors, front: Front) -> None:
-    """A duplicate, not another open: flags and position are shared."""
+def test_descriptor_shares_flags_and_position(descriptors: Descriptors, front: Front) -> None:
+    """It is a duplicate (pidfd_getfd(2)), not the result of another open(2)."""
     first, second = descriptors.get(FIRST + 1, front.descriptors[0]), descriptors.get(FIRST + 2, front.descriptors[0])
     os.lseek(first, 3, os.SEEK_SET)
     assert os.lseek(second, 0, os.SEEK_CUR) == 3
 
 
-def test_programs_started_do_not_inherit_it(descriptors: Descriptors, front: Front) -> None:
+def test_descriptor_is_close_on_exec(descriptors: Descriptors, front: Front) -> None:
     assert not os.get_inheritable(descriptors.get(FIRST + 1, front.descriptors[0]))
 
 
-def test_a_release_closes_it(descriptors: Descriptors, front: Front) -> None:
+def test_release_closes_the_descriptor(descriptors: Descriptors, front: Front) -> None:
     before = open_descriptors()
     fd = descriptors.get(FIRST + 1, front.descriptors[0])
     release(descriptors, FIRST + 1)
@@ -124,13 +124,13 @@ def test_a_release_closes_it(descriptors: Descriptors, front: Front) -> None:
     assert open_descriptors() <= before + 1, "only the front's pidfd stays"
 
 
-def test_what_was_released_is_pulled_again(descriptors: Descriptors, front: Front) -> None:
+def test_released_descriptor_is_fetched_again(descriptors: Descriptors, front: Front) -> None:
     descriptors.get(FIRST + 1, front.descriptors[0])
     descriptors.release(FIRST + 1)
     assert name_behind(descriptors.get(FIRST + 1, front.descriptors[0])) == "file-0"
 
 
-def test_a_descriptor_the_front_has_closed(descriptors: Descriptors) -> None:
+def test_closed_descriptor_of_the_front_gives_ebadf(descriptors: Descriptors) -> None:
     with fails(errno.EBADF):
         descriptors.get(FIRST + 1, 9999)
     assert len(descriptors) == 0
@@ -139,10 +139,10 @@ def test_a_descriptor_the_front_has_closed(descriptors: Descriptors) -> None:
 @pytest.fixture
 def short_absence(monkeypatch: pytest.MonkeyPatch) -> None:
     """There is no next front, and it is not long until that is clear."""
-    monkeypatch.setattr(descriptors_module, "_LONGEST_ABSENCE", 0.05)
+    monkeypatch.setattr(descriptors_module, "_FRONT_TIMEOUT", 0.05)
 
 
-def test_a_front_that_is_gone_and_has_no_successor(
+def test_dead_front_without_successor_gives_eio(
     descriptors: Descriptors, front: Front, slots: Slots, short_absence: None
 ) -> None:
     ended = Child(os.getpid)
@@ -155,8 +155,8 @@ def test_a_front_that_is_gone_and_has_no_successor(
 
 @pytest.mark.parametrize("asked_before", [False, True])
 @pytest.mark.parametrize("noticed", [False, True])
-def test_the_next_front_is_waited_for(slots: Slots, paths: list[Path], asked_before: bool, noticed: bool) -> None:
-    """It has the descriptors of the one before; a worker may need one in the moments in which there is no front."""
+def test_worker_waits_for_the_next_front(slots: Slots, paths: list[Path], asked_before: bool, noticed: bool) -> None:
+    """The next front has the same descriptors. A worker may need one while there is no front."""
     first = Front(paths)
     slots.new_front(first.pid)
     descriptors = Descriptors(slots)
@@ -180,10 +180,8 @@ def test_the_next_front_is_waited_for(slots: Slots, paths: list[Path], asked_bef
             release(descriptors, FIRST + handle)
 
 
-def test_a_front_that_a_worker_sees_die_is_waited_for_though_others_took_its_number(
-    descriptors: Descriptors, front: Front, slots: Slots
-) -> None:
-    """Whoever asks `front_pid` in between sees a process that has ended and not been waited for."""
+def test_worker_waits_for_next_front_when_pid_is_reused(descriptors: Descriptors, front: Front, slots: Slots) -> None:
+    """Between death and wait(2) of a front, `front_pid` names a process that has ended."""
     ended = os.fork()
     if ended == 0:
         os._exit(0)
@@ -198,10 +196,10 @@ def test_a_front_that_a_worker_sees_die_is_waited_for_though_others_took_its_num
         os.waitpid(ended, 0)
 
 
-def test_what_a_front_before_had_open_is_void(
+def test_descriptors_of_a_previous_front_are_dropped(
     descriptors: Descriptors, front: Front, slots: Slots, paths: list[Path]
 ) -> None:
-    """Its handles mean nothing to the new one, which might give the same number to another file."""
+    """Handles of a previous front are invalid: the new front may assign the same number to another file."""
     descriptors.get(FIRST + 1, front.descriptors[0])
     before = open_descriptors()
     successor = Front(list(reversed(paths)))
@@ -216,10 +214,10 @@ def test_what_a_front_before_had_open_is_void(
         successor.end()
 
 
-def test_a_request_of_a_front_before_gets_its_file_from_the_next(
+def test_request_of_a_previous_front_gets_its_file_from_the_next(
     descriptors: Descriptors, front: Front, slots: Slots, paths: list[Path]
 ) -> None:
-    """It may lie in the pipe still. A front has the descriptors of the one before under the same numbers."""
+    """The request may still be in the pipe. The next front has the same descriptors."""
     successor = Front(paths, numbers=front.descriptors)
     try:
         descriptors.get(FIRST + 1, front.descriptors[0])
@@ -233,10 +231,10 @@ def test_a_request_of_a_front_before_gets_its_file_from_the_next(
         successor.end()
 
 
-def test_a_process_that_got_the_number_of_a_front_is_not_the_front(
+def test_process_with_reused_pid_is_not_the_front(
     descriptors: Descriptors, front: Front, slots: Slots, paths: list[Path], short_absence: None
 ) -> None:
-    """The supervisor notes a front's end a moment after the number was free for others."""
+    """The supervisor notes a front's end only after the kernel may have given its id to another process."""
     # In clock ticks: the stranger may start in the same one as the front of this test.
     started = slots.front_started - 1
     front.end()
@@ -254,10 +252,10 @@ def test_a_process_that_got_the_number_of_a_front_is_not_the_front(
             signal.pause()
 
 
-def test_where_files_are_opened_again_a_stranger_is_not_taken_for_the_front_either(
+def test_process_with_reused_pid_is_not_reopened_from(
     descriptors: Descriptors, front: Front, slots: Slots, monkeypatch: pytest.MonkeyPatch, short_absence: None
 ) -> None:
-    """It got the number after the worker had made sure that it was the front's."""
+    """The process got the id after the worker had checked that it was the front's."""
 
     def refused(pidfd: int, fd: int) -> int:
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
@@ -274,7 +272,7 @@ def test_where_files_are_opened_again_a_stranger_is_not_taken_for_the_front_eith
         descriptors.get(FIRST + 2, front.descriptors[1])
 
 
-def test_without_a_front_there_is_nothing_to_pull(
+def test_fetching_without_a_front_gives_eio(
     descriptors: Descriptors, front: Front, slots: Slots, short_absence: None
 ) -> None:
     slots.no_front()
@@ -282,10 +280,10 @@ def test_without_a_front_there_is_nothing_to_pull(
         descriptors.get(FIRST + 1, front.descriptors[0])
 
 
-def test_a_refusal_that_passes_is_waited_for(
+def test_fetching_is_retried_while_refused(
     descriptors: Descriptors, front: Front, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the front acts as somebody else it may not be looked into."""
+    """While the front acts with a caller's credentials, the kernel refuses pidfd_getfd(2)."""
     pull = syscalls.pidfd_getfd
     refusals = [1, 1, 1]
 
@@ -299,16 +297,16 @@ def test_a_refusal_that_passes_is_waited_for(
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(descriptors_module, "pidfd_getfd", refused_at_first)
-    monkeypatch.setattr(Descriptors, "_open_again", refused)
+    monkeypatch.setattr(Descriptors, "_reopen", refused)
     first, second = (descriptors.get(FIRST + number, front.descriptors[0]) for number in (1, 2))
     os.lseek(first, 3, os.SEEK_SET)
     assert os.lseek(second, 0, os.SEEK_CUR) == 3, "the file was opened again"
 
 
-def test_without_the_right_to_pull_files_are_opened_again(
+def test_files_are_reopened_without_pidfd_getfd(
     descriptors: Descriptors, front: Front, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where tracing is forbidden, as seccomp does in containers."""
+    """seccomp forbids pidfd_getfd(2) in some containers."""
 
     def refused(pidfd: int, fd: int) -> int:
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
@@ -320,7 +318,7 @@ def test_without_the_right_to_pull_files_are_opened_again(
 
 
 @pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_WRONLY, os.O_RDWR | os.O_DSYNC, os.O_RDONLY | os.O_TRUNC])
-def test_opened_again_it_has_the_same_flags_and_keeps_its_content(
+def test_reopened_file_has_same_flags_and_content(
     slots: Slots, paths: list[Path], monkeypatch: pytest.MonkeyPatch, flags: int
 ) -> None:
     front = Front(paths[:1], flags & ~os.O_TRUNC)
@@ -341,7 +339,7 @@ def test_opened_again_it_has_the_same_flags_and_keeps_its_content(
         front.end()
 
 
-def test_out_of_descriptors_it_drops_some_and_goes_on(slots: Slots, front: Front) -> None:
+def test_worker_without_free_descriptors_drops_some(slots: Slots, front: Front) -> None:
     slots.new_front(front.pid)
 
     def pull_many() -> list[str]:

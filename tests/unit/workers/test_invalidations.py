@@ -1,4 +1,4 @@
-"""Requests that wait for the kernel to drop pages, in the worker and in the invalidator."""
+"""Requests that wait until the kernel has dropped pages, in the worker and in the invalidator."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from llloop.linux import fuse
 from llloop.shared.leadership import Leadership
-from llloop.shared.messages import INVALIDATE, MAX_MESSAGE, Operation, decode, decode_wanted, encode
+from llloop.shared.messages import INVALIDATE, MAX_MESSAGE, Operation, decode, decode_invalidation, encode
 from llloop.shared.slots import Slots
 from llloop.supervisor.invalidator import InvalidatorSetup, run_invalidator
 from llloop.workers import invalidations
@@ -31,13 +31,13 @@ def bench(slots: Slots, device: Device, tmp_path: Path) -> Iterator[Bench]:
 
 
 def asked(bench: Bench) -> tuple[int, int, int, int]:
-    return decode_wanted(os.read(bench.asked[0], MAX_MESSAGE))
+    return decode_invalidation(os.read(bench.asked[0], MAX_MESSAGE))
 
 
 def dropped(bench: Bench, unique: int) -> None:
     held = bench.invalidations.take(unique)
     assert held is not None
-    left = bench.operations.go_on(held)
+    left = bench.operations.continue_held(held)
     if left is not None:
         bench.operations.resume(left)
 
@@ -46,7 +46,7 @@ def lent(bench: Bench) -> int:
     return sum(1 for state in bench.slots.states if state)
 
 
-def test_a_seek_sees_what_was_written_meanwhile(bench: Bench) -> None:
+def test_lseek_sees_writes_of_dropped_pages(bench: Bench) -> None:
     path = bench.open(1)
     os.truncate(path, 1 << 20)
     request = bench.lend(Operation.LSEEK, flags=INVALIDATE, extra=(os.SEEK_DATA, NODEID))
@@ -61,7 +61,7 @@ def test_a_seek_sees_what_was_written_meanwhile(bench: Bench) -> None:
     assert int.from_bytes(reply.payload, "little") == 1 << 19
 
 
-def test_attributes_wait_for_the_pages_of_a_write(bench: Bench) -> None:
+def test_getattr_waits_for_pages_of_a_write(bench: Bench) -> None:
     path = bench.open(1, b"old")
     request = bench.lend(Operation.WRITE, payload=b"new", flags=INVALIDATE, extra=(NODEID,))
     assert bench.operations.execute(request)
@@ -80,7 +80,7 @@ def test_attributes_wait_for_the_pages_of_a_write(bench: Bench) -> None:
     assert lent(bench) == 0
 
 
-def test_a_successor_has_the_pages_dropped_again(bench: Bench) -> None:
+def test_successor_drops_the_pages_again(bench: Bench) -> None:
     bench.open(1, b"old")
     request = bench.lend(Operation.WRITE, payload=b"new", flags=INVALIDATE, extra=(NODEID,))
     bench.operations.execute(request)
@@ -93,8 +93,8 @@ def test_a_successor_has_the_pages_dropped_again(bench: Bench) -> None:
     assert lent(bench) == 0
 
 
-def test_of_the_writes_of_an_inode_at_most_two_are_held(bench: Bench) -> None:
-    """Else they would have all slots, and none would be left for the READ that the kernel's dropping waits for."""
+def test_at_most_two_writes_of_an_inode_are_held(bench: Bench) -> None:
+    """Otherwise they could occupy all slots, and the READ for which the kernel waits would get none."""
     bench.open(1, bytes(100))
     requests = [
         bench.lend(Operation.WRITE, payload=b"new", offset=10 * number, flags=INVALIDATE, extra=(NODEID,))
@@ -116,14 +116,14 @@ def test_of_the_writes_of_an_inode_at_most_two_are_held(bench: Bench) -> None:
     assert lent(bench) == 0
 
 
-def test_the_invalidator_is_asked_again(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may have been killed."""
-    monkeypatch.setattr(invalidations, "_PATIENCE", 0.01)
+def test_invalidator_is_asked_again_after_timeout(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The invalidator may have been killed."""
+    monkeypatch.setattr(invalidations, "_ANSWER_TIMEOUT", 0.01)
     bench.open(1)
     reader, writer = os.pipe2(os.O_DIRECT)
     descriptors = Descriptors(bench.slots)
     worker = Worker(
-        1, bench.slots, reader, bench.operations, bench.sheet, descriptors, Leadership(), bench.invalidations
+        1, bench.slots, reader, bench.operations, bench.counters, descriptors, Leadership(), bench.invalidations
     )
     request = bench.lend(Operation.LSEEK, flags=INVALIDATE, extra=(os.SEEK_HOLE, NODEID))
     bench.operations.execute(request)
@@ -137,7 +137,7 @@ def test_the_invalidator_is_asked_again(bench: Bench, monkeypatch: pytest.Monkey
         os.close(reader)
 
 
-def test_the_invalidator_tells_the_worker_that_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalidator_answers_the_worker_that_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llloop.supervisor.invalidator.drop_capabilities_except", lambda capabilities: None)
     told: list[tuple[int, ...]] = []
     monkeypatch.setattr("llloop.shared.notifications.drop_pages", lambda *arguments: told.append(arguments))

@@ -1,4 +1,4 @@
-"""A worker's loop: messages off the pipe, and what a worker before it left."""
+"""The main loop of a worker: messages from the pipe, and requests that a previous worker has left."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from llloop.shared.leadership import Leadership
 from llloop.shared.messages import Operation, Request, encode
-from llloop.shared.metrics import Sheet
+from llloop.shared.metrics import ProcessCounters
 from llloop.shared.slots import Slots
 from llloop.workers.descriptors import Descriptors
 from llloop.workers.invalidations import Invalidations
@@ -20,7 +20,7 @@ SHARD = 1
 
 
 class Recorder:
-    """What stands for `Transfers`: notes what it is asked to do, and gives slots back as the real one does."""
+    """Replaces `Operations`: records requests and gives back their slots."""
 
     def __init__(self, slots: Slots) -> None:
         self.slots = slots
@@ -52,23 +52,23 @@ def recorder(slots: Slots) -> Recorder:
 
 
 @pytest.fixture
-def sheet() -> Sheet:
-    return Sheet()
+def counters() -> ProcessCounters:
+    return ProcessCounters()
 
 
-def new_worker(slots: Slots, pipe: int, recorder: Recorder, sheet: Sheet) -> Worker:
-    return Worker(SHARD, slots, pipe, recorder, sheet, Descriptors(slots), Leadership(), Invalidations(-1))  # type: ignore[arg-type]
+def new_worker(slots: Slots, pipe: int, recorder: Recorder, counters: ProcessCounters) -> Worker:
+    return Worker(SHARD, slots, pipe, recorder, counters, Descriptors(slots), Leadership(), Invalidations(-1))  # type: ignore[arg-type]
 
 
-def catch_up(worker: Worker) -> None:
+def do_waiting(worker: Worker) -> None:
     """Do what a worker before this one has left, before there is a message."""
     worker.recover()
-    assert worker.catch_up()
+    assert worker.do_waiting()
 
 
 @pytest.fixture
-def worker(slots: Slots, pipe: tuple[int, int], recorder: Recorder, sheet: Sheet) -> Worker:
-    return new_worker(slots, pipe[0], recorder, sheet)
+def worker(slots: Slots, pipe: tuple[int, int], recorder: Recorder, counters: ProcessCounters) -> Worker:
+    return new_worker(slots, pipe[0], recorder, counters)
 
 
 def message(unique: int, slot: int = -1) -> bytes:
@@ -79,7 +79,7 @@ def lend(slots: Slots, slot: int, unique: int, shard: int = SHARD) -> None:
     slots.lend(slot, shard, message(unique, slot), unique)
 
 
-def test_messages_are_done_in_their_order_until_the_front_is_gone(
+def test_messages_are_done_in_order_until_end_of_pipe(
     worker: Worker, pipe: tuple[int, int], recorder: Recorder
 ) -> None:
     for unique in (3, 1, 2):
@@ -90,7 +90,7 @@ def test_messages_are_done_in_their_order_until_the_front_is_gone(
     assert recorder.resumed == []
 
 
-def test_what_is_no_request_is_logged_and_dropped(
+def test_invalid_messages_are_logged_and_dropped(
     worker: Worker, pipe: tuple[int, int], recorder: Recorder, caplog: pytest.LogCaptureFixture
 ) -> None:
     for data in (b"\xc1", encode([]), message(1)[:-1], message(7)):
@@ -102,27 +102,27 @@ def test_what_is_no_request_is_logged_and_dropped(
     assert len(caplog.records) == 3
 
 
-def test_what_was_taken_and_not_answered_is_done_oldest_first(
+def test_recovery_does_unanswered_requests_oldest_first(
     worker: Worker, slots: Slots, pipe: tuple[int, int], recorder: Recorder
 ) -> None:
     for slot, unique in enumerate((30, 10, 20)):
         lend(slots, slot, unique)
     lend(slots, 3, 5, 0)
-    catch_up(worker)
+    do_waiting(worker)
     assert recorder.resumed == [10, 20, 30]
     assert [slot for slot, _ in slots.lent_to(0)] == [3], "another worker's"
     assert slots.free_slot() == 0
     os.close(pipe[1])
 
 
-def test_what_still_lies_in_the_pipe_is_not_done_twice(
+def test_recovered_requests_in_the_pipe_are_not_repeated(
     worker: Worker, slots: Slots, pipe: tuple[int, int], recorder: Recorder
 ) -> None:
     for slot, unique in enumerate((10, 11, 12)):
         lend(slots, slot, unique)
         if unique > 10:  # 10 was taken off the pipe by the worker that died
             os.write(pipe[1], message(unique, slot))
-    catch_up(worker)
+    do_waiting(worker)
     os.write(pipe[1], message(13))
     os.close(pipe[1])
     worker.run()
@@ -130,24 +130,24 @@ def test_what_still_lies_in_the_pipe_is_not_done_twice(
     assert recorder.executed == [13]
 
 
-def test_releases_in_the_pipe_are_done_after_a_recovery(
+def test_releases_in_the_pipe_are_done_after_recovery(
     worker: Worker, slots: Slots, pipe: tuple[int, int], recorder: Recorder
 ) -> None:
     lend(slots, 0, 10)
     os.write(pipe[1], encode((Operation.RELEASE, 0, -1, -1, -1, 0, 0, 0, 0, 0, (1,))))
-    catch_up(worker)
+    do_waiting(worker)
     os.close(pipe[1])
     worker.run()
     assert recorder.executed == [0]
 
 
-def test_a_reminder_means_requests_and_not_what_came_into_their_slots_later(
+def test_resume_ignores_newer_requests_in_the_same_slots(
     worker: Worker, slots: Slots, pipe: tuple[int, int], recorder: Recorder
 ) -> None:
-    """It was dead when a new front reminded it; its successor did all that, and the front lent the slot again."""
+    """The worker died before it read RESUME. Its successor did the requests, and the front reused the slots."""
     lend(slots, 0, 10)
     os.write(pipe[1], encode((Operation.RESUME, 0, -1, -1, -1, 0, 0, 0, 0, 0, (10, 11))))
-    catch_up(worker)
+    do_waiting(worker)
     lend(slots, 0, 12)
     os.write(pipe[1], message(12, 0))
     os.close(pipe[1])
@@ -156,13 +156,13 @@ def test_a_reminder_means_requests_and_not_what_came_into_their_slots_later(
     assert recorder.executed == [12]
 
 
-def test_a_slot_that_holds_nonsense_does_not_stop_the_recovery(
+def test_recovery_skips_slots_with_invalid_requests(
     worker: Worker, slots: Slots, pipe: tuple[int, int], recorder: Recorder, caplog: pytest.LogCaptureFixture
 ) -> None:
     slots.lend(0, SHARD, b"\xff\xff")
     lend(slots, 1, 4)
     with caplog.at_level(logging.ERROR):
-        catch_up(worker)
+        do_waiting(worker)
     os.close(pipe[1])
     assert recorder.resumed == [4]
     assert len(caplog.records) == 1
@@ -172,7 +172,7 @@ def resume(uniques: list[int]) -> bytes:
     return encode((Operation.RESUME, 0, -1, -1, -1, 0, 0, 0, 0, 0, uniques))
 
 
-def test_what_a_dead_front_lent_and_did_not_tell_of_is_done_when_the_next_says_so(
+def test_resume_does_requests_whose_message_was_never_sent(
     worker: Worker, slots: Slots, pipe: tuple[int, int], recorder: Recorder
 ) -> None:
     lend(slots, 0, 10)
@@ -189,7 +189,7 @@ def test_what_a_dead_front_lent_and_did_not_tell_of_is_done_when_the_next_says_s
     assert [slot for slot, _ in slots.lent_to(0)] == [3], "another worker's"
 
 
-def test_what_was_lent_after_the_reminder_is_told_of_as_ever(
+def test_requests_after_resume_are_done_from_their_messages(
     worker: Worker, slots: Slots, pipe: tuple[int, int], recorder: Recorder
 ) -> None:
     os.write(pipe[1], resume([10]))
@@ -201,7 +201,7 @@ def test_what_was_lent_after_the_reminder_is_told_of_as_ever(
     assert recorder.executed == [11]
 
 
-def test_a_reminder_after_a_recovery_does_nothing_twice(
+def test_resume_after_recovery_repeats_nothing(
     worker: Worker, slots: Slots, pipe: tuple[int, int], recorder: Recorder
 ) -> None:
     """Front and worker were both killed."""
@@ -209,7 +209,7 @@ def test_a_reminder_after_a_recovery_does_nothing_twice(
     os.write(pipe[1], message(10, 0))
     lend(slots, 1, 11)
     os.write(pipe[1], resume([10, 11]))
-    catch_up(worker)
+    do_waiting(worker)
     os.close(pipe[1])
     worker.run()
     assert sorted(recorder.resumed) == [10, 11]
@@ -219,17 +219,17 @@ def test_a_reminder_after_a_recovery_does_nothing_twice(
 RESENT = 1 << 63
 
 
-def test_what_its_successor_has_done_is_not_done_by_the_successor_after_it(
-    slots: Slots, pipe: tuple[int, int], recorder: Recorder, sheet: Sheet
+def test_second_successor_does_not_repeat_requests(
+    slots: Slots, pipe: tuple[int, int], recorder: Recorder, counters: ProcessCounters
 ) -> None:
-    """The second was killed before it had taken the messages off the pipe; newer data may have been written since."""
+    """The first successor died before it read the messages from the pipe. There may be newer data since."""
     for slot in range(3):
         lend(slots, slot, 10 + slot)
         os.write(pipe[1], message(10 + slot, slot))
-    catch_up(new_worker(slots, pipe[0], recorder, sheet))
+    do_waiting(new_worker(slots, pipe[0], recorder, counters))
     assert recorder.resumed == [10, 11, 12]
-    third = new_worker(slots, pipe[0], recorder, sheet)
-    catch_up(third)
+    third = new_worker(slots, pipe[0], recorder, counters)
+    do_waiting(third)
     lend(slots, 1, 20)  # a slot has been given back and lent again
     os.write(pipe[1], message(20, 1))
     os.close(pipe[1])
@@ -238,10 +238,10 @@ def test_what_its_successor_has_done_is_not_done_by_the_successor_after_it(
     assert recorder.executed == [20]
 
 
-def test_a_request_that_was_sent_again_is_found_under_either_number(
+def test_resent_request_is_found_with_old_and_new_unique(
     worker: Worker, slots: Slots, pipe: tuple[int, int], recorder: Recorder
 ) -> None:
-    """The message of the front that died is in the pipe still."""
+    """The message of the dead front is still in the pipe."""
     lend(slots, 0, 10)
     os.write(pipe[1], message(10, 0))
     slots.claim(0, 10 | RESENT)
@@ -252,13 +252,13 @@ def test_a_request_that_was_sent_again_is_found_under_either_number(
     assert slots.lent_to(SHARD) == []
 
 
-def test_what_was_begun_is_gone_on_with_before_anything_else(
+def test_begun_request_is_resumed_first(
     worker: Worker, slots: Slots, pipe: tuple[int, int], recorder: Recorder
 ) -> None:
     for slot in range(3):
         lend(slots, slot, 10 + slot)
     lend(slots, 3, 1 | RESENT)
     slots.stages[2] = 1
-    catch_up(worker)
+    do_waiting(worker)
     os.close(pipe[1])
     assert recorder.resumed == [12, 1 | RESENT, 10, 11]

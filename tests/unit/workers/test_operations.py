@@ -1,4 +1,4 @@
-"""The data requests on files, with a file in the place of /dev/fuse: what is done, answered, and done again."""
+"""The operations of a worker on files, with a file instead of /dev/fuse: effects, answers, and recovery."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import pytest
 from llloop.linux import syscalls
 from llloop.linux.credentials import SetidGuard, Writer
 from llloop.linux.fuse import FUSE_NOTIFY_INVAL_INODE, Opcode
-from llloop.shared.messages import APPEND, DATA_ONLY, KILL_PRIVILEGES, ONCE, Operation, Request, encode
-from llloop.shared.metrics import BYTES, ERRORS, Sheet
+from llloop.shared.messages import APPEND, DATA_ONLY, KILL_PRIVILEGES, SINGLE_CALL, Operation, Request, encode
+from llloop.shared.metrics import BYTES, ERRORS, ProcessCounters
 from llloop.shared.slots import Slots
 from llloop.workers.invalidations import Invalidations
 from llloop.workers.operations import Operations, opcode_of
@@ -34,7 +34,7 @@ _BEGUN, _APPENDING, _SHIFTING, _DONE, _COPYING = range(5)
 
 
 class Files:
-    """Open files by handle, as a worker's leases have them."""
+    """Provides open files by handle, as `workers.descriptors` does."""
 
     def __init__(self) -> None:
         self.open: dict[int, int] = {}
@@ -50,14 +50,14 @@ class Files:
 
 
 class Bench:
-    """A worker without a front: requests are lent and done, answers read."""
+    """A worker without a front: lends and does requests, reads answers."""
 
     def __init__(self, slots: Slots, device: Device, directory: Path, writer: Writer | None = None) -> None:
         self.slots = slots
         self.device = device
         self.directory = directory
         self.files = Files()
-        self.sheet = Sheet()
+        self.counters = ProcessCounters()
         self.asked = os.pipe2(os.O_CLOEXEC | os.O_DIRECT)
         self.invalidations = Invalidations(self.asked[1])
         self.operations = Operations(
@@ -66,7 +66,7 @@ class Bench:
             KernelReplies(device.fd, slots.payload_size),
             SetidGuard(),
             writer or OwnIdentity(),
-            self.sheet,
+            self.counters,
             self.invalidations,
         )
         self.unique = 0
@@ -114,7 +114,7 @@ class Bench:
 
     def counted(self, opcode: Opcode) -> tuple[int, int]:
         """Errors and bytes; the requests are counted by who hands them in."""
-        return self.sheet.rows[opcode][ERRORS], self.sheet.rows[opcode][BYTES]
+        return self.counters.rows[opcode][ERRORS], self.counters.rows[opcode][BYTES]
 
     def close(self) -> None:
         for fd in (*self.files.open.values(), *self.asked):
@@ -150,14 +150,14 @@ def test_write(bench: Bench) -> None:
     assert bench.counted(Opcode.WRITE) == (0, 6)
 
 
-def test_a_write_of_the_largest_size(bench: Bench) -> None:
+def test_write_of_maximum_size(bench: Bench) -> None:
     path = bench.open(1)
     data = pattern(bench.slots.payload_size)
     assert count_of(bench.do(Operation.WRITE, offset=1, payload=data)) == len(data)
     assert path.read_bytes() == b"\0" + data
 
 
-def test_an_append_goes_to_the_end_wherever_that_is(bench: Bench) -> None:
+def test_append_goes_to_the_current_end(bench: Bench) -> None:
     path = bench.open(1, b"0123456789")
     with open(path, "ab") as behind:
         behind.write(b"behind")
@@ -217,8 +217,8 @@ def test_copy_file_range(bench: Bench) -> None:
     assert bench.told == []
 
 
-def test_the_kernel_hears_of_set_id_bits_before_the_answer(bench: Bench) -> None:
-    """Where it has not asked to clear them: the inode comes with the request then."""
+def test_attributes_are_expired_before_the_answer_clears_set_id_bits(bench: Bench) -> None:
+    """If the kernel has not asked to clear the bits, the request contains the inode."""
     path = bench.open(1, b"program")
     path.chmod(0o4755)
     bench.do(Operation.WRITE, payload=b"x", extra=(9,))
@@ -231,7 +231,7 @@ def test_the_kernel_hears_of_set_id_bits_before_the_answer(bench: Bench) -> None
 
 
 @pytest.mark.parametrize("number", [errno.EXDEV, errno.ENOSYS])
-def test_a_copy_that_the_source_cannot_do_is_left_to_the_kernel(
+def test_unsupported_copy_file_range_gives_eopnotsupp(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     bench.open(1)
@@ -244,7 +244,7 @@ def test_a_copy_that_the_source_cannot_do_is_left_to_the_kernel(
     assert bench.do(Operation.COPY_FILE_RANGE, handle=2, length=1, extra=(1, 0, 0, 5, 0)).error == errno.EOPNOTSUPP
 
 
-def test_a_copy_of_more_than_a_reply_can_report_is_cut(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copy_file_range_is_limited_to_what_a_reply_can_report(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.open(1)
     bench.open(2)
     asked = []
@@ -258,7 +258,7 @@ def test_a_copy_of_more_than_a_reply_can_report_is_cut(bench: Bench, monkeypatch
     assert 0 < asked[0] < 2**32
 
 
-def test_errors_of_the_source_are_answered_and_counted(bench: Bench) -> None:
+def test_source_errors_are_answered_and_counted(bench: Bench) -> None:
     bench.open(1, flags=os.O_RDONLY)
     bench.open(2, flags=os.O_WRONLY)
     assert bench.do(Operation.WRITE, payload=b"x").error == errno.EBADF
@@ -268,7 +268,7 @@ def test_errors_of_the_source_are_answered_and_counted(bench: Bench) -> None:
     assert (bench.counted(Opcode.READ), bench.counted(Opcode.WRITE)) == ((2, 0), (2, 0))
 
 
-def test_whatever_else_goes_wrong_is_eio_and_logged(
+def test_unexpected_exceptions_give_eio_and_are_logged(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     bench.open(1)
@@ -283,24 +283,24 @@ def test_whatever_else_goes_wrong_is_eio_and_logged(
     assert bench.counted(Opcode.FSYNC) == (1, 0)
 
 
-def test_an_operation_that_does_not_exist(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+def test_unknown_operation_gives_eio(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
     assert bench.do(99).error == errno.EIO
 
 
-def test_a_release_is_passed_on_and_not_answered(bench: Bench) -> None:
+def test_release_is_not_answered(bench: Bench) -> None:
     bench.operations.execute(Request(Operation.RELEASE, 0, -1, -1, -1, extra=(4, 5)))
     assert bench.files.released == [4, 5]
     assert bench.device.take() == []
-    assert bench.sheet.snapshot() == {}
+    assert bench.counters.snapshot() == {}
 
 
-def test_a_request_without_a_slot_is_answered_too(bench: Bench) -> None:
+def test_request_without_a_slot_is_answered(bench: Bench) -> None:
     bench.open(1, b"abc")
     bench.operations.execute(Request(Operation.READ, 9, -1, 1, 0, 0, 10))
     assert bench.device.only() == Reply(9, 0, b"abc")
 
 
-def test_set_id_bits_go_only_if_the_request_says_so(bench: Bench) -> None:
+def test_set_id_bits_are_cleared_only_if_requested(bench: Bench) -> None:
     if os.geteuid() != 0:
         pytest.skip("an ordinary user's write always clears them")
     path = bench.open(1)
@@ -315,7 +315,7 @@ def test_set_id_bits_go_only_if_the_request_says_so(bench: Bench) -> None:
     assert Child(lambda: [mode_after_write(one) for one in flags]).result() == [0o6755, 0o755, 0o755, 0o6755]
 
 
-def test_a_write_counts_as_its_writers(slots: Slots, device: Device, tmp_path: Path) -> None:
+def test_write_uses_the_ids_of_the_writing_user(slots: Slots, device: Device, tmp_path: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can write as others do")
 
@@ -332,14 +332,14 @@ def test_a_write_counts_as_its_writers(slots: Slots, device: Device, tmp_path: P
 # A worker died, and its successor finds a request that was not answered
 
 
-def test_a_read_is_done_again(bench: Bench) -> None:
+def test_resume_repeats_a_read(bench: Bench) -> None:
     bench.open(1, b"content")
     request = bench.lend(Operation.READ, length=100)
     bench.operations.resume(request)
     assert bench.answered(request).payload == b"content"
 
 
-def test_a_write_that_was_not_begun_is_done(bench: Bench) -> None:
+def test_resume_does_a_write_that_was_not_begun(bench: Bench) -> None:
     path = bench.open(1, b"0123456789")
     request = bench.lend(Operation.WRITE, offset=4, payload=b"abc")
     bench.operations.resume(request)
@@ -347,7 +347,7 @@ def test_a_write_that_was_not_begun_is_done(bench: Bench) -> None:
     assert path.read_bytes() == b"0123abc789"
 
 
-def test_a_write_that_was_done_is_only_answered(bench: Bench) -> None:
+def test_resume_only_answers_a_write_that_was_done(bench: Bench) -> None:
     path = bench.open(1, b"0123456789")
     request = bench.lend(Operation.WRITE, offset=4, payload=b"abc")
     bench.slots.results[request.slot] = ~2
@@ -357,8 +357,8 @@ def test_a_write_that_was_done_is_only_answered(bench: Bench) -> None:
     assert path.read_bytes() == b"0123456789"
 
 
-def test_an_append_that_was_just_done_is_only_answered(bench: Bench) -> None:
-    """Its worker died between the two stores that say so; the file has grown too much to look for it."""
+def test_resume_only_answers_an_append_that_was_done(bench: Bench) -> None:
+    """The worker died between the two stores that note this. The file has grown too much to search for the data."""
     path = bench.open(1, b"log\nline\n" + bytes(3_000_000))
     request = bench.lend(Operation.WRITE, payload=b"line\n", flags=APPEND)
     bench.slots.results[request.slot] = ~5
@@ -369,8 +369,8 @@ def test_an_append_that_was_just_done_is_only_answered(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("operation", [Operation.FALLOCATE, Operation.COPY_FILE_RANGE])
-def test_what_was_done_is_not_done_again_after_others_have_written(bench: Bench, operation: Operation) -> None:
-    """Its worker died between answer and end; then the front has written to the same place."""
+def test_done_request_is_not_repeated_after_newer_writes(bench: Bench, operation: Operation) -> None:
+    """The worker died between answer and giving back. Then the front wrote to the same range."""
     path = bench.open(1, b"0123456789")
     bench.open(2, b"abcdefghij")
     hole = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
@@ -383,7 +383,7 @@ def test_what_was_done_is_not_done_again_after_others_have_written(bench: Bench,
     assert path.read_bytes() == b"0123456789"
 
 
-def test_an_append_that_was_not_begun_is_done(bench: Bench) -> None:
+def test_resume_does_an_append_that_was_not_begun(bench: Bench) -> None:
     path = bench.open(1, b"log\n")
     request = bench.lend(Operation.WRITE, payload=b"line\n", flags=APPEND)
     bench.operations.resume(request)
@@ -391,7 +391,7 @@ def test_an_append_that_was_not_begun_is_done(bench: Bench) -> None:
     assert path.read_bytes() == b"log\nline\n"
 
 
-def test_an_append_that_was_about_to_begin_is_done(bench: Bench) -> None:
+def test_resume_does_an_append_that_was_marked_but_not_written(bench: Bench) -> None:
     path = bench.open(1, b"log\n")
     request = begun(bench, b"line\n")
     bench.operations.resume(request)
@@ -400,7 +400,7 @@ def test_an_append_that_was_about_to_begin_is_done(bench: Bench) -> None:
 
 
 class Killed(BaseException):
-    """SIGKILL."""
+    """Stands for SIGKILL."""
 
 
 def begun(bench: Bench, payload: bytes, written: int = -1, flags: int = APPEND) -> Request:
@@ -439,8 +439,8 @@ def others_append(path: Path, content: bytes) -> None:
 @pytest.mark.parametrize("after", [b"", b"another's line\n"])
 @pytest.mark.parametrize("before", [b"", b"somebody was quicker\n"])
 @pytest.mark.parametrize("flags", [os.O_RDWR, os.O_WRONLY])
-def test_an_append_is_not_doubled(bench: Bench, before: bytes, after: bytes, flags: int) -> None:
-    """The worker died between the write and its note that it was done."""
+def test_append_is_not_repeated(bench: Bench, before: bytes, after: bytes, flags: int) -> None:
+    """The worker died between the write and noting that it was done."""
     path = bench.open(1, b"log\n", flags)
     request = begun(bench, b"line\n")
     others_append(path, before)
@@ -452,8 +452,8 @@ def test_an_append_is_not_doubled(bench: Bench, before: bytes, after: bytes, fla
 
 
 @pytest.mark.parametrize("theirs", [b"line\n", b"line\nline\n", b"line", b"line\nl"])
-def test_what_others_append_is_not_taken_for_it(bench: Bench, theirs: bytes) -> None:
-    """However alike it is."""
+def test_appends_of_others_are_not_mistaken_for_ours(bench: Bench, theirs: bytes) -> None:
+    """Even if the data is the same."""
     path = bench.open(1, b"log\n")
     request = begun(bench, b"line\n")
     others_append(path, theirs)
@@ -464,7 +464,7 @@ def test_what_others_append_is_not_taken_for_it(bench: Bench, theirs: bytes) -> 
 
 @pytest.mark.parametrize("theirs", [b"", b"line\n", b"theirs\n"])
 @pytest.mark.parametrize("written", [1, 4])
-def test_an_append_that_was_cut_short_is_completed(bench: Bench, written: int, theirs: bytes) -> None:
+def test_partial_append_is_completed(bench: Bench, written: int, theirs: bytes) -> None:
     """SIGKILL can end a write in the middle."""
     path = bench.open(1, b"log\n")
     request = begun(bench, b"line\n", written)
@@ -476,7 +476,7 @@ def test_an_append_that_was_cut_short_is_completed(bench: Bench, written: int, t
 
 @pytest.mark.parametrize("second", [-1, 1, 2, 4])
 @pytest.mark.parametrize("first", [1, 3])
-def test_so_it_is_if_its_successor_is_killed_too(bench: Bench, first: int, second: int) -> None:
+def test_partial_append_is_completed_after_two_deaths(bench: Bench, first: int, second: int) -> None:
     path = bench.open(1, b"log\n")
     request = begun(bench, b"line\n", first)
     die(bench, request, second, resume=True)
@@ -486,7 +486,7 @@ def test_so_it_is_if_its_successor_is_killed_too(bench: Bench, first: int, secon
 
 
 @pytest.mark.parametrize("step", range(12))
-def test_wherever_a_successor_is_killed_while_it_notes_what_it_finds(bench: Bench, step: int) -> None:
+def test_append_survives_death_of_successor_at_every_step(bench: Bench, step: int) -> None:
     path = bench.open(1, b"log\n")
     request = begun(bench, b"line\n", 3)
     life = Life(step)
@@ -519,8 +519,8 @@ def test_wherever_a_successor_is_killed_while_it_notes_what_it_finds(bench: Benc
     assert path.read_bytes() == b"log\nline\n"
 
 
-def test_where_it_cannot_be_known_an_error_is_told(bench: Bench) -> None:
-    """The file was opened again since, and others have written to it."""
+def test_append_of_unknown_extent_gives_eio(bench: Bench) -> None:
+    """The file was reopened, and others have written to it."""
     path = bench.open(1, b"log\n")
     request = begun(bench, b"line\n", 5)
     os.close(bench.files.open[1])
@@ -530,7 +530,7 @@ def test_where_it_cannot_be_known_an_error_is_told(bench: Bench) -> None:
     assert path.read_bytes() == b"log\nline\n"
 
 
-def test_opened_again_it_is_done_if_nothing_has_come_to_the_file(bench: Bench) -> None:
+def test_append_to_reopened_unchanged_file_is_done(bench: Bench) -> None:
     path = bench.open(1, b"log\n")
     request = begun(bench, b"line\n")
     os.close(bench.files.open[1])
@@ -540,7 +540,7 @@ def test_opened_again_it_is_done_if_nothing_has_come_to_the_file(bench: Bench) -
     assert path.read_bytes() == b"log\nline\n"
 
 
-def test_where_files_cannot_be_so_large_the_mark_is_nearer(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mark_is_nearer_if_file_size_is_limited(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     lseek = os.lseek
 
     def limited(fd: int, position: int, whence: int) -> int:
@@ -557,7 +557,7 @@ def test_where_files_cannot_be_so_large_the_mark_is_nearer(bench: Bench, monkeyp
     assert path.read_bytes() == b"log\nline\nline\n"
 
 
-def test_an_append_notes_how_far_it_has_come(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_append_notes_its_progress(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.open(1, b"log\n")
     noted = []
     pwritev = os.pwritev
@@ -572,7 +572,7 @@ def test_an_append_notes_how_far_it_has_come(bench: Bench, monkeypatch: pytest.M
     assert noted == [(_APPENDING, 4), (_DONE, ~5)]
 
 
-def test_every_operation_is_counted_as_the_kernels_of_that_name() -> None:
+def test_each_operation_is_counted_with_its_opcode() -> None:
     for operation in set(Operation) - {Operation.RESUME, Operation.PROBE, Operation.INVALIDATED}:
         request = Request(operation, 1, 0, 1, 1)
         assert opcode_of(request) == Opcode[operation.name]
@@ -586,7 +586,7 @@ RESENT = 1 << 63
 
 
 class Deaf(KernelReplies):
-    """The kernel waits for answers under some numbers only."""
+    """A kernel that accepts answers with certain `unique` only."""
 
     def __init__(self, device: int, largest: int) -> None:
         super().__init__(device, largest)
@@ -594,8 +594,8 @@ class Deaf(KernelReplies):
 
     def _send(self, reply: bytes | memoryview) -> None:
         (unique,) = struct.unpack_from("=Q", reply, 8)
-        self.heard = unique not in self.unheard
-        if self.heard:
+        self.accepted = unique not in self.unheard
+        if self.accepted:
             super()._send(reply)
 
 
@@ -607,7 +607,7 @@ def deaf(bench: Bench) -> Deaf:
     return own
 
 
-def test_an_append_whose_answer_nobody_heard_is_only_answered_when_it_comes_again(bench: Bench, deaf: Deaf) -> None:
+def test_resent_append_is_only_answered_if_answer_was_refused(bench: Bench, deaf: Deaf) -> None:
     path = bench.open(1, b"log\n")
     request = bench.lend(Operation.WRITE, payload=b"line\n", flags=APPEND)
     deaf.unheard.add(request.unique)
@@ -626,7 +626,7 @@ def test_an_append_whose_answer_nobody_heard_is_only_answered_when_it_comes_agai
     assert path.read_bytes() == b"log\nline\n"
 
 
-def test_a_read_whose_answer_nobody_heard_is_done_when_it_comes_again(bench: Bench, deaf: Deaf) -> None:
+def test_resent_read_is_repeated_if_answer_was_refused(bench: Bench, deaf: Deaf) -> None:
     bench.open(1, b"content")
     request = bench.lend(Operation.READ, length=100)
     deaf.unheard.add(request.unique)
@@ -637,9 +637,7 @@ def test_a_read_whose_answer_nobody_heard_is_done_when_it_comes_again(bench: Ben
 
 
 @pytest.mark.parametrize("operation", [Operation.READ, Operation.WRITE])
-def test_what_comes_again_while_the_worker_answers_is_answered_at_once(
-    bench: Bench, deaf: Deaf, operation: Operation
-) -> None:
+def test_request_resent_during_its_answer_is_answered_at_once(bench: Bench, deaf: Deaf, operation: Operation) -> None:
     path = bench.open(1, b"content")
     payload = b"CON" if operation == Operation.WRITE else b""
     request = bench.lend(operation, length=3, payload=payload)
@@ -648,7 +646,7 @@ def test_what_comes_again_while_the_worker_answers_is_answered_at_once(
 
     def claimed_meanwhile(reply: bytes | memoryview) -> None:
         send(reply)
-        if not deaf.heard:
+        if not deaf.accepted:
             slots.claim(request.slot, request.unique | RESENT)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -658,8 +656,8 @@ def test_what_comes_again_while_the_worker_answers_is_answered_at_once(
     assert path.read_bytes()[:3] == (b"CON" if payload else b"con")
 
 
-def test_it_may_come_again_under_the_number_that_it_has_already(bench: Bench, deaf: Deaf) -> None:
-    """Two fronts have died: that the number is the same does not mean that the answer was given."""
+def test_request_may_be_resent_with_the_same_unique(bench: Bench, deaf: Deaf) -> None:
+    """Two fronts have died. An equal `unique` does not mean that the answer was given."""
     bench.open(1, b"content")
     request = bench.lend(Operation.READ, length=100)
     bench.slots.claim(request.slot, request.unique | RESENT)
@@ -681,7 +679,7 @@ def test_it_may_come_again_under_the_number_that_it_has_already(bench: Bench, de
 
 
 @pytest.mark.parametrize("operation", [Operation.READ, Operation.WRITE])
-def test_what_was_answered_before_its_worker_died_is_given_back(bench: Bench, deaf: Deaf, operation: Operation) -> None:
+def test_slot_of_an_answered_request_is_given_back(bench: Bench, deaf: Deaf, operation: Operation) -> None:
     path = bench.open(1, b"content")
     request = bench.lend(operation, length=3, payload=b"CON" if operation == Operation.WRITE else b"")
     deaf.unheard.add(request.unique)
@@ -697,26 +695,24 @@ def test_what_was_answered_before_its_worker_died_is_given_back(bench: Bench, de
 
 
 @pytest.mark.parametrize("length", [100, 100_000])
-def test_what_has_no_size_is_read_and_written_by_one_call(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, length: int
-) -> None:
-    """The next read would get the next message, and the second half of a command is another command."""
+def test_single_call_requests_make_one_system_call(bench: Bench, monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    """A second read would get the next message. The second half of a command would be another command."""
     bench.open(1, b"message")
     calls: list[int] = []
     for name in ("preadv", "pwrite"):
         monkeypatch.setattr(os, name, _counted(getattr(os, name), calls))
-    assert bench.do(Operation.READ, length=length, flags=ONCE).payload == b"message"
-    assert count_of(bench.do(Operation.WRITE, payload=pattern(length), flags=ONCE | APPEND)) == length
+    assert bench.do(Operation.READ, length=length, flags=SINGLE_CALL).payload == b"message"
+    assert count_of(bench.do(Operation.WRITE, payload=pattern(length), flags=SINGLE_CALL | APPEND)) == length
     assert len(calls) == 2
     assert (bench.directory / "file-1").read_bytes() == pattern(length), "an append begins at the start, as natively"
 
 
-def test_what_has_no_positions_is_read_and_written_where_it_stands(bench: Bench) -> None:
-    """As trace_pipe and trace_marker of tracefs, for which a pipe stands here."""
+def test_files_without_offsets_are_accessed_at_their_position(bench: Bench) -> None:
+    """A pipe stands for trace_pipe and trace_marker of tracefs."""
     reader, writer = os.pipe()
     bench.files.open |= {1: reader, 2: writer}
-    assert count_of(bench.do(Operation.WRITE, handle=2, payload=b"message", flags=ONCE)) == 7
-    assert bench.do(Operation.READ, length=100, offset=50, flags=ONCE).payload == b"message"
+    assert count_of(bench.do(Operation.WRITE, handle=2, payload=b"message", flags=SINGLE_CALL)) == 7
+    assert bench.do(Operation.READ, length=100, offset=50, flags=SINGLE_CALL).payload == b"message"
 
 
 def _counted(call: Callable[..., int], calls: list[int]) -> Callable[..., int]:
@@ -728,8 +724,8 @@ def _counted(call: Callable[..., int], calls: list[int]) -> Callable[..., int]:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_room_that_comes_late_is_waited_for(bench: Bench, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """The space of a file removed just before is free only when the kernel's FORGET has arrived."""
+def test_write_is_retried_after_lack_of_space(bench: Bench, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """The space of a removed file is free only when FORGET has arrived."""
     bench.open(1)
     bench.open(2, pattern(5000))
     for module, name in ((syscalls, "fallocate"), (os, "copy_file_range"), (os, "pwrite"), (os, "pwritev")):
@@ -778,9 +774,7 @@ def shifting(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize(("mode", "after"), [(COLLAPSE, b"0156"), (INSERT, b"01\0\0\0" + b"23456")])
-def test_a_shift_is_done_once_wherever_the_worker_died(
-    bench: Bench, shifting: list[int], mode: int, after: bytes
-) -> None:
+def test_collapse_and_insert_are_done_once(bench: Bench, shifting: list[int], mode: int, after: bytes) -> None:
     path = bench.open(1, b"0123456")
     assert bench.do(Operation.FALLOCATE, offset=2, length=3, extra=(mode,)).error == 0
     assert path.read_bytes() == after
@@ -797,7 +791,7 @@ def test_a_shift_is_done_once_wherever_the_worker_died(
         assert shifting == ([] if content == after else [mode])
 
 
-def test_a_shift_notes_how_large_the_file_was(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shift_notes_the_file_size(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.open(1, b"0123456")
     noted = []
     monkeypatch.setattr(
@@ -813,7 +807,7 @@ def test_a_shift_notes_how_large_the_file_was(bench: Bench, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("mode", [COLLAPSE, INSERT])
-def test_a_shift_whose_answer_nobody_heard_is_only_answered_when_it_comes_again(
+def test_resent_shift_is_only_answered_if_answer_was_refused(
     bench: Bench, deaf: Deaf, shifting: list[int], mode: int
 ) -> None:
     bench.open(1, b"0123456")
@@ -828,9 +822,7 @@ def test_a_shift_whose_answer_nobody_heard_is_only_answered_when_it_comes_again(
 
 @pytest.mark.parametrize("content", [b"0123456+", b"01234+6"])
 @pytest.mark.parametrize("mode", [COLLAPSE, INSERT])
-def test_where_others_have_changed_the_file_nothing_is_shifted_that_may_have_been(
-    bench: Bench, shifting: list[int], mode: int, content: bytes
-) -> None:
+def test_shift_of_unknown_extent_gives_eio(bench: Bench, shifting: list[int], mode: int, content: bytes) -> None:
     path = bench.open(1, b"0123456")
     request = bench.lend(Operation.FALLOCATE, offset=2, length=3, extra=(mode,))
     bench.slots.results[request.slot], bench.slots.written[request.slot] = 7, path.stat().st_ctime_ns - 1

@@ -1,4 +1,4 @@
-"""A worker whose system calls take long: what goes on meanwhile, what waits, and what stays open."""
+"""A worker with system calls that take long: which requests go on, which wait, which descriptors stay open."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from llloop.linux.credentials import SetidGuard
 from llloop.shared.leadership import MOST_THREADS, Leadership
 from llloop.shared.messages import BUFFERED, Operation, Request, encode
-from llloop.shared.metrics import Sheet
+from llloop.shared.metrics import ProcessCounters
 from llloop.shared.slots import Slots
 from llloop.workers.descriptors import Descriptors
 from llloop.workers.invalidations import Invalidations
@@ -21,14 +21,14 @@ from llloop.workers.operations import Operations
 from llloop.workers.replies import KernelReplies
 from tests.expect import fails
 from tests.server_processes import wait_until
-from tests.unit.front.test_held_up import PATIENCE, Held
+from tests.unit.front.test_held_up import TIMEOUT, BlockedCall
 from tests.unit.support import Device, OwnIdentity
 
 CONTENT = b"0123456789"
 
 
 class Open(Descriptors):
-    """Open files that come from no front."""
+    """Descriptors that do not come from a front."""
 
     def get(self, handle: int, descriptor: int, file: int = 0) -> int:
         return self._held[handle]
@@ -52,13 +52,13 @@ class Running:
             replies,
             SetidGuard(),
             OwnIdentity(),
-            Sheet(),
+            ProcessCounters(),
             invalidations,
             None,
             leadership,
         )
         self.worker = Worker(
-            0, self.slots, self._reader, operations, Sheet(), self.descriptors, leadership, invalidations
+            0, self.slots, self._reader, operations, ProcessCounters(), self.descriptors, leadership, invalidations
         )
         self._thread = threading.Thread(target=self.worker.run)
         self._unique = 0
@@ -102,7 +102,7 @@ class Running:
     def end(self) -> None:
         os.close(self._writer)
         if self._thread.ident is not None:
-            self._thread.join(PATIENCE)
+            self._thread.join(TIMEOUT)
             assert not self._thread.is_alive()
         os.close(self._reader)
         for fd in self.descriptors._held.values():
@@ -120,33 +120,33 @@ def running(device: Device, tmp_path: Path) -> Iterator[Running]:
 
 
 @pytest.fixture
-def hold(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Held]]:
+def hold(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], BlockedCall]]:
     """Hold up all calls of a function of os; let go of them at the end."""
-    held: list[Held] = []
+    held: list[BlockedCall] = []
 
-    def do(name: str) -> Held:
-        held.append(Held(getattr(os, name)))
+    def do(name: str) -> BlockedCall:
+        held.append(BlockedCall(getattr(os, name)))
         monkeypatch.setattr(os, name, held[-1])
         return held[-1]
 
     yield do
     for one in held:
-        one.let_go()
+        one.release()
 
 
-def test_others_are_answered_while_a_write_is_held_up(running: Running, hold: Callable[[str], Held]) -> None:
+def test_other_requests_are_answered_while_a_write_blocks(running: Running, hold: Callable[[str], BlockedCall]) -> None:
     pwrite = hold("pwrite")
     running.start()
     write = running.ask(Operation.WRITE, 1, b"new")
     assert wait_until(lambda: pwrite.waiting == 1)
     running.answers(running.ask(Operation.READ, 2), running.ask(Operation.FSYNC, 3), running.ask(Operation.READ, 1))
     assert not running.has_answered(write)
-    pwrite.let_go()
+    pwrite.release()
     running.answers(write)
     assert running.content(1) == b"new3456789"
 
 
-def test_what_changes_a_file_is_done_in_its_order(running: Running, hold: Callable[[str], Held]) -> None:
+def test_changes_of_a_file_are_done_in_order(running: Running, hold: Callable[[str], BlockedCall]) -> None:
     pwrite = hold("pwrite")
     running.start()
     first = running.ask(Operation.WRITE, 1, b"first")
@@ -157,14 +157,14 @@ def test_what_changes_a_file_is_done_in_its_order(running: Running, hold: Callab
     assert wait_until(lambda: pwrite.waiting == 2)
     running.answers(running.ask(Operation.READ, 3))
     assert pwrite.waiting == 2, "two threads write to one file"
-    pwrite.let_go()
+    pwrite.release()
     running.answers(first, *later, buffered, other)
     of_the_file = [unique for unique in running.answered if unique in (first, *later, buffered)]
     assert of_the_file == [first, *later, buffered]
     assert running.content(1) == b"3rdond6789"
 
 
-def test_the_last_thread_does_what_waits_for_nothing(running: Running, hold: Callable[[str], Held]) -> None:
+def test_last_thread_only_does_reads(running: Running, hold: Callable[[str], BlockedCall]) -> None:
     pwrite = hold("pwrite")
     running.start()
     writes = []
@@ -173,22 +173,22 @@ def test_the_last_thread_does_what_waits_for_nothing(running: Running, hold: Cal
         assert wait_until(lambda: pwrite.waiting == min(len(writes), MOST_THREADS - 1))
     running.answers(running.ask(Operation.READ, 40), running.ask(Operation.READ, 1))
     assert pwrite.waiting == MOST_THREADS - 1
-    pwrite.let_go()
+    pwrite.release()
     running.answers(*writes)
     assert all(running.content(handle) == b"new3456789" for handle in range(1, MOST_THREADS + 5))
 
 
-def test_readers_of_one_file_leave_threads_for_others(running: Running, hold: Callable[[str], Held]) -> None:
+def test_reads_of_one_file_do_not_occupy_all_threads(running: Running, hold: Callable[[str], BlockedCall]) -> None:
     fsync = hold("fsync")
     running.start()
     syncs = [running.ask(Operation.FSYNC, 1) for _ in range(MOST_THREADS + 5)]
     assert wait_until(lambda: fsync.waiting > 0)
     running.answers(running.ask(Operation.WRITE, 2, b"new"), running.ask(Operation.READ, 1 + 1))
-    fsync.let_go()
+    fsync.release()
     running.answers(*syncs)
 
 
-def test_a_released_descriptor_stays_open_while_it_is_used(running: Running, hold: Callable[[str], Held]) -> None:
+def test_released_descriptor_stays_open_while_in_use(running: Running, hold: Callable[[str], BlockedCall]) -> None:
     pwrite = hold("pwrite")
     running.start()
     fd = running.descriptors._held[1]
@@ -197,7 +197,7 @@ def test_a_released_descriptor_stays_open_while_it_is_used(running: Running, hol
     running.tell(Operation.RELEASE, 1, 2)
     running.answers(running.ask(Operation.READ, 3))
     os.fstat(fd)
-    pwrite.let_go()
+    pwrite.release()
     running.answers(write)
     assert running.content(1) == b"new3456789"
     assert wait_until(lambda: not os.path.exists(f"/proc/self/fd/{fd}"))
@@ -205,18 +205,18 @@ def test_a_released_descriptor_stays_open_while_it_is_used(running: Running, hol
         os.fstat(fd)
 
 
-def test_a_close_that_takes_long_keeps_nobody_waiting(running: Running, hold: Callable[[str], Held]) -> None:
-    """For a large file that was removed it is then that its blocks are freed."""
+def test_slow_close_does_not_block_other_requests(running: Running, hold: Callable[[str], BlockedCall]) -> None:
+    """The last close(2) of a large file that was removed frees its blocks."""
     close = hold("close")
     running.start()
     running.tell(Operation.RELEASE, 1)
     assert wait_until(lambda: close.waiting == 1)
     running.answers(running.ask(Operation.READ, 2), running.ask(Operation.WRITE, 3, b"new"))
-    close.let_go()
+    close.release()
 
 
-def test_a_request_that_is_under_way_is_not_begun_again(running: Running, hold: Callable[[str], Held]) -> None:
-    """A worker before this one has had it, so its message can lie in the pipe, and a front can remind of it."""
+def test_request_in_progress_is_not_begun_again(running: Running, hold: Callable[[str], BlockedCall]) -> None:
+    """The pipe may contain a message that the previous worker has read, and a front may send RESUME."""
     pwrite = hold("pwrite")
     message = running.lend(Operation.WRITE, 1, b"new")
     unique = running._unique
@@ -226,7 +226,7 @@ def test_a_request_that_is_under_way_is_not_begun_again(running: Running, hold: 
     os.write(running._writer, message)
     running.tell(Operation.RESUME, unique)
     running.answers(running.ask(Operation.READ, 2))
-    pwrite.let_go()
+    pwrite.release()
     running.answers(unique)
     running.answers(running.ask(Operation.READ, 2))
     assert pwrite.waiting == 1

@@ -1,4 +1,4 @@
-"""Answers as the kernel gets them: by copy and by splice, whole, short, and past the end of the file."""
+"""Answers as the kernel receives them: copied and spliced, complete, short, and beyond the end of the file."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def content(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     os.close(fd)
 
 
-def test_an_error(replies: KernelReplies, device: Device) -> None:
+def test_error_reply(replies: KernelReplies, device: Device) -> None:
     replies.error(read_request(0, 1), errno.EIO)
     replies.error(read_request(0, 1, unique=2**64 - 1), 0)
     assert device.take() == [Reply(5, errno.EIO, b""), Reply(2**64 - 1, 0, b"")]
 
 
-def test_a_count_and_a_position(replies: KernelReplies, device: Device) -> None:
+def test_count_and_offset_replies(replies: KernelReplies, device: Device) -> None:
     replies.count(read_request(0, 1), 2**32 - 1)
     replies.position(read_request(0, 1), 2**63 - 1)
     assert device.take() == [
@@ -70,15 +70,15 @@ def test_a_count_and_a_position(replies: KernelReplies, device: Device) -> None:
 @example(offset=SIZE - COPY_LIMIT - 1, length=COPY_LIMIT + 2)
 @example(offset=SIZE, length=LARGEST)
 @example(offset=2**40, length=LARGEST)
-def test_any_range_of_a_file(replies: KernelReplies, device: Device, content: int, offset: int, length: int) -> None:
+def test_data_reply_contains_the_range(
+    replies: KernelReplies, device: Device, content: int, offset: int, length: int
+) -> None:
     expected = CONTENT[offset : offset + length]
     assert replies.data(read_request(offset, length), content) == len(expected)
     assert device.only() == Reply(5, 0, expected)
 
 
-def test_large_reads_are_spliced_and_small_ones_are_not(
-    replies: KernelReplies, content: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_large_reads_are_spliced(replies: KernelReplies, content: int, monkeypatch: pytest.MonkeyPatch) -> None:
     spliced = []
     splice = os.splice
 
@@ -94,7 +94,7 @@ def test_large_reads_are_spliced_and_small_ones_are_not(
     assert sum(spliced) == 2 * LARGEST + fuse.OUT_HEADER_SIZE, "into the pipe, and with the header out of it"
 
 
-def test_a_hole_reads_as_zeros(replies: KernelReplies, device: Device, tmp_path: Path) -> None:
+def test_hole_reads_as_zeros(replies: KernelReplies, device: Device, tmp_path: Path) -> None:
     with open(tmp_path / "sparse", "wb+") as file:
         file.truncate(LARGEST)
         file.seek(LARGEST // 2)
@@ -104,7 +104,7 @@ def test_a_hole_reads_as_zeros(replies: KernelReplies, device: Device, tmp_path:
     assert device.only().payload == bytes(LARGEST // 2) + b"x" + bytes(LARGEST // 2 - 1)
 
 
-def test_a_direct_file_is_read_to_its_unaligned_end(replies: KernelReplies, device: Device, content: int) -> None:
+def test_direct_read_reaches_the_unaligned_end(replies: KernelReplies, device: Device, content: int) -> None:
     try:
         fd = os.open(f"/proc/self/fd/{content}", os.O_RDONLY | os.O_DIRECT)
     except OSError:
@@ -118,8 +118,8 @@ def test_a_direct_file_is_read_to_its_unaligned_end(replies: KernelReplies, devi
 
 
 @pytest.mark.parametrize("length", [100, LARGEST])
-def test_what_cannot_be_spliced_is_copied(replies: KernelReplies, device: Device, length: int) -> None:
-    """/proc has no pages to lend."""
+def test_file_without_splice_is_copied(replies: KernelReplies, device: Device, length: int) -> None:
+    """Files in /proc do not support splice(2)."""
     with open("/proc/cpuinfo", "rb", buffering=0) as file:
         replies.data(read_request(0, length), file.fileno())
     reply = device.only()
@@ -128,7 +128,7 @@ def test_what_cannot_be_spliced_is_copied(replies: KernelReplies, device: Device
 
 
 @pytest.mark.parametrize("length", [100, LARGEST])
-def test_a_file_that_cannot_be_read(
+def test_read_error_is_raised(
     replies: KernelReplies, device: Device, content: int, tmp_path: Path, length: int
 ) -> None:
     fd = os.open(tmp_path, os.O_RDONLY)
@@ -149,10 +149,10 @@ def test_a_file_that_cannot_be_read(
 
 
 @pytest.mark.parametrize("lost", [100, LARGEST])
-def test_an_answer_nobody_waits_for_leaves_nothing_behind(
+def test_refused_answer_leaves_no_data_in_the_pipe(
     replies: KernelReplies, device: Device, content: int, monkeypatch: pytest.MonkeyPatch, lost: int
 ) -> None:
-    """The kernel refuses it with ENOENT; the next one must not begin with what was left of it."""
+    """The kernel refuses it with ENOENT. The next answer must not begin with the rest of it."""
     write, splice = os.write, os.splice
 
     def refuse() -> None:
@@ -181,7 +181,7 @@ def test_an_answer_nobody_waits_for_leaves_nothing_behind(
     assert device.only() == Reply(6, 0, CONTENT[1 : 1 + LARGEST])
 
 
-def test_the_death_of_the_device_is_told(content: int) -> None:
+def test_error_of_the_device_is_raised(content: int) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     try:
@@ -194,10 +194,10 @@ def test_the_death_of_the_device_is_told(content: int) -> None:
         os.close(writer)
 
 
-def test_a_pipe_that_stays_small(
+def test_data_is_copied_if_the_pipe_stays_small(
     replies: KernelReplies, device: Device, content: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A user's share of pipe pages can be used up (pipe(7)); then everything is copied."""
+    """The user's limit of pipe pages may be reached (pipe(7))."""
     control = fcntl.fcntl
 
     def refuse(fd: int, command: int, *arguments: int) -> int:
@@ -211,7 +211,7 @@ def test_a_pipe_that_stays_small(
         assert device.only().payload == CONTENT[7 : 7 + LARGEST]
 
 
-def test_an_error_in_the_middle_of_a_splice_leaves_nothing_behind(
+def test_splice_error_leaves_no_data_in_the_pipe(
     replies: KernelReplies, device: Device, content: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     splice = os.splice
@@ -234,7 +234,7 @@ def test_an_error_in_the_middle_of_a_splice_leaves_nothing_behind(
 
 
 @pytest.mark.parametrize("moved", [0, 65536, 65536 + 100])
-def test_a_splice_that_stops_early_is_completed(
+def test_short_splice_is_completed(
     replies: KernelReplies, device: Device, content: int, monkeypatch: pytest.MonkeyPatch, moved: int
 ) -> None:
     splice = os.splice
@@ -270,7 +270,7 @@ def preadv_in_pieces(pieces: list[int | OSError], monkeypatch: pytest.MonkeyPatc
     ("pieces", "expected"),
     [([10], 10), ([4, 6], 10), ([4, 3, 0], 7), ([0], 0), ([4, OSError(errno.EINVAL, "")], 4), ([1] * 10, 10)],
 )
-def test_short_reads_go_on(pieces: list[int | OSError], expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_reads_are_continued(pieces: list[int | OSError], expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
     preadv_in_pieces(pieces, monkeypatch)
     buffer = bytearray(10)
     assert read_fully(-1, memoryview(buffer), 0) == expected
@@ -279,7 +279,9 @@ def test_short_reads_go_on(pieces: list[int | OSError], expected: int, monkeypat
 
 
 @pytest.mark.parametrize("pieces", [[OSError(errno.EINVAL, "")], [4, OSError(errno.EIO, "")]])
-def test_errors_are_not_taken_for_the_end(pieces: list[int | OSError], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_errors_are_not_mistaken_for_end_of_file(
+    pieces: list[int | OSError], monkeypatch: pytest.MonkeyPatch
+) -> None:
     preadv_in_pieces(pieces, monkeypatch)
     with fails(errno.EINVAL, errno.EIO):
         read_fully(-1, memoryview(bytearray(10)), 0)
@@ -296,7 +298,7 @@ def answers() -> Iterator[tuple[int, int]]:
     os.close(writer)
 
 
-def test_a_waiting_front_gets_results_as_numbers(slots: Slots, answers: tuple[int, int]) -> None:
+def test_front_replies_send_results(slots: Slots, answers: tuple[int, int]) -> None:
     reader, writer = answers
     replies = FrontReplies(writer, slots)
     request = read_request(0, 1, unique=2**63)
@@ -308,7 +310,7 @@ def test_a_waiting_front_gets_results_as_numbers(slots: Slots, answers: tuple[in
     assert results == [(2**63, -errno.ENOSPC), (2**63, 0), (2**63, 2**31), (2**63, 2**62)]
 
 
-def test_a_waiting_front_gets_data_in_the_slot(slots: Slots, answers: tuple[int, int], content: int) -> None:
+def test_front_replies_put_data_into_the_slot(slots: Slots, answers: tuple[int, int], content: int) -> None:
     reader, writer = answers
     replies = FrontReplies(writer, slots)
     request = Request(Operation.READ, 1, 3, 1, -1, SIZE - 100, 4096)

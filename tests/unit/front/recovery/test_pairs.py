@@ -21,7 +21,7 @@ from llloop.linux.credentials import SetidGuard
 from llloop.linux.fuse import FUSE_UNIQUE_RESEND, Opcode
 from llloop.shared.leadership import Leadership
 from llloop.shared.messages import MAX_MESSAGE
-from llloop.shared.metrics import Sheet
+from llloop.shared.metrics import ProcessCounters
 from llloop.shared.slots import Slots
 from llloop.workers.descriptors import Descriptors
 from llloop.workers.invalidations import Invalidations
@@ -109,8 +109,8 @@ class Answers(KernelReplies):
         self._moment.step()
         length, error, unique = struct.unpack_from("=IiQ", reply)
         known = unique & ~FUSE_UNIQUE_RESEND
-        self.heard = self._mount.number.get(known) == unique
-        if self.heard:
+        self.accepted = self._mount.number.get(known) == unique
+        if self.accepted:
             del self._mount.number[known], self._mount.line.unanswered[known]
             self._mount.line.answers[known] = Reply(known, -error, bytes(reply[16:length]))
         self._moment.step()
@@ -145,15 +145,17 @@ class Mount:
         watched = _watched(slots, moment)
         invalidations = Invalidations(-1)
         operations = Operations(
-            watched, FrontsFiles(), Answers(self, moment), SetidGuard(), OwnIdentity(), Sheet(), invalidations
+            watched, FrontsFiles(), Answers(self, moment), SetidGuard(), OwnIdentity(), ProcessCounters(), invalidations
         )
-        worker = Worker(0, watched, -1, operations, Sheet(), Descriptors(watched), Leadership(), invalidations)
+        worker = Worker(
+            0, watched, -1, operations, ProcessCounters(), Descriptors(watched), Leadership(), invalidations
+        )
         with pytest.MonkeyPatch.context() as patch:
             for name in ("pwritev", "pwrite", "lseek"):
                 patch.setattr(os, name, moment.around(getattr(os, name)))
             if successor:
                 worker.recover()
-                assert worker.catch_up()
+                assert worker.do_waiting()
             patch.setattr(worker, "_pipe", self._pipe)
             patch.setattr(os, "read", _until_empty(moment))
             worker.run()

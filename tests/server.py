@@ -79,7 +79,7 @@ class Expectation:
 
 
 @dataclass
-class Mirror:
+class Server:
     """SRC and MNT and the server between them (no server, and MNT being SRC, when via is "native")."""
 
     via: str
@@ -105,7 +105,7 @@ class Mirror:
         source: Path | None = None,
         command: Sequence[str] | None = None,
         environment: Mapping[str, str] | None = None,
-    ) -> Mirror:
+    ) -> Server:
         """The directories, and nothing started yet. `command` replaces "python -m llloop serve"."""
         state = reachable_directory("llloop-test-")
         owned = [state]
@@ -269,14 +269,14 @@ class Tree:
 
     behind: Path
     mnt: Path
-    mirror: Mirror
+    server: Server
 
     @property
     def src(self) -> Path:
         """The directory in the source, after what the kernel still keeps of its writes has been sent there."""
-        if "--writeback" in self.mirror.arguments:
-            with opened(self.mirror.mountpoint, os.O_RDONLY) as directory:
+        if "--writeback" in self.server.arguments:
+            with opened(self.server.mountpoint, os.O_RDONLY) as directory:
                 syncfs(directory)
             # Since Linux 6.16 syncfs(2) sends what a FUSE file system has collected, without waiting for the answers.
-            wait_for_requests(str(self.mirror.mountpoint))
+            wait_for_requests(str(self.server.mountpoint))
         return self.behind
