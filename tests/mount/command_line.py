@@ -1,4 +1,4 @@
-"""Runs the llloop command as a user's shell would, and holds it to what it promises of failing and stopping."""
+"""Runs the llloop command as a shell does, and checks errors, exit codes and clean stops."""
 
 from __future__ import annotations
 

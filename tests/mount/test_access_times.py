@@ -1,4 +1,4 @@
-"""A read sets the access time when it would on the source, though the kernel has the pages."""
+"""A read of cached pages updates the access time when a read in the source would."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def is_accessed(path: Path) -> bool:
     "mode",
     ["", "--cache always", "--cache never", "--writeback", pytest.param("--io kernel", marks=pytest.mark.root)],
 )
-def test_a_read_of_cached_pages_sets_the_access_time(serve: Serve, mode: str) -> None:
+def test_read_of_cached_pages_updates_the_access_time(serve: Serve, mode: str) -> None:
     server = serve(*mode.split())
     twins = server.mountpoint / "file", server.source / "native"
     for path in twins:

@@ -1,4 +1,4 @@
-"""POSIX ACLs: kept, inherited and enforced as on the source's own file system."""
+"""POSIX ACLs are stored, inherited and enforced as in the source's file system."""
 
 import errno
 import os
@@ -90,7 +90,7 @@ def try_to_open(path: Path) -> dict[str, Any]:
     )
 
 
-def test_an_acl_is_kept_and_shows_in_the_mode(tree: Tree) -> None:
+def test_acl_is_stored_and_changes_the_mode(tree: Tree) -> None:
     wanted = acl(R | W, R, 0, mask=R | W, users={4002: R | W}, groups={CLUB: R})
 
     def set_it(directory: Path) -> bytes:
@@ -118,7 +118,7 @@ def test_chmod_changes_the_mask(tree: Tree) -> None:
     Twins.of(tree).both(change)
 
 
-def test_a_named_user_and_group_get_what_the_acl_grants(tree: Tree) -> None:
+def test_named_user_and_group_get_their_permissions(tree: Tree) -> None:
     path = make_file(tree.src / "file", 0o600)
     os.setxattr(path, ACCESS, acl(R | W, 0, 0, mask=R | W, users={4002: R | W}, groups={CLUB: R}))
     mounted = tree.mnt / "file"
@@ -130,15 +130,15 @@ def test_a_named_user_and_group_get_what_the_acl_grants(tree: Tree) -> None:
         assert set(run_as(caller, try_to_open, mounted).values()) == {"EACCES", False}
 
 
-def test_the_mask_does_not_grant_the_owning_group_too_much(tree: Tree) -> None:
-    """The mode's group bits are the mask: a server without ACLs in its INIT lets the group do all of it."""
+def test_mask_does_not_widen_permissions_of_the_group(tree: Tree) -> None:
+    """The mode's group bits are the mask. Without FUSE_POSIX_ACL, the kernel would grant them to the group."""
     path = make_file(tree.src / "file", 0o600)
     os.setxattr(path, ACCESS, acl(R | W | X, 0, 0, mask=R | W | X, users={4002: R | W | X}))
     assert stat.S_IMODE(os.stat(tree.mnt / "file").st_mode) == 0o770
     assert set(run_as(IN_TEAM, try_to_open, tree.mnt / "file").values()) == {"EACCES", False}
 
 
-def test_the_mask_limits_what_entries_grant(tree: Tree) -> None:
+def test_mask_limits_entries(tree: Tree) -> None:
     path = make_file(tree.src / "file", 0o600)
     os.setxattr(path, ACCESS, acl(R | W, R | W, R | W, mask=R, users={4002: R | W}, groups={CLUB: R | W}))
     for caller in (NAMED, IN_TEAM, IN_CLUB):
@@ -149,7 +149,7 @@ def test_the_mask_limits_what_entries_grant(tree: Tree) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_random_acls_admit_whom_they_admit_natively(tree: Tree, seed: int) -> None:
+def test_random_acls_are_enforced_as_in_the_source(tree: Tree, seed: int) -> None:
     choice = random.Random(seed)
 
     def permission() -> int:
@@ -200,7 +200,7 @@ def make_one_of_each(directory: Path, umask: int) -> None:
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
 @pytest.mark.parametrize("caller", [ROOT, OWNER, IN_TEAM], ids=["root", "owner", "in team"])
-def test_a_default_acl_is_inherited_instead_of_the_umask(tree: Tree, caller: Caller, umask: int) -> None:
+def test_default_acl_replaces_the_umask(tree: Tree, caller: Caller, umask: int) -> None:
     values = {
         "rich": acl(7, 5, 0, mask=7, users={4002: 7}, groups={CLUB: R}),
         "minimal": acl(7, 5, 5),
@@ -221,7 +221,7 @@ def test_a_default_acl_is_inherited_instead_of_the_umask(tree: Tree, caller: Cal
         twins.both(lambda directory, n=name: make_one_of_each(directory / n, umask), caller=caller.with_umask(umask))
 
 
-def test_a_default_acl_gives_new_files_its_mode(tree: Tree) -> None:
+def test_default_acl_sets_the_mode_of_new_files(tree: Tree) -> None:
     tree.src.chmod(0o777)
     os.setxattr(tree.mnt, DEFAULT, acl(R | W, R | W, R))
     run_as(STRANGER.with_umask(0o077), lambda: os.close(os.open(tree.mnt / "file", os.O_CREAT, 0o666)))
@@ -229,7 +229,7 @@ def test_a_default_acl_gives_new_files_its_mode(tree: Tree) -> None:
     assert os.stat(tree.src / "file").st_uid == STRANGER.uid
 
 
-def test_an_acl_equal_to_a_mode_becomes_the_mode(tree: Tree) -> None:
+def test_minimal_acl_becomes_the_mode(tree: Tree) -> None:
     def set_it(directory: Path) -> Any:
         path = make_file(directory / "file", 0o600)
         os.setxattr(path, ACCESS, acl(R | W, R, R))
@@ -241,7 +241,7 @@ def test_an_acl_equal_to_a_mode_becomes_the_mode(tree: Tree) -> None:
 
 
 @pytest.mark.parametrize("caller", CALLERS.values(), ids=CALLERS.keys())
-def test_setting_and_removing_is_allowed_to_whom_it_is_natively(tree: Tree, caller: Caller) -> None:
+def test_same_users_may_change_acls_as_in_the_source(tree: Tree, caller: Caller) -> None:
     def make(directory: Path) -> None:
         for name in ("bare", "with", "setgid"):
             make_file(directory / name, 0o2775 if name == "setgid" else 0o664)
@@ -293,7 +293,7 @@ def test_setfacl_and_getfacl_work(tree: Tree) -> None:
 
 
 @pytest.mark.parametrize("option", ["never", "auto"])
-def test_an_acl_changed_in_the_source_is_enforced(serve: Serve, option: str) -> None:
+def test_acl_changed_in_the_source_is_enforced(serve: Serve, option: str) -> None:
     server = serve("--cache", option)
     path = make_file(server.source / "file", 0o600)
     mounted = server.mountpoint / "file"

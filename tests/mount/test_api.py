@@ -47,7 +47,7 @@ def gone(pid: int) -> bool:
     return not Path(f"/proc/{pid}").exists()
 
 
-def test_a_mount_for_a_with_block(place: Ground) -> None:
+def test_mount_lasts_as_long_as_the_with_block(place: Ground) -> None:
     (place.source / "file").write_text("content")
     with llloop.mount(place.source, place.mountpoint, workers=2) as mounted:
         assert is_mounted(place)
@@ -62,13 +62,13 @@ def test_a_mount_for_a_with_block(place: Ground) -> None:
     assert (place.source / "new").stat().st_size == 1_000_000
 
 
-def test_strings_are_paths_too(place: Ground) -> None:
+def test_paths_may_be_strings(place: Ground) -> None:
     with llloop.mount(str(place.source), str(place.mountpoint)):
         assert is_mounted(place)
     assert not is_mounted(place)
 
 
-def test_an_exception_in_the_block_unmounts_and_goes_on(place: Ground) -> None:
+def test_exception_in_the_block_unmounts_and_propagates(place: Ground) -> None:
     with pytest.raises(ZeroDivisionError), llloop.mount(place.source, place.mountpoint) as mounted:
         pid = mounted.pid
         raise ZeroDivisionError
@@ -76,7 +76,7 @@ def test_an_exception_in_the_block_unmounts_and_goes_on(place: Ground) -> None:
     assert gone(pid)
 
 
-def test_a_file_left_open_in_the_block_does_not_keep_it_mounted(place: Ground) -> None:
+def test_open_file_does_not_prevent_the_unmount(place: Ground) -> None:
     with llloop.mount(place.source, place.mountpoint) as mounted:
         pid = mounted.pid
         held = open(place.mountpoint / "file", "w")  # noqa: SIM115
@@ -88,7 +88,7 @@ def test_a_file_left_open_in_the_block_does_not_keep_it_mounted(place: Ground) -
         os.close(os.dup2(os.open("/dev/null", os.O_RDWR), held.fileno()))
 
 
-def test_options_are_keywords(place: Ground) -> None:
+def test_options_are_keyword_arguments(place: Ground) -> None:
     with llloop.mount(place.source, place.mountpoint, workers=1, read_only=True, fsname="a name", options=("noatime",)):
         entry = mount_entry(str(place.mountpoint))
         assert entry and {"ro", "noatime"} <= set(entry[5].split(","))
@@ -97,8 +97,8 @@ def test_options_are_keywords(place: Ground) -> None:
             (place.mountpoint / "file").touch()
 
 
-def test_the_command_s_environment_is_not_the_library_s(place: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody expects of a program that says how it mounts to mount otherwise for a variable in its user's shell."""
+def test_library_ignores_environment_variables(place: Ground, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable in the user's shell must not change how a program mounts."""
     monkeypatch.setenv("LLLOOP_SERVE_READ_ONLY", "1")
     monkeypatch.setenv("LLLOOP_SERVE_WORKERS", "3")
     with llloop.mount(place.source, place.mountpoint, workers=1) as mounted:
@@ -107,13 +107,13 @@ def test_the_command_s_environment_is_not_the_library_s(place: Ground, monkeypat
     assert (place.source / "file").read_text() == "content"
 
 
-def test_an_unknown_keyword(place: Ground) -> None:
+def test_unknown_keyword_is_refused(place: Ground) -> None:
     with pytest.raises(errors.UsageError, match="wrokers"), llloop.mount(place.source, place.mountpoint, wrokers=2):
         raise AssertionError("mounted")
     assert not is_mounted(place)
 
 
-def test_bad_input_is_an_exception_of_its_kind(place: Ground) -> None:
+def test_invalid_input_raises_its_exception_class(place: Ground) -> None:
     cases: list[tuple[type[errors.LlloopError], Path, Path, dict[str, Any]]] = [
         (errors.SourceError, place.source / "missing", place.mountpoint, {}),
         (errors.MountpointError, place.source, place.mountpoint / "missing", {}),
@@ -141,7 +141,7 @@ def test_two_mounts_at_once(place: Ground) -> None:
         unmount_lazily(str(second))
 
 
-def test_one_after_the_other_leaves_no_descriptors(place: Ground) -> None:
+def test_successive_mounts_leak_no_descriptors(place: Ground) -> None:
     def descriptors() -> int:
         return len(os.listdir("/proc/self/fd"))
 
@@ -154,7 +154,7 @@ def test_one_after_the_other_leaves_no_descriptors(place: Ground) -> None:
     assert descriptors() == before
 
 
-def test_a_program_with_threads_and_handlers_of_its_own(place: Ground) -> None:
+def test_program_with_threads_and_signal_handlers(place: Ground) -> None:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)}
     done = threading.Event()
     lock = threading.Lock()
@@ -178,14 +178,14 @@ def test_a_program_with_threads_and_handlers_of_its_own(place: Ground) -> None:
     assert {number: signal.getsignal(number) for number in handlers} == handlers
 
 
-def test_a_mount_unmounted_by_somebody_else(place: Ground) -> None:
+def test_mount_unmounted_by_another_process(place: Ground) -> None:
     with llloop.mount(place.source, place.mountpoint) as mounted:
         subprocess.run(["fusermount", "-u", place.mountpoint], check=True, timeout=30)
     assert gone(mounted.pid)
 
 
-def test_a_fork_does_not_keep_the_mount(place: Ground) -> None:
-    """It has all descriptors of the program, and outlives the block."""
+def test_forked_child_does_not_keep_the_mount(place: Ground) -> None:
+    """The child has all descriptors of the program, and outlives the block."""
     with llloop.mount(place.source, place.mountpoint, workers=1) as mounted:
         child = os.fork()
         if child == 0:
@@ -200,7 +200,7 @@ def test_a_fork_does_not_keep_the_mount(place: Ground) -> None:
         os.waitpid(child, 0)
 
 
-def test_a_fork_that_leaves_the_block_ends_nothing(place: Ground) -> None:
+def test_forked_child_that_leaves_the_block_does_not_unmount(place: Ground) -> None:
     child = -1
     try:
         with llloop.mount(place.source, place.mountpoint, workers=1) as mounted:
@@ -215,7 +215,7 @@ def test_a_fork_that_leaves_the_block_ends_nothing(place: Ground) -> None:
         os._exit(7)
 
 
-def test_a_server_that_is_killed_leaves_no_mount_behind(place: Ground) -> None:
+def test_killed_server_leaves_no_mount(place: Ground) -> None:
     with (
         pytest.raises(errors.LlloopError, match="ended with exit code"),
         llloop.mount(place.source, place.mountpoint, workers=1) as mounted,
@@ -224,7 +224,7 @@ def test_a_server_that_is_killed_leaves_no_mount_behind(place: Ground) -> None:
     assert not is_mounted(place)
 
 
-def test_a_server_that_was_stopped_ends_with_the_block(place: Ground) -> None:
+def test_stopped_server_ends_with_the_block(place: Ground) -> None:
     begun = time.monotonic()
     with llloop.mount(place.source, place.mountpoint, workers=1) as mounted:
         os.kill(mounted.pid, signal.SIGSTOP)
@@ -232,7 +232,7 @@ def test_a_server_that_was_stopped_ends_with_the_block(place: Ground) -> None:
     assert time.monotonic() - begun < 20
 
 
-def test_a_program_that_may_open_no_more_files(place: Ground) -> None:
+def test_program_without_free_descriptors(place: Ground) -> None:
     body = """
 import gc, os, resource
 from llloop import errors
@@ -269,8 +269,8 @@ print(refused, len(os.listdir("/proc/self/fd")))
 
 
 @pytest.mark.parametrize("handling", ["signal.SIG_IGN", "lambda number, frame: reap()"])
-def test_a_program_that_takes_its_ended_children_away(place: Ground, handling: str) -> None:
-    """Whether it mounts or serves, what waits for children gets them; its own handling is back afterwards."""
+def test_program_that_reaps_all_children(place: Ground, handling: str) -> None:
+    """llloop gets the status of its children, and restores the program's own signal handling."""
     body = f"""
 import os, signal, subprocess, threading
 def reap():
@@ -303,8 +303,8 @@ print("served")
         kill_session(process.pid)
 
 
-def test_serve_leaves_the_program_as_it_was(place: Ground) -> None:
-    """Twice in a row, and after a start that fails when everything but the mount was made."""
+def test_serve_restores_the_state_of_the_program(place: Ground) -> None:
+    """Twice in succession, and after a start that fails just before the mount."""
     body = """
 import gc, logging, multiprocessing, os, resource, signal, threading
 from pathlib import Path
@@ -369,8 +369,8 @@ print("as it was")
         kill_session(process.pid)
 
 
-def test_no_code_of_the_working_directory_is_run(place: Ground) -> None:
-    """Nor of any other that the server's start could be led to: as root, it would be another user's code."""
+def test_modules_in_the_working_directory_are_not_imported(place: Ground) -> None:
+    """Nor modules of another directory: as root, they would be another user's code."""
     trap = place.state / "trap"
     (trap / "llloop").mkdir(parents=True)
     told = place.state / "told"
@@ -395,7 +395,7 @@ with llloop.mount(sys.argv[1], sys.argv[2], workers=1) as mounted:
         kill_session(process.pid)
 
 
-def test_the_server_has_the_programs_own_modules(place: Ground) -> None:
+def test_server_uses_the_module_path_of_the_program(place: Ground) -> None:
     """Wherever the program has found them, and without what its interpreter would find by itself (python -S)."""
     (place.source / "file").write_text("content")
     body = """
@@ -460,12 +460,12 @@ def test_serve_blocks_until_unmounted(place: Ground, how: str) -> None:
         process.communicate()
 
 
-def test_serve_raises_what_is_wrong(place: Ground) -> None:
+def test_serve_raises_exceptions(place: Ground) -> None:
     with pytest.raises(errors.SourceError):
         llloop.serve(place.source / "missing", place.mountpoint)
 
 
-def test_a_program_that_ends_in_the_block_leaves_nothing(place: Ground) -> None:
+def test_program_that_exits_in_the_block_leaves_no_mount(place: Ground) -> None:
     body = (
         "with llloop.mount(sys.argv[1], sys.argv[2]) as mounted:\n    print(mounted.pid, flush=True)\n    sys.exit(7)"
     )
@@ -479,7 +479,7 @@ def test_a_program_that_ends_in_the_block_leaves_nothing(place: Ground) -> None:
         kill_session(process.pid)
 
 
-def test_the_documented_names_are_there() -> None:
+def test_documented_names_exist() -> None:
     assert {"mount", "serve", "__version__"} <= set(llloop.__all__)
     for function in (llloop.mount, llloop.serve):
         assert function.__doc__ and "source" in function.__annotations__

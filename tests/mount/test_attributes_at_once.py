@@ -126,7 +126,7 @@ def stale(server: Server, name: str, deed: Callable[[Path], object], fields: set
 @pytest.mark.parametrize(
     "options", [[], ["--io=kernel"], ["--writeback"], ["--cache=never"], ["--cache=always"]], ids=str
 )
-def test_what_was_changed_is_seen(serve: Serve, serve_options: list[str], options: list[str]) -> None:
+def test_changed_attributes_are_seen_immediately(serve: Serve, serve_options: list[str], options: list[str]) -> None:
     server = serve(*options)
     fields = set(FIELDS)
     if "--writeback" in [*options, *serve_options]:

@@ -1,4 +1,4 @@
-"""What bad input gets: one clear line on stderr, the documented exit code, nothing mounted, no process left."""
+"""Invalid input gives one clear line on stderr and the documented exit code; no mount and no process remain."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ def place(via: str, watchdog: Watchdog) -> Iterator[Ground]:
 
 
 @pytest.mark.parametrize("workers", ["0", "-1", "10000", "two", "1.5", ""])
-def test_workers_that_make_no_sense(place: Ground, workers: str) -> None:
+def test_invalid_workers(place: Ground, workers: str) -> None:
     assert "workers" in place.refused(USAGE, "workers", f"--workers={workers}")
 
 
 @pytest.mark.parametrize("option", ["--attr-timeout", "--entry-timeout", "--negative-timeout"])
 @pytest.mark.parametrize("seconds", ["-1", "nan", "inf", "1e300", "soon"])
-def test_timeouts_that_make_no_sense(place: Ground, option: str, seconds: str) -> None:
+def test_invalid_timeouts(place: Ground, option: str, seconds: str) -> None:
     place.refused(USAGE, option, f"{option}={seconds}")
 
 
 @pytest.mark.parametrize(
     "arguments", [["--bogus"], ["--cache=sometimes"], ["--log-level=shout"], ["one too many"], ["--workers"]]
 )
-def test_arguments_that_do_not_exist(place: Ground, arguments: list[str]) -> None:
+def test_unknown_arguments(place: Ground, arguments: list[str]) -> None:
     place.refused(USAGE, arguments[0].partition("=")[0], *arguments)
 
 
@@ -65,23 +65,23 @@ def test_missing_arguments(place: Ground) -> None:
     check_complaint(llloop("surf"), USAGE, "surf")
 
 
-def test_an_environment_variable_that_makes_no_sense(place: Ground) -> None:
+def test_invalid_environment_variable(place: Ground) -> None:
     place.refused(USAGE, "workers", env={"LLLOOP_SERVE_WORKERS": "0"})
 
 
 @pytest.mark.parametrize("option", ["nonsense", "nonsense=1"])
-def test_mount_options_that_do_not_exist(place: Ground, option: str) -> None:
+def test_unknown_mount_options(place: Ground, option: str) -> None:
     place.refused(USAGE, option, "-o", option)
 
 
 @pytest.mark.parametrize("options", ["ro,rw", "rw,ro", "noexec,exec", "suid,nosuid"])
-def test_mount_options_that_exclude_each_other(place: Ground, options: str) -> None:
+def test_contradicting_mount_options(place: Ground, options: str) -> None:
     place.refused(USAGE, "exclude each other", "-o", options)
     one, other = options.split(",")
     place.refused(USAGE, "exclude each other", "-o", one, "-o", other)
 
 
-def test_files_that_cannot_be_written(place: Ground) -> None:
+def test_unwritable_log_and_pid_files(place: Ground) -> None:
     for option in ("--log-file", "--pid-file"):
         place.refused(HOST, "missing/file", option, place.state / "missing" / "file")
 
@@ -89,18 +89,18 @@ def test_files_that_cannot_be_written(place: Ground) -> None:
 # The source
 
 
-def test_a_source_that_is_missing(place: Ground) -> None:
+def test_missing_source(place: Ground) -> None:
     place.source.rmdir()
     assert str(place.source) in place.refused(SOURCE, "no such|not exist")
 
 
-def test_a_source_that_is_no_directory(place: Ground) -> None:
+def test_source_that_is_not_a_directory(place: Ground) -> None:
     place.source.rmdir()
     place.source.touch()
     place.refused(SOURCE, "not a directory")
 
 
-def test_a_source_that_is_a_dangling_link(place: Ground) -> None:
+def test_source_that_is_a_dangling_symlink(place: Ground) -> None:
     place.source.rmdir()
     place.source.symlink_to("nowhere")
     place.refused(SOURCE, "no such|not exist")
@@ -108,7 +108,7 @@ def test_a_source_that_is_a_dangling_link(place: Ground) -> None:
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything; the ordinary user's run shows it")
 @pytest.mark.parametrize("mode", [0o000, 0o444])
-def test_a_source_that_is_unreadable(place: Ground, mode: int) -> None:
+def test_unreadable_source(place: Ground, mode: int) -> None:
     place.source.chmod(mode)
     try:
         place.refused(SOURCE, "permission")
@@ -119,32 +119,32 @@ def test_a_source_that_is_unreadable(place: Ground, mode: int) -> None:
 # The mount point
 
 
-def test_a_mount_point_that_is_missing(place: Ground) -> None:
+def test_missing_mount_point(place: Ground) -> None:
     place.mountpoint.rmdir()
     assert str(place.mountpoint) in place.refused(MOUNTPOINT, "no such|not exist")
 
 
-def test_a_mount_point_that_is_no_directory(place: Ground) -> None:
+def test_mount_point_that_is_not_a_directory(place: Ground) -> None:
     place.mountpoint.rmdir()
     place.mountpoint.touch()
     place.refused(MOUNTPOINT, "not a directory")
 
 
-def test_a_mount_point_that_is_not_empty(place: Ground) -> None:
+def test_non_empty_mount_point(place: Ground) -> None:
     (place.mountpoint / ".hidden").touch()
     assert "--nonempty" in place.refused(MOUNTPOINT, "not empty")
     assert os.listdir(place.mountpoint) == [".hidden"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may mount anywhere; the ordinary user's run shows it")
-def test_a_mount_point_of_somebody_else(place: Ground) -> None:
+def test_mount_point_of_another_user(place: Ground) -> None:
     elsewhere = Ground(place.source, Path("/srv"), place.state, place.loop)
     if os.listdir(elsewhere.mountpoint) or os.access(elsewhere.mountpoint, os.W_OK):
         pytest.skip("/srv is not empty")
     elsewhere.refused(MOUNTPOINT, "permission|write|owner")
 
 
-def test_a_mount_point_that_is_already_a_mount(serve: Serve) -> None:
+def test_mount_point_with_an_llloop_mount(serve: Serve) -> None:
     server = serve()
     again = llloop("serve", server.source, server.mountpoint)
     check_complaint(again, MOUNTPOINT, "already")
@@ -154,7 +154,7 @@ def test_a_mount_point_that_is_already_a_mount(serve: Serve) -> None:
 
 
 @pytest.mark.root
-def test_a_mount_point_where_another_file_system_is(place: Ground) -> None:
+def test_mount_point_with_another_file_system(place: Ground) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "llloop-test", place.mountpoint], check=True)
     try:
         check_complaint(place.serve(), MOUNTPOINT, "already")
@@ -185,13 +185,13 @@ def dead(serve: Serve) -> Iterator[Server]:
     server.clean_up()
 
 
-def test_a_dead_mount_is_named_with_its_cure(dead: Server) -> None:
+def test_dead_mount_is_reported_with_a_remedy(dead: Server) -> None:
     complaint = check_complaint(llloop("serve", dead.source, dead.mountpoint), DEAD, "dead")
     assert "--replace-dead" in complaint or "umount" in complaint
     assert dead.mounted(), "nothing is unmounted unasked"
 
 
-def test_a_dead_mount_is_replaced_if_asked(dead: Server, serve: Serve) -> None:
+def test_replace_dead_replaces_a_dead_mount(dead: Server, serve: Serve) -> None:
     (dead.source / "file").write_text("content")
     process = subprocess.Popen(
         [sys.executable, "-m", "llloop", "serve", dead.source, dead.mountpoint, "--replace-dead"],
@@ -214,7 +214,7 @@ def test_a_dead_mount_is_replaced_if_asked(dead: Server, serve: Serve) -> None:
     assert not dead.mounted()
 
 
-def test_a_dead_mount_as_the_source(dead: Server, place: Ground) -> None:
+def test_dead_mount_as_source(dead: Server, place: Ground) -> None:
     ended = llloop("serve", dead.mountpoint, place.mountpoint)
     place.check_refused(ended, SOURCE, "not connected|dead")
 
@@ -230,13 +230,13 @@ def test_source_and_mount_point_are_the_same(place: Ground) -> None:
     elsewhere(place, place.source, place.source).refused(MOUNTPOINT, "same|itself|inside")
 
 
-def test_the_same_through_a_link(place: Ground) -> None:
+def test_source_and_mount_point_are_the_same_by_symlink(place: Ground) -> None:
     (place.state / "link").symlink_to(place.source)
     elsewhere(place, place.source, place.state / "link").refused(MOUNTPOINT, "same|itself|inside")
     elsewhere(place, place.state / "link", place.source).refused(MOUNTPOINT, "same|itself|inside")
 
 
-def test_the_mount_point_is_inside_the_source(place: Ground) -> None:
+def test_mount_point_inside_the_source(place: Ground) -> None:
     inside = place.source / "a" / "b"
     inside.mkdir(parents=True)
     elsewhere(place, place.source, inside).refused(MOUNTPOINT, "inside")
@@ -245,14 +245,14 @@ def test_the_mount_point_is_inside_the_source(place: Ground) -> None:
     elsewhere(place, Path("/"), place.mountpoint).refused(MOUNTPOINT, "inside")
 
 
-def test_the_source_is_inside_the_mount_point(place: Ground) -> None:
+def test_source_inside_the_mount_point(place: Ground) -> None:
     inside = place.mountpoint / "a"
     inside.mkdir()
     elsewhere(place, inside, place.mountpoint).refused(MOUNTPOINT, "inside|not empty")
     elsewhere(place, inside, place.mountpoint).refused(MOUNTPOINT, "inside", "--nonempty")
 
 
-def test_names_that_only_begin_alike_are_not_inside(place: Ground, serve: Serve) -> None:
+def test_common_prefix_of_names_is_not_nesting(place: Ground, serve: Serve) -> None:
     longer = place.source.parent / f"{place.source.name}-longer"
     longer.mkdir()
     server = serve(source=longer)
@@ -260,8 +260,8 @@ def test_names_that_only_begin_alike_are_not_inside(place: Ground, serve: Serve)
 
 
 @pytest.mark.root
-def test_the_mount_point_is_inside_the_source_by_a_bind_mount(place: Ground) -> None:
-    """The paths say nothing; the same directory can be seen at two places."""
+def test_mount_point_inside_the_source_by_a_bind_mount(place: Ground) -> None:
+    """The paths do not show it, because a bind mount makes the same directory visible at two paths."""
     (place.source / "inner").mkdir()
     seen = place.state / "seen"
     seen.mkdir()
@@ -322,7 +322,7 @@ def reachable() -> None:
 
 
 @pytest.mark.root
-def test_no_fuse_device(place: Ground) -> None:
+def test_missing_fuse_device(place: Ground) -> None:
     hidden = """
 mount -t tmpfs -o mode=755 llloop-test /mnt
 for device in null zero random urandom; do cp -a /dev/$device /mnt/; done
@@ -334,7 +334,7 @@ mount --move /mnt /dev
 
 
 @pytest.mark.root
-def test_a_fuse_device_that_is_not_allowed(place: Ground, reachable: None) -> None:
+def test_forbidden_fuse_device(place: Ground, reachable: None) -> None:
     closed = OPEN_FUSE + "chmod 600 /mnt/fuse\n"
     os.chown(place.mountpoint, NOBODY, NOBODY)
     complaint = place.refused(HOST, "/dev/fuse", prefix=in_other_mounts(closed, NOBODY))
@@ -342,21 +342,21 @@ def test_a_fuse_device_that_is_not_allowed(place: Ground, reachable: None) -> No
 
 
 @pytest.mark.root
-def test_no_fusermount(place: Ground, reachable: None) -> None:
+def test_missing_fusermount(place: Ground, reachable: None) -> None:
     os.chown(place.mountpoint, NOBODY, NOBODY)
     place.refused(HOST, "fusermount", prefix=in_other_mounts(OPEN_FUSE + NO_FUSERMOUNT, NOBODY))
 
 
 @pytest.mark.root
-def test_allow_other_that_fuse_conf_does_not_grant(place: Ground, reachable: None) -> None:
+def test_allow_other_without_user_allow_other(place: Ground, reachable: None) -> None:
     os.chown(place.mountpoint, NOBODY, NOBODY)
     prefix = in_other_mounts(OPEN_FUSE + NO_FUSE_CONF, NOBODY)
     assert "/etc/fuse.conf" in place.refused(HOST, "user_allow_other", "--allow-other", prefix=prefix)
 
 
 @pytest.mark.root
-def test_an_ordinary_user_in_those_mounts_can_serve(place: Ground, reachable: None) -> None:
-    """The tests above fail for the reason they name, and for no other."""
+def test_ordinary_user_can_serve_in_the_test_namespace(place: Ground, reachable: None) -> None:
+    """So the tests above fail for the reason that they name."""
     os.chown(place.mountpoint, NOBODY, NOBODY)
     (place.source / "file").write_text("content")
     command = [*in_other_mounts(OPEN_FUSE + NO_FUSE_CONF, NOBODY), sys.executable, "-m", "llloop", "serve"]

@@ -1,4 +1,4 @@
-"""What a user gets from the command: options that have their effect, and clean stops."""
+"""The command: effects of its options, output, clean stops."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def ready_line(server: Server) -> str:
 # Starting
 
 
-def test_the_ready_line_says_what_where_and_how(serve: Serve, via: str) -> None:
+def test_ready_line_names_source_mount_point_and_mode(serve: Serve, via: str) -> None:
     server = serve("--workers", "3")
     line = ready_line(server)
     assert str(server.source) in line and str(server.mountpoint) in line
@@ -60,14 +60,14 @@ def test_the_ready_line_says_what_where_and_how(serve: Serve, via: str) -> None:
     assert ("fallback" in line or "llfuse's loop" in line) == (via == "llfuse")
 
 
-def test_the_processes_are_named(serve: Serve) -> None:
+def test_processes_have_titles(serve: Serve) -> None:
     server = serve("--workers", "3")
     titles = process_titles(server.pid)
     assert [title for title in titles if title.startswith("llloop-worker-")] == [f"llloop-worker-{n}" for n in range(3)]
     assert {"llloop-supervisor", "llloop-keeper", "llloop-front"} <= set(titles)
 
 
-def test_as_many_workers_as_usable_cpus(serve: Serve) -> None:
+def test_default_number_of_workers(serve: Serve) -> None:
     one_cpu = str(min(os.sched_getaffinity(0)))
     server = serve(command=["taskset", "-c", one_cpu, sys.executable, "-m", "llloop", "serve"])
     assert [title for title in process_titles(server.pid) if "worker" in title] == ["llloop-worker-0"]
@@ -91,7 +91,7 @@ def test_read_only(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("seed", ["0", "1", "2", "3"])  # of the hashes of strings, and so of the order of sets
-def test_read_only_wins(serve: Serve, seed: str) -> None:
+def test_read_only_overrides_rw(serve: Serve, seed: str) -> None:
     server = serve("--read-only", "-o", "rw", env={"PYTHONHASHSEED": seed})
     assert os.statvfs(server.mountpoint).f_flag & os.ST_RDONLY
 
@@ -149,7 +149,7 @@ def test_allow_other(serve: Serve, allowed: bool | None) -> None:
 
 @pytest.mark.at_once("the kernel takes its own word for sizes and times of a file that it knows")
 @pytest.mark.parametrize("option", ["--entry-timeout", "--attr-timeout"])
-def test_timeouts_of_zero_show_changes_at_once(serve: Serve, option: str) -> None:
+def test_zero_timeouts_show_changes_immediately(serve: Serve, option: str) -> None:
     server = serve("--cache", "always", option, "0")
     (server.source / "file").write_text("one")
     assert (server.mountpoint / "file").stat().st_size == 3
@@ -162,7 +162,7 @@ def test_timeouts_of_zero_show_changes_at_once(serve: Serve, option: str) -> Non
         assert (server.mountpoint / "file").stat().st_size == 5
 
 
-def test_a_negative_timeout_hides_a_new_file_that_long(serve: Serve) -> None:
+def test_negative_timeout_hides_a_new_file(serve: Serve) -> None:
     server = serve("--negative-timeout", "1.5")
     assert not (server.mountpoint / "file").exists()
     (server.source / "file").touch()
@@ -171,19 +171,19 @@ def test_a_negative_timeout_hides_a_new_file_that_long(serve: Serve) -> None:
     assert (server.mountpoint / "file").exists()
 
 
-def test_environment_variables_stand_for_options(serve: Serve) -> None:
+def test_environment_variables_set_options(serve: Serve) -> None:
     server = serve(env={"LLLOOP_SERVE_WORKERS": "1", "LLLOOP_SERVE_READ_ONLY": "1", "LLLOOP_SERVE_FSNAME": "named"})
     assert "1 worker" in ready_line(server)
     entry = mount_entry(str(server.mountpoint))
     assert entry and "ro" in entry[5].split(",") and entry[entry.index("-") + 2] == "named"
 
 
-def test_an_option_wins_over_its_environment_variable(serve: Serve) -> None:
+def test_option_overrides_its_environment_variable(serve: Serve) -> None:
     server = serve("--workers", "2", env={"LLLOOP_SERVE_WORKERS": "1"})
     assert "2 workers" in ready_line(server)
 
 
-def test_nonempty_mounts_over_files_and_gives_them_back(place: Ground, serve: Serve) -> None:
+def test_nonempty_hides_files_until_unmount(place: Ground, serve: Serve) -> None:
     hidden = place.mountpoint / "hidden"
     hidden.write_text("under the mount")
     (place.source / "shown").write_text("in the source")
@@ -228,7 +228,7 @@ class running:
         unmount_lazily(str(self.mountpoint))
 
 
-def test_relative_paths_and_links(place: Ground) -> None:
+def test_relative_paths_and_symlinks(place: Ground) -> None:
     (place.source / "file").write_text("content")
     (place.state / "link-to-source").symlink_to(place.source)
     (place.state / "link-to-mnt").symlink_to("mnt")
@@ -271,7 +271,7 @@ def test_log_level(serve: Serve) -> None:
     assert silent.log.read_text() == ""
 
 
-def test_the_log_goes_to_stderr_unless_told_otherwise(place: Ground) -> None:
+def test_log_goes_to_stderr_by_default(place: Ground) -> None:
     arguments = [*place.loop, str(place.source), str(place.mountpoint), "--log-level", "debug"]
     with running("serve", *arguments, mountpoint=place.mountpoint) as server:
         server.send_signal(signal.SIGTERM)
@@ -294,7 +294,7 @@ def daemon(place: Ground, pid_file: Path) -> Iterator[None]:
         unmount_lazily(str(place.mountpoint))
 
 
-def test_a_daemon_returns_when_ready_and_leaves_a_pid_file(place: Ground) -> None:
+def test_daemon_returns_when_ready_and_writes_pid_file(place: Ground) -> None:
     (place.source / "file").write_text("content")
     pid_file, log = place.state / "pid", place.state / "log"
     with daemon(place, pid_file):
@@ -316,7 +316,7 @@ def test_a_daemon_returns_when_ready_and_leaves_a_pid_file(place: Ground) -> Non
         assert "Traceback" not in log.read_text()
 
 
-def test_a_daemon_with_relative_paths(place: Ground) -> None:
+def test_daemon_with_relative_paths(place: Ground) -> None:
     with daemon(place, place.state / "pid"):
         source = os.path.relpath(place.source, place.state)
         arguments = ["--daemon", "--pid-file", "pid", "--log-file", "relative-log"]
@@ -334,14 +334,14 @@ def test_a_daemon_with_relative_paths(place: Ground) -> None:
         assert not (place.state / "pid").exists()
 
 
-def test_a_daemon_that_cannot_serve_says_so_and_fails(place: Ground) -> None:
+def test_daemon_reports_a_failed_start(place: Ground) -> None:
     (place.mountpoint / "file").touch()
     pid_file = place.state / "pid"
     place.refused(4, "not empty", "--daemon", "--pid-file", pid_file)
     assert not pid_file.exists()
 
 
-def test_without_daemon_the_pid_file_is_written_too(serve: Serve, tmp_path: Path) -> None:
+def test_pid_file_without_daemon(serve: Serve, tmp_path: Path) -> None:
     server = serve("--pid-file", str(tmp_path / "pid"))
     assert int((tmp_path / "pid").read_text()) == server.pid
     server.stop()
@@ -376,7 +376,7 @@ def umount_succeeds(*arguments: str | Path) -> None:
 
 
 @pytest.mark.parametrize("how", STOPS)
-def test_a_clean_stop(serve: Serve, how: str) -> None:
+def test_clean_stop(serve: Serve, how: str) -> None:
     if how == "umount" and os.geteuid() != 0:
         pytest.skip("umount(8) is for root; users have fusermount -u")
     server = serve()
@@ -388,7 +388,7 @@ def test_a_clean_stop(serve: Serve, how: str) -> None:
     server.check_log()
 
 
-def test_what_was_written_before_a_stop_is_in_the_source(serve: Serve) -> None:
+def test_data_written_before_a_stop_is_in_the_source(serve: Serve) -> None:
     server = serve("--workers", "4")
     content = os.urandom(1 << 20)
     for number in range(20):
@@ -399,7 +399,7 @@ def test_what_was_written_before_a_stop_is_in_the_source(serve: Serve) -> None:
     assert len(os.listdir(server.source)) == 20
 
 
-def test_a_busy_mount_point_is_detached_lazily_and_said_so(serve: Serve) -> None:
+def test_stop_detaches_a_busy_mount_and_logs_it(serve: Serve) -> None:
     server = serve()
     server.expect_log("(?i)busy.*lazi")
     server.expect_log("still in use", required=False)
@@ -413,7 +413,7 @@ def test_a_busy_mount_point_is_detached_lazily_and_said_so(serve: Serve) -> None
     assert (server.source / "file").read_text() == "content"
 
 
-def test_a_stop_under_load_leaves_nobody_waiting(serve: Serve) -> None:
+def test_stop_under_load_leaves_no_process_waiting(serve: Serve) -> None:
     server = serve("--workers", "2")
     server.expect_log("(?i)busy|lazi|still in use", required=False)
     errors: list[int | None] = []
@@ -443,7 +443,7 @@ def test_a_stop_under_load_leaves_nobody_waiting(serve: Serve) -> None:
 # llloop umount
 
 
-def test_umount_of_a_busy_mount_fails_and_leaves_it_serving(serve: Serve) -> None:
+def test_umount_of_a_busy_mount_fails(serve: Serve) -> None:
     server = serve()
     (server.source / "file").write_text("content")
     with open(server.mountpoint / "file"):
@@ -453,7 +453,7 @@ def test_umount_of_a_busy_mount_fails_and_leaves_it_serving(serve: Serve) -> Non
         assert server.alive()
 
 
-def test_lazy_umount_of_a_busy_mount_serves_the_open_file_to_its_end(serve: Serve) -> None:
+def test_lazy_umount_serves_open_files_until_close(serve: Serve) -> None:
     server = serve()
     (server.source / "file").write_text("content")
     with open(server.mountpoint / "file") as held:
@@ -464,13 +464,13 @@ def test_lazy_umount_of_a_busy_mount_serves_the_open_file_to_its_end(serve: Serv
     stopped(server)
 
 
-def test_umount_of_what_is_not_mounted(place: Ground) -> None:
+def test_umount_without_a_mount(place: Ground) -> None:
     check_complaint(llloop("umount", place.mountpoint), 4, "not")
     check_complaint(llloop("umount", place.mountpoint / "missing"), 4, "not|no such")
 
 
 @pytest.mark.root
-def test_umount_leaves_other_file_systems_alone(place: Ground) -> None:
+def test_umount_refuses_other_file_systems(place: Ground) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "llloop-test", place.mountpoint], check=True)
     try:
         check_complaint(llloop("umount", place.mountpoint), 4, "not")
@@ -479,7 +479,7 @@ def test_umount_leaves_other_file_systems_alone(place: Ground) -> None:
         subprocess.run(["umount", place.mountpoint], check=True)
 
 
-def test_umount_clears_a_dead_mount(serve: Serve) -> None:
+def test_umount_removes_a_dead_mount(serve: Serve) -> None:
     server = serve()
     kill_all_at_once(server)
     umount_succeeds(server.mountpoint)
@@ -498,7 +498,7 @@ def test_version() -> None:
     assert __version__ in installed.stdout.split()
 
 
-def test_help_shows_every_option_and_no_test_switch() -> None:
+def test_help_shows_each_public_option() -> None:
     text = llloop("serve", "--help").stdout
     options = {
         *(
@@ -536,8 +536,8 @@ def test_shell_completion(shell: str) -> None:
     assert "--workers" in completed.stdout
 
 
-def test_nobody_reading_the_ready_line_is_no_reason_to_die(place: Ground) -> None:
-    """A script may have left the pipe already; the mount serves all the same."""
+def test_server_survives_a_closed_standard_output(place: Ground) -> None:
+    """A script may have closed the pipe; the mount must still serve."""
     reading, writing = os.pipe()
     os.close(reading)
     process = subprocess.Popen(

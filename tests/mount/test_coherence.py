@@ -1,4 +1,4 @@
-"""What others change in the source is seen through the mount: at once with --cache never, after 1 s by default."""
+"""Changes in the source are visible in the mount: immediately with --cache never, after 1 second by default."""
 
 import itertools
 import os
@@ -38,6 +38,8 @@ _numbers = itertools.count(1)
 
 @dataclass(frozen=True)
 class View:
+    """One mount for all tests with the same --cache."""
+
     src: Path
     mnt: Path
     seconds: float
@@ -85,7 +87,7 @@ def overwrite(path: Path, content: bytes, offset: int = 0) -> None:
 
 
 @pytest.mark.own_loop  # llfuse keeps the page cache at every open; what drops it may come a moment late
-def test_an_overwrite_of_the_same_size_is_seen(view: View) -> None:
+def test_overwrite_of_same_size_is_seen(view: View) -> None:
     (view.src / "file").write_bytes(OLD)
     assert (view.mnt / "file").read_bytes() == OLD
     overwrite(view.src / "file", NEW)
@@ -93,7 +95,7 @@ def test_an_overwrite_of_the_same_size_is_seen(view: View) -> None:
     assert (view.mnt / "file").read_bytes() == NEW
 
 
-def test_an_overwrite_of_a_page_in_the_middle_is_seen(view: View) -> None:
+def test_overwrite_of_a_middle_page_is_seen(view: View) -> None:
     (view.src / "file").write_bytes(b"o" * 3_000_000)
     assert (view.mnt / "file").read_bytes() == b"o" * 3_000_000
     overwrite(view.src / "file", b"new", 1_999_999)
@@ -103,7 +105,7 @@ def test_an_overwrite_of_a_page_in_the_middle_is_seen(view: View) -> None:
 
 
 @pytest.mark.own_loop
-def test_an_overwrite_that_hides_its_time_is_seen(view: View) -> None:
+def test_overwrite_with_restored_mtime_is_seen(view: View) -> None:
     """rsync, tar and touch -r set mtime back; ctime tells all the same.
 
     llfuse has the kernel keep its pages at every open, and the kernel goes by size and mtime alone.
@@ -119,7 +121,7 @@ def test_an_overwrite_that_hides_its_time_is_seen(view: View) -> None:
 
 
 @pytest.mark.own_loop  # llfuse keeps the page cache at every open; what drops it may come a moment late
-def test_an_overwrite_is_seen_by_a_new_open_while_an_old_one_lasts(view: View) -> None:
+def test_overwrite_is_seen_by_new_open_beside_old_one(view: View) -> None:
     (view.src / "file").write_bytes(OLD)
     with open(view.mnt / "file", "rb", buffering=0) as lasting:
         assert lasting.read() == OLD
@@ -130,8 +132,8 @@ def test_an_overwrite_is_seen_by_a_new_open_while_an_old_one_lasts(view: View) -
         assert lasting.read() == NEW
 
 
-def test_bytes_are_never_older_than_the_attributes(view: View) -> None:
-    """Whoever sees the new time in fstat must not be given the old bytes, timeout or not."""
+def test_data_is_never_older_than_attributes(view: View) -> None:
+    """A program that sees the new time in fstat(2) must not read old bytes, whatever the timeout."""
     (view.src / "file").write_bytes(OLD)
     assert (view.mnt / "file").read_bytes() == OLD
     time.sleep(0.02)
@@ -148,8 +150,8 @@ def test_bytes_are_never_older_than_the_attributes(view: View) -> None:
 
 @pytest.mark.own_loop  # llfuse keeps the page cache at every open; what drops it may come a moment late
 @pytest.mark.parametrize("patient", ["never"], indirect=True)
-def test_many_quick_overwrites_are_all_seen(view: View) -> None:
-    """Quicker than the clock ticks: the same size and, on an old kernel, the same times."""
+def test_overwrites_within_one_clock_tick_are_seen(view: View) -> None:
+    """The size stays the same, and on an old kernel the times do, too."""
     (view.src / "file").write_bytes(b"%08d" % 0)
     for number in range(500):
         content = b"%08d" % number
@@ -158,7 +160,7 @@ def test_many_quick_overwrites_are_all_seen(view: View) -> None:
 
 
 @pytest.mark.at_once("the kernel takes its own word for sizes and times of a file that it knows")
-def test_a_truncation_is_seen(view: View) -> None:
+def test_truncation_is_seen(view: View) -> None:
     (view.src / "file").write_bytes(b"x" * 100_000)
     assert len((view.mnt / "file").read_bytes()) == 100_000
     os.truncate(view.src / "file", 5_000)
@@ -168,7 +170,7 @@ def test_a_truncation_is_seen(view: View) -> None:
 
 
 @pytest.mark.at_once("the kernel takes its own word for sizes and times of a file that it knows")
-def test_a_growth_is_seen(view: View) -> None:
+def test_growth_is_seen(view: View) -> None:
     (view.src / "file").write_bytes(b"x" * 5_000)
     assert len((view.mnt / "file").read_bytes()) == 5_000
     with open(view.src / "file", "ab") as file:
@@ -178,7 +180,7 @@ def test_a_growth_is_seen(view: View) -> None:
     assert (view.mnt / "file").read_bytes() == b"x" * 5_000 + b"y" * 95_000
 
 
-def test_a_truncation_followed_by_a_growth_leaves_zeros(view: View) -> None:
+def test_truncation_then_growth_leaves_zeros(view: View) -> None:
     (view.src / "file").write_bytes(b"secret" * 2000)
     assert (view.mnt / "file").read_bytes() == b"secret" * 2000
     os.truncate(view.src / "file", 0)
@@ -188,8 +190,8 @@ def test_a_truncation_followed_by_a_growth_leaves_zeros(view: View) -> None:
 
 
 @pytest.mark.at_once("the kernel takes its own word for sizes and times of a file that it knows")
-def test_a_tail_is_followed(view: View) -> None:
-    """tail -f: one descriptor, and a file that only others let grow."""
+def test_tail_follows_a_growing_file(view: View) -> None:
+    """One descriptor, and a file that grows in the source only."""
     (view.src / "log").write_bytes(b"")
     with open(view.mnt / "log", "rb", buffering=0) as reader:
         followed = b""
@@ -202,8 +204,8 @@ def test_a_tail_is_followed(view: View) -> None:
 
 
 @pytest.mark.at_once("the kernel takes its own word for sizes and times of a file that it knows")
-def test_an_append_never_overwrites_what_the_source_got_meanwhile(view: View) -> None:
-    """No waiting here: O_APPEND means the true end of the file, not the one that the kernel remembers."""
+def test_append_does_not_overwrite_appends_in_the_source(view: View) -> None:
+    """O_APPEND means the current end of the file, not the end that the kernel remembers."""
     (view.src / "log").write_bytes(b"one\n")
     fd = os.open(view.mnt / "log", os.O_WRONLY | os.O_APPEND)
     try:
@@ -248,7 +250,7 @@ def test_changed_xattrs_are_seen(view: View) -> None:
     assert set(os.listxattr(view.mnt / "file")) >= {"user.key", "user.second"}
 
 
-def test_a_deletion_is_seen_and_an_open_file_lives_on(view: View) -> None:
+def test_deletion_is_seen_and_open_file_survives(view: View) -> None:
     (view.src / "file").write_bytes(OLD)
     with open(view.mnt / "file", "r+b", buffering=0) as file:
         (view.src / "file").unlink()
@@ -262,7 +264,7 @@ def test_a_deletion_is_seen_and_an_open_file_lives_on(view: View) -> None:
         assert os.fstat(file.fileno()).st_nlink == 0
 
 
-def test_a_new_file_is_seen_after_it_was_missing(view: View) -> None:
+def test_new_file_is_seen_after_negative_lookup(view: View) -> None:
     assert outcome((view.mnt / "file").stat) == "ENOENT"
     assert os.listdir(view.mnt) == []
     (view.src / "file").write_bytes(NEW)
@@ -271,8 +273,8 @@ def test_a_new_file_is_seen_after_it_was_missing(view: View) -> None:
     assert os.listdir(view.mnt) == ["file"]
 
 
-def test_an_exclusive_creation_finds_the_file_that_came_meanwhile(view: View) -> None:
-    """Not even the time of the negative entry may let two programs both believe that they made the lock file."""
+def test_o_excl_finds_a_file_created_in_the_source(view: View) -> None:
+    """Even within the negative timeout, two programs must not both create the same lock file."""
     assert outcome((view.mnt / "lock").stat) == "ENOENT"
     (view.src / "lock").write_bytes(b"theirs")
     assert outcome(lambda: os.open(view.mnt / "lock", os.O_CREAT | os.O_EXCL | os.O_WRONLY)) == "EEXIST"
@@ -280,7 +282,7 @@ def test_an_exclusive_creation_finds_the_file_that_came_meanwhile(view: View) ->
     assert (view.src / "lock").read_bytes() == b"theirs"
 
 
-def test_a_creation_opens_the_file_that_came_meanwhile(view: View) -> None:
+def test_o_creat_opens_a_file_created_in_the_source(view: View) -> None:
     assert outcome((view.mnt / "file").stat) == "ENOENT"
     (view.src / "file").write_bytes(b"theirs")
     with open(view.mnt / "file", "ab") as file:
@@ -288,7 +290,7 @@ def test_a_creation_opens_the_file_that_came_meanwhile(view: View) -> None:
     assert (view.src / "file").read_bytes() == b"theirs and ours"
 
 
-def test_a_rename_is_seen(view: View) -> None:
+def test_rename_is_seen(view: View) -> None:
     (view.src / "before").write_bytes(OLD)
     (view.mnt / "before").read_bytes()
     assert outcome((view.mnt / "after").stat) == "ENOENT"
@@ -299,8 +301,8 @@ def test_a_rename_is_seen(view: View) -> None:
     assert os.listdir(view.mnt) == ["after"]
 
 
-def test_a_rename_over_a_file_is_seen(view: View) -> None:
-    """How editors and package managers write: a new inode under an old name, of the same size."""
+def test_rename_over_a_file_is_seen(view: View) -> None:
+    """Editors and package managers write like this: a new inode with the same name and size."""
     for content in (b"version 1", b"version 2", b"version 3"):
         (view.src / "new").write_bytes(content)
         os.rename(view.src / "new", view.src / "file")
@@ -309,7 +311,7 @@ def test_a_rename_over_a_file_is_seen(view: View) -> None:
         assert (view.mnt / "file").stat().st_ino == (view.src / "file").stat().st_ino
 
 
-def test_an_open_file_follows_its_rename(view: View) -> None:
+def test_open_file_survives_rename_in_the_source(view: View) -> None:
     (view.src / "before").write_bytes(OLD)
     with open(view.mnt / "before", "r+b", buffering=0) as file:
         os.rename(view.src / "before", view.src / "after")
@@ -325,8 +327,8 @@ def test_an_open_file_follows_its_rename(view: View) -> None:
     assert stat.S_IMODE((view.src / "before").stat().st_mode) == 0o644
 
 
-def test_two_swapped_files_are_never_mixed_up(view: View) -> None:
-    """Within the timeout either answer is right, but name, number and bytes must belong together."""
+def test_swapped_files_are_not_mixed_up(view: View) -> None:
+    """Within the timeout either answer is right, but name, inode number and data must belong together."""
     (view.src / "a").write_bytes(b"content of a")
     (view.src / "b").write_bytes(b"content of b")
     contents = {(view.src / name).stat().st_ino: (view.src / name).read_bytes() for name in "ab"}
@@ -347,7 +349,7 @@ def test_two_swapped_files_are_never_mixed_up(view: View) -> None:
         assert (view.mnt / name).read_bytes() == (view.src / name).read_bytes()
 
 
-def test_a_renamed_directory_is_seen_with_all_below_it(view: View) -> None:
+def test_renamed_directory_is_seen_with_its_content(view: View) -> None:
     (view.src / "before" / "deep").mkdir(parents=True)
     (view.src / "before" / "deep" / "file").write_bytes(OLD)
     assert (view.mnt / "before" / "deep" / "file").read_bytes() == OLD
@@ -357,7 +359,7 @@ def test_a_renamed_directory_is_seen_with_all_below_it(view: View) -> None:
     assert (view.mnt / "after" / "deep" / "file").read_bytes() == OLD
 
 
-def test_a_replaced_directory_is_seen(view: View) -> None:
+def test_replaced_directory_is_seen(view: View) -> None:
     (view.src / "directory").mkdir()
     (view.src / "directory" / "file").write_bytes(OLD)
     (view.src / "directory" / "gone").write_bytes(b"")
@@ -373,7 +375,7 @@ def test_a_replaced_directory_is_seen(view: View) -> None:
     assert outcome((view.mnt / "directory" / "gone").stat) == "ENOENT"
 
 
-def test_a_write_never_goes_into_a_directory_that_was_moved_away(view: View) -> None:
+def test_write_does_not_reach_a_moved_directory(view: View) -> None:
     (view.src / "release").mkdir()
     (view.src / "release" / "file").write_bytes(b"1")
     (view.mnt / "release" / "file").read_bytes()
@@ -385,7 +387,7 @@ def test_a_write_never_goes_into_a_directory_that_was_moved_away(view: View) -> 
     assert os.listdir(view.src / "backup") == ["file"]
 
 
-def test_a_working_directory_follows_its_rename(view: View) -> None:
+def test_working_directory_survives_rename_in_the_source(view: View) -> None:
     (view.src / "before").mkdir()
     fd = os.open(view.mnt / "before", os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -401,7 +403,7 @@ def test_a_working_directory_follows_its_rename(view: View) -> None:
     assert os.listdir(view.src / "after") == (["made"] if result is None else [])
 
 
-def test_a_replaced_symlink_is_seen(view: View) -> None:
+def test_replaced_symlink_is_seen(view: View) -> None:
     (view.src / "one").write_bytes(b"1")
     (view.src / "two").write_bytes(b"2")
     os.symlink("one", view.src / "link")
@@ -439,7 +441,7 @@ def look_at_thing(path: Path) -> tuple[int, int, object]:
     return stat.S_IFMT(found.st_mode), found.st_ino, content
 
 
-def test_a_name_that_became_another_kind_of_thing_is_seen(view: View) -> None:
+def test_name_with_a_new_file_type_is_seen(view: View) -> None:
     pairs = [(f"{before} to {after}", before, after) for before in KINDS for after in KINDS]
     for name, before, _ in pairs:
         make_thing(view.src / name, before, OLD)
@@ -456,7 +458,7 @@ def test_a_name_that_became_another_kind_of_thing_is_seen(view: View) -> None:
         assert look_at_thing(view.mnt / name) == look_at_thing(view.src / name), name
 
 
-def test_a_listing_is_fresh(view: View) -> None:
+def test_listing_is_up_to_date(view: View) -> None:
     (view.src / "directory").mkdir()
     for number in range(50):
         (view.src / "directory" / f"old{number}").write_bytes(b"")
@@ -473,7 +475,7 @@ def test_a_listing_is_fresh(view: View) -> None:
     assert sizes == {name: (1 if name.startswith("new") else 0) for name in expected}
 
 
-def test_a_write_through_the_mount_is_in_the_source_when_it_returns(tree: Tree) -> None:
+def test_write_is_in_the_source_when_it_returns(tree: Tree) -> None:
     with open(tree.mnt / "file", "wb", buffering=0) as file:
         for number in range(20):
             file.write(b"%d" % number)
@@ -485,8 +487,8 @@ def test_a_write_through_the_mount_is_in_the_source_when_it_returns(tree: Tree) 
 
 
 @pytest.mark.at_once("the kernel takes its own word for sizes and times of a file that it knows")
-def test_both_sides_write_different_parts_of_one_page(view: View) -> None:
-    """Neither side's bytes may come back from an older copy of the page."""
+def test_source_and_mount_write_parts_of_one_page(view: View) -> None:
+    """Neither side's bytes may be overwritten from an older copy of the page."""
     (view.src / "file").write_bytes(b"." * 4096)
     (view.mnt / "file").read_bytes()
     choice = random.Random(1)
@@ -527,8 +529,8 @@ def test_one_second_is_enough_by_default(tree: Tree) -> None:
 
 
 @pytest.mark.mounted
-def test_the_timeouts_are_options(serve: Serve) -> None:
-    """Long ones keep, so that the other tests prove more than a server that never lets the kernel cache."""
+def test_timeouts_are_respected(serve: Serve) -> None:
+    """Long timeouts keep old values: this shows that the kernel caches at all."""
     server = serve("--attr-timeout", "30", "--entry-timeout", "30", "--negative-timeout", "30")
 
     def seen(directory: Path) -> list[int | str]:
@@ -552,8 +554,8 @@ def test_the_timeouts_are_options(serve: Serve) -> None:
 
 
 @pytest.mark.timeout(90)
-def test_no_read_is_older_than_the_timeout(view: View) -> None:
-    """Another process changes eight files in every way at once; each read must be of a content not long replaced."""
+def test_reads_are_not_older_than_the_timeout(view: View) -> None:
+    """Another process changes eight files. Each read must return data that was current within the timeout."""
     names = [f"file{number}" for number in range(8)]
     ended: dict[bytes, float] = {}
     current: dict[str, bytes] = {}
@@ -624,8 +626,8 @@ def test_no_read_is_older_than_the_timeout(view: View) -> None:
 
 @pytest.mark.mounted
 @pytest.mark.timeout(20)
-def test_directories_that_change_places_in_the_source_hang_nobody(serve: Serve) -> None:
-    """Each was seen below the other, and neither is held open by then: the limit of 160 files leaves few kept."""
+def test_swapped_directories_do_not_cause_a_hang(serve: Serve) -> None:
+    """Each directory was seen in the other. Neither is open any more: few stay open with a limit of 160 files."""
     command = ["/bin/sh", "-c", 'ulimit -n 160 && exec "$0" "$@"', sys.executable, "-m", "llloop", "serve"]
     server = serve("--workers", "1", command=command)
     src, mnt = server.source, server.mountpoint
@@ -643,7 +645,7 @@ def test_directories_that_change_places_in_the_source_hang_nobody(serve: Serve) 
     assert (mnt / "inner").is_dir()
 
 
-def test_a_listing_that_the_kernel_keeps_is_not_shown_after_a_change(serve: Serve) -> None:
+def test_cached_listing_is_dropped_after_a_change(serve: Serve) -> None:
     server = serve("--cache", "always")
     directory = server.source / "directory"
     directory.mkdir()

@@ -1,4 +1,4 @@
-"""Sandboxes and user namespaces: a mirror handed into one, and one served inside."""
+"""Sandboxes and user namespaces: a mount bound into a sandbox, and a server inside."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def in_sandbox(server: Server, how: str, script: str) -> subprocess.CompletedPro
     return run(bwrap, "--unshare-all", *places, "bash", "-c", script)
 
 
-def test_a_sandbox_reads_and_writes_the_mirror(serve: Serve) -> None:
+def test_sandbox_reads_and_writes_the_mount(serve: Serve) -> None:
     server = serve()
     (server.source / "file").write_text("from outside\n")
     done = in_sandbox(server, "--bind", "cat /data/file && echo from inside >/data/new && ls /data")
@@ -59,7 +59,7 @@ def test_a_sandbox_reads_and_writes_the_mirror(serve: Serve) -> None:
     assert (server.source / "new").stat().st_uid == os.getuid()
 
 
-def test_a_sandbox_only_reads_what_it_is_given_read_only(serve: Serve) -> None:
+def test_sandbox_cannot_write_a_read_only_bind(serve: Serve) -> None:
     server = serve()
     (server.source / "file").write_text("from outside\n")
     done = in_sandbox(server, "--ro-bind", "cat /data/file; echo from inside >/data/file")
@@ -77,7 +77,7 @@ def place() -> Iterator[Path]:
     remove_tree(directory)
 
 
-def test_a_user_serves_as_root_of_a_user_namespace(place: Path) -> None:
+def test_user_serves_as_root_of_a_user_namespace(place: Path) -> None:
     (place / "src" / "file").write_text("mirrored\n")
     script = f"cd {place}; {SERVE} && cat mnt/file && echo new >mnt/new && stat -c %u mnt/new && {LLLOOP} umount mnt"
     done = run("unshare", "--user", "--map-root-user", "--mount", "bash", "-c", script)
@@ -87,8 +87,8 @@ def test_a_user_serves_as_root_of_a_user_namespace(place: Path) -> None:
 
 
 @pytest.mark.root
-def test_users_who_serve_as_root_of_their_namespaces_do_not_disturb_each_other(place: Path) -> None:
-    """All of them are user 0 there, and share /tmp."""
+def test_users_serve_in_separate_user_namespaces(place: Path) -> None:
+    """All of them have user id 0 there, and share /tmp."""
     users = (4001, 4002)
     for user in users:
         for name in (f"{user}", f"{user}/src", f"{user}/mnt"):
@@ -133,8 +133,8 @@ def test_users_who_serve_as_root_of_their_namespaces_do_not_disturb_each_other(p
 
 
 @pytest.mark.root
-def test_in_a_namespace_of_many_users_files_belong_to_each_of_them(place: Path) -> None:
-    """Root has its powers in the namespace only there, and yet files can be made for all whom it maps."""
+def test_files_belong_to_each_user_of_a_user_namespace(place: Path) -> None:
+    """Root of the namespace has its capabilities only there, but can create files for all mapped users."""
     (place / "src").chmod(0o777)
     inside = (
         f"cd {place}; {SERVE} && "

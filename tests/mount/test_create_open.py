@@ -1,4 +1,4 @@
-"""create, open, mknod, flush, release: what comes into being, and what each flag of open means."""
+"""create, open, mknod, flush, release: new objects, and the flags of open(2)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def umask(mask: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("mask", [0o000, 0o022, 0o027, 0o077, 0o777])
-def test_the_mode_of_what_is_created(tree: Tree, mask: int) -> None:
+def test_mode_of_new_objects(tree: Tree, mask: int) -> None:
     with umask(mask):
         for mode in (0o666, 0o777, 0o640, 0o400, 0o000):
             with opened(tree.mnt / f"file{mode:o}", os.O_CREAT | os.O_RDWR, mode):
@@ -41,7 +41,7 @@ def test_the_mode_of_what_is_created(tree: Tree, mask: int) -> None:
                 same_status(tree.mnt / f"{kind}{mode:o}", tree.src / f"{kind}{mode:o}")
 
 
-def test_special_bits_of_what_is_created(tree: Tree) -> None:
+def test_special_bits_of_new_objects(tree: Tree) -> None:
     with umask(0):
         for mode in (0o1777, 0o2775, 0o4755):
             for side, name in ((tree.src, "reference"), (tree.mnt, "file")):
@@ -54,7 +54,7 @@ def test_special_bits_of_what_is_created(tree: Tree) -> None:
                 assert os.stat(tree.src / f"file{kind}{mode:o}").st_mode == expected
 
 
-def test_what_is_created_belongs_to_the_caller(tree: Tree) -> None:
+def test_new_objects_belong_to_the_caller(tree: Tree) -> None:
     with opened(tree.mnt / "file", os.O_CREAT | os.O_WRONLY):
         pass
     os.mkdir(tree.mnt / "directory")
@@ -66,7 +66,7 @@ def test_what_is_created_belongs_to_the_caller(tree: Tree) -> None:
         same_status(tree.mnt / name, tree.src / name)
 
 
-def test_a_file_created_read_only_is_writable_by_its_creator_s_handle(tree: Tree) -> None:
+def test_new_read_only_file_is_writable_by_its_descriptor(tree: Tree) -> None:
     for mode in (0o444, 0o000):
         with opened(tree.mnt / f"{mode}", os.O_CREAT | os.O_RDWR | os.O_EXCL, mode) as descriptor:
             assert os.write(descriptor, b"written") == 7
@@ -98,7 +98,7 @@ def test_exclusive_creation(tree: Tree) -> None:
     assert os.stat(tree.src / "new").st_size == 0
 
 
-def test_of_many_that_create_exclusively_one_wins(tree: Tree) -> None:
+def test_only_one_exclusive_creation_succeeds(tree: Tree) -> None:
     script = """
 import os, sys
 sys.stdin.readline()
@@ -120,7 +120,7 @@ print(won)
     assert sorted(map(int, os.listdir(tree.src))) == list(range(200))
 
 
-def test_creation_without_exclusion_opens_what_is_there(tree: Tree) -> None:
+def test_o_creat_opens_an_existing_file(tree: Tree) -> None:
     (tree.src / "file").write_bytes(b"there")
     (tree.src / "file").chmod(0o640)
     with opened(tree.mnt / "file", os.O_CREAT | os.O_RDWR, 0o777) as descriptor:
@@ -128,14 +128,14 @@ def test_creation_without_exclusion_opens_what_is_there(tree: Tree) -> None:
     assert stat.S_IMODE(os.stat(tree.src / "file").st_mode) == 0o640
 
 
-def test_creation_behind_a_dangling_symlink(tree: Tree) -> None:
+def test_creation_through_a_dangling_symlink(tree: Tree) -> None:
     os.symlink("target", tree.mnt / "symlink")
     (tree.mnt / "symlink").write_bytes(b"through")
     assert (tree.src / "target").read_bytes() == b"through"
     assert os.readlink(tree.src / "symlink") == "target"
 
 
-def test_where_nothing_can_be_created(tree: Tree) -> None:
+def test_creation_errors(tree: Tree) -> None:
     (tree.src / "file").touch()
     for name, number in (("missing/new", errno.ENOENT), ("file/new", errno.ENOTDIR)):
         with fails(number):
@@ -151,7 +151,7 @@ def test_where_nothing_can_be_created(tree: Tree) -> None:
     assert os.listdir(tree.src) == ["file"]
 
 
-def test_truncation_at_open(tree: Tree) -> None:
+def test_o_trunc(tree: Tree) -> None:
     for flags in (os.O_WRONLY, os.O_RDWR, os.O_WRONLY | os.O_CREAT, os.O_WRONLY | os.O_APPEND):
         (tree.mnt / "file").write_bytes(b"to be cut")
         with opened(tree.mnt / "file", flags | os.O_TRUNC) as descriptor:
@@ -162,7 +162,7 @@ def test_truncation_at_open(tree: Tree) -> None:
         assert (tree.mnt / "file").read_bytes() == b"new"
 
 
-def test_truncation_at_open_seen_by_who_has_it_open(tree: Tree) -> None:
+def test_o_trunc_is_seen_by_other_descriptors(tree: Tree) -> None:
     (tree.mnt / "file").write_bytes(b"first content")
     with (
         opened(tree.mnt / "file", os.O_RDONLY) as reader,
@@ -179,7 +179,7 @@ def test_truncation_at_open_seen_by_who_has_it_open(tree: Tree) -> None:
     assert (tree.src / "file").read_bytes() == b"one\x002"
 
 
-def test_flags_that_forbid(tree: Tree) -> None:
+def test_restrictive_open_flags(tree: Tree) -> None:
     (tree.src / "file").touch()
     (tree.src / "directory").mkdir()
     os.symlink("file", tree.src / "symlink")
@@ -196,7 +196,7 @@ def test_flags_that_forbid(tree: Tree) -> None:
         os.open(tree.mnt / "missing", os.O_RDWR)
 
 
-def test_the_flags_of_an_open_file_are_kept(tree: Tree) -> None:
+def test_open_flags_are_kept(tree: Tree) -> None:
     (tree.mnt / "file").touch()
     for flags in (
         os.O_RDONLY,
@@ -211,7 +211,7 @@ def test_the_flags_of_an_open_file_are_kept(tree: Tree) -> None:
                 assert kept == fcntl.fcntl(native, fcntl.F_GETFL)
 
 
-def test_access_modes_are_held(tree: Tree) -> None:
+def test_access_modes_are_enforced(tree: Tree) -> None:
     (tree.mnt / "file").write_bytes(b"content")
     with opened(tree.mnt / "file", os.O_RDONLY) as descriptor:
         with fails(errno.EBADF):
@@ -251,7 +251,7 @@ def test_two_opens_with_different_flags(tree: Tree) -> None:
     assert (tree.src / "file").read_bytes() == expected
 
 
-def test_write_only_open_of_a_file_one_may_only_write(tree: Tree) -> None:
+def test_write_only_open_of_a_write_only_file(tree: Tree) -> None:
     (tree.mnt / "file").write_bytes(b"x" * 10_000)
     os.chmod(tree.mnt / "file", 0o200)
     with opened(tree.mnt / "file", os.O_WRONLY) as descriptor:
@@ -261,7 +261,7 @@ def test_write_only_open_of_a_file_one_may_only_write(tree: Tree) -> None:
     assert (tree.src / "file").read_bytes() == b"x" * 5_000 + b"y" * 100 + b"x" * 4_900
 
 
-def test_reopening_by_the_caller_s_own_descriptor(tree: Tree) -> None:
+def test_reopening_through_proc_self_fd(tree: Tree) -> None:
     (tree.mnt / "file").write_bytes(b"0123456789")
     with opened(tree.mnt / "file", os.O_RDONLY) as first:
         with opened(f"/proc/self/fd/{first}", os.O_RDWR) as second:
@@ -288,7 +288,7 @@ def test_duplicates_share_their_position(tree: Tree) -> None:
     assert (tree.src / "file").read_bytes() == b"onetwothreefour"
 
 
-def test_what_was_written_is_there_at_close(tree: Tree) -> None:
+def test_written_data_is_in_the_source_at_close(tree: Tree) -> None:
     for number in range(50):
         with opened(tree.mnt / "file", os.O_CREAT | os.O_WRONLY | os.O_TRUNC) as descriptor:
             os.write(descriptor, b"%d" % number)
@@ -296,7 +296,7 @@ def test_what_was_written_is_there_at_close(tree: Tree) -> None:
 
 
 @pytest.mark.parametrize("flag", ["O_SYNC", "O_DSYNC", "O_NOATIME"])
-def test_flags_for_how_to_write_and_read(tree: Tree, flag: str) -> None:
+def test_io_flags(tree: Tree, flag: str) -> None:
     with opened(tree.mnt / "file", os.O_CREAT | os.O_RDWR | getattr(os, flag)) as descriptor:
         for number in range(10):
             assert os.write(descriptor, b"%d" % number * 1000) == 1000
@@ -349,7 +349,7 @@ def test_a_socket_in_the_mount(tree: Tree) -> None:
 
 
 @pytest.mark.root
-def test_devices_are_made_with_their_numbers(tree: Tree) -> None:
+def test_mknod_of_devices(tree: Tree) -> None:
     for name, kind, device in (
         ("character", stat.S_IFCHR, os.makedev(1, 3)),
         ("block", stat.S_IFBLK, os.makedev(7, 200)),
@@ -367,7 +367,7 @@ def test_devices_are_made_with_their_numbers(tree: Tree) -> None:
 
 @pytest.mark.user
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may make devices")
-def test_an_ordinary_user_makes_no_devices(tree: Tree) -> None:
+def test_ordinary_user_cannot_create_devices(tree: Tree) -> None:
     with fails(errno.EPERM):
         os.mknod(tree.mnt / "device", stat.S_IFCHR | 0o600, os.makedev(1, 3))
     assert os.listdir(tree.src) == []
@@ -390,7 +390,7 @@ def rewrite(path: Path) -> None:
     os.close(os.open(path, os.O_WRONLY))
 
 
-def test_a_running_program_is_protected_as_natively(tree: Tree) -> None:
+def test_running_program_gives_etxtbsy(tree: Tree) -> None:
     outcomes = []
     for side, name in ((tree.src, "reference"), (tree.mnt, "program")):
         (side / name).write_bytes(Path("/bin/sleep").read_bytes())

@@ -1,4 +1,4 @@
-"""What many processes write through one, two and eight workers is what they and the source read back."""
+"""Data that many processes write through one, two and eight workers is read back unchanged."""
 
 import fcntl
 import hashlib
@@ -112,8 +112,8 @@ def test_many_processes_write_files_of_every_size(place: Tree) -> None:
             assert (place.src / f"{process}-{size}").read_bytes() == noise(size, process * 1000 + number)
 
 
-def test_many_processes_write_their_parts_of_one_file(place: Tree) -> None:
-    """Parts with odd borders lie in one page with those of a neighbour."""
+def test_many_processes_write_parts_of_one_file(place: Tree) -> None:
+    """Parts with odd borders share pages with their neighbours."""
     part = 1_300_001
     content = noise(part * PROCESSES, 1)
     (place.src / "file").touch()
@@ -140,7 +140,7 @@ def test_many_processes_write_their_parts_of_one_file(place: Tree) -> None:
 
 
 def test_many_processes_append_to_one_file(place: Tree) -> None:
-    """O_APPEND: no record is lost, torn or written over another."""
+    """O_APPEND: no record is lost, torn or overwritten."""
     (place.src / "log").touch()
 
     def append(process: int) -> None:
@@ -159,7 +159,7 @@ def test_many_processes_append_to_one_file(place: Tree) -> None:
     assert (place.mnt / "log").read_bytes() == (place.src / "log").read_bytes()
 
 
-def test_reading_while_others_write_gives_old_or_new_but_nothing_else(place: Tree) -> None:
+def test_concurrent_reads_return_old_or_new_data(place: Tree) -> None:
     size, page = 2 * MIB, 4096
     (place.mnt / "file").write_bytes(b"\0" * size)
 
@@ -185,8 +185,8 @@ def test_reading_while_others_write_gives_old_or_new_but_nothing_else(place: Tre
     assert (place.src / "file").read_bytes() == b"\x27" * size
 
 
-def test_a_counter_under_a_lock_counts_right(place: Tree) -> None:
-    """Read, add one, write: whoever gets an old byte under the lock loses a count."""
+def test_counter_under_a_lock(place: Tree) -> None:
+    """Read, add one, write: a process that reads an old value under the lock loses a count."""
     (place.src / "counter").write_bytes(b"%08d" % 0)
 
     def count() -> None:
@@ -214,7 +214,7 @@ def test_vectored_and_very_large_calls(place: Tree) -> None:
     assert (place.src / "file").read_bytes() == content[:5] + content
 
 
-def test_direct_io_at_every_alignment_of_blocks(place: Tree) -> None:
+def test_direct_io_at_each_alignment(place: Tree) -> None:
     size = 3 * MIB
     content = noise(size, 6)
     with mmap.mmap(-1, size) as memory:
@@ -238,7 +238,7 @@ def test_direct_io_at_every_alignment_of_blocks(place: Tree) -> None:
     assert (place.src / "file").read_bytes() == content
 
 
-def test_copies_inside_the_mount_are_equal(place: Tree) -> None:
+def test_copies_in_the_mount_are_equal(place: Tree) -> None:
     content = noise(5 * MIB + 13, 7)
     (place.mnt / "original").write_bytes(content)
     shutil.copyfile(place.mnt / "original", place.mnt / "copy")

@@ -1,4 +1,4 @@
-"""O_DIRECT: past the caches, aligned and not, as the source allows."""
+"""O_DIRECT: aligned and unaligned I/O, as the source allows."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def source_with_direct_io(tree: Tree) -> None:
 
 
 @pytest.mark.parametrize("size", [4096, 8192, 65_536, 128 * 1024, MIB - 4096, MIB, MIB + 4096, 3 * MIB])
-def test_aligned(tree: Tree, size: int) -> None:
+def test_aligned_io(tree: Tree, size: int) -> None:
     content = pattern(size, size)
     with opened(tree.mnt / "file", os.O_CREAT | os.O_RDWR | os.O_DIRECT) as descriptor:
         assert direct_write(descriptor, content, 0) == size
@@ -65,8 +65,8 @@ def test_aligned(tree: Tree, size: int) -> None:
     [(1, 0), (511, 0), (512, 0), (513, 512), (4095, 0), (4096, 1), (4097, 4096), (100, 77), (10_000, 3)],
 )
 @pytest.mark.own_loop  # the fallback takes unaligned sizes everywhere: its source is not opened with O_DIRECT
-def test_unaligned_as_the_source_allows(tree: Tree, size: int, offset: int) -> None:
-    """Some sources take any size, some answer EINVAL; the mount does what its source does."""
+def test_unaligned_io(tree: Tree, size: int, offset: int) -> None:
+    """Some sources allow any size, some return EINVAL; the mount behaves like its source."""
     content = pattern(20_000)
     outcomes = []
     for path in (tree.src / "reference", tree.mnt / "file"):
@@ -79,7 +79,7 @@ def test_unaligned_as_the_source_allows(tree: Tree, size: int, offset: int) -> N
     assert (tree.src / "file").read_bytes() == (tree.src / "reference").read_bytes()
 
 
-def test_the_end_of_a_file_of_odd_size(tree: Tree) -> None:
+def test_unaligned_end_of_file(tree: Tree) -> None:
     content = pattern(10_001)
     outcomes = []
     for path in (tree.src / "reference", tree.mnt / "file"):
@@ -95,7 +95,7 @@ def test_the_end_of_a_file_of_odd_size(tree: Tree) -> None:
     assert outcomes[1][0] == content[8192:]
 
 
-def test_mixed_with_cached_handles(tree: Tree) -> None:
+def test_mixed_with_cached_io(tree: Tree) -> None:
     (tree.mnt / "file").write_bytes(b"a" * 16_384)
     with (
         opened(tree.mnt / "file", os.O_RDWR | os.O_DIRECT) as direct,
@@ -124,8 +124,8 @@ def test_mixed_with_a_mapping(tree: Tree) -> None:
         assert mapped[4090:4100] == b"a" * 6 + b"d" * 4
 
 
-def test_mapped_by_its_own_descriptor(tree: Tree) -> None:
-    """What the kernel writes back for a mapping ends where the file ends, not where a block does."""
+def test_mapping_of_a_direct_descriptor(tree: Tree) -> None:
+    """The kernel's writeback of a mapping ends at the end of the file, not at the end of a block."""
     (tree.mnt / "file").write_bytes(b"a" * 10_001)
     with opened(tree.mnt / "file", os.O_RDWR | os.O_DIRECT) as descriptor:
         with mmap.mmap(descriptor, 10_001) as mapped:
@@ -136,7 +136,7 @@ def test_mapped_by_its_own_descriptor(tree: Tree) -> None:
     assert (tree.src / "file").read_bytes() == b"A" + b"a" * 9999 + b"z"
 
 
-def test_appending(tree: Tree) -> None:
+def test_append(tree: Tree) -> None:
     with opened(tree.mnt / "file", os.O_CREAT | os.O_WRONLY | os.O_DIRECT | os.O_APPEND) as descriptor:
         for number in range(5):
             memory = aligned(4096)
@@ -173,7 +173,7 @@ def test_far_beyond_four_gibibytes(tree: Tree) -> None:
     assert os.stat(tree.src / "file").st_blocks * 512 < MIB
 
 
-def test_of_an_unlinked_file(tree: Tree) -> None:
+def test_unlinked_file(tree: Tree) -> None:
     with opened(tree.mnt / "file", os.O_CREAT | os.O_RDWR | os.O_DIRECT) as descriptor:
         os.unlink(tree.mnt / "file")
         direct_write(descriptor, pattern(8192), 0)

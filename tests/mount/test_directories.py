@@ -1,4 +1,4 @@
-"""mkdir, rmdir, opendir, readdir, releasedir, fsyncdir: directories and what is listed of them."""
+"""mkdir, rmdir, opendir, readdir, releasedir, fsyncdir."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def test_mkdir_and_rmdir(tree: Tree) -> None:
     assert os.listdir(tree.src) == os.listdir(tree.mnt) == []
 
 
-def test_the_mount_s_root_is_not_removed(tree: Tree) -> None:
+def test_root_of_the_mount_cannot_be_removed(tree: Tree) -> None:
     with fails(errno.EBUSY, errno.ENOTEMPTY):
         os.rmdir(tree.server.mountpoint)
     assert os.path.isdir(tree.server.source)
 
 
-def test_a_removed_directory_made_anew(tree: Tree) -> None:
+def test_removed_directory_created_again(tree: Tree) -> None:
     for number in range(30):
         os.mkdir(tree.mnt / "d")
         (tree.mnt / "d" / f"{number}").touch()
@@ -57,7 +57,7 @@ def test_a_removed_directory_made_anew(tree: Tree) -> None:
         os.rmdir(tree.mnt / "d")
 
 
-def test_entries_with_their_kinds_and_inodes(tree: Tree) -> None:
+def test_entries_have_types_and_inode_numbers(tree: Tree) -> None:
     (tree.src / "file").touch()
     (tree.src / "directory").mkdir()
     os.symlink("file", tree.src / "symlink")
@@ -77,7 +77,7 @@ def test_entries_with_their_kinds_and_inodes(tree: Tree) -> None:
     assert entries[b"."].inode == os.stat(tree.mnt).st_ino
 
 
-def test_dot_and_dotdot_come_once(tree: Tree) -> None:
+def test_dot_and_dotdot_are_listed_once(tree: Tree) -> None:
     (tree.src / "empty").mkdir()
     for path in (tree.mnt / "empty", tree.mnt, tree.server.mountpoint):
         with directory_stream(path) as stream:
@@ -86,7 +86,7 @@ def test_dot_and_dotdot_come_once(tree: Tree) -> None:
     assert os.listdir(tree.mnt / "empty") == []
 
 
-def test_what_is_no_directory_is_not_listed(tree: Tree) -> None:
+def test_listing_a_file_gives_enotdir(tree: Tree) -> None:
     (tree.src / "file").touch()
     with fails(errno.ENOTDIR):
         os.listdir(tree.mnt / "file")
@@ -105,7 +105,7 @@ def test_directories_of_any_size(tree: Tree, count: int) -> None:
         assert set(listed) == expected
 
 
-def test_what_changes_is_listed_at_once(tree: Tree) -> None:
+def test_changes_are_listed_immediately(tree: Tree) -> None:
     expected: set[str] = set()
     for number in range(60):
         if number % 3 == 2:
@@ -118,7 +118,7 @@ def test_what_changes_is_listed_at_once(tree: Tree) -> None:
         assert sorted(listed) == sorted(expected)
 
 
-def test_rewinddir_shows_what_is_new(tree: Tree) -> None:
+def test_rewinddir_shows_new_entries(tree: Tree) -> None:
     (tree.mnt / "old").touch()
     with directory_stream(tree.mnt) as stream:
         assert stream.names() == [b"old"]
@@ -179,8 +179,8 @@ def test_two_streams_of_one_directory(tree: Tree) -> None:
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("through", ["mnt", "src"])
-def test_a_hundred_thousand_entries_while_they_change(tree: Tree, through: str) -> None:
-    """What is there all the time is listed once, what comes and goes at most once."""
+def test_listing_of_100000_changing_entries(tree: Tree, through: str) -> None:
+    """Entries that exist all the time are listed once, others at most once."""
     count = 100_000
     directory = tree.src / "large"
     directory.mkdir()
@@ -287,7 +287,7 @@ print(os.path.samefile("..", os.path.dirname(sys.argv[1])))
     assert os.listdir(tree.src) == ["work"]
 
 
-def test_a_directory_replaced_while_it_is_read(tree: Tree) -> None:
+def test_directory_replaced_during_readdir(tree: Tree) -> None:
     os.mkdir(tree.mnt / "victim")
     os.mkdir(tree.mnt / "new")
     (tree.mnt / "new" / "file").touch()
@@ -298,7 +298,7 @@ def test_a_directory_replaced_while_it_is_read(tree: Tree) -> None:
     assert os.listdir(tree.mnt / "victim") == ["file"]
 
 
-def test_deeper_than_a_path_can_say(tree: Tree) -> None:
+def test_directories_deeper_than_path_max(tree: Tree) -> None:
     name = "d" * 200
     depth = 40
     descriptors = [os.open(tree.mnt, os.O_RDONLY | os.O_DIRECTORY)]
@@ -357,7 +357,7 @@ def test_fsync_of_a_directory(tree: Tree) -> None:
         os.fsync(descriptor)
 
 
-def test_a_directory_one_may_not_read(tree: Tree) -> None:
+def test_unreadable_directory(tree: Tree) -> None:
     for side, name in ((tree.src, "reference"), (tree.mnt, "d")):
         (side / name).mkdir()
         (side / name / "file").touch()

@@ -1,4 +1,4 @@
-"""What programs see of data that only the kernel has yet: stores through mappings, and with --writeback all writes."""
+"""Data that only the kernel has: stores into mappings, and with --writeback all writes."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def run(*command: str, cwd: Path, check: bool = True) -> None:
     subprocess.run(command, cwd=cwd, check=check, timeout=30, stderr=None if check else subprocess.DEVNULL)
 
 
-def test_seek_finds_what_was_stored(tree: Tree) -> None:
+def test_lseek_finds_stored_data(tree: Tree) -> None:
     all_hole(tree.mnt / "file", 4 * MIB)
     with (
         opened(tree.mnt / "file", os.O_RDONLY) as reading,
@@ -87,8 +87,8 @@ def test_seek_finds_what_was_stored(tree: Tree) -> None:
         assert mapped[MIB : MIB + 3] == b"one"
 
 
-def test_seek_finds_what_was_stored_into_a_page_that_was_written(tree: Tree) -> None:
-    """Such a page needs no READ before it can be stored into."""
+def test_lseek_finds_data_stored_into_a_written_page(tree: Tree) -> None:
+    """Such a page needs no READ before a store."""
     all_hole(tree.mnt / "file", 4 * MIB)
     with (
         opened(tree.mnt / "file", os.O_RDWR) as descriptor,
@@ -101,7 +101,7 @@ def test_seek_finds_what_was_stored_into_a_page_that_was_written(tree: Tree) -> 
         assert is_data(descriptor, MIB)
 
 
-def test_seek_finds_what_was_just_written(tree: Tree) -> None:
+def test_lseek_finds_data_just_written(tree: Tree) -> None:
     with (
         opened(tree.mnt / "file", os.O_CREAT | os.O_WRONLY) as writing,
         opened(tree.mnt / "file", os.O_RDONLY) as reading,
@@ -114,7 +114,7 @@ def test_seek_finds_what_was_just_written(tree: Tree) -> None:
 
 
 @pytest.mark.mounted
-def test_copies_have_what_was_stored(serve: Serve) -> None:
+def test_copies_contain_stored_data(serve: Serve) -> None:
     directory = serve("--cache", "always").mountpoint  # opening a file then does not write its dirty pages
     all_hole(directory / "file", 4 * MIB)
     # Another process, for a command started from here would close descriptors of the file, which writes them, too.
@@ -156,8 +156,8 @@ for line in sys.stdin:
 """
 
 
-def test_a_file_with_stores_has_blocks(tree: Tree) -> None:
-    """`tar --sparse` takes a file without blocks for one hole and does not look into it."""
+def test_file_with_stored_data_has_blocks(tree: Tree) -> None:
+    """`tar --sparse` treats a file without blocks as one hole and does not read it."""
     all_hole(tree.mnt / "file", MIB)
     assert os.stat(tree.mnt / "file").st_blocks == 0
     with stored(tree.mnt / "file", MIB, (0, b"data")) as mapped:
@@ -170,13 +170,13 @@ def test_a_file_with_stores_has_blocks(tree: Tree) -> None:
     assert os.stat(tree.mnt / "file").st_blocks == os.stat(tree.src / "file").st_blocks
 
 
-def test_an_unwritten_file_has_blocks_as_soon_as_it_is_written(tree: Tree) -> None:
+def test_new_file_has_blocks_after_a_write(tree: Tree) -> None:
     with opened(tree.mnt / "file", os.O_CREAT | os.O_WRONLY) as descriptor:
         os.write(descriptor, b"x" * 20_000)
         assert os.stat(tree.mnt / "file").st_blocks > 0
 
 
-def test_ranges_are_removed_and_moved_with_what_was_stored(tree: Tree) -> None:
+def test_collapse_and_insert_include_stored_data(tree: Tree) -> None:
     all_hole(tree.mnt / "file", 16 * PAGE)
     with (
         stored(tree.mnt / "file", 16 * PAGE, (0, b"a" * 16 * PAGE)) as mapped,
@@ -204,7 +204,7 @@ def test_ranges_are_removed_and_moved_with_what_was_stored(tree: Tree) -> None:
 @pytest.mark.mounted
 @pytest.mark.by_workers
 @pytest.mark.parametrize("victim", ["llloop-invalidator", "llloop-worker-0", "llloop-front"])
-def test_a_seek_survives_whoever_answers_it(serve: Serve, victim: str) -> None:
+def test_lseek_survives_death_of_processes(serve: Serve, victim: str) -> None:
     server = serve("--workers", "1")
     path = server.mountpoint / "file"
     all_hole(path, 4 * MIB)
@@ -229,7 +229,7 @@ def test_a_seek_survives_whoever_answers_it(serve: Serve, victim: str) -> None:
 
 @pytest.mark.mounted
 @pytest.mark.by_workers
-def test_a_seek_that_waits_keeps_nobody_waiting(serve: Serve) -> None:
+def test_waiting_lseek_does_not_block_others(serve: Serve) -> None:
     server = serve("--workers", "1")
     path = server.mountpoint / "file"
     all_hole(path, 4 * MIB)
@@ -251,7 +251,7 @@ def test_a_seek_that_waits_keeps_nobody_waiting(serve: Serve) -> None:
 
 
 class SlowBuffer:
-    """Two pages of memory, the second of which can be read only when `release` is called."""
+    """Two pages of memory. A read of the second one blocks until `release` is called."""
 
     def __init__(self, server: Server, content: bytes) -> None:
         (server.source / "slow").write_bytes(content)
@@ -273,8 +273,8 @@ class SlowBuffer:
 @pytest.mark.by_workers
 @pytest.mark.at_once("pages with collected writes are written before they are dropped")
 @pytest.mark.parametrize("cache", ["auto", "always"])
-def test_a_page_dropped_during_a_write_is_not_old_afterwards(serve: Serve, cache: str) -> None:
-    """The kernel has entered the data into a page and not sent it yet, when the page is dropped and read again."""
+def test_page_dropped_during_a_write_is_not_stale(serve: Serve, cache: str) -> None:
+    """The kernel has written data into a page but not sent it. Then the page is dropped and read again."""
     server, other = serve("--cache", cache, "--attr-timeout", "0"), serve()
     path = server.mountpoint / "file"
     path.write_bytes(b"o" * 4 * PAGE)
@@ -304,8 +304,8 @@ def test_a_page_dropped_during_a_write_is_not_old_afterwards(serve: Serve, cache
 
 @pytest.mark.mounted
 @pytest.mark.by_workers
-def test_neighbours_in_one_page_read_what_they_wrote(tree: Tree) -> None:
-    """Two processes write ranges of their own in one page, and read them back through another descriptor."""
+def test_processes_sharing_a_page_read_their_own_data(tree: Tree) -> None:
+    """Two processes write separate ranges of one page, and read them through another descriptor."""
     path = tree.mnt / "file"
     path.write_bytes(bytes(2 * PAGE))
     children = [
@@ -328,8 +328,8 @@ while time.monotonic() < stop:
 """
 
 
-def test_stores_are_seen_in_the_times(tree: Tree) -> None:
-    """At the latest when they are written out or unmapped."""
+def test_stores_update_the_times(tree: Tree) -> None:
+    """At the latest when they are written back or unmapped."""
     (tree.mnt / "file").write_bytes(bytes(2 * PAGE))
     with opened(tree.mnt / "file", os.O_RDWR) as descriptor:
         for write_out in (lambda mapped: mapped.flush(), lambda mapped: os.fsync(descriptor), lambda mapped: None):

@@ -1,10 +1,4 @@
-"""The examples in README and docs/ do what they show, and the documentation is complete and leads everywhere.
-
-A code block is an example if an HTML comment stands above it: `<!-- test: NAME -->`. Blocks of one name belong
-together and run in one empty directory and one shell, in their order; `, as root` after the name says that it takes
-root, `, FILE` that the block is not run but written to that file. In a console block, lines that begin with `$ ` are
-commands; the others are their output, in which `...` stands for anything.
-"""
+"""The examples in README and docs/ work as shown; the documentation is complete and its links are valid."""
 
 from __future__ import annotations
 
@@ -40,7 +34,7 @@ KEEPING_STATUS = f"{{ status=$?; printf '{MARK}'; (exit $status); }}\n"
 
 @dataclass
 class Example:
-    """What a reader who follows the blocks of one name types and gets."""
+    """The commands and the output of all blocks with one name."""
 
     as_root: bool = False
     files: dict[str, str] = field(default_factory=dict)
@@ -151,7 +145,7 @@ def run(example: Example, directory: Path) -> list[str]:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.root] if one.as_root else []) for name, one in EXAMPLES.items()]
 )
-def test_an_example_does_what_it_shows(name: str, place: Path, via: str) -> None:
+def test_example_does_what_it_shows(name: str, place: Path, via: str) -> None:
     if via == "llfuse":
         pytest.skip("the examples start the default loop: this would be the same again")
     example = EXAMPLES[name]
@@ -163,20 +157,20 @@ def test_an_example_does_what_it_shows(name: str, place: Path, via: str) -> None
     wait_until(lambda: not users_of(place), "the processes of the example's mounts end", 10)
 
 
-def test_there_are_examples() -> None:
+def test_examples_exist() -> None:
     assert {"readme", "tour", "namespace", "sandbox", "front", "supervisor", "inside", "report"} <= set(EXAMPLES)
     for name, text in TEXT.items():
         assert text.count("<!-- test:") == len(BLOCK.findall(text)), f"{name}: a marked block is not understood"
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_an_example_stands_on_one_page(name: str) -> None:
+def test_each_example_is_on_one_page(name: str) -> None:
     pages = [page for page, text in TEXT.items() if f"<!-- test: {name} -->" in text or f"<!-- test: {name}," in text]
     assert len(pages) == 1, pages
 
 
 @pytest.mark.parametrize("command", ["umount", "status", "stats"])
-def test_the_documentation_explains_every_option(command: str) -> None:
+def test_documentation_explains_each_option(command: str) -> None:
     text = TEXT["commands.md"] + TEXT["monitoring.md"]
     parameters = main.commands[command].params
     options = [one for one in parameters if isinstance(one, click.Option) and not one.hidden]
@@ -186,7 +180,7 @@ def test_the_documentation_explains_every_option(command: str) -> None:
             assert re.search(rf"^- `{spelling}\b", text, re.MULTILINE), f"{spelling} has no entry"
 
 
-def test_the_documentation_lists_every_exit_code() -> None:
+def test_documentation_lists_each_exit_code() -> None:
     table = dict(re.findall(r"^\| (\d) \| (.+) \|$", TEXT["commands.md"], re.MULTILINE))
     kinds: list[type[LlloopError]] = [LlloopError, *LlloopError.__subclasses__()]
     assert set(table) == {"0", *(str(kind.exit_code) for kind in kinds)}
@@ -203,18 +197,18 @@ def directory_fds(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_link_leads_somewhere(page: Path) -> None:
+def test_links_are_valid(page: Path) -> None:
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)", page.read_text()):
         path = (page.parent / target) if target else page
         assert path.exists(), f"{page.name} links to {target}"
         assert not anchor or anchor in directory_fds(path), f"{page.name} links to {target}#{anchor}"
 
 
-def test_the_readme_is_short() -> None:
+def test_readme_is_short() -> None:
     assert len(TEXT["README.md"].splitlines()) <= 200
 
 
-def test_every_page_is_in_the_navigation() -> None:
+def test_each_page_is_in_the_navigation() -> None:
     navigation = (CHECKOUT / "scripts" / "mkdocs.yml").read_text()
     for page in CHECKOUT.glob("docs/*.md"):
         assert re.search(rf"(?:- |: ){page.name}$", navigation, re.MULTILINE), page.name

@@ -1,4 +1,4 @@
-"""A start that fails, or is ended from outside, leaves nothing, at whatever step that happens."""
+"""A start that fails, is killed or is stopped at any step leaves no process and no mount."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def outcomes(place: Ground, how: str, every: int) -> list[dict[str, Any]]:
     return found
 
 
-def test_each_step_may_fail(place: Ground) -> None:
+def test_start_fails_at_each_step(place: Ground) -> None:
     found = outcomes(place, "error", 4)
     for one in found:
         # Not every step is needed.
@@ -64,13 +64,13 @@ def test_each_step_may_fail(place: Ground) -> None:
     assert sum(IN_THE_WAY in one["said"] for one in found) > len(found) // 3, "the file in the way is named"
 
 
-def test_it_may_be_killed_at_each_step(place: Ground) -> None:
+def test_start_is_killed_at_each_step(place: Ground) -> None:
     for one in outcomes(place, "SIGKILL", 8):
         assert one["code"] == -9 and "Traceback" not in one["said"], one
 
 
 @pytest.mark.parametrize(("signal", "unhandled"), [("SIGTERM", -15), ("SIGINT", 130)])
-def test_it_may_be_stopped_at_each_step(place: Ground, signal: str, unhandled: int) -> None:
+def test_start_is_stopped_at_each_step(place: Ground, signal: str, unhandled: int) -> None:
     found = outcomes(place, signal, 8)
     # Before the signal is taken over, and after the mount was told to be ready.
     others = [one for one in found if one["code"] not in (unhandled, 0)]

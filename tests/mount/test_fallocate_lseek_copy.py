@@ -72,14 +72,14 @@ def on_both(tree: Tree, action: Callable[[int], object], content: bytes = b"", f
         (FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, 250_000, 500_000),
     ],
 )
-def test_fallocate_as_the_source_does(tree: Tree, mode: int, offset: int, length: int) -> None:
+def test_fallocate_behaves_as_in_the_source(tree: Tree, mode: int, offset: int, length: int) -> None:
     on_both(tree, lambda descriptor: fallocate(descriptor, mode, offset, length), pattern(300_000))
 
 
 @pytest.mark.own_loop
 @pytest.mark.mounted
 @pytest.mark.parametrize("mode", [FALLOC_FL_COLLAPSE_RANGE, FALLOC_FL_INSERT_RANGE, FALLOC_FL_UNSHARE_RANGE])
-def test_fallocate_that_the_kernel_s_fuse_does_not_pass_on(tree: Tree, mode: int) -> None:
+def test_fallocate_modes_that_fuse_does_not_support(tree: Tree, mode: int) -> None:
     (tree.mnt / "file").write_bytes(b"x" * 100_000)
     with opened(tree.mnt / "file", os.O_RDWR) as descriptor, fails(errno.EOPNOTSUPP):
         fallocate(descriptor, mode, 4096, 4096)
@@ -87,7 +87,7 @@ def test_fallocate_that_the_kernel_s_fuse_does_not_pass_on(tree: Tree, mode: int
 
 
 @pytest.mark.own_loop
-def test_fallocate_that_is_refused(tree: Tree) -> None:
+def test_fallocate_errors(tree: Tree) -> None:
     for mode, offset, length in (
         (0, 0, 0),
         (0, -1, 10),
@@ -101,7 +101,7 @@ def test_fallocate_that_is_refused(tree: Tree) -> None:
 
 
 @pytest.mark.own_loop
-def test_what_is_allocated_takes_room_and_reads_as_zeros(tree: Tree) -> None:
+def test_allocated_range_takes_space_and_reads_as_zeros(tree: Tree) -> None:
     with opened(tree.mnt / "file", os.O_CREAT | os.O_RDWR) as descriptor:
         fallocate(descriptor, 0, 0, 3 * MIB)
         assert os.fstat(descriptor).st_size == 3 * MIB
@@ -114,7 +114,7 @@ def test_what_is_allocated_takes_room_and_reads_as_zeros(tree: Tree) -> None:
 
 
 @pytest.mark.own_loop
-def test_a_hole_punched_is_seen_by_all_who_read(tree: Tree) -> None:
+def test_punched_hole_is_seen_by_all_descriptors(tree: Tree) -> None:
     (tree.mnt / "file").write_bytes(pattern(100_000))
     with opened(tree.mnt / "file", os.O_RDONLY) as reader, opened(tree.mnt / "file", os.O_RDWR) as puncher:
         assert os.pread(reader, 100_000, 0) == pattern(100_000)
@@ -155,7 +155,7 @@ def sparse(path: Path) -> None:
 
 
 @pytest.mark.own_loop
-def test_holes_and_data_are_where_the_source_has_them(tree: Tree) -> None:
+def test_seek_hole_and_data_match_the_source(tree: Tree) -> None:
     sparse(tree.mnt / "file")
     with opened(tree.mnt / "file", os.O_RDONLY) as mounted, opened(tree.src / "file", os.O_RDONLY) as native:
         assert segments(mounted) == segments(native)
@@ -167,7 +167,7 @@ def test_holes_and_data_are_where_the_source_has_them(tree: Tree) -> None:
         assert os.read(mounted, 3) == b"xxx"
 
 
-def test_seeking_data_in_what_has_none(tree: Tree) -> None:
+def test_seek_data_in_a_file_without_data(tree: Tree) -> None:
     (tree.mnt / "empty").touch()
     (tree.mnt / "full").write_bytes(b"x" * 100)
     with opened(tree.mnt / "empty", os.O_RDONLY) as descriptor:
@@ -220,7 +220,7 @@ def test_copy_file_range(tree: Tree, size: int, count: int, offset_in: int, offs
         assert os.pread(descriptor, len(expected) + 100, offset_out) == expected
 
 
-def test_copy_file_range_over_what_is_there(tree: Tree) -> None:
+def test_copy_file_range_overwrites(tree: Tree) -> None:
     (tree.mnt / "from").write_bytes(b"N" * 50_000)
     (tree.mnt / "to").write_bytes(b"o" * 100_000)
     with (
@@ -235,7 +235,7 @@ def test_copy_file_range_over_what_is_there(tree: Tree) -> None:
     assert (tree.src / "to").read_bytes() == expected
 
 
-def test_copy_file_range_by_the_files_positions(tree: Tree) -> None:
+def test_copy_file_range_uses_file_positions(tree: Tree) -> None:
     (tree.mnt / "from").write_bytes(b"0123456789")
     with opened(tree.mnt / "from", os.O_RDONLY) as source, opened(tree.mnt / "to", os.O_CREAT | os.O_RDWR) as target:
         os.lseek(source, 2, os.SEEK_SET)
@@ -256,7 +256,7 @@ def test_copy_file_range_within_one_file(tree: Tree) -> None:
     assert (tree.src / "file").read_bytes() == content[:50_000] + content[:10_000] + content[60_000:]
 
 
-def test_copy_file_range_that_is_refused(tree: Tree) -> None:
+def test_copy_file_range_errors(tree: Tree) -> None:
     (tree.mnt / "from").write_bytes(b"content")
     (tree.mnt / "to").touch()
     with opened(tree.mnt / "from", os.O_RDONLY) as source:

@@ -1,4 +1,4 @@
-"""Whatever fails in a handler: EIO for who asked, a traceback in the log, and a mount that lives."""
+"""An unexpected exception in a handler gives EIO, is logged with a traceback, and does not end the mount."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MUCH = 200_000  # bytes; more than the front writes by itself
 
 @dataclass
 class Faulty:
-    """A mount whose handlers fail on demand, and an empty directory of its own for each test."""
+    """A mount whose handlers fail on demand, with an empty directory for each test."""
 
     server: Server
     trigger: Path
@@ -121,7 +121,7 @@ OWN_REQUESTS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("method", REQUESTS)
-def test_a_fault_in_a_handler(faulty: Faulty, method: str) -> None:
+def test_exception_in_a_handler(faulty: Faulty, method: str) -> None:
     before = sorted(os.listdir(faulty.src))
     called = OF_OWN_LOOP.get(method, method) if faulty.server.via == "own" else method
     with faulty.fault(called), fails(errno.EIO):
@@ -132,14 +132,14 @@ def test_a_fault_in_a_handler(faulty: Faulty, method: str) -> None:
 
 @pytest.mark.own_loop
 @pytest.mark.parametrize("method", OWN_REQUESTS)
-def test_a_fault_in_a_handler_of_the_own_loop(faulty: Faulty, method: str) -> None:
+def test_exception_in_a_handler_of_the_own_loop(faulty: Faulty, method: str) -> None:
     before = sorted(os.listdir(faulty.src))
     with faulty.fault(method), fails(errno.EIO):
         OWN_REQUESTS[method](faulty.mnt)
     assert sorted(os.listdir(faulty.src)) == before
 
 
-def test_a_fault_in_getattr(faulty: Faulty) -> None:
+def test_exception_in_getattr(faulty: Faulty) -> None:
     with opened(faulty.mnt / "file", os.O_RDONLY) as descriptor:
         os.fstat(descriptor)
         with faulty.fault("Tree.getattr"), fails(errno.EIO):
@@ -147,14 +147,14 @@ def test_a_fault_in_getattr(faulty: Faulty) -> None:
         assert os.fstat(descriptor).st_size == LARGE
 
 
-def test_a_fault_that_nobody_is_told_of(faulty: Faulty) -> None:
-    """release has no caller that could be given an error."""
+def test_exception_in_release(faulty: Faulty) -> None:
+    """RELEASE has no caller that could get an error."""
     with faulty.fault("Files.release"):
         os.close(os.open(faulty.mnt / "file", os.O_RDONLY))
 
 
 @pytest.mark.root
-def test_a_fault_in_forget(faulty: Faulty) -> None:
+def test_exception_in_forget(faulty: Faulty) -> None:
     # Open, or the kernel, which keeps no names here, may have forgotten all before there is a fault.
     descriptors = [os.open(faulty.mnt / f"{number}", os.O_CREAT | os.O_RDONLY) for number in range(50)]
     with faulty.fault("Tree.forget"):
@@ -164,8 +164,8 @@ def test_a_fault_in_forget(faulty: Faulty) -> None:
 
 
 @pytest.mark.by_workers
-def test_a_fault_in_a_worker_s_read(faulty: Faulty) -> None:
-    """By direct I/O: the kernel tries a failed read-ahead again page by page, and pages are read in the front."""
+def test_exception_in_a_workers_read(faulty: Faulty) -> None:
+    """With O_DIRECT, because the kernel repeats failed read-ahead page by page, and the front reads pages."""
     with opened(faulty.mnt / "file", os.O_RDONLY | os.O_DIRECT) as descriptor, mmap.mmap(-1, LARGE) as buffer:
         with faulty.fault("Operations._read"), fails(errno.EIO):
             os.preadv(descriptor, [buffer], 0)
@@ -175,7 +175,7 @@ def test_a_fault_in_a_worker_s_read(faulty: Faulty) -> None:
 
 @pytest.mark.at_once("errors of collected writes are told at fsync or close")
 @pytest.mark.by_workers
-def test_a_fault_in_a_worker_s_write(faulty: Faulty) -> None:
+def test_exception_in_a_workers_write(faulty: Faulty) -> None:
     with opened(faulty.mnt / "file", os.O_RDWR) as descriptor:
         with faulty.fault("Operations._write"), fails(errno.EIO):
             os.pwrite(descriptor, b"x" * MUCH, 0)
@@ -184,7 +184,7 @@ def test_a_fault_in_a_worker_s_write(faulty: Faulty) -> None:
     assert (faulty.src / "file").read_bytes() == b"x" * MUCH + pattern(LARGE)[MUCH:]
 
 
-def test_a_fault_in_a_worker_s_fsync(faulty: Faulty) -> None:
+def test_exception_in_a_workers_fsync(faulty: Faulty) -> None:
     with opened(faulty.mnt / "file", os.O_RDWR) as descriptor:
         os.pwrite(descriptor, b"x", 0)
         with faulty.fault("Operations._fsync"), fails(errno.EIO):
@@ -194,7 +194,7 @@ def test_a_fault_in_a_worker_s_fsync(faulty: Faulty) -> None:
 
 @pytest.mark.own_loop
 @pytest.mark.parametrize("method", ["Operations._fallocate", "Operations._lseek", "Operations._copy_file_range"])
-def test_a_fault_in_a_worker_s_other_requests(faulty: Faulty, method: str) -> None:
+def test_exception_in_other_requests_of_a_worker(faulty: Faulty, method: str) -> None:
     with (
         opened(faulty.mnt / "file", os.O_RDWR) as descriptor,
         opened(faulty.mnt / "copy", os.O_CREAT | os.O_RDWR) as copy,
@@ -209,7 +209,7 @@ def test_a_fault_in_a_worker_s_other_requests(faulty: Faulty, method: str) -> No
         actions[method]()
 
 
-def test_a_hundred_faults_in_a_row(faulty: Faulty) -> None:
+def test_hundred_exceptions_in_succession(faulty: Faulty) -> None:
     with faulty.fault("Tree.mkdir"):
         for _ in range(100):
             with fails(errno.EIO):

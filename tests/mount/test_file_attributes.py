@@ -56,7 +56,7 @@ def tree(disk_server: Server, request: pytest.FixtureRequest) -> Iterator[Tree]:
 
 
 @pytest.mark.parametrize("kind", ["file", "directory"])
-def test_flags_set_through_the_mount_are_those_of_the_source(tree: Tree, kind: str) -> None:
+def test_flags_set_in_the_mount_are_set_in_the_source(tree: Tree, kind: str) -> None:
     path = tree.mnt / kind
     path.mkdir() if kind == "directory" else path.touch()
     before = flags_of(tree.src / kind)
@@ -80,7 +80,7 @@ def test_lsattr_and_chattr(tree: Tree) -> None:
     assert listed[0] == listed[1]
 
 
-def test_an_immutable_file_cannot_be_changed(tree: Tree) -> None:
+def test_immutable_file_cannot_be_changed(tree: Tree) -> None:
     (tree.mnt / "file").write_text("before")
     before = flags_of(tree.mnt / "file")
     set_flags(tree.mnt / "file", before | IMMUTABLE)
@@ -95,7 +95,7 @@ def test_an_immutable_file_cannot_be_changed(tree: Tree) -> None:
     assert (tree.src / "file").read_text() == "after"
 
 
-def test_an_append_only_file_can_only_grow(tree: Tree) -> None:
+def test_append_only_file_can_only_grow(tree: Tree) -> None:
     (tree.mnt / "file").write_text("first ")
     before = flags_of(tree.mnt / "file")
     set_flags(tree.mnt / "file", before | APPEND)
@@ -124,8 +124,8 @@ def test_only_the_owner_sets_flags_and_only_root_immutable(tree: Tree, where: st
     assert flags_of(path) == before | NODUMP
 
 
-def test_an_owner_who_lost_the_file_behind_the_mount_sets_no_flags(tree: Tree) -> None:
-    """The kernel still knows the old owner; the source decides."""
+def test_former_owner_cannot_set_flags(tree: Tree) -> None:
+    """The kernel still has the old owner in its cache; the source decides."""
     path = tree.mnt / "file"
     Child(path.touch, caller=USER).result()
 

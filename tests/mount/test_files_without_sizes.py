@@ -1,4 +1,4 @@
-"""Files that say their size is 0 and have data: proc, sysfs, cgroup, and other FUSE file systems."""
+"""Files with size 0 that have data: proc, sysfs, cgroup, and other FUSE file systems."""
 
 import mmap
 import os
@@ -40,7 +40,7 @@ def same_as_in_source(server: Server, name: str) -> bytes:
     return content
 
 
-def test_they_are_read_whole(server: Server, tmp_path: Path) -> None:
+def test_files_are_read_completely(server: Server, tmp_path: Path) -> None:
     for name in ("proc/filesystems", "proc/1/status", "proc/crypto", "sysfs/kernel/mm/transparent_hugepage/enabled"):
         content = same_as_in_source(server, name)
         path = server.mountpoint / name
@@ -55,8 +55,8 @@ def test_they_are_read_whole(server: Server, tmp_path: Path) -> None:
             assert os.pread(fd, 10, 10_000_000) == b""
 
 
-def test_they_are_read_afresh_each_time(server: Server) -> None:
-    """No time of theirs changes with their content."""
+def test_files_are_not_cached(server: Server) -> None:
+    """Their times do not change with their content."""
     with opened(server.mountpoint / "proc" / "uptime", os.O_RDONLY) as fd:
         seen = {os.pread(fd, 100, 0) for _ in range(1000)}
     native = (server.source / "proc" / "uptime").read_bytes()
@@ -73,8 +73,8 @@ def test_they_are_read_afresh_each_time(server: Server) -> None:
     assert (server.source / value.relative_to(server.mountpoint)).read_bytes() == before
 
 
-def test_each_write_is_one_write(server: Server) -> None:
-    """What is written there is a command: it must come whole, and once."""
+def test_each_write_is_one_system_call(server: Server) -> None:
+    """Such a write is a command: it must arrive complete, and once."""
     name = Path("proc/sys/kernel/domainname")
     before = (server.source / name).read_bytes()
     try:
@@ -93,7 +93,7 @@ def test_each_write_is_one_write(server: Server) -> None:
         assert outcome(os.write, fd, b"not a number\n") == "EINVAL"
 
 
-def test_a_group_of_processes_is_made_and_commanded(serve: Serve) -> None:
+def test_cgroup_is_created_and_controlled(serve: Serve) -> None:
     holder = reachable_directory("llloop-cgroup-")
     group = f"llloop-test-{os.getpid()}"
     try:
@@ -117,8 +117,8 @@ def test_a_group_of_processes_is_made_and_commanded(serve: Serve) -> None:
         shutil.rmtree(holder)
 
 
-def test_those_of_a_file_system_behind_another_server_are_read_whole(serve: Serve, server: Server) -> None:
-    """Its empty files are empty all the same, and what is written to them is there."""
+def test_files_of_another_fuse_server_are_read_completely(serve: Serve, server: Server) -> None:
+    """Its empty files are empty, and data written to them is there."""
     outer = serve(source=server.mountpoint)
     try:
         assert (outer.mountpoint / "proc" / "devices").read_bytes() == (server.source / "proc" / "devices").read_bytes()
@@ -136,7 +136,7 @@ def test_those_of_a_file_system_behind_another_server_are_read_whole(serve: Serv
         outer.stop()
 
 
-def test_ordinary_files_are_still_cached_and_mapped(server: Server) -> None:
+def test_ordinary_files_are_cached_and_mapped(server: Server) -> None:
     path = server.mountpoint / "file"
     with opened(path, os.O_RDWR | os.O_CREAT) as fd:
         os.write(fd, b"some content")

@@ -104,8 +104,8 @@ def with_bytes(content: bytes) -> Callable[[Path], Any]:
     return lambda path: path.write_bytes(content)
 
 
-def test_this_file_system_reuses_numbers_at_once(image: Path) -> None:
-    """Without it all the rest here would prove nothing."""
+def test_source_reuses_inode_numbers(image: Path) -> None:
+    """Without this, the other tests here would prove nothing."""
     directory = image / "proof"
     directory.mkdir()
     for make in (with_bytes(OLD), Path.mkdir, lambda path: os.symlink("x", path)):
@@ -115,13 +115,13 @@ def test_this_file_system_reuses_numbers_at_once(image: Path) -> None:
     directory.rmdir()
 
 
-def test_files_are_reused_under_the_mount_too(place: Place) -> None:
+def test_inode_numbers_are_reused_through_the_mount(place: Place) -> None:
     (place.src / "old").write_bytes(OLD)
     assert (place.mnt / "old").read_bytes() == OLD
     assert reuse(place.src / "old", place.src / "new", with_bytes(NEW)), "something holds a descriptor for each inode"
 
 
-def test_the_same_name_and_number_never_show_the_old_bytes(place: Place) -> None:
+def test_same_name_and_number_never_show_old_data(place: Place) -> None:
     (place.src / "file").write_bytes(OLD)
     assert (place.mnt / "file").read_bytes() == OLD
     reuse(place.src / "file", place.src / "file", with_bytes(NEW))
@@ -130,8 +130,8 @@ def test_the_same_name_and_number_never_show_the_old_bytes(place: Place) -> None
     assert (place.mnt / "file").read_bytes() == NEW
 
 
-def test_the_same_name_and_number_never_show_pages_of_the_old_file(place: Place) -> None:
-    """Larger than a page, and the new file a little shorter: the tail is where old pages would show."""
+def test_same_name_and_number_never_show_old_pages(place: Place) -> None:
+    """The file is larger than a page, and the new one a little shorter: old pages would show at the end."""
     (place.src / "file").write_bytes(b"o" * 50_000)
     assert (place.mnt / "file").read_bytes() == b"o" * 50_000
     reuse(place.src / "file", place.src / "file", with_bytes(b"n" * 49_000))
@@ -141,7 +141,7 @@ def test_the_same_name_and_number_never_show_pages_of_the_old_file(place: Place)
     assert (place.mnt / "file").read_bytes() == b"n" * 49_000
 
 
-def test_another_name_never_shows_the_old_bytes(place: Place) -> None:
+def test_other_name_never_shows_old_data(place: Place) -> None:
     (place.src / "old").write_bytes(OLD)
     assert (place.mnt / "old").read_bytes() == OLD
     reuse(place.src / "old", place.src / "new", with_bytes(NEW))
@@ -172,7 +172,7 @@ ACTIONS: dict[str, Callable[[Path], Any]] = {
 
 @pytest.mark.parametrize("looked_up", [False, True], ids=["unseen", "seen"])
 @pytest.mark.parametrize("action", ACTIONS.values(), ids=ACTIONS.keys())
-def test_the_old_name_never_reaches_the_new_file(place: Place, action: Callable[[Path], Any], looked_up: bool) -> None:
+def test_old_name_never_reaches_the_new_file(place: Place, action: Callable[[Path], Any], looked_up: bool) -> None:
     def make_new(path: Path) -> None:
         path.write_bytes(NEW)
         os.setxattr(path, "user.secret", b"secret")
@@ -199,7 +199,7 @@ def test_the_old_name_never_reaches_the_new_file(place: Place, action: Callable[
     assert stat.S_IMODE((place.src / "new").stat().st_mode) == 0o640
 
 
-def test_an_old_directory_never_leads_into_a_new_one(place: Place) -> None:
+def test_old_directory_never_leads_into_the_new_one(place: Place) -> None:
     def make_new(path: Path) -> None:
         path.mkdir()
         (path / "file").write_bytes(NEW)
@@ -223,7 +223,7 @@ def test_an_old_directory_never_leads_into_a_new_one(place: Place) -> None:
     assert os.listdir(place.mnt / "new") == ["file"]
 
 
-def test_an_open_directory_never_becomes_another(place: Place) -> None:
+def test_open_directory_never_becomes_another(place: Place) -> None:
     def make_new(path: Path) -> None:
         path.mkdir()
         (path / "secret").write_bytes(NEW)
@@ -242,7 +242,7 @@ def test_an_open_directory_never_becomes_another(place: Place) -> None:
 
 @pytest.mark.parametrize("before", ["file", "directory", "symlink", "fifo"])
 @pytest.mark.parametrize("after", ["file", "directory", "symlink", "fifo"])
-def test_a_number_that_became_another_kind_of_thing(place: Place, before: str, after: str, via: str) -> None:
+def test_number_reused_for_another_file_type(place: Place, before: str, after: str, via: str) -> None:
     makers: dict[str, Callable[[Path], Any]] = {
         "file": with_bytes(NEW),
         "directory": Path.mkdir,
@@ -267,8 +267,8 @@ def test_a_number_that_became_another_kind_of_thing(place: Place, before: str, a
         assert os.readlink(place.mnt / "new") == "new"
 
 
-def test_quick_reuse_is_noticed_every_time(place: Place) -> None:
-    """Quicker than a clock tick, so that birth time and ctime may be those of the file before."""
+def test_reuse_within_one_clock_tick_is_noticed(place: Place) -> None:
+    """Birth time and ctime may then equal those of the old file."""
     for number in range(500):
         name, content = f"file{number}", b"content %06d" % number
         (place.src / name).write_bytes(content)
@@ -277,8 +277,8 @@ def test_quick_reuse_is_noticed_every_time(place: Place) -> None:
 
 
 @pytest.mark.at_once("the kernel takes its own word for sizes and times of a file that it knows")
-def test_files_and_bytes_belong_together_under_stress(place: Place, via: str) -> None:
-    """Files come and go in the source and the mount writes to them: each holds nothing but its own name."""
+def test_files_keep_their_own_data_under_stress(place: Place, via: str) -> None:
+    """The source creates and removes files while the mount writes to them; each contains only its own name."""
     choice = random.Random(5)
     names = [f"{number:04d}" for number in range(40)]
     live: set[str] = set()
@@ -319,7 +319,7 @@ def test_files_and_bytes_belong_together_under_stress(place: Place, via: str) ->
 
 
 def test_equal_numbers_on_two_devices_are_two_files(serve: Serve) -> None:
-    """tmpfs counts from 1 on every mount; 1 is also the number that FUSE gives to the root."""
+    """tmpfs counts inodes from 1 on every mount; 1 is also FUSE's number of the root."""
     holder = reachable_directory("llloop-nested-")
     try:
         source = holder / "source"

@@ -1,4 +1,4 @@
-"""link, symlink, readlink, unlink: names and what they stand for."""
+"""link, symlink, readlink, unlink."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.server import Tree
 from tests.syscalls import AT_SYMLINK_FOLLOW, link_descriptor, linkat, opened
 
 
-def test_a_second_name(tree: Tree) -> None:
+def test_second_name(tree: Tree) -> None:
     (tree.mnt / "first").write_bytes(b"shared")
     (tree.mnt / "directory").mkdir()
     os.link(tree.mnt / "first", tree.mnt / "directory" / "second")
@@ -30,7 +30,7 @@ def test_a_second_name(tree: Tree) -> None:
     assert os.stat(tree.mnt / "first").st_nlink == 1
 
 
-def test_the_first_name_gone(tree: Tree) -> None:
+def test_first_name_removed(tree: Tree) -> None:
     (tree.mnt / "a").mkdir()
     (tree.mnt / "b").mkdir()
     (tree.mnt / "a" / "first").write_bytes(b"content")
@@ -51,7 +51,7 @@ def test_the_first_name_gone(tree: Tree) -> None:
     same_status(tree.mnt / "third", tree.src / "third")
 
 
-def test_the_second_name_gone(tree: Tree) -> None:
+def test_second_name_removed(tree: Tree) -> None:
     (tree.mnt / "first").write_bytes(b"content")
     os.link(tree.mnt / "first", tree.mnt / "second")
     assert (tree.mnt / "second").read_bytes() == b"content"
@@ -61,7 +61,7 @@ def test_the_second_name_gone(tree: Tree) -> None:
     same_status(tree.mnt / "first", tree.src / "first")
 
 
-def test_names_that_come_and_go_while_the_file_is_open(tree: Tree) -> None:
+def test_names_change_while_the_file_is_open(tree: Tree) -> None:
     with opened(tree.mnt / "name0", os.O_CREAT | os.O_RDWR) as descriptor:
         for number in range(20):
             os.link(tree.mnt / f"name{number}", tree.mnt / f"name{number + 1}")
@@ -75,7 +75,7 @@ def test_names_that_come_and_go_while_the_file_is_open(tree: Tree) -> None:
     assert os.listdir(tree.src) == ["name20"]
 
 
-def test_one_of_two_names_replaced_by_rename(tree: Tree) -> None:
+def test_one_of_two_names_is_replaced_by_rename(tree: Tree) -> None:
     (tree.mnt / "first").write_bytes(b"linked")
     os.link(tree.mnt / "first", tree.mnt / "second")
     (tree.mnt / "new").write_bytes(b"new")
@@ -87,7 +87,7 @@ def test_one_of_two_names_replaced_by_rename(tree: Tree) -> None:
     assert (tree.mnt / "first").read_bytes() == b"new"
 
 
-def test_a_name_given_back_to_another_file(tree: Tree) -> None:
+def test_name_is_reused_for_another_file(tree: Tree) -> None:
     (tree.mnt / "first").write_bytes(b"old file")
     os.link(tree.mnt / "first", tree.mnt / "second")
     os.unlink(tree.mnt / "first")
@@ -111,7 +111,7 @@ def test_many_names(tree: Tree) -> None:
     assert (tree.mnt / "299").read_bytes() == b"many"
 
 
-def test_links_that_are_refused(tree: Tree) -> None:
+def test_link_errors(tree: Tree) -> None:
     (tree.mnt / "file").touch()
     (tree.mnt / "directory").mkdir()
     with fails(errno.EEXIST):
@@ -128,7 +128,7 @@ def test_links_that_are_refused(tree: Tree) -> None:
     assert os.stat(tree.mnt / "file").st_nlink == 1
 
 
-def test_a_link_to_a_symlink_and_to_what_it_points_to(tree: Tree) -> None:
+def test_link_to_a_symlink_and_to_its_target(tree: Tree) -> None:
     (tree.mnt / "file").write_bytes(b"target")
     os.symlink("file", tree.mnt / "symlink")
     linkat(tree.mnt / "symlink", tree.mnt / "same-symlink")
@@ -148,7 +148,7 @@ def test_links_of_special_files(tree: Tree) -> None:
     same_status(tree.mnt / "second", tree.src / "second")
 
 
-def test_a_name_for_an_open_file_by_its_descriptor(tree: Tree) -> None:
+def test_link_of_an_open_file_by_descriptor(tree: Tree) -> None:
     with opened(tree.mnt / "file", os.O_CREAT | os.O_RDWR) as descriptor:
         os.write(descriptor, b"content")
         link_descriptor(descriptor, tree.mnt / "second")
@@ -156,7 +156,7 @@ def test_a_name_for_an_open_file_by_its_descriptor(tree: Tree) -> None:
     assert (tree.src / "second").read_bytes() == b"content"
 
 
-def test_no_name_for_a_file_that_was_unlinked(tree: Tree) -> None:
+def test_unlinked_file_cannot_be_linked(tree: Tree) -> None:
     for side, name in ((tree.src, "reference"), (tree.mnt, "file")):
         with opened(side / name, os.O_CREAT | os.O_RDWR) as descriptor:
             os.write(descriptor, b"content")
@@ -180,7 +180,7 @@ def test_symlinks_of_any_length(tree: Tree, length: int) -> None:
         same_status(tree.mnt / "symlink", tree.src / "symlink")
 
 
-def test_symlinks_that_are_refused(tree: Tree) -> None:
+def test_symlink_errors(tree: Tree) -> None:
     with fails(errno.ENOENT):
         os.symlink("", tree.mnt / "empty")
     with fails(errno.ENAMETOOLONG):
@@ -207,7 +207,7 @@ def test_symlink_targets_of_any_bytes(tree: Tree) -> None:
         assert os.readlink(os.fsencode(tree.src) + b"/%d" % number) == target
 
 
-def test_a_symlink_replaced_shows_its_new_target(tree: Tree) -> None:
+def test_replaced_symlink_has_its_new_target(tree: Tree) -> None:
     os.symlink("one", tree.mnt / "current")
     assert os.readlink(tree.mnt / "current") == "one"
     os.symlink("two", tree.mnt / "next")
@@ -218,7 +218,7 @@ def test_a_symlink_replaced_shows_its_new_target(tree: Tree) -> None:
     assert os.readlink(tree.mnt / "current") == "three"
 
 
-def test_a_symlink_known_by_a_descriptor_and_gone(tree: Tree) -> None:
+def test_removed_symlink_is_read_by_descriptor(tree: Tree) -> None:
     os.symlink("still readable", tree.mnt / "symlink")
     with opened(tree.mnt / "symlink", os.O_PATH | os.O_NOFOLLOW) as descriptor:
         os.unlink(tree.mnt / "symlink")

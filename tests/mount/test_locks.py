@@ -109,7 +109,7 @@ def test_waiting_for_a_lock(tree: Tree, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["flock", "lockf"])
-def test_given_back_by_close_and_by_death(tree: Tree, how: str) -> None:
+def test_locks_are_released_at_close_and_death(tree: Tree, how: str) -> None:
     (tree.mnt / "file").touch()
     lock = getattr(fcntl, how)
     with other_process(tree) as other:
@@ -141,7 +141,7 @@ def test_ranges(tree: Tree) -> None:
         assert other.ask("lockf ex 1 21") == "EAGAIN"
 
 
-def test_who_holds_the_lock_is_told(tree: Tree) -> None:
+def test_getlk_reports_the_holder(tree: Tree) -> None:
     (tree.mnt / "file").write_bytes(b"x" * 100)
     with opened(tree.mnt / "file", os.O_RDWR) as descriptor, other_process(tree) as other:
         assert other.ask("lockf ex 10 20") == "done"
@@ -166,7 +166,7 @@ def test_locks_of_the_open_file_description(tree: Tree) -> None:
             fcntl.fcntl(third, set_lock, asked)
 
 
-def test_one_file_by_two_names(tree: Tree) -> None:
+def test_lock_applies_to_both_names_of_a_file(tree: Tree) -> None:
     (tree.mnt / "file").touch()
     os.link(tree.mnt / "file", tree.mnt / "second")
     with opened(tree.mnt / "second", os.O_RDWR) as descriptor, other_process(tree) as other:
@@ -188,7 +188,7 @@ def test_directories_can_be_locked(tree: Tree) -> None:
         fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_a_counter_that_processes_share(tree: Tree) -> None:
+def test_counter_shared_by_processes(tree: Tree) -> None:
     (tree.mnt / "counter").write_text("0")
     script = """
 import fcntl, os, sys

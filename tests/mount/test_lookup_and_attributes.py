@@ -1,4 +1,4 @@
-"""lookup, forget, getattr and access: what a name leads to and what is told of it."""
+"""lookup, forget, getattr and access."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.server import Tree
 from tests.syscalls import opened
 
 
-def test_status_of_each_kind_is_the_source_s(tree: Tree) -> None:
+def test_status_of_each_file_type_equals_the_source(tree: Tree) -> None:
     (tree.src / "file").write_bytes(b"x" * 10_000)
     (tree.src / "file").chmod(0o640)
     (tree.src / "directory").mkdir(mode=0o711)
@@ -51,7 +51,7 @@ def test_status_of_devices_with_large_numbers(tree: Tree) -> None:
         same_status(tree.mnt / name, tree.src / name)
 
 
-def test_status_of_the_mount_s_root(serve: Serve) -> None:
+def test_status_of_the_root(serve: Serve) -> None:
     server = serve()
     assert stat.S_ISDIR(os.stat(server.mountpoint).st_mode)
     same_status(server.mountpoint, server.source)
@@ -62,7 +62,7 @@ def test_status_of_the_mount_s_root(serve: Serve) -> None:
 
 
 @pytest.mark.mounted
-def test_the_mount_is_a_device_of_its_own(tree: Tree) -> None:
+def test_mount_has_its_own_device_number(tree: Tree) -> None:
     (tree.src / "file").touch()
     (tree.src / "directory").mkdir()
     devices = {
@@ -73,7 +73,7 @@ def test_the_mount_is_a_device_of_its_own(tree: Tree) -> None:
     assert os.path.ismount(tree.server.mountpoint)
 
 
-def test_inode_numbers_are_the_source_s(tree: Tree) -> None:
+def test_inode_numbers_equal_the_source(tree: Tree) -> None:
     (tree.src / "first").touch()
     (tree.src / "second").touch()
     os.link(tree.src / "first", tree.src / "link")
@@ -83,7 +83,7 @@ def test_inode_numbers_are_the_source_s(tree: Tree) -> None:
     assert {entry.name: entry.inode() for entry in os.scandir(tree.mnt)} == numbers
 
 
-def test_fstat_tells_the_same_as_stat(tree: Tree) -> None:
+def test_fstat_equals_stat(tree: Tree) -> None:
     (tree.src / "file").write_bytes(b"12345")
     with opened(tree.mnt / "file", os.O_RDONLY) as descriptor:
         assert fields_of(os.fstat(descriptor)) == fields_of(os.stat(tree.src / "file"))
@@ -93,7 +93,7 @@ def test_fstat_tells_the_same_as_stat(tree: Tree) -> None:
         assert fields_of(os.fstat(descriptor)) == fields_of(os.stat(tree.src / "file"))
 
 
-def test_a_missing_name(tree: Tree) -> None:
+def test_missing_name(tree: Tree) -> None:
     for _ in range(2):
         with fails(errno.ENOENT):
             os.stat(tree.mnt / "missing")
@@ -103,7 +103,7 @@ def test_a_missing_name(tree: Tree) -> None:
         os.stat(f"{tree.mnt}/missing/..")
 
 
-def test_a_name_looked_for_in_vain_and_then_created(tree: Tree) -> None:
+def test_name_created_after_a_failed_lookup(tree: Tree) -> None:
     with fails(errno.ENOENT):
         os.stat(tree.mnt / "later")
     (tree.mnt / "later").write_bytes(b"here")
@@ -115,7 +115,7 @@ def test_a_name_looked_for_in_vain_and_then_created(tree: Tree) -> None:
     assert stat.S_ISDIR(os.stat(tree.mnt / "later").st_mode)
 
 
-def test_a_file_is_no_directory(tree: Tree) -> None:
+def test_file_as_directory_gives_enotdir(tree: Tree) -> None:
     (tree.src / "file").touch()
     with fails(errno.ENOTDIR):
         os.stat(tree.mnt / "file" / "below")
@@ -136,7 +136,7 @@ def test_dot_and_dotdot(tree: Tree) -> None:
         assert os.stat("../..", dir_fd=descriptor).st_ino == os.stat(tree.mnt).st_ino
 
 
-def test_symlinks_on_the_way(tree: Tree) -> None:
+def test_symlinks_on_the_path(tree: Tree) -> None:
     (tree.src / "directory").mkdir()
     (tree.src / "directory" / "file").write_bytes(b"behind")
     os.symlink("directory", tree.mnt / "relative")
@@ -162,7 +162,7 @@ def test_link_counts_of_directories(tree: Tree) -> None:
     assert os.stat(tree.mnt / "d").st_nlink == os.stat(tree.src / "d").st_nlink
 
 
-def test_what_changes_a_directory_shows_in_its_times(tree: Tree) -> None:
+def test_changes_update_the_directory_times(tree: Tree) -> None:
     (tree.mnt / "d").mkdir()
     steps: tuple[Callable[[], object], ...] = (
         lambda: (tree.mnt / "d" / "file").touch(),
@@ -214,7 +214,7 @@ def test_access_where_the_mode_forbids(tree: Tree) -> None:
 
 
 @pytest.mark.root
-def test_forgotten_inodes_are_found_again(tree: Tree) -> None:
+def test_forgotten_inodes_are_looked_up_again(tree: Tree) -> None:
     for number in range(500):
         (tree.src / f"{number}").write_bytes(b"x" * number)
     for _ in range(3):
@@ -224,7 +224,7 @@ def test_forgotten_inodes_are_found_again(tree: Tree) -> None:
 
 
 @pytest.mark.root
-def test_what_is_open_survives_a_forget_of_all_else(tree: Tree) -> None:
+def test_open_files_survive_forget(tree: Tree) -> None:
     (tree.src / "a" / "b").mkdir(parents=True)
     (tree.src / "a" / "b" / "open").write_bytes(b"kept open")
     (tree.src / "a" / "b" / "other").write_bytes(b"other")
@@ -241,7 +241,7 @@ def test_what_is_open_survives_a_forget_of_all_else(tree: Tree) -> None:
     assert stat.S_IMODE(os.stat(tree.src / "a" / "b" / "open").st_mode) == 0o600
 
 
-def test_reading_updates_the_access_time_as_natively(tree: Tree) -> None:
+def test_read_updates_the_access_time(tree: Tree) -> None:
     for name in ("reference", "file"):
         (tree.src / name).write_bytes(b"read me")
         os.utime(tree.src / name, ns=(10**9, 2 * 10**9))

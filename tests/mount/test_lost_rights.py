@@ -58,7 +58,7 @@ def twins(remembering: Server, request: pytest.FixtureRequest) -> Iterator[Twins
 
 
 class Waiting:
-    """A process that prepares, and acts when it is told to."""
+    """A process that prepares, and acts on a signal from the test."""
 
     def __init__(self, directory: Path, prepare: Callable[..., Any], act: Callable[..., Any], caller: Caller) -> None:
         waiting, self._go = os.pipe()
@@ -215,7 +215,7 @@ def look_at_files(directory: Path) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_file_that_has_changed_hands_or_mode(twins: Twins, via: str, name: str) -> None:
+def test_file_with_new_owner_or_mode(twins: Twins, via: str, name: str) -> None:
     if via == "llfuse" and "ACL" in name:
         pytest.skip("the plain loop enforces no ACLs")
     if via == "llfuse" and name in ("has a group that Alice is not in", "is root's and set-ID"):
@@ -307,7 +307,7 @@ def look_at_directories(directory: Path) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("name", [*CHANGES, *STICKY])
-def test_a_directory_that_has_changed_hands_or_mode(twins: Twins, via: str, name: str) -> None:
+def test_directory_with_new_owner_or_mode(twins: Twins, via: str, name: str) -> None:
     if via == "llfuse" and "ACL" in name:
         pytest.skip("the plain loop enforces no ACLs")
     actions = IN_DIRECTORIES if via == "llfuse" else IN_DIRECTORIES | OWN_LOOP_ONLY
@@ -375,7 +375,7 @@ def put(uid: int, mode: int, is_directory: bool = False) -> Callable[[Path], Non
     [put(4002, 0o644), put(4001, 0o644), put(4002, 0o777, is_directory=True), None],
     ids=["bobs", "own", "directory", "nothing"],
 )
-def test_a_name_that_leads_to_another_file(
+def test_name_of_another_file(
     twins: Twins, via: str, mode: int, was_there: bool, replacement: Callable[[Path], None] | None
 ) -> None:
     # As long as the kernel keeps that there is no such name, it does not ask for most of what could be done with it.
@@ -411,8 +411,8 @@ def test_a_name_that_leads_to_another_file(
     compare(twins, make, look, change, act)
 
 
-def test_names_that_were_exchanged(twins: Twins) -> None:
-    """The kernel knows both files, each under the name that is the other's by now."""
+def test_exchanged_names(twins: Twins) -> None:
+    """The kernel has both files in its cache, each with the other's name."""
 
     def make(directory: Path) -> None:
         for what in ("unlink", "rename", "rename over"):
@@ -444,8 +444,8 @@ def test_names_that_were_exchanged(twins: Twins) -> None:
 # Root, and who has some of its rights
 
 
-def test_root_without_capabilities_is_no_root(twins: Twins) -> None:
-    """Services and containers run as root with hardly any capability."""
+def test_root_without_capabilities_has_no_privileges(twins: Twins) -> None:
+    """Services and containers often run as root with few capabilities."""
 
     def look(directory: Path) -> dict[str, int]:
         descriptors = look_at_files(directory)

@@ -81,7 +81,7 @@ def feed(source: Path, mountpoint: Path, seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_the_front_answers_what_no_kernel_sends(seed: int) -> None:
+def test_front_answers_malformed_requests(seed: int) -> None:
     place = reachable_directory("llloop-hostile-")
     mountpoint = place / "mnt"
     try:

@@ -1,4 +1,4 @@
-"""Files mapped into memory, shared and private."""
+"""Shared and private mappings."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_shared_writes_reach_the_file(tree: Tree) -> None:
     same_status(tree.mnt / "file", tree.src / "file")
 
 
-def test_written_out_without_being_told_to(tree: Tree) -> None:
+def test_stores_are_written_back_without_msync(tree: Tree) -> None:
     (tree.mnt / "file").write_bytes(bytes(100_000))
     with opened(tree.mnt / "file", os.O_RDWR) as descriptor:
         mapped = mmap.mmap(descriptor, 100_000)
@@ -62,7 +62,7 @@ def test_private_writes_stay_private(tree: Tree) -> None:
     assert (tree.src / "file").read_bytes() == b"a" * 10_000
 
 
-def test_writes_by_descriptor_are_seen_in_the_mapping(tree: Tree) -> None:
+def test_writes_are_seen_in_the_mapping(tree: Tree) -> None:
     (tree.mnt / "file").write_bytes(b"a" * 10_000)
     with (
         opened(tree.mnt / "file", os.O_RDWR) as descriptor,
@@ -77,7 +77,7 @@ def test_writes_by_descriptor_are_seen_in_the_mapping(tree: Tree) -> None:
         assert mapped[5_000:5_010] == b"wri" + bytes(7)
 
 
-def test_two_processes_share_it(tree: Tree) -> None:
+def test_two_processes_share_a_mapping(tree: Tree) -> None:
     (tree.mnt / "file").write_bytes(bytes(PAGE))
     other = start_python(
         """
@@ -101,7 +101,7 @@ for line in sys.stdin:
     assert (tree.mnt / "file").read_bytes()[:2] == bytes([49, 49])
 
 
-def test_grown_under_the_mapping(tree: Tree) -> None:
+def test_file_grows_under_the_mapping(tree: Tree) -> None:
     with opened(tree.mnt / "file", os.O_CREAT | os.O_RDWR) as descriptor:
         os.ftruncate(descriptor, 10)
         with mmap.mmap(descriptor, 10) as mapped:
@@ -131,7 +131,7 @@ libc.msync(ctypes.c_void_p(address), 4096, 4)
     assert (tree.src / "file").read_bytes() == b"x" * 90 + b"y" * 10
 
 
-def test_a_page_beyond_the_end_is_a_bus_error(tree: Tree) -> None:
+def test_page_beyond_the_end_gives_sigbus(tree: Tree) -> None:
     (tree.mnt / "file").write_bytes(b"x" * (3 * PAGE))
     script = """
 import mmap, os, sys

@@ -1,4 +1,4 @@
-"""Mounts below the source: one directory or file that several paths lead to, as natively."""
+"""Mounts below the source: a directory or file with several paths behaves as in the source."""
 
 import os
 import shutil
@@ -65,7 +65,7 @@ def process_in(directory: Path) -> Iterator[int]:
             process.kill()
 
 
-def test_a_directory_that_two_paths_lead_to_is_at_both(serve: Serve, source: Path) -> None:
+def test_directory_with_two_paths_is_at_both(serve: Serve, source: Path) -> None:
     with bound(source / "one", source / "two"), serving(serve, source) as server:
         mnt = server.mountpoint
         with process_in(mnt / "one" / "inner") as pid, opened(mnt / "one" / "inner", os.O_RDONLY) as fd:
@@ -79,7 +79,7 @@ def test_a_directory_that_two_paths_lead_to_is_at_both(serve: Serve, source: Pat
 
 
 @pytest.mark.mounted
-def test_a_mount_point_in_the_mirror_stays_where_it_is(serve: Serve, source: Path) -> None:
+def test_mount_point_inside_the_mount_stays(serve: Serve, source: Path) -> None:
     with bound(source / "one", source / "two"), serving(serve, source) as server:
         mnt = server.mountpoint
         with tmpfs(mnt / "one" / "inner", "size=1m"):
@@ -88,7 +88,7 @@ def test_a_mount_point_in_the_mirror_stays_where_it_is(serve: Serve, source: Pat
             assert os.listdir(mnt / "two" / "inner") == ["file"]
 
 
-def test_a_source_bound_into_itself(serve: Serve, source: Path) -> None:
+def test_source_bound_into_itself(serve: Serve, source: Path) -> None:
     with bound(source, source / "two"), serving(serve, source) as server:
         mnt = server.mountpoint
         with process_in(mnt / "one") as pid:
@@ -121,7 +121,7 @@ def test_one_device_mounted_twice(serve: Serve, source: Path, tmp_path: Path) ->
                 assert working_directory_of(pid) == str(mnt / "one" / "inner")
 
 
-def test_a_file_that_two_paths_lead_to_is_one(serve: Serve, source: Path) -> None:
+def test_file_with_two_paths_is_one_file(serve: Serve, source: Path) -> None:
     with bound(source / "one", source / "two"), serving(serve, source) as server:
         one, two = (server.mountpoint / name / "inner" / "file" for name in ("one", "two"))
         with opened(one, os.O_RDWR) as here, opened(two, os.O_RDWR) as there:
@@ -143,7 +143,7 @@ def test_a_file_that_two_paths_lead_to_is_one(serve: Serve, source: Path) -> Non
         assert outcome((source / "two" / "inner" / "file").stat) == "ENOENT"
 
 
-def test_what_a_mount_forbids_is_forbidden_by_its_path_only(serve: Serve, source: Path) -> None:
+def test_mount_flags_apply_to_their_path_only(serve: Serve, source: Path) -> None:
     with bound(source / "one", source / "two", "ro"), serving(serve, source) as server:
         one, two = (server.mountpoint / name / "inner" / "file" for name in ("one", "two"))
         for _ in range(2):
@@ -160,7 +160,7 @@ def test_what_a_mount_forbids_is_forbidden_by_its_path_only(serve: Serve, source
         assert (source / "one" / "inner" / "file").read_bytes() == b"written"
 
 
-def test_a_mount_point_of_the_source_can_neither_go_nor_move(serve: Serve, source: Path) -> None:
+def test_mount_point_of_the_source_cannot_be_removed_or_moved(serve: Serve, source: Path) -> None:
     (source / "one" / "point").touch()
     with ExitStack() as stack:
         stack.enter_context(bound(source / "one", source / "two"))
@@ -177,9 +177,7 @@ def test_a_mount_point_of_the_source_can_neither_go_nor_move(serve: Serve, sourc
 
 
 @pytest.mark.within_a_second
-def test_what_is_mounted_over_a_known_directory_is_seen_and_what_is_unmounted_is_not(
-    serve: Serve, source: Path
-) -> None:
+def test_mounts_and_unmounts_below_the_source_are_seen(serve: Serve, source: Path) -> None:
     (source / "two" / "below").mkdir()
     with serving(serve, source) as server:
         mnt = server.mountpoint
@@ -206,7 +204,7 @@ def test_what_is_mounted_over_a_known_directory_is_seen_and_what_is_unmounted_is
 
 @pytest.mark.mounted
 @pytest.mark.own_loop
-def test_after_the_front_s_death_each_path_is_still_its_own(serve: Serve, source: Path) -> None:
+def test_paths_stay_distinct_after_death_of_the_front(serve: Serve, source: Path) -> None:
     with ExitStack() as stack:
         stack.enter_context(bound(source / "one", source / "two"))
         server = stack.enter_context(serving(serve, source))

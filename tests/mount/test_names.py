@@ -1,4 +1,4 @@
-"""Names: as long as the source allows, and of any bytes."""
+"""File names of any length that the source allows, and of any bytes."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_files_of_any_name(tree: Tree) -> None:
 
 
 @pytest.mark.parametrize("name", ODD, ids=repr)
-def test_every_request_with_a_name(tree: Tree, name: bytes) -> None:
+def test_each_request_with_a_name(tree: Tree, name: bytes) -> None:
     os.mkdir(mnt(tree, name))
     os.mkdir(mnt(tree, name) + b"/" + name)
     os.rmdir(mnt(tree, name) + b"/" + name)
@@ -84,7 +84,7 @@ def test_every_request_with_a_name(tree: Tree, name: bytes) -> None:
     assert sorted(os.listdir(os.fsencode(tree.src))) == sorted([name, b"points", b"second"])
 
 
-def test_every_single_byte(tree: Tree) -> None:
+def test_each_byte(tree: Tree) -> None:
     names = [bytes([value]) for value in range(1, 256) if value not in b"./"]
     for name in names:
         os.close(os.open(mnt(tree, name), os.O_CREAT | os.O_EXCL))

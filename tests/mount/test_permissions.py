@@ -1,4 +1,4 @@
-"""Ownership, modes and who may do what: the mount against a plain directory of the same file system."""
+"""Ownership, modes and permissions: the mount compared with a directory of the same file system."""
 
 import itertools
 import os
@@ -60,15 +60,17 @@ def make_one_of_each(directory: Path, umask: int) -> None:
     [(0o777, 0), (0o1777, 0), (0o2777, TEAM), (0o3777, 4001), (0o777, TEAM)],
     ids=["plain", "sticky", "setgid", "setgid-sticky-other", "group"],
 )
-def test_new_objects_get_owner_group_and_mode_as_natively(tree: Tree, caller: Caller, mode: int, gid: int) -> None:
+def test_new_objects_have_owner_group_and_mode_as_in_the_source(
+    tree: Tree, caller: Caller, mode: int, gid: int
+) -> None:
     twins = Twins.of(tree)
     twins.prepare(as_directory(mode, 0, gid))
     for umask in (0o000, 0o022, 0o027, 0o077, 0o777):
         assert twins.both(make_one_of_each, umask, caller=caller.with_umask(umask)) is None
 
 
-def test_a_new_file_belongs_to_the_caller(tree: Tree) -> None:
-    """The twins could agree on a mistake of the test; this one says what is expected."""
+def test_new_file_belongs_to_the_caller(tree: Tree) -> None:
+    """In a comparison both sides could be wrong; this test names the expected owner."""
     tree.src.chmod(0o777)
     run_as(MEMBER.with_umask(0o027), create_with, tree.mnt / "file", 0o666)
     run_as(MEMBER.with_umask(0o027), os.mkdir, tree.mnt / "directory", 0o777)
@@ -78,7 +80,7 @@ def test_a_new_file_belongs_to_the_caller(tree: Tree) -> None:
             assert (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (MEMBER.uid, MEMBER.gid, mode)
 
 
-def test_a_setgid_directory_hands_down_group_and_bit(tree: Tree) -> None:
+def test_setgid_directory_passes_on_group_and_bit(tree: Tree) -> None:
     tree.src.chmod(0o2777)
     os.chown(tree.src, 0, TEAM)
     tree.src.chmod(0o2777)
@@ -89,7 +91,7 @@ def test_a_setgid_directory_hands_down_group_and_bit(tree: Tree) -> None:
     assert (file.st_uid, file.st_gid) == (STRANGER.uid, TEAM)
 
 
-def test_tmpfiles_linked_in_belong_to_the_caller(tree: Tree) -> None:
+def test_linked_tmpfile_belongs_to_the_caller(tree: Tree) -> None:
     def link_in(directory: Path) -> None:
         fd = os.open(directory, os.O_TMPFILE | os.O_RDWR, 0o666)
         try:
@@ -148,7 +150,7 @@ def try_all_files(directory: Path) -> dict[tuple[str, str], Any]:
 
 
 @everyone
-def test_every_mode_admits_whom_it_admits_natively(tree: Tree, caller: Caller) -> None:
+def test_file_modes_are_enforced_as_in_the_source(tree: Tree, caller: Caller) -> None:
     twins = Twins.of(tree)
     twins.prepare(make_files_of_all_modes)
     found = twins.both(try_all_files, caller=caller)
@@ -192,13 +194,13 @@ def try_all_directories(directory: Path) -> dict[str, Any]:
 
 
 @everyone
-def test_every_directory_mode_admits_whom_it_admits_natively(tree: Tree, caller: Caller) -> None:
+def test_directory_modes_are_enforced_as_in_the_source(tree: Tree, caller: Caller) -> None:
     twins = Twins.of(tree)
     twins.prepare(make_directories_of_all_modes)
     twins.both(try_all_directories, caller=caller)
 
 
-def test_a_supplementary_group_gives_access_and_its_lack_does_not(tree: Tree) -> None:
+def test_supplementary_group_gives_access(tree: Tree) -> None:
     (tree.src / "team").write_bytes(b"for the team")
     os.chown(tree.src / "team", 0, TEAM)
     (tree.src / "team").chmod(0o640)
@@ -208,7 +210,7 @@ def test_a_supplementary_group_gives_access_and_its_lack_does_not(tree: Tree) ->
     assert run_as(MEMBER, outcome_of, (tree.mnt / "team").read_bytes) == b"for the team"
 
 
-def test_a_closed_directory_hides_what_is_deeper(tree: Tree) -> None:
+def test_directory_without_search_permission_hides_its_content(tree: Tree) -> None:
     deep = tree.src / "closed" / "open" / "deep"
     deep.mkdir(parents=True)
     (deep / "file").write_bytes(b"hidden")
@@ -233,7 +235,7 @@ def fill_sticky(directory: Path) -> None:
 
 
 @everyone
-def test_a_sticky_directory_protects_the_files_of_others(tree: Tree, caller: Caller) -> None:
+def test_sticky_directory_protects_files_of_others(tree: Tree, caller: Caller) -> None:
     def try_all(directory: Path) -> dict[str, Any]:
         return outcomes(
             {
@@ -267,7 +269,7 @@ def make_file_of_owner(directory: Path) -> None:
 
 @everyone
 @pytest.mark.parametrize("name", ["plain", "directory"])
-def test_chmod_is_allowed_to_whom_it_is_natively(tree: Tree, caller: Caller, name: str) -> None:
+def test_same_users_may_chmod_as_in_the_source(tree: Tree, caller: Caller, name: str) -> None:
     def try_all(directory: Path) -> list[Any]:
         def change(mode: int) -> str:
             os.chmod(directory / name, mode)
@@ -280,7 +282,7 @@ def test_chmod_is_allowed_to_whom_it_is_natively(tree: Tree, caller: Caller, nam
     twins.both(try_all, caller=caller)
 
 
-def test_chmod_drops_setgid_for_an_owner_outside_the_group(tree: Tree) -> None:
+def test_chmod_clears_setgid_for_owner_outside_the_group(tree: Tree) -> None:
     for owner, expected in ((STRANGER, 0o755), (MEMBER, 0o2755)):
         file = tree.src / f"{owner.uid}"
         file.write_bytes(b"")
@@ -291,7 +293,7 @@ def test_chmod_drops_setgid_for_an_owner_outside_the_group(tree: Tree) -> None:
 
 @everyone
 @pytest.mark.parametrize("name", ["plain", "directory", "symlink"])
-def test_chown_is_allowed_to_whom_it_is_natively(tree: Tree, caller: Caller, name: str) -> None:
+def test_same_users_may_chown_as_in_the_source(tree: Tree, caller: Caller, name: str) -> None:
     def try_all(directory: Path) -> list[Any]:
         path = directory / name
         found: list[Any] = []
@@ -307,7 +309,7 @@ def test_chown_is_allowed_to_whom_it_is_natively(tree: Tree, caller: Caller, nam
 
 
 @everyone
-def test_rename_and_link_are_allowed_to_whom_they_are_natively(tree: Tree, caller: Caller) -> None:
+def test_same_users_may_rename_and_link_as_in_the_source(tree: Tree, caller: Caller) -> None:
     def make(directory: Path) -> None:
         for name, mode in (("open", 0o777), ("closed", 0o755), ("team", 0o770)):
             (directory / name).mkdir()
@@ -334,7 +336,7 @@ def test_rename_and_link_are_allowed_to_whom_they_are_natively(tree: Tree, calle
 
 
 @everyone
-def test_user_xattrs_are_allowed_to_whom_they_are_natively(tree: Tree, caller: Caller) -> None:
+def test_same_users_may_set_user_xattrs_as_in_the_source(tree: Tree, caller: Caller) -> None:
     def make(directory: Path) -> None:
         for mode in (0o600, 0o640, 0o660, 0o644, 0o666, 0o000):
             path = directory / f"{mode:03o}"
@@ -364,7 +366,7 @@ def test_user_xattrs_are_allowed_to_whom_they_are_natively(tree: Tree, caller: C
 
 @pytest.mark.parametrize("mode", [0o000, 0o444, 0o111, 0o600])
 @pytest.mark.parametrize("flags", [os.O_RDWR, os.O_WRONLY, os.O_RDWR | os.O_EXCL | os.O_TRUNC | os.O_APPEND])
-def test_the_creating_open_ignores_the_mode_it_sets(tree: Tree, mode: int, flags: int) -> None:
+def test_creating_open_ignores_its_own_mode(tree: Tree, mode: int, flags: int) -> None:
     def create_and_write(directory: Path) -> int:
         fd = os.open(directory / "file", flags | os.O_CREAT, mode)
         try:
@@ -377,8 +379,8 @@ def test_the_creating_open_ignores_the_mode_it_sets(tree: Tree, mode: int, flags
     assert twins.both(create_and_write, caller=STRANGER) == 7
 
 
-def test_an_open_descriptor_keeps_its_rights(tree: Tree) -> None:
-    """Rights are checked at open: neither another user's use of the descriptor nor a later chmod changes them."""
+def test_open_descriptor_keeps_its_permissions(tree: Tree) -> None:
+    """Permissions are checked at open(2): neither another user's use of the descriptor nor a chmod changes them."""
     path = tree.mnt / "file"
     path.write_bytes(b"0123456789")
     path.chmod(0o600)
@@ -400,7 +402,7 @@ def test_an_open_descriptor_keeps_its_rights(tree: Tree) -> None:
     assert (tree.src / "file").read_bytes() == b"01ab45"
 
 
-def test_a_program_runs_only_with_the_execute_bit(tree: Tree) -> None:
+def test_program_needs_the_execute_bit(tree: Tree) -> None:
     def run(path: Path) -> Any:
         child = os.fork()
         if child == 0:
@@ -426,8 +428,8 @@ def test_a_program_runs_only_with_the_execute_bit(tree: Tree) -> None:
     assert run_as(STRANGER, run, twins.mounted / "711") == 1
 
 
-def test_files_made_at_the_same_time_belong_each_to_its_maker(tree: Tree) -> None:
-    """A server that takes on the caller's identity must not mix up two callers."""
+def test_concurrent_callers_own_their_files(tree: Tree) -> None:
+    """A server that takes a caller's credentials must not mix up two callers."""
     tree.src.chmod(0o777)
 
     def make_many(directory: Path, prefix: str) -> None:
@@ -448,7 +450,7 @@ def test_files_made_at_the_same_time_belong_each_to_its_maker(tree: Tree) -> Non
 
 
 @pytest.mark.mounted
-def test_the_servers_own_umask_does_not_matter(serve: Serve) -> None:
+def test_umask_of_the_server_has_no_effect(serve: Serve) -> None:
     previous = os.umask(0o077)
     try:
         server = serve()
@@ -477,8 +479,8 @@ def create_write_remove(directory: Path, name: str) -> list[str]:
 
 
 @pytest.mark.mounted
-def test_a_server_without_the_right_to_trace_serves_users_as_well(serve: Serve) -> None:
-    """While the front acts as another user, its descriptors are closed to the workers unless they may trace it."""
+def test_server_without_cap_sys_ptrace_serves_users(serve: Serve) -> None:
+    """While the front acts as another user, workers cannot fetch its descriptors without CAP_SYS_PTRACE."""
     permissions = ["setpriv", "--bounding-set=-sys_ptrace", "--inh-caps=-sys_ptrace"]
     server = serve("--workers", "2", command=[*permissions, sys.executable, "-m", "llloop", "serve"])
     server.source.chmod(0o777)

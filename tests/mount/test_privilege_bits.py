@@ -1,4 +1,4 @@
-"""setuid, setgid and file capabilities: lost at a write, truncate or chown when, and only when, they are natively."""
+"""setuid, setgid and file capabilities are lost by write, truncate or chown exactly when they are in the source."""
 
 import mmap
 import os
@@ -124,7 +124,7 @@ def do_to_all(directory: Path, action: Callable[[Path], Any]) -> dict[str, Any]:
 
 @everyone
 @pytest.mark.parametrize("action", ACTIONS.values(), ids=ACTIONS.keys())
-def test_privileges_go_when_they_go_natively(tree: Tree, caller: Caller, action: Callable[[Path], Any]) -> None:
+def test_privileges_are_cleared_as_in_the_source(tree: Tree, caller: Caller, action: Callable[[Path], Any]) -> None:
     twins = Twins.of(tree)
     twins.prepare(make_privileged)
     twins.both(do_to_all, action, caller=caller)
@@ -133,7 +133,9 @@ def test_privileges_go_when_they_go_natively(tree: Tree, caller: Caller, action:
 @pytest.mark.own_loop
 @everyone
 @pytest.mark.parametrize("action", OWN_LOOP_ACTIONS.values(), ids=OWN_LOOP_ACTIONS.keys())
-def test_privileges_go_with_newer_calls_too(tree: Tree, caller: Caller, action: Callable[[Path], Any]) -> None:
+def test_privileges_are_cleared_by_newer_system_calls(
+    tree: Tree, caller: Caller, action: Callable[[Path], Any]
+) -> None:
     twins = Twins.of(tree)
     twins.prepare(make_privileged)
     twins.both(do_to_all, action, caller=caller)
@@ -141,7 +143,7 @@ def test_privileges_go_with_newer_calls_too(tree: Tree, caller: Caller, action: 
 
 @pytest.mark.own_loop
 @everyone
-def test_the_mark_of_mandatory_locks_goes_when_it_goes_natively(tree: Tree, caller: Caller) -> None:
+def test_mandatory_lock_mode_is_cleared_as_in_the_source(tree: Tree, caller: Caller) -> None:
     """Members of the file's group keep it. (Through the fallback the kernel itself decides, and always keeps it.)"""
     for number, action in enumerate((ACTIONS | OWN_LOOP_ACTIONS).values()):
         directory = Tree(tree.src / str(number), tree.mnt / str(number), tree.server)
@@ -152,8 +154,8 @@ def test_the_mark_of_mandatory_locks_goes_when_it_goes_natively(tree: Tree, call
 
 
 @everyone
-def test_a_chown_that_names_nobody_takes_what_it_takes_natively(tree: Tree, caller: Caller) -> None:
-    """But not the capabilities of another user's file, which the kernel lets anybody take away."""
+def test_chown_without_ids_clears_as_in_the_source(tree: Tree, caller: Caller) -> None:
+    """But not the capabilities of another user's file, although the kernel lets anybody remove them."""
     twins = Twins.of(tree)
     twins.prepare(make_privileged)
     for directory in (twins.native, twins.mounted):
@@ -163,7 +165,7 @@ def test_a_chown_that_names_nobody_takes_what_it_takes_natively(tree: Tree, call
 
 
 @pytest.mark.parametrize("mode", [0o755, 0o777, 0o4755])
-def test_only_the_owner_takes_capabilities_with_a_chown_that_names_nobody(tree: Tree, mode: int) -> None:
+def test_chown_without_ids_needs_ownership_to_clear_capabilities(tree: Tree, mode: int) -> None:
     path = tree.mnt / "program"
     path.write_bytes(b"program")
     os.chown(path, 4001, TEAM)
@@ -190,9 +192,7 @@ def make_with_both(path: Path) -> None:
 @DATA_PATHS
 @pytest.mark.own_loop
 @pytest.mark.parametrize("by", ["stranger", "root without capabilities"])
-def test_somebody_elses_open_file_gives_nobody_the_right_to_take_privileges(
-    serve: Serve, options: list[str], by: str
-) -> None:
+def test_open_file_of_another_user_does_not_allow_clearing(serve: Serve, options: list[str], by: str) -> None:
     """With a chown(2) that names neither owner nor group, which the kernel hardly tells from a write."""
     server = serve(*options)
     path, behind = server.mountpoint / "program", server.source / "program"
@@ -220,7 +220,7 @@ def test_somebody_elses_open_file_gives_nobody_the_right_to_take_privileges(
 @pytest.mark.own_loop
 @pytest.mark.parametrize("way", ["write", "allocate", "copy", "shorten"])
 @pytest.mark.parametrize("by", ["stranger", "root without capabilities"])
-def test_a_user_who_writes_through_anothers_descriptor_takes_the_privileges(
+def test_write_through_anothers_descriptor_clears_privileges(
     serve: Serve, options: list[str], way: str, by: str
 ) -> None:
     server = serve(*options)
@@ -251,8 +251,8 @@ def test_a_user_who_writes_through_anothers_descriptor_takes_the_privileges(
 
 @pytest.mark.own_loop
 @pytest.mark.parametrize("caller", [STRANGER, MEMBER], ids=["stranger", "member"])
-def test_who_makes_the_kernel_write_back_times_needs_no_right_to_them(serve: Serve, caller: Caller) -> None:
-    """The kernel keeps another time than the source, which sets its own when the data reaches it."""
+def test_writeback_of_times_needs_no_permission(serve: Serve, caller: Caller) -> None:
+    """The kernel keeps another time than the source, which sets its own when the data arrives."""
     server = serve("--writeback")
     path = server.mountpoint / "file"
     path.write_bytes(b"x" * SIZE)
@@ -271,8 +271,8 @@ def test_who_makes_the_kernel_write_back_times_needs_no_right_to_them(serve: Ser
     assert run_as(caller, outcome_of, lambda: os.utime(path, (1, 1))) == "EPERM"
 
 
-def test_root_makes_set_group_id_files_after_somebody_else_has_written(tree: Tree) -> None:
-    """In a directory that hands down a group which is not root's."""
+def test_root_creates_setgid_files_after_a_write_by_a_user(tree: Tree) -> None:
+    """In a directory with setgid and a group other than root's."""
     twins = Twins.of(tree)
 
     def prepare(directory: Path) -> None:
@@ -287,7 +287,7 @@ def test_root_makes_set_group_id_files_after_somebody_else_has_written(tree: Tre
     twins.both(lambda directory: os.mknod(directory / "node", 0o2755 | stat.S_IFREG), caller=ROOT)
 
 
-def test_root_of_a_user_namespace_gives_its_own_files_capabilities(tree: Tree) -> None:
+def test_root_of_a_user_namespace_sets_capabilities(tree: Tree) -> None:
     twins = Twins.of(tree)
 
     def prepare(directory: Path) -> None:
@@ -308,8 +308,8 @@ def test_root_of_a_user_namespace_gives_its_own_files_capabilities(tree: Tree) -
 
 @pytest.mark.parametrize("options", [["--io=kernel"], ["--writeback"], ["--cache=never"], ["--cache=always"]], ids=str)
 @pytest.mark.own_loop
-def test_a_set_id_program_that_a_user_wrote_runs_without_it(serve: Serve, options: list[str]) -> None:
-    """However the kernel writes: it executes what it has cached of the mode."""
+def test_program_written_by_a_user_runs_without_set_id(serve: Serve, options: list[str]) -> None:
+    """Whatever way the kernel writes: it executes with the mode in its cache."""
     server = serve("-o", "suid", *options)
     shutil.copy(ID, server.mountpoint / "pristine")
     content = (server.mountpoint / "pristine").read_bytes()
@@ -351,9 +351,7 @@ def test_a_set_id_program_that_a_user_wrote_runs_without_it(serve: Serve, option
 @pytest.mark.parametrize("options", [["--io=kernel"], ["--writeback"], ["--cache=never"], []], ids=str)
 @pytest.mark.parametrize("through", ["mount", "source"])
 @pytest.mark.own_loop
-def test_a_file_that_becomes_set_id_while_it_is_open_loses_it_by_a_write(
-    serve: Serve, options: list[str], through: str
-) -> None:
+def test_write_clears_set_id_set_while_open(serve: Serve, options: list[str], through: str) -> None:
     server = serve(*options)
     for size in (10, 300_000):
         name = f"program of {size}"
@@ -379,8 +377,8 @@ def test_a_file_that_becomes_set_id_while_it_is_open_loses_it_by_a_write(
 
 
 @pytest.mark.parametrize("mode", [0o4777, 0o6777])
-def test_a_users_write_drops_setuid_at_once(tree: Tree, mode: int) -> None:
-    """While the file is still open, and although its attributes were cached a moment ago."""
+def test_write_by_a_user_clears_setuid_immediately(tree: Tree, mode: int) -> None:
+    """While the file is still open, and although its attributes were just cached."""
     path = tree.mnt / "file"
     path.write_bytes(b"program")
     path.chmod(mode)
@@ -395,7 +393,7 @@ def test_a_users_write_drops_setuid_at_once(tree: Tree, mode: int) -> None:
     assert run_as(STRANGER, write_and_look) == (0o777, 0o777, 0o777)
 
 
-def test_file_capabilities_go_with_a_write_by_root_too(tree: Tree) -> None:
+def test_write_by_root_clears_file_capabilities(tree: Tree) -> None:
     for name in ("file", "second"):
         (tree.mnt / name).write_bytes(b"program")
         os.setxattr(tree.mnt / name, "security.capability", CAPABILITY)
@@ -408,7 +406,7 @@ def test_file_capabilities_go_with_a_write_by_root_too(tree: Tree) -> None:
         assert outcome_of(os.getxattr, tree.mnt / name, "security.capability") == "ENODATA"
 
 
-def test_roots_write_keeps_setuid(tree: Tree) -> None:
+def test_write_by_root_keeps_setuid(tree: Tree) -> None:
     """CAP_FSETID: package managers write a program and its mode in any order."""
     path = tree.mnt / "file"
     path.write_bytes(b"program")
@@ -420,8 +418,8 @@ def test_roots_write_keeps_setuid(tree: Tree) -> None:
     assert stat.S_IMODE((tree.src / "file").stat().st_mode) == 0o4755
 
 
-def test_a_mapped_write_stays_a_write_of_the_page_cache(tree: Tree) -> None:
-    """Natively a store into a mapping drops nothing; through a mount the kernel may send it as a write, never more."""
+def test_mapped_write_is_not_a_write_by_the_user(tree: Tree) -> None:
+    """In the source, a store into a mapping clears nothing. Through a mount, the kernel may send it as a write."""
     path = tree.mnt / "file"
     path.write_bytes(b"x" * SIZE)
     path.chmod(0o4777)
@@ -461,7 +459,7 @@ def make_program(path: Path, mode: int) -> Path:
 
 
 @pytest.mark.parametrize("option", ["nosuid", "suid"])
-def test_a_mount_below_the_source_where_nothing_is_run(serve: Serve, option: str) -> None:
+def test_noexec_mount_below_the_source(serve: Serve, option: str) -> None:
     server = serve("-o", option)
     below = server.source / "below"
     below.mkdir()
@@ -477,8 +475,8 @@ def test_a_mount_below_the_source_where_nothing_is_run(serve: Serve, option: str
         server.stop()
 
 
-def test_a_mount_below_the_source_where_programs_get_no_privileges(serve: Serve) -> None:
-    """Whoever can put programs there must not become root through a mirror that is served with suid."""
+def test_nosuid_mount_below_the_source(serve: Serve) -> None:
+    """A user who can put programs there must not become root through a mount with suid."""
     server = serve("-o", "suid")
     below = server.source / "below"
     below.mkdir()

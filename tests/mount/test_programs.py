@@ -1,4 +1,4 @@
-"""Programs that people keep their data with, at work in the mount; what they wrote they check on both sides."""
+"""Programs that store important data, run in the mount; they verify their data on both sides."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_sqlite_with_several_writers(tree: Tree, journal: str) -> None:
         assert answers.split() == ["ok", str(writers * rows), f"{writers * rows}|{length}"]
 
 
-def test_sqlite_rolls_back_what_a_killed_writer_left(tree: Tree) -> None:
+def test_sqlite_rolls_back_after_a_killed_writer(tree: Tree) -> None:
     database = tree.mnt / "base.sqlite"
     connection = sqlite3.connect(database)
     connection.execute("CREATE TABLE entries (content)")
@@ -208,7 +208,7 @@ def count_files(root: Path) -> int:
     return sum(len(names) + len(files) for _, names, files in os.walk(root))
 
 
-def test_tar_of_a_real_tree_both_ways(tree: Tree, real_tree: Path, tmp_path: Path) -> None:
+def test_tar_into_and_out_of_the_mount(tree: Tree, real_tree: Path, tmp_path: Path) -> None:
     assert count_files(real_tree) > 400
     into, out_of = tmp_path / "into.tar", tmp_path / "out.tar"
     run("tar", "-C", real_tree, "--sparse", "-cf", into, ".")
@@ -227,7 +227,7 @@ def test_tar_of_a_real_tree_both_ways(tree: Tree, real_tree: Path, tmp_path: Pat
     assert not (tree.src / "lib").exists()
 
 
-def test_rsync_of_a_real_tree_both_ways(tree: Tree, real_tree: Path, tmp_path: Path) -> None:
+def test_rsync_into_and_out_of_the_mount(tree: Tree, real_tree: Path, tmp_path: Path) -> None:
     run("rsync", "-aH", f"{real_tree}/", f"{tree.mnt}/lib/")
     assert differences(real_tree, tree.mnt / "lib") == ""
     assert differences(real_tree, tree.src / "lib") == ""
@@ -235,7 +235,7 @@ def test_rsync_of_a_real_tree_both_ways(tree: Tree, real_tree: Path, tmp_path: P
     assert differences(real_tree, tmp_path / "back") == ""
 
 
-def test_rsync_brings_an_old_copy_up_to_date(tree: Tree, real_tree: Path) -> None:
+def test_rsync_updates_an_old_copy(tree: Tree, real_tree: Path) -> None:
     copy = tree.mnt / "lib"
     run("rsync", "-aH", f"{real_tree}/", f"{copy}/")
     (copy / "json" / "decoder.py").write_text("changed\n")
@@ -252,7 +252,7 @@ def test_rsync_brings_an_old_copy_up_to_date(tree: Tree, real_tree: Path) -> Non
 # A compiler
 
 
-def test_a_c_program_is_compiled_and_run(tree: Tree) -> None:
+def test_compile_and_run_a_c_program(tree: Tree) -> None:
     sources = {
         "greeting.h": "const char *greeting(void);\n",
         "greeting.c": '#include "greeting.h"\nconst char *greeting(void) { return "made in the mount"; }\n',
@@ -395,7 +395,7 @@ FIO_JOBS = {
 
 
 @pytest.mark.parametrize("job", FIO_JOBS)
-def test_fio_verifies_what_it_wrote(tree: Tree, tmp_path: Path, job: str) -> None:
+def test_fio_verifies_its_data(tree: Tree, tmp_path: Path, job: str) -> None:
     report = tmp_path / "report.json"
     arguments = ["--size=8m", "--numjobs=3", "--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--randrepeat=1"]
     output = ["--output-format=json", f"--output={report}"]

@@ -165,7 +165,7 @@ def use(top: Path, seed: int, until: float) -> tuple[int, int]:
 
 @pytest.mark.parametrize("cache", ["never", "auto"])
 @pytest.mark.parametrize("side", ["behind", "through"])
-def test_nothing_outside_is_reached(serve: Serve, cache: str, side: str) -> None:
+def test_nothing_outside_the_source_is_reached(serve: Serve, cache: str, side: str) -> None:
     server = serve("--cache", cache, "--workers", "2")
     server.expect_log("ESTALE|Stale", required=False)
     canary = set_up(server)
@@ -182,8 +182,8 @@ def test_nothing_outside_is_reached(serve: Serve, cache: str, side: str) -> None
     assert sorted(os.listdir(canary.parent)) == ["canary", "source"]
 
 
-def test_a_directory_moved_out_of_the_source_is_gone_by_its_path(serve: Serve) -> None:
-    """Who has it open stays in it, as natively; nobody else finds the way."""
+def test_directory_moved_out_of_the_source_is_not_found(serve: Serve) -> None:
+    """A process that has it open can still use it; others do not find it."""
     server = serve("--cache", "never", "--workers", "1")
     (server.source / "directory" / "below").mkdir(parents=True)
     inside = os.open(server.mountpoint / "directory", os.O_RDONLY)
@@ -306,8 +306,8 @@ def attack(top: Path, seed: int, until: float) -> int:
 @pytest.mark.root
 @pytest.mark.parametrize("attacker", ["a user", "root"])
 @pytest.mark.parametrize("side", ["behind", "through"])
-def test_nothing_but_what_a_name_leads_to_is_changed(serve: Serve, side: str, attacker: str) -> None:
-    """With root's rights the files of root's in SRC may change, but nothing out of SRC."""
+def test_only_the_named_file_is_changed(serve: Serve, side: str, attacker: str) -> None:
+    """With root's permissions, root's files in the source may change, but nothing outside of it."""
     server = serve("--workers", "2", "--entry-timeout", "0.01", "--attr-timeout", "0.01")
     server.expect_log("ESTALE|Stale|could not be written and is lost", required=False)
     canary = set_up_hostile(server)
@@ -337,8 +337,8 @@ OPENING: dict[str, tuple[int, Callable[[Path], object]]] = {
 
 
 @pytest.mark.parametrize("how", OPENING)
-def test_a_fifo_that_takes_a_name_is_not_opened(tree: Tree, how: str) -> None:
-    """Who waits for its other end would see that the server has opened it; of a device an open can be a command."""
+def test_fifo_that_replaces_a_file_is_not_opened(tree: Tree, how: str) -> None:
+    """A process at its other end would notice an open; opening a device can have effects."""
     awaited, act = OPENING[how]
     (tree.src / "file").write_bytes(INSIDE)
     os.mkfifo(tree.src / "fifo")

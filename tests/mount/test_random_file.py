@@ -44,7 +44,7 @@ def seeds() -> Iterator[int]:
 
 
 class File:
-    """A file, its model, and what is open of it."""
+    """A file, its model, and its open descriptors."""
 
     def __init__(self, path: Path, chance: random.Random) -> None:
         self.path = path
@@ -110,7 +110,7 @@ class File:
 
 
 class Comparison:
-    """Does random calls on two files, and holds what they tell against the models."""
+    """Makes random calls on two files, and compares their results with the models."""
 
     def __init__(self, directory: Path, seed: int) -> None:
         self.chance = random.Random(seed)
@@ -345,7 +345,7 @@ def test_random_calls(serve: Serve, mode: str) -> None:
 
 
 def test_random_calls_on_the_source(serve: Serve) -> None:
-    """The model is right."""
+    """Checks the model itself."""
     server = serve()
     for seed in seeds():
         comparison = Comparison(server.source, seed)
@@ -359,7 +359,7 @@ PIECES = 200
 
 @pytest.mark.parametrize("mode", MODES)
 def test_random_calls_of_two_processes(serve: Serve, mode: str) -> None:
-    """Each reads and writes pieces of its own. Nobody else writes these, so it always knows what they hold."""
+    """Each process reads and writes its own parts, which nobody else writes, so it knows their content."""
     server = serve("--workers", "2", *mode.split())
     path = server.mountpoint / "file"
     for seed in SEEDS[:1]:

@@ -1,4 +1,4 @@
-"""read and write: every byte where it belongs, whatever the size, offset and flags."""
+"""read and write: each byte is at its place for any size, offset and flags."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_random_operations_against_a_model(tree: Tree) -> None:
             os.close(descriptor)
 
 
-def test_written_by_one_handle_read_by_another(tree: Tree) -> None:
+def test_written_by_one_descriptor_read_by_another(tree: Tree) -> None:
     with (
         opened(tree.mnt / "file", os.O_CREAT | os.O_WRONLY) as writer,
         opened(tree.mnt / "file", os.O_RDONLY) as reader,
@@ -147,7 +147,7 @@ def test_written_by_one_handle_read_by_another(tree: Tree) -> None:
 
 
 @pytest.mark.at_once("the kernel does not ask for blocks again when it has written")
-def test_a_hole_reads_as_zeros_and_takes_no_room(tree: Tree) -> None:
+def test_hole_reads_as_zeros_and_takes_no_space(tree: Tree) -> None:
     with opened(tree.mnt / "file", os.O_CREAT | os.O_RDWR) as descriptor:
         os.pwrite(descriptor, b"end", 20 * MIB)
         assert os.pread(descriptor, 4096, 10 * MIB) == bytes(4096)
@@ -182,7 +182,7 @@ def test_beyond_four_gibibytes(tree: Tree, offset: int) -> None:
     assert os.stat(tree.src / "file").st_size == 4 * GIB + 1
 
 
-def test_beyond_what_the_source_can_hold(tree: Tree) -> None:
+def test_beyond_the_maximum_file_size_of_the_source(tree: Tree) -> None:
     for offset in (2**63 - 10, 2**63 - 2**20, 2**50):
         outcomes = []
         for path in (tree.src / "reference", tree.mnt / "file"):
@@ -192,7 +192,7 @@ def test_beyond_what_the_source_can_hold(tree: Tree) -> None:
         assert os.stat(tree.src / "file").st_size == os.stat(tree.src / "reference").st_size
 
 
-def test_the_limit_of_the_caller_holds(tree: Tree) -> None:
+def test_file_size_limit_of_the_caller_applies(tree: Tree) -> None:
     script = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -210,7 +210,7 @@ except OSError as error:
     assert os.stat(tree.src / "file").st_size == 5000
 
 
-def test_positions(tree: Tree) -> None:
+def test_file_positions(tree: Tree) -> None:
     (tree.mnt / "file").write_bytes(b"0123456789")
     with opened(tree.mnt / "file", os.O_RDWR) as descriptor:
         assert os.lseek(descriptor, 4, os.SEEK_SET) == 4
@@ -228,7 +228,7 @@ def test_positions(tree: Tree) -> None:
     assert (tree.src / "file").read_bytes() == b"0123456789" + bytes(100) + b"far"
 
 
-def test_a_directory_is_not_read_as_a_file(tree: Tree) -> None:
+def test_read_of_a_directory_gives_eisdir(tree: Tree) -> None:
     with opened(tree.mnt, os.O_RDONLY) as descriptor:
         with fails(errno.EISDIR):
             os.read(descriptor, 10)
@@ -275,7 +275,7 @@ def test_append_switched_on_and_off_while_open(tree: Tree) -> None:
     assert (tree.src / "file").read_bytes() == b"ABCD456789end."
 
 
-def test_appended_by_two_processes_at_once(tree: Tree) -> None:
+def test_two_processes_append(tree: Tree) -> None:
     script = """
 import os, sys
 fd = os.open(sys.argv[1], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -304,7 +304,7 @@ for number in range(1000):
 
 @pytest.mark.at_once("the kernel takes its own word for sizes and times of a file that it knows")
 @pytest.mark.own_loop  # llfuse does not tell its write handler that the file is open for appending
-def test_appended_while_the_source_is_appended_to_directly(tree: Tree) -> None:
+def test_append_in_mount_and_source(tree: Tree) -> None:
     with (
         opened(tree.mnt / "log", os.O_CREAT | os.O_WRONLY | os.O_APPEND) as through,
         opened(tree.src / "log", os.O_WRONLY | os.O_APPEND) as directly,
@@ -316,7 +316,7 @@ def test_appended_while_the_source_is_appended_to_directly(tree: Tree) -> None:
     assert (tree.src / "log").read_bytes() == expected
 
 
-def test_threads_that_write_their_own_regions(tree: Tree) -> None:
+def test_threads_write_their_own_regions(tree: Tree) -> None:
     region, rounds = 100_003, 20
     failures: list[BaseException] = []
 
@@ -370,7 +370,7 @@ def test_sendfile_and_splice(tree: Tree) -> None:
 
 
 @pytest.mark.at_once("the kernel takes its own word for sizes and times of a file that it knows")
-def test_write_moves_the_times(tree: Tree) -> None:
+def test_write_updates_the_times(tree: Tree) -> None:
     (tree.mnt / "file").write_bytes(b"x")
     os.utime(tree.mnt / "file", ns=(1, 1))
     with opened(tree.mnt / "file", os.O_WRONLY) as descriptor:
@@ -381,7 +381,7 @@ def test_write_moves_the_times(tree: Tree) -> None:
 
 @pytest.mark.mounted
 @pytest.mark.own_loop
-def test_the_kernel_reads_further_ahead_for_root(server: Server) -> None:
+def test_read_ahead_is_larger_for_root(server: Server) -> None:
     if os.geteuid():
         pytest.skip("only root may say how far")
     device = server.mountpoint.stat().st_dev

@@ -1,4 +1,4 @@
-"""rename: over files and directories, of what is open, across directories, and what is refused."""
+"""rename: over files and directories, of open files, across directories, and errors."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_over_an_open_file(tree: Tree) -> None:
     assert os.listdir(tree.src) == ["victim"]
 
 
-def test_the_way_editors_save(tree: Tree) -> None:
+def test_save_as_editors_do(tree: Tree) -> None:
     (tree.mnt / "document").write_bytes(b"version 0")
     for version in range(1, 100):
         (tree.mnt / "document.tmp").write_bytes(b"version %d" % version)
@@ -152,7 +152,7 @@ def test_over_directories(tree: Tree) -> None:
     assert os.listdir(tree.mnt / "empty") == ["content"]
 
 
-def test_what_is_refused(tree: Tree) -> None:
+def test_rename_errors(tree: Tree) -> None:
     (tree.mnt / "directory" / "sub").mkdir(parents=True)
     (tree.mnt / "file").write_bytes(b"kept")
     with fails(errno.EISDIR):
@@ -202,7 +202,7 @@ def test_of_symlinks_and_special_files(tree: Tree) -> None:
     assert (tree.mnt / "renamed").read_bytes() == b"target"
 
 
-def test_an_open_directory_goes_on_being_used(tree: Tree) -> None:
+def test_open_directory_stays_usable(tree: Tree) -> None:
     (tree.mnt / "old" / "sub").mkdir(parents=True)
     (tree.mnt / "elsewhere").mkdir()
     with opened(tree.mnt / "old", os.O_RDONLY | os.O_DIRECTORY) as directory:
@@ -223,7 +223,7 @@ def test_an_open_directory_goes_on_being_used(tree: Tree) -> None:
     assert stat.S_IMODE(os.stat(tree.src / "elsewhere" / "again").st_mode) == 0o711
 
 
-def test_a_working_directory_goes_on_being_used(tree: Tree) -> None:
+def test_working_directory_stays_usable(tree: Tree) -> None:
     (tree.mnt / "a" / "work").mkdir(parents=True)
     (tree.mnt / "b").mkdir()
     with working_directory(tree.mnt / "a" / "work"):
@@ -240,7 +240,7 @@ def test_a_working_directory_goes_on_being_used(tree: Tree) -> None:
     assert sorted(os.listdir(tree.src / "b" / "moved")) == ["after", "before", "between"]
 
 
-def test_files_open_below_a_directory_that_moves_about(tree: Tree) -> None:
+def test_open_files_below_a_renamed_directory(tree: Tree) -> None:
     (tree.mnt / "x0" / "sub").mkdir(parents=True)
     with opened(tree.mnt / "x0" / "sub" / "file", os.O_CREAT | os.O_RDWR) as descriptor:
         for number in range(30):
@@ -252,7 +252,7 @@ def test_files_open_below_a_directory_that_moves_about(tree: Tree) -> None:
     assert (tree.src / "x30" / "sub" / "file").read_bytes() == b"".join(b"%02d" % number for number in range(30))
 
 
-def test_a_chain_that_changes_places(tree: Tree) -> None:
+def test_chain_of_renamed_directories(tree: Tree) -> None:
     for number in range(10):
         (tree.mnt / f"{number}").write_bytes(b"%d" % number)
     for turn in range(20):
@@ -264,7 +264,7 @@ def test_a_chain_that_changes_places(tree: Tree) -> None:
             assert (tree.mnt / f"{number}").read_bytes() == b"%d" % ((number + turn + 1) % 10)
 
 
-def test_files_change_their_names_with_directories(tree: Tree) -> None:
+def test_exchange_of_files_and_directories_names(tree: Tree) -> None:
     (tree.mnt / "one").write_bytes(b"a file")
     (tree.mnt / "two").mkdir()
     os.rename(tree.mnt / "one", tree.mnt / "held")

@@ -26,7 +26,7 @@ def test_noreplace(tree: Tree) -> None:
     assert os.listdir(tree.mnt) == os.listdir(tree.src) == ["renamed"]
 
 
-def test_noreplace_where_something_is(tree: Tree) -> None:
+def test_noreplace_gives_eexist(tree: Tree) -> None:
     (tree.mnt / "file").write_bytes(b"mover")
     (tree.mnt / "other").write_bytes(b"kept")
     (tree.mnt / "directory").mkdir()
@@ -41,7 +41,7 @@ def test_noreplace_where_something_is(tree: Tree) -> None:
     assert sorted(os.listdir(tree.src)) == ["dangling", "directory", "file", "other"]
 
 
-def test_noreplace_of_what_came_behind_the_mount_s_back(tree: Tree) -> None:
+def test_noreplace_of_a_file_created_in_the_source(tree: Tree) -> None:
     (tree.mnt / "file").write_bytes(b"mover")
     with fails(errno.ENOENT):
         os.stat(tree.mnt / "target")
@@ -114,7 +114,7 @@ def test_exchange_of_two_names_of_one_file(tree: Tree) -> None:
     assert os.stat(tree.mnt / "two").st_nlink == 1
 
 
-def test_exchange_that_is_refused(tree: Tree) -> None:
+def test_exchange_errors(tree: Tree) -> None:
     (tree.mnt / "directory" / "sub").mkdir(parents=True)
     (tree.mnt / "file").touch()
     with fails(errno.ENOENT):

@@ -1,4 +1,4 @@
-"""Large trees and many open files, with few descriptors and no memory kept for what the kernel has forgotten."""
+"""Large trees and many open files need few descriptors, and no memory for forgotten inodes."""
 
 import errno
 import os
@@ -62,7 +62,7 @@ def walk(root: Path) -> int:
 @pytest.mark.slow
 @pytest.mark.mounted
 @pytest.mark.timeout(240)
-def test_a_large_tree_needs_few_descriptors_and_is_forgotten(serve: Serve, forest: Path) -> None:
+def test_large_tree_needs_few_descriptors_and_is_forgotten(serve: Serve, forest: Path) -> None:
     server = serve(source=forest, command=with_descriptor_limit(1024))
     front = titles(server)["llloop-front"]
     expected = DIRECTORIES // 2 * (1 + FILES)
@@ -101,7 +101,7 @@ def settle(pid: int) -> None:
 
 
 @pytest.mark.mounted
-def test_a_deep_tree_needs_few_descriptors(serve: Serve) -> None:
+def test_deep_tree_needs_few_descriptors(serve: Serve) -> None:
     server = serve(command=with_descriptor_limit(160))
     depth = 400
     path, mounted = server.source, server.mountpoint
@@ -138,7 +138,7 @@ def use_many(directory: Path, count: int) -> dict[str, int]:
 )
 @pytest.mark.timeout(120)
 def test_five_thousand_files_open_at_once(serve: Serve, via: str) -> None:
-    """Started with the usual soft limit of 1024, which the server raises by itself."""
+    """The server starts with the usual soft limit of 1024 and raises it itself."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     command = ["/bin/sh", "-c", 'ulimit -Sn 1024 && exec "$0" "$@"', sys.executable, "-m", "llloop", "serve"]
     server = serve("--workers", "2", command=command)
@@ -158,7 +158,7 @@ def test_five_thousand_files_open_at_once(serve: Serve, via: str) -> None:
 
 
 @pytest.mark.mounted
-def test_the_servers_own_limit_is_an_error_for_the_caller_only(serve: Serve) -> None:
+def test_limit_of_the_server_gives_emfile_to_the_caller(serve: Serve) -> None:
     server = serve("--workers", "2", command=with_descriptor_limit(200))
     server.expect_log("Too many open files|EMFILE|ENFILE", required=False)
     (server.source / "there").write_bytes(b"content")
@@ -183,8 +183,8 @@ def test_the_servers_own_limit_is_an_error_for_the_caller_only(serve: Serve) -> 
 
 
 @pytest.mark.mounted
-def test_names_can_be_used_when_no_more_files_can_be_opened(serve: Serve) -> None:
-    """Or one user who opens all he can would take the mount from everybody."""
+def test_names_work_without_free_descriptors(serve: Serve) -> None:
+    """Otherwise one user who opens as many files as possible would block the mount for all."""
     server = serve("--workers", "1", command=with_descriptor_limit(300))
     mnt = server.mountpoint
     for number in range(40):
@@ -217,7 +217,7 @@ def test_names_can_be_used_when_no_more_files_can_be_opened(serve: Serve) -> Non
     assert wait_until(lambda: outcome((mnt / "299").read_bytes) == b"")
 
 
-def test_a_large_directory_is_made_listed_and_removed(tree: Tree) -> None:
+def test_large_directory_is_created_listed_and_removed(tree: Tree) -> None:
     count = 5_000
     for number in range(count):
         os.mknod(tree.mnt / f"file{number}")
@@ -231,8 +231,8 @@ def test_a_large_directory_is_made_listed_and_removed(tree: Tree) -> None:
 
 @pytest.mark.root
 @pytest.mark.mounted
-def test_descriptors_of_removed_files_go_with_them(serve: Serve) -> None:
-    """A removed name that the kernel still knows is held open by the server, until the kernel forgets it."""
+def test_descriptors_of_removed_files_are_closed(serve: Serve) -> None:
+    """The server keeps a removed file open until the kernel forgets it."""
     server = serve()
     front = titles(server)["llloop-front"]
     (server.mountpoint / "first").write_bytes(b"")
