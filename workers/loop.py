@@ -57,7 +57,8 @@ class Worker:
         self._counters = counters
         self._descriptors = descriptors
         self._leadership = leadership
-        self._pending = leadership.in_hand = Pending(descriptors, leadership)
+        self._pending = Pending(descriptors, leadership)
+        leadership.set_aside = self._pending.set_aside
         self._invalidations = invalidations
 
     def recover(self) -> None:
@@ -115,12 +116,15 @@ class Worker:
         """Do the waiting requests that can be done now; return whether this thread is still the leader."""
         while request := self._pending.take():
             self._resume(request)
-            if not self._finish_request():
+            if not self._finish_request(request):
                 return False
         return True
 
-    def _finish_request(self) -> bool:
+    def _finish_request(self, request: Request | None) -> bool:
         """Finish a request: close released descriptors; if another thread leads, do waiting requests, then leave.
+
+        Args:
+            request: the request of the calling thread, or None if `Pending` was not told of it.
 
         Returns:
             Whether this thread is still the leader.
@@ -129,14 +133,15 @@ class Worker:
         while True:
             if leadership.leads:
                 pending.request = None
-            else:
-                pending.finished()
+            elif request is not None:
+                pending.finished(request)
             self._close()
             if leadership.leads:
                 return True
             request = pending.take()
             if request is None:
-                return not leadership.must_leave()
+                leadership.leave()
+                return False
             self._resume(request)
 
     def _close(self) -> None:
@@ -168,7 +173,7 @@ class Worker:
         """Serve until all writers of the pipe are closed."""
         self._leadership.run(self._serve)
 
-    def _serve(self) -> bool:
+    def _serve(self, thread: int) -> bool:
         """Serve as the leader; return True at the end of the pipe, False if another thread has become the leader."""
         execute = self._operations.execute
         pipe = self._pipe
@@ -197,6 +202,7 @@ class Worker:
             except Malformed as error:
                 _log.error("dropped a message that is not a request: %s", error)
                 continue
+            at_hand = None
             try:
                 slot = request.slot
                 if slot < 0:  # the message needs no answer
@@ -216,13 +222,13 @@ class Worker:
                     continue
                 else:
                     start = begun[slot]  # read now, because the slot is free after the answer
-                    pending.request = request
+                    at_hand = pending.request = request
                     if execute(request) and request.operation != Operation.PROBE:  # the front counts that request
                         finished(opcode_of(request), clock() - start)
             except _INVALID_FIELDS as error:
                 _log.error("dropped an invalid request: %s", error)
             if leadership.stalled or closing:
-                if not self._finish_request():
+                if not self._finish_request(at_hand):
                     return False
             else:
                 pending.request = None

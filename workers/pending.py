@@ -41,7 +41,7 @@ def _handles_of(request: Request) -> tuple[int, ...]:
 
 
 class Pending:
-    """The current, the stalled and the waiting requests of a worker; implements `llloop.shared.leadership.InHand`.
+    """The current, the stalled and the waiting requests of a worker.
 
     A request only waits for a request that another thread serves. When that thread has finished, it takes the next
     waiting request. So no thread has to be woken.
@@ -51,7 +51,7 @@ class Pending:
         leadership: decides which thread serves.
 
     Attributes:
-        request: the request of the running thread; None between requests.
+        request: the current request of the leader; None between requests.
         slots: the slots of requests that other threads serve, and of waiting requests.
     """
 
@@ -65,21 +65,14 @@ class Pending:
         self._threads: Counter[int] = Counter()
         self._in_order: set[int] = set()
 
-    def set_aside(self, thread: int) -> Request | None:
-        """Return the request of the stalled thread; there is no current request then."""
+    def set_aside(self) -> None:
+        """Note that another thread leads now: the current request is stalled, and there is no current request then."""
         request, self.request = self.request, None
         if request is not None:
             self._begin(request)
-        return request
 
-    def exchange(self, other: Request | None) -> Request | None:
-        mine, self.request = self.request, other
-        return mine
-
-    def finished(self) -> None:
-        request, self.request = self.request, None
-        if request is None:
-            return
+    def finished(self, request: Request) -> None:
+        """Note that a request is finished that was set aside, or taken by a thread that does not lead."""
         self.slots.discard(request.slot)
         self._threads[request.nodeid] -= 1
         if not self._threads[request.nodeid]:
@@ -126,15 +119,16 @@ class Pending:
         return request.operation == Operation.PROBE or self._threads[request.nodeid] < _MAX_UNORDERED
 
     def take(self) -> Request | None:
-        """Make the first waiting request that can be done the current one; return it, or None."""
+        """Return the first waiting request that can be done, or None; the calling thread serves it."""
         passed_over: set[int] = set()
         for position, request in enumerate(self._waiting):
             ordered = _is_ordered(request)
             if not (ordered and request.nodeid in passed_over) and self._can_begin(request):
                 del self._waiting[position]
                 self.slots.discard(request.slot)
-                self.request = request
-                if not self._leadership.leads:
+                if self._leadership.leads:
+                    self.request = request
+                else:
                     self._begin(request)
                 return request
             if ordered:

@@ -116,14 +116,13 @@ def build_context(
         inodes,
         directory_fds,
         handles,
-        intents,
         permissions,
         setid,
         killpriv,
         leadership,
         clears_setid=clears_setid,
     )
-    passthrough = Passthrough(device, handles, intents, caller, setid, Feature.PASSTHROUGH in features)
+    passthrough = Passthrough(device, handles, caller, setid, Feature.PASSTHROUGH in features)
     return Context(
         config=config,
         features=features,

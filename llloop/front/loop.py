@@ -11,16 +11,17 @@ from contextlib import suppress
 
 from llloop.front.context import Context
 from llloop.front.handlers import Handler, handler_table
-from llloop.front.in_hand import FrontsInHand
 from llloop.front.nowait import LONE_WRITE_LIMIT
 from llloop.front.preflight import Preflight
 from llloop.front.recovery.takeover import settle
+from llloop.front.request import FuseRequest
 from llloop.linux import fuse
+from llloop.linux.credentials import restore_process_attributes
 from llloop.linux.fuse import Opcode
 from llloop.linux.syscalls import is_readable
 from llloop.shared import notifications
 from llloop.shared.journal import Journal
-from llloop.shared.leadership import Postponed
+from llloop.shared.leadership import MOST_THREADS, TICK, Postponed
 from llloop.shared.metrics import NANOSECONDS
 from llloop.shared.negotiation import Feature
 
@@ -69,9 +70,10 @@ class Loop:
     def __init__(self, context: Context, device: int, journal: Journal, preflight: Preflight | None = None) -> None:
         self._journal = journal
         self._context = context
+        self._router = context.router
         self._slots = context.router.slots
         self._buffers = self._slots.receive_buffers
-        self._offset_of = self._slots.request_offset
+        self._bases = [self._slots.request_offset(slot) for slot in range(self._slots.count)]
         pipes = self._slots.pipes
         self._piped_slots = len(pipes) if pipes is not None else 0
         self._streaming = False
@@ -90,7 +92,12 @@ class Loop:
         self._postponed: deque[tuple[bytes, int]] = deque()
         self._closing = context.closing
         self._leadership = context.leadership
-        self._leadership.in_hand = FrontsInHand(context.intents, context.router)
+        self._leadership.set_aside = self._set_aside
+        # Each thread's, and that of the one that leads.
+        self._requests = [
+            FuseRequest(self._slots.memory, context.intents.note(thread)) for thread in range(MOST_THREADS)
+        ]
+        self._leaders = self._requests[0]
         if preflight is not None:
             # Between poll(2) and read(2) a request may be withdrawn; the read must not wait for the next then.
             os.set_blocking(device, False)
@@ -102,18 +109,37 @@ class Loop:
             self._first = self._table = self._by_asking()
         self._leadership.run(self._lead)
 
-    def _lead(self) -> bool:
+    def _lead(self, thread: int) -> bool:
         """Serve until the file system is unmounted, or another thread does it; return whether it is unmounted."""
-        receive = self._receive
-        serve = self._serve
+        request = self._leaders = self._requests[thread]
+        request.slot = self._free_slot()
+        receive = self.receive
+        serve = self.serve
         leadership = self._leadership
         while True:
-            base, length = receive()
-            if not length:
+            if not receive(request):
                 return True
-            serve(base, length)
-            if leadership.stalled and leadership.must_leave():
+            serve(request)
+            if leadership.stalled and not leadership.leads:
+                request.note.finished()
+                if request.slot == request.held:
+                    self._slots.let_go(request.slot)
+                leadership.leave()
                 return False
+
+    def _set_aside(self) -> None:
+        """Keep the request of the old leader where it is while another thread leads."""
+        restore_process_attributes()  # the thread that is held up may act as somebody else
+        request = self._leaders
+        self._slots.metrics.begun[request.slot] = request.taken
+        self._slots.hold(request.slot)
+        request.held = request.slot
+
+    def _free_slot(self) -> int:
+        """Return a slot in which a request can be received."""
+        while (slot := self._slots.free_slot()) < 0:  # workers have all others, and give them back
+            time.sleep(TICK)
+        return slot
 
     def take_up(self) -> None:
         """Have the kernel send again what a dead front left unanswered, and serve that (Linux 6.9, HAS_RESEND).
@@ -127,41 +153,42 @@ class Loop:
             return
         notifications.resend(self._device)
         delivered = True
-        while True:
-            base, length = self._receive()
-            if not length:
-                return
+        request = self._leaders
+        request.slot = self._free_slot()
+        while self.receive(request):
             self._streaming = False  # what is sent again is not so large that a copy of it counts
-            opcode, unique = fuse.OPCODE_AND_UNIQUE.unpack_from(self._slots.memory, base)
+            opcode, unique = request.opcode, request.unique
             if opcode not in _NOT_RESENT and not unique & fuse.FUSE_UNIQUE_RESEND:
                 settle(context, delivered)
-                self._serve(base, length)
+                self.serve(request)
                 return
             delivered = delivered and opcode not in _ENTRIES
-            if self._context.router.claim(unique):
+            if self._router.claim(unique):
                 pass
             elif opcode not in _NOT_RESENT and self._journal.serving_again(unique) > _MOST_TRIES:
                 _log.error("request %d (opcode %d) has killed %d fronts; it gets EIO", unique, opcode, _MOST_TRIES)
-                self._refuse(base, opcode, errno.EIO)
+                self._refuse(unique, opcode, errno.EIO)
             else:
-                self._serve(base, length)
+                self.serve(request)
             self._journal.served_again()
 
-    def _receive(self) -> tuple[int, int]:
-        """Return where the next request lies and its length, which is 0 if the file system is unmounted."""
-        router = self._context.router
+    def receive(self, request: FuseRequest) -> bool:
+        """Receive the next request in its slot; return False if the file system is unmounted."""
+        router = self._router
         leadership = self._leadership
         while True:
             if router.backlog:
-                request = self._wait()
-                if request is not None:
+                put_aside = self._wait()
+                request.slot = self._free_slot()
+                if put_aside is not None:
+                    self._place(request, *put_aside)
                     self._table = self._at_once
-                    return request
+                    return True
                 self._table = self._first
-            slot = router.slot
+            slot = request.slot
             try:
                 if self._streaming and slot < self._piped_slots:
-                    length = self._receive_piped(slot)
+                    length = self._receive_piped(request)
                 else:
                     if leadership.stalled:
                         length = leadership.wait(os.readv, self._device, self._buffers[slot])
@@ -171,13 +198,15 @@ class Loop:
                         self._slots.complete(slot, length)
             except OSError as error:
                 if error.errno == errno.ENODEV:
-                    return 0, 0
+                    return False
                 if error.errno not in _AGAIN:
                     raise
             else:
-                router.taken = time.monotonic_ns()
+                if not length:
+                    return False
+                request.is_received(self._bases[slot], length, time.monotonic_ns())
                 self._streaming = length > _LARGE
-                return self._offset_of(slot), length
+                return True
 
     def _by_asking(self) -> list[Handler]:
         """Return a table in which requests that would touch the source are asked about first."""
@@ -188,24 +217,23 @@ class Loop:
             table[opcode] = self._ask
         return table
 
-    def _ask(self, base: int, length: int) -> None:
+    def _ask(self, request: FuseRequest) -> None:
         """Have a worker look at what a request is about, or serve it if there is nothing to look at."""
         assert self._preflight is not None
-        _, opcode = fuse.OPCODE.unpack_from(self._slots.memory, base)
-        if not self._preflight.ask(opcode, base, length):
-            self._at_once[opcode](base, length)
+        if not self._preflight.ask(request):
+            self._at_once[request.opcode](request)
 
-    def _wait(self) -> tuple[int, int] | None:
-        """Wait until there is a request to receive, and return None; or place one that was put aside, and return it.
+    def _wait(self) -> tuple[bytes, int] | None:
+        """Wait until there is a request to receive, and return None; or return one that was put aside.
 
         Meanwhile workers are given what waits for them.
         """
-        preflight, router, device = self._preflight, self._context.router, self._device
+        preflight, router, device = self._preflight, self._router, self._device
         while True:
             if self._postponed and not self._leadership.alone:
-                return self._place(*self._postponed.popleft())
+                return self._postponed.popleft()
             if self._answered:
-                return self._place(*self._answered.popleft())
+                return self._answered.popleft()
             router.attentive = preflight is not None or bool(self._postponed)
             patience = _POSTPONED_PAUSE if self._postponed else None
             if preflight is None:
@@ -219,20 +247,18 @@ class Loop:
             elif device in ready:
                 return None
 
-    def _place(self, request: bytes, taken: int) -> tuple[int, int]:
-        """Put a request where one that has just been received would be."""
-        router = self._context.router
-        base = self._offset_of(router.slot)
-        self._slots.memory[base : base + len(request)] = request
-        router.taken = taken
-        return base, len(request)
+    def _place(self, request: FuseRequest, data: bytes, taken: int) -> None:
+        """Put a request that was put aside where one that has just been received would be."""
+        base = self._bases[request.slot]
+        self._slots.memory[base : base + len(data)] = data
+        request.is_received(base, len(data), taken)
 
-    def _postpone(self, base: int, length: int) -> None:
+    def _postpone(self, request: FuseRequest) -> None:
         """Put a request aside that could hold up the last thread that serves."""
-        router = self._context.router
-        self._postponed.append((self._slots.memory[base : base + length], router.taken))
-        self._context.intents.finished()
-        router.attentive = router.backlog = router.parked = True
+        self._postponed.append((request.data(), request.taken))
+        request.note.finished()
+        request.entrusted = True
+        self._router.attentive = self._router.backlog = True
 
     def _close(self) -> None:
         """Close what is not needed any more. For a large file that was removed, the last close(2) takes long.
@@ -255,46 +281,47 @@ class Loop:
                     leadership.call(os.close, fd)
         closing += used
 
-    def _receive_piped(self, slot: int) -> int:
-        """Receive a request through the pipe of *slot*, where a large payload stays."""
+    def _receive_piped(self, request: FuseRequest) -> int:
+        """Receive a request through the pipe of its slot, where a large payload stays; return its length."""
         pipes = self._slots.pipes
         assert pipes is not None
+        slot = request.slot
         length = self._leadership.wait(pipes.receive, slot, self._device)
         buffer = self._slots.buffer(slot)
         taken = pipes.take(slot, buffer[: fuse.WRITE_HEADER_SIZE])
         if length > _LARGE and fuse.OPCODE.unpack_from(buffer)[1] == Opcode.WRITE:
-            self._context.router.piped = True
+            request.piped = True
         elif taken < length:  # a long BATCH_FORGET, for example
             pipes.take(slot, buffer[taken:length])
         return length
 
-    def _serve(self, base: int, length: int) -> None:
-        """Serve the request that was received last."""
-        router = self._context.router
-        slot = router.slot
-        said, opcode = fuse.OPCODE.unpack_from(self._slots.memory, base)
+    def serve(self, request: FuseRequest) -> None:
+        """Serve a request that was received."""
+        slot = request.slot
+        opcode = request.opcode
+        length = request.received
         if opcode >= self._known:
             opcode = 0
-        if said != length or length < fuse.MIN_REQUEST_SIZES[opcode]:
-            self._malformed(base, opcode, length)
+        if request.length != length or length < fuse.MIN_REQUEST_SIZES[opcode]:
+            self._malformed(request, opcode)
         else:
             try:
-                self._table[opcode](base, length)
+                self._table[opcode](request)
             except Postponed:
-                self._postpone(base, length)
+                self._postpone(request)
             except OSError as error:
-                self._refuse(base, opcode, error.errno or errno.EIO)
+                self._refuse(request.unique, opcode, error.errno or errno.EIO)
             except Exception:
                 _log.exception("a request with opcode %d failed", opcode)
-                self._refuse(base, opcode, errno.EIO)
-        if router.piped:  # nobody took it
-            router.piped = False
+                self._refuse(request.unique, opcode, errno.EIO)
+        if request.piped:  # nobody took it
+            request.piped = False
             self._slots.discard(slot)
-        if router.backlog and router.parked:  # a worker will count it, as those that have left the slot
-            router.parked = False
-        elif router.slot == slot:
+        if request.entrusted:  # a worker counts it
+            request.entrusted = False
+        else:
             # Inlined ProcessCounters.finished(), because a call costs more than this.
-            latency = time.monotonic_ns() - router.taken
+            latency = time.monotonic_ns() - request.taken
             row = self._rows[opcode]
             row[NANOSECONDS] += latency
             row[(latency // 1000).bit_length()] += 1
@@ -304,25 +331,27 @@ class Loop:
     def _refuse_all(self) -> None:
         """Answer what a dead front had taken and given to nobody with EIO, for nobody else will."""
         for slot, state in enumerate(self._slots.states):
-            base = self._offset_of(slot)
-            if not state and fuse.UNIQUE.unpack_from(self._slots.memory, base)[0]:  # 0: nothing has ever been there
-                self._refuse(base, 0, errno.EIO)
+            (unique,) = fuse.UNIQUE.unpack_from(self._slots.memory, self._bases[slot])
+            if not state and unique:  # 0: nothing has ever been there
+                self._refuse(unique, 0, errno.EIO)
 
-    def _unknown(self, base: int, length: int) -> None:
+    def _unknown(self, request: FuseRequest) -> None:
         """Say that there is no handler, so that the kernel does not send such a request again."""
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    def _malformed(self, base: int, opcode: int, length: int) -> None:
+    def _malformed(self, request: FuseRequest, opcode: int) -> None:
         """Refuse what is no FUSE request, if that much of it is there that an answer finds its way."""
         if not self._complained:
             self._complained = True
-            _log.error("the kernel sent a malformed request of %d bytes; llloop refuses it, and logs no others", length)
-        if length >= fuse.IN_HEADER_SIZE:
-            self._refuse(base, opcode, errno.EINVAL)
+            _log.error(
+                "the kernel sent a malformed request of %d bytes; llloop refuses it, and logs no others",
+                request.received,
+            )
+        if request.received >= fuse.IN_HEADER_SIZE:
+            self._refuse(request.unique, opcode, errno.EINVAL)
 
-    def _refuse(self, base: int, opcode: int, number: int) -> None:
+    def _refuse(self, unique: int, opcode: int, number: int) -> None:
         """Answer a request with an errno."""
         self._slots.metrics.front.failed(opcode, number)
-        (unique,) = fuse.UNIQUE.unpack_from(self._slots.memory, base)
         with suppress(OSError):  # mostly it is answered already, or nobody waits for it any more
             os.write(self._device, fuse.error_reply(unique, number))

@@ -161,7 +161,7 @@ class Files:
         is_new: bool = False,
     ) -> int:
         handle = self._handle(descriptor, nodeid, flags, attributes, (who.uid, who.gid), is_new=is_new)
-        self._intents.made_handle(self._handles.next_number)  # first: a handle nobody knows of is never released
+        who.note.made_handle(self._handles.next_number)  # first: a handle nobody knows of is never released
         return self._handles.add(handle)
 
     def _handle(
@@ -234,8 +234,8 @@ class Files:
         mode_bits = stat.S_IMODE(mode)
         check_name(name)
         self._shares.ensure_room(who.uid)
-        if self._intents.interrupted() is None:
-            self._intents.begin()
+        if who.note.interrupted() is None:
+            who.note.begin()
         try:
             descriptor = self._tree.as_requester(
                 parent, who, lambda at: self._call(os.open, name, source_flags, mode_bits, dir_fd=at), mode_bits
@@ -259,7 +259,7 @@ class Files:
 
         It is one of those that it left open; not every file can be opened again as it was when it was made.
         """
-        intent = self._intents.interrupted()
+        intent = who.note.interrupted()
         if intent is None:
             return None
         pin = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory_fds.directory(parent))

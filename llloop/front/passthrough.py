@@ -16,7 +16,7 @@ from contextlib import suppress
 
 from llloop.front.killpriv import has_capability
 from llloop.front.open_files import Handle, Handles
-from llloop.front.recovery.intents import Intents
+from llloop.front.recovery.intents import Note
 from llloop.linux.credentials import SETID_BITS, Caller, SetidGuard
 from llloop.linux.syscalls import CAN_HANG, Attributes, file_system_type
 
@@ -79,18 +79,14 @@ class Passthrough:
     Args:
         device: the descriptor of /dev/fuse.
         handles: the open files.
-        attempts: where a registration is noted until its file's handle has it.
         caller: gives a registration the identity with which the kernel writes.
         setid: has the source clear set-ID bits at such a write, should the file get some while it is open.
         wanted: whether files are to be passed through at all.
     """
 
-    def __init__(
-        self, device: int, handles: Handles, intents: Intents, caller: Caller, setid: SetidGuard, wanted: bool
-    ) -> None:
+    def __init__(self, device: int, handles: Handles, caller: Caller, setid: SetidGuard, wanted: bool) -> None:
         self._device = device
         self._handles = handles
-        self._intents = intents
         self._caller = caller
         self._setid = setid
         self._wanted = wanted
@@ -100,12 +96,13 @@ class Passthrough:
         # Whether a file system is a file server's, by device.
         self._remote: dict[int, bool] = {}
 
-    def back(self, handle: Handle, attributes: Attributes, *, is_new: bool) -> int:
+    def back(self, handle: Handle, attributes: Attributes, note: Note, *, is_new: bool) -> int:
         """Have the kernel do the I/O of a file just opened, if it can.
 
         Args:
             handle: the open file.
             attributes: its attributes.
+            note: where a registration is noted until the handle has it.
             is_new: whether it has just been made.
 
         Returns:
@@ -130,7 +127,7 @@ class Passthrough:
             except OSError as error:
                 self._note_refusal(handle, error)
                 return 0
-            self._intents.made_backing(registered[0])
+            note.made_backing(registered[0])
         backing, users = registered
         self._registered[nodeid] = (backing, users + 1)
         self._handles.note_backing(handle, backing)

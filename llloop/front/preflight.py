@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from struct import Struct
 from zlib import crc32
 
 from llloop.front.context import Context
 from llloop.front.inodes import ROOT, stale
 from llloop.front.open_files import Handle
-from llloop.front.router import Task
+from llloop.front.request import FuseRequest
 from llloop.front.tree import check_name
 from llloop.linux import fuse
 from llloop.linux.fuse import Opcode
@@ -25,8 +24,6 @@ from llloop.shared.messages import ASK_SERVER, PROBED, Operation
 _ANSWERS_AT_ONCE = 512
 # The longest paths, in bytes and together, that surely fit into a message. What lies deeper is not asked about.
 _LONGEST = 3800
-
-_NODEID = Struct("=Q")
 
 # A descriptor of the front's, or -1 for the source, and a path from there.
 _Place = tuple[int, bytes]
@@ -37,7 +34,7 @@ _NAME_AT = {
     Opcode.LOOKUP: fuse.IN_HEADER_SIZE,
     Opcode.UNLINK: fuse.IN_HEADER_SIZE,
     Opcode.RMDIR: fuse.IN_HEADER_SIZE,
-    Opcode.SYMLINK: fuse.SYMLINK_REQUEST.size,
+    Opcode.SYMLINK: fuse.IN_HEADER_SIZE,
     Opcode.MKNOD: fuse.MKNOD_REQUEST.size,
     Opcode.MKDIR: fuse.MKDIR_REQUEST.size,
     Opcode.CREATE: fuse.CREATE_REQUEST.size,
@@ -86,7 +83,7 @@ class Preflight:
         # By number: the request, and when it was taken.
         self._asked: dict[int, tuple[bytes, int]] = {}
         self._errands = [Handle(-1, 0, shard, 0) for shard in range(len(context.router.slots.metrics.workers))]
-        finders: dict[Opcode, Callable[[int, int, int], list[_Place]]] = {
+        finders: dict[Opcode, Callable[[FuseRequest], list[_Place]]] = {
             Opcode.LINK: self._of_link,
             Opcode.READDIR: self._of_inode,
             Opcode.RELEASE: self._of_handle,
@@ -100,32 +97,30 @@ class Preflight:
     def __len__(self) -> int:
         return len(self._asked)
 
-    def ask(self, opcode: int, base: int, length: int) -> bool:
+    def ask(self, request: FuseRequest) -> bool:
         """Put a request aside and send a worker to look at what it is about.
 
         Args:
-            opcode: one of `opcodes`.
-            base, length: where the request lies in the arena, and its length in bytes.
+            request: one of those in `opcodes`.
 
         Returns:
             False if there is nothing that could be looked at: it is to be served at once.
         """
-        kind = Opcode(opcode)
+        kind = Opcode(request.opcode)
         try:
-            places = self._finders[kind](kind, base, base + length)
+            places = self._finders[kind](request)
         except OSError:  # nothing that is known: the handler will say so
             return False
         if not places or sum(len(path) for _, path in places) > _LONGEST:
             return False
-        unique, nodeid = fuse.NODE_REQUEST.unpack_from(self._memory, base)
         flags = 0 if kind in _BY_CACHE else ASK_SERVER
         router = self._router
-        self._asked[unique] = (self._memory[base : base + length], router.taken)
+        self._asked[request.unique] = (request.data(), request.taken)
         # By path, so that all requests on one object wait for the same worker if it hangs, and those on its neighbours
         # do not.
         descriptor, path = places[0]
-        errand = self._errands[router.shard_of(crc32(path) if descriptor < 0 else nodeid)]
-        router.entrust(Task(errand, -1, Operation.PROBE, unique, flags=flags, extra=tuple(places)))
+        errand = self._errands[router.shard_of(crc32(path) if descriptor < 0 else request.nodeid)]
+        router.entrust(request, errand, -1, Operation.PROBE, flags=flags, extra=tuple(places))
         return True
 
     def answered(self) -> Iterator[tuple[bytes, int]]:
@@ -135,39 +130,28 @@ class Preflight:
             if asked is not None:  # else it was a dead front's, or a worker was killed just after it told
                 yield asked
 
-    # What requests are about, each by opcode and where the request begins and ends
+    # What requests are about
 
-    def _of_name(self, opcode: int, base: int, end: int) -> list[_Place]:
-        name, _ = self._name(base + _NAME_AT[Opcode(opcode)], end)
-        return [self._place(self._nodeid(base), name)]
+    def _of_name(self, request: FuseRequest) -> list[_Place]:
+        return [self._place(request.nodeid, check_name(request.string(_NAME_AT[Opcode(request.opcode)])))]
 
-    def _of_rename(self, opcode: int, base: int, end: int) -> list[_Place]:
-        (new_parent,) = _NODEID.unpack_from(self._memory, base + fuse.IN_HEADER_SIZE)
-        name, following = self._name(base + _RENAMES[Opcode(opcode)], end)
-        new_name, _ = self._name(following, end)
-        return [self._place(self._nodeid(base), name), self._place(new_parent, new_name)]
+    def _of_rename(self, request: FuseRequest) -> list[_Place]:
+        (new_parent,) = fuse.RENAME_REQUEST.unpack_from(self._memory, request.base)
+        name, new_name = request.strings(_RENAMES[Opcode(request.opcode)])
+        return [self._place(request.nodeid, check_name(name)), self._place(new_parent, check_name(new_name))]
 
-    def _of_link(self, opcode: int, base: int, end: int) -> list[_Place]:
-        (nodeid,) = _NODEID.unpack_from(self._memory, base + fuse.IN_HEADER_SIZE)
-        name, _ = self._name(base + fuse.LINK_REQUEST.size, end)
-        return [self._place(self._nodeid(base), name), self._place(nodeid)]
+    def _of_link(self, request: FuseRequest) -> list[_Place]:
+        (nodeid,) = fuse.LINK_REQUEST.unpack_from(self._memory, request.base)
+        name = check_name(request.string(fuse.LINK_REQUEST.size))
+        return [self._place(request.nodeid, name), self._place(nodeid)]
 
-    def _of_inode(self, opcode: int, base: int, end: int) -> list[_Place]:
-        return [self._place(self._nodeid(base))]
+    def _of_inode(self, request: FuseRequest) -> list[_Place]:
+        return [self._place(request.nodeid)]
 
-    def _of_handle(self, opcode: int, base: int, end: int) -> list[_Place]:
+    def _of_handle(self, request: FuseRequest) -> list[_Place]:
         """What is closed: where close(2) waits for a server, the worker's does."""
-        _, number = fuse.RELEASE_REQUEST.unpack_from(self._memory, base)
+        (number,) = fuse.RELEASE_REQUEST.unpack_from(self._memory, request.base)
         return [(self._handles.get(number).descriptor, b"")]
-
-    def _nodeid(self, base: int) -> int:
-        nodeid: int = _NODEID.unpack_from(self._memory, base + 16)[0]
-        return nodeid
-
-    def _name(self, start: int, limit: int) -> tuple[bytes, int]:
-        """Return the name that begins at *start*, and where the next would."""
-        end = self._memory.find(b"\0", start, limit)
-        return check_name(self._memory[start:end] if end >= 0 else b""), end + 1
 
     def _place(self, nodeid: int, name: bytes | None = None) -> _Place:
         """Return where an inode is, or a name in it.

@@ -5,15 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import select
-import time
 from collections import deque
 from typing import Any, NamedTuple
 
 from llloop.front.inodes import mix
 from llloop.front.open_files import Handle
+from llloop.front.recovery.intents import NOWHERE
+from llloop.front.request import FuseRequest
 from llloop.linux.fuse import FUSE_UNIQUE_RESEND
-from llloop.shared.leadership import TICK, Leadership
-from llloop.shared.messages import MAX_MESSAGE, PIPED, Operation, decode, decode_answer, encode
+from llloop.shared.leadership import Leadership
+from llloop.shared.messages import MAX_MESSAGE, PIPED, Operation, Request, decode, decode_answer, encode
 from llloop.shared.slots import Slots
 
 # As many handles or requests as surely fit into one message, each taking at most nine bytes.
@@ -26,25 +27,8 @@ _LONGEST_PAUSE = 50
 _PARKED_MOST = 256 * 1024 * 1024
 
 
-class Task(NamedTuple):
-    """What the request in `Router.slot` asks a worker to do.
-
-    Attributes:
-        handle: the open file, *number* its number.
-        operation, unique, offset, length, flags, uid, gid, extra: see `llloop.shared.messages.Request`.
-    """
-
-    handle: Handle
-    number: int
-    operation: Operation
-    unique: int
-    offset: int = 0
-    length: int = 0
-    flags: int = 0
-    uid: int = 0
-    gid: int = 0
-    extra: tuple[Any, ...] = ()
-
+# What stands for a request that a worker has or is to get: its slot, -1 if it is parked, and when it was taken.
+Entrusted = tuple[int, int]
 
 # Of the slots with pipes, one in so many is kept free, so that what comes next is received into a pipe.
 _KEPT_SHARE = 4
@@ -57,23 +41,23 @@ _LARGE_AT_ONCE = 16
 _SMALL_ONE, _LARGE_READ, _LARGE_OTHER = range(3)
 
 
-def _kind_of(task: Task) -> int:
-    if task.length <= _SMALL:
+def _kind_of(message: Request) -> int:
+    if message.length <= _SMALL:
         return _SMALL_ONE
-    return _LARGE_READ if task.operation == Operation.READ else _LARGE_OTHER
+    return _LARGE_READ if message.operation == Operation.READ else _LARGE_OTHER
 
 
 class _Parked(NamedTuple):
     """A request that could not be handed over yet.
 
     Attributes:
-        task: what it asks for.
-        taken: when it was taken.
+        message: what is to be done; its slot does not count.
+        taken: when the kernel's request was taken.
         payload: if it is a WRITE, its payload, unless that is in
         spare: a pipe.
     """
 
-    task: Task
+    message: Request
     taken: int
     payload: bytes = b""
     spare: tuple[int, int] | None = None
@@ -82,8 +66,8 @@ class _Parked(NamedTuple):
 class Router:
     """Lends slots to workers and tells them what to do; never waits for one.
 
-    The router always keeps one free slot, `slot`, in which the next request is received. If no further slot is free,
-    or a pipe is full, `submit` declines. It also declines when a worker would hold more slots than are left for all
+    The router always leaves one slot free, in which the next request is received. If no further slot is free, or a
+    pipe is full, `submit` declines. It also declines when a worker would hold more slots than are left for all
     others: a worker that hangs in a dead source, or is stopped, must not stop the rest. What is declined is parked
     until it can be handed over; the front never does it itself, for it would hang in the same place. Small requests are
     handed over before large ones, and a worker has few large ones at a time, so that nobody waits for all that another
@@ -103,7 +87,6 @@ class Router:
         self._shards = len(pipes)
         # Handles to be released, and requests to be resumed, of which a worker was not told, for its pipe was full.
         self._waiting: list[list[tuple[Operation, int]]] = [[] for _ in pipes]
-        self.slot = slots.free_slot()
         self._parked: list[deque[_Parked]] = [deque() for _ in pipes]
         self._parked_large: list[deque[_Parked]] = [deque() for _ in pipes]
         # Large READs wait for each other and not for large writes, which can all be held up in the source.
@@ -113,8 +96,6 @@ class Router:
         self._parked_bytes = 0
         # The slots that fronts before this one have lent, by the requests' numbers.
         self._inherited: dict[int, int] = {}
-        # Whether the request at hand has just been parked.
-        self.parked = False
         self._full = [False] * len(pipes)  # whether it was the pipe that had no room
         # As long as the lowest free slot is one of these, no worker can have too many; that is quickly seen.
         self._plenty = slots.count // 4
@@ -123,120 +104,152 @@ class Router:
         self.backlog = False
         # Whether it must be called even if nothing waits.
         self.attentive = False
-        # Whether the payload of the request at hand is in the pipe of `slot`.
-        self.piped = False
-        # When the request in `slot` was taken (monotonic clock, nanoseconds), for who counts how long it took.
-        self.taken = 0
-        # What was handed over or parked last: its slot, -1 if it was parked, and when it was taken.
-        self.last = (-1, 0)
 
     def shard_of(self, nodeid: int) -> int:
         """Return the worker for an inode's data I/O, evenly spread also over consecutive numbers."""
         return mix(nodeid) % self._shards
 
-    def entrust(self, task: Task, *, in_order: bool = False) -> None:
-        """Hand a task to the worker of its file, now or, parked, as soon as that can be.
+    def entrust(
+        self,
+        request: FuseRequest,
+        handle: Handle,
+        number: int,
+        operation: Operation,
+        offset: int = 0,
+        length: int = 0,
+        flags: int = 0,
+        uid: int = 0,
+        gid: int = 0,
+        extra: tuple[Any, ...] = (),
+        *,
+        in_order: bool = False,
+    ) -> Entrusted:
+        """Have the worker of a file answer a request; it gets the request now or, parked, as soon as that can be.
 
         Args:
-            task: the task.
+            request: the kernel's request. If the worker gets it now, its slot becomes the worker's.
+            handle: the open file, *number* its number.
+            operation, offset, length, flags, uid, gid, extra: see `llloop.shared.messages.Request`.
             in_order: whether it may not overtake larger ones that are parked.
+
+        Returns:
+            What `is_unanswered` takes.
 
         Raises:
             OSError: ENOMEM, if too much is parked already.
         """
-        if in_order and self._parked_large[task.handle.shard]:
-            self._park(task, self._parked_large)
-        elif not self.submit(task):
-            self.park(task)
+        shard = handle.shard
+        slot = request.slot
+        message = Request(
+            operation,
+            request.unique,
+            slot,
+            number,
+            handle.descriptor,
+            offset,
+            length,
+            flags,
+            uid,
+            gid,
+            extra,
+            handle.file,
+            handle.nodeid,
+        )
+        handle.lent = True
+        if in_order and self._parked_large[shard]:
+            self._park(request, shard, message, self._parked_large)
+        elif self.submit(request, shard, message):
+            request.entrusted = True
+            return slot, request.taken
+        else:
+            self.park(request, shard, message)
+        request.entrusted = True
+        return -1, request.taken
 
-    def submit(self, task: Task) -> bool:
-        """Lend the request in `slot` to the worker of its file and take another slot for the next one.
+    def submit(self, request: FuseRequest, shard: int, message: Request) -> bool:
+        """Lend the slot of a request to a worker, and take another one for the next request.
 
         Returns:
-            False if the request could not be handed over and is to be parked.
+            False if it could not be handed over and is to be parked.
         """
-        shard = task.handle.shard
-        if self._parked[shard] or (task.length > _SMALL and self._queue_of(task)[shard]):
+        if self._parked[shard] or (message.length > _SMALL and self._queue_of(message)[shard]):
             return False
-        return self._hand_over(task)
+        following = self._hand_over(request.taken, shard, message)
+        if following < 0:
+            return False
+        request.slot = following
+        return True
 
-    def _hand_over(self, task: Task) -> bool:
-        handle, number, operation, unique, offset, length, flags, uid, gid, extra = task
-        shard = handle.shard
+    def _hand_over(self, taken: int, shard: int, message: Request) -> int:
+        """Lend the slot that a message names; return another one that is free, or -1 if it could not be lent."""
         if self._waiting[shard] and not self._flush(shard):
-            return False
+            return -1
         slots = self.slots
-        slot = self.slot
+        slot = message.slot
         self._full[shard] = False
         if slot >= self._plenty and not self._may_lend(shard):
-            return False
-        kind = _kind_of(task)
-        if flags & PIPED:
+            return -1
+        kind = _kind_of(message)
+        if message.flags & PIPED:
             if not self._may_pipe(shard):
-                return False
+                return -1
         elif kind and slot >= _LARGE_AT_ONCE and not self._may_have_large(shard, kind):
-            return False
-        file, nodeid = handle.file, handle.nodeid
-        message = encode(
-            (operation, unique, slot, number, handle.descriptor, offset, length, flags, uid, gid, extra, file, nodeid)
-        )
-        self._begun[slot] = self.taken
+            return -1
+        packet = encode(tuple(message))
+        self._begun[slot] = taken
         self._kinds[slot] = kind
-        slots.lend(slot, shard, message, unique)
+        slots.lend(slot, shard, packet, message.unique)
         following = slots.free_slot()
         if following >= 0:
             try:
-                os.write(self._pipes[shard], message)
+                os.write(self._pipes[shard], packet)
             except BlockingIOError:
                 self._full[shard] = True
             else:
-                self.slot = following
-                self.last = (slot, self.taken)
-                handle.lent = True
-                return True
+                return following
         slots.give_back(slot)
-        return False
+        return -1
 
-    def park(self, task: Task) -> None:
-        """Keep a task that `submit` has declined, to be handed over in `wait`; `slot` is free for another then.
+    def park(self, request: FuseRequest, shard: int, message: Request) -> None:
+        """Keep a message that `submit` has declined, to be handed over in `wait`; the slot is another's then.
 
         Raises:
             OSError: ENOMEM, if too much is kept already.
         """
-        self._park(task, self._queue_of(task))
+        self._park(request, shard, message, self._queue_of(message))
 
-    def _queue_of(self, task: Task) -> list[deque[_Parked]]:
-        return (self._parked, self._parked_reads, self._parked_large)[_kind_of(task)]
+    def _queue_of(self, message: Request) -> list[deque[_Parked]]:
+        return (self._parked, self._parked_reads, self._parked_large)[_kind_of(message)]
 
-    def _park(self, task: Task, parked: list[deque[_Parked]]) -> None:
-        parked[task.handle.shard].append(self._kept(task))
-        self.backlog = self.parked = True
-        self.last = (-1, self.taken)
+    def _park(self, request: FuseRequest, shard: int, message: Request, parked: list[deque[_Parked]]) -> None:
+        parked[shard].append(self._kept(request.taken, message))
+        self.backlog = True
 
-    def _kept(self, task: Task) -> _Parked:
-        if task.operation != Operation.WRITE:
-            return _Parked(task, self.taken)
-        if task.flags & PIPED:
+    def _kept(self, taken: int, message: Request) -> _Parked:
+        if message.operation != Operation.WRITE:
+            return _Parked(message, taken)
+        slot, length, flags = message.slot, message.length, message.flags
+        if flags & PIPED:
             assert self.slots.pipes is not None
-            spare = self.slots.pipes.set_aside(self.slot, task.length)
+            spare = self.slots.pipes.set_aside(slot, length)
             if spare is not None:
-                return _Parked(task, self.taken, spare=spare)
-        if self._parked_bytes + task.length > _PARKED_MOST:
-            if task.flags & PIPED:
-                self.slots.discard(self.slot)
+                return _Parked(message, taken, spare=spare)
+        if self._parked_bytes + length > _PARKED_MOST:
+            if flags & PIPED:
+                self.slots.discard(slot)
             raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-        payload = self._take_payload(task.length, task.flags)
-        self._parked_bytes += task.length
-        return _Parked(task._replace(flags=task.flags & ~PIPED), self.taken, payload)
+        payload = self._take_payload(slot, length, flags)
+        self._parked_bytes += length
+        return _Parked(message._replace(flags=flags & ~PIPED), taken, payload)
 
-    def _take_payload(self, length: int, flags: int) -> bytes:
+    def _take_payload(self, slot: int, length: int, flags: int) -> bytes:
         slots = self.slots
-        payload = slots.payload(self.slot, length)
+        payload = slots.payload(slot, length)
         if flags & PIPED:
             assert slots.pipes is not None
             done = 0
             while done < length:
-                done += slots.pipes.take(self.slot, payload[done:])
+                done += slots.pipes.take(slot, payload[done:])
         return bytes(payload)
 
     def _deliver(self, shard: int) -> None:
@@ -244,18 +257,19 @@ class Router:
         slots = self.slots
         for parked in (self._parked[shard], self._parked_reads[shard], self._parked_large[shard]):
             while parked and self._may_lend(shard):
-                task, self.taken, payload, spare = parked[0]
-                self.slot = slots.free_slot()
+                message, taken, payload, spare = parked[0]
+                slot = slots.free_slot()
+                message = message._replace(slot=slot)
                 if spare is not None:
-                    if self.slot >= self._piped_slots or not self._may_pipe(shard):
+                    if slot >= self._piped_slots or not self._may_pipe(shard):
                         return
                     assert slots.pipes is not None
-                    slots.pipes.bring_back(self.slot, spare, task.length)
+                    slots.pipes.bring_back(slot, spare, message.length)
                 else:
-                    slots.payload(self.slot, len(payload))[:] = payload
-                if not self._hand_over(task):
+                    slots.payload(slot, len(payload))[:] = payload
+                if self._hand_over(taken, shard, message) < 0:
                     if spare is not None:
-                        parked[0] = self._kept(task)
+                        parked[0] = self._kept(taken, message)
                     break
                 self._parked_bytes -= len(payload)
                 parked.popleft()
@@ -280,8 +294,8 @@ class Router:
         same = (other == kind and state == shard + 1 for state, other in zip(states, self._kinds, strict=True))
         return sum(same) < _LARGE_AT_ONCE
 
-    def is_unanswered(self, request: tuple[int, int] | None) -> bool:
-        """Whether a worker still has a request that was `last` once, or it is still parked."""
+    def is_unanswered(self, request: Entrusted | None) -> bool:
+        """Whether a worker still has a request that was entrusted to it, or it is still parked."""
         if request is None:
             return False
         slot, taken = request
@@ -351,29 +365,6 @@ class Router:
             return False
         return True
 
-    def set_aside(self) -> tuple[int, int, bool]:
-        """Return what is known of the request in hand, for `exchange`, and take another slot for the next one."""
-        slots = self.slots
-        slot = self.slot
-        aside = (slot, self.taken, self.parked)
-        self._begun[slot] = self.taken
-        slots.hold(slot)
-        while (free := slots.free_slot()) < 0:  # workers have all others, and give them back
-            time.sleep(TICK)
-        self.slot = free
-        self.parked = False
-        return aside
-
-    def exchange(self, other: tuple[int, int, bool]) -> tuple[int, int, bool]:
-        """Go on with the request that *other* was set aside for; return the same of the one in hand."""
-        mine = (self.slot, self.taken, self.parked)
-        self.slot, self.taken, self.parked = other
-        return mine
-
-    def finished(self) -> None:
-        """Give back the slot of the request in hand, unless a worker has it."""
-        self.slots.let_go(self.slot)
-
     def wait(self, *sources: int, patience: int | None = None) -> set[int]:
         """Wait for something to read, and meanwhile hand over what waits as soon as there is room for it.
 
@@ -420,12 +411,15 @@ class Exchange:
         answers: the read end of the pipe the workers answer through.
 
     Attributes:
+        request: what stands for the request at hand, of which only the slot and when it was taken count.
         calls: how many times a worker has been asked.
     """
 
     def __init__(self, router: Router, answers: int) -> None:
         self._router = router
         self._answers = answers
+        self.request = FuseRequest(router.slots.memory, NOWHERE)
+        self.request.slot = router.slots.free_slot()
         self.calls = 0
 
     def call(
@@ -445,12 +439,28 @@ class Exchange:
         Raises:
             OSError: what the worker ran into.
         """
-        router = self._router
+        router, request = self._router, self.request
         self.calls += 1
-        slot = router.slot
+        slot = request.slot
         data = router.slots.payload(slot, router.slots.payload_size)
         data[: len(payload)] = payload
-        if not router.submit(Task(handle, number, operation, self.calls, offset, length, flags, uid, gid)):
+        message = Request(
+            operation,
+            self.calls,
+            slot,
+            number,
+            handle.descriptor,
+            offset,
+            length,
+            flags,
+            uid,
+            gid,
+            (),
+            handle.file,
+            handle.nodeid,
+        )
+        handle.lent = True
+        if not router.submit(request, handle.shard, message):
             raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         while True:
             answer = decode_answer(os.read(self._answers, MAX_MESSAGE))

@@ -20,7 +20,7 @@ from llloop.front.inodes import Inodes, stale
 from llloop.front.killpriv import CAPABILITY, KillPriv
 from llloop.front.open_files import Handle, Handles
 from llloop.front.permissions import Permissions, denied
-from llloop.front.recovery.intents import Intent, Intents
+from llloop.front.recovery.intents import Intent
 from llloop.front.requester import Requester
 from llloop.linux import fuse, syscalls
 from llloop.linux.credentials import SETID_BITS, SetidGuard
@@ -81,7 +81,6 @@ class Tree:
         inodes: the inode table.
         anchors: how inodes are reached.
         handles: the open files, through which an inode can be reached that lost its name behind the mount.
-        attempts: tells of what a front before this one had begun and not answered.
         rights: acts as the requester where that matters.
         setid: decides about set-ID bits.
         privileges: takes from files what a change takes from them.
@@ -97,7 +96,6 @@ class Tree:
         inodes: Inodes,
         directory_fds: DirectoryFds,
         handles: Handles,
-        intents: Intents,
         permissions: Permissions,
         setid: SetidGuard,
         killpriv: KillPriv,
@@ -111,7 +109,6 @@ class Tree:
         self.inodes = inodes
         self.directory_fds = directory_fds
         self._handles = handles
-        self._intents = intents
         self.permissions = permissions
         self._setid = setid
         self._killpriv = killpriv
@@ -152,15 +149,15 @@ class Tree:
         self, parent: int, name: bytes, who: Requester, make: Callable[[int], None], mode: int = 0
     ) -> tuple[int, Attributes]:
         check_name(name)
-        intent = self._intents.interrupted()
+        intent = who.note.interrupted()
         if intent is None:
-            self._intents.begin()
+            who.note.begin()
         try:
             self.as_requester(parent, who, make, mode)
         except FileExistsError:
             if intent is None or not intent.made(statx(self.directory_fds.directory(parent), name)):
                 raise
-        self._intents.done()
+        who.note.done()
         return self.lookup(parent, name)
 
     def as_requester(self, parent: int, who: Requester, make: Callable[[int], _Made], mode: int) -> _Made:
@@ -201,9 +198,9 @@ class Tree:
     def link(self, nodeid: int, parent: int, name: bytes, who: Requester) -> tuple[int, Attributes]:
         """Give an inode one more name (linkat(2))."""
         check_name(name)
-        intent = self._intents.interrupted()
+        intent = who.note.interrupted()
         if intent is None:
-            self._intents.begin()
+            who.note.begin()
         try:
             attributes = self._with_room(lambda: self._link(nodeid, parent, name, who), nodeid)
         except FileExistsError:
@@ -252,7 +249,7 @@ class Tree:
 
     def _remove(self, parent: int, name: bytes, who: Requester, remove: _Remove) -> None:
         directory = self.directory_fds.directory(parent)
-        intent = self._intents.interrupted()
+        intent = who.note.interrupted()
         if intent is not None and _is_gone(directory, check_name(name), intent.number, intent.done):
             if intent.has_pin():
                 self._lost_name(intent.nodeid, parent, name, intent.pin, fstatx(intent.pin).uid)
@@ -261,13 +258,13 @@ class Tree:
         try:
             attributes = fstatx(pin)
             nodeid = self._meant(parent, name, attributes)
-            self._intents.begin(attributes.ino, nodeid, 0, pin, attributes.ino)
+            who.note.begin(attributes.ino, nodeid, 0, pin, attributes.ino)
             with self.permissions.acting(who, directory, owned=(attributes,)):
                 self._call(remove, name, dir_fd=directory)
         except BaseException:
             os.close(pin)
             raise
-        self._intents.done()
+        who.note.done()
         self._lost_name(nodeid, parent, name, pin, attributes.uid)
 
     def _meant(self, parent: int, name: bytes, attributes: Attributes) -> int:
@@ -300,7 +297,7 @@ class Tree:
         new_directory = self.directory_fds.directory(new_parent)
         check_name(name)
         check_name(new_name)
-        intent = self._intents.interrupted()
+        intent = who.note.interrupted()
         if intent is not None and _has_moved(old_directory, name, new_directory, new_name, flags, intent):
             if intent.nodeid == intent.target:  # two names of one file: rename(2) leaves both
                 return
@@ -320,7 +317,7 @@ class Tree:
             if victim is not None:
                 owned = (moved_attributes, fstatx(victim))
                 target = self._meant(new_parent, new_name, owned[1])
-            self._intents.begin(
+            who.note.begin(
                 moved_attributes.ino, moved, target, -1 if victim is None else victim, owned[1].ino if target else 0
             )
             # A directory that gets another parent has to be writable itself.
@@ -330,7 +327,7 @@ class Tree:
             if victim is not None:
                 os.close(victim)
             raise
-        self._intents.done()
+        who.note.done()
         if victim is not None:
             if target == moved:  # two names of one file: rename(2) leaves both
                 os.close(victim)
@@ -515,10 +512,10 @@ class Tree:
             kill_sgid: whether a new access ACL clears the set-group-ID bit.
         """
         self._setid.clear(kill_sgid)
-        intent = self._intents.interrupted()
+        intent = who.note.interrupted()
         exists = bool(flags & os.XATTR_CREATE) and self._has_xattr(nodeid, name)
         if intent is None:
-            self._intents.begin(int(exists))
+            who.note.begin(int(exists))
         elif exists and not intent.number:
             return
         self._with_room(lambda: self._setxattr(nodeid, name, value, flags, who), nodeid)
@@ -550,9 +547,9 @@ class Tree:
         with self._reach(nodeid) as reached:
             if name == CAPABILITY and not self._killpriv.takes_capability(reached, nodeid, who):
                 return
-            intent = self._intents.interrupted()
+            intent = who.note.interrupted()
             if intent is None:
-                self._intents.begin(int(_has_xattr(reached.target, name)))
+                who.note.begin(int(_has_xattr(reached.target, name)))
             elif intent.number and not _has_xattr(reached.target, name):
                 return
             if name == CAPABILITY:

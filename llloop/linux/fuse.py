@@ -108,49 +108,44 @@ FUSE_NOTIFY_INVAL_INODE = 2
 FUSE_NOTIFY_INVAL_ENTRY = 3
 FUSE_NOTIFY_RESEND = 7
 
-# Header of every request: length, opcode, unique, nodeid, uid, gid, pid
-IN_HEADER = Struct("=IIQQIII4x")
+# What any request begins with, struct fuse_in_header
+IN_HEADER = Struct("=IIQQIII4x")  # length, opcode, unique, nodeid, uid, gid, pid
+REQUEST_HEAD = Struct("=IIQQ")  # length, opcode, unique, nodeid
 OPCODE = Struct("=II")  # length, opcode
 UNIQUE = Struct("=8xQ")
+CALLER = Struct("=24xIII")  # uid, gid, pid
 PID = Struct("=32xI")
-OPCODE_AND_UNIQUE = Struct("=4xIQ")
 
-# Requests including their header. Offsets are signed, so that the source refuses offsets beyond 2^63.
-NODE_REQUEST = Struct("=8xQQ")  # unique, nodeid
-CALLER_REQUEST = Struct("=8xQQIII4x")  # unique, nodeid, uid, gid, pid
+# Requests, each unpacked from the start of its header. Offsets are signed, so that the source refuses offsets beyond
+# 2^63.
 FORGET_REQUEST = Struct("=16xQ16xQ")  # nodeid, nlookup
 BATCH_FORGET_REQUEST = Struct("=40xI4x")  # count; then struct fuse_forget_one
 FORGET_ONE = Struct("=QQ")  # nodeid, nlookup
-GETATTR_REQUEST = Struct("=8xQQ16xI4xQ")  # unique, nodeid, getattr_flags, fh
+GETATTR_REQUEST = Struct("=40xI4xQ")  # getattr_flags, fh
 INIT_REQUEST = Struct("=8xQ24xIIIII")  # unique, major, minor, max_readahead, flags, flags2
-OPEN_REQUEST = Struct("=8xQQIII4xII")  # unique, nodeid, uid, gid, pid, flags, open_flags
-# unique, nodeid, uid, gid, pid, flags, mode, umask, open_flags; then the name
-CREATE_REQUEST = Struct("=8xQQIII4xIIII")
-READ_REQUEST = Struct("=8xQ24xQqI12xI")  # unique, fh, offset, size, flags
-WRITE_REQUEST = Struct("=8xQ8xII8xQqII8xI")  # unique, uid, gid, fh, offset, size, write_flags, flags
-RELEASE_REQUEST = Struct("=8xQ24xQ")  # unique, fh
-FSYNC_REQUEST = Struct("=8xQ24xQI")  # unique, fh, fsync_flags
+OPEN_REQUEST = Struct("=40xII")  # flags, open_flags
+CREATE_REQUEST = Struct("=40xIIII")  # flags, mode, umask, open_flags; then the name
+READ_REQUEST = Struct("=40xQqI12xI")  # fh, offset, size, flags
+WRITE_REQUEST = Struct("=24xII8xQqII8xI")  # uid, gid, fh, offset, size, write_flags, flags
+RELEASE_REQUEST = Struct("=40xQ")  # fh
+FSYNC_REQUEST = Struct("=40xQI")  # fh, fsync_flags
 FLUSH_REQUEST = RELEASE_REQUEST
-# unique, nodeid, uid, gid, pid, fh, cmd, in_size, out_size; then the input
-IOCTL_REQUEST = Struct("=8xQQIII4xQ4xI8xII")
-READDIR_REQUEST = Struct("=8xQ24xQQI")  # unique, fh, offset, size
-FALLOCATE_REQUEST = Struct("=8xQ8xII8xQqqI")  # unique, uid, gid, fh, offset, length, mode
-LSEEK_REQUEST = Struct("=8xQ24xQqI")  # unique, fh, offset, whence
-COPY_FILE_RANGE_REQUEST = Struct("=8xQ8xII8xQq8xQqQ8x")  # unique, uid, gid, fh_in, off_in, fh_out, off_out, len
-MKNOD_REQUEST = Struct("=8xQQIII4xIII4x")  # unique, nodeid, uid, gid, pid, mode, rdev, umask; then the name
-MKDIR_REQUEST = Struct("=8xQQIII4xII")  # unique, nodeid, uid, gid, pid, mode, umask; then the name
-SYMLINK_REQUEST = CALLER_REQUEST  # then name and target
-LINK_REQUEST = Struct("=8xQQIII4xQ")  # unique, nodeid, uid, gid, pid, oldnodeid; then the name
-RENAME_REQUEST = Struct("=8xQQIII4xQ")  # unique, nodeid, uid, gid, pid, newdir; then both names
-RENAME2_REQUEST = Struct("=8xQQIII4xQI4x")  # unique, nodeid, uid, gid, pid, newdir, flags; then both names
-GETXATTR_REQUEST = Struct("=8xQQIII4xI4x")  # unique, nodeid, uid, gid, pid, size; then GETXATTR's name
-STATX_REQUEST = Struct("=8xQQ16xI4xQII")  # unique, nodeid, getattr_flags, fh, sx_flags, sx_mask
-# unique, nodeid, uid, gid, pid, valid, fh, size, atime, mtime, ctime, atimensec, mtimensec, ctimensec, mode, uid, gid
-SETATTR_REQUEST = Struct("=8xQQIII4xI4xQq8xqqqIIII4xII")
-# Kernels before 5.14, which lack FUSE_SETXATTR_EXT: unique, nodeid, uid, gid, pid, size, flags; then name, value
-SHORT_SETXATTR_REQUEST = Struct("=8xQQIII4xII")
-# unique, nodeid, uid, gid, pid, size, flags, setxattr_flags, padding; then name, value
-SETXATTR_REQUEST = Struct("=8xQQIII4xIIII")
+IOCTL_REQUEST = Struct("=40xQ4xI8xII")  # fh, cmd, in_size, out_size; then the input
+READDIR_REQUEST = Struct("=40xQQI")  # fh, offset, size
+FALLOCATE_REQUEST = Struct("=24xII8xQqqI")  # uid, gid, fh, offset, length, mode
+LSEEK_REQUEST = Struct("=40xQqI")  # fh, offset, whence
+COPY_FILE_RANGE_REQUEST = Struct("=24xII8xQq8xQqQ8x")  # uid, gid, fh_in, off_in, fh_out, off_out, len
+MKNOD_REQUEST = Struct("=40xIII4x")  # mode, rdev, umask; then the name
+MKDIR_REQUEST = Struct("=40xII")  # mode, umask; then the name
+LINK_REQUEST = Struct("=40xQ")  # oldnodeid; then the name
+RENAME_REQUEST = Struct("=40xQ")  # newdir; then both names
+RENAME2_REQUEST = Struct("=40xQI4x")  # newdir, flags; then both names
+GETXATTR_REQUEST = Struct("=40xI4x")  # size; then GETXATTR's name
+STATX_REQUEST = Struct("=40xI4xQII")  # getattr_flags, fh, sx_flags, sx_mask
+# valid, fh, size, atime, mtime, ctime, atimensec, mtimensec, ctimensec, mode, uid, gid
+SETATTR_REQUEST = Struct("=40xI4xQq8xqqqIIII4xII")
+SETXATTR_REQUEST = Struct("=40xIIII")  # size, flags, setxattr_flags, padding; then name, value
+SHORT_SETXATTR_REQUEST = Struct("=40xII")  # kernels before 5.14, which lack FUSE_SETXATTR_EXT: size, flags
 
 _NAME = 2  # bytes of the shortest name with its NUL
 # The minimum size of each request in bytes. In a shorter one, the end would be read from an older request's bytes.

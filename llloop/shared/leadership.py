@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from llloop.linux import syscalls
 
@@ -41,31 +41,12 @@ _Result = TypeVar("_Result")
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+def _nothing() -> None:
+    """Set nothing aside."""
+
+
 class Postponed(Exception):
     """A call was not made, because it could block the last thread. The request must be served later."""
-
-
-class InHand(Protocol):
-    """The state of the current request in variables that all threads share."""
-
-    def set_aside(self, thread: int) -> Any:
-        """Return the current request's state, and clear it for the next request, which thread *thread* serves."""
-
-    def exchange(self, other: Any) -> Any:
-        """Replace the current request's state by *other*, which was set aside, and return the replaced state."""
-
-    def finished(self) -> None:
-        """Note that the current request, which was set aside once, is finished."""
-
-
-class _Alone:
-    """Does nothing, because there is only one thread."""
-
-    def set_aside(self, thread: int) -> None: ...
-
-    def exchange(self, other: Any) -> None: ...
-
-    def finished(self) -> None: ...
 
 
 class Leadership:
@@ -74,19 +55,20 @@ class Leadership:
     Attributes:
         stalled: the number of threads that were replaced and have not finished their requests.
         alone: whether there is no follower left that could take over.
+        set_aside: called by a thread that becomes the leader, before it serves. The current request of the old leader
+            is not the new leader's.
 
     Args:
-        in_hand: the state of the current request.
         most: the maximum number of threads.
     """
 
-    def __init__(self, in_hand: InHand | None = None, most: int = MOST_THREADS) -> None:
-        self.in_hand: InHand = in_hand or _Alone()
+    def __init__(self, most: int = MOST_THREADS) -> None:
+        self.set_aside: Callable[[], None] = _nothing
         self._most = most
         self.stalled = 0
         self.alone = False
         self._leader = threading.get_ident()
-        self._serve: Callable[[], bool] | None = None
+        self._serve: Callable[[int], bool] | None = None
         self._ended = False
         self._failure: BaseException | None = None
         # The leader appends the arguments of a call before it. Whoever pops them decides: if the leader does, it goes
@@ -105,17 +87,14 @@ class Leadership:
         self._numbers: dict[int, int] = {}
         # The arguments of the call in which each thread is that was replaced.
         self._under_way: dict[int, _Arguments] = {}
-        # The request state of each thread that was replaced.
-        self._aside: dict[int, Any] = {}
-        # The request state of the leader while a stalled thread finishes its request.
-        self._leaders: Any = None
 
-    def run(self, serve: Callable[[], bool]) -> None:
+    def run(self, serve: Callable[[int], bool]) -> None:
         """Call *serve* until it returns True.
 
         Args:
-            serve: serves requests. It returns True when there are no more, and False when `must_leave` returns True.
-                One thread at a time calls it.
+            serve: serves requests; its argument is the number of the calling thread, counted from 0. It returns True
+                when there are no more requests, and False when its thread has called `leave`. One thread at a time
+                calls it.
 
         Raises:
             BaseException: *serve* raised it, in any of the threads.
@@ -141,7 +120,7 @@ class Leadership:
             if self._ended:
                 return
             leading = False
-            if self._serve():
+            if self._serve(self._numbers[threading.get_ident()]):
                 self._ended = True
                 self._wake()
                 if self.stalled:
@@ -186,12 +165,9 @@ class Leadership:
     def _return(self) -> None:
         """Continue with the request after a call during which another thread became the leader."""
         self._lock.acquire()
-        thread = threading.get_ident()
-        del self._under_way[thread]
-        self._leaders = self.in_hand.exchange(self._aside.pop(thread))
+        del self._under_way[threading.get_ident()]
 
     def _call_while_finishing(self, function: Callable[..., _Result], *arguments: Any, **options: Any) -> _Result:
-        mine = self.in_hand.exchange(self._leaders)
         thread = threading.get_ident()
         self._under_way[thread] = arguments, options
         self._lock.release()
@@ -200,7 +176,6 @@ class Leadership:
         finally:
             self._lock.acquire()
             del self._under_way[thread]
-            self._leaders = self.in_hand.exchange(mine)
 
     def uses(self, fd: int) -> bool:
         """Return whether a call of a stalled thread has *fd* among its arguments, also as /proc/self/fd/N.
@@ -216,20 +191,11 @@ class Leadership:
             for argument in (*arguments, *options.values())
         )
 
-    def must_leave(self) -> bool:
-        """Return whether this thread was replaced while it served its request, and must return from *serve*.
-
-        Call it after each request while `stalled` is not 0.
-        """
-        if threading.get_ident() == self._leader:
-            return False
-        self.in_hand.finished()
-        self.in_hand.exchange(self._leaders)
-        self._leaders = None
+    def leave(self) -> None:
+        """Note that this thread was replaced and has finished its request; it must return from *serve* then."""
         self.stalled -= 1
         self.alone = False
         self._lock.release()
-        return True
 
     @property
     def leads(self) -> bool:
@@ -313,7 +279,7 @@ class Leadership:
         self._in_call = []
         self.stalled += 1
         self._under_way[old] = arguments
-        self._aside[old] = self.in_hand.set_aside(self._numbers[self._leader])
+        self.set_aside()
         if self._threads - 1 - self.stalled < 1:
             self._start_follower()
         self.alone = self._threads - 1 - self.stalled < 1

@@ -64,8 +64,7 @@ def feed(source: Path, mountpoint: Path, seed: int) -> None:
         if number is None:
             raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
         for slot in range(4):  # no worker takes them
-            if slot != server.router.slot:
-                slots.give_back(slot)
+            slots.give_back(slot)
         with contextlib.suppress(BlockingIOError):
             while True:
                 os.read(reader, 4096)

@@ -19,6 +19,7 @@ from llloop.front.inodes import ROOT
 from llloop.front.loop import Loop
 from llloop.front.recovery import intents as attempts_module
 from llloop.front.recovery.takeover import recover
+from llloop.front.request import FuseRequest
 from llloop.linux import fuse, syscalls
 from llloop.linux.fuse import FUSE_UNIQUE_RESEND, Opcode
 from llloop.shared import journal as journal_module
@@ -351,11 +352,13 @@ class Front:
             line.slots.settle()
         line.slots.touch()
         self.loop = Loop(context, line.device, self._journal)
+        self._request = FuseRequest(line.slots.memory, context.intents.note(0))
+        self._request.slot = line.slots.free_slot()
 
     def is_of(self, life: Life) -> None:
         """Go on with another life."""
         self._journal.cells._life = self._packing._life = life  # type: ignore[attr-defined]
 
     def serve(self) -> None:
-        base, length = self.loop._receive()
-        self.loop._serve(base, length)
+        assert self.loop.receive(self._request)
+        self.loop.serve(self._request)

@@ -16,10 +16,10 @@ from llloop.front.handlers.mutations import MutationRequests
 from llloop.front.handlers.names import NameRequests
 from llloop.front.handlers.recent_lookups import RecentLookups
 from llloop.front.handlers.xattrs import XattrRequests
+from llloop.front.request import FuseRequest
 from llloop.linux.fuse import Opcode
 
-# Takes the position of a request in the arena, and its length.
-Handler = Callable[[int, int], None]
+Handler = Callable[[FuseRequest], None]
 
 
 def handler_table(context: Context, device: int) -> dict[Opcode, Handler]:

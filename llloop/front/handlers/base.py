@@ -7,18 +7,14 @@ import os
 from operator import itemgetter
 
 from llloop.front.context import Context
+from llloop.front.request import FuseRequest
 from llloop.linux import fuse
 from llloop.linux.syscalls import Attributes
 from llloop.shared.negotiation import Feature
 
 
-def malformed() -> OSError:
-    """Return the error for a request that is not what its opcode says."""
-    return OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-
-
 class Responder:
-    """The base of the handlers. Each gets the position of a request in `_memory`, and its length.
+    """The base of the handlers. Each gets a request, and unpacks from `_memory` what its opcode adds to the header.
 
     Args:
         mirror: what they work on.
@@ -33,7 +29,6 @@ class Responder:
         self._inodes = context.inodes
         self._handles = context.handles
         self._files = context.files
-        self._intents = context.intents
         # entry_valid, attr_valid, entry_valid_nsec, attr_valid_nsec of struct fuse_entry_out
         (entry, entry_nsec), (valid, valid_nsec) = context.policy.entry, context.policy.attributes
         self._validity = (entry, valid, entry_nsec, valid_nsec)
@@ -49,41 +44,26 @@ class Responder:
             return False
         return True
 
-    def _name(self, base: int, length: int) -> bytes:
-        """Return the name that is all of a request after its header."""
-        end = base + length - 1
-        if self._memory[end]:
-            raise malformed()
-        return self._memory[base + fuse.IN_HEADER_SIZE : end]
-
-    def _begin_open(self, unique: int) -> int | None:
+    def _begin_open(self, request: FuseRequest) -> int | None:
         """Note that a file is about to be opened.
 
         Returns:
             The number of the handle that a dead front made for this very request, or None.
         """
-        number = self._opened_before(unique)
+        number = self._opened_before(request)
         if number is None:
-            self._intents.begin_open(unique)
+            request.note.begin_open()
         return number
 
-    def _opened_before(self, unique: int) -> int | None:
+    def _opened_before(self, request: FuseRequest) -> int | None:
         """Return the number of the handle that a dead front made for this very request, or None."""
-        self._intents.unique = unique
-        if unique >= fuse.FUSE_UNIQUE_RESEND:
-            left = self._intents.interrupted()
+        if request.unique >= fuse.FUSE_UNIQUE_RESEND:
+            left = request.note.interrupted()
             if left is not None:
                 self._context.passthrough.drop(left.backing)
                 if left.handle in self._handles:
                     return left.handle
         return None
-
-    def _string(self, start: int, limit: int) -> bytes:
-        """Return the NUL-terminated string at *start*."""
-        end = self._memory.find(b"\0", start, limit)
-        if end < 0:
-            raise malformed()
-        return self._memory[start:end]
 
     def _check_xattr(self) -> None:
         """Refuse a request for an extended attribute if there are to be none."""

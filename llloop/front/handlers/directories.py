@@ -13,7 +13,7 @@ from llloop.front.handlers.recent_lookups import RecentLookups
 from llloop.front.inodes import ROOT
 from llloop.front.open_files import Handle
 from llloop.front.recovery.snapshots import append, load, make
-from llloop.front.requester import Requester
+from llloop.front.request import FuseRequest
 from llloop.linux import fuse
 from llloop.linux.syscalls import DirectoryBlocks, StatxTable, fstatx
 
@@ -37,24 +37,23 @@ class DirectoryRequests(Responder):
         self._listings: dict[int, Listing] = {}
         self._device_of_root = context.inodes.get(ROOT).device
 
-    def opendir(self, base: int, length: int) -> None:
+    def opendir(self, request: FuseRequest) -> None:
         """FUSE_OPENDIR: reply with a handle and whether the kernel may show the listing it has."""
-        unique, nodeid, uid, gid, pid = fuse.CALLER_REQUEST.unpack_from(self._memory, base)
-        number = self._begin_open(unique)
+        number = self._begin_open(request)
         if number is None:
-            number, attributes = self._files.opendir(nodeid, Requester(uid, gid, pid=pid))
+            number, attributes = self._files.opendir(request.nodeid, request.caller())
         else:
             attributes = fstatx(self._handles.get(number).descriptor)
-        flags = self._context.policy.directory_flags(self._inodes.get(nodeid), attributes)
-        if not self._send(fuse.OPEN_REPLY.pack(fuse.OPEN_REPLY.size, 0, unique, number, flags, 0)):
+        flags = self._context.policy.directory_flags(self._inodes.get(request.nodeid), attributes)
+        if not self._send(fuse.OPEN_REPLY.pack(fuse.OPEN_REPLY.size, 0, request.unique, number, flags, 0)):
             self._files.release(number)
 
-    def releasedir(self, base: int, length: int) -> None:
+    def releasedir(self, request: FuseRequest) -> None:
         """FUSE_RELEASEDIR."""
-        unique, number = fuse.RELEASE_REQUEST.unpack_from(self._memory, base)
+        (number,) = fuse.RELEASE_REQUEST.unpack_from(self._memory, request.base)
         self._listings.pop(number, None)
         self._files.release(number)
-        self._send(fuse.error_reply(unique, 0))
+        self._send(fuse.error_reply(request.unique, 0))
 
     def _listing(self, handle: Handle, number: int, offset: int) -> Listing:
         """Return what was read of a directory since it was opened, or since its start was asked for (rewinddir(3))."""
@@ -98,39 +97,40 @@ class DirectoryRequests(Responder):
             if handle.snapshot < 0:
                 self._handles.note_snapshot(handle, snapshot)
 
-    def readdir(self, base: int, length: int) -> None:
+    def readdir(self, request: FuseRequest) -> None:
         """FUSE_READDIR: as many entries as fit, from the cookie on, which is the number of entries already had."""
-        unique, number, offset, size = fuse.READDIR_REQUEST.unpack_from(self._memory, base)
+        number, offset, size = fuse.READDIR_REQUEST.unpack_from(self._memory, request.base)
         handle = self._handles.get(number)
         listing = self._listing(handle, number, offset)
         entries, cookie = listing.fitting(offset, size)
         self._keep_for_next_front(handle, listing, cookie)
-        self._send(fuse.reply(unique, entries))
+        self._send(fuse.reply(request.unique, entries))
 
-    def readdirplus(self, base: int, length: int) -> None:
+    def readdirplus(self, request: FuseRequest) -> None:
         """FUSE_READDIRPLUS: as READDIR, with a lookup of each entry in the same reply."""
-        unique, number, offset, size = fuse.READDIR_REQUEST.unpack_from(self._memory, base)
+        number, offset, size = fuse.READDIR_REQUEST.unpack_from(self._memory, request.base)
         handle = self._handles.get(number)
         listing = self._listing(handle, number, offset)
         records = listing.records(offset, size, fuse.ENTRY.size)
         if offset == 0 and len(listing) > _LARGE:
             del records[_SAMPLE:]
         self._keep_for_next_front(handle, listing, offset + len(records))
-        looked_up, found = self._look_up(handle, records, len(listing)) if records else ([], [])
-        if self._send(fuse.reply(unique, b"".join(chain.from_iterable(zip(found, records, strict=True))))):
+        looked_up, found = self._look_up(handle, records, len(listing), request.taken) if records else ([], [])
+        if self._send(fuse.reply(request.unique, b"".join(chain.from_iterable(zip(found, records, strict=True))))):
             for nodeid in looked_up:
                 self._inodes.count(nodeid)
         else:
             for nodeid in looked_up:
                 self._tree.forget(nodeid, 0)
 
-    def _look_up(self, handle: Handle, records: list[bytes], among: int) -> tuple[list[int], list[bytes]]:
+    def _look_up(self, handle: Handle, records: list[bytes], among: int, now: int) -> tuple[list[int], list[bytes]]:
         """Look up what a part of a listing names.
 
         Args:
             handle: the directory.
             records: the part of its listing.
             among: how many entries of the whole are known.
+            now: when the request was taken.
 
         Returns:
             The numbers of what was found, and ``struct fuse_entry_out`` for each record; nothing but zeros if the
@@ -139,7 +139,7 @@ class DirectoryRequests(Responder):
         parent, inodes, table, written = handle.nodeid, self._inodes, self._table, self._written
         names = [name_of(record) for record in records]
         wanted = [position for position, name in enumerate(names) if name not in _NOT_LOOKED_UP]
-        if 2 * self._recent.count(parent, self._context.router.taken) > among:
+        if 2 * self._recent.count(parent, now) > among:
             # Mostly the kernel has just asked for them one by one, and needs no more than the names.
             wanted = [position for position in wanted if number_of(records[position]) not in inodes]
         looked_up = []

@@ -11,7 +11,7 @@ import errno
 import os
 
 from llloop.front.handlers.base import Responder
-from llloop.front.requester import Requester
+from llloop.front.request import FuseRequest
 from llloop.linux import fuse, syscalls
 
 # How many bytes each command reads or writes.
@@ -22,18 +22,16 @@ _WRITES = {syscalls.FS_IOC_SETFLAGS: 4, syscalls.FS_IOC_FSSETXATTR: syscalls.FSX
 class FileAttributeRequests(Responder):
     """The handlers; see `Responder`."""
 
-    def ioctl(self, base: int, length: int) -> None:
+    def ioctl(self, request: FuseRequest) -> None:
         """FUSE_IOCTL: get or set flags, extended flags and project id of the file that a handle has open."""
-        request = fuse.IOCTL_REQUEST
-        unique, _, uid, gid, pid, number, command, in_size, out_size = request.unpack_from(self._memory, base)
+        number, command, in_size, out_size = fuse.IOCTL_REQUEST.unpack_from(self._memory, request.base)
         handle = self._handles.get(number)
-        start = base + request.size
         if _READS.get(command) == out_size:
             data = self._tree.get_file_attributes(handle, command, out_size)
-        elif _WRITES.get(command) == in_size and start + in_size <= base + length:
-            given = self._memory[start : start + in_size]
-            self._tree.set_file_attributes(handle, command, given, Requester(uid, gid, pid=pid))
+        elif _WRITES.get(command) == in_size:
+            given = request.payload(fuse.IOCTL_REQUEST.size, in_size)
+            self._tree.set_file_attributes(handle, command, given, request.caller())
             data = b""
         else:
             raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
-        self._send(fuse.reply(unique, fuse.IOCTL_OUT.pack(0, 0, 0, 0) + data))
+        self._send(fuse.reply(request.unique, fuse.IOCTL_OUT.pack(0, 0, 0, 0) + data))

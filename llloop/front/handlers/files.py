@@ -8,11 +8,10 @@ import os
 
 from llloop.front.access_times import AccessTimes
 from llloop.front.context import Context
-from llloop.front.handlers.base import Responder, malformed
+from llloop.front.handlers.base import Responder
 from llloop.front.nowait import LONE_WRITE_LIMIT, READ_LIMIT, WRITE_LIMIT
 from llloop.front.open_files import Handle
-from llloop.front.requester import Requester
-from llloop.front.router import Task
+from llloop.front.request import FuseRequest, malformed
 from llloop.linux import fuse
 from llloop.linux.credentials import SETID_BITS
 from llloop.linux.fuse import Opcode
@@ -57,19 +56,20 @@ class FileRequests(Responder):
         self._access_times = AccessTimes()
         self._scratch = memoryview(bytearray(fuse.OUT_HEADER_SIZE + READ_LIMIT))
 
-    def open(self, base: int, length: int) -> None:
+    def open(self, request: FuseRequest) -> None:
         """FUSE_OPEN: reply with a handle and whether the kernel may keep the pages it has."""
-        unique, nodeid, uid, gid, pid, flags, open_flags = fuse.OPEN_REQUEST.unpack_from(self._memory, base)
-        number = self._begin_open(unique)
+        flags, open_flags = fuse.OPEN_REQUEST.unpack_from(self._memory, request.base)
+        nodeid = request.nodeid
+        number = self._begin_open(request)
         if number is None:
             clear_setid = bool(open_flags & fuse.FUSE_OPEN_KILL_SUIDGID)
-            number, attributes = self._files.open(nodeid, flags, clear_setid, Requester(uid, gid, pid=pid))
+            number, attributes = self._files.open(nodeid, flags, clear_setid, request.caller())
         else:
             attributes = fstatx(self._handles.get(number).descriptor)
-        how = self._how(number, nodeid, attributes, is_new=False)
+        how = self._how(request, number, nodeid, attributes, is_new=False)
         if flags & os.O_ACCMODE and self._may_change_unasked(nodeid, attributes):
             expire_attributes(self._device, nodeid)
-        if not self._send(fuse.OPEN_REPLY.pack(fuse.OPEN_REPLY.size, 0, unique, number, *how)):
+        if not self._send(fuse.OPEN_REPLY.pack(fuse.OPEN_REPLY.size, 0, request.unique, number, *how)):
             self._files.release(number)
 
     def _may_change_unasked(self, nodeid: int, attributes: Attributes) -> bool:
@@ -79,10 +79,12 @@ class FileRequests(Responder):
             return pages is not None
         return not attributes.blocks and self._can_get_blocks(nodeid, attributes.size)
 
-    def _how(self, number: int, nodeid: int, attributes: Attributes, *, is_new: bool) -> tuple[int, int]:
+    def _how(
+        self, request: FuseRequest, number: int, nodeid: int, attributes: Attributes, *, is_new: bool
+    ) -> tuple[int, int]:
         """Return open_flags and backing_id for a file just opened."""
         handle = self._handles.get(number)
-        backing = self._context.passthrough.back(handle, attributes, is_new=is_new)
+        backing = self._context.passthrough.back(handle, attributes, request.note, is_new=is_new)
         noflush = self._noflush(handle)
         if backing:
             self._gauges[_PASSED_THROUGH] += 1
@@ -114,72 +116,68 @@ class FileRequests(Responder):
             return fuse.FOPEN_NOFLUSH if handle.backing else 0
         return fuse.FOPEN_NOFLUSH
 
-    def create(self, base: int, length: int) -> None:
+    def create(self, request: FuseRequest) -> None:
         """FUSE_CREATE: reply with an entry and a handle."""
-        request = fuse.CREATE_REQUEST
-        unique, parent, uid, gid, pid, flags, mode, umask, _ = request.unpack_from(self._memory, base)
-        name = self._string(base + request.size, base + length)
-        number = self._opened_before(unique)
+        flags, mode, umask, _ = fuse.CREATE_REQUEST.unpack_from(self._memory, request.base)
+        name = request.string(fuse.CREATE_REQUEST.size)
+        number = self._opened_before(request)
         if number is None:
-            created = self._files.create(parent, name, mode, flags, Requester(uid, gid, umask, pid))
+            created = self._files.create(request.nodeid, name, mode, flags, request.caller(umask))
         else:
             created = self._created_before(number)
-        self._reply_created(unique, *created)
+        self._reply_created(request, *created)
 
-    def tmpfile(self, base: int, length: int) -> None:
+    def tmpfile(self, request: FuseRequest) -> None:
         """FUSE_TMPFILE: as CREATE; the name is only the kernel's."""
-        unique, parent, uid, gid, pid, flags, mode, umask, _ = fuse.CREATE_REQUEST.unpack_from(self._memory, base)
-        number = self._begin_open(unique)
+        flags, mode, umask, _ = fuse.CREATE_REQUEST.unpack_from(self._memory, request.base)
+        number = self._begin_open(request)
         if number is None:
-            created = self._files.tmpfile(parent, mode, flags, Requester(uid, gid, umask, pid))
+            created = self._files.tmpfile(request.nodeid, mode, flags, request.caller(umask))
         else:
             created = self._created_before(number)
-        self._reply_created(unique, *created)
+        self._reply_created(request, *created)
 
     def _created_before(self, number: int) -> tuple[int, int, Attributes]:
         handle = self._handles.get(number)
         return number, handle.nodeid, fstatx(handle.descriptor)
 
-    def _reply_created(self, unique: int, number: int, nodeid: int, attributes: Attributes) -> None:
-        how = self._how(number, nodeid, attributes, is_new=True)
+    def _reply_created(self, request: FuseRequest, number: int, nodeid: int, attributes: Attributes) -> None:
+        how = self._how(request, number, nodeid, attributes, is_new=True)
         payload = self._entry(nodeid, attributes) + fuse.OPEN_OUT.pack(number, *how)
-        if self._send(fuse.reply(unique, payload)):
+        if self._send(fuse.reply(request.unique, payload)):
             self._inodes.count(nodeid)
         else:
             self._files.release(number)
             self._tree.forget(nodeid, 0)
 
-    def release(self, base: int, length: int) -> None:
+    def release(self, request: FuseRequest) -> None:
         """FUSE_RELEASE and FUSE_RELEASEDIR."""
-        unique, number = fuse.RELEASE_REQUEST.unpack_from(self._memory, base)
+        (number,) = fuse.RELEASE_REQUEST.unpack_from(self._memory, request.base)
         self._files.release(number)
-        self._send(fuse.error_reply(unique, 0))
+        self._send(fuse.error_reply(request.unique, 0))
 
-    def read(self, base: int, length: int) -> None:
+    def read(self, request: FuseRequest) -> None:
         """FUSE_READ."""
-        unique, number, offset, size, open_flags = fuse.READ_REQUEST.unpack_from(self._memory, base)
+        number, offset, size, open_flags = fuse.READ_REQUEST.unpack_from(self._memory, request.base)
         if offset < 0:  # -1 would mean the descriptor's own position (preadv2(2))
             raise malformed()
         handle = self._handles.get(number)
         pages = handle.pages
         may_overtake = True
         if pages is not None:
-            router = self._router
-            pages.note_read(fuse.PID.unpack_from(self._memory, base)[0], offset, size, router.taken)
-            may_overtake = not router.is_unanswered(pages.write)  # else with old data that the kernel then keeps
+            pages.note_read(request.pid(), offset, size, request.taken)
+            may_overtake = not self._router.is_unanswered(pages.write)  # else with old data that the kernel then keeps
         if (
             size <= READ_LIMIT
             and handle.read_flags is not None
             and may_overtake
-            and self._read_in_place(handle, unique, offset, size)
+            and self._read_in_place(handle, request.unique, offset, size)
         ):
             return
         flags = BUFFERED if handle.direct and not open_flags & os.O_DIRECT else 0
         if handle.unsized:
             flags |= SINGLE_CALL
-        self._router.entrust(
-            Task(handle, number, Operation.READ, unique, offset, size, flags), in_order=not may_overtake
-        )
+        self._router.entrust(request, handle, number, Operation.READ, offset, size, flags, in_order=not may_overtake)
 
     def _read_in_place(self, handle: Handle, unique: int, offset: int, size: int) -> bool:
         """Answer a READ at once if the bytes are in memory; return whether they were.
@@ -204,12 +202,12 @@ class FileRequests(Responder):
         self._sheet.moved(Opcode.READ, count)
         return True
 
-    def write(self, base: int, length: int) -> None:
+    def write(self, request: FuseRequest) -> None:
         """FUSE_WRITE: the payload stays where it is, in the slot."""
-        unique, uid, gid, number, offset, size, write_flags, open_flags = fuse.WRITE_REQUEST.unpack_from(
-            self._memory, base
+        uid, gid, number, offset, size, write_flags, open_flags = fuse.WRITE_REQUEST.unpack_from(
+            self._memory, request.base
         )
-        if fuse.WRITE_HEADER_SIZE + size != length or offset < 0:  # what lies behind it is another's
+        if fuse.WRITE_HEADER_SIZE + size != request.received or offset < 0:  # what lies behind it is another's
             raise malformed()
         flags = KILL_PRIVILEGES if write_flags & fuse.FUSE_WRITE_KILL_SUIDGID else 0
         handle = self._handles.get(number)
@@ -228,34 +226,34 @@ class FileRequests(Responder):
         pages = handle.pages
         if (
             pages is not None
-            and pages.may_be_stale(fuse.PID.unpack_from(self._memory, base)[0], offset, size, self._router.taken)
+            and pages.may_be_stale(request.pid(), offset, size, request.taken)
             and not cached  # pages that are being written back are not dropped
         ):
             flags |= INVALIDATE
         # The lowest slot is free, and so it is this request's, while no worker has any.
-        limit = WRITE_LIMIT if self._router.slot else LONE_WRITE_LIMIT
+        limit = WRITE_LIMIT if request.slot else LONE_WRITE_LIMIT
         if (
             size <= limit
             and handle.write_flags is not None
             # A worker notes how far it has come, for an append must not be done twice.
             and not flags & (APPEND | INVALIDATE)
             and handle.locking_group < 0  # this process has a group of its own
-            and self._write_in_place(handle, unique, offset, base + fuse.WRITE_HEADER_SIZE, size, flags)
+            and self._write_in_place(request, handle, offset, size, flags)
         ):
             return
-        if self._router.piped:
-            self._router.piped = False
+        if request.piped:
+            request.piped = False
             flags |= PIPED
         if flags & KILL_PRIVILEGES:
             gid = _group(handle, gid)
         extra = (handle.nodeid,) if flags & INVALIDATE else _watched(handle, flags)
-        self._router.entrust(Task(handle, number, Operation.WRITE, unique, offset, size, flags, uid, gid, extra))
+        given = self._router.entrust(request, handle, number, Operation.WRITE, offset, size, flags, uid, gid, extra)
         if pages is not None:
-            pages.write = self._router.last
+            pages.write = given
             if flags & INVALIDATE:
-                pages.invalidation = self._router.last
+                pages.invalidation = given
 
-    def _write_in_place(self, handle: Handle, unique: int, offset: int, start: int, size: int, flags: int) -> bool:
+    def _write_in_place(self, request: FuseRequest, handle: Handle, offset: int, size: int, flags: int) -> bool:
         """Do a WRITE at once if that needs no waiting; return whether it was done.
 
         What fails or falls short here is a worker's to do again and to explain.
@@ -267,6 +265,7 @@ class FileRequests(Responder):
         self._context.setid.clear(bool(flags & KILL_PRIVILEGES))
         watched = _is_watched(handle, flags) and os.fstat(handle.descriptor).st_mode & SETID_BITS
         try:
+            start = request.base + fuse.WRITE_HEADER_SIZE
             buffers = [self._view[start : start + size]]
             count = self._leadership.call(os.pwritev, handle.descriptor, buffers, offset, write_flags)
             if watched:
@@ -278,60 +277,49 @@ class FileRequests(Responder):
         if count < size:
             return False
         write_reply = fuse.WRITE_REPLY
-        self._send(write_reply.pack(write_reply.size, 0, unique, count))
+        self._send(write_reply.pack(write_reply.size, 0, request.unique, count))
         self._sheet.moved(Opcode.WRITE, count)
         return True
 
-    def flush(self, base: int, length: int) -> None:
+    def flush(self, request: FuseRequest) -> None:
         """FUSE_FLUSH: a worker knows of errors since the open; also the source's close(2) may tell some."""
-        unique, number = fuse.FLUSH_REQUEST.unpack_from(self._memory, base)
+        (number,) = fuse.FLUSH_REQUEST.unpack_from(self._memory, request.base)
         handle = self._handles.get(number)
         late = handle.writeback_errors
         has_failed = handle.is_writable and self._failed_writes[handle.shard][ERRORS] > late
         if has_failed or self._context.close_can_fail:
-            self._router.entrust(Task(handle, number, Operation.FLUSH, unique, extra=(late,)))
+            self._router.entrust(request, handle, number, Operation.FLUSH, extra=(late,))
         else:
-            self._send(fuse.error_reply(unique, 0))
+            self._send(fuse.error_reply(request.unique, 0))
 
-    def fsync(self, base: int, length: int) -> None:
+    def fsync(self, request: FuseRequest) -> None:
         """FUSE_FSYNC and FUSE_FSYNCDIR."""
-        unique, number, fsync_flags = fuse.FSYNC_REQUEST.unpack_from(self._memory, base)
+        number, fsync_flags = fuse.FSYNC_REQUEST.unpack_from(self._memory, request.base)
         flags = DATA_ONLY if fsync_flags & fuse.FUSE_FSYNC_FDATASYNC else 0
-        self._router.entrust(Task(self._handles.get(number), number, Operation.FSYNC, unique, flags=flags))
+        self._router.entrust(request, self._handles.get(number), number, Operation.FSYNC, flags=flags)
 
-    def fallocate(self, base: int, length: int) -> None:
+    def fallocate(self, request: FuseRequest) -> None:
         """FUSE_FALLOCATE."""
-        unique, uid, gid, number, offset, size, mode = fuse.FALLOCATE_REQUEST.unpack_from(self._memory, base)
+        uid, gid, number, offset, size, mode = fuse.FALLOCATE_REQUEST.unpack_from(self._memory, request.base)
         handle = self._handles.get(number)
-        flags = self._kill_flag(base, handle, uid, gid)
-        self._router.entrust(
-            Task(
-                handle,
-                number,
-                Operation.FALLOCATE,
-                unique,
-                offset,
-                size,
-                flags,
-                uid,
-                _group(handle, gid),
-                (mode, *_watched(handle, flags)),
-            )
-        )
+        flags = self._kill_flag(request, handle)
+        gid = _group(handle, gid)
+        extra = (mode, *_watched(handle, flags))
+        self._router.entrust(request, handle, number, Operation.FALLOCATE, offset, size, flags, uid, gid, extra)
 
-    def _kill_flag(self, base: int, handle: Handle, uid: int, gid: int) -> int:
+    def _kill_flag(self, request: FuseRequest, handle: Handle) -> int:
         """Tell what FALLOCATE and COPY_FILE_RANGE do not say: whether the caller lacks CAP_FSETID.
 
         For root without capabilities it matters only where the kernel has not asked to clear set-ID bits before.
         """
-        if uid or not handle.uncached:
-            return _kill_flag(uid)
-        pid = fuse.PID.unpack_from(self._memory, base)[0]
-        return 0 if self._tree.permissions.is_trusted(Requester(uid, gid, pid=pid)) else KILL_PRIVILEGES
+        who = request.caller()
+        if who.uid or not handle.uncached:
+            return _kill_flag(who.uid)
+        return 0 if self._tree.permissions.is_trusted(who) else KILL_PRIVILEGES
 
-    def lseek(self, base: int, length: int) -> None:
+    def lseek(self, request: FuseRequest) -> None:
         """FUSE_LSEEK: only SEEK_HOLE and SEEK_DATA are sent."""
-        unique, number, offset, whence = fuse.LSEEK_REQUEST.unpack_from(self._memory, base)
+        number, offset, whence = fuse.LSEEK_REQUEST.unpack_from(self._memory, request.base)
         handle = self._handles.get(number)
         nodeid = handle.nodeid
         flags = 0
@@ -339,41 +327,30 @@ class FileRequests(Responder):
             pages = self._written[nodeid]
             if self._writeback or not pages.is_clean or self._router.is_unanswered(pages.invalidation):
                 flags = INVALIDATE
-        self._router.entrust(Task(handle, number, Operation.LSEEK, unique, offset, flags=flags, extra=(whence, nodeid)))
+        extra = (whence, nodeid)
+        given = self._router.entrust(request, handle, number, Operation.LSEEK, offset, flags=flags, extra=extra)
         if flags:
             pages.is_clean = True
-            pages.invalidation = self._router.last
+            pages.invalidation = given
 
-    def copy_file_range(self, base: int, length: int) -> None:
+    def copy_file_range(self, request: FuseRequest) -> None:
         """FUSE_COPY_FILE_RANGE: the worker of the file written to does it."""
-        unique, uid, gid, source, source_offset, number, offset, size = fuse.COPY_FILE_RANGE_REQUEST.unpack_from(
-            self._memory, base
+        uid, gid, source, source_offset, number, offset, size = fuse.COPY_FILE_RANGE_REQUEST.unpack_from(
+            self._memory, request.base
         )
         source_handle = self._handles.get(source)
         source_handle.shared = True
         handle = self._handles.get(number)
-        flags = self._kill_flag(base, handle, uid, gid)
+        flags = self._kill_flag(request, handle)
+        gid = _group(handle, gid)
         copied = (source, source_handle.descriptor, source_offset, source_handle.nodeid, source_handle.file)
-        self._router.entrust(
-            Task(
-                handle,
-                number,
-                Operation.COPY_FILE_RANGE,
-                unique,
-                offset,
-                size,
-                flags,
-                uid,
-                _group(handle, gid),
-                (*copied, *_watched(handle, flags)),
-            )
-        )
+        extra = (*copied, *_watched(handle, flags))
+        self._router.entrust(request, handle, number, Operation.COPY_FILE_RANGE, offset, size, flags, uid, gid, extra)
 
-    def syncfs(self, base: int, length: int) -> None:
+    def syncfs(self, request: FuseRequest) -> None:
         """FUSE_SYNCFS: answered by a worker through a descriptor of the root."""
-        unique, _ = fuse.NODE_REQUEST.unpack_from(self._memory, base)
         number = self._files.root_handle()
-        self._router.entrust(Task(self._handles.get(number), number, Operation.SYNCFS, unique))
+        self._router.entrust(request, self._handles.get(number), number, Operation.SYNCFS)
 
 
 def _kill_flag(uid: int) -> int:

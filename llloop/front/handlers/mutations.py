@@ -1,113 +1,85 @@
-"""What changes the tree, and must not be done twice when it is sent twice: each handler says which request it does."""
+"""What changes the tree."""
 
 from __future__ import annotations
 
 import os
 
-from llloop.front.handlers.base import Responder, malformed
-from llloop.front.requester import Requester
+from llloop.front.handlers.base import Responder
+from llloop.front.request import FuseRequest
 from llloop.linux import fuse
 from llloop.shared.negotiation import Feature
 
 
 class MutationRequests(Responder):
-    """The handlers; see `Responder`. `Attempts.unique` has to be set before the tree is asked to do anything."""
+    """The handlers; see `Responder`."""
 
-    def _names(self, start: int, end: int) -> tuple[bytes, bytes]:
-        """Return the two strings that follow each other at *start*."""
-        first = self._string(start, end)
-        return first, self._string(start + len(first) + 1, end)
-
-    def mknod(self, base: int, length: int) -> None:
+    def mknod(self, request: FuseRequest) -> None:
         """FUSE_MKNOD."""
-        request = fuse.MKNOD_REQUEST
-        unique, parent, uid, gid, pid, mode, device, umask = request.unpack_from(self._memory, base)
-        name = self._string(base + request.size, base + length)
-        self._intents.unique = unique
+        mode, device, umask = fuse.MKNOD_REQUEST.unpack_from(self._memory, request.base)
+        name = request.string(fuse.MKNOD_REQUEST.size)
         number = os.makedev(*fuse.decode_device(device))
-        self._reply_entry(unique, *self._tree.mknod(parent, name, mode, number, Requester(uid, gid, umask, pid)))
+        entry = self._tree.mknod(request.nodeid, name, mode, number, request.caller(umask))
+        self._reply_entry(request.unique, *entry)
 
-    def mkdir(self, base: int, length: int) -> None:
+    def mkdir(self, request: FuseRequest) -> None:
         """FUSE_MKDIR."""
-        request = fuse.MKDIR_REQUEST
-        unique, parent, uid, gid, pid, mode, umask = request.unpack_from(self._memory, base)
-        name = self._string(base + request.size, base + length)
-        self._intents.unique = unique
-        self._reply_entry(unique, *self._tree.mkdir(parent, name, mode, Requester(uid, gid, umask, pid)))
+        mode, umask = fuse.MKDIR_REQUEST.unpack_from(self._memory, request.base)
+        name = request.string(fuse.MKDIR_REQUEST.size)
+        self._reply_entry(request.unique, *self._tree.mkdir(request.nodeid, name, mode, request.caller(umask)))
 
-    def symlink(self, base: int, length: int) -> None:
+    def symlink(self, request: FuseRequest) -> None:
         """FUSE_SYMLINK."""
-        request = fuse.SYMLINK_REQUEST
-        unique, parent, uid, gid, pid = request.unpack_from(self._memory, base)
-        name, target = self._names(base + request.size, base + length)
-        self._intents.unique = unique
-        self._reply_entry(unique, *self._tree.symlink(parent, name, target, Requester(uid, gid, pid=pid)))
+        name, target = request.strings(fuse.IN_HEADER_SIZE)
+        self._reply_entry(request.unique, *self._tree.symlink(request.nodeid, name, target, request.caller()))
 
-    def link(self, base: int, length: int) -> None:
+    def link(self, request: FuseRequest) -> None:
         """FUSE_LINK."""
-        request = fuse.LINK_REQUEST
-        unique, parent, uid, gid, pid, nodeid = request.unpack_from(self._memory, base)
-        name = self._string(base + request.size, base + length)
-        self._intents.unique = unique
-        self._reply_entry(unique, *self._tree.link(nodeid, parent, name, Requester(uid, gid, pid=pid)))
+        (nodeid,) = fuse.LINK_REQUEST.unpack_from(self._memory, request.base)
+        name = request.string(fuse.LINK_REQUEST.size)
+        self._reply_entry(request.unique, *self._tree.link(nodeid, request.nodeid, name, request.caller()))
 
-    def unlink(self, base: int, length: int) -> None:
+    def unlink(self, request: FuseRequest) -> None:
         """FUSE_UNLINK."""
-        unique, parent, uid, gid, pid = fuse.CALLER_REQUEST.unpack_from(self._memory, base)
-        self._intents.unique = unique
-        self._tree.unlink(parent, self._name(base, length), Requester(uid, gid, pid=pid))
-        self._send(fuse.error_reply(unique, 0))
+        self._tree.unlink(request.nodeid, request.name(), request.caller())
+        self._send(fuse.error_reply(request.unique, 0))
 
-    def rmdir(self, base: int, length: int) -> None:
+    def rmdir(self, request: FuseRequest) -> None:
         """FUSE_RMDIR."""
-        unique, parent, uid, gid, pid = fuse.CALLER_REQUEST.unpack_from(self._memory, base)
-        self._intents.unique = unique
-        self._tree.rmdir(parent, self._name(base, length), Requester(uid, gid, pid=pid))
-        self._send(fuse.error_reply(unique, 0))
+        self._tree.rmdir(request.nodeid, request.name(), request.caller())
+        self._send(fuse.error_reply(request.unique, 0))
 
-    def rename(self, base: int, length: int) -> None:
+    def rename(self, request: FuseRequest) -> None:
         """FUSE_RENAME."""
-        request = fuse.RENAME_REQUEST
-        unique, parent, uid, gid, pid, new_parent = request.unpack_from(self._memory, base)
-        name, new_name = self._names(base + request.size, base + length)
-        self._intents.unique = unique
-        self._tree.rename(parent, name, new_parent, new_name, 0, Requester(uid, gid, pid=pid))
-        self._send(fuse.error_reply(unique, 0))
+        (new_parent,) = fuse.RENAME_REQUEST.unpack_from(self._memory, request.base)
+        name, new_name = request.strings(fuse.RENAME_REQUEST.size)
+        self._tree.rename(request.nodeid, name, new_parent, new_name, 0, request.caller())
+        self._send(fuse.error_reply(request.unique, 0))
 
-    def rename2(self, base: int, length: int) -> None:
+    def rename2(self, request: FuseRequest) -> None:
         """FUSE_RENAME2: rename with flags."""
-        request = fuse.RENAME2_REQUEST
-        unique, parent, uid, gid, pid, new_parent, flags = request.unpack_from(self._memory, base)
-        name, new_name = self._names(base + request.size, base + length)
-        self._intents.unique = unique
-        self._tree.rename(parent, name, new_parent, new_name, flags, Requester(uid, gid, pid=pid))
-        self._send(fuse.error_reply(unique, 0))
+        new_parent, flags = fuse.RENAME2_REQUEST.unpack_from(self._memory, request.base)
+        name, new_name = request.strings(fuse.RENAME2_REQUEST.size)
+        self._tree.rename(request.nodeid, name, new_parent, new_name, flags, request.caller())
+        self._send(fuse.error_reply(request.unique, 0))
 
-    def setxattr(self, base: int, length: int) -> None:
+    def setxattr(self, request: FuseRequest) -> None:
         """FUSE_SETXATTR, in its extended form where that was agreed on (SETXATTR_EXT, Linux 5.14)."""
         if Feature.SETXATTR_EXT in self._context.features:
-            request = fuse.SETXATTR_REQUEST
-            unique, nodeid, uid, gid, pid, size, flags, xattr_flags, _ = request.unpack_from(self._memory, base)
+            layout = fuse.SETXATTR_REQUEST
+            size, flags, xattr_flags, _ = layout.unpack_from(self._memory, request.base)
         else:
-            request = fuse.SHORT_SETXATTR_REQUEST
-            unique, nodeid, uid, gid, pid, size, flags = request.unpack_from(self._memory, base)
+            layout = fuse.SHORT_SETXATTR_REQUEST
+            size, flags = layout.unpack_from(self._memory, request.base)
             xattr_flags = 0
         self._check_xattr()
-        name = self._string(base + request.size, base + length)
-        start = base + request.size + len(name) + 1
-        if start + size > base + length:
-            raise malformed()
-        value = self._memory[start : start + size]
-        self._intents.unique = unique
-        who = Requester(uid, gid, pid=pid)
+        name = request.string(layout.size)
+        value = request.payload(layout.size + len(name) + 1, size)
         kill_sgid = bool(xattr_flags & fuse.FUSE_SETXATTR_ACL_KILL_SGID)
-        self._tree.setxattr(nodeid, name, value, flags, who, kill_sgid=kill_sgid)
-        self._send(fuse.error_reply(unique, 0))
+        self._tree.setxattr(request.nodeid, name, value, flags, request.caller(), kill_sgid=kill_sgid)
+        self._send(fuse.error_reply(request.unique, 0))
 
-    def removexattr(self, base: int, length: int) -> None:
+    def removexattr(self, request: FuseRequest) -> None:
         """FUSE_REMOVEXATTR."""
-        unique, nodeid, uid, gid, pid = fuse.CALLER_REQUEST.unpack_from(self._memory, base)
         self._check_xattr()
-        self._intents.unique = unique
-        self._tree.removexattr(nodeid, self._name(base, length), Requester(uid, gid, pid=pid))
-        self._send(fuse.error_reply(unique, 0))
+        self._tree.removexattr(request.nodeid, request.name(), request.caller())
+        self._send(fuse.error_reply(request.unique, 0))

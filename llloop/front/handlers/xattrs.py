@@ -10,27 +10,26 @@ import errno
 import os
 
 from llloop.front.handlers.base import Responder
-from llloop.front.requester import Requester
+from llloop.front.request import FuseRequest
 from llloop.linux import fuse
 
 
 class XattrRequests(Responder):
     """The handlers; see `Responder`."""
 
-    def getxattr(self, base: int, length: int) -> None:
+    def getxattr(self, request: FuseRequest) -> None:
         """FUSE_GETXATTR."""
-        request = fuse.GETXATTR_REQUEST
-        unique, nodeid, uid, gid, pid, size = request.unpack_from(self._memory, base)
+        (size,) = fuse.GETXATTR_REQUEST.unpack_from(self._memory, request.base)
         self._check_xattr()
-        name = self._string(base + request.size, base + length)
-        self._reply_value(unique, size, self._tree.getxattr(nodeid, name, Requester(uid, gid, pid=pid)))
+        name = request.string(fuse.GETXATTR_REQUEST.size)
+        self._reply_value(request.unique, size, self._tree.getxattr(request.nodeid, name, request.caller()))
 
-    def listxattr(self, base: int, length: int) -> None:
+    def listxattr(self, request: FuseRequest) -> None:
         """FUSE_LISTXATTR."""
-        unique, nodeid, uid, gid, _, size = fuse.GETXATTR_REQUEST.unpack_from(self._memory, base)
+        (size,) = fuse.GETXATTR_REQUEST.unpack_from(self._memory, request.base)
         self._check_xattr()
-        names = self._tree.listxattr(nodeid, Requester(uid, gid))
-        self._reply_value(unique, size, b"".join(name + b"\0" for name in names))
+        names = self._tree.listxattr(request.nodeid, request.caller())
+        self._reply_value(request.unique, size, b"".join(name + b"\0" for name in names))
 
     def _reply_value(self, unique: int, size: int, value: bytes) -> None:
         """Reply with *value*, or, if no room is offered for one, with its length."""

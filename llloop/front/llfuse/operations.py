@@ -94,7 +94,7 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
 
     def _begin(self) -> None:
         """Note when a request was taken."""
-        self._context.router.taken = time.monotonic_ns()
+        self._exchange.request.taken = time.monotonic_ns()
         self._calls = self._exchange.calls
 
     def _finish(self, opcode: int, number: int) -> None:
@@ -104,7 +104,7 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
             os.close(closing.pop())
         if self._exchange.calls != self._calls:
             return
-        self._sheet.finished(opcode, time.monotonic_ns() - self._context.router.taken)
+        self._sheet.finished(opcode, time.monotonic_ns() - self._exchange.request.taken)
         if number:
             self._sheet.failed(opcode, number)
 

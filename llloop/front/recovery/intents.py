@@ -10,8 +10,10 @@ for each of them. Mostly that is one, and others only where system calls have he
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 import time
+from collections.abc import Callable
 from struct import Struct
 from typing import NamedTuple
 
@@ -69,11 +71,82 @@ class Intent(NamedTuple):
             return False
 
 
-class Intents:
-    """The note.
+class Note:
+    """What a thread notes of the request that it has at hand, for the next front.
 
     Attributes:
-        unique: the kernel's number of the request that is being served; set by whoever decodes one that is noted.
+        unique: the kernel's number of the request.
+
+    Args:
+        cells, memory: the journal's memory.
+        pack: `_NOTE.pack_into`.
+        place: the first cell of the note.
+        left: what a dead front noted, by the number of the request.
+    """
+
+    __slots__ = ("_cells", "_left", "_memory", "_pack", "_place", "unique")
+
+    def __init__(
+        self,
+        cells: memoryview,
+        memory: mmap.mmap | bytearray,
+        pack: Callable[..., None],
+        place: int,
+        left: dict[int, Intent],
+    ) -> None:
+        self.unique = 0
+        self._cells = cells
+        self._memory = memory
+        self._pack = pack
+        self._place = place
+        self._left = left
+
+    def interrupted(self) -> Intent | None:
+        """Return what a dead front noted of the very request that is at hand, if it did."""
+        return self._left.get(self.unique & ~RESENT) if self._left and self.unique & RESENT else None
+
+    def begin(self, number: int = 0, nodeid: int = 0, target: int = 0, pin: int = -1, victim: int = 0) -> None:
+        """Note that the request is begun; for the arguments see `Intent`."""
+        cells, place = self._cells, self._place
+        cells[place + _UNIQUE] = 0
+        started = time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
+        self._pack(self._memory, 8 * (place + _DONE), 0, started, number, nodeid, target, pin + 1, victim, 0)
+        cells[place + _UNIQUE] = self.unique
+
+    def begin_open(self) -> None:
+        """Note that a file is being opened, which can be done again if it is known which handle it made."""
+        cells, place = self._cells, self._place
+        cells[place + _HANDLE] = 0
+        cells[place + _UNIQUE] = self.unique
+
+    def done(self) -> None:
+        """Note that it is done, so that only its answer is missing."""
+        self._cells[self._place + _DONE] = 1
+
+    def made_handle(self, number: int) -> None:
+        """Note the handle that it has made."""
+        self._cells[self._place + _HANDLE] = number
+
+    def made_backing(self, backing: int) -> None:
+        """Note the kernel registration that it has made."""
+        self._cells[self._place + _BACKING] = backing
+
+    def finished(self) -> None:
+        """Note that nothing of the request needs to be known any more."""
+        self._cells[self._place + _UNIQUE] = 0
+
+
+def _nowhere() -> Note:
+    memory = bytearray(8 * (_BACKING + 1))
+    return Note(memoryview(memory).cast("Q"), memory, _NOTE.pack_into, 0, {})
+
+
+# The note of what no front has to know of, because the kernel sends it to none again.
+NOWHERE = _nowhere()
+
+
+class Intents:
+    """What the threads of a front note, and what those of a dead one have left.
 
     Args:
         journal: where it stands.
@@ -82,11 +155,7 @@ class Intents:
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
         self._cells = journal.cells
-        self._memory = journal.memory
         self._pack = _NOTE.pack_into
-        self.unique = 0
-        # Where the note of the thread lies that serves.
-        self._note = journal.attempt_of(0)
         # Descriptors that a dead front had opened and not noted.
         self._orphans: list[int] = []
         # What a dead front's threads noted, by the number of the request.
@@ -107,21 +176,10 @@ class Intents:
                     cells[_BACKING],
                 )
 
-    def set_aside(self, thread: int) -> tuple[int, int]:
-        """Return what is known of the request in hand, for `exchange`; from now on *thread* serves, which has none."""
-        aside = (self.unique, self._note)
-        self.unique, self._note = 0, self._journal.attempt_of(thread)
-        return aside
-
-    def exchange(self, other: tuple[int, int]) -> tuple[int, int]:
-        """Go on with the request that *other* was set aside for; return the same of the one in hand."""
-        mine = (self.unique, self._note)
-        self.unique, self._note = other
-        return mine
-
-    def finished(self) -> None:
-        """Note that the request in hand needs no note any more."""
-        self._cells[self._note + _UNIQUE] = 0
+    def note(self, thread: int) -> Note:
+        """Return the note of a thread; threads are counted from 0."""
+        journal = self._journal
+        return Note(self._cells, journal.memory, self._pack, journal.attempt_of(thread), self._left)
 
     def find_pins(self, left: set[int]) -> None:
         """Make sure that pins are among the descriptors that a dead front has *left*, and still of their files."""
@@ -148,36 +206,6 @@ class Intents:
         """The descriptors that a dead front's attempts still need."""
         return {intent.pin for intent in self._left.values() if intent.has_pin()}
 
-    def interrupted(self) -> Intent | None:
-        """Return what a dead front noted of the very request that is being served, if it did."""
-        return self._left.get(self.unique & ~RESENT) if self._left and self.unique & RESENT else None
-
-    def begin(self, number: int = 0, nodeid: int = 0, target: int = 0, pin: int = -1, victim: int = 0) -> None:
-        """Note that the request that is being served is begun; for the arguments see `Intent`."""
-        cells, note = self._cells, self._note
-        cells[note + _UNIQUE] = 0
-        started = time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
-        self._pack(self._memory, 8 * (note + _DONE), 0, started, number, nodeid, target, pin + 1, victim, 0)
-        cells[note + _UNIQUE] = self.unique
-
-    def begin_open(self, unique: int) -> None:
-        """Note that a file is being opened, which can be done again if it is known which handle it made."""
-        cells, note = self._cells, self._note
-        cells[note + _HANDLE] = 0
-        cells[note + _UNIQUE] = self.unique = unique
-
-    def done(self) -> None:
-        """Note that it is done, so that only its answer is missing."""
-        self._cells[self._note + _DONE] = 1
-
-    def made_handle(self, number: int) -> None:
-        """Note the handle that it has made."""
-        self._cells[self._note + _HANDLE] = number
-
-    def made_backing(self, backing: int) -> None:
-        """Note the kernel registration that it has made."""
-        self._cells[self._note + _BACKING] = backing
-
     def settle(self) -> None:
         """Forget what a dead front noted: all that is sent again has come."""
         for fd in self._orphans:
@@ -187,4 +215,4 @@ class Intents:
             place = self._journal.attempt_of(thread) + _UNIQUE
             if self._cells[place] & ~RESENT in self._left:
                 self._cells[place] = 0
-        self._left = {}
+        self._left.clear()

@@ -74,7 +74,7 @@ class Front:
             return len(packet)
 
         with mock.patch("os.readv", readv):
-            self.loop._lead()
+            self.loop._lead(0)
         return self.device.take()
 
     def close(self) -> None:

@@ -13,6 +13,8 @@ import pytest
 from llloop.front.inodes import ROOT
 from llloop.front.loop import Loop
 from llloop.front.preflight import Preflight
+from llloop.front.recovery.intents import NOWHERE
+from llloop.front.request import FuseRequest
 from llloop.linux import fuse
 from llloop.linux.fuse import Opcode
 from llloop.shared.journal import Journal
@@ -51,10 +53,12 @@ class Front:
             tree.inodes.count(nodeid)
 
     def ask(self, data: bytes) -> bool:
-        base = self.slots.request_offset(self.context.router.slot)
+        request = FuseRequest(self.slots.memory, NOWHERE)
+        request.slot = self.slots.free_slot()
+        base = self.slots.request_offset(request.slot)
         self.slots.memory[base : base + len(data)] = data
-        _, opcode = fuse.OPCODE.unpack_from(data)
-        return self.preflight.ask(opcode, base, len(data))
+        request.is_received(base, len(data), 1)
+        return self.preflight.ask(request)
 
     def sent(self) -> list[Request]:
         return [decode_strictly(message) for message in packets(self.reader)]

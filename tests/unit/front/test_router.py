@@ -13,7 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llloop.front.open_files import Handle
-from llloop.front.router import Exchange, Router, Task
+from llloop.front.recovery.intents import NOWHERE
+from llloop.front.request import FuseRequest
+from llloop.front.router import Exchange, Router
 from llloop.linux import fuse
 from llloop.shared.messages import MAX_MESSAGE, PIPED, Operation, Request, decode, encode
 from llloop.shared.slots import Slots
@@ -54,43 +56,67 @@ def handle(shard: int = 0, descriptor: int = 33) -> Handle:
     return Handle(descriptor, 100, shard, os.O_RDWR)
 
 
+def at_hand(router: Router, unique: int = 1) -> FuseRequest:
+    """A request that has been received."""
+    request = FuseRequest(router.slots.memory, NOWHERE)
+    request.slot = router.slots.free_slot()
+    request.unique = unique
+    return request
+
+
+def message(
+    request: FuseRequest, opened: Handle, operation: Operation, length: int = 0, offset: int = 0, flags: int = 0
+) -> Request:
+    slot, unique = request.slot, request.unique
+    return Request(operation, unique, slot, unique, opened.descriptor, offset, length, flags, nodeid=opened.nodeid)
+
+
+def submit(router: Router, opened: Handle, unique: int, operation: Operation = Operation.READ, length: int = 0) -> bool:
+    request = at_hand(router, unique)
+    return router.submit(request, opened.shard, message(request, opened, operation, length))
+
+
+def park(router: Router, opened: Handle, unique: int, operation: Operation = Operation.READ, length: int = 0) -> None:
+    request = at_hand(router, unique)
+    router.park(request, opened.shard, message(request, opened, operation, length))
+
+
 def test_a_request_reaches_the_worker_of_its_handle(router: Router, pipes: Pipes, slots: Slots) -> None:
     opened = handle(shard=1)
-    assert router.submit(Task(opened, 7, Operation.COPY_FILE_RANGE, 2**63, 5, 6, 1, 1000, 1001, (8, 9, 10)))
+    request = at_hand(router, 2**63)
+    given = router.entrust(request, opened, 7, Operation.COPY_FILE_RANGE, 5, 6, 1, 1000, 1001, (8, 9, 10))
     expected = Request(Operation.COPY_FILE_RANGE, 2**63, 0, 7, 33, 5, 6, 1, 1000, 1001, (8, 9, 10), 0, 100)
     assert pipes.take(1) == [expected]
     assert pipes.take(0) == []
     assert slots.lent_to(1) == [(0, encode(expected))]
     assert opened.lent, "else the worker would not be told of the release"
-    assert router.slot == 1
+    assert given == (0, request.taken)
+    assert request.entrusted and request.slot == 1
 
 
 def test_without_a_free_slot_it_declines(router: Router, pipes: Pipes, slots: Slots) -> None:
     for unique in range(3):
-        assert router.submit(Task(handle(), 1, Operation.READ, unique))
+        assert submit(router, handle(), unique)
     opened = handle()
-    last = router.slot
-    assert not router.submit(Task(opened, 1, Operation.READ, 3))
-    assert not opened.lent
-    assert router.slot == last == slots.free_slot(), "the request is still to be done from where it lies"
+    last = slots.free_slot()
+    assert not submit(router, opened, 3)
+    assert slots.free_slot() == last, "the request is still to be done from where it lies"
     assert len(pipes.take(0)) == len(slots.lent_to(0)) == 3
     slots.give_back(1)
-    assert router.submit(Task(opened, 1, Operation.READ, 4))
-    assert [request.slot for request in pipes.take(0)] == [last]
-    assert router.slot == 1
+    assert submit(router, opened, 4)
+    assert [request.slot for request in pipes.take(0)] == [1]
 
 
 def test_with_a_full_pipe_it_declines(router: Router, pipes: Pipes, slots: Slots) -> None:
     pipes.fill(0)
     opened = handle()
-    slot = router.slot
-    assert not router.submit(Task(opened, 1, Operation.READ, 1))
-    assert not opened.lent
-    assert router.slot == slot
+    slot = slots.free_slot()
+    assert not submit(router, opened, 1)
+    assert slots.free_slot() == slot
     assert slots.lent_to(0) == []
-    assert router.submit(Task(handle(shard=1), 1, Operation.READ, 2)), "the other worker has nothing to do with it"
+    assert submit(router, handle(shard=1), 2), "the other worker has nothing to do with it"
     pipes.take(0)
-    assert router.submit(Task(opened, 1, Operation.READ, 3))
+    assert submit(router, opened, 3)
 
 
 def test_a_release_tells_the_worker_which_handle(router: Router, pipes: Pipes) -> None:
@@ -113,9 +139,9 @@ def test_nothing_overtakes_a_release_that_waits(router: Router, pipes: Pipes) ->
     for number in range(5):
         router.release(number, handle())
     assert router.backlog
-    assert not router.submit(Task(handle(), 9, Operation.READ, 1)), "it would go into the pipe before the releases"
+    assert not submit(router, handle(), 1), "it would go into the pipe before the releases"
     pipes.take(0)
-    assert router.submit(Task(handle(), 9, Operation.READ, 2))
+    assert submit(router, handle(), 2)
     taken = pipes.take(0)
     assert [request.operation for request in taken[:-1]] == [Operation.RELEASE] * (len(taken) - 1)
     assert [number for request in taken[:-1] for number in request.extra] == [0, 1, 2, 3, 4]
@@ -145,7 +171,7 @@ def test_whatever_the_order_handles_are_used_before_their_release(steps: list[st
         for step in steps:
             if step == "submit":
                 number += 1
-                if router.submit(Task(handle(), number, Operation.READ, number)):
+                if submit(router, handle(), number):
                     submitted.append(number)
             elif step == "release" and number:
                 router.release(number, handle())
@@ -276,12 +302,10 @@ def test_an_exchange_that_cannot_be_handed_over_fails(router: Router, pipes: Pip
 
 # A worker that does nothing
 
-NOTHING = (0, 0, 0, 0, 0, ())
-
 
 def submit_or_park(router: Router, opened: Handle, unique: int) -> None:
-    if not router.submit(Task(opened, 7, Operation.READ, unique)):
-        router.park(Task(opened, 7, Operation.READ, unique, *NOTHING))
+    if not submit(router, opened, unique):
+        park(router, opened, unique)
 
 
 @pytest.fixture
@@ -306,7 +330,7 @@ def test_workers_that_hang_leave_slots_to_the_others(stuck: int) -> None:
         assert all(len(slots.lent_to(shard)) <= free + 2 for shard in range(stuck))
         # One that works gets all it can have in hand at a time.
         for unique in range(10_000, 10_000 + free // 2):
-            assert router.submit(Task(handle(shard=3), 7, Operation.READ, unique))
+            assert submit(router, handle(shard=3), unique)
 
 
 def test_parked_requests_are_handed_over_in_their_order_when_slots_come_free(
@@ -336,37 +360,36 @@ def test_parked_requests_are_handed_over_in_their_order_when_slots_come_free(
 
 def test_a_parked_payload_arrives_as_it_was(router: Router, pipes: Pipes, slots: Slots, idle: int) -> None:
     pipes.fill(0)
-    slots.payload(router.slot, 4)[:] = b"mine"
-    arguments = (handle(), 7, Operation.WRITE, 5, 0, 4, 0, 0, 0, ())
-    assert not router.submit(Task(*arguments))
-    router.park(Task(*arguments))
-    slots.payload(router.slot, 4)[:] = b"next"  # the slot is another request's now
+    slots.payload(slots.free_slot(), 4)[:] = b"mine"
+    assert not submit(router, handle(), 5, Operation.WRITE, 4)
+    park(router, handle(), 5, Operation.WRITE, 4)
+    slots.payload(slots.free_slot(), 4)[:] = b"next"  # the slot is another request's now
     pipes.take(0)
     router.wait(idle)
     (request,) = pipes.take(0)
     assert bytes(slots.payload(request.slot, 4)) == b"mine"
-    assert request.slot != router.slot
+    assert request.slot != slots.free_slot()
 
 
 def test_no_request_overtakes_a_parked_one(router: Router, pipes: Pipes) -> None:
     pipes.fill(0)
     submit_or_park(router, handle(), 1)
     pipes.take(0)
-    assert not router.submit(Task(handle(), 7, Operation.READ, 2))
-    assert router.submit(Task(handle(shard=1), 7, Operation.READ, 3))
+    assert not submit(router, handle(), 2)
+    assert submit(router, handle(shard=1), 3)
 
 
 def test_what_is_parked_is_limited(router: Router, pipes: Pipes, monkeypatch: pytest.MonkeyPatch, idle: int) -> None:
     monkeypatch.setattr("llloop.front.router._PARKED_MOST", 10_000)
     pipes.fill(0)
-    arguments = (handle(), 7, Operation.WRITE, 5, 0, 4096, 0, 0, 0, ())
-    router.park(Task(*arguments))
-    router.park(Task(*arguments))
+    arguments = (router, handle(), 5, Operation.WRITE, 4096)
+    park(*arguments)
+    park(*arguments)
     with fails(errno.ENOMEM):
-        router.park(Task(*arguments))
+        park(*arguments)
     pipes.take(0)
     router.wait(idle)
-    router.park(Task(*arguments))
+    park(*arguments)
 
 
 def test_a_request_ends_the_waiting_though_a_worker_hangs(router: Router, slots: Slots) -> None:
@@ -498,9 +521,8 @@ def test_a_small_request_goes_before_large_ones_that_are_parked(router: Router, 
     """Who reads a little does not wait for all that another writes."""
     pipes.fill(0)
     for unique in (1, 2):
-        arguments = (handle(), 7, Operation.WRITE, unique, 0, 100_000, 0, 0, 0, ())
-        assert not router.submit(Task(*arguments))
-        router.park(Task(*arguments))
+        assert not submit(router, handle(), unique, Operation.WRITE, 100_000)
+        park(router, handle(), unique, Operation.WRITE, 100_000)
     submit_or_park(router, handle(), 3)
     pipes.take(0)
     router.wait(idle)
@@ -518,8 +540,8 @@ def test_large_payloads_that_are_parked_are_not_copied(pipes: Pipes, idle: int) 
     try:
         for unique in range(6):
             content = bytes([unique]) * size
-            assert os.write(payload_pipes._pipes[router.slot][1], content) == size
-            router.entrust(Task(handle(), 7, Operation.WRITE, unique, 0, size, PIPED, 0, 0, ()))
+            assert os.write(payload_pipes._pipes[slots.free_slot()][1], content) == size
+            router.entrust(at_hand(router, unique), handle(), 7, Operation.WRITE, 0, size, PIPED)
         assert router.backlog
         assert router._parked_bytes == 0
         done: list[int] = []

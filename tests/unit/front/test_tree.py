@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llloop.front.inodes import ROOT
+from llloop.front.request import FuseRequest
 from llloop.front.requester import Requester
-from llloop.front.router import Task
 from llloop.front.tree import Changes, check_name
 from llloop.linux import fuse, syscalls
 from llloop.shared.messages import Operation, decode
@@ -405,7 +405,8 @@ def test_a_worker_is_told_of_a_release_only_if_it_may_hold_the_file(source: Sour
     assert [packets(reader) for reader in source.readers] == [[], []]
     number, _ = source.files.open(file, os.O_RDONLY, False, MYSELF)
     handle = source.context.handles.get(number)
-    source.context.router.submit(Task(handle, number, Operation.READ, 1))
+    request = FuseRequest(source.context.router.slots.memory, MYSELF.note)
+    source.context.router.entrust(request, handle, number, Operation.READ)
     source.files.release(number)
     told = [decode(message) for message in packets(source.readers[handle.shard])]
     assert [request.operation for request in told] == [Operation.READ, Operation.RELEASE]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
@@ -15,31 +14,15 @@ from tests.server_processes import wait_until
 PATIENCE = 10.0
 
 
-class InHand:
-    """One value that stands for the state of a request."""
-
-    def __init__(self) -> None:
-        self.value: Any = None
-        self.done: list[Any] = []
-
-    def set_aside(self, thread: int) -> Any:
-        aside, self.value = self.value, None
-        return aside
-
-    def exchange(self, other: Any) -> Any:
-        mine, self.value = self.value, other
-        return mine
-
-    def finished(self) -> None:
-        self.done.append(self.value)
-
-
 class Server:
     """Serves numbers from a queue. Each is one call; calls of negative numbers block until `let_go`."""
 
     def __init__(self, most: int) -> None:
-        self.in_hand = InHand()
-        self.leadership = Leadership(self.in_hand, most)
+        self.leadership = Leadership(most)
+        self.leadership.set_aside = self._set_aside
+        self.at_hand: int | None = None
+        self.aside: list[int | None] = []
+        self.finished: list[int] = []
         self.requests: queue.Queue[int | None] = queue.Queue()
         self.served: list[int] = []
         self.postponed: list[int] = []
@@ -49,23 +32,28 @@ class Server:
         self._thread = threading.Thread(target=self.leadership.run, args=(self._serve,))
         self._thread.start()
 
-    def _serve(self) -> bool:
+    def _set_aside(self) -> None:
+        self.aside.append(self.at_hand)
+        self.at_hand = None
+
+    def _serve(self, thread: int) -> bool:
         while True:
             request = self.leadership.wait(self.requests.get)
             if request is None:
                 return True
             self._at_work += 1
             assert self._at_work == 1, "two threads are at work at a time"
-            self.in_hand.value = request
+            self.at_hand = request
             self._at_work -= 1
             try:
                 self.leadership.call(self._do, request)
                 self.leadership.call(lambda: None)
-                assert self.in_hand.value == request
                 self.served.append(request)
             except Postponed:
                 self.postponed.append(request)
-            if self.leadership.stalled and self.leadership.must_leave():
+            if self.leadership.stalled and not self.leadership.leads:
+                self.finished.append(request)
+                self.leadership.leave()
                 return False
 
     def _do(self, request: int) -> None:
@@ -122,7 +110,8 @@ def test_other_requests_are_served_while_a_call_blocks(server: Server) -> None:
     server.let_go(-1)
     assert wait_until(lambda: -1 in server.served)
     assert wait_until(lambda: server.leadership.stalled == 0)
-    assert sorted(server.in_hand.done) == [-2, -1], "what belonged to each came back to it"
+    assert server.aside == [-1, -2]
+    assert sorted(server.finished) == [-2, -1]
 
 
 def test_stalled_threads_serve_again(server: Server) -> None:

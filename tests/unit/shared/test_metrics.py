@@ -180,7 +180,6 @@ def test_loop_does_not_count_requests_of_workers(
     slots = source.context.router.slots
     ((slot, _),) = slots.lent_to(source.context.handles.get(number).shard)
     assert slots.metrics.begun[slot] > 0
-    assert source.context.router.taken == slots.metrics.begun[slot]
     slots.give_back(slot)
 
 

@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 import struct
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from llloop.config import Cache
 from llloop.front.handlers import files as native_files
 from llloop.front.handlers import handler_table
 from llloop.front.inodes import ROOT
+from llloop.front.request import FuseRequest
 from llloop.linux import fuse
 from llloop.linux.fuse import Opcode
 from llloop.shared.messages import APPEND, BUFFERED, INVALIDATE, KILL_PRIVILEGES, Operation, Request, decode
@@ -74,16 +76,20 @@ class Kernel:
         self.device = device
         self.table = handler_table(source.context, device.fd)
         self.unique = 0x7000000000000000
+        self.now = 0
+        self.request = FuseRequest(source.context.router.slots.memory, source.context.intents.note(0))
 
     def send(self, opcode: Opcode, nodeid: int, body: bytes = b"", who: tuple[int, int] = ME) -> None:
         self.unique += 2
-        router = self.source.context.router
-        base = router.slots.request_offset(router.slot)
+        slots, request = self.source.context.router.slots, self.request
+        request.slot = slots.free_slot()
+        base = slots.request_offset(request.slot)
         length = 40 + len(body)
         header = struct.pack("=IIQQIIIHH", length, opcode, self.unique, nodeid, *who, 1, 0, 0)
         # What an earlier request left behind must not be taken for part of this one.
-        router.slots.memory[base : base + length + 64] = header + body + b"\xa5" * 64
-        self.table[opcode](base, length)
+        slots.memory[base : base + length + 64] = header + body + b"\xa5" * 64
+        request.is_received(base, length, self.now or time.monotonic_ns())
+        self.table[opcode](request)
 
     def ask(self, opcode: Opcode, nodeid: int, body: bytes = b"", who: tuple[int, int] = ME) -> Reply:
         self.send(opcode, nodeid, body, who)
@@ -408,7 +414,6 @@ def test_a_directory_is_listed_whole_and_once(source: Source, kernel: Kernel, pl
 def test_attributes_just_asked_for_one_by_one_do_not_come_again_with_the_listing(
     source: Source, kernel: Kernel
 ) -> None:
-    router = source.context.router
     for number in range(10):
         (source.path / f"file{number}").write_text("")
 
@@ -423,10 +428,10 @@ def test_attributes_just_asked_for_one_by_one_do_not_come_again_with_the_listing
         return {name for name, nodeid in listed().items() if nodeid}
 
     everything = {b"file%d" % number for number in range(10)}
-    router.taken = 1_000_000_000_000
+    kernel.now = 1_000_000_000_000
     kernel.lookup(b"file0")
     assert told() == everything, "one name looked up says nothing about the others"
-    router.taken += 5_000_000_000
+    kernel.now += 5_000_000_000
     for number in range(7):
         kernel.lookup(b"file%d" % number)
     (source.path / "new").write_text("")
@@ -439,7 +444,7 @@ def test_attributes_just_asked_for_one_by_one_do_not_come_again_with_the_listing
     }
     assert before == after, "what the kernel was not told of is not counted"
     assert told() == set(), "the kernel has them all"
-    router.taken += 1_100_000_000
+    kernel.now += 1_100_000_000
     assert told() == everything | {b"new"}, "what it has is too old to be used"
 
 
@@ -515,7 +520,7 @@ def test_data_requests_go_to_the_worker(source: Source, kernel: Kernel, file: in
     router = source.context.router
 
     def sent(opcode: Opcode, body: bytes, who: tuple[int, int] = (1000, 1001)) -> Request:
-        slot = router.slot
+        slot = router.slots.free_slot()
         kernel.send(opcode, file, body, who)
         (request,) = kernel.handed_over()
         assert request[:5] == (request[0], kernel.unique, slot, handle, opened.descriptor)
@@ -587,7 +592,7 @@ def test_io_past_a_direct_descriptor_says_so(source: Source, kernel: Kernel, fil
     except OSError:
         pytest.skip("the temporary directory's file system has no O_DIRECT")
     for flags, expected in ((os.O_RDWR | os.O_DIRECT, 0), (os.O_RDWR, BUFFERED)):
-        slot = source.context.router.slot
+        slot = source.context.router.slots.free_slot()
         opened = source.context.handles.get(handle)
         opened.read_flags = opened.write_flags = None
         kernel.send(Opcode.WRITE, file, struct.pack("=QQIIQII", handle, 0, 1, 0, 0, flags, 0) + b"x")

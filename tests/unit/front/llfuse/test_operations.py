@@ -137,7 +137,8 @@ class Faulty:
     """A mirror in which every part fails with what nobody expects, but for what is counted."""
 
     def __init__(self, slots: Slots) -> None:
-        self.router = SimpleNamespace(slots=slots, taken=0)
+        self.router = SimpleNamespace(slots=slots)
+        self.request = SimpleNamespace(taken=0)
         self.calls = 0
         self.closing: list[int] = []
 

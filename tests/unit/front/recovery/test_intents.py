@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llloop.front.recovery.intents import Intents
+from llloop.front.recovery.intents import Intents, Note
 from llloop.linux.fuse import FUSE_UNIQUE_RESEND
 from llloop.linux.syscalls import fstatx
 from llloop.shared.journal import Journal
@@ -23,19 +23,19 @@ def journal() -> Iterator[Journal]:
     close_ledger(own)
 
 
-def begun(journal: Journal, unique: int = 42, **noted: int) -> Intents:
-    """A front that has begun a request."""
-    intents = Intents(journal)
-    intents.unique = unique
-    intents.begin(**noted)
-    return intents
+def begun(journal: Journal, unique: int = 42, **noted: int) -> Note:
+    """The note of a front that has begun a request."""
+    note = Intents(journal).note(0)
+    note.unique = unique
+    note.begin(**noted)
+    return note
 
 
-def again(journal: Journal, unique: int) -> Intents:
-    """The next front, which serves a request."""
-    intents = Intents(heir(journal))
-    intents.unique = unique
-    return intents
+def again(journal: Journal, unique: int) -> Note:
+    """The note of the next front, which serves a request."""
+    note = Intents(heir(journal)).note(0)
+    note.unique = unique
+    return note
 
 
 def test_what_was_noted_is_found_by_the_request_itself(journal: Journal) -> None:
@@ -72,32 +72,38 @@ def test_a_request_that_was_interrupted_twice_is_found(journal: Journal) -> None
 
 
 def test_a_new_note_says_nothing_of_the_one_before(journal: Journal) -> None:
-    intents = begun(journal, number=1, nodeid=2, target=3, pin=4, victim=5)
-    intents.made_handle(6)
-    intents.done()
-    intents.unique = 43
-    intents.begin()
+    note = begun(journal, number=1, nodeid=2, target=3, pin=4, victim=5)
+    note.made_handle(6)
+    note.done()
+    note.unique = 43
+    note.begin()
     left = again(journal, 43 | FUSE_UNIQUE_RESEND).interrupted()
     assert left is not None
     assert (left.done, *left[2:8]) == (False, 0, 0, 0, -1, 0, 0)
-    intents.made_handle(6)
-    intents.begin_open(44)
+    note.made_handle(6)
+    note.unique = 44
+    note.begin_open()
     left = again(journal, 44 | FUSE_UNIQUE_RESEND).interrupted()
     assert left is not None and left.handle == 0
 
 
 def test_the_next_front_forgets_it_when_all_has_come(journal: Journal) -> None:
     begun(journal)
-    intents = again(journal, 42 | FUSE_UNIQUE_RESEND)
+    intents = Intents(heir(journal))
+    note = intents.note(0)
+    note.unique = 42 | FUSE_UNIQUE_RESEND
+    assert note.interrupted() is not None
     intents.settle()
-    assert intents.interrupted() is None
+    assert note.interrupted() is None
     assert again(journal, 42 | FUSE_UNIQUE_RESEND).interrupted() is None
 
 
 def test_it_does_not_forget_its_own(journal: Journal) -> None:
     begun(journal)
-    intents = again(journal, 43)
-    intents.begin(number=5)
+    intents = Intents(heir(journal))
+    note = intents.note(0)
+    note.unique = 43
+    note.begin(number=5)
     intents.settle()
     left = again(journal, 43 | FUSE_UNIQUE_RESEND).interrupted()
     assert left is not None and left.number == 5
@@ -108,12 +114,12 @@ def test_a_file_made_after_the_beginning_may_be_its_own(journal: Journal, tmp_pa
     now = time.time_ns()
     while time.clock_gettime_ns(5) <= now:
         time.sleep(0.001)
-    intents = begun(journal)
+    note = begun(journal)
     new = fstatx_of(tmp_path / "new")
     left = again(journal, 42 | FUSE_UNIQUE_RESEND).interrupted()
     assert left is not None
     assert left.made(new) and not left.made(old)
-    intents.done()
+    note.done()
     left = again(journal, 42 | FUSE_UNIQUE_RESEND).interrupted()
     assert left is not None and left.made(attributes(ctime=(0, 0)))
 
@@ -132,13 +138,13 @@ def test_a_pin_counts_only_while_it_is_of_its_file(journal: Journal, tmp_path: P
         (tmp_path / name).write_text(name)
     pin = os.open(tmp_path / "file", os.O_PATH)
     begun(journal, pin=pin, victim=os.fstat(pin).st_ino)
-    assert again(journal, 0).left_pins == {pin}
+    assert Intents(heir(journal)).left_pins == {pin}
     other = os.open(tmp_path / "other", os.O_PATH)
     os.dup2(other, pin)
-    assert again(journal, 0).left_pins == set()
+    assert Intents(heir(journal)).left_pins == set()
     os.close(pin)
     os.close(other)
-    assert again(journal, 0).left_pins == set()
+    assert Intents(heir(journal)).left_pins == set()
 
 
 def test_of_orphans_only_what_is_open_for_data_is_taken_and_the_rest_is_closed(
