@@ -1,4 +1,4 @@
-"""What `llloop status`, `llloop stats` and `llloop control` tell of mounts, and do to them."""
+"""`llloop status`, `llloop stats` and `llloop control`, with real mounts."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def counted(server: Server, operation: str, what: str = "requests") -> int:
 # Counters
 
 
-def test_requests_are_counted_once_each(serve: Serve) -> None:
+def test_each_request_is_counted_once(serve: Serve) -> None:
     server = serve("--workers", "2")
     before = ask(server, "stats")["operations"]
     for number in range(10):
@@ -126,7 +126,7 @@ def test_errors_are_counted(serve: Serve) -> None:
     assert sum(operations["LOOKUP"]["errnos"].values()) <= 1
 
 
-def test_what_the_mount_holds_is_counted_up_and_down(serve: Serve) -> None:
+def test_inodes_and_handles_are_counted(serve: Serve) -> None:
     server = serve()
     before = ask(server, "stats")
     (server.source / "directory").mkdir()
@@ -159,7 +159,7 @@ def test_cache_decisions_are_counted(serve: Serve) -> None:
 
 
 @pytest.mark.by_workers
-def test_counters_outlive_a_worker(serve: Serve) -> None:
+def test_counters_survive_a_worker(serve: Serve) -> None:
     server = serve("--workers", "1")
     server.expect_log("llloop-worker-0 was killed by signal 9")
     (server.mountpoint / "file").write_bytes(bytes(LARGE))
@@ -174,7 +174,7 @@ def test_counters_outlive_a_worker(serve: Serve) -> None:
 
 
 @pytest.mark.own_loop
-def test_counters_outlive_the_front(serve: Serve) -> None:
+def test_counters_survive_the_front(serve: Serve) -> None:
     server = serve("--workers", "1")
     server.expect_log("llloop-front was killed by signal 9")
     for number in range(7):
@@ -190,7 +190,7 @@ def test_counters_outlive_the_front(serve: Serve) -> None:
 
 @pytest.mark.by_workers
 @pytest.mark.own_loop
-def test_the_queue_is_what_a_worker_has_not_answered(serve: Serve) -> None:
+def test_queue_is_the_number_of_unanswered_requests(serve: Serve) -> None:
     server = serve("--workers", "1")
     (worker,) = workers(server).values()
     (server.source / "file").write_bytes(bytes(LARGE))
@@ -213,7 +213,7 @@ def test_the_queue_is_what_a_worker_has_not_answered(serve: Serve) -> None:
 # status
 
 
-def test_status_of_one(serve: Serve, via: str) -> None:
+def test_status_of_one_mount(serve: Serve, via: str) -> None:
     server = serve("--workers", "2", "--read-only", "--fsname", "photos")
     found = status(server)
     assert found["state"] == "serving"
@@ -236,7 +236,7 @@ def test_status_of_one(serve: Serve, via: str) -> None:
     assert re.search(r"worker-1 +\d+", text.stdout)
 
 
-def test_status_of_all(serve: Serve) -> None:
+def test_status_of_all_mounts(serve: Serve) -> None:
     servers = [serve(), serve()]
     ended = llloop("status", "--json")
     # Others may serve on this machine, and may be dead.
@@ -247,7 +247,7 @@ def test_status_of_all(serve: Serve) -> None:
         assert found[str(server.mountpoint)]["visible"] is True
 
 
-def test_a_stopped_front_is_noticed(serve: Serve) -> None:
+def test_stopped_front_is_reported(serve: Serve) -> None:
     server = serve()
     front = ask(server, "stats")["front"]["pid"]
     os.kill(front, signal.SIGSTOP)
@@ -264,7 +264,7 @@ def test_a_stopped_front_is_noticed(serve: Serve) -> None:
     assert status(server)["state"] == "serving"
 
 
-def test_a_stopped_worker_is_a_problem(serve: Serve) -> None:
+def test_stopped_worker_is_reported(serve: Serve) -> None:
     server = serve("--workers", "2")
     assert status(server)["problems"] == []
     pid = workers(server)["llloop-worker-1"]
@@ -279,7 +279,7 @@ def test_a_stopped_worker_is_a_problem(serve: Serve) -> None:
     assert wait_until(lambda: status(server)["state"] == "serving")
 
 
-def test_what_auto_came_to_is_told(serve: Serve, via: str) -> None:
+def test_status_shows_what_auto_resolved_to(serve: Serve, via: str) -> None:
     server = serve("--cache", "auto", "--io", "auto", "--metadata", "auto", "--entry-timeout", "3")
     in_force = status(server)["in_force"]
     assert in_force["io"] == ("kernel" if "passthrough" in server.output.read_text() else "workers")
@@ -297,7 +297,7 @@ def problems(server: Server) -> str:
     return "; ".join(found["problems"])
 
 
-def test_a_source_that_is_gone_or_replaced_is_a_problem(serve: Serve) -> None:
+def test_removed_or_replaced_source_is_reported(serve: Serve) -> None:
     server = serve("--workers", "1")
     moved = server.source.with_name("moved")
     assert problems(server) == ""
@@ -314,7 +314,7 @@ def test_a_source_that_is_gone_or_replaced_is_a_problem(serve: Serve) -> None:
 
 
 @pytest.mark.root
-def test_a_source_whose_file_system_is_gone_is_a_problem(serve: Serve, tmp_path: Path) -> None:
+def test_unmounted_source_is_reported(serve: Serve, tmp_path: Path) -> None:
     with filesystems.tmpfs(tmp_path, "size=1m") as source:
         server = serve("--workers", "1", source=source)
         with filesystems.tmpfs(tmp_path, "size=2m"):
@@ -327,7 +327,7 @@ def test_a_source_whose_file_system_is_gone_is_a_problem(serve: Serve, tmp_path:
 
 
 @pytest.mark.root
-def test_a_frozen_source_is_a_problem_and_nobody_waits_for_it(serve: Serve, tmp_path: Path) -> None:
+def test_frozen_source_is_reported_without_waiting(serve: Serve, tmp_path: Path) -> None:
     with filesystems.ext4(tmp_path) as source:
         server = serve("--workers", "1", source=source)
         assert problems(server) == ""
@@ -357,7 +357,7 @@ def kill_all(server: Server) -> None:
     assert wait_until(lambda: server.processes() == [])
 
 
-def test_a_dead_mount_is_shown_as_dead(serve: Serve) -> None:
+def test_dead_mount_is_shown_as_dead(serve: Serve) -> None:
     server = serve()
     kill_all(server)
     try:
@@ -375,7 +375,7 @@ def test_a_dead_mount_is_shown_as_dead(serve: Serve) -> None:
 
 
 @pytest.mark.parametrize("command", [("status",), ("stats",), ("control", "reload")])
-def test_what_is_no_mount_of_llloop(command: tuple[str, ...], tmp_path: Path) -> None:
+def test_commands_refuse_other_file_systems(command: tuple[str, ...], tmp_path: Path) -> None:
     name, *more = command
     for place, reason in (
         (tmp_path, "nothing is mounted there"),
@@ -388,7 +388,7 @@ def test_what_is_no_mount_of_llloop(command: tuple[str, ...], tmp_path: Path) ->
 
 
 @pytest.mark.root
-def test_another_user_sees_that_it_exists_and_no_more(serve: Serve) -> None:
+def test_another_user_only_sees_that_the_mount_exists(serve: Serve) -> None:
     server = serve()
 
     def look(command: str) -> tuple[int, str]:
@@ -415,7 +415,7 @@ def test_another_user_sees_that_it_exists_and_no_more(serve: Serve) -> None:
 # stats
 
 
-def test_the_table(serve: Serve) -> None:
+def test_table_of_statistics(serve: Serve) -> None:
     server = serve("--workers", "2")
     (server.mountpoint / "file").write_bytes(bytes(LARGE))
     (server.mountpoint / "file").read_bytes()
@@ -426,7 +426,7 @@ def test_the_table(serve: Serve) -> None:
     assert re.search(r"^ *worker-1 +\d+", ended.stdout, re.MULTILINE)
 
 
-def test_watching_shows_each_interval(serve: Serve) -> None:
+def test_watch_shows_each_interval(serve: Serve) -> None:
     server = serve()
     watcher = subprocess.Popen(
         [sys.executable, "-m", "llloop", "stats", str(server.mountpoint), "--json", "--watch", "0.2"],
@@ -490,8 +490,8 @@ def exported(*arguments: str | Path) -> dict[tuple[str, tuple[tuple[str, str], .
     return samples_in(ended.stdout)
 
 
-def test_everyday_use_makes_no_errors(serve: Serve) -> None:
-    """What can be alerted on must not happen in a mount in which all is well."""
+def test_everyday_use_counts_no_errors(serve: Serve) -> None:
+    """Alerts must not fire for a healthy mount."""
     server = serve("--workers", "1")
     place = server.mountpoint
     (place / "directory").mkdir()
@@ -520,7 +520,7 @@ def test_everyday_use_makes_no_errors(serve: Serve) -> None:
 
 
 @pytest.mark.root
-def test_errors_are_told_by_errno(serve: Serve, tmp_path: Path) -> None:
+def test_errors_are_counted_by_errno(serve: Serve, tmp_path: Path) -> None:
     with filesystems.tmpfs(tmp_path, "size=1m") as source:
         server = serve("--workers", "1", "--io", "workers", source=source)
         with opened(server.mountpoint / "file", os.O_WRONLY | os.O_CREAT | os.O_DIRECT) as fd, pytest.raises(OSError):
@@ -534,7 +534,7 @@ def test_errors_are_told_by_errno(serve: Serve, tmp_path: Path) -> None:
         server.stop()
 
 
-def test_all_mounts_are_in_one_export_and_the_dead_are_down(serve: Serve, tmp_path: Path) -> None:
+def test_export_contains_all_mounts_and_dead_ones_are_down(serve: Serve, tmp_path: Path) -> None:
     living, dead = serve("--workers", "1"), serve("--workers", "1")
     file = tmp_path / "all.prom"
     kill_all(dead)
@@ -560,7 +560,7 @@ def test_all_mounts_are_in_one_export_and_the_dead_are_down(serve: Serve, tmp_pa
         dead.clean_up()
 
 
-def test_a_stopped_front_is_down(serve: Serve) -> None:
+def test_stopped_front_is_exported_as_down(serve: Serve) -> None:
     server = serve("--workers", "1")
     front = ask(server, "stats")["front"]["pid"]
     itself = (("mountpoint", str(server.mountpoint)),)
@@ -573,7 +573,7 @@ def test_a_stopped_front_is_down(serve: Serve) -> None:
         os.kill(front, signal.SIGCONT)
 
 
-def test_prometheus_can_read_it(serve: Serve, tmp_path: Path) -> None:
+def test_export_is_valid_prometheus_format(serve: Serve, tmp_path: Path) -> None:
     server = serve("--workers", "2")
     for number in range(3):
         os.mkdir(server.mountpoint / f"{number}")
@@ -594,7 +594,7 @@ def test_prometheus_can_read_it(serve: Serve, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["llloop.prom"]
 
 
-def test_bad_options_of_stats(serve: Serve, tmp_path: Path) -> None:
+def test_invalid_options_of_stats(serve: Serve, tmp_path: Path) -> None:
     server = serve()
     for arguments, code, reason in (
         (["--json", "--prometheus"], 2, "exclude each other"),
@@ -609,7 +609,7 @@ def test_bad_options_of_stats(serve: Serve, tmp_path: Path) -> None:
         assert len(ended.output.splitlines()) == 1
 
 
-def test_the_names_of_the_world_are_shown_safely(serve: Serve, tmp_path: Path) -> None:
+def test_untrusted_names_are_escaped(serve: Serve, tmp_path: Path) -> None:
     source = tmp_path / os.fsdecode(b"[red]caf\xe9\x1b[31m\n")
     source.mkdir()
     server = serve("--fsname", "x", source=source)
@@ -629,7 +629,7 @@ def test_the_names_of_the_world_are_shown_safely(serve: Serve, tmp_path: Path) -
 # control
 
 
-def test_reload_replaces_the_workers_and_nobody_notices(serve: Serve) -> None:
+def test_reload_replaces_the_workers_without_errors(serve: Serve) -> None:
     server = serve("--workers", "2")
     before = workers(server)
     with opened(server.mountpoint / "file", os.O_RDWR | os.O_CREAT) as fd:
@@ -644,7 +644,7 @@ def test_reload_replaces_the_workers_and_nobody_notices(serve: Serve) -> None:
     assert status(server)["state"] == "serving"
 
 
-def test_sighup_reloads_and_opens_the_log_again(serve: Serve) -> None:
+def test_sighup_reloads_and_reopens_the_log(serve: Serve) -> None:
     server = serve("--workers", "1")
     old = server.log.with_name("log.1")
     server.log.rename(old)
@@ -654,8 +654,8 @@ def test_sighup_reloads_and_opens_the_log_again(serve: Serve) -> None:
     assert "reload" not in old.read_text()
 
 
-def test_a_terminal_that_is_closed_ends_the_mount(tmp_path: Path) -> None:
-    """Its SIGHUP is no wish to reload."""
+def test_sighup_of_a_closed_terminal_ends_the_mount(tmp_path: Path) -> None:
+    """It does not mean a reload."""
     (tmp_path / "src").mkdir()
     mountpoint = tmp_path / "mnt"
     mountpoint.mkdir()
@@ -689,7 +689,7 @@ def test_stop(serve: Serve) -> None:
 
 
 @pytest.mark.by_workers
-def test_the_log_level_changes_in_every_process(serve: Serve) -> None:
+def test_log_level_changes_in_each_process(serve: Serve) -> None:
     server = serve("--workers", "1", "--log-level", "error")
     server.expect_log("was killed by signal 9", required=False)
     ask(server, "log-level", level="info")
@@ -706,7 +706,7 @@ def test_the_log_level_changes_in_every_process(serve: Serve) -> None:
     assert "was killed" not in server.log.read_text()
 
 
-def test_bad_control_commands(serve: Serve) -> None:
+def test_invalid_control_commands(serve: Serve) -> None:
     server = serve()
     for arguments in (["log-level"], ["reload", "debug"], ["nonsense"], ["log-level", "loud"]):
         assert CliRunner().invoke(main, ["control", str(server.mountpoint), *arguments]).exit_code == 2
@@ -716,7 +716,7 @@ def test_bad_control_commands(serve: Serve) -> None:
         ask(server, "nonsense")
 
 
-def test_garbage_in_the_socket_harms_nothing(serve: Serve) -> None:
+def test_invalid_messages_to_the_socket_are_harmless(serve: Serve) -> None:
     server = serve("--workers", "1")
     path = socket_of(server)
     assert os.stat(path).st_mode & 0o777 == 0o600
@@ -743,14 +743,14 @@ def test_garbage_in_the_socket_harms_nothing(serve: Serve) -> None:
     assert wait_until(lambda: status(server)["state"] == "serving")
 
 
-def test_nothing_is_left_of_the_socket(serve: Serve) -> None:
+def test_socket_is_removed_at_the_end(serve: Serve) -> None:
     server = serve()
     path = socket_of(server)
     server.stop()
     assert not os.path.exists(path)
 
 
-def test_a_killed_supervisor_leaves_no_socket(serve: Serve) -> None:
+def test_killed_supervisor_leaves_no_socket(serve: Serve) -> None:
     server = serve()
     server.expect_log("the supervisor has died")
     path = socket_of(server)
@@ -762,7 +762,7 @@ def test_a_killed_supervisor_leaves_no_socket(serve: Serve) -> None:
     server.clean_up()
 
 
-def test_a_mount_without_a_socket_serves_all_the_same(serve: Serve, tmp_path: Path) -> None:
+def test_mount_serves_without_a_control_socket(serve: Serve, tmp_path: Path) -> None:
     if os.geteuid() == 0:
         pytest.skip("root can always make one in /run/llloop")
     (tmp_path / "llloop").touch()
@@ -773,7 +773,7 @@ def test_a_mount_without_a_socket_serves_all_the_same(serve: Serve, tmp_path: Pa
 # Logs
 
 
-def test_every_process_tells_what_it_is_doing(serve: Serve) -> None:
+def test_each_process_dumps_its_stacks(serve: Serve) -> None:
     server = serve("--workers", "2", "--log-level", "error")
     os.kill(server.pid, signal.SIGUSR2)
     for role, module in (
@@ -790,7 +790,7 @@ def test_every_process_tells_what_it_is_doing(serve: Serve) -> None:
     (server.mountpoint / "file").write_bytes(bytes(LARGE))
 
 
-def test_a_process_that_is_stopped_does_not_keep_the_others_from_telling(serve: Serve) -> None:
+def test_stopped_process_does_not_prevent_other_stack_dumps(serve: Serve) -> None:
     server = serve("--workers", "1")
     (pid,) = workers(server).values()
     os.kill(pid, signal.SIGSTOP)
@@ -806,7 +806,7 @@ def test_a_process_that_is_stopped_does_not_keep_the_others_from_telling(serve: 
 
 
 class Manager:
-    """Stands for systemd: hears what the server has to say."""
+    """Replaces systemd: receives the server's notifications."""
 
     def __init__(self, directory: Path) -> None:
         self.address = str(directory / "notify")
@@ -829,7 +829,7 @@ class Manager:
         self.heard.clear()
 
 
-def test_the_service_manager_is_told(serve: Serve, tmp_path: Path) -> None:
+def test_service_manager_is_notified(serve: Serve, tmp_path: Path) -> None:
     manager = Manager(tmp_path)
     server = serve("--workers", "1", env={"NOTIFY_SOCKET": manager.address})
     assert manager.hears("READY=1")
@@ -846,7 +846,7 @@ def test_the_service_manager_is_told(serve: Serve, tmp_path: Path) -> None:
     manager.socket.close()
 
 
-def test_the_watchdog_hears_only_of_a_front_that_answers(serve: Serve, tmp_path: Path) -> None:
+def test_watchdog_is_notified_only_while_the_front_answers(serve: Serve, tmp_path: Path) -> None:
     manager = Manager(tmp_path)
     server = serve(
         "--workers", "1", "--cache", "never", env={"NOTIFY_SOCKET": manager.address, "WATCHDOG_USEC": "400000"}
@@ -871,7 +871,7 @@ def test_the_watchdog_hears_only_of_a_front_that_answers(serve: Serve, tmp_path:
     manager.socket.close()
 
 
-def test_a_mount_inside_a_program_does_not_speak_for_the_program(tmp_path: Path) -> None:
+def test_library_mount_does_not_notify_the_service_manager(tmp_path: Path) -> None:
     manager = Manager(tmp_path)
     (tmp_path / "src").mkdir()
     (tmp_path / "mnt").mkdir()
@@ -900,7 +900,7 @@ def switches(server: Server) -> dict[str, int]:
 
 
 @pytest.mark.mounted
-def test_nobody_wakes_up_where_nothing_happens(serve: Serve) -> None:
+def test_idle_server_does_not_wake_up(serve: Serve) -> None:
     server = serve("--workers", "2")
     (server.mountpoint / "file").write_bytes(bytes(LARGE))
 

@@ -1,4 +1,4 @@
-"""setattr: mode, owner, size and times, by name and by descriptor, on every kind of file."""
+"""setattr: mode, owner, size and times, by name and by descriptor, for each file type."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_fchmod(tree: Tree) -> None:
         assert stat.S_IMODE(os.stat(tree.src / "file").st_mode) == 0o600 + flags
 
 
-def test_chmod_of_a_fifo_and_of_what_a_symlink_points_to(tree: Tree) -> None:
+def test_chmod_of_a_fifo_and_of_a_symlinks_target(tree: Tree) -> None:
     os.mkfifo(tree.mnt / "fifo")
     (tree.mnt / "file").touch()
     os.symlink("file", tree.mnt / "symlink")
@@ -61,7 +61,7 @@ def test_chmod_of_a_fifo_and_of_what_a_symlink_points_to(tree: Tree) -> None:
     assert os.lstat(tree.mnt / "symlink").st_mode == before
 
 
-def test_chmod_moves_the_change_time_only(tree: Tree) -> None:
+def test_chmod_updates_only_the_change_time(tree: Tree) -> None:
     (tree.src / "file").touch()
     before = os.stat(tree.mnt / "file")
     time.sleep(0.02)
@@ -72,7 +72,7 @@ def test_chmod_moves_the_change_time_only(tree: Tree) -> None:
     same_status(tree.mnt / "file", tree.src / "file")
 
 
-def test_chmod_of_the_mount_s_root(tree: Tree) -> None:
+def test_chmod_of_the_root(tree: Tree) -> None:
     before = stat.S_IMODE(os.stat(tree.server.source).st_mode)
     try:
         os.chmod(tree.server.mountpoint, 0o705)
@@ -83,7 +83,7 @@ def test_chmod_of_the_mount_s_root(tree: Tree) -> None:
 
 
 @pytest.mark.root
-def test_chown_both_or_either(tree: Tree) -> None:
+def test_chown_of_owner_and_group(tree: Tree) -> None:
     (tree.mnt / "file").touch()
     (tree.mnt / "directory").mkdir()
     for name in ("file", "directory"):
@@ -101,7 +101,7 @@ def test_chown_both_or_either(tree: Tree) -> None:
 
 
 @pytest.mark.root
-def test_chown_of_a_symlink_and_of_what_it_points_to(tree: Tree) -> None:
+def test_chown_of_a_symlink_and_its_target(tree: Tree) -> None:
     (tree.mnt / "file").touch()
     os.symlink("file", tree.mnt / "symlink")
     os.symlink("nowhere", tree.mnt / "dangling")
@@ -125,7 +125,7 @@ def test_fchown(tree: Tree) -> None:
 
 @pytest.mark.user
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may do all this")
-def test_what_an_ordinary_user_may_not_change(tree: Tree) -> None:
+def test_forbidden_changes_by_an_ordinary_user(tree: Tree) -> None:
     (tree.mnt / "file").touch()
     with fails(errno.EPERM):
         os.chown(tree.mnt / "file", 0, -1)
@@ -159,15 +159,15 @@ def test_ftruncate(tree: Tree, size: int) -> None:
     assert (tree.src / "file").read_bytes() == expected
 
 
-def test_truncate_by_name_while_it_is_open_for_reading(tree: Tree) -> None:
-    """The server must not go through a descriptor that it has and that may not write."""
+def test_truncate_by_name_while_open_for_reading(tree: Tree) -> None:
+    """The server must not use a descriptor that is open for reading only."""
     (tree.mnt / "file").write_bytes(b"0123456789")
     with opened(tree.mnt / "file", os.O_RDONLY) as descriptor:
         os.truncate(tree.mnt / "file", 4)
         assert os.pread(descriptor, 100, 0) == (tree.src / "file").read_bytes() == b"0123"
 
 
-def test_ftruncate_of_a_file_that_is_open_for_writing_only(tree: Tree) -> None:
+def test_ftruncate_of_a_write_only_descriptor(tree: Tree) -> None:
     (tree.mnt / "file").write_bytes(b"0123456789")
     with opened(tree.mnt / "file", os.O_WRONLY) as descriptor:
         # The mode no longer lets anybody open it: only the handle can do it.
@@ -176,7 +176,7 @@ def test_ftruncate_of_a_file_that_is_open_for_writing_only(tree: Tree) -> None:
     assert os.stat(tree.src / "file").st_size == 4
 
 
-def test_what_was_cut_off_does_not_come_back(tree: Tree) -> None:
+def test_truncated_data_does_not_reappear(tree: Tree) -> None:
     content = pattern(20_000)
     with opened(tree.mnt / "file", os.O_RDWR | os.O_CREAT) as descriptor:
         os.write(descriptor, content)
@@ -187,7 +187,7 @@ def test_what_was_cut_off_does_not_come_back(tree: Tree) -> None:
 
 
 @pytest.mark.at_once("the kernel takes its own word for sizes and times of a file that it knows")
-def test_truncate_moves_the_times_as_natively(tree: Tree) -> None:
+def test_truncate_updates_the_times(tree: Tree) -> None:
     for size in (5, 10, 20):
         moved = []
         for path in (tree.src / "reference", tree.mnt / "file"):
@@ -199,7 +199,7 @@ def test_truncate_moves_the_times_as_natively(tree: Tree) -> None:
         same_status(tree.mnt / "file", tree.src / "file")
 
 
-def test_truncate_of_the_wrong_thing(tree: Tree) -> None:
+def test_truncate_errors(tree: Tree) -> None:
     (tree.mnt / "directory").mkdir()
     (tree.mnt / "file").write_bytes(b"12345")
     with fails(errno.EISDIR):
@@ -213,7 +213,7 @@ def test_truncate_of_the_wrong_thing(tree: Tree) -> None:
     assert os.stat(tree.src / "file").st_size == 5
 
 
-def test_truncate_to_more_than_the_source_can_hold(tree: Tree) -> None:
+def test_truncate_beyond_the_maximum_file_size(tree: Tree) -> None:
     (tree.src / "reference").touch()
     (tree.src / "file").touch()
     largest = 2**63 - 1
@@ -251,7 +251,7 @@ def test_times_of_an_open_file(tree: Tree) -> None:
         same_status(tree.mnt / "file", tree.src / "file")
 
 
-def test_times_set_after_a_write_stay(tree: Tree) -> None:
+def test_times_set_after_a_write_are_kept(tree: Tree) -> None:
     with opened(tree.mnt / "file", os.O_CREAT | os.O_WRONLY) as descriptor:
         os.write(descriptor, b"copied")
         os.utime(descriptor, ns=(111, 222))
@@ -319,7 +319,7 @@ def test_times_of_a_fifo_without_opening_it(tree: Tree) -> None:
     same_status(tree.mnt / "fifo", tree.src / "fifo")
 
 
-def test_changes_by_a_descriptor_that_is_only_a_path(tree: Tree) -> None:
+def test_changes_through_an_o_path_descriptor(tree: Tree) -> None:
     (tree.mnt / "file").write_bytes(b"0123456789")
     with opened(tree.mnt / "file", os.O_PATH) as descriptor:
         os.rename(tree.mnt / "file", tree.mnt / "moved")
@@ -331,7 +331,7 @@ def test_changes_by_a_descriptor_that_is_only_a_path(tree: Tree) -> None:
     assert (tree.src / "moved").read_bytes() == b"012"
 
 
-def test_several_fields_at_once_as_open_with_trunc_does(tree: Tree) -> None:
+def test_open_with_o_trunc_sets_several_fields(tree: Tree) -> None:
     (tree.mnt / "file").write_bytes(b"0123456789")
     os.utime(tree.mnt / "file", ns=(1, 1))
     with opened(tree.mnt / "file", os.O_WRONLY | os.O_TRUNC):

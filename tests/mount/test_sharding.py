@@ -1,4 +1,4 @@
-"""Every file's data I/O goes to one worker, different files' to different ones, and an administrator can see it."""
+"""One worker does all I/O of a file, other workers that of other files, and administrators can observe it."""
 
 import mmap
 import os
@@ -49,7 +49,7 @@ def test_processes_are_named_in_ps(serve: Serve) -> None:
 
 
 @pytest.mark.by_workers
-def test_an_open_file_is_held_by_exactly_one_worker(serve: Serve) -> None:
+def test_open_file_is_held_by_one_worker(serve: Serve) -> None:
     server = serve("--workers", "4")
     for number in range(8):
         name = f"file{number}"
@@ -74,7 +74,7 @@ def test_an_open_file_is_held_by_exactly_one_worker(serve: Serve) -> None:
 
 
 @pytest.mark.by_workers
-def test_io_of_many_files_is_spread_over_the_workers(serve: Serve) -> None:
+def test_io_of_many_files_is_distributed(serve: Serve) -> None:
     count, shards = 240, 4
     server = serve("--workers", str(shards))
     files = [os.open(server.mountpoint / f"file{number}", os.O_RDWR | os.O_CREAT) for number in range(count)]
@@ -96,7 +96,7 @@ def test_io_of_many_files_is_spread_over_the_workers(serve: Serve) -> None:
     assert min(len(paths) for paths in held.values()) >= 30, {title: len(paths) for title, paths in held.items()}
 
 
-def test_descriptors_are_given_back_after_close(serve: Serve) -> None:
+def test_descriptors_are_closed_after_close(serve: Serve) -> None:
     server = serve("--workers", "2")
     # The supervisor has nothing of files, and now and then something of its own.
     processes = {title: pid for title, pid in titles(server).items() if title != "llloop-supervisor"}
@@ -120,8 +120,8 @@ def test_descriptors_are_given_back_after_close(serve: Serve) -> None:
 
 
 @pytest.mark.own_loop
-def test_the_front_never_touches_the_bytes_of_a_large_read(serve: Serve) -> None:
-    """The worker moves them from the file to the kernel; the front reads the request and no more."""
+def test_front_does_not_touch_data_of_large_reads(serve: Serve) -> None:
+    """The worker moves the data from the file to the kernel; the front only reads the request."""
     server = serve("--workers", "2")
     size = 64 << 20
     with open(server.source / "file", "wb") as file:
@@ -134,7 +134,7 @@ def test_the_front_never_touches_the_bytes_of_a_large_read(serve: Serve) -> None
     assert bytes_moved(front) - before < size // 32
 
 
-def test_one_worker_is_enough(serve: Serve) -> None:
+def test_single_worker(serve: Serve) -> None:
     server = serve("--workers", "1")
     (server.mountpoint / "file").write_bytes(PIECE)
     assert (server.mountpoint / "file").read_bytes() == PIECE
@@ -142,8 +142,8 @@ def test_one_worker_is_enough(serve: Serve) -> None:
 
 
 @pytest.mark.by_workers
-def test_counters_tell_who_did_what(serve: Serve) -> None:
-    """SIGUSR1 has every worker's requests and bytes logged, and what the front holds."""
+def test_sigusr1_logs_counters(serve: Serve) -> None:
+    """SIGUSR1 logs the requests and bytes of each worker, and the front's state."""
     server = serve("--workers", "4")
     for number in range(16):
         with opened(server.mountpoint / f"file{number}", os.O_RDWR | os.O_CREAT | os.O_DIRECT) as fd:

@@ -1,4 +1,4 @@
-"""One user cannot take what all share: descriptors of the server."""
+"""Descriptors of the server are shared among users: one user cannot take all."""
 
 import os
 import signal
@@ -115,7 +115,7 @@ def try_while(child: Child[Any], server: Server, *more: Callable[[], None]) -> A
     return result
 
 
-def test_who_opens_all_he_may_is_refused_and_nobody_else(server: Server) -> None:
+def test_only_the_user_with_too_many_open_files_is_refused(server: Server) -> None:
     own = server.mountpoint / str(GREEDY.uid)
     count, why, listed, _ = try_while(Child(open_all, own, caller=GREEDY), server)
     assert why == "EMFILE"
@@ -124,7 +124,7 @@ def test_who_opens_all_he_may_is_refused_and_nobody_else(server: Server) -> None
     assert wait_until(lambda: run_as(GREEDY, _error, (own / "file0").read_bytes) is None)
 
 
-def test_who_holds_many_removed_files_loses_the_oldest(server: Server) -> None:
+def test_oldest_removed_files_of_a_user_are_closed(server: Server) -> None:
     own = server.mountpoint / str(GREEDY.uid)
     seen = try_while(Child(hold_removed_files, own, caller=GREEDY), server)
     kept = [number for number in seen if number is not None]
@@ -133,7 +133,7 @@ def test_who_holds_many_removed_files_loses_the_oldest(server: Server) -> None:
 
 
 @pytest.mark.own_loop
-def test_shares_are_known_to_the_next_front(server: Server) -> None:
+def test_shares_survive_the_front(server: Server) -> None:
     server.expect_log("llloop-front was killed by signal 9")
 
     def kill_front() -> None:

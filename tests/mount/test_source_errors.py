@@ -1,4 +1,4 @@
-"""What goes wrong in the source arrives as the error that it is: each made real by a small file system."""
+"""Errors of the source reach the caller with their errno; small file systems produce each error."""
 
 import contextlib
 import errno
@@ -93,7 +93,9 @@ def holds_pattern(path: Path, piece: int, size: int) -> bool:
 @pytest.mark.at_once("errors of collected writes are told at fsync or close")
 @pytest.mark.root
 @pytest.mark.parametrize("piece", [100, 4096, 65_536, 3 * MIB], ids=["100", "4k", "64k", "3m"])
-def test_a_full_source_says_so_and_keeps_what_it_took(scratch: Path, serving: Callable[..., Any], piece: int) -> None:
+def test_full_source_gives_enospc_and_keeps_written_data(
+    scratch: Path, serving: Callable[..., Any], piece: int
+) -> None:
     with tmpfs(scratch / "full", "size=2m") as source, serving(source) as server:
         path = server.mountpoint / "file"
         taken, why = write_until_it_fails(path, piece)
@@ -110,7 +112,7 @@ def test_a_full_source_says_so_and_keeps_what_it_took(scratch: Path, serving: Ca
 
 @pytest.mark.at_once("errors of collected writes are told at fsync or close")
 @pytest.mark.root
-def test_a_full_source_refuses_every_way_to_fill_it(scratch: Path, serving: Callable[..., Any]) -> None:
+def test_full_source_refuses_each_way_to_add_data(scratch: Path, serving: Callable[..., Any]) -> None:
     def try_all(directory: Path) -> dict[str, Any]:
         def mapped_hole() -> None:
             with opened(directory / "hole", os.O_RDWR) as fd:
@@ -167,10 +169,8 @@ def test_a_full_source_refuses_every_way_to_fill_it(scratch: Path, serving: Call
 @pytest.mark.own_loop
 @pytest.mark.by_workers
 @pytest.mark.parametrize("how", ["mapping", "writeback"])
-def test_cached_data_that_fits_only_partly_is_not_lost_silently(
-    scratch: Path, serving: Callable[..., Any], how: str
-) -> None:
-    """The kernel takes a short write of its cache for a whole one."""
+def test_loss_of_cached_data_is_reported(scratch: Path, serving: Callable[..., Any], how: str) -> None:
+    """The kernel treats a short write of its cache as complete."""
     size, room = 400_000, 60 * mmap.PAGESIZE
     content = pattern(size)
 
@@ -207,8 +207,8 @@ def fill_up(path: Path) -> None:
 @pytest.mark.own_loop
 @pytest.mark.by_workers
 @pytest.mark.parametrize("mode", ["", "--writeback", "--cache never"])
-def test_who_stored_what_is_lost_is_told_at_close(scratch: Path, serving: Callable[..., Any], mode: str) -> None:
-    """Also if somebody else, or a copy of the descriptor, was closed before and has been told."""
+def test_loss_of_stored_data_is_reported_at_close(scratch: Path, serving: Callable[..., Any], mode: str) -> None:
+    """Even if another process, or a duplicate of the descriptor, was closed before and got the error."""
     with tmpfs(scratch / "full", "size=1m") as source, serving(source, *mode.split()) as server:
         server.expect_log("file: data from a mapping .* could not be written and is lost: No space left")
         path = server.mountpoint / "file"
@@ -232,7 +232,7 @@ def test_who_stored_what_is_lost_is_told_at_close(scratch: Path, serving: Callab
 
 
 @pytest.mark.root
-def test_a_source_without_inodes_refuses_new_files(scratch: Path, serving: Callable[..., Any]) -> None:
+def test_source_without_free_inodes_gives_enospc(scratch: Path, serving: Callable[..., Any]) -> None:
     def try_all(directory: Path) -> dict[str, Any]:
         return outcomes(
             {
@@ -298,10 +298,10 @@ WAYS_TO_FILL: dict[str, Callable[[int, int], None]] = {
 @pytest.mark.root
 @pytest.mark.own_loop
 @pytest.mark.parametrize("options", [[], ["--io=kernel"], ["--writeback"], ["--cache=never"]], ids=str)
-def test_what_is_reserved_for_root_is_not_for_users(
+def test_users_cannot_use_blocks_reserved_for_root(
     scratch: Path, serving: Callable[..., Any], options: list[str]
 ) -> None:
-    """Whoever writes on a user's behalf as root must not eat what ext4 keeps back for root."""
+    """A write on a user's behalf must not use the blocks that ext4 reserves for root."""
     user = Caller(4001, 4001)
     image = make_image(scratch / "image", 16 * MIB, "ext4", "-F", "-m", "20", "-O", "^has_journal")
     with mounted(image, scratch / "source", "-o", "loop,nodelalloc") as source, serving(source, *options) as server:
@@ -342,7 +342,7 @@ def test_what_is_reserved_for_root_is_not_for_users(
 @pytest.mark.own_loop
 @pytest.mark.at_once("errors of collected writes are told at fsync or close")
 @pytest.mark.parametrize("options", [[], ["--io=kernel"]], ids=str)
-def test_what_is_reserved_for_a_group_of_the_server_is_not_for_users(
+def test_users_cannot_use_blocks_reserved_for_the_servers_group(
     scratch: Path, serve: Serve, options: list[str]
 ) -> None:
     image = make_image(scratch / "image", 16 * MIB, "ext4", "-F", "-m", "20", "-O", "^has_journal")
@@ -359,10 +359,10 @@ def test_what_is_reserved_for_a_group_of_the_server_is_not_for_users(
 
 @pytest.mark.root
 @pytest.mark.parametrize("kind", ["own", "of root"])
-def test_names_and_attributes_of_users_take_no_reserved_blocks(
+def test_names_and_xattrs_of_users_use_no_reserved_blocks(
     scratch: Path, serving: Callable[..., Any], kind: str
 ) -> None:
-    """In directories of the user, and in those of root that the user may write to."""
+    """In directories of the user, and in directories of root in which the user may write."""
     user = Caller(4001, 4001)
 
     def take_blocks(directory: Path) -> dict[str, Any]:
@@ -407,7 +407,7 @@ def test_names_and_attributes_of_users_take_no_reserved_blocks(
 
 @pytest.mark.at_once("errors of collected writes are told at fsync or close")
 @pytest.mark.root
-def test_an_exceeded_quota_says_so(scratch: Path, serving: Callable[..., Any]) -> None:
+def test_exceeded_quota_gives_edquot(scratch: Path, serving: Callable[..., Any]) -> None:
     """btrfs counts for root too, and its limit is set by one command."""
     image = make_image(scratch / "image", 128 * MIB, "btrfs")
     with mounted(image, scratch / "limited", "-o", "loop") as source:
@@ -427,8 +427,8 @@ def test_an_exceeded_quota_says_so(scratch: Path, serving: Callable[..., Any]) -
 
 @pytest.mark.at_once("errors of collected writes are told at fsync or close")
 @pytest.mark.root
-def test_a_file_beyond_the_sources_limit_is_too_big(scratch: Path, serving: Callable[..., Any]) -> None:
-    """ext4 ends at 16 TiB, long before the limit that FUSE knows of."""
+def test_file_beyond_the_maximum_size_gives_efbig(scratch: Path, serving: Callable[..., Any]) -> None:
+    """The limit of ext4 is 16 TiB, far below FUSE's own."""
 
     def try_all(directory: Path) -> dict[str, Any]:
         path = directory / "file"
@@ -459,7 +459,7 @@ def test_a_file_beyond_the_sources_limit_is_too_big(scratch: Path, serving: Call
         assert (found["write beyond"], found["ftruncate"], found["just below"]) == ("EFBIG", "EFBIG", 1)
 
 
-def test_the_callers_own_limit_of_file_size_holds(tree: Tree) -> None:
+def test_file_size_limit_of_the_caller_applies(tree: Tree) -> None:
     def limited(path: Path) -> list[Any]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -477,8 +477,8 @@ def test_the_callers_own_limit_of_file_size_holds(tree: Tree) -> None:
     assert run_as(Caller(), limited, tree.mnt / "mounted") == expected
 
 
-def test_a_file_over_the_servers_limit_of_size_does_not_kill_it(tree: Tree) -> None:
-    """A write at the very end of what the source can hold is an error for the caller and for nobody else."""
+def test_maximum_offset_does_not_kill_the_server(tree: Tree) -> None:
+    """A write at the largest possible offset is an error for the caller only."""
     with opened(tree.mnt / "file", os.O_RDWR | os.O_CREAT) as fd:
         native = os.open(tree.src / "native", os.O_RDWR | os.O_CREAT)
         try:
@@ -529,7 +529,7 @@ def fill(directory: Path) -> None:
 
 
 @pytest.mark.root
-def test_a_source_that_is_mounted_read_only(scratch: Path, serving: Callable[..., Any]) -> None:
+def test_read_only_source(scratch: Path, serving: Callable[..., Any]) -> None:
     image = make_image(scratch / "image", 16 * MIB, "ext4", "-F")
     with mounted(image, scratch / "there", "-o", "loop") as source:
         fill(source)
@@ -540,8 +540,8 @@ def test_a_source_that_is_mounted_read_only(scratch: Path, serving: Callable[...
 
 
 @pytest.mark.root
-def test_a_source_that_becomes_read_only_while_served(scratch: Path, serving: Callable[..., Any]) -> None:
-    """As ext4 does by itself after an error."""
+def test_source_that_becomes_read_only(scratch: Path, serving: Callable[..., Any]) -> None:
+    """As ext4 does after an error."""
     with ext4(scratch, 16 * MIB) as source, serving(source) as server:
         fill(source)
         assert (server.mountpoint / "file").read_bytes() == b"content"
@@ -553,7 +553,7 @@ def test_a_source_that_becomes_read_only_while_served(scratch: Path, serving: Ca
 
 
 @pytest.mark.mounted
-def test_the_option_read_only(serving: Callable[..., Any], tmp_path: Path) -> None:
+def test_read_only_option(serving: Callable[..., Any], tmp_path: Path) -> None:
     fill(tmp_path)
     with serving(tmp_path, "--read-only") as server:
         found = change_everything(server.mountpoint)
@@ -565,8 +565,8 @@ def test_the_option_read_only(serving: Callable[..., Any], tmp_path: Path) -> No
 
 
 @pytest.mark.root
-def test_an_unreadable_disk_gives_eio_and_the_mount_lives(scratch: Path, serving: Callable[..., Any]) -> None:
-    """The image's second half is cut off under the file system: blocks there cannot be read."""
+def test_unreadable_disk_gives_eio(scratch: Path, serving: Callable[..., Any]) -> None:
+    """The second half of the image is cut off, so its blocks cannot be read."""
     image = scratch / "ext4.image"
     with ext4(scratch, 64 * MIB, "-b", "4096") as source:
         (source / "good").write_bytes(pattern(100_000))
@@ -599,8 +599,8 @@ def read_at(path: Path, size: int, offset: int) -> bytes:
 
 @pytest.mark.root
 @pytest.mark.parametrize("how", ["fsync", "fdatasync", "O_SYNC", "msync"])
-def test_a_disk_that_cannot_be_written_fails_fsync(scratch: Path, serving: Callable[..., Any], how: str) -> None:
-    """The image lies on a full tmpfs: write succeeds into the page cache, and only fsync can tell of the loss."""
+def test_unwritable_disk_fails_fsync(scratch: Path, serving: Callable[..., Any], how: str) -> None:
+    """The image is on a full tmpfs: write(2) succeeds into the page cache, and fsync(2) reports the loss."""
     with tmpfs(scratch / "backing", "size=6m") as backing:
         image = make_image(backing / "image", 64 * MIB, "ext4", "-F", "-m", "0", "-O", "^has_journal", "-b", "4096")
         with mounted(image, scratch / "there", "-o", "loop") as source, serving(source) as server:
@@ -631,8 +631,8 @@ def test_a_disk_that_cannot_be_written_fails_fsync(scratch: Path, serving: Calla
             assert server.alive()
 
 
-def test_errors_of_devices_and_ioctls_are_the_usual_ones(tree: Tree) -> None:
-    """An ioctl that nobody knows must be refused, not answered with a broken mount."""
+def test_errors_of_devices_and_ioctls(tree: Tree) -> None:
+    """An unknown ioctl must fail with ENOTTY, not harm the mount."""
     (tree.src / "file").write_bytes(b"content")
     with opened(tree.mnt / "file", os.O_RDWR) as fd:
         assert outcome(lambda: fcntl.ioctl(fd, 0x5401, bytes(64))) == "ENOTTY"
@@ -648,7 +648,7 @@ def test_errors_of_devices_and_ioctls_are_the_usual_ones(tree: Tree) -> None:
         pytest.param(["--writeback"], id="writeback", marks=pytest.mark.by_workers),
     ],
 )
-def test_an_append_only_file_of_the_source_grows_by_what_is_appended(
+def test_append_only_file_can_be_appended_to(
     scratch: Path, serving: Callable[..., Any], via: str, options: list[str]
 ) -> None:
     """Such a file (chattr +a) appends whatever is written, also a page that the kernel had filled up with old data."""
@@ -670,8 +670,8 @@ def test_an_append_only_file_of_the_source_grows_by_what_is_appended(
 
 
 @pytest.mark.root
-def test_a_copy_up_of_an_overlay_leaves_what_is_open_as_it_is(scratch: Path, serving: Callable[..., Any]) -> None:
-    """The first change of a file moves it to the upper directory, where it has another time of birth."""
+def test_overlay_copy_up_keeps_open_files(scratch: Path, serving: Callable[..., Any]) -> None:
+    """The first change of a file moves it to the upper directory, where it has another birth time."""
     below = scratch / "below"
     (below / "directory").mkdir(parents=True)
     (below / "directory" / "file").write_bytes(b"content")

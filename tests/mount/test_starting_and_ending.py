@@ -1,4 +1,4 @@
-"""What a server is started in and what comes between its beginning and its end: surroundings that are not as usual."""
+"""Start and end of a server in unusual environments."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def test_closed_standard_descriptors(place: Ground, closed: str) -> None:
     assert (place.mountpoint / "file").read_text() == "content"
 
 
-def test_refusals_are_told_by_their_code_without_standard_descriptors(place: Ground) -> None:
+def test_exit_codes_without_standard_descriptors(place: Ground) -> None:
     place.source.rmdir()
     assert in_background(place, "sh", "-c", '"$@" <&- >&- 2>&-', "sh").returncode == SOURCE
 
 
 @pytest.mark.root
-def test_shared_memory_of_the_machine_is_not_needed(place: Ground) -> None:
+def test_dev_shm_is_not_needed(place: Ground) -> None:
     hide = 'mount --bind /mnt /dev/shm && mount -o remount,bind,ro /dev/shm && exec "$@"'
     source = place.state / "source"
     source.mkdir()
@@ -85,7 +85,7 @@ def test_shared_memory_of_the_machine_is_not_needed(place: Ground) -> None:
     assert (source / "file").read_text() == "content\n"
 
 
-def test_a_working_directory_that_is_gone(place: Ground) -> None:
+def test_removed_working_directory(place: Ground) -> None:
     gone = place.state / "gone"
     for arguments, code in (
         (("serve", "src", "mnt"), SOURCE),
@@ -107,7 +107,7 @@ def test_too_few_open_files(place: Ground, limit: int) -> None:
     assert "ulimit -n" in complaint
 
 
-def test_no_room_for_a_thread(place: Ground) -> None:
+def test_thread_limit_reached(place: Ground) -> None:
     if resource.getrlimit(resource.RLIMIT_STACK)[1] != resource.RLIM_INFINITY:
         pytest.skip("the stack's hard limit is too low")
     # 8 TB for each, of which there are fewer than that in an address space with a limit.
@@ -117,7 +117,7 @@ def test_no_room_for_a_thread(place: Ground) -> None:
 
 @pytest.mark.root
 @pytest.mark.parametrize("workers", [1, 16])
-def test_as_many_open_files_as_are_said_to_be_needed_will_do(place: Ground, workers: int) -> None:
+def test_documented_open_file_limit_suffices(place: Ground, workers: int) -> None:
     from llloop.linux.limits import needed_descriptors
 
     command = [sys.executable, "-m", "llloop", "serve", f"--workers={workers}"]
@@ -143,7 +143,7 @@ def test_as_many_open_files_as_are_said_to_be_needed_will_do(place: Ground, work
 # A source that is not as it should be
 
 
-def test_a_source_whose_server_is_gone(place: Ground, serve: Serve) -> None:
+def test_dead_mount_as_source(place: Ground, serve: Serve) -> None:
     lower = serve("--workers=1")
     os.listdir(lower.mountpoint)
     kill_all_at_once(lower)
@@ -160,8 +160,8 @@ def test_a_source_whose_server_is_gone(place: Ground, serve: Serve) -> None:
 # One mount after the other
 
 
-def test_a_server_that_ends_leaves_its_successors_mount_alone(place: Ground) -> None:
-    """It is slow, and the kernel has given its device number and mount ID to the next one meanwhile."""
+def test_ending_server_does_not_unmount_its_successor(place: Ground) -> None:
+    """It ends slowly, and the kernel has given its device number and mount ID to the next mount meanwhile."""
     assert in_background(place).returncode == 0
     old = int((place.state / "pid").read_text())
     os.kill(old, signal.SIGSTOP)
@@ -191,8 +191,8 @@ while True:
 
 
 @pytest.mark.parametrize("how", ["umount", "SIGTERM"])
-def test_who_looks_at_a_mount_does_not_keep_it(place: Ground, how: str) -> None:
-    """As monitors do: each look makes it busy for some microseconds."""
+def test_statfs_in_a_loop_does_not_prevent_unmount(place: Ground, how: str) -> None:
+    """Monitoring programs do this; each call makes the mount busy for some microseconds."""
     assert in_background(place).returncode == 0
     pid = int((place.state / "pid").read_text())
     looker = subprocess.Popen([sys.executable, "-c", LOOKER, place.mountpoint], stdout=subprocess.PIPE)
@@ -210,7 +210,7 @@ def test_who_looks_at_a_mount_does_not_keep_it(place: Ground, how: str) -> None:
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
-def test_a_mount_ends_where_a_renamed_directory_has_taken_it(place: Ground, end: signal.Signals) -> None:
+def test_unmount_after_rename_of_a_parent_directory(place: Ground, end: signal.Signals) -> None:
     above = place.state / "above"
     mountpoint = above / "mnt"
     mountpoint.mkdir(parents=True)
@@ -234,7 +234,7 @@ def test_a_mount_ends_where_a_renamed_directory_has_taken_it(place: Ground, end:
 IGNORING = "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
 
 
-def test_children_are_waited_for_where_sigchld_is_ignored(place: Ground) -> None:
+def test_ignored_sigchld(place: Ground) -> None:
     prefix = [sys.executable, "-c", IGNORING]
     assert llloop("serve", "--check", place.source, place.mountpoint, prefix=prefix).code == 0
     done = in_background(place, *prefix)
@@ -248,7 +248,7 @@ def test_children_are_waited_for_where_sigchld_is_ignored(place: Ground) -> None
 # serve --check
 
 
-def test_check_refuses_what_serve_refuses_and_changes_nothing(place: Ground) -> None:
+def test_check_refuses_what_serve_refuses(place: Ground) -> None:
     log, pid_file = place.state / "a log", place.state / "a pid file"
     files = ("--log-file", log, "--pid-file", pid_file)
     ended = place.serve("--check", *files)
@@ -269,7 +269,7 @@ def test_check_refuses_what_serve_refuses_and_changes_nothing(place: Ground) -> 
 
 
 @pytest.mark.parametrize("option", ["--log-file", "--pid-file"])
-def test_check_looks_where_a_link_leads(place: Ground, option: str) -> None:
+def test_check_follows_symlinks(place: Ground, option: str) -> None:
     link, unwritable = place.state / "link", place.state / "unwritable"
     unwritable.mkdir(mode=0o555)
     prefix = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o ro none "$0"; exec "$@"', unwritable]
@@ -281,7 +281,7 @@ def test_check_looks_where_a_link_leads(place: Ground, option: str) -> None:
         link.unlink()
 
 
-def test_check_for_a_restart(place: Ground) -> None:
+def test_check_restart(place: Ground) -> None:
     assert in_background(place).returncode == 0
     check_complaint(place.serve("--check"), MOUNTPOINT, "already mounted there")
     assert place.serve("--check-restart").code == 0

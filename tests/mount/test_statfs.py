@@ -1,4 +1,4 @@
-"""statfs: how much room there is."""
+"""statfs(2)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def constant(status: os.statvfs_result) -> dict[str, int]:
     return {name: getattr(status, name) for name in CONSTANT}
 
 
-def test_the_source_s_numbers(tree: Tree) -> None:
+def test_statfs_equals_the_source(tree: Tree) -> None:
     (tree.mnt / "file").touch()
     for name in ("", "file"):
         mounted, native = os.statvfs(tree.mnt / name), os.statvfs(tree.src / name)
@@ -36,7 +36,7 @@ def test_the_source_s_numbers(tree: Tree) -> None:
 
 
 @pytest.mark.root
-def test_what_is_written_is_missing_from_the_room(serve: Serve, tmp_path: Path) -> None:
+def test_written_data_reduces_the_free_space(serve: Serve, tmp_path: Path) -> None:
     with tmpfs(tmp_path / "small", "size=16m") as source:
         server = serve(source=source)
         try:
@@ -58,7 +58,7 @@ def test_df(tree: Tree) -> None:
 
 
 @pytest.mark.root
-def test_a_file_system_below_the_source_tells_its_own_room(serve: Serve, tmp_path: Path, via: str) -> None:
+def test_statfs_of_a_file_system_below_the_source(serve: Serve, tmp_path: Path, via: str) -> None:
     if via == "llfuse":
         pytest.skip("llfuse does not say of which inode")
     (tmp_path / "source" / "below").mkdir(parents=True)

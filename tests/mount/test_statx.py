@@ -1,4 +1,4 @@
-"""statx: what stat does not tell, the time of birth above all."""
+"""statx(2), mainly the birth time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def source_has_birth_times(tree: Tree) -> bool:
     return bool(statx(tree.src).stx_mask & STATX_BTIME)
 
 
-def test_the_basic_fields(tree: Tree) -> None:
+def test_basic_fields(tree: Tree) -> None:
     (tree.mnt / "file").write_bytes(b"x" * 5000)
     os.symlink("file", tree.mnt / "symlink")
     for name in ("file", "symlink", ""):
@@ -36,7 +36,7 @@ def test_the_basic_fields(tree: Tree) -> None:
 
 @pytest.mark.own_loop
 @birth_times
-def test_the_time_of_birth(tree: Tree) -> None:
+def test_birth_time(tree: Tree) -> None:
     if not source_has_birth_times(tree):
         pytest.skip("the source keeps no time of birth")
     before = time.time_ns() - 10**8
@@ -53,7 +53,7 @@ def test_the_time_of_birth(tree: Tree) -> None:
 
 @pytest.mark.own_loop
 @birth_times
-def test_the_time_of_birth_stays(tree: Tree) -> None:
+def test_birth_time_does_not_change(tree: Tree) -> None:
     if not source_has_birth_times(tree):
         pytest.skip("the source keeps no time of birth")
     (tree.mnt / "file").write_bytes(b"1")

@@ -1,4 +1,4 @@
-"""A worker that is stopped, or hangs in a dead source, stops its own files and nothing else."""
+"""A worker that is stopped, or hangs in a dead source, blocks only its own files."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def all_works(path: Path) -> None:
 
 
 @pytest.mark.at_once("the kernel sends 64 collected writes at a time, whichever workers these wait for")
-def test_a_stopped_worker_stops_no_other(serve: Serve) -> None:
+def test_stopped_worker_does_not_block_others(serve: Serve) -> None:
     server = serve(*WORKERS)
     owners = files_by_worker(server)
     (stopped, theirs), (_, others) = sorted(owners.items())
@@ -131,8 +131,8 @@ def test_a_stopped_worker_stops_no_other(serve: Serve) -> None:
 
 
 @pytest.mark.at_once("collected writes and read-ahead are 64 at a time, whichever workers these wait for")
-def test_many_readers_who_wait_for_a_stopped_worker_stop_no_other(serve: Serve) -> None:
-    """The kernel lets so many read ahead at a time, and these must not all be those who wait."""
+def test_many_readers_of_a_stopped_worker_do_not_block_others(serve: Serve) -> None:
+    """The kernel limits background requests; readers of the stopped worker must not use them all."""
     server = serve(*WORKERS)
     stopped, _ = sorted(workers(server))
     others = next(paths for owner, paths in files_by_worker(server).items() if owner != stopped)
@@ -156,7 +156,7 @@ def test_many_readers_who_wait_for_a_stopped_worker_stop_no_other(serve: Serve) 
 
 
 @pytest.mark.at_once("a collected write does not wait for its answer")
-def test_a_dead_source_does_not_stop_the_front(serve: Serve) -> None:
+def test_hanging_source_does_not_block_the_front(serve: Serve) -> None:
     """Data below SRC does not come any more: SRC is another mount, whose worker is stopped.
 
     There are more requests than slots, and the front must not try its own hand at what is too much for the workers.

@@ -1,4 +1,4 @@
-"""A supervisor that is killed leaves neither a process nor a dead mount behind."""
+"""A killed supervisor leaves neither a process nor a dead mount."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def check_nothing_is_left(server: Server) -> None:
     assert os.listdir(server.mountpoint) == [], "the plain directory is there again"
 
 
-def test_an_idle_mount_is_detached(serve: Serve) -> None:
+def test_idle_mount_is_detached(serve: Serve) -> None:
     server = serve("--workers", "2")
     (server.mountpoint / "file").write_bytes(bytes(LARGE))
     server.expect_log(DETACHED)
@@ -50,8 +50,8 @@ def test_an_idle_mount_is_detached(serve: Serve) -> None:
 
 
 @pytest.mark.at_once("a collected write does not wait for its answer")
-def test_a_mount_in_use_is_detached(serve: Serve) -> None:
-    """Who has something open there, or works in it, is told so, and keeps nobody from mounting anew."""
+def test_mount_in_use_is_detached(serve: Serve) -> None:
+    """Processes that use the mount get errors, and do not prevent a new mount."""
     server = serve("--workers", "1")
     content = b"content"
     (server.source / "directory").mkdir()
@@ -84,7 +84,7 @@ def test_a_mount_in_use_is_detached(serve: Serve) -> None:
 
 @pytest.mark.at_once("a collected write does not wait for its answer")
 @pytest.mark.by_workers
-def test_a_request_in_flight_ends_with_an_error(serve: Serve) -> None:
+def test_request_in_flight_gets_an_error(serve: Serve) -> None:
     server = serve("--workers", "1")
     server.expect_log(DETACHED)
     fd = os.open(server.mountpoint / "file", os.O_RDWR | os.O_CREAT)
@@ -101,7 +101,7 @@ def test_a_request_in_flight_ends_with_an_error(serve: Serve) -> None:
 
 
 @pytest.mark.root
-def test_what_was_mounted_in_its_place_stays(serve: Serve) -> None:
+def test_another_mount_at_the_same_path_stays(serve: Serve) -> None:
     server = serve("--workers", "1")
     subprocess.run(["mount", "-t", "tmpfs", "none", server.mountpoint], check=True, timeout=10)
     try:
@@ -114,7 +114,7 @@ def test_what_was_mounted_in_its_place_stays(serve: Serve) -> None:
         server.clean_up()
 
 
-def test_the_keeper_is_replaced_when_it_dies(serve: Serve) -> None:
+def test_keeper_is_replaced_when_it_dies(serve: Serve) -> None:
     server = serve("--workers", "1")
     server.expect_log("llloop-keeper was killed by signal 9; a new process takes over")
     server.expect_log(DETACHED)

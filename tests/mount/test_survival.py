@@ -1,7 +1,4 @@
-"""What a killed process of the server costs those who use the mount: what README's "When something dies" says, no more.
-
-Their successors have to do what was begun, once and not twice. `tests/chaos` kills at random, and at every moment.
-"""
+"""The effects of a killed process on users of the mount, as documented."""
 
 from __future__ import annotations
 
@@ -86,10 +83,8 @@ def replace_front(server: Server) -> None:
 @pytest.mark.by_workers
 @pytest.mark.parametrize("fate", ["goes on", "is killed"])
 @pytest.mark.parametrize("deaths", [1, 5])
-def test_a_dead_front_s_request_reaches_its_file_and_no_other(
-    resending: Callable[..., Server], fate: str, deaths: int
-) -> None:
-    """A worker has it in hand and stands still while fronts come and go, more than one request may ever kill."""
+def test_request_of_a_dead_front_reaches_its_file(resending: Callable[..., Server], fate: str, deaths: int) -> None:
+    """A worker has the request and is stopped while more fronts die than one request may kill."""
     # It is not to be asked about names, for nobody would be told any.
     server = resending("--workers", "1", "--metadata", "front")
     server.expect_log(DEATH_OF_THE_FRONT)
@@ -129,8 +124,8 @@ def test_a_dead_front_s_request_reaches_its_file_and_no_other(
 
 
 @pytest.mark.own_loop
-def test_keeper_and_front_may_die_in_turn(resending: Callable[..., Server]) -> None:
-    """Files without a name pass from one to the other and back."""
+def test_keeper_and_front_die_in_turn(resending: Callable[..., Server]) -> None:
+    """Unlinked open files pass from one to the other and back."""
     server = resending("--workers", "1")
     server.expect_log(DEATH_OF_THE_FRONT)
     server.expect_log("llloop-keeper was killed by signal 9")
@@ -149,8 +144,8 @@ def test_keeper_and_front_may_die_in_turn(resending: Callable[..., Server]) -> N
 
 @pytest.mark.own_loop
 @pytest.mark.timeout(120)
-def test_fronts_that_die_at_once_again_and_again(resending: Callable[..., Server]) -> None:
-    """Each is killed as soon as it shows; they come after pauses then, which the log says once for each length."""
+def test_fronts_that_die_immediately(resending: Callable[..., Server]) -> None:
+    """Each is killed as soon as it appears. The pauses before a new front grow; each length is logged once."""
     server = resending("--workers", "1")
     server.expect_log(DEATH_OF_THE_FRONT)
     server.expect_log("llloop-front was killed by signal 9 again; the next try is in", required=False)
@@ -180,7 +175,7 @@ def make_and_remove(directory: Path, times: int) -> int:
 
 @pytest.mark.own_loop
 @pytest.mark.by_workers
-def test_a_worker_that_stands_still_stops_no_other_shard(serve: Serve) -> None:
+def test_stopped_worker_does_not_block_other_shards(serve: Serve) -> None:
     server = serve("--workers", "4", "--cache", "never", "--metadata", "front")
     stopped, *_ = process_ids(server, "worker")
     files = [server.mountpoint / f"{number}" for number in range(24)]
@@ -203,8 +198,8 @@ def test_a_worker_that_stands_still_stops_no_other_shard(serve: Serve) -> None:
 
 @pytest.mark.root
 @pytest.mark.own_loop
-def test_a_full_source_and_dying_processes(resending: Callable[..., Server], tmp_path: Path) -> None:
-    """What does not fit is refused, whoever died meanwhile; what does fit afterwards is taken."""
+def test_full_source_and_dying_processes(resending: Callable[..., Server], tmp_path: Path) -> None:
+    """Data without space is refused, whichever process dies; later data with space is accepted."""
     server = resending("--workers", "1", "--cache", "never")
     server.expect_log(DEATH_OF_THE_FRONT)
     server.expect_log(DEATH_OF_A_WORKER)
@@ -234,8 +229,8 @@ def test_a_full_source_and_dying_processes(resending: Callable[..., Server], tmp
 
 
 @pytest.mark.root
-def test_a_part_of_the_source_that_goes_and_comes_back(serve: Serve, tmp_path: Path) -> None:
-    """A disk below the source is pulled out and put in again."""
+def test_file_system_below_the_source_is_unmounted_and_mounted(serve: Serve, tmp_path: Path) -> None:
+    """As if a disk below the source were removed and inserted again."""
     server = serve("--workers", "1", "--cache", "never")
     (server.source / "disk").mkdir()
     image = make_image(tmp_path / "image", 8 << 20)
@@ -266,7 +261,7 @@ def descriptor_counts(server: Server) -> dict[str, int]:
 
 @pytest.mark.own_loop
 @pytest.mark.parametrize("times", [3_000, pytest.param(100_000, marks=[pytest.mark.slow, pytest.mark.timeout(240)])])
-def test_opens_and_closes_leave_nothing(serve: Serve, times: int) -> None:
+def test_opens_and_closes_leak_nothing(serve: Serve, times: int) -> None:
     server = serve("--workers", "2")
     files = [server.mountpoint / f"{number}" for number in range(50)]
     for path in files:
@@ -289,8 +284,8 @@ def test_opens_and_closes_leave_nothing(serve: Serve, times: int) -> None:
     assert all(growth < 1 << 20 for growth in grown.values()), grown
 
 
-def test_nothing_outlives_the_supervisor(serve: Serve) -> None:
-    """Acting for another user makes the kernel forget that a process wanted to die with its parent."""
+def test_no_process_outlives_the_supervisor(serve: Serve) -> None:
+    """When a process changes its file system ids, the kernel clears its parent-death signal."""
     server = serve("--workers", "2")
     server.expect_log("has lost its supervisor: it ends", required=False)
     server.source.chmod(0o777)
@@ -354,7 +349,7 @@ def result_or_failure(child: Child[Any]) -> Any:
 
 
 @pytest.mark.parametrize("how", ["one after the other", "all at once"])
-def test_workers_killed_under_load_lose_and_repeat_nothing(serve: Serve, tmp_path: Path, how: str) -> None:
+def test_killed_workers_lose_and_repeat_nothing(serve: Serve, tmp_path: Path, how: str) -> None:
     server = serve("--workers", "2", "--cache", "never")
     server.expect_log(DEATH_OF_A_WORKER)
     finish = tmp_path / "finish"
@@ -389,8 +384,8 @@ def test_workers_killed_under_load_lose_and_repeat_nothing(serve: Serve, tmp_pat
 
 
 @pytest.mark.by_workers
-def test_a_worker_killed_with_requests_in_hand(serve: Serve) -> None:
-    """It has been told of them and has done none: the next one has to do them all, and appends only once."""
+def test_worker_killed_with_unanswered_requests(serve: Serve) -> None:
+    """It has received requests and done none. The next worker must do them all, and append only once."""
     server = serve("--workers", "1", "--cache", "never")
     server.expect_log(DEATH_OF_A_WORKER)
     (worker,) = process_ids(server, "worker")
@@ -434,8 +429,8 @@ def test_a_worker_killed_with_requests_in_hand(serve: Serve) -> None:
 @pytest.mark.own_loop
 @pytest.mark.by_workers
 @pytest.mark.at_once("a collected write does not wait for its answer")
-def test_without_a_keeper_open_files_are_opened_again_by_name(serve: Serve) -> None:
-    """On kinds of machines for which nobody has looked up how to clone, and where keeper and front both die."""
+def test_open_files_are_reopened_by_name_without_a_keeper(serve: Serve) -> None:
+    """On architectures without a known clone system call, and if front and keeper both die."""
     program = "import platform; platform.machine = lambda: 'vax'; from llloop.cli.main import main; main()"
     server = serve("--workers", "1", command=[sys.executable, "-c", program, "serve"])
     if "has_resend" not in server.output.read_text():

@@ -1,4 +1,4 @@
-"""What README's section "Security" says of llloop's processes and of those who may meddle with them."""
+"""The claims of the security page about llloop's processes and other users."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def do_everything(tree: Tree) -> None:
         act()
 
 
-def test_no_process_keeps_a_privilege_it_does_not_need(tree: Tree) -> None:
+def test_processes_keep_only_needed_privileges(tree: Tree) -> None:
     do_everything(tree)
     own = int(status_of(os.getpid())["CapPrm"], 16)
     for title, pid in titles(tree.server).items():
@@ -80,7 +80,7 @@ def open_for(name: str, flags: int) -> Callable[[int], int]:
 
 @pytest.mark.root
 @pytest.mark.parametrize("moment", ["at first", "after it has acted for this very user"])
-def test_strangers_have_no_hold_on_the_processes(tree: Tree, moment: str) -> None:
+def test_other_users_cannot_access_the_processes(tree: Tree, moment: str) -> None:
     intents: list[Callable[[int], object]] = [
         lambda pid: os.kill(pid, signal.SIGTERM),
         lambda pid: os.listdir(f"/proc/{pid}/fd"),
@@ -100,7 +100,7 @@ def test_strangers_have_no_hold_on_the_processes(tree: Tree, moment: str) -> Non
     assert set(results) <= REFUSED, results
 
 
-def test_a_link_out_of_the_source_is_followed_with_the_caller_s_rights_only(tree: Tree) -> None:
+def test_symlink_out_of_the_source_is_followed_as_the_caller(tree: Tree) -> None:
     secret = tree.server.state / "secret"
     secret.write_text("secret")
     secret.chmod(0o600)
@@ -113,13 +113,13 @@ def test_a_link_out_of_the_source_is_followed_with_the_caller_s_rights_only(tree
         os.open(tree.mnt / "link", os.O_RDONLY | os.O_NOFOLLOW)
 
 
-def test_the_parent_of_the_root_is_the_mount_point_s_own(server: Server) -> None:
+def test_parent_of_the_root_is_the_mount_points_parent(server: Server) -> None:
     above = os.stat(server.mountpoint / "..")
     assert os.path.samestat(above, os.stat(server.mountpoint.parent))
     assert not os.path.samestat(above, os.stat(server.source.parent))
 
 
-def test_the_path_of_a_directory_moved_out_works_no_longer_than_names_are_kept(serve: Serve) -> None:
+def test_path_of_a_moved_directory_expires_with_the_entry_timeout(serve: Serve) -> None:
     server = serve("--entry-timeout", "0", "--workers", "1")
     (server.source / "directory").mkdir()
     (server.source / "directory" / "file").touch()

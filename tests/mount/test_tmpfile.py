@@ -1,4 +1,4 @@
-"""O_TMPFILE: files without a name, and a name given to them later."""
+"""O_TMPFILE: unnamed files, and linking them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.syscalls import link_descriptor, opened
 
 
 @pytest.mark.own_loop
-def test_has_no_name_and_is_a_file_for_all_else(tree: Tree) -> None:
+def test_tmpfile_is_an_unnamed_file(tree: Tree) -> None:
     content = pattern(300_001)
     with opened(tree.mnt, os.O_TMPFILE | os.O_RDWR, 0o640) as descriptor:
         status = os.fstat(descriptor)
@@ -36,7 +36,7 @@ def test_has_no_name_and_is_a_file_for_all_else(tree: Tree) -> None:
 
 
 @pytest.mark.own_loop
-def test_is_given_a_name(tree: Tree) -> None:
+def test_tmpfile_is_linked(tree: Tree) -> None:
     (tree.mnt / "sub").mkdir()
     (tree.mnt / "taken").write_bytes(b"taken")
     with opened(tree.mnt, os.O_TMPFILE | os.O_WRONLY, 0o644) as descriptor:
@@ -58,7 +58,7 @@ def test_is_given_a_name(tree: Tree) -> None:
 
 
 @pytest.mark.own_loop
-def test_with_exclusion_is_never_given_a_name(tree: Tree) -> None:
+def test_tmpfile_with_o_excl_cannot_be_linked(tree: Tree) -> None:
     with opened(tree.mnt, os.O_TMPFILE | os.O_RDWR | os.O_EXCL) as descriptor:
         os.write(descriptor, b"private")
         with fails(errno.ENOENT):
@@ -67,7 +67,7 @@ def test_with_exclusion_is_never_given_a_name(tree: Tree) -> None:
 
 
 @pytest.mark.own_loop
-def test_follows_the_umask(tree: Tree) -> None:
+def test_tmpfile_follows_the_umask(tree: Tree) -> None:
     for mask, expected in ((0o077, 0o600), (0, 0o666), (0o222, 0o444)):
         previous = os.umask(mask)
         try:
@@ -78,7 +78,7 @@ def test_follows_the_umask(tree: Tree) -> None:
 
 
 @pytest.mark.own_loop
-def test_what_is_refused(tree: Tree) -> None:
+def test_tmpfile_errors(tree: Tree) -> None:
     (tree.mnt / "file").touch()
     with fails(errno.ENOTDIR):
         os.open(tree.mnt / "file", os.O_TMPFILE | os.O_RDWR)
@@ -89,7 +89,7 @@ def test_what_is_refused(tree: Tree) -> None:
 
 
 @pytest.mark.own_loop
-def test_many_at_once(tree: Tree) -> None:
+def test_many_tmpfiles(tree: Tree) -> None:
     descriptors = []
     try:
         for number in range(100):

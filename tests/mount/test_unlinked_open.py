@@ -1,4 +1,4 @@
-"""Files that have lost their last name and are still in use."""
+"""Open files without a name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def rename_over(tree: Tree, name: str) -> None:
 
 
 @pytest.mark.parametrize("remove", [unlink, rename_over])
-def test_everything_goes_on(tree: Tree, remove: Callable[[Tree, str], None]) -> None:
+def test_all_operations_work(tree: Tree, remove: Callable[[Tree, str], None]) -> None:
     content = pattern(200_000)
     with opened(tree.mnt / "file", os.O_CREAT | os.O_RDWR) as descriptor:
         os.write(descriptor, content)
@@ -60,7 +60,7 @@ def test_everything_goes_on(tree: Tree, remove: Callable[[Tree, str], None]) -> 
 
 
 @pytest.mark.root
-def test_its_owner_changes(tree: Tree) -> None:
+def test_change_of_owner(tree: Tree) -> None:
     with opened(tree.mnt / "file", os.O_CREAT | os.O_RDONLY) as descriptor:
         os.unlink(tree.mnt / "file")
         os.fchown(descriptor, 1234, 5678)
@@ -81,7 +81,7 @@ def test_mapped_into_memory(tree: Tree) -> None:
     assert os.listdir(tree.src) == []
 
 
-def test_mapped_before_and_used_after_its_descriptor_is_closed(tree: Tree) -> None:
+def test_mapping_outlives_its_descriptor(tree: Tree) -> None:
     with opened(tree.mnt / "file", os.O_CREAT | os.O_RDWR) as descriptor:
         os.write(descriptor, pattern(100_000))
         mapped = mmap.mmap(descriptor, 100_000)
@@ -94,7 +94,7 @@ def test_mapped_before_and_used_after_its_descriptor_is_closed(tree: Tree) -> No
 
 
 @pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_WRONLY, os.O_RDWR])
-def test_opened_again_by_the_caller_s_descriptor(tree: Tree, flags: int) -> None:
+def test_reopened_through_proc_self_fd(tree: Tree, flags: int) -> None:
     with opened(tree.mnt / "file", os.O_CREAT | os.O_RDWR) as first:
         os.write(first, b"0123456789")
         os.unlink(tree.mnt / "file")
@@ -110,7 +110,7 @@ def test_opened_again_by_the_caller_s_descriptor(tree: Tree, flags: int) -> None
         assert stat.S_IMODE(os.fstat(first).st_mode) == 0o600
 
 
-def test_known_only_as_a_path(tree: Tree) -> None:
+def test_held_by_an_o_path_descriptor(tree: Tree) -> None:
     (tree.mnt / "file").write_bytes(b"content")
     with opened(tree.mnt / "file", os.O_PATH) as path:
         os.unlink(tree.mnt / "file")
@@ -121,7 +121,7 @@ def test_known_only_as_a_path(tree: Tree) -> None:
         assert os.fstat(path).st_size == 3
 
 
-def test_two_handles_and_one_closes(tree: Tree) -> None:
+def test_one_of_two_descriptors_is_closed(tree: Tree) -> None:
     with opened(tree.mnt / "file", os.O_CREAT | os.O_RDWR) as first:
         os.write(first, b"shared")
         with opened(tree.mnt / "file", os.O_RDONLY) as second:
@@ -132,7 +132,7 @@ def test_two_handles_and_one_closes(tree: Tree) -> None:
         assert os.fstat(first).st_nlink == 0
 
 
-def test_a_new_file_of_the_same_name_is_another(tree: Tree) -> None:
+def test_new_file_of_the_same_name_is_another(tree: Tree) -> None:
     with opened(tree.mnt / "file", os.O_CREAT | os.O_RDWR) as old:
         os.write(old, b"old file")
         os.unlink(tree.mnt / "file")
@@ -148,7 +148,7 @@ def test_a_new_file_of_the_same_name_is_another(tree: Tree) -> None:
     assert stat.S_IMODE(os.stat(tree.src / "file").st_mode) == 0o644
 
 
-def test_one_of_two_names_is_left(tree: Tree) -> None:
+def test_one_of_two_names_remains(tree: Tree) -> None:
     with opened(tree.mnt / "first", os.O_CREAT | os.O_RDWR) as descriptor:
         os.write(descriptor, b"content")
         os.link(tree.mnt / "first", tree.mnt / "second")
@@ -161,7 +161,7 @@ def test_one_of_two_names_is_left(tree: Tree) -> None:
         assert os.pread(descriptor, 10, 0) == b"con"
 
 
-def test_in_a_directory_that_is_gone_too(tree: Tree) -> None:
+def test_file_in_a_removed_directory(tree: Tree) -> None:
     (tree.mnt / "a" / "b").mkdir(parents=True)
     with opened(tree.mnt / "a" / "b" / "file", os.O_CREAT | os.O_RDWR) as descriptor:
         os.unlink(tree.mnt / "a" / "b" / "file")
@@ -223,7 +223,7 @@ def holders(pids: list[int], inode: int) -> list[str]:
     return held
 
 
-def test_nobody_holds_it_after_the_last_close(tree: Tree) -> None:
+def test_no_process_holds_it_after_the_last_close(tree: Tree) -> None:
     with opened(tree.mnt / "file", os.O_CREAT | os.O_RDWR) as descriptor:
         os.write(descriptor, bytes(1024 * 1024))
         inode = os.fstat(descriptor).st_ino
@@ -237,7 +237,7 @@ def test_nobody_holds_it_after_the_last_close(tree: Tree) -> None:
         time.sleep(0.02)
 
 
-def test_removed_from_the_source_directly(tree: Tree) -> None:
+def test_removed_in_the_source(tree: Tree) -> None:
     with opened(tree.mnt / "file", os.O_CREAT | os.O_RDWR) as descriptor:
         os.write(descriptor, b"content")
         os.unlink(tree.src / "file")

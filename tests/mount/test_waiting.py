@@ -118,7 +118,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_change_that_waits_keeps_nobody_waiting_who_changes_nothing(server: Server, change: str) -> None:
+def test_blocked_change_does_not_block_reads(server: Server, change: str) -> None:
     mount = server.mountpoint
     opened = os.open(mount / "file1", os.O_RDONLY)
     try:
@@ -157,7 +157,7 @@ CHECKS: dict[str, Callable[[Path], object]] = {
 }
 
 
-def test_more_changes_wait_than_the_front_has_threads(server: Server) -> None:
+def test_more_blocked_changes_than_threads(server: Server) -> None:
     mount = server.mountpoint
     many = 60
     opened = os.open(mount / "file1", os.O_RDONLY)
@@ -176,7 +176,7 @@ def test_more_changes_wait_than_the_front_has_threads(server: Server) -> None:
     assert all((server.source / directory.name / "new").exists() for directory in directories)
 
 
-def test_a_front_that_is_killed_while_changes_wait_does_each_once(server: Server) -> None:
+def test_blocked_changes_of_a_killed_front_are_done_once(server: Server) -> None:
     mount = server.mountpoint
     server.expect_log(DEATH_OF_THE_FRONT)
     many = 20

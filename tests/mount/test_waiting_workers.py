@@ -111,7 +111,7 @@ CALLS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_a_call_that_waits_in_the_only_worker_keeps_no_reader_waiting(server: Server, call: str) -> None:
+def test_blocked_call_of_the_only_worker_does_not_block_reads(server: Server, call: str) -> None:
     mount, pid = server.mountpoint, worker_of(server)
     check_reading(server, "file1")
     with filesystems.frozen(server.source), doing(lambda: CALLS[call](mount / "file0")) as threads:
@@ -134,7 +134,7 @@ def test_a_call_that_waits_in_the_only_worker_keeps_no_reader_waiting(server: Se
     assert (server.source / "file0").read_bytes() == (mount / "file0").read_bytes() == expected
 
 
-def test_more_writes_wait_than_the_worker_is_given(server: Server) -> None:
+def test_more_blocked_writes_than_slots(server: Server) -> None:
     mount, pid = server.mountpoint, worker_of(server)
     written = [f"file{number}" for number in range(2, 24)]
     writers = [partial(write_to, mount / name, os.O_APPEND) for name in written]
@@ -147,7 +147,7 @@ def test_more_writes_wait_than_the_worker_is_given(server: Server) -> None:
         assert (server.source / name).read_bytes() == pattern(LARGE, int(name[4:])) + MUCH
 
 
-def test_a_worker_that_is_killed_while_appends_wait_does_each_once(server: Server) -> None:
+def test_blocked_appends_of_a_killed_worker_are_done_once(server: Server) -> None:
     server.expect_log(DEATH_OF_A_WORKER)
     mount, pid = server.mountpoint, worker_of(server)
     written = [f"file{number}" for number in range(2, 8)]

@@ -1,4 +1,4 @@
-"""setxattr, getxattr, listxattr, removexattr, on all that can carry attributes."""
+"""setxattr, getxattr, listxattr, removexattr, on each file type."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_create_and_replace(tree: Tree) -> None:
         os.setxattr(path, "user.a", b"x", 4)
 
 
-def test_an_empty_value_is_a_value(tree: Tree) -> None:
+def test_empty_value(tree: Tree) -> None:
     (tree.mnt / "file").touch()
     os.setxattr(tree.mnt / "file", "user.empty", b"")
     assert os.getxattr(tree.mnt / "file", "user.empty") == b""
@@ -123,7 +123,7 @@ def test_many_attributes(tree: Tree) -> None:
         assert os.getxattr(tree.mnt / "file", f"user.{number}") == b"%d" % number
 
 
-def test_names_that_are_odd(tree: Tree) -> None:
+def test_unusual_names(tree: Tree) -> None:
     for side, file in ((tree.src, "reference"), (tree.mnt, "file")):
         (side / file).touch()
     lengths = ("user." + "x" * 250, "user." + "x" * 251)
@@ -142,7 +142,7 @@ def test_names_that_are_odd(tree: Tree) -> None:
         assert outcomes[0] == outcomes[1], name
 
 
-def test_a_name_that_is_not_utf8(tree: Tree) -> None:
+def test_undecodable_name(tree: Tree) -> None:
     (tree.mnt / "file").touch()
     name = b"user.\xff\xfe"
     os.setxattr(tree.mnt / "file", name, b"v")
@@ -216,7 +216,7 @@ def test_trusted_attributes_on_symlinks_and_files(tree: Tree) -> None:
 
 @pytest.mark.user
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may set them")
-def test_an_ordinary_user_sets_no_trusted_attributes(tree: Tree) -> None:
+def test_ordinary_user_cannot_set_trusted_attributes(tree: Tree) -> None:
     (tree.mnt / "file").touch()
     with fails(errno.EPERM):
         os.setxattr(tree.mnt / "file", "trusted.x", b"x")
@@ -224,7 +224,7 @@ def test_an_ordinary_user_sets_no_trusted_attributes(tree: Tree) -> None:
         os.getxattr(tree.mnt / "file", "trusted.x")
 
 
-def test_go_with_the_file_not_its_name(tree: Tree) -> None:
+def test_xattrs_belong_to_the_file(tree: Tree) -> None:
     (tree.mnt / "first").touch()
     os.setxattr(tree.mnt / "first", "user.tag", b"tag")
     os.link(tree.mnt / "first", tree.mnt / "second")
@@ -236,7 +236,7 @@ def test_go_with_the_file_not_its_name(tree: Tree) -> None:
 
 
 @pytest.mark.at_once("the kernel takes its own word for sizes and times of a file that it knows")
-def test_setting_moves_the_change_time(tree: Tree) -> None:
+def test_setting_updates_the_change_time(tree: Tree) -> None:
     (tree.mnt / "file").touch()
     before = os.stat(tree.mnt / "file")
     python("import os, sys, time; time.sleep(0.02); os.setxattr(sys.argv[1], 'user.x', b'')", tree.mnt / "file")
@@ -245,7 +245,7 @@ def test_setting_moves_the_change_time(tree: Tree) -> None:
     assert (after.st_ctime_ns > before.st_ctime_ns) and after.st_mtime_ns == before.st_mtime_ns
 
 
-def test_of_what_is_not_there(tree: Tree) -> None:
+def test_errors_of_missing_files_and_names(tree: Tree) -> None:
     for action in (
         lambda: os.getxattr(tree.mnt / "missing", "user.x"),
         lambda: os.setxattr(tree.mnt / "missing", "user.x", b""),
@@ -256,7 +256,7 @@ def test_of_what_is_not_there(tree: Tree) -> None:
             action()
 
 
-def test_a_tree_copied_with_its_attributes(tree: Tree) -> None:
+def test_tree_copied_with_xattrs(tree: Tree) -> None:
     (tree.src / "from").mkdir()
     for number in range(5):
         (tree.src / "from" / f"{number}").touch()
