@@ -12,8 +12,10 @@ import click
 
 from llloop.cli import systemd_unit
 from llloop.cli.common import EXIT_CODES, UntouchedPath, report_errors
+from llloop.cli.control import control
 from llloop.cli.daemon import Daemon
-from llloop.cli.monitoring import control, stats, status
+from llloop.cli.stats import stats
+from llloop.cli.status import status
 from llloop.config import MAX_WORKERS, Cache, IoKind, LoopKind, MetadataKind, ServeConfig, help_text
 from llloop.errors import HostError, MountpointError, UsageError
 from llloop.linux import mount_identity, mounts

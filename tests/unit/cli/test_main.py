@@ -21,6 +21,7 @@ from llloop.linux import mounts
 from llloop.linux.mount_identity import MountIdentity
 from llloop.logging import setup as log
 from llloop.server_process import _plain
+from llloop.supervisor import supervisor
 from llloop.version import __version__
 
 
@@ -32,21 +33,21 @@ class FakeSupervisor:
     code = 0
     error: Exception | None = None
 
-    def __init__(self, config: ServeConfig, on_ready: Callable[[str], None], **options: Any) -> None:
+    description = "serving /src at /mnt with 1 worker: own loop"
+
+    @staticmethod
+    def serve(config: ServeConfig, on_ready: Callable[[Any], None], **options: Any) -> int:
         if FakeSupervisor.error is not None:
             raise FakeSupervisor.error
         FakeSupervisor.config = config
         FakeSupervisor.options = options
-        self._on_ready = on_ready
-
-    def run(self) -> int:
-        self._on_ready("serving /src at /mnt with 1 worker: own loop")
+        on_ready(FakeSupervisor)
         return FakeSupervisor.code
 
 
 @pytest.fixture(autouse=True)
 def fake_supervisor(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeSupervisor]]:
-    monkeypatch.setattr(main, "Supervisor", FakeSupervisor)
+    monkeypatch.setattr(supervisor, "serve", FakeSupervisor.serve)
     monkeypatch.setattr(log, "configure", lambda level, file: None)
     FakeSupervisor.code, FakeSupervisor.error = 0, None
     yield FakeSupervisor
@@ -235,14 +236,14 @@ def test_pid_file_exists_while_serving(
 ) -> None:
     seen = []
     pid_file = tmp_path / "pid"
-    original = FakeSupervisor.run
+    original = FakeSupervisor.serve
 
-    def run_and_look(supervisor: FakeSupervisor) -> int:
-        code = original(supervisor)
+    def serve_and_look(*arguments: Any, **options: Any) -> int:
+        code = original(*arguments, **options)
         seen.append(pid_file.read_text())
         return code
 
-    monkeypatch.setattr(FakeSupervisor, "run", run_and_look)
+    monkeypatch.setattr(supervisor, "serve", serve_and_look)
     assert run("serve", "/src", "/mnt", "--pid-file", str(pid_file)).exit_code == 0
     assert int(seen[0]) > 1
     assert not pid_file.exists()

@@ -1,9 +1,8 @@
-"""The commands for running mounts: `llloop status`, `llloop stats` and `llloop control`."""
+"""The command `llloop stats`."""
 
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,25 +14,11 @@ from llloop.cli.common import UntouchedPath, report_errors
 from llloop.control import client, discovery
 from llloop.errors import HostError, LlloopError, MountpointError, UsageError
 from llloop.linux import mounts
-from llloop.logging import setup as log
 
 _MIN_INTERVAL = 0.1  # the shortest interval of --watch in seconds
 _T = TypeVar("_T")
 
-_STATUS_CODES = """\b
-Exit codes:
-  0  all shown mounts are served
-  1  a shown mount is dead, does not answer, belongs to another user, or has a problem
-  4  MOUNTPOINT is not an llloop mount
-"""
-_CONTROL_CODES = """\b
-Exit codes:
-  0  the server has accepted the command
-  1  the server of the mount is gone, does not answer, or belongs to another user
-  2  an argument is invalid
-  4  MOUNTPOINT is not an llloop mount
-"""
-_STATS_CODES = """\b
+_EXIT_CODES = """\b
 Exit codes:
   0  the figures were shown; without MOUNTPOINT always, in whatever state the mounts are
   1  the server of the mount is gone, does not answer, or belongs to another user
@@ -43,30 +28,7 @@ Exit codes:
 """
 
 
-@click.command(epilog=_STATUS_CODES)
-@click.argument("mountpoint", type=UntouchedPath(), required=False)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON: a list, even for one mount.")
-@report_errors
-def status(mountpoint: str | None, as_json: bool) -> None:
-    """Show the llloop mounts on this machine, or the one at MOUNTPOINT.
-
-    For each mount: source, options, features, processes, and how long it has been mounted. Problems are shown too: a
-    stopped process, a source that is gone, hangs or is frozen, a server that is gone. An ordinary user sees all this
-    of his own mounts; of other mounts he sees that they exist.
-    """
-    mounts = [discovery.status_of(mountpoint)] if mountpoint else discovery.all_statuses()
-    if as_json:
-        click.echo(json.dumps(mounts, indent=2))
-    else:
-        # Imported only here: it takes longer to import than everything else, and serve does not need it.
-        from llloop.cli import tables
-
-        tables.console().print(tables.status_view(mounts))
-    if any(one["state"] in ("dead", "not answering", "unknown") or one.get("problems") for one in mounts):
-        sys.exit(1)
-
-
-@click.command(epilog=_STATS_CODES)
+@click.command(epilog=_EXIT_CODES)
 @click.argument("mountpoint", type=UntouchedPath(), required=False)
 @click.option(
     "--watch",
@@ -108,24 +70,6 @@ def stats(mountpoint: str | None, watch: float | None, as_json: bool, prometheus
             _show(_rates(mountpoint, watch))
     except KeyboardInterrupt:
         pass
-
-
-@click.command("control", epilog=_CONTROL_CODES)
-@click.argument("mountpoint", type=UntouchedPath())
-@click.argument("command", type=click.Choice(["reload", "stop", "log-level"]))
-@click.argument("level", type=click.Choice(log.LEVELS), required=False)
-@report_errors
-def control(mountpoint: str, command: str, level: str | None) -> None:
-    """Send a command to the server of the llloop mount at MOUNTPOINT.
-
-    \b
-    reload           open the log file again and replace all processes but the supervisor, as SIGHUP does
-    stop             unmount and end, as SIGTERM does; the command does not wait for the end
-    log-level LEVEL  all processes log messages of LEVEL and above from now on
-    """
-    if (command == "log-level") != (level is not None):
-        raise UsageError("log-level needs a level, such as debug" if level is None else f"{command} takes no argument")
-    client.ask_mount(mountpoint, command, **({"level": level} if level else {}))
 
 
 def _repeat(read_counters: Callable[[], _T], watch: float | None) -> Iterator[_T]:
