@@ -1,4 +1,4 @@
-"""Small file systems of a test's own, so that a full, read-only or broken source is real."""
+"""Small file systems for a test, so that a full, read-only or broken source is real."""
 
 import fcntl
 import os
@@ -68,7 +68,7 @@ def make_image(image: Path, size: int, kind: str = "ext4", *arguments: str) -> P
 
 @contextmanager
 def ext4(directory: Path, size: int = 32 << 20, *arguments: str) -> Iterator[Path]:
-    """An ext4 of its own below `directory`: small, and it gives a freed inode number to the very next file."""
+    """An ext4 file system below `directory`; it reuses a freed inode number for the next file."""
     image = make_image(directory / "ext4.image", size, "ext4", "-F", "-m", "0", *arguments)
     try:
         with mounted(image, directory / "ext4", "-o", "loop") as path:
@@ -79,7 +79,7 @@ def ext4(directory: Path, size: int = 32 << 20, *arguments: str) -> Iterator[Pat
 
 @contextmanager
 def overlay(directory: Path, lower: Path) -> Iterator[Path]:
-    """`lower` under an empty upper directory; both lie on tmpfs, which can hold an overlay's marks."""
+    """`lower` under an empty upper directory; both are on tmpfs, which supports the attributes of overlayfs."""
     layers = directory / "layers"
     with tmpfs(layers, "size=8m"):
         shutil.copytree(lower, layers / "lower")
@@ -102,7 +102,7 @@ _LONGEST_FREEZE = 30.0
 
 
 def thaw(directory: Path) -> None:
-    """End what `frozen` began, while its block goes on."""
+    """Thaw the file system before the block of `frozen` ends."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with suppress(OSError):  # it is thawed already
@@ -113,7 +113,7 @@ def thaw(directory: Path) -> None:
 
 @contextmanager
 def frozen(directory: Path) -> Iterator[None]:
-    """The file system that holds `directory` lets everybody wait who changes anything, as while a snapshot is made."""
+    """The file system of `directory` is frozen in the block, as during a snapshot: all changes wait."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     timer = threading.Timer(_LONGEST_FREEZE, thaw, (directory,))
     fcntl.ioctl(fd, _FIFREEZE, 0)

@@ -20,7 +20,7 @@ with atheris.instrument_imports(include=["llloop", "msgpack"]):
 
 
 def fuzz_front(data: bytes) -> None:
-    """Some requests, after which the front still serves and has changed nothing outside of its source."""
+    """Send some requests; the front must still serve and not have changed anything outside its source."""
     choose = Choices(data)
     with front() as own:
         own.feed([hostile_request(choose, 2 * number, own.nodeids, own.handles) for number in range(1, 9)])
@@ -28,7 +28,7 @@ def fuzz_front(data: bytes) -> None:
 
 
 def fuzz_worker(data: bytes) -> None:
-    """Two messages, after which the worker still works."""
+    """Send two messages; the worker must still work."""
     with worker() as (own, _, writer, _):
         for message in (data[: len(data) // 2], data[len(data) // 2 :], encode((Operation.FSYNC, 77, -1, 1, 2))):
             if message:

@@ -1,4 +1,4 @@
-"""FUSE requests as no sane kernel sends them, made from any bytes: a fuzzer's, or a random number generator's."""
+"""Malformed FUSE requests made from arbitrary bytes of a fuzzer or a random number generator."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ OPCODES = (*BODIES, 0, 7, Opcode.SETUPMAPPING, Opcode.REMOVEMAPPING, Opcode.COPY
 
 
 class Choices:
-    """Takes decisions as some bytes say; zeros when they are used up."""
+    """Makes decisions from bytes; uses zeros after their end."""
 
     def __init__(self, data: bytes) -> None:
         self._data = iter(data)

@@ -1,4 +1,4 @@
-"""How long and by which dice: LLLOOP_CHAOS_SECONDS and LLLOOP_CHAOS_SEED."""
+"""Duration and random seed of the chaos tests: LLLOOP_CHAOS_SECONDS and LLLOOP_CHAOS_SEED."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ def seconds() -> float:
 
 @pytest.fixture
 def seed() -> int:
-    """What every choice follows from, but for the machine's own timing."""
+    """The seed of all random choices; the machine's timing stays random."""
     return int(os.environ.get("LLLOOP_CHAOS_SEED") or random.SystemRandom().randrange(1 << 32))

@@ -1,4 +1,4 @@
-"""Kills processes of a mount's tree at random, as long as somebody works in the mount."""
+"""Kills processes of a server at random while programs work in the mount."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pathlib import Path
 from tests.server import Server
 from tests.server_processes import process_ids, titles, wait_until
 
-# A restart under load takes so long at most, in seconds.
+# The maximum duration of a restart under load, in seconds.
 RESTART = 30.0
 
 
 def waiting_in(server: Server) -> str:
-    """What those who work in the mount are waiting for in the kernel."""
+    """Describes where processes that use the mount wait in the kernel."""
     found = []
     for entry in os.listdir("/proc"):
         with contextlib.suppress(OSError):
@@ -32,9 +32,9 @@ def waiting_in(server: Server) -> str:
     return "\n".join(found)
 
 
-# Processes of which one is killed, each as often as it stands here.
+# Candidates for a single kill; repeated entries are more likely.
 ONE = ("front", "front", "front", "worker", "worker", "keeper")
-# Processes of which one is killed shortly after the other, or the same one twice.
+# Pairs of processes that are killed shortly after each other.
 TWO = (
     ("front", "worker"),
     ("worker", "front"),
@@ -43,17 +43,17 @@ TWO = (
     ("keeper", "worker"),
     ("worker", "keeper"),
 )
-# With both of these the descriptors of all open files are lost; named files are opened again.
+# Pairs whose death loses the descriptors of all open files; the next front reopens named files.
 BOTH = (("front", "keeper"), ("keeper", "front"), ("keeper", "keeper"))
-# The second follows within so many seconds.
+# The maximum time between both kills, in seconds.
 APART = 0.2
 
 
 class Killer:
     """Kills fronts, keepers and workers, one or two at a time.
 
-    Front and keeper hold the open files together, so a file without a name survives the death of one of them, until
-    the other has a new partner; before that neither is killed, unless *both* says so. Workers may die at any time.
+    Front and keeper share the descriptors of open files. So an unnamed file survives the death of one of them. Until
+    the dead one is replaced, the other is not killed, unless *both* is true. Workers may die at any time.
 
     Args:
         server: whose processes are killed.

@@ -1,7 +1,7 @@
-"""Programs at work in the mount, each checking every call and, at the end of each round, all that it has made.
+"""Programs that work in the mount. Each checks every call and, at the end of each round, all of its files.
 
-A load gets a directory of its own as the mount and as the source show it, its dice, and `more`, which says whether
-another round is wanted; the first is always done. It fails by raising.
+A load gets its own directory in the mount and in the source, a random number generator, and `more`, which tells
+whether to do another round. It always does the first round. It raises an exception if a check fails.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Load = Callable[[Place], int]
 
 
 def _one_of_each(place: Place, number: int) -> None:
-    """Every call has to succeed, or to fail as it would in a plain directory, and nothing may be left."""
+    """Makes each call once. Each must succeed or fail as in a plain directory, and nothing may remain."""
     base = place.mnt / f"names-{number}"
     os.mkdir(base)
     directory = base / "directory"
@@ -105,7 +105,7 @@ def names(place: Place) -> int:
 
 
 def exclusive(place: Place) -> int:
-    """Several processes want the same names: each is got by exactly one of them."""
+    """Several processes create the same names exclusively: each name is created by exactly one of them."""
     count = 0
     while not count or place.more():
         wanted = [place.mnt / f"{count}-{name}" for name in range(40)]
@@ -150,7 +150,7 @@ def xattrs(place: Place) -> int:
 
 
 def walks(place: Place) -> int:
-    """Directories too long for one reply are listed, and removed while they are listed."""
+    """Lists directories too long for one reply, and removes entries while listing."""
     count = 0
     while not count or place.more():
         top = place.mnt / f"walk-{count}"
@@ -188,7 +188,7 @@ def _append(path: Path, who: int, lines: int, size: int) -> None:
 
 
 def appends(place: Place) -> int:
-    """Several processes append lines, small and large: each is there once, and those of each process in order."""
+    """Several processes append small and large lines: each line is there once, and those of a process in order."""
     count = 0
     while not count or place.more():
         path = place.mnt / f"log-{count}"
@@ -208,7 +208,7 @@ def appends(place: Place) -> int:
 
 
 def unlinked(place: Place) -> int:
-    """Files that lose their names while they are open, and ones that never had any, are read and written on."""
+    """Reads and writes files that are unlinked while open, and files that never had a name."""
     count = 0
     while not count or place.more():
         files = []
@@ -291,7 +291,7 @@ def locks(place: Place) -> int:
 
 
 def direct(place: Place) -> int:
-    """Reads and writes of blocks past every cache."""
+    """Reads and writes blocks with O_DIRECT."""
     block, blocks = 4096, 128
     flags = os.O_RDWR | os.O_CREAT | (os.O_DIRECT if place.direct else 0)
     path = place.mnt / "direct"
@@ -317,7 +317,7 @@ def direct(place: Place) -> int:
 
 
 def ranges(place: Place) -> int:
-    """Preallocation, holes, shifted ranges, copies within the source, truncation: what must happen once."""
+    """Preallocates, punches holes, shifts ranges, copies within the source, truncates: each must happen once."""
     count = 0
     while not count or place.more():
         with (
@@ -349,7 +349,7 @@ def _flood(path: Path, data: bytes) -> None:
 
 
 def floods(place: Place) -> int:
-    """More large writes at a time than there are pipes for, and slots that have been used before."""
+    """More concurrent large writes than there are pipes, and slots that were used before."""
     count = 0
     while not count or place.more():
         paths = [place.mnt / f"flood-{number}" for number in range(48)]
@@ -393,7 +393,7 @@ def git(place: Place) -> int:
 
 
 def archive(place: Place) -> int:
-    """A tree of many files: unpacked, compared, copied, removed."""
+    """Unpacks, compares, copies and removes a tree of many files."""
     original = place.scratch / "original"
     for number in range(place.size):
         path = original / f"{number % 7}" / f"{number % 61}" / f"file {number}"
@@ -457,7 +457,7 @@ def database(place: Place) -> int:
 
 
 def postgres(place: Place) -> int:
-    """A database server lives in the mount, crashes and recovers, and its pages carry checksums."""
+    """A database server in the mount crashes and recovers; its pages have checksums."""
     scratch = Path(tempfile.mkdtemp(prefix="llloop-pg-", dir="/tmp"))  # a socket's path has at most 107 bytes
     count = 0
     try:
@@ -524,7 +524,7 @@ def _digest(path: Path) -> str:
 
 
 def copies(place: Place) -> int:
-    """A large file is copied within the mount."""
+    """Copies a large file within the mount."""
     original = place.mnt / "original"
     original.write_bytes(place.chance.randbytes(8 << 20))
     count = 0

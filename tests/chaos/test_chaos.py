@@ -1,7 +1,7 @@
-"""Programs run in the mount while the processes that serve it are killed: no call fails, everything compares equal.
+"""Programs run in the mount while processes of the server are killed: no call fails, all data is right.
 
-Some seconds of it belong to the tests of every change, with each way of doing I/O and each load at least once. With
-LLLOOP_CHAOS_SECONDS set, each way is put together with each load for as many seconds.
+The ordinary tests run this for some seconds, with each I/O mode and each load at least once. If LLLOOP_CHAOS_SECONDS is
+set, each mode is combined with each load for that many seconds.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ NAMES: list[Load] = [loads.names, loads.exclusive, loads.xattrs, loads.walks, lo
 DATA: list[Load] = [loads.appends, loads.mappings, loads.locks, loads.direct, loads.ranges, loads.copies, loads.floods]
 PROGRAMS: list[Load] = [loads.git, loads.archive, loads.database, loads.fio]
 SERVERS: list[Load] = [loads.postgres]
-# Those that need no file without a name, which is lost when front and keeper die together.
+# Loads without unnamed files, which are lost if front and keeper die together.
 NAMED: list[Load] = [loads.floods, loads.appends, loads.direct, loads.ranges, loads.copies, loads.archive, loads.walks]
 SHORT = [
     ("workers", [loads.names, loads.unlinked, loads.walks, loads.git]),
@@ -54,7 +54,7 @@ def _title(what: object) -> str:
 
 
 def _outcome(child: Child[int]) -> str:
-    """All children are waited for, whatever became of the first: what is left would keep the mount busy."""
+    """Waits for all children, also if the first one failed: a remaining one would keep the mount busy."""
     try:
         assert child.result() > 0
     except (AssertionError, OSError) as error:
@@ -63,7 +63,7 @@ def _outcome(child: Child[int]) -> str:
 
 
 @pytest.mark.parametrize(("way", "group"), LONG if BY_HAND else SHORT, ids=_title)
-def test_killed_processes_cost_nothing(
+def test_killed_processes_cause_no_error_and_no_loss(
     serve: Serve, tmp_path: Path, seconds: float, seed: int, way: str, group: list[Load]
 ) -> None:
     if way == "kernel" and os.geteuid() != 0:
@@ -76,7 +76,7 @@ def test_killed_processes_cost_nothing(
 
 
 @pytest.mark.parametrize(("way", "group"), LONG_BOTH if BY_HAND else SHORT_BOTH, ids=_title)
-def test_so_it_is_for_named_files_if_front_and_keeper_die_together(
+def test_named_files_survive_death_of_front_and_keeper_together(
     serve: Serve, tmp_path: Path, seconds: float, seed: int, way: str, group: list[Load]
 ) -> None:
     if way == "kernel" and os.geteuid() != 0:

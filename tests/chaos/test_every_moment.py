@@ -1,7 +1,7 @@
-"""A process is killed at every single moment of a deed: at the beginning and at the end of each of its system calls.
+"""Kills a process at each moment of a scenario: at the beginning and at the end of each of its system calls.
 
-Chance meets the narrow windows once in a million times. With LLLOOP_CHAOS_SECONDS set, each of them is gone through,
-one after the other; among the tests of every change are some of each deed.
+Random kills hit the narrow windows once in a million times. If LLLOOP_CHAOS_SECONDS is set, these tests kill at all
+moments, one after the other. The ordinary tests kill at some moments of each scenario.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pytest
 
 from tests.as_user import Child
 from tests.chaos.conftest import BY_HAND
-from tests.chaos.deeds import DATA, LISTING, NAMES, Deed
+from tests.chaos.scenarios import DATA, LISTING, NAMES, Scenario
 from tests.conftest import Serve
 from tests.expect import outcome
 from tests.kernel_caches import forget_unused
@@ -40,7 +40,7 @@ SHORT_LIFE = 0.27
 
 
 def state(directory: Path) -> dict[str, tuple[object, ...]]:
-    """What a deed has left, but for times and numbers."""
+    """The result of a scenario, without times and inode numbers."""
     found: dict[str, tuple[object, ...]] = {}
     for path in sorted(directory.rglob("*")):
         status = path.lstat()
@@ -66,52 +66,52 @@ def process_of(server: Server, role: str, before: int) -> int:
     return found[0]
 
 
-class Moments:
-    """Does deeds again and again, each time with a process killed at another moment."""
+class KillMatrix:
+    """Repeats a scenario, and kills the process at another moment each time."""
 
     def __init__(self, server: Server, role: str) -> None:
-        self._context = server
+        self._server = server
         self._role = role
         self._victim = 0
         self._done = 0
 
-    def kill_at(self, deed: Deed, stops: Iterable[int]) -> int:
-        """Return how often the process was killed; that ends it when the deed is over before the next stop."""
-        expected = self._done_natively(deed)
+    def kill_at(self, scenario: Scenario, stops: Iterable[int]) -> int:
+        """Kill the process at these stops until the scenario ends before the next one; return the number of kills."""
+        expected = self._done_natively(scenario)
         killed = 0
         for stop in stops:
             born = time.monotonic()
-            _, was_killed, got = self._do(deed, stop)
-            assert got == expected, f"{deed.name}: the {self._role} was killed at stop {stop}"
+            _, was_killed, got = self._do(scenario, stop)
+            assert got == expected, f"{scenario.name}: the {self._role} was killed at stop {stop}"
             if not was_killed:
                 break
             killed += 1
             time.sleep(max(0.0, SHORT_LIFE - (time.monotonic() - born)))
         return killed
 
-    def count_stops(self, deed: Deed) -> int:
+    def count_stops(self, scenario: Scenario) -> int:
         """Do it with nothing killed, and return at how many moments that might have been."""
-        expected = self._done_natively(deed)
-        stops, _, got = self._do(deed, 0)
-        assert got == expected, deed.name
+        expected = self._done_natively(scenario)
+        stops, _, got = self._do(scenario, 0)
+        assert got == expected, scenario.name
         return stops
 
-    def _done_natively(self, deed: Deed) -> tuple[object, object]:
+    def _done_natively(self, scenario: Scenario) -> tuple[object, object]:
         self._done += 1
-        twin = self._context.source.parent / f"twin-{self._done}"
+        twin = self._server.source.parent / f"twin-{self._done}"
         twin.mkdir()
-        deed.prepare(twin)
-        return outcome(deed.act, twin), state(twin)
+        scenario.prepare(twin)
+        return outcome(scenario.act, twin), state(twin)
 
-    def _do(self, deed: Deed, stop: int) -> tuple[int, bool, tuple[object, object]]:
+    def _do(self, scenario: Scenario, stop: int) -> tuple[int, bool, tuple[object, object]]:
         self._done += 1
         name = f"{self._done}"
-        source = self._context.source / name
+        source = self._server.source / name
         source.mkdir()
-        deed.prepare(source)
-        victim = process_of(self._context, self._role, self._victim)
+        scenario.prepare(source)
+        victim = process_of(self._server, self._role, self._victim)
         traced = Traced(victim)
-        child: Child[Any] = Child(outcome, deed.act, self._context.mountpoint / name)
+        child: Child[Any] = Child(outcome, scenario.act, self._server.mountpoint / name)
         try:
             killed = traced.kill_at(stop, child.is_done)
         finally:
@@ -121,7 +121,7 @@ class Moments:
 
 
 def check_nothing_left(server: Server) -> None:
-    """When the kernel has forgotten all, the front is as it was in the beginning."""
+    """Check that the front is as at the beginning once the kernel has forgotten everything."""
     front = process_of(server, "front", 0)
     reports = r"(\d+) inodes, (\d+) open handles, (\d+) directories kept open, (\d+) of \d+ slots in use"
 
@@ -159,39 +159,48 @@ COMBINED = [
 
 
 def _title(what: object) -> str:
-    return what.name if isinstance(what, Deed) else "".join(map(str, what)) if isinstance(what, tuple) else str(what)
+    return (
+        what.name if isinstance(what, Scenario) else "".join(map(str, what)) if isinstance(what, tuple) else str(what)
+    )
 
 
 if BY_HAND:
 
     @pytest.mark.parametrize(
-        ("role", "arguments", "deed"),
-        [(role, arguments, deed) for role, arguments, deeds in COMBINED for deed in deeds],
+        ("role", "arguments", "scenario"),
+        [(role, arguments, scenario) for role, arguments, scenarios in COMBINED for scenario in scenarios],
         ids=_title,
     )
-    def test_every_moment(begin: Callable[..., Server], role: str, arguments: tuple[str, ...], deed: Deed) -> None:
+    def test_every_moment(
+        begin: Callable[..., Server], role: str, arguments: tuple[str, ...], scenario: Scenario
+    ) -> None:
         server = begin(*arguments)
-        moments = Moments(server, role)
+        moments = KillMatrix(server, role)
         # The listing has too many moments, which are all alike.
-        assert moments.kill_at(deed, range(1, 1 << 30, 397 if deed is LISTING else 1)) > 2
+        assert moments.kill_at(scenario, range(1, 1 << 30, 397 if scenario is LISTING else 1)) > 2
         check_nothing_left(server)
 
 else:
 
     @pytest.mark.parametrize("part", range(3))
-    @pytest.mark.parametrize(("role", "arguments", "deeds"), COMBINED, ids=lambda what: "")
+    @pytest.mark.parametrize(("role", "arguments", "scenarios"), COMBINED, ids=lambda what: "")
     def test_some_moments(
-        begin: Callable[..., Server], seed: int, role: str, arguments: tuple[str, ...], deeds: list[Deed], part: int
+        begin: Callable[..., Server],
+        seed: int,
+        role: str,
+        arguments: tuple[str, ...],
+        scenarios: list[Scenario],
+        part: int,
     ) -> None:
         server = begin(*arguments)
-        moments = Moments(server, role)
+        moments = KillMatrix(server, role)
         chance = random.Random(seed)
-        for deed in deeds[part::3]:
-            stops = moments.count_stops(deed)
+        for scenario in scenarios[part::3]:
+            stops = moments.count_stops(scenario)
             # The first are those of waiting for a request.
             chosen = sorted(chance.sample(range(3, stops), 2))
             try:
-                moments.kill_at(deed, chosen)
+                moments.kill_at(scenario, chosen)
             except AssertionError as error:
                 raise AssertionError(f"with LLLOOP_CHAOS_SEED={seed}: {error}") from None
         check_nothing_left(server)

@@ -1,4 +1,4 @@
-"""Work that goes on and on leaves the processes as they were: descriptors, inodes, memory."""
+"""Continuous work leaves the processes as they were: descriptors, inodes, memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TOLERANCE = 4 << 20
 
 
 def work(server: Server, scratch: Path, chance: random.Random, seconds: float) -> None:
-    """All loads, one beside the other, and nothing left of them."""
+    """Runs all loads beside each other, and removes their files."""
     end = time.monotonic() + seconds
 
     def more() -> bool:
@@ -46,7 +46,7 @@ def work(server: Server, scratch: Path, chance: random.Random, seconds: float) -
 
 
 def state(server: Server) -> dict[str, list[str]]:
-    """What each process has open, when the kernel has forgotten what it does not use."""
+    """The open descriptors of each process, after the kernel has forgotten what it does not use."""
     forget_unused(server.mountpoint)
     pids = titles(server)
     found = {}
@@ -59,7 +59,7 @@ def state(server: Server) -> dict[str, list[str]]:
 
 
 def settled(server: Server) -> dict[str, list[str]]:
-    """The state, when it is the same twice: the kernel tells a moment later what it has forgotten."""
+    """The state once it is the same twice, because the kernel sends FORGET a moment later."""
     last = state(server)
     while (now := state(server)) != last:
         last = now
@@ -77,7 +77,7 @@ def same_again(server: Server, before: dict[str, list[str]]) -> None:
     }
 
 
-def test_nothing_grows(serve: Serve, tmp_path: Path, seconds: float, seed: int) -> None:
+def test_descriptors_and_memory_do_not_grow(serve: Serve, tmp_path: Path, seconds: float, seed: int) -> None:
     server = serve("--workers", "2")
     chance = random.Random(seed)
     work(server, tmp_path, chance, seconds / 2)
@@ -89,8 +89,8 @@ def test_nothing_grows(serve: Serve, tmp_path: Path, seconds: float, seed: int) 
     assert all(growth < TOLERANCE for growth in grown.values()), grown
 
 
-def test_nothing_grows_when_processes_die(serve: Serve, tmp_path: Path, seconds: float, seed: int) -> None:
-    """What a dead process has left in the middle of its work is found and put in order by those after it."""
+def test_nothing_grows_after_deaths(serve: Serve, tmp_path: Path, seconds: float, seed: int) -> None:
+    """Successors find and clean up what a process leaves when it dies in the middle of its work."""
     server = serve("--workers", "2")
     server.expect_log(r"llloop-(front|keeper|worker-\d+) was killed by signal 9")
     chance = random.Random(seed)

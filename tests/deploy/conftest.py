@@ -1,4 +1,4 @@
-"""What the tests of deployment share: a machine with systemd, booted once."""
+"""Shared by the deployment tests: a machine with systemd, booted once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CHECKOUT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def machine() -> Iterator[Machine]:
-    """A booted systemd, which sees this checkout at its own path, read-only; otherwise a copy of this machine."""
+    """A booted systemd that sees this checkout read-only at its own path, and otherwise a copy of this machine."""
     try:
         running = booted([CHECKOUT])
         started = running.__enter__()

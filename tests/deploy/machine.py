@@ -71,7 +71,7 @@ exec setpriv --bounding-set -sys_module,-sys_time,-syslog,-sys_rawio env -i cont
 
 
 class NoMachine(Exception):
-    """No systemd can be booted here; the text says why."""
+    """systemd cannot be booted here; the text says why."""
 
 
 class Machine:
@@ -117,7 +117,7 @@ class Machine:
 
 
 def cgroup_parent() -> Path:
-    """Where the unified hierarchy of cgroups is mounted whole."""
+    """The directory where the unified cgroup hierarchy is mounted."""
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         fields = line.split(" ")
         if fields[fields.index("-") + 1] == "cgroup2" and fields[3] == "/":
@@ -145,7 +145,7 @@ def _first_process(parent: int) -> int | None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill it, and wait for its first process too, whose end is that of all of them and of their mounts."""
+    """Kill the machine and wait for its first process: all other processes and all mounts end with it."""
     first = _first_process(process.pid) if process.poll() is None else None
     with ExitStack() as stack:
         if first is not None:

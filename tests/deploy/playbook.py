@@ -1,4 +1,4 @@
-"""The role's own playbook, run as an administrator runs it, and what it said."""
+"""Runs the role's playbook as an administrator does, and returns its results."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Outcome:
 
 
 def controller_environment(scratch: str | Path) -> dict[str, str]:
-    """What keeps Ansible's own files below a directory, and its words as they are."""
+    """Environment variables that keep Ansible's files below a directory, and its output unformatted."""
     return {
         "PATH": f"{COMMANDS}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         "LC_ALL": "C.UTF-8",
@@ -58,7 +58,7 @@ def run_here(command: Sequence[str], environment: Mapping[str, str]) -> str:
 
 
 class Controller:
-    """Plays the role on the machine it runs on."""
+    """Runs the role on this machine."""
 
     def __init__(self, scratch: str, write_to: Path, run: Runner, variables: Mapping[str, Any]) -> None:
         """
@@ -92,7 +92,7 @@ class Controller:
 
 
 def make_wheels(place: Path) -> Path:
-    """llloop's wheel and those of what it needs, so that hosts need no index; returns llloop's own."""
+    """Build the wheels of llloop and its dependencies, so that hosts need no index; return llloop's."""
     copy = place / "checkout"
     # A copy: building leaves files beside what it builds.
     for name in ("llloop", "workers", "scripts"):

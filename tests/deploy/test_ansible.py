@@ -1,4 +1,4 @@
-"""The Ansible role: that it is well-formed, and that it does on a host what its README says."""
+"""The Ansible role: it is valid, and its effects on a host are as documented."""
 
 from __future__ import annotations
 
@@ -52,18 +52,18 @@ def ansible(scratch: Path, *command: str, cwd: Path = ANSIBLE) -> str:
     return done.stdout
 
 
-def test_ansible_lint_has_no_objection_in_its_strictest_profile(scratch: Path) -> None:
+def test_ansible_lint_accepts_the_role(scratch: Path) -> None:
     said = ansible(scratch, "ansible-lint", "--offline", "--nocolor", "--profile", "production", "--strict", ".")
     assert "'production' was required, and it passed" in said
 
 
-def test_the_example_is_a_playbook_for_the_example_inventory(scratch: Path) -> None:
+def test_example_playbook_matches_example_inventory(scratch: Path) -> None:
     ansible(scratch, "ansible-playbook", "--syntax-check", "site.yml")
     hosts = ansible(scratch, "ansible-playbook", "--list-hosts", "site.yml")
     assert "files1.example.org" in hosts
 
 
-def test_every_default_is_described_and_every_description_has_a_default() -> None:
+def test_defaults_match_argument_specs() -> None:
     defaults = [line.partition(":")[0] for line in (ROLE / "defaults" / "main.yml").read_text().splitlines()]
     named = {line for line in defaults if line.startswith("llloop_")}
     specified = {
@@ -76,7 +76,7 @@ def test_every_default_is_described_and_every_description_has_a_default() -> Non
     assert [name for name in sorted(named) if f"`{name}`" not in readme] == []
 
 
-def test_it_can_be_installed_with_ansible_galaxy(scratch: Path) -> None:
+def test_role_is_installed_with_ansible_galaxy(scratch: Path) -> None:
     with tarfile.open(scratch / "llloop-role.tar.gz", "w:gz", dereference=True) as archive:
         archive.add(ROLE, arcname="llloop")
     ansible(
@@ -108,7 +108,7 @@ def is_unmounted(place: str) -> bool:
 
 
 class Places:
-    """Directories of a host, all below one, so that the machine that runs the tests keeps its own as they are."""
+    """Directories of a host below one directory, so that the machine that runs the tests is not changed."""
 
     def __init__(self, scratch: Path) -> None:
         self.top = scratch / "host"
@@ -161,7 +161,7 @@ def places(scratch: Path) -> Iterator[Places]:
 
 
 @pytest.mark.root
-def test_a_host_without_systemd(scratch: Path, places: Places) -> None:
+def test_host_without_systemd(scratch: Path, places: Places) -> None:
     installation = {"llloop_install_from": "path", "llloop_path": str(CHECKOUT)}
     controller = Controller(str(scratch), scratch, run_here, places.variables() | installation)
     checkout_before = set(os.listdir(CHECKOUT))

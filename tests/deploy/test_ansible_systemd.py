@@ -1,4 +1,4 @@
-"""The role on a host where systemd runs, which is a machine of the test's own."""
+"""The role on a host with systemd, which is a machine of the test."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.timeout(900)
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """llloop's, with those of its dependencies beside it."""
+    """llloop's wheel, with those of its dependencies beside it."""
     return make_wheels(tmp_path_factory.mktemp("wheels"))
 
 
@@ -32,7 +32,7 @@ AWKWARD = """awk ward's 50% "x" `y` \\ z"""
 
 
 @pytest.mark.root
-def test_a_host_with_systemd(machine: Machine, wheel: Path) -> None:
+def test_host_with_systemd(machine: Machine, wheel: Path) -> None:
     scratch = "/var/tmp/llloop-ansible"
     wheels = machine.path(scratch) / "wheels"
     wheels.mkdir(parents=True)

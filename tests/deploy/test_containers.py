@@ -1,4 +1,4 @@
-"""Podman, on a machine of its own: what a container needs to mount, and how it gets what the host has mounted."""
+"""Podman on a test machine: mounting in a container, and using the host's mount in a container."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def podman(machine: Machine, store: str) -> Run:
 
 @pytest.fixture
 def server(machine: Machine) -> Iterator[str]:
-    """A mirror in a shared mount of the host: what is mounted there later is seen by those who were given that one."""
+    """A server whose mount is in a shared mount of the host, so that it appears in containers with propagation."""
     machine.run("mkdir", "-p", "/srv/source", "/srv/mirrors")
     machine.path("/srv/source/file").write_text("from the host\n")
     machine.run("mount", "--bind", "/srv/mirrors", "/srv/mirrors")
@@ -60,7 +60,7 @@ def server(machine: Machine) -> Iterator[str]:
     machine.run("umount", "/srv/mirrors")
 
 
-def test_a_container_with_the_device_and_the_capability_mounts(podman: Run) -> None:
+def test_container_with_device_and_capability_can_mount(podman: Run) -> None:
     script = f"{SERVE} && cat /run/mnt/file && {LLLOOP} umount /run/mnt"
     done = podman(script, "--device=/dev/fuse", "--cap-add=SYS_ADMIN")
     assert (done.returncode, done.stdout) == (0, "inside\n")
@@ -74,26 +74,28 @@ def test_a_container_with_the_device_and_the_capability_mounts(podman: Run) -> N
         (("--device=/dev/fuse",), "it lacks CAP_SYS_ADMIN"),
     ],
 )
-def test_without_either_it_says_what_is_missing(podman: Run, options: tuple[str, ...], complaint: str) -> None:
+def test_container_without_either_reports_what_is_missing(
+    podman: Run, options: tuple[str, ...], complaint: str
+) -> None:
     done = podman(SERVE, *options)
     assert done.returncode == 5
     assert complaint in done.stdout
 
 
-def test_a_container_reads_and_writes_what_the_host_mirrors(machine: Machine, podman: Run, server: str) -> None:
+def test_container_reads_and_writes_the_hosts_mount(machine: Machine, podman: Run, server: str) -> None:
     done = podman("cat /data/file; echo changed >/data/file; ls /data", f"--volume={server}:/data")
     assert done.stdout == "from the host\nfile\n"
     assert machine.path("/srv/source/file").read_text() == "changed\n"
 
 
-def test_a_container_only_reads_what_it_is_given_read_only(machine: Machine, podman: Run, server: str) -> None:
+def test_container_cannot_write_a_read_only_volume(machine: Machine, podman: Run, server: str) -> None:
     done = podman("cat /data/file; echo changed >/data/file", f"--volume={server}:/data:ro")
     assert done.stdout.startswith("from the host\n")
     assert "Read-only file system" in done.stdout
     assert machine.path("/srv/source/file").read_text() == "from the host\n"
 
 
-def test_a_container_with_propagation_sees_what_is_mounted_later(machine: Machine, podman: Run, server: str) -> None:
+def test_container_with_propagation_sees_later_mounts(machine: Machine, podman: Run, server: str) -> None:
     machine.run(LLLOOP, "umount", server)
     machine.run("mkdir", "-p", "/srv/signals")
     script = "touch /signals/up; until [ -e /data/photos/file ]; do sleep 0.1; done; cat /data/photos/file"

@@ -1,4 +1,4 @@
-"""The machine that the other tests deploy to: it is one, and it keeps its hands off the real one."""
+"""The test machine works, and does not affect the real one."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from pathlib import Path
 from tests.deploy.machine import Machine, booted, cgroup_parent
 
 
-def test_systemd_is_up_and_nothing_failed(machine: Machine) -> None:
+def test_systemd_is_up_without_failed_units(machine: Machine) -> None:
     assert machine.run("systemctl", "is-system-running").stdout == "running\n"
 
 
-def test_what_it_writes_stays_in_it(machine: Machine) -> None:
+def test_writes_stay_in_the_machine(machine: Machine) -> None:
     machine.run("sh", "-c", "echo written >/etc/llloop-was-here && mkdir /root/llloop-was-here")
     assert machine.path("/etc/llloop-was-here").read_text() == "written\n"
     assert not os.path.exists("/etc/llloop-was-here")
     assert not os.path.exists("/root/llloop-was-here")
 
 
-def test_the_kernel_that_is_shared_cannot_be_set_from_it(machine: Machine) -> None:
+def test_kernel_settings_are_read_only(machine: Machine) -> None:
     assert machine.run("sh", "-c", "echo 1 >/proc/sys/vm/drop_caches", check=False).returncode != 0
 
 
-def test_nothing_is_left_of_it() -> None:
+def test_machine_leaves_nothing() -> None:
     with booted() as another:
         pid = another.pid
         assert living(pid)
@@ -49,6 +49,6 @@ def living(pid: int) -> bool:
 
 
 def cgroup_of(pid: int) -> str:
-    """The machine's own cgroup: the one above that of its process 1, which systemd has made for itself."""
+    """The machine's cgroup: the parent of the one that systemd created for its process 1."""
     (path,) = re.findall(r"^0::(/\S*)/init.scope$", Path(f"/proc/{pid}/cgroup").read_text(), re.MULTILINE)
     return f"{cgroup_parent()}{path}"

@@ -1,4 +1,4 @@
-"""mount(8), /etc/fstab and systemd's own reading of it, on a machine with mount.llloop in /sbin."""
+"""mount(8), /etc/fstab and systemd's fstab generator, on a machine with mount.llloop in /sbin."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ USER = 65534
 
 @dataclass(frozen=True)
 class Place:
-    """A source with a file in it, and a mount point, on the machine; mount(8) finds the helper."""
+    """A source with a file in it and a mount point, on the machine."""
 
     machine: Machine
     source: str
@@ -91,7 +91,7 @@ def test_mount_and_umount(place: Place, kind: str) -> None:
     assert place.options() == set()
 
 
-def test_a_line_of_fstab(place: Place) -> None:
+def test_fstab_entry(place: Place) -> None:
     place.fstab("llloop", "defaults,_netdev,nofail,x-systemd.automount,cache=never,workers=1,nodev")
     place.mount("-a")
     assert place.read() == "mirrored\n"
@@ -102,7 +102,7 @@ def test_a_line_of_fstab(place: Place) -> None:
 
 
 @only_plain
-def test_a_table_of_its_own(place: Place) -> None:
+def test_alternative_fstab(place: Place) -> None:
     table = "/run/table"
     place.machine.path(table).write_text(f"{place.source} {place.mountpoint} fuse.llloop ro,noauto 0 0\n")
     place.mount("-a", "-T", table)
@@ -112,7 +112,7 @@ def test_a_table_of_its_own(place: Place) -> None:
     place.umount()
 
 
-def test_systemd_mounts_it_from_fstab_too(place: Place) -> None:
+def test_systemd_mounts_from_fstab(place: Place) -> None:
     machine = place.machine
     place.fstab("fuse.llloop", "defaults,ro,workers=1")
     machine.run("systemctl", "daemon-reload")
@@ -134,7 +134,7 @@ def test_systemd_mounts_it_from_fstab_too(place: Place) -> None:
         ("nonsense", 1, "mount option nonsense: there is no such option"),
     ],
 )
-def test_options_that_make_no_sense(place: Place, options: str, code: int, message: str) -> None:
+def test_invalid_options(place: Place, options: str, code: int, message: str) -> None:
     said = place.mount("-t", "llloop", "-o", options, place.source, place.mountpoint, code=code)
     assert message in said
     assert "Traceback" not in said
@@ -142,7 +142,7 @@ def test_options_that_make_no_sense(place: Place, options: str, code: int, messa
 
 
 @only_plain
-def test_set_id_programs_and_devices_can_be_allowed_whatever_mount_keeps_for_itself(place: Place) -> None:
+def test_suid_and_dev_can_be_allowed(place: Place) -> None:
     place.fstab("llloop", "options=suid,options=dev,workers=1")
     place.mount("-a")
     assert not {"nosuid", "nodev"} & place.options()
@@ -154,21 +154,21 @@ def test_set_id_programs_and_devices_can_be_allowed_whatever_mount_keeps_for_its
 
 @only_plain
 @pytest.mark.parametrize("options", ["rw,read_only", "read_only", "ro", "rw,ro"])
-def test_read_only_however_it_is_said(place: Place, options: str) -> None:
+def test_spellings_of_read_only(place: Place, options: str) -> None:
     place.mount("-t", "llloop", "-o", f"{options},workers=1", place.source, place.mountpoint)
     assert "ro" in place.options() and "rw" not in place.options()
     place.umount()
 
 
 @only_plain
-def test_sloppy_is_what_ignores_unknown_options(place: Place) -> None:
+def test_sloppy_ignores_unknown_options(place: Place) -> None:
     place.mount("-s", "-t", "llloop", "-o", "nonsense,ro", place.source, place.mountpoint)
     assert place.read() == "mirrored\n"
     place.umount()
 
 
 @only_plain
-def test_what_cannot_be_mounted_is_a_mount_failure(place: Place) -> None:
+def test_failed_mount_has_exit_code_of_mount(place: Place) -> None:
     assert "there is no such directory" in place.mount("-t", "llloop", "/nowhere", place.mountpoint, code=32)
     assert "would contain itself" in place.mount("-t", "llloop", place.source, place.source, code=32)
     place.mount("-t", "llloop", place.source, place.mountpoint)
@@ -178,7 +178,7 @@ def test_what_cannot_be_mounted_is_a_mount_failure(place: Place) -> None:
 
 
 @only_plain
-def test_a_machine_without_the_device(place: Place) -> None:
+def test_missing_fuse_device(place: Place) -> None:
     machine = place.machine
     machine.run("mv", "/dev/fuse", "/dev/fuse.away")
     try:
@@ -195,7 +195,7 @@ def test_fake_and_verbose_mount_nothing(place: Place) -> None:
 
 
 @only_plain
-def test_settings_of_the_caller_are_not_the_mounts(place: Place) -> None:
+def test_environment_of_the_caller_is_ignored(place: Place) -> None:
     machine, environment = place.machine, {"LLLOOP_SERVE_READ_ONLY": "1", "LLLOOP_SOURCE": "/nowhere"}
     machine.run("mount", "-t", "llloop", place.source, place.mountpoint, environment=environment)
     assert "ro" not in place.options()
@@ -203,7 +203,7 @@ def test_settings_of_the_caller_are_not_the_mounts(place: Place) -> None:
 
 
 @only_plain
-def test_an_ordinary_user_mounts_and_unmounts_what_fstab_allows(place: Place) -> None:
+def test_ordinary_user_mounts_and_unmounts_by_fstab(place: Place) -> None:
     machine = place.machine
     if os.stat(CHECKOUT).st_mode & 5 != 5:
         pytest.skip("the checkout is closed to other users")
@@ -220,7 +220,7 @@ def test_an_ordinary_user_mounts_and_unmounts_what_fstab_allows(place: Place) ->
     wait_for_end(place)
 
 
-def test_the_help_lists_the_mount_options() -> None:
+def test_help_lists_the_mount_options() -> None:
     text = subprocess.run([HELPER, "--help"], capture_output=True, text=True, check=True).stdout
     for option in ("workers=N", "read_only, ro", "xattr, no_xattr", "log_file=PATH", "cache="):
         assert f"\n  {option}" in text

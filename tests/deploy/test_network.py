@@ -1,4 +1,4 @@
-"""A source on the network: sshfs from an SSH server on this machine, which answers, hangs, and comes back."""
+"""A source on the network (sshfs from a local SSH server) that answers, hangs, and recovers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ pytestmark = [
 UNCACHED = "dir_cache=no,attr_timeout=0,entry_timeout=0"
 LARGE = 3_000_000  # bytes
 # Until a hang is held to be one.
-PATIENCE = 1.0
+TIMEOUT = 1.0
 
 
 @dataclass
@@ -152,7 +152,7 @@ def remote() -> Iterator[Remote]:
 
 @pytest.fixture
 def far(remote: Remote) -> Iterator[Path]:
-    """An empty directory of the server's, as sshfs shows it."""
+    """An empty directory of the SSH server, as sshfs shows it."""
     mountpoint = remote.state / "far"
     mountpoint.mkdir()
     remote.mount(mountpoint)
@@ -163,8 +163,8 @@ def ready_line(server: Server) -> str:
     return server.output.read_text()
 
 
-class Intent:
-    """A call in a thread of its own, as it may take for ever."""
+class BackgroundCall:
+    """A call in its own thread, because it may never return."""
 
     def __init__(self, call: Callable[[], object]) -> None:
         self.result: object = None
@@ -189,7 +189,7 @@ def llloop(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_what_is_done_through_the_mount_is_done_on_the_server(remote: Remote, far: Path, serve: Serve) -> None:
+def test_changes_in_the_mount_reach_the_server(remote: Remote, far: Path, serve: Serve) -> None:
     server = serve("--workers", "2", source=far)
     assert "metadata through workers" in ready_line(server)
     mnt, there = server.mountpoint, remote.directory
@@ -238,7 +238,7 @@ def test_what_is_done_through_the_mount_is_done_on_the_server(remote: Remote, fa
 
 
 def split(local: Path, remote: Remote) -> Path:
-    """Make *local* a source that lies on this machine but for one directory."""
+    """Make *local* a source that is local except for one directory."""
     far = local / "far"
     far.mkdir()
     remote.mount(far)
@@ -250,7 +250,7 @@ def split(local: Path, remote: Remote) -> Path:
 
 
 def use(directory: Path) -> bool:
-    """Everything that passes through the front, in one directory."""
+    """Make each kind of call that the front serves, in one directory."""
     path = directory / "new"
     path.write_bytes(b"new")
     path.rename(directory / "renamed")
@@ -258,7 +258,7 @@ def use(directory: Path) -> bool:
     return (directory / "file").read_bytes() == b"near" and os.listdir(directory) == ["file"]
 
 
-def test_what_hangs_keeps_nothing_else_waiting(remote: Remote, serve: Serve) -> None:
+def test_hanging_directory_does_not_block_others(remote: Remote, serve: Serve) -> None:
     source = remote.state / "source"
     source.mkdir()
     split(source, remote)
@@ -269,14 +269,14 @@ def test_what_hangs_keeps_nothing_else_waiting(remote: Remote, serve: Serve) -> 
 
     remote.hang()
     try:
-        stuck = Intent(lambda: os.listdir(mnt / "far"))
-        assert not stuck.over(PATIENCE)
+        stuck = BackgroundCall(lambda: os.listdir(mnt / "far"))
+        assert not stuck.over(TIMEOUT)
         # One worker hangs, and what it would have looked at or moved waits; that is an eighth of everything.
-        intents = [Intent(partial(use, mnt / f"near{number}")) for number in range(32)]
-        deadline = time.monotonic() + 5 * PATIENCE
-        done = [intent.over(max(0.0, deadline - time.monotonic())) for intent in intents]
+        calls = [BackgroundCall(partial(use, mnt / f"near{number}")) for number in range(32)]
+        deadline = time.monotonic() + 5 * TIMEOUT
+        done = [call.over(max(0.0, deadline - time.monotonic())) for call in calls]
         assert done.count(True) >= 4, "the front hangs"
-        assert [intent.result for intent, over in zip(intents, done, strict=True) if over] == [True] * sum(done)
+        assert [call.result for call, over in zip(calls, done, strict=True) if over] == [True] * sum(done)
 
         shown = llloop("status", str(mnt))
         assert shown.returncode == 0, shown.stderr
@@ -287,18 +287,18 @@ def test_what_hangs_keeps_nothing_else_waiting(remote: Remote, serve: Serve) -> 
     assert stuck.over(20)
     assert stuck.error is None
     assert stuck.result == ["file"]
-    assert all(intent.over(20) and intent.result is True for intent in intents)
+    assert all(call.over(20) and call.result is True for call in calls)
     assert (mnt / "far" / "file").read_bytes() == pattern(LARGE)
 
 
-def four_readers(server: Server) -> list[Intent]:
-    """Read a file, which hangs."""
-    intents = [Intent((server.mountpoint / "file").read_bytes) for _ in range(4)]
-    assert not intents[0].over(PATIENCE)
-    return intents
+def four_readers(server: Server) -> list[BackgroundCall]:
+    """Read a file that hangs, four times."""
+    calls = [BackgroundCall((server.mountpoint / "file").read_bytes) for _ in range(4)]
+    assert not calls[0].over(TIMEOUT)
+    return calls
 
 
-def test_a_worker_that_is_replaced_while_it_looks_keeps_nobody_waiting(remote: Remote, far: Path, serve: Serve) -> None:
+def test_worker_replaced_during_a_probe_blocks_nobody(remote: Remote, far: Path, serve: Serve) -> None:
     (remote.directory / "file").write_bytes(b"data")
     server = serve("--workers", "2", "--cache", "never", source=far)
     server.expect_log("llloop-worker-. was killed by signal 9; a new process takes over")
@@ -310,10 +310,10 @@ def test_a_worker_that_is_replaced_while_it_looks_keeps_nobody_waiting(remote: R
                 os.kill(pid, signal.SIGKILL)
     finally:
         remote.come_back()
-    assert all(intent.over(20) and intent.result == b"data" for intent in stuck)
+    assert all(call.over(20) and call.result == b"data" for call in stuck)
 
 
-def test_a_front_that_is_replaced_is_asked_again(remote: Remote, far: Path, serve: Serve) -> None:
+def test_requests_are_resent_to_a_replaced_front(remote: Remote, far: Path, serve: Serve) -> None:
     (remote.directory / "file").write_bytes(b"data")
     server = serve("--workers", "2", "--cache", "never", source=far)
     if "has_resend" not in ready_line(server):
@@ -323,19 +323,19 @@ def test_a_front_that_is_replaced_is_asked_again(remote: Remote, far: Path, serv
     try:
         stuck = four_readers(server)
         os.kill(titles(server)["llloop-front"], signal.SIGKILL)
-        assert not stuck[0].over(PATIENCE)
+        assert not stuck[0].over(TIMEOUT)
     finally:
         remote.come_back()
-    assert all(intent.over(20) and intent.result == b"data" for intent in stuck)
+    assert all(call.over(20) and call.result == b"data" for call in stuck)
 
 
-def test_a_mount_of_a_server_that_hangs_can_be_detached(remote: Remote, far: Path, serve: Serve) -> None:
+def test_mount_of_a_hanging_server_can_be_detached(remote: Remote, far: Path, serve: Serve) -> None:
     (remote.directory / "file").write_bytes(b"data")
     server = serve("--workers", "2", "--cache", "never", source=far)
     remote.hang()
     try:
-        stuck = Intent(lambda: os.listdir(server.mountpoint))
-        assert not stuck.over(PATIENCE)
+        stuck = BackgroundCall(lambda: os.listdir(server.mountpoint))
+        assert not stuck.over(TIMEOUT)
         detached = llloop("umount", "--lazy", str(server.mountpoint))
         assert detached.returncode == 0, detached.stderr
         assert not server.mounted()
@@ -350,7 +350,7 @@ def test_a_mount_of_a_server_that_hangs_can_be_detached(remote: Remote, far: Pat
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-def test_a_mount_of_a_server_that_hangs_can_be_stopped(remote: Remote, far: Path, serve: Serve) -> None:
+def test_mount_of_a_hanging_server_can_be_stopped(remote: Remote, far: Path, serve: Serve) -> None:
     (remote.directory / "file").write_bytes(b"data")
     server = serve("--workers", "2", "--cache", "never", source=far)
     server.expect_log("busy: detaching it lazily", required=False)
@@ -359,8 +359,8 @@ def test_a_mount_of_a_server_that_hangs_can_be_stopped(remote: Remote, far: Path
     server.expect_log("llloop-worker-. waits for the source and ends only when")
     remote.hang()
     try:
-        stuck = Intent(lambda: os.listdir(server.mountpoint))
-        assert not stuck.over(PATIENCE)
+        stuck = BackgroundCall(lambda: os.listdir(server.mountpoint))
+        assert not stuck.over(TIMEOUT)
         assert server.process is not None
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(45) == 0

@@ -1,4 +1,4 @@
-"""The sdist is all of llloop: it builds what the checkout builds, and its tests run. What pip installs is complete."""
+"""The sdist is complete: it builds what the checkout builds, and its tests run. The installed package is complete."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def files_of(directory: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clean one: nothing that was built before lies in it."""
+    """A clean checkout without build results."""
     copy = tmp_path_factory.mktemp("clean") / "checkout"
     for name in files_of(CHECKOUT):
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def archive(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sdist, as a release makes it."""
+    """The sdist as for a release."""
     out = tmp_path_factory.mktemp("sdist")
     run(sys.executable, "-m", "build", "--sdist", "--outdir", out, checkout)
     (built,) = out.iterdir()
@@ -99,7 +99,7 @@ def wheel(unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class Installation:
-    """A virtual environment of its own, which sees what llloop depends on in this one, but not its llloop."""
+    """A virtual environment that sees llloop's dependencies in this one, but not its llloop."""
 
     prefix: Path
 
@@ -128,7 +128,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installa
     return made
 
 
-def test_the_sdist_holds_the_checkout(checkout: Path, unpacked: Path) -> None:
+def test_sdist_contains_the_checkout(checkout: Path, unpacked: Path) -> None:
     generated = {"PKG-INFO", *(str(path.relative_to(unpacked)) for path in unpacked.glob("llloop.egg-info/*"))}
     everything = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()}
     assert everything - generated == files_of(checkout)
@@ -137,7 +137,7 @@ def test_the_sdist_holds_the_checkout(checkout: Path, unpacked: Path) -> None:
         assert os.access(unpacked / name, os.X_OK) == os.access(checkout / name, os.X_OK), name
 
 
-def test_the_sdist_is_all_that_git_knows(unpacked: Path) -> None:
+def test_sdist_contains_all_files_of_git(unpacked: Path) -> None:
     listed = subprocess.run(
         ["git", "-c", f"safe.directory={CHECKOUT}", "-C", CHECKOUT, "ls-files", "-z"], capture_output=True, text=True
     )
@@ -146,7 +146,7 @@ def test_the_sdist_is_all_that_git_knows(unpacked: Path) -> None:
     assert {name for name in listed.stdout.split("\0") if name and not (unpacked / name).exists()} == set()
 
 
-def test_an_sdist_of_the_sdist_is_the_same(archive: Path, unpacked: Path, tmp_path: Path) -> None:
+def test_sdist_of_the_sdist_is_identical(archive: Path, unpacked: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(unpacked, copy)
     run(sys.executable, "-m", "build", "--sdist", "--outdir", tmp_path, copy)
@@ -154,7 +154,7 @@ def test_an_sdist_of_the_sdist_is_the_same(archive: Path, unpacked: Path, tmp_pa
         assert sorted(first.getnames()) == sorted(second.getnames())
 
 
-def test_the_wheel_of_the_sdist_is_that_of_the_checkout(checkout: Path, wheel: Path, tmp_path: Path) -> None:
+def test_wheels_of_sdist_and_checkout_are_identical(checkout: Path, wheel: Path, tmp_path: Path) -> None:
     run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", tmp_path, checkout)
     with zipfile.ZipFile(wheel) as first, zipfile.ZipFile(tmp_path / wheel.name) as second:
         assert sorted(first.namelist()) == sorted(second.namelist())
@@ -162,7 +162,7 @@ def test_the_wheel_of_the_sdist_is_that_of_the_checkout(checkout: Path, wheel: P
             assert first.read(name) == second.read(name), name
 
 
-def test_the_tests_of_the_sdist_run(unpacked: Path, tmp_path: Path) -> None:
+def test_tests_of_the_sdist_run(unpacked: Path, tmp_path: Path) -> None:
     copy = tmp_path / "sdist"
     shutil.copytree(unpacked, copy)
     made = environment_in(tmp_path / "environment")
@@ -173,7 +173,7 @@ def test_the_tests_of_the_sdist_run(unpacked: Path, tmp_path: Path) -> None:
     assert "failed" not in said
 
 
-def test_what_is_installed(installed: Installation) -> None:
+def test_installed_files(installed: Installation) -> None:
     prefix = installed.prefix
     assert run(prefix / "bin" / "llloop", "--version") == f"llloop {__version__}\n"
     assert run(prefix / "bin" / "mount.llloop", "--version") == f"mount.llloop {__version__}\n"
@@ -184,7 +184,7 @@ def test_what_is_installed(installed: Installation) -> None:
 
 
 @pytest.mark.mounted
-def test_what_is_installed_serves(installed: Installation, serve: Serve) -> None:
+def test_installed_package_serves(installed: Installation, serve: Serve) -> None:
     server = serve(command=[str(installed.prefix / "bin" / "llloop"), "serve"])
     (server.source / "file").write_text("served")
     assert (server.mountpoint / "file").read_text() == "served"

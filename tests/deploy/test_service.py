@@ -1,4 +1,4 @@
-"""The systemd unit on a booted machine: the mount is everybody's, and whatever ends the service, none is left."""
+"""The systemd unit on a booted machine: all processes see the mount, and no dead mount remains."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def service(machine: Machine, request: pytest.FixtureRequest) -> Iterator[Servic
     machine.run("systemctl", "reset-failed", made.unit, check=False)
 
 
-def test_the_service_is_up_when_the_mount_answers_and_everybody_sees_it(service: Service) -> None:
+def test_service_is_active_when_the_mount_is_visible(service: Service) -> None:
     service.systemctl("start")
     assert service.read("file") == "mirrored\n"
     assert service.show("ActiveState") == "active"
@@ -105,7 +105,7 @@ def namespace(machine: Machine, pid: str) -> str:
     return machine.run("readlink", f"/proc/{pid}/ns/mnt").stdout
 
 
-def test_systemd_is_told_of_readiness_and_that_it_lives(service: Service) -> None:
+def test_service_notifies_readiness_and_watchdog(service: Service) -> None:
     service.systemctl("start")
     assert (service.show("Type"), service.show("NotifyAccess")) == ("notify", "main")
     assert "mirrors" in service.show("StatusText")
@@ -113,7 +113,7 @@ def test_systemd_is_told_of_readiness_and_that_it_lives(service: Service) -> Non
     assert int(first) > 0
 
 
-def test_a_reload_keeps_the_mount_and_what_is_open(service: Service) -> None:
+def test_reload_keeps_the_mount_and_open_files(service: Service) -> None:
     service.systemctl("start")
     before = service.pid
     with service.machine.path(f"{service.mountpoint}/file").open() as file:
@@ -133,7 +133,7 @@ def test_options_come_from_the_environment_file(service: Service) -> None:
     assert titles.count("llloop-worker-") == 3
 
 
-def test_the_hardening_is_in_force(service: Service) -> None:
+def test_hardening_is_effective(service: Service) -> None:
     service.systemctl("start")
     status = service.machine.path(f"/proc/{service.pid}/status").read_text()
     found = dict(re.findall(r"^(\w+):\s+(.*)$", status, re.MULTILINE))
@@ -166,7 +166,7 @@ getfattr -d -m - suid of-member; getcap of-member; getfacl -n of-member; cat of-
 """
 
 
-def test_what_is_mirrored_is_not_less_for_the_hardening(service: Service) -> None:
+def test_hardening_does_not_restrict_the_mount(service: Service) -> None:
     service.systemctl("start")
     machine, native = service.machine, f"/srv/{service.name}/native"
     machine.run("mkdir", native)
@@ -176,7 +176,7 @@ def test_what_is_mirrored_is_not_less_for_the_hardening(service: Service) -> Non
     assert expected.returncode == 0, expected.stdout
 
 
-def test_a_stop_leaves_nothing_and_loses_nothing(service: Service) -> None:
+def test_stop_leaves_no_mount_and_loses_no_data(service: Service) -> None:
     service.configure(LLLOOP_SERVE_WRITEBACK="1")
     service.systemctl("start")
     # What the kernel still holds when the stop begins can only be written by workers that outlive the unmount's start.
@@ -191,7 +191,7 @@ def test_a_stop_leaves_nothing_and_loses_nothing(service: Service) -> None:
     service.machine.run("cmp", f"{service.source}/../sent", f"{service.source}/data")
 
 
-def test_a_killed_supervisor_leaves_no_dead_mount_and_is_started_again(service: Service) -> None:
+def test_killed_supervisor_is_restarted_without_dead_mount(service: Service) -> None:
     service.configure(LLLOOP_SERVE_CACHE="always")
     service.systemctl("start")
     before = service.pid
@@ -203,7 +203,7 @@ def test_a_killed_supervisor_leaves_no_dead_mount_and_is_started_again(service: 
     assert service.machine.run("findmnt", "-n", service.mountpoint).stdout.count("fuse.llloop") == 1
 
 
-def test_what_kills_all_at_once_leaves_no_dead_mount(service: Service) -> None:
+def test_killing_all_processes_leaves_no_dead_mount(service: Service) -> None:
     service.systemctl("start")
     service.systemctl("kill", "--signal=KILL", "--kill-whom=all")
     wait_until(lambda: service.show("NRestarts") == "1" and service.show("ActiveState") == "active", "restarted")
@@ -211,7 +211,7 @@ def test_what_kills_all_at_once_leaves_no_dead_mount(service: Service) -> None:
     assert service.read("file") == "mirrored\n"
 
 
-def test_a_killed_worker_is_the_supervisors_business(service: Service) -> None:
+def test_killed_worker_is_replaced_by_the_supervisor(service: Service) -> None:
     service.systemctl("start")
     before = service.pid
     worker = service.machine.run("pgrep", "-P", str(before), "llloop-worker").stdout.split()[0]
@@ -220,14 +220,14 @@ def test_a_killed_worker_is_the_supervisors_business(service: Service) -> None:
     assert (service.pid, service.show("NRestarts")) == (before, "0")
 
 
-def test_an_unmount_by_hand_ends_the_service(service: Service) -> None:
+def test_manual_unmount_ends_the_service(service: Service) -> None:
     service.systemctl("start")
     service.machine.run("umount", service.mountpoint)
     wait_until(lambda: service.show("ActiveState") == "inactive", "the service has ended")
     assert (service.show("Result"), service.show("NRestarts")) == ("success", "0")
 
 
-def test_an_option_that_makes_no_sense_is_not_tried_again(service: Service) -> None:
+def test_invalid_option_is_not_restarted(service: Service) -> None:
     service.configure(LLLOOP_SERVE_WORKERS="none")
     done = service.machine.run("systemctl", "start", service.unit, check=False)
     wait_until(lambda: service.show("ActiveState") == "failed", f"failed ({done.stdout})")
@@ -235,7 +235,7 @@ def test_an_option_that_makes_no_sense_is_not_tried_again(service: Service) -> N
     assert "'none' is not a valid integer range" in service.journal()
 
 
-def test_a_mount_of_somebody_else_is_left_alone(service: Service) -> None:
+def test_other_mount_is_not_unmounted(service: Service) -> None:
     machine = service.machine
     machine.run(LLLOOP, "serve", "--daemon", "--workers", "1", service.source, service.mountpoint)
     try:
@@ -247,7 +247,7 @@ def test_a_mount_of_somebody_else_is_left_alone(service: Service) -> None:
         machine.run(LLLOOP, "umount", service.mountpoint)
 
 
-def test_the_drop_in_ties_the_service_to_the_file_system_of_its_source(service: Service) -> None:
+def test_drop_in_requires_the_file_system_of_the_source(service: Service) -> None:
     machine, where = service.machine, service.source
     machine.run("mkdir", "/srv/disk")
     machine.path("/srv/disk/file").write_text("on the disk\n")

@@ -1,4 +1,4 @@
-"""The systemd unit: what systemd thinks of it, and that nothing in it hides the mount from the machine."""
+"""The systemd unit: systemd accepts it, and nothing in it hides the mount."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def analyze(tmp_path: Path) -> str:
 
 @pytest.fixture
 def installed(tmp_path: Path) -> Path:
-    """The unit as `llloop systemd-unit` writes it, under its name."""
+    """The unit that `llloop systemd-unit` prints, in a file with its name."""
     command = Path(sys.executable).parent / "llloop"
     text = subprocess.run([command, "systemd-unit"], check=True, capture_output=True, text=True, env=environment())
     place = tmp_path / UNIT.name
@@ -53,7 +53,7 @@ def installed(tmp_path: Path) -> Path:
     return place
 
 
-def test_the_command_of_the_unit_is_the_one_that_printed_it(installed: Path) -> None:
+def test_unit_runs_the_command_that_printed_it(installed: Path) -> None:
     command = str(Path(sys.executable).parent / "llloop")
     text = installed.read_text()
     assert values(text, "ExecStart") == [f"{command} serve --replace-dead"]
@@ -69,14 +69,14 @@ def test_systemd_accepts_the_unit(analyze: str, installed: Path) -> None:
     assert (done.returncode, complaints) == (0, [])
 
 
-def test_systemd_would_tell_of_a_fault(analyze: str, installed: Path) -> None:
-    """What the test above relies on."""
+def test_systemd_reports_an_invalid_unit(analyze: str, installed: Path) -> None:
+    """The test above relies on this."""
     installed.write_text(installed.read_text().replace("KillMode=mixed", "KillMode=gently"))
     command = [analyze, "--man=no", "verify", f"{installed.parent}/llloop@photos.service"]
     assert "gently" in subprocess.run(command, capture_output=True, text=True).stderr
 
 
-def test_systemd_accepts_the_drop_in_for_the_paths(analyze: str, installed: Path, tmp_path: Path) -> None:
+def test_systemd_accepts_the_drop_in(analyze: str, installed: Path, tmp_path: Path) -> None:
     source, mountpoint = """/srv/a b/50%/it's "so" \\n""", "/mnt/here/there"
     drop_in = llloop("systemd-unit", source, mountpoint).stdout
     directory = tmp_path / "llloop@photos.service.d"
@@ -91,7 +91,7 @@ def test_systemd_accepts_the_drop_in_for_the_paths(analyze: str, installed: Path
     assert found == [[source.replace("%", "%%")], ["/mnt/here"]]
 
 
-def test_half_a_pair_of_paths_is_refused() -> None:
+def test_single_path_is_refused() -> None:
     ended = llloop("systemd-unit", "/srv")
     assert ended.code == 2
     assert "SOURCE and MOUNTPOINT" in ended.complaint()
@@ -103,8 +103,8 @@ def test_nothing_in_the_unit_hides_the_mount() -> None:
     assert [name for name in names if NAMESPACING.fullmatch(name)] == []
 
 
-def test_the_exposure_that_systemd_computes(analyze: str, installed: Path) -> None:
-    """Without its hardening the service is at 9.6. What is left is root's right to mount, and to act as anybody."""
+def test_exposure_level(analyze: str, installed: Path) -> None:
+    """Without hardening the level is 9.6. Root's capabilities to mount and to switch users remain."""
     command = [analyze, "security", "--offline=yes", "--no-pager", "--threshold=52", str(installed)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
@@ -131,19 +131,19 @@ def test_source_and_mountpoint_come_from_the_environment(serve: Serve, tmp_path:
 
 
 def llloop_daemon(*arguments: str, env: dict[str, str]) -> int:
-    """The exit code of a command that leaves processes behind."""
+    """Return the exit code of a command that leaves processes running."""
     command = [sys.executable, "-m", "llloop", *arguments]
     return subprocess.run(command, env=environment(env), cwd="/", timeout=30, check=False).returncode
 
 
-def test_the_environment_must_name_both(tmp_path: Path) -> None:
+def test_environment_must_contain_both_paths(tmp_path: Path) -> None:
     ended = llloop("serve", env={"LLLOOP_SOURCE": str(tmp_path)})
     assert ended.code == 2
     assert "MOUNTPOINT" in ended.complaint()
 
 
 @pytest.mark.mounted
-def test_cleaning_up_takes_a_dead_mount_away(serve: Serve) -> None:
+def test_umount_if_dead_removes_a_dead_mount(serve: Serve) -> None:
     # With --cache always the kernel goes on telling the attributes of a dead mount's root.
     server = serve("--cache", "always")
     os.stat(server.mountpoint)
@@ -157,7 +157,7 @@ def test_cleaning_up_takes_a_dead_mount_away(serve: Serve) -> None:
 
 
 @pytest.mark.mounted
-def test_cleaning_up_leaves_what_lives(serve: Serve, tmp_path: Path) -> None:
+def test_umount_if_dead_leaves_a_living_mount(serve: Serve, tmp_path: Path) -> None:
     server = serve()
     for place in (server.mountpoint, tmp_path, Path("/proc"), tmp_path / "missing"):
         ended = llloop("umount", "--lazy", "--if-dead", place)
@@ -166,7 +166,7 @@ def test_cleaning_up_leaves_what_lives(serve: Serve, tmp_path: Path) -> None:
 
 
 @pytest.mark.mounted
-def test_serving_again_replaces_a_dead_mount_whose_attributes_are_cached(serve: Serve) -> None:
+def test_replace_dead_with_cached_attributes(serve: Serve) -> None:
     server = serve("--cache", "always")
     os.stat(server.mountpoint)
     kill_session(server.pid)

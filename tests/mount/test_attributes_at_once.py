@@ -28,11 +28,11 @@ GROUP = 4711
 
 
 def use(name: str, flags: int, action: Callable[[int], object]) -> Callable[[Path], None]:
-    def deed(directory: Path) -> None:
+    def action(directory: Path) -> None:
         with opened(directory / name, flags) as fd:
             action(fd)
 
-    return deed
+    return action
 
 
 def store(fd: int) -> None:
@@ -46,7 +46,7 @@ def copy(directory: Path) -> None:
         os.copy_file_range(source, target, 1000, 0, 10_000)
 
 
-DEEDS: dict[str, Callable[[Path], object]] = {
+ACTIONS: dict[str, Callable[[Path], object]] = {
     "write": use("file", os.O_WRONLY, lambda fd: os.write(fd, b"x" * 100)),
     "extend": use("file", os.O_WRONLY, lambda fd: os.pwrite(fd, b"x" * 9000, 3000)),
     "append": use("file", os.O_WRONLY | os.O_APPEND, lambda fd: os.write(fd, b"x" * 9000)),
@@ -94,8 +94,8 @@ def field_of(found: Statx, field: str) -> int:
     return int(value if isinstance(value, int) else value.ns)
 
 
-def stale(server: Server, name: str, deed: Callable[[Path], object], fields: set[str]) -> set[str]:
-    """Do a deed in a directory of its own; ask for each field of what it has changed alone; return what is wrong."""
+def stale(server: Server, name: str, action: Callable[[Path], object], fields: set[str]) -> set[str]:
+    """Do an action in its own directory; ask for each changed field alone; return the fields that are out of date."""
     wrong = set()
     asked: set[tuple[str, str]] = set()
     for intent in range(50):
@@ -103,7 +103,7 @@ def stale(server: Server, name: str, deed: Callable[[Path], object], fields: set
         make(source)
         for path in paths(mounted):
             statx(path)
-        deed(mounted)
+        action(mounted)
         is_done = True
         for path in paths(source):
             relative = path.relative_to(source)
@@ -131,7 +131,7 @@ def test_changed_attributes_are_seen_immediately(serve: Serve, serve_options: li
     fields = set(FIELDS)
     if "--writeback" in [*options, *serve_options]:
         fields -= KEPT_BY_KERNEL
-    deeds = dict(DEEDS)
+    actions = dict(ACTIONS)
     if "--io=kernel" in [*options, *serve_options]:
-        del deeds["store"]  # it goes to the pages of the source, past FUSE
-    assert set().union(*(stale(server, name, deed, fields) for name, deed in deeds.items())) == set()
+        del actions["store"]  # it goes to the pages of the source, past FUSE
+    assert set().union(*(stale(server, name, action, fields) for name, action in actions.items())) == set()

@@ -17,7 +17,7 @@ from llloop.linux import syscalls
 from llloop.linux.fuse import Opcode
 from llloop.shared.leadership import MOST_THREADS
 from tests.server_processes import wait_until
-from tests.unit.mortal import PROBE, Life, Line, Request
+from tests.unit.killable_front import PROBE, Life, Line, Request
 from tests.unit.support import packet_pipe
 
 TIMEOUT = 10.0

@@ -19,7 +19,7 @@ from llloop.linux import fuse
 from llloop.linux.fuse import Opcode
 from llloop.shared.negotiation import Capabilities, Feature
 from tests.unit.front.recovery.test_resent import mkdir, write
-from tests.unit.mortal import Killed, Life, Line, Request
+from tests.unit.killable_front import Killed, Life, Line, Request
 from tests.unit.support import packet_pipe
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from llloop.shared.journal import HANDLE, INODE, LINK, RECORD_SIZE, Journal
-from tests.unit.mortal import Killed, Life, living, mortal_ledger
+from tests.unit.killable_front import Killed, Life, living, mortal_ledger
 from tests.unit.support import close_ledger, heir
 
 FIELDS = 8
@@ -174,11 +174,11 @@ def test_a_change_is_done_or_not_wherever_it_is_cut(
     for steps in range(1000):
         journal, places = prepared()
         life = Life(steps)
-        mortal = mortal_ledger(journal, life)
-        mortal.recover()
+        killable_front = mortal_ledger(journal, life)
+        killable_front.recover()
         try:
             with living(life):
-                change(mortal, places)
+                change(killable_front, places)
         except Killed:
             found = sorted(content(journal).values())
             assert found in (before, after)

@@ -26,8 +26,8 @@ from llloop.workers.replies import KernelReplies
 from tests.as_user import Child
 from tests.expect import pattern
 from tests.syscalls import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
-from tests.unit import mortal as mortal_module
-from tests.unit.mortal import Life
+from tests.unit import killable_front as mortal_module
+from tests.unit.killable_front import Life
 from tests.unit.support import Device, OwnIdentity, Reply
 
 _BEGUN, _APPENDING, _SHIFTING, _DONE, _COPYING = range(5)
@@ -491,7 +491,7 @@ def test_append_survives_death_of_successor_at_every_step(bench: Bench, step: in
     request = begun(bench, b"line\n", 3)
     life = Life(step)
 
-    def mortal(call: Any) -> Any:
+    def killable_front(call: Any) -> Any:
         return life.around(call)
 
     class Cells:
@@ -508,7 +508,7 @@ def test_append_survives_death_of_successor_at_every_step(bench: Bench, step: in
     slots = bench.slots
     with pytest.MonkeyPatch.context() as patch:
         for name in ("lseek", "pwritev"):
-            patch.setattr(os, name, mortal(getattr(os, name)))
+            patch.setattr(os, name, killable_front(getattr(os, name)))
         for name in ("results", "written", "stages"):
             patch.setattr(slots, name, Cells(getattr(slots, name)))
         with suppress(mortal_module.Killed):

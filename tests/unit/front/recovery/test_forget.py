@@ -12,7 +12,7 @@ import pytest
 
 from llloop.front.inodes import ROOT
 from llloop.linux.fuse import Opcode
-from tests.unit.mortal import Killed, Life, Line, Request
+from tests.unit.killable_front import Killed, Life, Line, Request
 from tests.unit.support import packet_pipe
 
 LOOKED_UP = {"often": 3, "once": 1, "twice": 2, "removed": 1, "kept": 2}

@@ -1,8 +1,8 @@
 """Every call by which a front can change something is one at which tests kill it; a new call cannot escape them.
 
-`tests/unit/mortal.py` kills fronts before and after the calls of its list `STEPS`. Here the source code of all that a
-front runs is searched for calls of the operating system. Each must be in that list, or in the list below of those that
-change nothing that outlives the process.
+`tests/unit/killable_front.py` kills fronts before and after the calls of its list `STEPS`. This test searches the
+source code of everything that a front runs for system calls. Each must be in that list, or in the list below of calls
+that change nothing that survives the process.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import llloop
-from tests.unit.mortal import STEPS
+from tests.unit.killable_front import STEPS
 
 PACKAGE = Path(llloop.__file__).parent
 SYSCALLS = "llloop.linux.syscalls"
@@ -181,7 +181,7 @@ def test_a_front_is_killed_at_each_call_that_changes_something() -> None:
     assert len(calls) > 40, "the search finds hardly anything"
     escaped = {call: place for call, place in calls.items() if call not in STEPS and call not in CHANGES_NOTHING}
     assert not escaped, (
-        f"calls that tests/unit/mortal.py does not kill a front at: {escaped}. "
+        f"calls that tests/unit/killable_front.py does not kill a front at: {escaped}. "
         "Add them to its list STEPS, and a request that makes them to test_resent.py; "
         "or, if they change nothing that outlives the process, to CHANGES_NOTHING"
     )

@@ -29,7 +29,7 @@ from llloop.workers.loop import Worker
 from llloop.workers.operations import Operations
 from llloop.workers.replies import KernelReplies
 from tests.unit.front.recovery.test_resent import write
-from tests.unit.mortal import Killed, Line, Request
+from tests.unit.killable_front import Killed, Line, Request
 from tests.unit.support import OwnIdentity, Reply, packet_pipe
 
 _MOST_STEPS = 60

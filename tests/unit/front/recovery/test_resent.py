@@ -27,8 +27,8 @@ from llloop.front.recovery.intents import _CLOCK_REALTIME_COARSE
 from llloop.linux import fuse
 from llloop.linux.fuse import Opcode
 from llloop.linux.syscalls import RAM_FILE_SYSTEMS, RENAME_EXCHANGE, RENAME_NOREPLACE
-from tests.unit import mortal
-from tests.unit.mortal import Killed, Life, Line, Request
+from tests.unit import killable_front
+from tests.unit.killable_front import Killed, Life, Line, Request
 from tests.unit.support import Reply, packet_pipe
 
 _MOST_STEPS = 400
@@ -749,7 +749,7 @@ def test_who_creates_does_not_get_what_another_has_made_meanwhile(
     if kind != "fifo":
         if os.geteuid():
             pytest.skip("needs root")
-        monkeypatch.setattr(mortal, "ME", (4002, 4002))
+        monkeypatch.setattr(killable_front, "ME", (4002, 4002))
     for steps in range(_MOST_STEPS):
         with packet_pipe(8) as first, packet_pipe(8) as second:
             line = Line(tmp_path / f"source-{steps}", [first, second])

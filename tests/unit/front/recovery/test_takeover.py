@@ -21,7 +21,7 @@ from llloop.linux.syscalls import RENAME_EXCHANGE
 from llloop.shared.negotiation import Feature
 from tests.expect import fails
 from tests.unit.front.recovery.test_resent import View, create_request, makedir, pair, rename_request, write
-from tests.unit.mortal import Killed, Life, Line, Request
+from tests.unit.killable_front import Killed, Life, Line, Request
 from tests.unit.support import packet_pipe
 
 _EXCLUSIVE = os.O_RDWR | os.O_CREAT | os.O_EXCL

@@ -1,6 +1,6 @@
-"""What can be asked of a file system, each in a few lines: prepared in the source, then done in the mount.
+"""Short scenarios of file system calls: each is prepared in the source, then run in the mount.
 
-Each is to end in the mount as it does in a plain directory, whatever dies while it is done.
+Each must have the same result as in a plain directory, whichever process dies meanwhile.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ LARGE = 200_000  # more than the front does by itself
 
 
 @dataclass(frozen=True)
-class Deed:
-    """`prepare` runs in the source, `act` in the mount; what `act` returns has to be the same everywhere."""
+class Scenario:
+    """`prepare` runs in the source, `act` in the mount; `act` must return the same in a plain directory."""
 
     name: str
     prepare: Callable[[Path], object]
@@ -175,50 +175,50 @@ def _set_again(path: Path) -> None:
 
 
 NAMES = [
-    Deed("mkdir", _nothing, lambda at: os.mkdir(at / "new", 0o750)),
-    Deed("mkdir where one is", _directory, _refused(os.mkdir, "directory")),
-    Deed("mknod", _nothing, lambda at: os.mkfifo(at / "fifo")),
-    Deed("symlink", _nothing, lambda at: os.symlink("target", at / "symlink")),
-    Deed("symlink where one is", _file, _refused(lambda at: os.symlink("target", at), "file")),
-    Deed("link", _file, lambda at: os.link(at / "file", at / "link")),
-    Deed("link where another is", _two_files, _refused(os.link, "file", "other")),
-    Deed("create", _nothing, _create),
-    Deed("create where one is", _file, _refused(lambda at: os.open(at, os.O_CREAT | os.O_EXCL), "file")),
-    Deed("create what cannot be opened", _nothing, _create_unreadable),
-    Deed("unlink", _file, lambda at: os.unlink(at / "file")),
-    Deed("unlink what is open", _file, _remove_open(lambda at: os.unlink(at / "file"))),
-    Deed("unlink and open the other name", _two_links, _unlink_and_open_other),
-    Deed("rmdir", _directory, lambda at: os.rmdir(at / "directory")),
-    Deed("rmdir what is not empty", _file, _refused(lambda at: os.rmdir(at.parent), "file")),
-    Deed("rename", _file, lambda at: os.rename(at / "file", at / "renamed")),
-    Deed("rename over", _two_files, lambda at: os.rename(at / "other", at / "file")),
-    Deed("rename over what is open", _two_files, _remove_open(lambda at: os.rename(at / "other", at / "file"))),
-    Deed("rename one name over another", _two_links, lambda at: os.rename(at / "file", at / "link")),
-    Deed("exchange", _two_files, lambda at: renameat2(at / "file", at / "other", RENAME_EXCHANGE)),
-    Deed(
+    Scenario("mkdir", _nothing, lambda at: os.mkdir(at / "new", 0o750)),
+    Scenario("mkdir where one is", _directory, _refused(os.mkdir, "directory")),
+    Scenario("mknod", _nothing, lambda at: os.mkfifo(at / "fifo")),
+    Scenario("symlink", _nothing, lambda at: os.symlink("target", at / "symlink")),
+    Scenario("symlink where one is", _file, _refused(lambda at: os.symlink("target", at), "file")),
+    Scenario("link", _file, lambda at: os.link(at / "file", at / "link")),
+    Scenario("link where another is", _two_files, _refused(os.link, "file", "other")),
+    Scenario("create", _nothing, _create),
+    Scenario("create where one is", _file, _refused(lambda at: os.open(at, os.O_CREAT | os.O_EXCL), "file")),
+    Scenario("create what cannot be opened", _nothing, _create_unreadable),
+    Scenario("unlink", _file, lambda at: os.unlink(at / "file")),
+    Scenario("unlink what is open", _file, _remove_open(lambda at: os.unlink(at / "file"))),
+    Scenario("unlink and open the other name", _two_links, _unlink_and_open_other),
+    Scenario("rmdir", _directory, lambda at: os.rmdir(at / "directory")),
+    Scenario("rmdir what is not empty", _file, _refused(lambda at: os.rmdir(at.parent), "file")),
+    Scenario("rename", _file, lambda at: os.rename(at / "file", at / "renamed")),
+    Scenario("rename over", _two_files, lambda at: os.rename(at / "other", at / "file")),
+    Scenario("rename over what is open", _two_files, _remove_open(lambda at: os.rename(at / "other", at / "file"))),
+    Scenario("rename one name over another", _two_links, lambda at: os.rename(at / "file", at / "link")),
+    Scenario("exchange", _two_files, lambda at: renameat2(at / "file", at / "other", RENAME_EXCHANGE)),
+    Scenario(
         "rename without replacing",
         _two_files,
         _refused(lambda one, other: renameat2(one, other, RENAME_NOREPLACE), "file", "other"),
     ),
-    Deed("set an attribute", _file, lambda at: os.setxattr(at / "file", "user.a", b"b", os.XATTR_CREATE)),
-    Deed(
+    Scenario("set an attribute", _file, lambda at: os.setxattr(at / "file", "user.a", b"b", os.XATTR_CREATE)),
+    Scenario(
         "set an attribute that is",
         _with_xattr,
         _refused(lambda at: os.setxattr(at, "user.name", b"b", os.XATTR_CREATE), "file"),
     ),
-    Deed("remove an attribute", _with_xattr, lambda at: os.removexattr(at / "file", "user.name")),
-    Deed("set an attribute again", _with_xattr, _refused(_set_again, "file")),
-    Deed("remove an attribute that is not", _file, _refused(lambda at: os.removexattr(at, "user.name"), "file")),
-    Deed("file without a name", _nothing, _tmpfile),
-    Deed("let files be forgotten", _nothing, _let_forget),
+    Scenario("remove an attribute", _with_xattr, lambda at: os.removexattr(at / "file", "user.name")),
+    Scenario("set an attribute again", _with_xattr, _refused(_set_again, "file")),
+    Scenario("remove an attribute that is not", _file, _refused(lambda at: os.removexattr(at, "user.name"), "file")),
+    Scenario("file without a name", _nothing, _tmpfile),
+    Scenario("let files be forgotten", _nothing, _let_forget),
 ]
-LISTING = Deed("list and remove", _many, _list_and_remove)
+LISTING = Scenario("list and remove", _many, _list_and_remove)
 DATA = [
-    Deed("append", _file, _append(50)),
-    Deed("append much", _file, _append(LARGE)),
-    Deed("write", _file, _write(50, 2)),
-    Deed("write much", _file, _write(LARGE, 3)),
-    Deed("truncate", _file, _truncate),
-    Deed("map", _file, _map),
-    Deed("ranges", _two_files, _ranges),
+    Scenario("append", _file, _append(50)),
+    Scenario("append much", _file, _append(LARGE)),
+    Scenario("write", _file, _write(50, 2)),
+    Scenario("write much", _file, _write(LARGE, 3)),
+    Scenario("truncate", _file, _truncate),
+    Scenario("map", _file, _map),
+    Scenario("ranges", _two_files, _ranges),
 ]

@@ -89,13 +89,13 @@ class Life:
         self.taken += 1
 
     def around(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def mortal(*arguments: Any, **options: Any) -> Any:
+        def killable_front(*arguments: Any, **options: Any) -> Any:
             self.step()
             result = call(*arguments, **options)
             self.step()
             return result
 
-        return mortal
+        return killable_front
 
 
 class _Cells:
