@@ -1,4 +1,4 @@
-"""llloop inside a Python program: `mount` for a block of code, `serve` for a program that does nothing else."""
+"""The Python API: `mount` serves during a ``with`` block, `serve` serves until the mount has ended."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from llloop.supervisor.process_state import ProcessState, keep_ended_children
 
 @dataclass(frozen=True, slots=True)
 class Mounted:
-    """A mount that is served.
+    """A running mount.
 
     Attributes:
-        source: the mirrored directory, absolute.
-        mountpoint: where it is mirrored, absolute.
+        source: the absolute path of the source.
+        mountpoint: the absolute path of the mount point.
         pid: the process id of the supervisor.
-        description: the line `llloop serve` would print: workers, loop, kernel features.
+        description: the line that `llloop serve` prints: workers, loop, kernel features.
     """
 
     source: str
@@ -38,21 +38,22 @@ class Mounted:
 
 
 def serve(source: str | os.PathLike[str], mountpoint: str | os.PathLike[str], **options: Any) -> int:
-    """Mirror *source* at *mountpoint* until it is unmounted or this process gets SIGTERM or SIGINT.
+    """Mirror *source* at *mountpoint* until somebody unmounts it or this process gets SIGTERM or SIGINT.
 
-    It must be called in the main thread of a program that may fork, and takes over the handling of these
-    signals; to go on with other work while the mount is served, use `mount`.
+    Call this function in the main thread. It forks. While it runs, it handles these signals, SIGHUP, SIGUSR1, SIGUSR2
+    and SIGCHLD; afterwards the handlers of the program are in force again. To do other work while the mount is served,
+    use `mount`.
 
     Args:
         source: the directory to mirror.
-        mountpoint: the directory to mirror it at.
+        mountpoint: the mount point, a directory.
         **options: the fields of `llloop.config.ServeConfig`, e.g. ``workers=8``.
 
     Returns:
         0 after a clean stop, 1 if the mount ended otherwise.
 
     Raises:
-        LlloopError: the mount could not be made; the subclasses say why.
+        LlloopError: mounting failed; the subclasses say why.
     """
     if threading.current_thread() is not threading.main_thread():
         raise errors.UsageError("llloop.serve() works in the main thread only; llloop.mount() works in any thread")
@@ -67,23 +68,23 @@ def serve(source: str | os.PathLike[str], mountpoint: str | os.PathLike[str], **
 def mount(
     source: str | os.PathLike[str], mountpoint: str | os.PathLike[str], *, log_level: str = "warning", **options: Any
 ) -> Iterator[Mounted]:
-    """Mirror *source* at *mountpoint* for the duration of a ``with`` block.
+    """Mirror *source* at *mountpoint* during a ``with`` block.
 
-    The mount is served by processes of its own, so threads and forks of the calling program do not matter: a fork that
-    leaves the block ends nothing. The mount ends with the block, and also when the process that made it dies.
+    Separate processes serve the mount. The program may have threads and may fork; a fork that leaves the block does not
+    end the mount. The mount ends at the end of the block, or when the process that made it dies.
 
-    When the block has been left, nothing is mounted any more. If somebody still uses the mount, it is detached from the
-    tree all the same, and they may go on for some seconds. What the kernel cannot write back to the source within 30
-    seconds is lost.
+    After the block, nothing is mounted. If programs still use the mount, it is detached in spite of this, and these
+    programs may continue for some seconds. Data that the kernel cannot write back to the source within 30 seconds is
+    lost.
 
     Args:
         source: the directory to mirror.
-        mountpoint: the directory to mirror it at.
-        log_level: the least severe messages that go to this program's standard error.
+        mountpoint: the mount point, a directory.
+        log_level: messages of this level and above go to the standard error of this program.
         **options: the fields of `llloop.config.ServeConfig`, e.g. ``workers=8`` or ``read_only=True``.
 
     Raises:
-        LlloopError: the mount could not be made; the subclasses say why. Also if it did not end cleanly.
+        LlloopError: mounting failed; the subclasses say why. Also raised if the mount did not end cleanly.
     """
     config = _config(source, mountpoint, options)
     if log_level not in log.LEVELS:

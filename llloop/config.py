@@ -19,7 +19,7 @@ _DAY = 86400.0
 
 
 class Cache(str, Enum):
-    """How long the kernel may believe what it has been told."""
+    """What the kernel may cache."""
 
     NEVER = "never"
     AUTO = "auto"
@@ -27,14 +27,14 @@ class Cache(str, Enum):
 
 
 class LoopKind(str, Enum):
-    """Who runs the request loop."""
+    """Which request loop serves the mount."""
 
     OWN = "own"
     LLFUSE = "llfuse"
 
 
 class IoKind(str, Enum):
-    """Who moves the data of open files."""
+    """Which process reads and writes open files."""
 
     WORKERS = "workers"
     KERNEL = "kernel"
@@ -42,7 +42,7 @@ class IoKind(str, Enum):
 
 
 class MetadataKind(str, Enum):
-    """Who meets the source first for a request on names or attributes."""
+    """Which process accesses the source first for names and attributes."""
 
     FRONT = "front"
     WORKERS = "workers"
@@ -73,9 +73,9 @@ _LONGEST_FSNAME = 4094
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig:
-    """Everything `llloop serve` and `llloop.mount` can be told about one mount.
+    """The options of one mount, for `llloop serve` and `llloop.mount`.
 
-    An attribute given as None gets its default, which may depend on others, in `__post_init__`: none stays None.
+    For each attribute that is None, `__post_init__` sets the default. The default can depend on other attributes.
     """
 
     source: str
@@ -168,7 +168,7 @@ class ServeConfig:
         f"comparison. Risk of llfuse: it is slower, and the mount lacks {WITHOUT_OWN_LOOP}. It excludes --io kernel, "
         "--writeback and --metadata workers. Default: own.",
     )
-    slots: int = _option(DEFAULT_SLOTS, "How many requests may be with the workers at a time; for tests.")
+    slots: int = _option(DEFAULT_SLOTS, "How many requests the workers may have at the same time; for tests.")
 
     def __post_init__(self) -> None:
         self._check_paths()

@@ -1,16 +1,16 @@
-"""What can go wrong before a mount serves, each with the exit code the command ends with."""
+"""Errors, each with the exit code of the command."""
 
 from __future__ import annotations
 
 
 class LlloopError(Exception):
-    """An error that is explained to the user in one line. Exit code 1: the mount failed or ended unexpectedly."""
+    """An error whose text explains it in one line. Exit code 1: the mount failed or ended unexpectedly."""
 
     exit_code = 1
 
 
 class UsageError(LlloopError):
-    """An option's value makes no sense. Exit code 2, as click's own usage errors."""
+    """An option is invalid. Exit code 2, like the usage errors of click."""
 
     exit_code = 2
 
@@ -22,7 +22,7 @@ class SourceError(LlloopError):
 
 
 class MountpointError(LlloopError):
-    """The mount point cannot be mounted on, or is not an llloop mount. Exit code 4."""
+    """The mount point cannot be used, or is not an llloop mount. Exit code 4."""
 
     exit_code = 4
 
@@ -34,7 +34,7 @@ class HostError(LlloopError):
 
 
 class DeadMountError(LlloopError):
-    """A dead mount is in the way. Exit code 6."""
+    """A dead mount is at the mount point. Exit code 6."""
 
     exit_code = 6
 

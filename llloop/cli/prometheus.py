@@ -43,7 +43,9 @@ class _Collector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         up = GaugeMetricFamily(
-            "llloop_up", "Whether the mount answers requests; 0 if its server is gone.", labels=["mountpoint"]
+            "llloop_up",
+            "1 if the mount answers requests, 0 if its server is gone or does not answer.",
+            labels=["mountpoint"],
         )
         for one in self._all:
             up.add_metric([one["mountpoint"]], one["state"] in _UP)
@@ -51,19 +53,29 @@ class _Collector(Collector):
         yield from self._operations()
         yield from self._processes()
         for name, text, value in (
-            ("llloop_source_up", "Whether the source is there and answers.", lambda one: not one["source_problem"]),
-            ("llloop_uptime_seconds", "How long the mount has been there.", lambda one: one["uptime"]),
+            (
+                "llloop_source_up",
+                "1 if the source exists and answers, otherwise 0.",
+                lambda one: not one["source_problem"],
+            ),
+            ("llloop_uptime_seconds", "For how long the mount has existed.", lambda one: one["uptime"]),
             ("llloop_inodes", "Inodes that the kernel knows.", lambda one: one["inodes"]),
             ("llloop_open_handles", "Open files and directories.", lambda one: one["handles"]),
-            ("llloop_slots", "How many requests can be with the workers.", lambda one: one["slots"]["total"]),
-            ("llloop_slots_used", "How many requests are with the workers.", lambda one: one["slots"]["used"]),
+            (
+                "llloop_slots",
+                "How many requests the workers can have at the same time.",
+                lambda one: one["slots"]["total"],
+            ),
+            ("llloop_slots_used", "How many requests the workers have now.", lambda one: one["slots"]["used"]),
         ):
             gauge = GaugeMetricFamily(name, text, labels=["mountpoint"])
             for one in self._answered:
                 gauge.add_metric([one["mountpoint"]], value(one))
             yield gauge
         opens = CounterMetricFamily(
-            "llloop_opens", "Opens, by what became of the cached pages of the file.", labels=["mountpoint", "pages"]
+            "llloop_opens",
+            "Opens of files, by what happened to the cached pages of the file.",
+            labels=["mountpoint", "pages"],
         )
         for one in self._answered:
             for decision, count in one["cache"].items():
@@ -73,16 +85,16 @@ class _Collector(Collector):
     def _operations(self) -> Iterator[Metric]:
         labels = ["mountpoint", "operation"]
         latency = HistogramMetricFamily(
-            "llloop_request_seconds", "How long requests took, from when the front took them.", labels=labels
+            "llloop_request_seconds", "Time from the arrival of a request at the front to its answer.", labels=labels
         )
         errors = CounterMetricFamily(
             "llloop_errors",
-            "Requests that failed, by errno, without those of llloop_ordinary_errors.",
+            "Failed requests by errno, without those that llloop_ordinary_errors counts.",
             labels=[*labels, "errno"],
         )
         ordinary = CounterMetricFamily(
             "llloop_ordinary_errors",
-            "Requests answered with an errno that every file system answers in everyday use, such as ENOENT.",
+            "Requests answered with an errno of everyday use, such as ENOENT.",
             labels=[*labels, "errno"],
         )
         moved = CounterMetricFamily("llloop_bytes", "Bytes of file data read, written or copied.", labels=labels)
@@ -99,15 +111,25 @@ class _Collector(Collector):
         labels = ["mountpoint", "process"]
         counters = {
             "requests": CounterMetricFamily(
-                "llloop_process_requests", "Requests answered by a process.", labels=labels
+                "llloop_process_requests", "Requests that the process has answered.", labels=labels
             ),
-            "bytes": CounterMetricFamily("llloop_process_bytes", "Bytes of file data moved by it.", labels=labels),
-            "restarts": CounterMetricFamily("llloop_process_restarts", "How often it was replaced.", labels=labels),
-            "cpu_seconds": CounterMetricFamily("llloop_process_cpu_seconds", "CPU time it used.", labels=labels),
+            "bytes": CounterMetricFamily(
+                "llloop_process_bytes", "Bytes of file data that the process has read or written.", labels=labels
+            ),
+            "restarts": CounterMetricFamily(
+                "llloop_process_restarts", "How often the process was replaced.", labels=labels
+            ),
+            "cpu_seconds": CounterMetricFamily(
+                "llloop_process_cpu_seconds", "CPU time that the process has used.", labels=labels
+            ),
         }
-        up = GaugeMetricFamily("llloop_process_up", "Whether it runs: 0 if it is stopped or gone.", labels=labels)
-        descriptors = GaugeMetricFamily("llloop_process_descriptors", "Descriptors it has open.", labels=labels)
-        queue = GaugeMetricFamily("llloop_worker_queue", "Requests handed to it and not answered.", labels=labels)
+        up = GaugeMetricFamily("llloop_process_up", "1 if the process runs, 0 if it is stopped or gone.", labels=labels)
+        descriptors = GaugeMetricFamily(
+            "llloop_process_descriptors", "Descriptors that the process has open.", labels=labels
+        )
+        queue = GaugeMetricFamily(
+            "llloop_worker_queue", "Requests that the worker has and has not answered.", labels=labels
+        )
         for mount in self._answered:
             workers = [(f"worker-{shard}", one) for shard, one in enumerate(mount["workers"])]
             for name, one in [("front", mount["front"]), *workers]:
