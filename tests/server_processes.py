@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from tests.server import Server
 from tests.watchdog import kill_session
@@ -56,6 +57,36 @@ def process_ids(server: Server, role: str) -> list[int]:
 
 def workers(server: Server) -> dict[str, int]:
     return {title: pid for title, pid in titles(server).items() if title.startswith("llloop-worker-")}
+
+
+class Report(NamedTuple):
+    """What the front says of itself when it is asked to."""
+
+    inodes: int
+    handles: int
+    directories: int
+    slots: int
+
+
+_REPORTS = re.compile(r"(\d+) inodes, (\d+) open handles, (\d+) directories kept open, (\d+) of \d+ slots in use")
+
+
+def front_report(server: Server) -> Report:
+    """Ask the front for its report, and wait for that; a front that dies meanwhile is followed by one that is asked."""
+    last = server.log.stat().st_size
+    found: list[tuple[str, ...]] = []
+
+    def is_there() -> bool:
+        text = server.log.read_bytes()[last:].decode(errors="replace")
+        found[:] = _REPORTS.findall(text)
+        return bool(found)
+
+    def asked() -> bool:
+        os.kill(server.pid, signal.SIGUSR1)
+        return wait_until(is_there, 2)
+
+    assert wait_until(asked, 30), f"the front does not report:\n{server.all_output()}"
+    return Report(*map(int, found[-1]))
 
 
 def descriptors(pid: int) -> list[str]:

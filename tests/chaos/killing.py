@@ -68,6 +68,7 @@ class Killer:
         self.killed: Counter[str] = Counter()
         self._dead: set[int] = set()
         self._replaced = 0  # the front whose keeper was killed last
+        self._roles = set(titles(server))
 
     def kill_until(self, done: Callable[[], bool], pause: tuple[float, float], seconds: float) -> None:
         """Kill one process or two, wait for *pause* (from, to; in seconds), again; for *seconds* at most."""
@@ -113,10 +114,14 @@ class Killer:
         return True
 
     def wait_for_all(self) -> None:
-        """Wait until nobody is being replaced."""
+        """Wait until nobody is being replaced; who has died often is replaced after a pause of some seconds."""
         self._pair()
-        count = len(self._context.processes())
-        assert wait_until(lambda: len(titles(self._context)) == count, RESTART)
+
+        def all_live() -> bool:
+            living = titles(self._context)
+            return set(living) == self._roles and not self._dead & set(living.values())
+
+        assert wait_until(all_live, RESTART), f"not all came back:\n{self._context.all_output()}"
 
     def _living(self, role: str) -> list[int]:
         return [pid for pid in process_ids(self._context, role) if pid not in self._dead]

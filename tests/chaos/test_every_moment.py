@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import random
-import re
-import signal
 import stat
 import time
 from collections.abc import Callable, Iterable
@@ -25,7 +23,7 @@ from tests.conftest import Serve
 from tests.expect import outcome
 from tests.kernel_caches import forget_unused
 from tests.server import Server
-from tests.server_processes import descriptors, process_ids, wait_until
+from tests.server_processes import Report, descriptors, front_report, process_ids, wait_until
 from tests.tracing import Traced
 
 pytestmark = [
@@ -123,19 +121,18 @@ class KillMatrix:
 def check_nothing_left(server: Server) -> None:
     """Check that the front is as at the beginning once the kernel has forgotten everything."""
     front = process_of(server, "front", 0)
-    reports = r"(\d+) inodes, (\d+) open handles, (\d+) directories kept open, (\d+) of \d+ slots in use"
 
-    def held() -> tuple[list[str], list[tuple[str, ...]]]:
-        os.kill(server.pid, signal.SIGUSR1)
-        time.sleep(0.2)
-        found = [path for path in descriptors(front) if str(server.source) in path and path != str(server.source)]
-        return found, list(re.findall(reports, server.log.read_text())[-1:])
+    def held() -> tuple[list[str], Report]:
+        report = front_report(server)
+        return [
+            path for path in descriptors(front) if str(server.source) in path and path != str(server.source)
+        ], report
 
     def is_clean() -> bool:
         forget_unused(server.mountpoint)
-        return held() == ([], [("1", "0", "0", "0")])
+        return held() == ([], Report(1, 0, 0, 0))
 
-    assert wait_until(is_clean), f"the front still holds {held()}"
+    assert wait_until(is_clean, 30), f"the front still holds {held()}"
 
 
 @pytest.fixture

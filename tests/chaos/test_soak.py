@@ -17,7 +17,7 @@ from tests.chaos.loads import Load, Place
 from tests.conftest import Serve
 from tests.kernel_caches import forget_unused
 from tests.server import Server
-from tests.server_processes import descriptors, private_memory, titles, wait_until
+from tests.server_processes import descriptors, front_report, private_memory, titles, wait_until
 
 pytestmark = [pytest.mark.root, pytest.mark.mounted, pytest.mark.own_loop, pytest.mark.by_workers]
 
@@ -59,18 +59,21 @@ def state(server: Server) -> dict[str, list[str]]:
 
 
 def settled(server: Server) -> dict[str, list[str]]:
-    """The state once it is the same twice, because the kernel sends FORGET a moment later."""
-    last = state(server)
-    while (now := state(server)) != last:
-        last = now
-    return now
+    """The state, when the front knows that the kernel has forgotten all but the root: it is told a moment later."""
+
+    def is_forgotten() -> bool:
+        forget_unused(server.mountpoint)
+        return front_report(server)[:2] == (1, 0)
+
+    assert wait_until(is_forgotten, 60), f"the front still knows more than the root: {front_report(server)}"
+    return state(server)
 
 
 def same_again(server: Server, before: dict[str, list[str]]) -> None:
     def is_same() -> bool:
         return state(server) == before
 
-    assert wait_until(is_same, 20), {
+    assert wait_until(is_same, 60), {
         title: set(paths) ^ set(before[title]) or (len(paths), len(before[title]))
         for title, paths in state(server).items()
         if paths != before[title]

@@ -7,7 +7,6 @@ import errno
 import mmap
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from tests.filesystems import make_image, mounted, tmpfs
 from tests.kernel_caches import forget_unused
 from tests.server import Server
 from tests.server_processes import descriptors as descriptors_of
-from tests.server_processes import private_memory, process_ids, titles, wait_until
+from tests.server_processes import front_report, private_memory, process_ids, titles, wait_until
 from tests.syscalls import opened
 
 pytestmark = [pytest.mark.mounted, pytest.mark.user]
@@ -45,11 +44,7 @@ def kill(*pids: int) -> None:
 
 def requests_with_workers(server: Server) -> int:
     """How many requests the workers have in hand, as the front reports it on demand."""
-    reports = r"(\d+) of \d+ slots in use"
-    before = len(re.findall(reports, server.log.read_text()))
-    os.kill(server.pid, signal.SIGUSR1)
-    assert wait_until(lambda: len(re.findall(reports, server.log.read_text())) > before), server.all_output()
-    return int(re.findall(reports, server.log.read_text())[-1])
+    return front_report(server).slots
 
 
 def direct_read(fd: int, size: int, offset: int) -> bytes:

@@ -7,6 +7,7 @@ it, and what is open.
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import os
 import random
@@ -688,6 +689,7 @@ class Lines:
 
 @pytest.fixture
 def lines(tmp_path: Path) -> Iterator[Lines]:
+    gc.collect()  # what earlier tests have left must not close descriptors while lines count theirs
     before = os.umask(0o022)
     yield Lines(tmp_path)
     os.umask(before)
