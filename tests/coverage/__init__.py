@@ -1,0 +1,1 @@
+"""Which lines of llloop are run by tests, in whatever process."""
