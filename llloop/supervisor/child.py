@@ -99,11 +99,19 @@ class Child:
         return self.process.pid if self.process is not None and not syscalls.is_readable(self.sentinel) else None
 
     def start(self) -> None:
-        """Start the process."""
+        """Start the process.
+
+        Raises:
+            OSError: there are no processes or descriptors left. None was started.
+        """
         self.started = time.monotonic()
         process = self.launch(self.stacks)
         assert process.pid is not None
-        self.sentinel = os.pidfd_open(process.pid)
+        try:
+            self.sentinel = os.pidfd_open(process.pid)
+        except OSError:  # it must not run beside the one that is started next
+            end(process)
+            raise
         self.process = process
 
     def signal(self, number: signal.Signals) -> None:

@@ -68,7 +68,11 @@ class SourceCheck:
             self._begun = now
             process = fork.Process(target=self._look, name="llloop-source-check")
             process.start()
-            self._pidfd = self._loop.watch_process(process, lambda: self._note_end(process))
+            try:
+                self._pidfd = self._loop.watch_process(process, lambda: self._note_end(process))
+            except OSError:
+                process.kill()
+                raise
             self._process = process
         waiting = now - self._begun if self._process is not None else None
         return {"waiting": waiting, "problem": _problem(self._code)}
