@@ -88,7 +88,7 @@ class ServeConfig:
     )
     read_only: bool = _option(
         False,
-        "Mount read-only. The kernel refuses every change with EROFS. This option wins over -o rw. Default: off.",
+        "Mount read-only. The kernel refuses every change with EROFS. This option overrides -o rw. Default: off.",
     )
     allow_other: bool = _option(
         None,
@@ -98,19 +98,22 @@ class ServeConfig:
     )
     cache: Cache = _option(
         Cache.AUTO,
-        "What the kernel may cache. never: nothing. The mount shows changes in the source at once, and each access is "
-        "a request to llloop. Only a mapping (mmap) that a program made earlier may show old data until the next open "
-        "of the file. auto: names and attributes for 1 second. Data until an open or a refresh of the attributes shows "
-        "another size or time. always: everything for a day. Risk of always: if anybody changes the source directly, "
-        "the mount shows old data. Default: auto.",
+        "What the kernel may cache. never: nothing. The mount shows changes in the source at once, and each "
+        "access is a request to llloop. An older mapping (mmap) may show old data until the next open of the "
+        "file. Risk of never: if one program writes to a page while another program changes this page through a "
+        "mapping, the write can be lost. auto: names and attributes for 1 second, and data. The kernel drops the "
+        "data of a file when an open or a refresh of the attributes shows another size or time. always: "
+        "everything for a day. Risk of always: if anybody changes the source directly, the mount shows old data. "
+        "Default: auto.",
     )
     io: IoKind = _option(
         IoKind.WORKERS,
-        "Which process reads and writes open files. workers: the worker processes. kernel: the kernel itself (FUSE "
-        "passthrough), as fast as in the source. This needs root and Linux 6.9 and excludes --writeback. If the kernel "
-        "cannot do it, llloop does not mount. auto: the kernel if it can, otherwise the workers. Risk of kernel: all "
-        "writes to a file count as writes of the user who opened it first. Root cannot use its reserved blocks for "
-        "files of other users. A program cannot switch O_APPEND and O_DIRECT on an open file. Default: workers.",
+        "Which process reads and writes open files. workers: the worker processes. kernel: the kernel itself "
+        "(FUSE passthrough), almost as fast as in the source. This needs root and Linux 6.9 and excludes "
+        "--writeback. If the kernel cannot do it, llloop does not mount. auto: the kernel if it can, otherwise "
+        "the workers. Risk of kernel: all writes to a file count as writes of the user who opened it first. Root "
+        "cannot use its reserved blocks for files of other users. Switching O_APPEND or O_DIRECT on an open file "
+        "has no effect. Default: workers.",
     )
     writeback: bool = _option(
         False,
@@ -136,21 +139,21 @@ class ServeConfig:
     )
     negative_timeout: float = _option(
         None,
-        "For how many seconds the kernel may cache that a name does not exist. The mount may hide a file that somebody "
-        "creates directly in the source for that long. Default: set by --cache.",
+        "For how many seconds the kernel may cache that a name does not exist. For that long, the mount may hide "
+        "a file that somebody creates directly in the source. Default: set by --cache.",
     )
     xattr: bool = _option(
         True,
-        "Support extended attributes and POSIX ACLs. --no-xattr: programs get the answer that the file system does not "
-        "support them. This saves requests. Risk of --no-xattr: the mount does not enforce ACLs of the source. "
-        "Default: on.",
+        "Support extended attributes and POSIX ACLs. With --no-xattr, programs get the error that the file system "
+        "does not support them. This saves requests. Risk of --no-xattr: the mount does not enforce ACLs of the "
+        "source. Default: on.",
     )
     options: tuple[str, ...] = _option(
         (),
-        "Further mount options, separated by commas, such as noexec. Root can give suid and dev, which allow set-ID "
-        "programs and device nodes. llloop refuses options that exclude each other. Risk of suid and dev: anybody who "
-        "can write to the source can become root. noatime has no effect on access times in the source. The mount "
-        "options of the source's own file system decide about these. Default: nosuid,nodev.",
+        "Further mount options, separated by commas, such as noexec. Root can give suid and dev, which allow "
+        "set-ID programs and device nodes. llloop refuses options that exclude each other. Risk of suid and dev: "
+        "anybody who can write to the source can become root. noatime has no effect: the mount options of the "
+        "source decide about access times. Default: nosuid,nodev.",
     )
     fsname: str = _option(None, "Name of the file system in the output of mount(8) and df(1). Default: the source.")
     nonempty: bool = _option(

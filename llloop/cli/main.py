@@ -96,8 +96,8 @@ _mountpoint = click.argument("mountpoint", type=UntouchedPath(), envvar="LLLOOP_
 @click.option(
     "--daemon",
     is_flag=True,
-    help="Serve in the background. The command returns when the mount is ready. If it cannot mount, it prints the "
-    "reason and ends with another exit code than 0. Without --log-file, later log messages are lost. "
+    help="Serve in the background. The command returns when the mount is ready. If mounting fails, it prints the "
+    "reason and ends with an exit code other than 0. Without --log-file, later log messages are lost. "
     "Default: stay in the foreground.",
 )
 @click.option(
@@ -121,8 +121,8 @@ _mountpoint = click.argument("mountpoint", type=UntouchedPath(), envvar="LLLOOP_
 @click.option(
     "--check",
     is_flag=True,
-    help="Check whether the mount is possible, and mount nothing. If it is not possible, the message and the exit code "
-    "are the same as without --check. Default: off.",
+    help="Check whether llloop can make this mount, and mount nothing. If it cannot, the message and the exit code are "
+    "the same as without --check. Default: off.",
 )
 @click.option(
     "--check-restart",

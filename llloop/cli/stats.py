@@ -20,7 +20,7 @@ _T = TypeVar("_T")
 
 _EXIT_CODES = """\b
 Exit codes:
-  0  the figures were shown; without MOUNTPOINT always, in whatever state the mounts are
+  0  the figures were shown; without MOUNTPOINT, also if a mount is dead
   1  the server of the mount is gone, does not answer, or belongs to another user
   2  an option is invalid
   4  MOUNTPOINT is not an llloop mount

@@ -25,9 +25,9 @@ Exit codes:
 def status(mountpoint: str | None, as_json: bool) -> None:
     """Show the llloop mounts on this machine, or the one at MOUNTPOINT.
 
-    For each mount: source, options, features, processes, and how long it has been mounted. Problems are shown too: a
-    stopped process, a source that is gone, hangs or is frozen, a server that is gone. An ordinary user sees all this
-    of his own mounts; of other mounts he sees that they exist.
+    For each mount, show the source, options, features, processes, and how long it has been mounted. Also show
+    problems: a stopped process, a source that is gone, hangs or is frozen, a server that is gone. Ordinary users see
+    this for their own mounts. For other mounts, they see only that the mount exists.
     """
     mounts = [discovery.status_of(mountpoint)] if mountpoint else discovery.all_statuses()
     if as_json:
