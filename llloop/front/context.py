@@ -130,7 +130,7 @@ def build_context(
         handles=handles,
         intents=intents,
         tree=tree,
-        forgetting=Forgetting(slots, journal, tree),
+        forgetting=Forgetting(router, journal, tree),
         files=Files(tree, handles, router, passthrough, killpriv, intents, collecting, device, leadership, closing),
         router=router,
         policy=CachePolicy(config, Feature.DIRECT_IO_ALLOW_MMAP in features),

@@ -90,6 +90,8 @@ class Loop:
         # Requests of which a worker is back, and those for which no thread was left, each with when it was taken.
         self._answered: deque[tuple[bytes, int]] = deque()
         self._postponed: deque[tuple[bytes, int]] = deque()
+        # Whether the request at hand is a portion of what is to be forgotten. Then the device has its turn next.
+        self._forgets = False
         self._closing = context.closing
         self._leadership = context.leadership
         self._leadership.set_aside = self._set_aside
@@ -178,13 +180,11 @@ class Loop:
         leadership = self._leadership
         while True:
             if router.backlog:
-                put_aside = self._wait()
-                request.slot = self._free_slot()
-                if put_aside is not None:
-                    self._place(request, *put_aside)
+                if self._wait(request):
                     self._table = self._at_once
                     return True
                 self._table = self._first
+                request.slot = self._free_slot()
             slot = request.slot
             try:
                 if self._streaming and slot < self._piped_slots:
@@ -223,35 +223,44 @@ class Loop:
         if not self._preflight.ask(request):
             self._at_once[request.opcode](request)
 
-    def _wait(self) -> tuple[bytes, int] | None:
-        """Wait until there is a request to receive, and return None; or return one that was put aside.
+    def _wait(self, request: FuseRequest) -> bool:
+        """Wait until there is a request to receive, and return False; or take one that was put aside, and return True.
 
         Meanwhile workers are given what waits for them.
         """
         preflight, router, device = self._preflight, self._router, self._device
+        unfinished = self._context.forgetting.unfinished
         while True:
             if self._postponed and not self._leadership.alone:
-                return self._postponed.popleft()
+                return self._place(request, *self._postponed.popleft())
             if self._answered:
-                return self._answered.popleft()
-            router.attentive = preflight is not None or bool(self._postponed)
-            patience = _POSTPONED_PAUSE if self._postponed else None
+                return self._place(request, *self._answered.popleft())
+            self._forgets = bool(unfinished) and not self._forgets
+            if self._forgets:
+                base, length = unfinished.popleft()
+                request.slot = self._slots.slot_of(base)
+                request.is_received(base, length, time.monotonic_ns())
+                return True
+            router.attentive = preflight is not None or bool(self._postponed) or bool(unfinished)
+            patience = 0 if unfinished else _POSTPONED_PAUSE if self._postponed else None
             if preflight is None:
                 ready = router.wait(device, patience=patience)
-                if not self._postponed or device in ready:
-                    return None
+                if not router.attentive or device in ready:
+                    return False
                 continue
             ready = router.wait(device, preflight.answers, patience=patience)
             if preflight.answers in ready:
                 self._answered += preflight.answered()
             elif device in ready:
-                return None
+                return False
 
-    def _place(self, request: FuseRequest, data: bytes, taken: int) -> None:
-        """Put a request that was put aside where one that has just been received would be."""
+    def _place(self, request: FuseRequest, data: bytes, taken: int) -> bool:
+        """Put a request that was put aside where one that has just been received would be; return True."""
+        request.slot = self._free_slot()
         base = self._bases[request.slot]
         self._slots.memory[base : base + len(data)] = data
         request.is_received(base, len(data), taken)
+        return True
 
     def _postpone(self, request: FuseRequest) -> None:
         """Put a request aside that could hold up the last thread that serves."""

@@ -140,10 +140,13 @@ class Slots:
         self._front[0] = 0
 
     def new_front(self, pid: int) -> None:
-        """Note that process *pid* is the new front, and free the slots that the previous front held."""
+        """Note that process *pid* is the new front."""
         self._front[2] = start_time(pid)
         self._front[0] = pid
         self._front[1] += 1
+
+    def free_held(self) -> None:
+        """Free the slots that the previous front held."""
         for slot, state in enumerate(bytes(self.states)):
             if state == _HELD:
                 self.states[slot] = 0
@@ -213,6 +216,10 @@ class Slots:
     def request_offset(self, slot: int) -> int:
         """Return the offset of the request header of *slot* in `memory`."""
         return self._requests + slot * self._stride
+
+    def slot_of(self, offset: int) -> int:
+        """Return the slot whose request header is at *offset* in `memory`."""
+        return (offset - self._requests) // self._stride
 
     def payload(self, slot: int, size: int) -> memoryview:
         """Return the first *size* bytes of the page-aligned payload of *slot*."""

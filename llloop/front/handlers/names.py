@@ -44,7 +44,7 @@ class NameRequests(Responder):
 
     def forget(self, request: FuseRequest) -> None:
         """FUSE_FORGET and FUSE_BATCH_FORGET: have no reply."""
-        self._forgetting.forget(request.base, request.received)
+        self._forgetting.forget(request)
 
     def getattr(self, request: FuseRequest) -> None:
         """FUSE_GETATTR."""

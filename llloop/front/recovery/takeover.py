@@ -32,6 +32,7 @@ def recover(context: Context, journal: Journal, own: Collection[int]) -> None:
         if record.kind == HANDLE:
             _take_over_handle(context, journal, record, left)
     context.intents.adopt(left)
+    context.router.slots.free_held()
     context.router.take_over()
     context.forgetting.finish()
 

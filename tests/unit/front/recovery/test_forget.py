@@ -7,12 +7,16 @@ import struct
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from llloop.front.inodes import ROOT
+from llloop.front.recovery import forget
+from llloop.front.request import FuseRequest
+from llloop.linux import fuse
 from llloop.linux.fuse import Opcode
-from tests.unit.killable_front import Killed, Life, Line, Request
+from tests.unit.killable_front import PROBE, Killed, Life, Line, Request, _Packing, living
 from tests.unit.support import packet_pipe
 
 LOOKED_UP = {"often": 3, "once": 1, "twice": 2, "removed": 1, "kept": 2}
@@ -35,7 +39,11 @@ class Known:
     def forget(self, request: Request, life: Life) -> bool:
         """Return whether the front lived through it."""
         try:
-            self.line.ask(request, life)
+            with mock.patch.object(forget, "_COUNT", _Packing(forget._COUNT, life)):
+                self.line.ask(request, life)
+                while self.line.context.forgetting.unfinished:
+                    with living(life):
+                        self.line.front.serve()
         except Killed:
             return False
         finally:
@@ -59,8 +67,12 @@ def pipe() -> Iterator[tuple[int, int]]:
         yield ends
 
 
+@pytest.mark.parametrize("portion", [1, 3, 512])
 @pytest.mark.parametrize("deaths", [1, 2])
-def test_a_batch_is_finished_wherever_the_front_dies(tmp_path: Path, pipe: tuple[int, int], deaths: int) -> None:
+def test_a_batch_is_finished_wherever_the_front_dies(
+    tmp_path: Path, pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch, deaths: int, portion: int
+) -> None:
+    monkeypatch.setattr(forget, "PORTION", portion)
     # At the first step it has not been received: it is the kernel's still.
     for steps in range(1, 200):
         known = Known(tmp_path / f"{steps}", pipe)
@@ -71,6 +83,8 @@ def test_a_batch_is_finished_wherever_the_front_dies(tmp_path: Path, pipe: tuple
                 with suppress(Killed):
                     line.next_front(Life(steps // 2 + further))
             line.take_up()
+            while line.context.forgetting.unfinished:
+                line.front.serve()
             assert known.left() == LEFT, f"after a death at step {steps}"
             held = {os.readlink(f"/proc/self/fd/{fd}") for fd in line.extra_descriptors()}
             assert not any("deleted" in path for path in held), f"after a death at step {steps}: {held}"
@@ -94,3 +108,51 @@ def test_a_single_one_is_finished(tmp_path: Path, pipe: tuple[int, int]) -> None
         if lived:
             return
     raise AssertionError("it has no end")
+
+
+def test_others_are_served_between_the_portions_of_a_batch(
+    tmp_path: Path, pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forget, "PORTION", 1)
+    known = Known(tmp_path / "source", pipe)
+    line = known.line
+    try:
+        line.ask(known.batch())
+        portions = 1
+        while known.left() != LEFT:
+            before = known.left()
+            if line.ask(PROBE) is None:
+                line.front.serve()
+                line.collect()
+            portions += 1
+            assert known.left() != before
+            assert line.unique in line.answers
+        assert portions == len(FORGOTTEN)
+        assert not any(line.slots.states)
+        line.answer(PROBE)
+    finally:
+        line.close()
+
+
+def test_a_batch_may_be_as_large_as_a_request_can_be(tmp_path: Path, pipe: tuple[int, int]) -> None:
+    known = Known(tmp_path / "source", pipe)
+    context = known.line.context
+    slots = context.router.slots
+    base = slots.request_offset(0)
+    count = (slots.payload_size + fuse.WRITE_HEADER_SIZE - fuse.BATCH_FORGET_REQUEST.size) // fuse.FORGET_ONE.size
+    try:
+        nodeid = known.numbers["often"]
+        entry = fuse.FORGET_ONE.pack(nodeid, 1 << 63)
+        header = struct.pack("=IIQQIIIHH", 0, Opcode.BATCH_FORGET, 0, 0, 0, 0, 0, 0, 0)
+        request = header + struct.pack("=II", count, 0) + entry * count
+        slots.memory[base : base + len(request)] = request
+        fuse.OPCODE.pack_into(slots.memory, base, len(request), Opcode.BATCH_FORGET)
+        one = FuseRequest(slots.memory, context.intents.note(0))
+        one.is_received(base, len(request), 0)
+        context.forgetting.forget(one)
+        while context.forgetting.unfinished:
+            one.is_received(*context.forgetting.unfinished.popleft(), 0)
+            context.forgetting.forget(one)
+        assert nodeid not in context.inodes
+    finally:
+        known.line.close()
