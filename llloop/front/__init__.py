@@ -1,1 +1,1 @@
-"""The front process, which takes the kernel's requests and never waits for a worker."""
+"""The front process: it receives all requests of the kernel, and never waits for a worker."""

@@ -1,7 +1,8 @@
-"""When a read must reach the source, so that it sets the access time there.
+"""Decides when a read must reach the source so that the source updates the access time.
 
-A read that the kernel answers from its page cache does not. On a mount with relatime (mount(8)) few reads set the
-access time: the first one after a change, and then one a day. At an open before such a read the page cache is dropped.
+A read that the kernel answers from its page cache does not reach the source. With relatime (mount(8)), few reads update
+the access time: the first one after a change, and then one each day. The page cache is dropped at the open before such
+a read.
 """
 
 from __future__ import annotations
@@ -17,18 +18,18 @@ _DAY = 24 * 60 * 60  # seconds
 
 
 class AccessTimes:
-    """Decides, file by file, and knows for each mount of the source whether it keeps access times."""
+    """Decides for each file; knows which mounts of the source have access times."""
 
     def __init__(self) -> None:
         self._kept: dict[int, bool] = {}
 
-    def are_due(self, handle: Handle, inode: Inode, attributes: Attributes) -> bool:
-        """Whether the next read through a handle is to set the access time.
+    def must_update(self, handle: Handle, inode: Inode, attributes: Attributes) -> bool:
+        """Return whether the next read through a handle must update the access time.
 
-        That is said once for each access time, since a file may keep its own although the mount does not (chattr +A).
+        It returns True only once for each access time, because a file may never update it (chattr +A).
 
         Args:
-            handle: the file just opened.
+            handle: the file that was just opened.
             inode: its inode.
             attributes: its attributes.
         """

@@ -1,4 +1,4 @@
-"""What the kernel may keep, and for how long: timeouts, and the page cache across opens."""
+"""What the kernel may cache: timeouts of names and attributes, cached pages and listings across opens."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from llloop.linux import fuse
 from llloop.linux.credentials import SETID_BITS
 from llloop.linux.syscalls import Attributes
 
-# Time stamps tick: two writes within one tick leave the same one. A stamp is trusted only when it was
-# already older than this, in seconds, at the moment it was looked at (4 ms on ext4, but clocks of servers differ).
-_SETTLED = 1.0
+# Timestamps have a granularity (4 ms on ext4): two writes within one tick leave the same timestamp. So a timestamp is
+# only trusted if it was older than this, in seconds, when it was read. Clocks of file servers may differ.
+_SETTLE_TIME = 1.0
 
 
 def split(seconds: float) -> tuple[int, int]:
@@ -22,32 +22,32 @@ def split(seconds: float) -> tuple[int, int]:
 
 
 class CachePolicy:
-    """The cache options in the kernel's terms.
+    """Translates the cache options into timeouts and FOPEN_ flags.
 
     Args:
-        config: what the user asked for.
-        direct_mmap: whether the kernel can map files that bypass its page cache (DIRECT_IO_ALLOW_MMAP).
+        config: the mount's options.
+        direct_mmap: whether the kernel can map files that bypass its page cache (FUSE_DIRECT_IO_ALLOW_MMAP).
     """
 
     def __init__(self, config: ServeConfig, direct_mmap: bool) -> None:
         self.entry = split(config.entry_timeout)
         self.attributes = split(config.attr_timeout)
         self.negative = split(config.negative_timeout)
-        # How long the kernel keeps both what a name leads to and its attributes, in nanoseconds.
+        # How long both the entry and its attributes stay valid, in nanoseconds.
         self.both_ns = int(min(config.entry_timeout, config.attr_timeout) * 1_000_000_000)
         self._always = config.cache is Cache.ALWAYS
         self._never = config.cache is Cache.NEVER
         self._direct = self._never and direct_mmap
 
     def open_flags(self, inode: Inode, attributes: Attributes) -> int:
-        """Return the FOPEN_ flags for an open of *inode*, whose attributes are now *attributes*.
+        """Return the FOPEN_ flags for an open of the file *inode* with its current *attributes*.
 
-        The pages cached from earlier opens are kept only if size and times are what they were when
-        they were last known to be right; never on the word of a stamp that could still stand for a later write.
+        The kernel keeps pages from earlier opens only if size and times equal the noted ones. Times are only noted if
+        no later write can leave the same ones.
         """
         if self._always:
             return fuse.FOPEN_KEEP_CACHE
-        # Only before a write through its page cache the kernel asks for set-ID bits to be cleared, and knows it then.
+        # Not for files with set-ID bits: the kernel only sends the request that clears them before cached writes.
         if self._direct and not attributes.mode & SETID_BITS:
             return fuse.FOPEN_DIRECT_IO
         if self._never:
@@ -61,14 +61,14 @@ class CachePolicy:
         )
         if inode.stamp == stamp:
             return fuse.FOPEN_KEEP_CACHE
-        inode.stamp = stamp if _settled(attributes) else None
+        inode.stamp = stamp if _is_settled(attributes) else None
         return 0
 
     def directory_flags(self, inode: Inode, attributes: Attributes) -> int:
-        """Return the FOPEN_ flags for an open of the directory *inode*, whose attributes are now *attributes*.
+        """Return the FOPEN_ flags for an open of the directory *inode* with its current *attributes*.
 
-        The kernel keeps a listing, and shows it again if the directory has not changed. But it would ask for what it
-        then lacks of the entries' attributes one by one, so a listing is kept only as long as attributes are.
+        The kernel caches a listing, and uses it again while the directory has not changed. But it would request
+        expired attributes of entries one by one. So a listing is only kept as long as attributes are valid.
         """
         if self._never:
             return 0
@@ -77,10 +77,10 @@ class CachePolicy:
         times = (attributes.mtime, attributes.mtime_nsec, attributes.ctime, attributes.ctime_nsec)
         if stamp is not None and stamp[1:] == times and now < stamp[0]:
             return fuse.FOPEN_CACHE_DIR | fuse.FOPEN_KEEP_CACHE
-        inode.stamp = (now + self.both_ns, *times) if _settled(attributes) else None
+        inode.stamp = (now + self.both_ns, *times) if _is_settled(attributes) else None
         return fuse.FOPEN_CACHE_DIR
 
 
-def _settled(attributes: Attributes) -> bool:
-    """Whether no later change could leave the same time stamps."""
-    return attributes.ctime + attributes.ctime_nsec / 1_000_000_000 + _SETTLED < time.time()
+def _is_settled(attributes: Attributes) -> bool:
+    """Return whether every later change will leave other timestamps."""
+    return attributes.ctime + attributes.ctime_nsec / 1_000_000_000 + _SETTLE_TIME < time.time()

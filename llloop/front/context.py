@@ -1,4 +1,4 @@
-"""Everything the front serves from, put together once per front process."""
+"""The objects that a front process works with, and their construction."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ from llloop.shared.metrics import Gauge
 from llloop.shared.negotiation import Capabilities, Feature
 from llloop.shared.slots import Slots
 
-# Descriptors kept for directories: a share of what the process may open, most of which belongs to open files.
+# Descriptors for directories: this fraction (1/8) of the limit, with a maximum. Most descriptors are for open files.
 _DIRECTORIES_SHARE = 8
 _DIRECTORIES_MOST = 1024
-# Descriptors that open files must leave for everything else, so that names can still be found when many are open.
+# Descriptors that open files cannot use, so that lookups still work when many files are open.
 _RESERVE = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What handlers work on.
+    """The objects that handlers work on.
 
     Attributes:
         config: the mount's options.
-        features: what was agreed with the kernel; nothing where llfuse runs the loop.
-        inodes, handles, attempts, tree, forgetting, files, router, policy, passthrough, setid: see their modules.
-        close_can_fail: whether close(2) on the source can report an error of an earlier write.
-        leadership: which thread serves.
-        closing: descriptors that are to be closed when the request at hand is answered, since that may take long.
+        features: the features negotiated with the kernel; none with `--loop llfuse`.
+        inodes, handles, intents, tree, forgetting, files, router, policy, passthrough, setid: see their modules.
+        close_can_fail: whether close(2) in the source can return an error of an earlier write.
+        leadership: decides which thread serves.
+        closing: descriptors to close after the current request is answered, because close(2) may take long.
     """
 
     config: ServeConfig
@@ -75,16 +75,16 @@ def build_context(
     root: int,
     device: int,
 ) -> Context:
-    """Put together what a front serves from.
+    """Create the objects that a front works with.
 
     Args:
         config: the mount's options.
-        capabilities: what was agreed with the kernel, or None.
-        arena: the shared memory.
-        journal: what is to outlive the front.
+        capabilities: the result of the negotiation with the kernel, or None.
+        slots: the request slots in shared memory.
+        journal: the records that survive the front.
         pipes: the write ends of the workers' request pipes.
         root: an O_PATH descriptor of the source.
-        device: the descriptor of /dev/fuse.
+        device: a descriptor of /dev/fuse.
     """
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     readable = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root)

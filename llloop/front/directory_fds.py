@@ -1,9 +1,8 @@
-"""How an inode is reached: through a directory's descriptor and one name, or through a pin.
+"""Access to inodes: through the descriptor of a directory and a name, or through a pin.
 
-Directories are opened with O_PATH and kept, the least recently used are closed. Every access is one
-name relative to one of them, never followed if it is a symlink, so that nothing leads out of
-the source. An inode whose last known name goes while the kernel still knows it is *pinned* by
-an O_PATH descriptor until the kernel forgets it.
+Directories are opened with O_PATH and stay open; the least recently used ones are closed. Every access uses one name
+relative to such a descriptor, and does not follow symlinks. So nothing leads out of the source. If an inode loses its
+last known name while the kernel still knows it, an O_PATH descriptor *pins* it until the kernel forgets it.
 """
 
 from __future__ import annotations
@@ -19,20 +18,20 @@ from llloop.linux.syscalls import Attributes, fstatx, statx
 from llloop.shared.leadership import Leadership
 
 _DIRECTORY = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-# What says that a name does not lead to the inode any more (ELOOP: a symlink stands there now).
+# Errors that mean that the name does not lead to the inode any more (ELOOP: it is a symlink now).
 _MOVED = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ELOOP})
-# What a mount can forbid whatever the file system allows (statvfs(3)).
+# The mount flags that restrict what the file system allows (statvfs(3)).
 _MOUNT_FLAGS = os.ST_RDONLY | os.ST_NOSUID | os.ST_NODEV | os.ST_NOEXEC
 _ANY = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Reached:
-    """A descriptor of one inode for the time of a ``with`` statement.
+    """A descriptor of one inode for a ``with`` block.
 
     Attributes:
         fd: the descriptor.
         is_path: whether it was opened with O_PATH.
-        target: what stands for the inode in calls of ``os`` that do not take a descriptor opened with O_PATH.
+        target: the descriptor or a path of the inode, for calls of ``os`` that do not accept O_PATH descriptors.
     """
 
     __slots__ = ("_is_own", "fd", "is_path", "target")
@@ -54,15 +53,15 @@ class Reached:
 
 
 class DirectoryFds:
-    """The descriptors that lead to inodes.
+    """The descriptors of directories.
 
     Args:
         inodes: the inode table.
-        root: an O_PATH descriptor of the source; stays the caller's.
-        capacity: how many directories are kept open.
+        root: an O_PATH descriptor of the source; the caller keeps it.
+        capacity: how many directories stay open.
         pins: the descriptors of inodes without names.
-        leadership: which thread serves.
-        closing: takes the descriptors of directories, which may take long to close.
+        leadership: decides which thread serves.
+        closing: a list for descriptors to close later, because closing may take long.
     """
 
     def __init__(
@@ -74,21 +73,21 @@ class DirectoryFds:
         self._root = root
         self._capacity = max(capacity, 2)
         self._directories: OrderedDict[int, int] = OrderedDict()
-        self._returned = ROOT  # the directory that was asked for last
+        self._returned = ROOT  # the directory that `directory` returned last
         self.pins = pins
         inodes.on_reuse = self.drop
         inodes.is_alike = self._is_alike
 
     @property
     def kept(self) -> int:
-        """How many descriptors are kept, of directories and of removed files."""
+        """The number of open descriptors of directories and removed files."""
         return len(self._directories) + len(self.pins)
 
     def directory(self, nodeid: int) -> int:
-        """Return a descriptor of the directory *nodeid*, valid until the second next call.
+        """Return a descriptor of the directory *nodeid*, which is valid until the second call after this one.
 
         Raises:
-            OSError: ESTALE if it is no longer where it was found, or what open(2) says.
+            OSError: ESTALE if it is no longer at its last known path, or another error of open(2).
         """
         fd = self._held_directory(nodeid)
         if fd is None:
@@ -97,13 +96,13 @@ class DirectoryFds:
         return fd
 
     def _walk_to(self, nodeid: int) -> int:
-        """Open a directory and all above it that are not kept."""
+        """Open a directory and those of its ancestors that are not open."""
         fd: int | None = None
-        missing = {nodeid: None}  # in the order they were found missing
+        missing = {nodeid: None}  # the directories to open, from the bottom up
         parent = nodeid
         while fd is None:
             parent = self._inodes.get(parent).parent
-            # Directories that changed places behind the mount can each have been seen below the other.
+            # After moves in the source, two directories may have been seen below each other.
             if parent == 0 or parent in missing:
                 raise stale()
             fd = self._held_directory(parent)
@@ -117,7 +116,7 @@ class DirectoryFds:
         return fd
 
     def _make_room(self) -> None:
-        """Close what was not used for longest, but not what was just opened, nor the last that was asked for."""
+        """Close the least recently used directories, but not the one that `directory` returned last."""
         directories = self._directories
         while len(directories) > self._capacity:
             oldest = next(iter(directories))
@@ -134,7 +133,7 @@ class DirectoryFds:
         return self._root if nodeid == ROOT else self.pins.get(nodeid)
 
     def held(self, nodeid: int) -> int | None:
-        """Return a descriptor that is kept for *nodeid* already, or None."""
+        """Return an open descriptor of *nodeid*, or None."""
         fd = self.pins.get(nodeid)
         if fd is None:
             fd = self._directories.get(nodeid)
@@ -152,7 +151,7 @@ class DirectoryFds:
         return fd
 
     def _is_alike(self, directory: int, name: bytes) -> bool:
-        """Whether the mount of *name* in *directory*, or of the directory itself, allows what the source's does."""
+        """Return whether the mount of *name* in *directory* (of *directory* if empty) has the source's mount flags."""
         try:
             fd = os.open(name or b".", _ANY, dir_fd=self.directory(directory))
         except OSError:
@@ -163,7 +162,7 @@ class DirectoryFds:
             os.close(fd)
 
     def open_name(self, nodeid: int, parent: int, name: bytes) -> int | None:
-        """Return an O_PATH descriptor of *nodeid* if a name still leads to it, else None."""
+        """Return an O_PATH descriptor of *nodeid* if *name* in *parent* still leads to it, else None."""
         try:
             fd = os.open(name, _ANY, dir_fd=self.directory(parent))
         except OSError:
@@ -174,7 +173,7 @@ class DirectoryFds:
         return None
 
     def places(self, nodeid: int) -> list[tuple[int, bytes]]:
-        """Return each (parent, name) under which *nodeid* was seen, the latest first."""
+        """Return each known (parent, name) of *nodeid*, the latest first."""
         inode = self._inodes.get(nodeid)
         others = self._inodes.other_names(nodeid)
         return [(inode.parent, inode.name), *others] if inode.parent else others
@@ -183,7 +182,7 @@ class DirectoryFds:
         """Return the attributes of *nodeid*.
 
         Raises:
-            OSError: ESTALE if none of its names leads to it any more.
+            OSError: ESTALE if none of its known names leads to it any more.
         """
         fd = self.held(nodeid)
         if fd is not None:
@@ -201,7 +200,7 @@ class DirectoryFds:
         raise stale()
 
     def is_reachable(self, nodeid: int) -> bool:
-        """Whether one of the names of *nodeid* still leads to it."""
+        """Return whether one of the known names of *nodeid* still leads to it."""
         try:
             self.attributes(nodeid)
         except OSError:
@@ -209,10 +208,10 @@ class DirectoryFds:
         return True
 
     def reach(self, nodeid: int) -> Reached:
-        """Return an O_PATH descriptor of *nodeid* and no other file, to be used in a ``with`` statement.
+        """Return an O_PATH descriptor of *nodeid* for a ``with`` block.
 
         Raises:
-            OSError: ESTALE if none of its names leads to it any more.
+            OSError: ESTALE if none of its known names leads to it any more.
         """
         held = self.held(nodeid)
         if held is not None:
@@ -221,13 +220,13 @@ class DirectoryFds:
         return Reached(fd, is_path=True, is_own=True)
 
     def open(self, nodeid: int, flags: int) -> tuple[int, Attributes]:
-        """Open *nodeid* by one of its names with open(2) *flags*; a pinned one by its pin.
+        """Open *nodeid* with open(2) *flags*, by its pin or one of its known names.
 
         Returns:
-            The new descriptor and the attributes of what it opened.
+            The new descriptor and the file's attributes.
 
         Raises:
-            OSError: ESTALE if none of its names leads to it any more, or what open(2) says.
+            OSError: ESTALE if none of its known names leads to it any more, or another error of open(2).
         """
         inode = self._inodes.get(nodeid)
         pin = self.pins.get(nodeid)
@@ -236,8 +235,8 @@ class DirectoryFds:
         if nodeid == ROOT:
             fd = os.open(".", flags, dir_fd=self._root)
             return fd, fstatx(fd)
-        # To open a device can be a command to it, and to open a fifo lets whoever waits for that go on. So the name is
-        # opened for I/O only when it is known to lead to the inode.
+        # Opening a device can have effects, and opening a FIFO wakes a process that waits for it. So the name is only
+        # opened for I/O once it is known to lead to the inode.
         is_harmless = flags & (os.O_PATH | os.O_DIRECTORY)
         for parent, name in self.places(nodeid):
             try:
@@ -256,8 +255,8 @@ class DirectoryFds:
         raise stale()
 
     def open_again(self, fd: int, flags: int) -> tuple[int, Attributes]:
-        """Open the file behind *fd*, which may be opened with O_PATH, with other *flags*; for the result see `open`."""
-        # To open for writing waits for a file system that is frozen.
+        """Open the file of *fd* (O_PATH suffices) with other *flags*; for the result see `open`."""
+        # Opening for writing waits for a frozen file system.
         open_ = os.open if flags & os.O_ACCMODE == os.O_RDONLY else self._open_writing
         opened = open_(f"/proc/self/fd/{fd}", flags & ~os.O_NOFOLLOW)
         return opened, fstatx(opened)
@@ -266,14 +265,14 @@ class DirectoryFds:
         return self._leadership.call(os.open, path, flags)
 
     def drop(self, nodeid: int) -> None:
-        """Close what is kept for *nodeid*: the kernel has forgotten it, or its number was given to another."""
+        """Close the descriptors of *nodeid*, because the kernel has forgotten it or its number was reused."""
         self.pins.drop(nodeid)
         directory = self._directories.pop(nodeid, None)
         if directory is not None:
             self._closing.append(directory)
 
     def shrink(self) -> None:
-        """Close all directories that can be opened again, for when descriptors run out."""
+        """Close all directories that can be reopened. Called when descriptors run out."""
         for fd in self._directories.values():
             if self._leadership.uses(fd):
                 self._closing.append(fd)

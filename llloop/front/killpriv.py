@@ -1,12 +1,12 @@
-"""Which set-ID bits and capabilities a change takes from a file: those that it would take natively (fs/attr.c).
+"""Clearing of set-ID bits and capabilities when a file changes, as the source's kernel would do it (fs/attr.c).
 
-A write, an allocation, a truncation and a change of the owner take them. The kernel asks for it in three ways:
+Writes, allocations, truncations and changes of the owner clear them. The kernel requests that in three ways:
 
-* A flag of SETATTR, OPEN or WRITE says that the caller has no CAP_FSETID. The source clears the bits with the change.
-* Before it writes or allocates, and for a chown(2) that names neither owner nor group, the kernel sends a SETATTR that
-  sets nothing, if the mode that it has cached has bits to lose or the file has capabilities. It takes the mode from the
-  reply. So this is the only way by which it hears of the change before anybody can execute the file.
-* It removes the attribute security.capability before each of these changes, without saying for which.
+* A flag of SETATTR, OPEN or WRITE means that the caller lacks CAP_FSETID. The source clears the bits with the change.
+* If the cached mode has such bits or the file has capabilities, the kernel sends a SETATTR without changes. It does so
+  before writes and allocations, and for a chown(2) with neither owner nor group. It takes the mode from the reply. This
+  is the only way to tell the kernel of the new mode before another process can execute the file.
+* The kernel removes the attribute security.capability before each of these changes, without telling which one follows.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _AS_IT_IS = nullcontext()
 
 
 def has_capability(target: int | str) -> bool:
-    """Whether a file, named by a descriptor or a path, has capabilities, as far as one may know."""
+    """Return whether a file (a descriptor or a path) has capabilities; False if this process may not know."""
     try:
         os.getxattr(target, CAPABILITY)
     except OSError:
@@ -41,15 +41,15 @@ def has_capability(target: int | str) -> bool:
 
 
 class KillPriv:
-    """Takes from files what a change takes from them.
+    """Clears set-ID bits and capabilities of files.
 
     Args:
-        setid: has the source clear set-ID bits.
-        caller: acts with another group.
+        setid: controls whether the source clears set-ID bits.
+        caller: sets the caller's group.
         handles: the open files.
-        rights: tells what a requester may do.
-        leadership: which thread serves.
-        writeback: whether the kernel collects writes, and says by FATTR_CTIME that it means a chown(2).
+        permissions: checks what a requester may do.
+        leadership: decides which thread serves.
+        writeback: whether the kernel caches writes. Then FATTR_CTIME marks a SETATTR that is for a chown(2).
     """
 
     def __init__(
@@ -68,13 +68,14 @@ class KillPriv:
         self._setid = setid
         self._caller = caller
         self._handles = handles
-        # Of which inode a capability was removed last, and for which process.
+        # The inode whose capability was removed last, and the requesting thread.
         self._stripped = (0, 0)
 
-    def clearing(self, fd: int, clear: bool, who: Requester) -> AbstractContextManager[None]:
-        """Have the source clear the set-ID bits of an open file with the next call, or keep them.
+    def setid_cleared(self, fd: int, clear: bool, who: Requester) -> AbstractContextManager[None]:
+        """Return a context in which the next call clears an open file's set-ID bits if *clear*, else keeps them.
 
-        The source asks whether this process is in the file's group, where that is for the caller to be.
+        In mandatory lock mode, the kernel checks whether this process is in the file's group. So the context sets a
+        group that matches the requester's membership.
         """
         self._setid.clear(clear)
         if clear:
@@ -84,21 +85,22 @@ class KillPriv:
                 return self._caller(who.uid, gid)
         return _AS_IT_IS
 
-    def give_up(self, reached: Reached, nodeid: int, valid: int, who: Requester) -> None:
-        """Do what the kernel means by a SETATTR that sets nothing.
+    def clear_privileges(self, reached: Reached, nodeid: int, valid: int, who: Requester) -> None:
+        """Serve a SETATTR without changes: clear set-ID bits.
 
-        If nobody has the file open for writing, it can only be for a chown(2). If somebody has, who neither owns the
-        file nor has opened it may mean a chown(2), which must not change it, or write through a descriptor that he was
-        given. Then nothing is done here: a write clears the bits itself, and the kernel is told after it.
+        If the file is not open for writing, the request can only be for a chown(2). If it is, the requester may neither
+        own the file nor have opened it. Then the request is either for a chown(2), which must change nothing, or for a
+        write through a descriptor that the requester was given. In that case this method does nothing: the write clears
+        the bits itself, and the kernel is notified after it.
 
         Args:
-            reached: a way to act on the file.
+            reached: a descriptor of the file.
             nodeid: its inode.
             valid: the FATTR_ bits of the request.
-            who: for whom the kernel sends it.
+            who: the requester.
 
         Raises:
-            OSError: EPERM, for a chown(2) of another user's file that has something to lose.
+            OSError: EPERM, for a chown(2) of another user's file with set-ID bits or capabilities.
         """
         attributes = fstatx(reached.fd)
         if not stat.S_ISREG(attributes.mode):
@@ -111,16 +113,16 @@ class KillPriv:
         writing = [] if valid & fuse.FATTR_CTIME else self._writing(nodeid)
         may_take = self._may_take(writing, attributes, who)
         if writing and self._writeback:
-            # What is to be written can be executed from the page cache before it is written to the source.
+            # The written data can be executed from the page cache before it reaches the source.
             if not may_take and has_capability(reached.target):
                 self._leadership.call(os.removexattr, reached.target, CAPABILITY)
         elif writing and not may_take:
-            if any(handle.backing for handle in writing):  # the kernel would write as who has opened the file
+            if any(handle.backing for handle in writing):  # the kernel would write with the opener's credentials
                 raise OSError(errno.EPERM, os.strerror(errno.EPERM))
             _have_writes_clear(writing)
             return
         if writing:
-            # Before it writes for who has CAP_FSETID, the kernel sends it only because of capabilities.
+            # Before a write by a process with CAP_FSETID, the kernel only sends this because of capabilities.
             if who.uid == 0 and self._stripped == (nodeid, who.pid):
                 bits = 0
         elif (bits or has_capability(reached.target)) and not self._permissions.owns(who, attributes):
@@ -131,7 +133,7 @@ class KillPriv:
             chmod = syscalls.chmod if reached.is_path else os.fchmod
             try:
                 self._leadership.call(chmod, reached.fd, stat.S_IMODE(attributes.mode) & ~bits)
-            except PermissionError:  # this process may only write to the file
+            except PermissionError:  # this process may write to the file but not change its mode
                 if not writing:
                     raise
                 _have_writes_clear(writing)
@@ -140,16 +142,16 @@ class KillPriv:
         return [handle for handle in self._handles.of_inode(nodeid) if handle.is_writable]
 
     def _may_take(self, writing: list[Handle], attributes: Attributes, who: Requester) -> bool:
-        """Whether the requester could take privileges from a file natively, which he has perhaps opened for writing."""
+        """Return whether the requester could clear privileges in the source: as owner, or by having opened the file."""
         return self._permissions.owns(who, attributes) or (
             who.uid != 0 and any(handle.opener[0] == who.uid for handle in writing)
         )
 
-    def takes_capability(self, reached: Reached, nodeid: int, who: Requester) -> bool:
-        """Whether the capabilities of a file go because the kernel asks to remove them.
+    def clears_capability(self, reached: Reached, nodeid: int, who: Requester) -> bool:
+        """Return whether to remove a file's capabilities when the kernel asks for it.
 
-        It asks for somebody else than root, the owner and who has the file open for writing only because of a
-        truncation or a write, with which they go, or because of a chown(2), which is refused next or takes nothing.
+        For other users than root, the owner and those who have opened the file for writing, the kernel asks either
+        because of a truncation or write, which removes them itself, or because of a chown(2), which must not.
         """
         if not self._may_take(self._writing(nodeid), fstatx(reached.fd), who):
             return False
@@ -158,7 +160,7 @@ class KillPriv:
 
 
 def _have_writes_clear(writing: list[Handle]) -> None:
-    """Have writes through open files clear set-ID bits, and the kernel told then."""
+    """Make writes through these open files clear set-ID bits and notify the kernel."""
     for handle in writing:
         handle.uncached = True
 

@@ -7,18 +7,18 @@ import fcntl
 import os
 import stat
 
-from llloop.front.descriptor_shares import DIRECTORY
+from llloop.front.descriptor_shares import DIRECTORY_WEIGHT
 from llloop.front.directory_fds import DirectoryFds, Reached
 from llloop.front.inodes import ROOT, Inodes
 from llloop.front.killpriv import KillPriv
-from llloop.front.nowait import Promptness
+from llloop.front.nowait import NowaitPolicy
 from llloop.front.open_files import Handle, Handles
 from llloop.front.passthrough import Passthrough
 from llloop.front.recovery.intents import Intents
 from llloop.front.requester import Requester
 from llloop.front.router import Router
 from llloop.front.tree import Tree, check_name
-from llloop.front.unsized_files import Sizes
+from llloop.front.unsized_files import UnsizedFiles
 from llloop.linux.syscalls import Attributes, DirectoryEntry, fstatx, read_directory
 from llloop.shared.leadership import Leadership
 from llloop.shared.messages import identity_of
@@ -80,8 +80,8 @@ class Files:
         self._intents = intents
         self._writeback = writeback
         self._device = device
-        self.promptness = Promptness()
-        self._sizes = Sizes()
+        self.promptness = NowaitPolicy()
+        self._sizes = UnsizedFiles()
         self._root_handle: int | None = None
 
     def open(self, nodeid: int, flags: int, clear_setid: bool, who: Requester) -> tuple[int, Attributes]:
@@ -101,7 +101,7 @@ class Files:
         try:
             self._tree.permissions.check_open(who, flags, descriptor, attributes)
             if flags & os.O_TRUNC:
-                with self._killpriv.clearing(descriptor, clear_setid, who):
+                with self._killpriv.setid_cleared(descriptor, clear_setid, who):
                     if flags & os.O_ACCMODE == os.O_RDONLY:  # odd, but Linux truncates then too
                         self._call(os.truncate, f"/proc/self/fd/{descriptor}", 0)
                     else:
@@ -177,7 +177,7 @@ class Files:
         handle = Handle(descriptor, nodeid, self._router.shard_of(nodeid), flags, opener)
         handle.file = identity_of(attributes) if self._inodes.births else 0
         handle.note_mode(attributes)
-        handle.unsized = self._sizes.are_void(descriptor, attributes, flags, is_new=is_new)
+        handle.unsized = self._sizes.includes(descriptor, attributes, flags, is_new=is_new)
         self.promptness.decide(handle, attributes, flags)
         return handle
 
@@ -325,7 +325,7 @@ class Files:
         Returns:
             The handle's number and the directory's attributes.
         """
-        self._shares.ensure_room(who.uid, DIRECTORY)
+        self._shares.ensure_room(who.uid, DIRECTORY_WEIGHT)
         descriptor, attributes = self._reopen(nodeid, _OPEN_DIRECTORY)
         try:
             self._tree.permissions.check_open(who, os.O_RDONLY, descriptor, attributes)

@@ -1,18 +1,18 @@
-"""What the kernel's page cache may hold of a file that is open for writing.
+"""What the kernel's page cache may contain of a file that is open for writing.
 
-The kernel has two habits that a server must make up for (fs/fuse/file.c of Linux 6.18):
+A server must compensate for two properties of the kernel (fs/fuse/file.c of Linux 6.18):
 
-* SEEK_DATA and SEEK_HOLE do not see dirty pages: stores through a shared mapping, and writes that it collects.
-* A write(2) enters its data into a page of the cache and unlocks the page before it sends the WRITE. If the page is
-  dropped in between (because another process has seen a new mtime, or opened the file), a READ that is served before
-  the WRITE brings old data into the cache, which then stays.
+* SEEK_DATA and SEEK_HOLE do not see dirty pages: stores into shared mappings, and cached writes with --writeback.
+* write(2) copies its data into a page of the cache, and unlocks the page before it sends the WRITE. The page may be
+  dropped in between, because another process has seen a new mtime or opened the file. A READ that is served before the
+  WRITE then brings old data into the cache, where it stays.
 """
 
 from __future__ import annotations
 
 from llloop.linux.fuse import PAGE_SIZE
 
-# How long, in nanoseconds, a write(2) may take from the first page it enters to its WRITE.
+# The longest time from the first page that write(2) fills to its WRITE, in nanoseconds.
 _LONGEST_WRITE = 2_000_000_000
 
 
@@ -20,11 +20,11 @@ class PageCache:
     """The state of one inode's pages.
 
     Attributes:
-        is_clean: whether there can be no dirty page, because the kernel was asked to drop all pages and has neither
-            read nor written any since.
-        passthrough: whether the kernel does the file's I/O itself and stores through mappings change the source.
-        write: the last WRITE that was given to a worker, as `Router.last` says; None if there was none.
-        invalidation: the same of the last request for which the kernel is to drop pages.
+        is_clean: whether there is certainly no dirty page: the kernel has dropped all pages, and has neither read nor
+            written any since.
+        passthrough: whether the kernel does the file's I/O itself, so that stores into mappings change the source.
+        write: the last WRITE that was sent to a worker, as in `Router.last`; None if there was none.
+        invalidation: the last request for which the kernel must drop pages, likewise.
     """
 
     __slots__ = ("_others", "_reader", "_recent", "invalidation", "is_clean", "passthrough", "write")
@@ -34,7 +34,7 @@ class PageCache:
         self.passthrough = False
         self.write: tuple[int, int] | None = None
         self.invalidation: tuple[int, int] | None = None
-        # Where pages were read lately: by the thread that did so last, and by all before it. First byte, end, time.
+        # The ranges of recent reads (start, end, time): by the thread that read last, and by all others before it.
         self._reader = 0
         self._recent = (0, 0, 0)
         self._others = (0, 0, 0)
@@ -43,9 +43,9 @@ class PageCache:
         """Note a READ.
 
         Args:
-            reader: the thread that asks for it, 0 if it is unknown.
+            reader: the id of the requesting thread, 0 if it is unknown.
             offset, size: the range in bytes.
-            now: when it was taken (monotonic clock, nanoseconds).
+            now: when the front took the request (monotonic clock, nanoseconds).
         """
         self.is_clean = False
         if reader != self._reader:
@@ -55,12 +55,13 @@ class PageCache:
             self._recent = _hull(self._recent, (offset, offset + size, now), now)
 
     def may_be_stale(self, writer: int, offset: int, size: int, now: int) -> bool:
-        """Whether the page cache may have older data than a WRITE that was just taken.
+        """Return whether the page cache may contain older data than a WRITE that the front has just taken.
 
         Only another thread can have read a page while *writer* was in write(2).
 
         Args:
-            writer, offset, size, now: as for `note_read`.
+            writer: the id of the writing thread, 0 if it is unknown.
+            offset, size, now: as for `note_read`.
         """
         self.is_clean = False
         first = offset // PAGE_SIZE * PAGE_SIZE
@@ -75,7 +76,7 @@ def _overlap(ranges: tuple[int, int, int], first: int, end: int, now: int) -> bo
 
 
 def _hull(old: tuple[int, int, int], new: tuple[int, int, int], now: int) -> tuple[int, int, int]:
-    """Return the range from the first to the last byte of two, but for the old one if it is too old."""
+    """Return the smallest range that contains both; only *new* if *old* is too old."""
     if now - old[2] >= _LONGEST_WRITE or old[0] == old[1]:
         return new
     if new[0] == new[1]:

@@ -1,8 +1,8 @@
-"""Kernel passthrough: files whose reads and writes the kernel does on the source by itself.
+"""FUSE passthrough: the kernel reads and writes files of the source itself.
 
-A file is registered with the kernel (FUSE_DEV_IOC_BACKING_OPEN) and the reply to its open names
-the registration. The kernel demands that all opens of an inode at a time are of one kind and
-share one registration (fs/fuse/iomode.c, fs/fuse/passthrough.c), so both are kept per inode.
+llloop registers a file with the kernel (FUSE_DEV_IOC_BACKING_OPEN), and the reply to OPEN contains the backing id.
+The kernel requires that all concurrent opens of an inode use passthrough or none, and with the same backing id
+(fs/fuse/iomode.c, fs/fuse/passthrough.c). So this module keeps the backing id of each inode.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ _BACKING_ID = struct.Struct("=I")
 
 
 def open_backing(device: int, descriptor: int) -> int:
-    """Register an open regular file with the kernel and return the registration.
+    """Register an open regular file with the kernel and return its backing id.
 
     Args:
-        device: the descriptor of /dev/fuse.
-        descriptor: the file; open in any mode, it may be closed afterwards.
+        device: a descriptor of /dev/fuse.
+        descriptor: the file, open in any mode; it may be closed afterwards.
 
     Raises:
-        OSError: the kernel, or the file's file system, does not allow it (EPERM, EOPNOTSUPP, ELOOP).
+        OSError: the kernel or the file system does not allow it (EPERM, EOPNOTSUPP, ELOOP).
     """
     backing: int = fcntl.ioctl(device, _BACKING_OPEN, bytearray(_BACKING_MAP.pack(descriptor, 0, 0)))
     return backing
 
 
 def close_backing(device: int, backing: int) -> None:
-    """Take a registration back; opens that use it go on."""
+    """Unregister a backing file; opens that use it are not affected."""
     fcntl.ioctl(device, _BACKING_CLOSE, bytearray(_BACKING_ID.pack(backing)))
 
 
 def refusal(device: int) -> str | None:
-    """Return why the kernel does not let this process register files, or None if it does."""
+    """Return why the kernel does not let this process register files, as text, or None if it does."""
     descriptor = os.memfd_create("llloop-passthrough")
     try:
         close_backing(device, open_backing(device, descriptor))
@@ -60,28 +60,28 @@ def refusal(device: int) -> str | None:
 
 
 def _is_privileged(handle: Handle, attributes: Attributes, is_new: bool) -> bool:
-    """Whether a write by an ordinary user takes something from the file: set-ID bits, or capabilities.
+    """Return whether a write by an ordinary user clears set-ID bits or capabilities of the file.
 
-    No file is made with capabilities.
+    A new file has no capabilities.
     """
     return bool(attributes.mode & SETID_BITS) or (not is_new and has_capability(handle.descriptor))
 
 
 def _note_mappings(handle: Handle) -> None:
-    """Note that the file may be mapped for writing: the kernel tells nobody of stores through such a mapping."""
+    """Note that the file may be mapped for writing: the kernel sends no request for stores into such a mapping."""
     if handle.pages is not None and handle.flags & os.O_ACCMODE == os.O_RDWR:
         handle.pages.passthrough = True
 
 
 class Passthrough:
-    """The registrations of open files.
+    """The backing ids of open files.
 
     Args:
-        device: the descriptor of /dev/fuse.
+        device: a descriptor of /dev/fuse.
         handles: the open files.
-        caller: gives a registration the identity with which the kernel writes.
-        setid: has the source clear set-ID bits at such a write, should the file get some while it is open.
-        wanted: whether files are to be passed through at all.
+        caller: sets the credentials with which the kernel will write to a registered file.
+        setid: makes the kernel clear set-ID bits with such a write, if the file gets some while it is open.
+        wanted: whether to use passthrough at all.
     """
 
     def __init__(self, device: int, handles: Handles, caller: Caller, setid: SetidGuard, wanted: bool) -> None:
@@ -90,23 +90,23 @@ class Passthrough:
         self._caller = caller
         self._setid = setid
         self._wanted = wanted
-        # The registration of an inode, and how many open files use it.
+        # By inode: the backing id, and the number of open files that use it.
         self._registered: dict[int, tuple[int, int]] = {}
         self._refused: set[int] = set()
-        # Whether a file system is a file server's, by device.
+        # By mount: whether the file system is on a server.
         self._remote: dict[int, bool] = {}
 
     def back(self, handle: Handle, attributes: Attributes, note: Note, *, is_new: bool) -> int:
-        """Have the kernel do the I/O of a file just opened, if it can.
+        """Make the kernel do the I/O of a file that was just opened, if possible.
 
         Args:
             handle: the open file.
             attributes: its attributes.
-            note: where a registration is noted until the handle has it.
-            is_new: whether it has just been made.
+            note: where to note a new backing id until the handle contains it.
+            is_new: whether the open has created the file.
 
         Returns:
-            The registration, or 0 if the workers are to do it.
+            The backing id, or 0 if the workers do the I/O.
         """
         if handle.backing or not self._wanted:
             return handle.backing
@@ -116,7 +116,7 @@ class Passthrough:
             if handle.unsized:
                 return 0
             if any(other is not handle for other in self._handles.of_inode(nodeid)):
-                return 0  # opened the other way before, and so must this one be
+                return 0  # earlier opens of this inode do not use passthrough, so this one must not either
             identity = self._identity(handle, attributes)
             if identity is None or _is_privileged(handle, attributes, is_new):
                 return 0
@@ -135,10 +135,11 @@ class Passthrough:
         return backing
 
     def _identity(self, handle: Handle, attributes: Attributes) -> tuple[int, int] | None:
-        """Return the uid and gid with which the kernel is to write to a file, or None if there is no right one.
+        """Return the uid and gid with which the kernel should write to a file, or None if none is right.
 
-        All opens share the registration of the first. So root's identity, for which file systems reserve blocks, is
-        taken only where nobody else can open the file for writing; file servers decide by it about every access.
+        All opens share the credentials of the first registration. File systems reserve blocks for root. So root's ids
+        are only used if no other user can open the file for writing. File servers check every access by these ids, so
+        there root's ids are used.
         """
         uid, gid = handle.opener
         if uid:
@@ -154,27 +155,27 @@ class Passthrough:
         return own
 
     def _is_remote(self, handle: Handle) -> bool:
-        """Whether a file is a file server's."""
+        """Return whether a file is on a file server."""
         known = self._remote.get(handle.mount)
         if known is None:
             known = self._remote[handle.mount] = file_system_type(handle.descriptor) in CAN_HANG
         return known
 
     def take_over(self, handle: Handle, backing: int) -> None:
-        """Take in a file of a front that is gone, whose I/O the kernel does by the registration *backing*."""
+        """Take over an open file of a dead front, which has the backing id *backing*."""
         handle.backing = backing
         _note_mappings(handle)
         _, users = self._registered.get(handle.nodeid, (backing, 0))
         self._registered[handle.nodeid] = (backing, users + 1)
 
     def drop(self, backing: int) -> None:
-        """Take a registration back that a front made for no file that it noted."""
+        """Unregister a backing id that a dead front had not yet noted in a handle."""
         if backing and backing not in (known for known, _ in self._registered.values()):
             with suppress(OSError):
                 close_backing(self._device, backing)
 
     def _note_refusal(self, handle: Handle, error: OSError) -> None:
-        """Say once for each file system that the workers do what the kernel does not."""
+        """Log once for each file system that the workers do the I/O instead of the kernel."""
         if handle.mount not in self._refused:
             self._refused.add(handle.mount)
             _log.info(
@@ -183,7 +184,7 @@ class Passthrough:
             )
 
     def release(self, handle: Handle) -> None:
-        """Note that a file passed through was closed."""
+        """Note that a file with passthrough was closed."""
         backing, users = self._registered[handle.nodeid]
         if users > 1:
             self._registered[handle.nodeid] = (backing, users - 1)

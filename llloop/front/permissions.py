@@ -1,12 +1,12 @@
-"""Who may do what: the check that the source makes again, after the kernel has made it.
+"""Permission checks with the current attributes of the source, after the kernel's check with cached ones.
 
-With default_permissions the kernel checks each caller's rights by the attributes that it keeps of an inode. They may
-be as old as their timeout, and for what is done through a descriptor (fchmod(2), fsetxattr(2)) older. So whatever
-depends on a right is done as the caller, and the kernel checks it again by what the source says at that moment; or,
-where a descriptor is to be handed out, it is asked whether the caller may have it.
+With default_permissions, the kernel checks a caller's permissions with the attributes in its cache. They may be as old
+as their timeout, and even older for calls on a descriptor (fchmod(2), fsetxattr(2)). So a call that depends on a
+permission is made with the caller's credentials, and the kernel checks it again in the source. Before an open file is
+returned, the kernel is asked whether the caller may open it.
 
-What a request says of its caller mostly suffices. Supplementary groups and capabilities are looked up only where they
-can make a difference: that costs some microseconds.
+The user and group ids in a request mostly suffice. Supplementary groups and capabilities are only read if they can make
+a difference, because that takes some microseconds.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from llloop.linux.credentials import FILE_CAPABILITIES, Caller
 from llloop.linux.process_credentials import Credentials, credentials_of
 from llloop.linux.syscalls import Attributes, fstatx
 
-_FMODE_EXEC = 1 << 5  # <linux/fs.h>; what the kernel adds to the open(2) flags of a file that is to be executed
-# What permissions (4 read, 2 write, 1 execute) an open needs, by its access mode.
+_FMODE_EXEC = 1 << 5  # <linux/fs.h>; the kernel adds it to the flags if it opens a file to execute it
+# The permissions (4 read, 2 write, 1 execute) that an open needs, by its access mode.
 _NEEDED = {os.O_RDONLY: 4, os.O_WRONLY: 2, os.O_RDWR: 6, os.O_ACCMODE: 6}
-# What is asked of directories and of other files for a change that depends on their permissions.
+# The permissions that suffice for every change in a directory, and of another file.
 _CHANGE_DIRECTORY, _CHANGE_FILE = 3, 6
-# Root of a container seldom has this capability, and needs it only to set flags.
+# Root in a container seldom has this capability, and only needs it to set file flags.
 _FOR_FLAGS = 1 << syscalls.CAP_LINUX_IMMUTABLE
 _AS_IT_IS = nullcontext()
 _ACL = "system.posix_acl_access"
 
 
 class Permissions:
-    """Acts as the requester, and tells what a requester may do.
+    """Acts with a requester's credentials, and checks what a requester may do.
 
     Args:
-        caller: acts as others.
+        caller: sets the credentials.
         root: a descriptor of the source.
         acl: whether files can have POSIX ACLs.
-        suid: whether set-ID programs of this mount get their privileges.
+        suid: whether the mount has the option suid.
     """
 
     def __init__(self, caller: Caller, root: int, *, acl: bool, suid: bool) -> None:
@@ -53,7 +53,7 @@ class Permissions:
         self._all = permitted & FILE_CAPABILITIES & ~_FOR_FLAGS
 
     def is_trusted(self, who: Requester) -> bool:
-        """Whether this process's own rights are the requester's as well, or it cannot act with any others."""
+        """Return whether to use this process's own credentials: the requester has the same, or they cannot change."""
         if not self._caller.can_switch:
             return True
         if who.uid:
@@ -62,22 +62,22 @@ class Permissions:
             return True
         try:
             effective, _, _ = syscalls.get_capabilities(who.pid)
-        except OSError:  # the thread is not known here
+        except OSError:  # the thread is not visible here
             return True
-        # Without all of them root is root still if it is overlayfs, for example, that acts as root for others.
+        # Root without all capabilities is still trusted if, for example, overlayfs acts as root for another thread.
         return effective & self._all == self._all or credentials_of(who.pid, who.uid, who.gid) is None
 
     def acting(
         self, who: Requester, *fds: int, owned: tuple[Attributes, ...] = (), by_group: bool | None = None
     ) -> AbstractContextManager[None]:
-        """Act as the requester until the ``with`` block ends, in which one system call is made.
+        """Act with the requester's credentials in a ``with`` block that makes one system call.
 
         Args:
             who: the requester.
-            fds: descriptors of the directories and files on whose permissions or owners it depends.
-            owned: the attributes of the files that lose a name, on whose owners it depends in sticky directories.
-            by_group: whether it depends on the requester's supplementary groups: True if it does in any case, False if
-                only owners count, None if the permissions tell.
+            fds: descriptors of the directories and files whose permissions or owners matter for the call.
+            owned: the attributes of files that lose a name; in sticky directories their owners matter.
+            by_group: whether the requester's supplementary groups matter: True if always, False if only owners matter,
+                None if it depends on the permissions.
         """
         if self.is_trusted(who):
             return _AS_IT_IS
@@ -91,7 +91,7 @@ class Permissions:
         return self._exactly_as(who, *files, *owned) if exactly else self._caller(who.uid, who.gid, (), 0)
 
     def setting_file_attributes(self, who: Requester, fd: int) -> AbstractContextManager[None]:
-        """Act as the requester until the ``with`` block ends, in which flags of a file are set (ioctl_iflags(2)).
+        """Act with the requester's credentials in a ``with`` block that sets flags of a file (ioctl_iflags(2)).
 
         Args:
             who: the requester.
@@ -100,18 +100,18 @@ class Permissions:
         return self._exactly_as(who, fstatx(fd))
 
     def making(self, who: Requester, directory: int, *, by_group: bool | None = None) -> AbstractContextManager[None]:
-        """Make something that belongs to the requester; for the arguments see `acting`."""
+        """Act as `acting` does, for a call that creates an object, which then belongs to the requester."""
         self._caller.set_umask(who.umask)
         if self.is_trusted(who):
             return self._caller(who.uid, who.gid)
         return self.acting(who, directory, by_group=by_group)
 
     def may(self, who: Requester, needed: int, fd: int, attributes: Attributes) -> bool:
-        """Whether a file's permissions allow the requester something.
+        """Return whether a file's permissions allow the requester an access.
 
         Args:
             who: the requester.
-            needed: what it is: 4 to read, 2 to write, 1 to execute or search, combined.
+            needed: the access: 4 to read, 2 to write, 1 to execute or search, combined.
             fd: a descriptor of the file.
             attributes: its attributes.
         """
@@ -121,12 +121,12 @@ class Permissions:
             return syscalls.may_access(fd, needed)
 
     def check_open(self, who: Requester, flags: int, fd: int, attributes: Attributes) -> None:
-        """Refuse a descriptor that the requester must not get.
+        """Check that the requester may open a file.
 
         Args:
             who: the requester.
-            flags: its open(2) flags.
-            fd: the descriptor.
+            flags: the open(2) flags.
+            fd: a descriptor of the file.
             attributes: the file's attributes.
 
         Raises:
@@ -143,10 +143,10 @@ class Permissions:
             raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
     def _may_run_here(self, fd: int, attributes: Attributes) -> bool:
-        """Whether the mount below the source that holds a program lets it run, as this mount would run it.
+        """Return whether the mount flags of the program's file system below the source allow running it.
 
-        The kernel knows the flags of this mount only, which stand for those of the source's own mount. That a program
-        runs without its privileges cannot be had for single files, so one that has some is not run where it would be.
+        The kernel only knows the flags of llloop's mount. A program cannot be run without its privileges for a single
+        file. So if nosuid would remove a program's privileges, it is not run at all.
         """
         more = os.fstatvfs(fd).f_flag & ~os.fstatvfs(self._root).f_flag
         if more & os.ST_NOEXEC:
@@ -154,13 +154,13 @@ class Permissions:
         return not (self._suid and more & os.ST_NOSUID and _has_privileges(fd, attributes))
 
     def owns(self, who: Requester, attributes: Attributes) -> bool:
-        """Whether the requester is a file's owner, or may do what the owner may."""
+        """Return whether the requester is a file's owner or has CAP_FOWNER."""
         if who.uid == attributes.uid or self.is_trusted(who):
             return True
         return bool(self._capabilities(self._credentials(who), attributes) >> syscalls.CAP_FOWNER & 1)
 
     def _may_plainly(self, who: Requester, needed: int, fd: int, attributes: Attributes) -> bool:
-        """Whether a file's permissions allow something whatever the requester's groups and capabilities are."""
+        """Return whether a file's permissions allow an access regardless of supplementary groups and capabilities."""
         mode = attributes.mode
         if who.uid == attributes.uid:
             return mode >> 6 & needed == needed
@@ -174,7 +174,7 @@ class Permissions:
         return credentials_of(who.pid, who.uid, who.gid) or Credentials((), 0, who.pid)
 
     def _exactly_as(self, who: Requester, *files: Attributes) -> Caller:
-        """Return a context in which this process has the requester's rights on some files."""
+        """Return a context with the requester's groups, and those of its capabilities that apply to all *files*."""
         credentials = self._credentials(who)
         capabilities = FILE_CAPABILITIES
         for attributes in files:
@@ -183,20 +183,20 @@ class Permissions:
 
     @staticmethod
     def _capabilities(credentials: Credentials, attributes: Attributes) -> int:
-        """Return the capabilities that count for a file."""
+        """Return the capabilities that apply to a file."""
         capabilities = credentials.capabilities & FILE_CAPABILITIES
         return capabilities if capabilities and credentials.covers(attributes.uid, attributes.gid) else 0
 
 
 def _is_protected(who: Requester, directories: list[Attributes], owned: tuple[Attributes, ...]) -> bool:
-    """Whether a sticky directory protects files from who is not their owner (inode(7))."""
+    """Return whether a sticky directory protects files of other users from the requester (inode(7))."""
     return any(one.mode & stat.S_ISVTX and one.uid != who.uid for one in directories) and any(
         one.uid != who.uid for one in owned
     )
 
 
 def _has_privileges(fd: int, attributes: Attributes) -> bool:
-    """Whether a program runs with other rights than those of who runs it."""
+    """Return whether a program runs with other privileges than those of its user."""
     if attributes.mode & (stat.S_ISUID | stat.S_ISGID):
         return True
     try:
@@ -207,12 +207,12 @@ def _has_privileges(fd: int, attributes: Attributes) -> bool:
 
 
 def denied() -> OSError:
-    """Return the error for what a file's permissions do not allow."""
+    """Return the error EACCES."""
     return OSError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def _has_acl(fd: int) -> bool:
-    """Whether a file has a POSIX ACL, as far as one may know."""
+    """Return whether a file has a POSIX ACL; True if this process may not know."""
     try:
         os.getxattr(f"/proc/self/fd/{fd}", _ACL)
     except OSError as error:

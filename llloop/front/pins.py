@@ -1,7 +1,7 @@
-"""Removed files that the kernel still knows, each kept by an O_PATH descriptor until the kernel forgets it.
+"""Pins: O_PATH descriptors of removed files that the kernel still knows, kept until the kernel forgets them.
 
-A pin counts as its file's owner's. Whoever has used up his share of descriptors loses his oldest pins. Such a file is
-reached through an open file of it; where it is not open, calls on an O_PATH descriptor of it fail with ESTALE.
+A pin counts towards the share of the file's owner. If a user has used up the share, the user's oldest pins are closed.
+Such a file can still be reached if it is open. If it is not, calls on O_PATH descriptors of it fail with ESTALE.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class Pins:
     """The descriptors of removed files by inode.
 
     Args:
-        inodes: the inode table, where each is noted for the next front.
-        shares: how many descriptors each user may hold.
-        leadership: which thread serves.
-        closing: takes the descriptors of removed files, which may take long to close.
+        inodes: the inode table, which notes pins for the next front.
+        shares: limits each user's descriptors.
+        leadership: decides which thread serves.
+        closing: a list for descriptors to close later, because closing a removed file may take long.
     """
 
     def __init__(self, inodes: Inodes, shares: Shares, leadership: Leadership, closing: list[int]) -> None:
@@ -33,7 +33,8 @@ class Pins:
         self._inodes = inodes
         self._shares = shares
         self._table: dict[int, int] = {}
-        # Whose each is, and the inodes of each user's, the oldest first. A dict would pass over all that are gone.
+        # The owner of each pin, and each user's pins, the oldest first. An OrderedDict finds its first item in
+        # constant time, a dict skips all deleted ones.
         self._users: dict[int, int] = {}
         self._of_user: dict[int, OrderedDict[int, None]] = {}
         shares.reclaim = self.drop_oldest
@@ -50,9 +51,9 @@ class Pins:
         return self._table.values()
 
     def add(self, nodeid: int, fd: int, uid: int) -> None:
-        """Keep *fd*, an O_PATH descriptor of the inode *nodeid*, which belongs to the user *uid*.
+        """Pin the inode *nodeid* of the user *uid* with its O_PATH descriptor *fd*.
 
-        It is closed instead if he holds too many that he needs more.
+        If the user's share is used up by other descriptors, *fd* is closed instead.
         """
         old = self._table.get(nodeid)
         if old is not None:
@@ -73,11 +74,11 @@ class Pins:
         self._shares.take(uid)
 
     def take_over(self, pins: dict[int, int], left: set[int]) -> None:
-        """Take in the pins of a front that is gone; those whose descriptors are lost are left out.
+        """Take over the pins of a dead front, except those whose descriptors are lost.
 
         Args:
             pins: the descriptors by inode.
-            left: the descriptors that the front has left, from which the pins are taken out.
+            left: the descriptors that the front has left; the taken ones are removed from it.
         """
         for nodeid, fd in pins.items():
             is_path = fd in left and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH
@@ -89,14 +90,14 @@ class Pins:
                 self._inodes.note_pin(nodeid, -1)
 
     def drop(self, nodeid: int) -> bool:
-        """Let go of a removed file; return whether it was pinned."""
+        """Unpin an inode; return whether it was pinned."""
         fd = self._take(nodeid)
         if fd is not None:
             self._closing.append(fd)
         return fd is not None
 
     def _take(self, nodeid: int) -> int | None:
-        """Take a removed file out, and return its descriptor, which is the caller's now."""
+        """Remove a pin and return its descriptor, which the caller must close."""
         fd = self._table.pop(nodeid, None)
         if fd is None:
             return None
@@ -110,21 +111,21 @@ class Pins:
         return fd
 
     def drop_oldest(self, uid: int) -> bool:
-        """Let go of that removed file of the user *uid* that was removed first; return whether there was one."""
+        """Unpin the oldest pin of the user *uid*; return whether there was one."""
         mine = self._of_user.get(uid)
         return mine is not None and self.drop(next(iter(mine)))
 
     def release_unused(self, used: Container[int], needed: int = 0) -> bool:
-        """Let go of files that were removed and are not open, so that their space is free.
+        """Unpin removed files that are not open, so that their space becomes free.
 
-        The kernel tells a moment after a removal that it has forgotten the inode, sometimes after the next request.
+        The kernel sends FORGET a moment after a removal, sometimes after the next request.
 
         Args:
             used: the inodes that are open.
-            needed: one more inode whose pin stays.
+            needed: another inode to keep pinned.
 
         Returns:
-            Whether there were any.
+            Whether there were such files.
         """
         unused = [nodeid for nodeid in self._table if nodeid not in used and nodeid != needed]
         for nodeid in unused:

@@ -1,9 +1,9 @@
-"""Asking first: a worker looks at what a request is about before the front touches it.
+"""Preflight checks: a worker accesses the files of a request before the front does, in case the source hangs.
 
-The one loop must never wait, and a file server that is gone makes whoever asks for a file of its wait for ever. So
-where the source can hang, a request that would touch it is put aside, and a worker is sent to look at the same places.
-When it is back, whatever it has found, the server has just answered for them, and the front does the request as it
-always does. A worker that is not back keeps nothing waiting but what it was to look at and do.
+The front's loop must never wait. If a file server is gone, a system call on its files can hang forever. So if the
+source can hang (`--metadata workers`), the front sets a request aside and sends a PROBE to a worker, which accesses the
+same places. When the worker answers, the file server has just answered for these places, whatever the result. Then the
+front serves the request as usual. A worker that hangs only delays requests on the same places and its own.
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ from llloop.linux.fuse import Opcode
 from llloop.shared.messages import ASK_SERVER, PROBED, Operation
 
 _ANSWERS_AT_ONCE = 512
-# The longest paths, in bytes and together, that surely fit into a message. What lies deeper is not asked about.
+# The maximum length of all paths together, in bytes, that fits into a message. Deeper paths are not probed.
 _LONGEST = 3800
 
 # A descriptor of the front's, or -1 for the source, and a path from there.
 _Place = tuple[int, bytes]
 
-# Where the name begins in requests on a name in a directory; a few make or remove nothing and may be answered by a
-# cache: for all others it is the server that must be known to answer.
+# The offset of the name in requests with a name in a directory.
 _NAME_AT = {
     Opcode.LOOKUP: fuse.IN_HEADER_SIZE,
     Opcode.UNLINK: fuse.IN_HEADER_SIZE,
@@ -60,17 +59,17 @@ _BY_CACHE = frozenset({Opcode.LOOKUP, Opcode.GETATTR, Opcode.STATX})
 
 
 class Preflight:
-    """Requests that wait for a worker to have looked at what they are about.
+    """The requests that wait for a worker's PROBE.
 
-    They are kept in this process only: they are unanswered, so the kernel sends them to the next front again.
+    Only this process knows them. They are unanswered, so the kernel sends them again to the next front.
 
     Args:
-        mirror: what is served.
-        answers: the read end of the pipe by which workers tell that they have looked.
+        context: what handlers work on.
+        answers: the read end of the pipe to which workers write when a PROBE is done.
 
     Attributes:
         answers: the same.
-        opcodes: the requests that are to be asked about.
+        opcodes: the requests that need a PROBE.
     """
 
     def __init__(self, context: Context, answers: int) -> None:
@@ -80,9 +79,9 @@ class Preflight:
         self._handles = context.handles
         self._router = context.router
         self._memory = context.router.slots.memory
-        # By number: the request, and when it was taken.
+        # By `unique`: the request, and when the front took it.
         self._asked: dict[int, tuple[bytes, int]] = {}
-        self._errands = [Handle(-1, 0, shard, 0) for shard in range(len(context.router.slots.metrics.workers))]
+        self._probe_handles = [Handle(-1, 0, shard, 0) for shard in range(len(context.router.slots.metrics.workers))]
         finders: dict[Opcode, Callable[[FuseRequest], list[_Place]]] = {
             Opcode.LINK: self._of_link,
             Opcode.READDIR: self._of_inode,
@@ -98,39 +97,39 @@ class Preflight:
         return len(self._asked)
 
     def ask(self, request: FuseRequest) -> bool:
-        """Put a request aside and send a worker to look at what it is about.
+        """Set a request aside and send a PROBE for its places to a worker.
 
         Args:
-            request: one of those in `opcodes`.
+            request: a request whose opcode is in `opcodes`.
 
         Returns:
-            False if there is nothing that could be looked at: it is to be served at once.
+            False if there is nothing to probe, so that the front must serve the request now.
         """
         kind = Opcode(request.opcode)
         try:
             places = self._finders[kind](request)
-        except OSError:  # nothing that is known: the handler will say so
+        except OSError:  # an unknown inode or an invalid name; the handler reports it
             return False
         if not places or sum(len(path) for _, path in places) > _LONGEST:
             return False
         flags = 0 if kind in _BY_CACHE else ASK_SERVER
         router = self._router
         self._asked[request.unique] = (request.data(), request.taken)
-        # By path, so that all requests on one object wait for the same worker if it hangs, and those on its neighbours
-        # do not.
+        # Choose the worker by path: if it hangs, all requests on one object wait for the same worker, and requests on
+        # its neighbours do not.
         descriptor, path = places[0]
-        errand = self._errands[router.shard_of(crc32(path) if descriptor < 0 else request.nodeid)]
-        router.entrust(request, errand, -1, Operation.PROBE, flags=flags, extra=tuple(places))
+        probe_handle = self._probe_handles[router.shard_of(crc32(path) if descriptor < 0 else request.nodeid)]
+        router.entrust(request, probe_handle, -1, Operation.PROBE, flags=flags, extra=tuple(places))
         return True
 
     def answered(self) -> Iterator[tuple[bytes, int]]:
-        """Yield each request of which a worker is back, and when it was taken; `answers` must be readable."""
+        """Yield each request whose PROBE is done, and when the front took it; `answers` must be readable."""
         for (unique,) in PROBED.iter_unpack(os.read(self.answers, PROBED.size * _ANSWERS_AT_ONCE)):
             asked = self._asked.pop(unique, None)
-            if asked is not None:  # else it was a dead front's, or a worker was killed just after it told
+            if asked is not None:  # None for a request of a dead front, and for a second answer after a worker's death
                 yield asked
 
-    # What requests are about
+    # The places of each kind of request
 
     def _of_name(self, request: FuseRequest) -> list[_Place]:
         return [self._place(request.nodeid, check_name(request.string(_NAME_AT[Opcode(request.opcode)])))]
@@ -149,15 +148,15 @@ class Preflight:
         return [self._place(request.nodeid)]
 
     def _of_handle(self, request: FuseRequest) -> list[_Place]:
-        """What is closed: where close(2) waits for a server, the worker's does."""
+        """Return the place of a file that is closed, so that the worker waits if close(2) waits for a server."""
         (number,) = fuse.RELEASE_REQUEST.unpack_from(self._memory, request.base)
         return [(self._handles.get(number).descriptor, b"")]
 
     def _place(self, nodeid: int, name: bytes | None = None) -> _Place:
-        """Return where an inode is, or a name in it.
+        """Return the place of an inode, or of a name in it.
 
-        It is a path from the source, for nothing can come to mean something else then before the worker has it; only
-        what has no path any more is told by a descriptor.
+        It is a path from the source: unlike a descriptor, it cannot be reused for another file before the worker gets
+        the message. Only an inode without a path has a descriptor as its place.
         """
         names = [] if name is None else [name]
         number = nodeid
@@ -167,14 +166,14 @@ class Preflight:
             if not inode.parent:
                 return self._descriptor(number), b"/".join(reversed(names))
             length += len(inode.name) + 1
-            if length > _LONGEST:  # or without end: moved behind the mount, two can each be below the other
+            if length > _LONGEST:  # also ends a cycle: moves in the source can put two directories below each other
                 raise stale()
             names.append(inode.name)
             number = inode.parent
         return -1, b"/".join(reversed(names))
 
     def _descriptor(self, nodeid: int) -> int:
-        """Return a descriptor of what has no name."""
+        """Return a descriptor of an inode without a name."""
         held = self._directory_fds.held(nodeid)
         if held is not None:
             return held

@@ -402,7 +402,7 @@ class Tree:
             attributes = self._with_room(lambda: self._set(nodeid, changes, handle, who), nodeid)
         else:
             with self._reach(nodeid) as reached:
-                self._killpriv.give_up(reached, nodeid, changes.valid, who)
+                self._killpriv.clear_privileges(reached, nodeid, changes.valid, who)
             attributes = self.getattr(nodeid)
         for one in self._handles.of_inode(nodeid):
             one.note_mode(attributes)
@@ -439,7 +439,7 @@ class Tree:
             if handle is None and not self.permissions.may(who, os.W_OK, fd, fstatx(fd)):
                 raise denied()
             descriptor = fd if handle is None else self._handles.get(handle).descriptor
-            with self._killpriv.clearing(descriptor, bool(valid & fuse.FATTR_KILL_SUIDGID), who):
+            with self._killpriv.setid_cleared(descriptor, bool(valid & fuse.FATTR_KILL_SUIDGID), who):
                 self._call(os.ftruncate, descriptor, changes.size)
             return fuse.FATTR_SIZE
         self._change_times(fd, changes, handle, who)
@@ -545,7 +545,7 @@ class Tree:
     def removexattr(self, nodeid: int, name: bytes, who: Requester) -> None:
         """Remove an extended attribute (removexattr(2)) for *who*."""
         with self._reach(nodeid) as reached:
-            if name == CAPABILITY and not self._killpriv.takes_capability(reached, nodeid, who):
+            if name == CAPABILITY and not self._killpriv.clears_capability(reached, nodeid, who):
                 return
             intent = who.note.interrupted()
             if intent is None:

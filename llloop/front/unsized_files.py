@@ -1,4 +1,4 @@
-"""Which files have data although their size is 0: those of proc, sysfs, cgroup, tracefs and the like."""
+"""Detection of files whose size is 0 although they have data: in proc, sysfs, cgroup, tracefs and similar."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from llloop.linux.syscalls import CLOSE_CAN_FAIL, RAM_FILE_SYSTEMS, STACKED, Att
 
 
 class _Kind(Enum):
-    """What the sizes of a file system's files are worth."""
+    """Whether the sizes of a file system's files are right."""
 
     TRUE = auto()
-    # It makes up what is read when it is read.
+    # The file system generates the data when it is read.
     NONE = auto()
-    # A server's: its files of size 0 can be such, and mostly are empty.
+    # The file system is on a server. A file of size 0 is mostly empty, but may be such a file.
     DOUBTFUL = auto()
 
 
-class Sizes:
-    """Decides, mount by mount, whether the size of a file says how much can be read from it."""
+class UnsizedFiles:
+    """Decides for each mount whether the size of a file tells how much data it has."""
 
     def __init__(self) -> None:
         self._kinds: dict[int, _Kind] = {}
 
-    def are_void(self, descriptor: int, attributes: Attributes, flags: int, *, is_new: bool) -> bool:
-        """Whether the size of a file just opened says nothing, so that it is to be read without the page cache.
+    def includes(self, descriptor: int, attributes: Attributes, flags: int, *, is_new: bool) -> bool:
+        """Return whether the size of a file that was just opened is meaningless, so that the page cache is unusable.
 
         Args:
             descriptor: the file.
             attributes: its attributes.
             flags: the open(2) flags.
-            is_new: whether the open has made it.
+            is_new: whether the open has created it.
         """
         mount = attributes.mount or attributes.device
         kind = self._kinds.get(mount)
@@ -49,6 +49,6 @@ def _kind_of(descriptor: int) -> _Kind:
     found = file_system(descriptor)
     if found.type in CLOSE_CAN_FAIL:
         return _Kind.DOUBTFUL
-    # No blocks: nothing is stored there. A tmpfs without a limit says so, too.
+    # A file system without blocks stores nothing, except a tmpfs without a size limit.
     is_made_up = found.blocks == 0 and found.type not in RAM_FILE_SYSTEMS and found.type not in STACKED
     return _Kind.NONE if is_made_up else _Kind.TRUE

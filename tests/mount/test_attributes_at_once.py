@@ -28,11 +28,11 @@ GROUP = 4711
 
 
 def use(name: str, flags: int, action: Callable[[int], object]) -> Callable[[Path], None]:
-    def action(directory: Path) -> None:
+    def on_new_file(directory: Path) -> None:
         with opened(directory / name, flags) as fd:
             action(fd)
 
-    return action
+    return on_new_file
 
 
 def store(fd: int) -> None:

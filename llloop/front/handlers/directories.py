@@ -1,11 +1,11 @@
-"""Directories: opening, and listing them with or without their entries' attributes."""
+"""OPENDIR, READDIR, READDIRPLUS and RELEASEDIR."""
 
 from __future__ import annotations
 
 from itertools import chain
 
 from llloop.front.context import Context
-from llloop.front.descriptor_shares import DIRECTORY
+from llloop.front.descriptor_shares import DIRECTORY_WEIGHT
 from llloop.front.handlers.base import Responder
 from llloop.front.handlers.entries import entries
 from llloop.front.handlers.listing import Listing, Part, name_of, number_of
@@ -19,16 +19,16 @@ from llloop.linux.syscalls import DirectoryBlocks, StatxTable, fstatx
 
 _NO_ENTRY = bytes(fuse.ENTRY.size)
 _NOT_LOOKED_UP = frozenset({b".", b".."})
-# The kernel asks for the first entries with attributes, and for the others as the reader then turns out to want them.
-# In a directory with more entries than the first number, the second many are enough to find out.
+# The kernel requests the first entries with attributes, and further ones depending on whether the program uses these.
+# In a directory with more than _LARGE entries, the first reply only has _SAMPLE entries to find that out.
 _LARGE = 1000
 _SAMPLE = 32
-# So many entries are looked up at once.
+# The number of entries that are looked up at a time.
 _ROWS = 128
 
 
 class DirectoryRequests(Responder):
-    """The handlers; see `Responder`. *recent* says what has been looked up of late."""
+    """The handlers, see `Responder`. *recent* counts recent lookups."""
 
     def __init__(self, context: Context, device: int, recent: RecentLookups) -> None:
         super().__init__(context, device)
@@ -38,7 +38,7 @@ class DirectoryRequests(Responder):
         self._device_of_root = context.inodes.get(ROOT).device
 
     def opendir(self, request: FuseRequest) -> None:
-        """FUSE_OPENDIR: reply with a handle and whether the kernel may show the listing it has."""
+        """FUSE_OPENDIR: reply with a handle, and whether the kernel may use its cached listing."""
         number = self._begin_open(request)
         if number is None:
             number, attributes = self._files.opendir(request.nodeid, request.caller())
@@ -56,7 +56,7 @@ class DirectoryRequests(Responder):
         self._send(fuse.error_reply(request.unique, 0))
 
     def _listing(self, handle: Handle, number: int, offset: int) -> Listing:
-        """Return what was read of a directory since it was opened, or since its start was asked for (rewinddir(3))."""
+        """Return the listing of an open directory; a new one if its start is requested (rewinddir(3))."""
         listing = self._listings.get(number)
         if listing is None or offset == 0:
             first, position = None, 0
@@ -78,18 +78,19 @@ class DirectoryRequests(Responder):
         return listing
 
     def _keep_for_next_front(self, handle: Handle, listing: Listing, cookie: int) -> None:
-        """Save a listing of which the reader has not had all, and so comes back for more.
+        """Save a listing that the program has not read completely.
 
-        Read afresh, a directory that has changed meanwhile (rm -r) would have others in their places.
+        If the next front read the directory again, and it had changed meanwhile (rm -r), other entries would be at the
+        same positions.
 
         Args:
             handle: the directory.
             listing: its entries.
-            cookie: how many of them the reader has when it gets the answer at hand.
+            cookie: the number of entries that the program has after this reply.
         """
         parts = listing.parts
         if cookie and listing.saved < len(parts) and not (listing.complete and cookie == len(listing)):
-            if handle.snapshot < 0 and not self._handles.shares.has_room(handle.opener[0], DIRECTORY):
+            if handle.snapshot < 0 and not self._handles.shares.has_room(handle.opener[0], DIRECTORY_WEIGHT):
                 return
             snapshot = handle.snapshot if handle.snapshot >= 0 else make()
             append(snapshot, b"".join(part.data for part in parts[listing.saved :]), listing.position)
@@ -98,7 +99,7 @@ class DirectoryRequests(Responder):
                 self._handles.note_snapshot(handle, snapshot)
 
     def readdir(self, request: FuseRequest) -> None:
-        """FUSE_READDIR: as many entries as fit, from the cookie on, which is the number of entries already had."""
+        """FUSE_READDIR: as many entries as fit after the cookie, which is the number of entries already returned."""
         number, offset, size = fuse.READDIR_REQUEST.unpack_from(self._memory, request.base)
         handle = self._handles.get(number)
         listing = self._listing(handle, number, offset)
@@ -107,7 +108,7 @@ class DirectoryRequests(Responder):
         self._send(fuse.reply(request.unique, entries))
 
     def readdirplus(self, request: FuseRequest) -> None:
-        """FUSE_READDIRPLUS: as READDIR, with a lookup of each entry in the same reply."""
+        """FUSE_READDIRPLUS: like READDIR, with a lookup of each entry in the same reply."""
         number, offset, size = fuse.READDIR_REQUEST.unpack_from(self._memory, request.base)
         handle = self._handles.get(number)
         listing = self._listing(handle, number, offset)
@@ -124,23 +125,23 @@ class DirectoryRequests(Responder):
                 self._tree.forget(nodeid, 0)
 
     def _look_up(self, handle: Handle, records: list[bytes], among: int, now: int) -> tuple[list[int], list[bytes]]:
-        """Look up what a part of a listing names.
+        """Look up the entries of a part of a listing.
 
         Args:
             handle: the directory.
-            records: the part of its listing.
-            among: how many entries of the whole are known.
-            now: when the request was taken.
+            records: the ``struct fuse_dirent`` of each entry.
+            among: the number of entries of the directory that were read.
+            now: when the front took the request (monotonic clock, nanoseconds).
 
         Returns:
-            The numbers of what was found, and ``struct fuse_entry_out`` for each record; nothing but zeros if the
-            kernel is to ask itself.
+            The nodeids that were looked up, and ``struct fuse_entry_out`` for each record. It contains only zeros if
+            the kernel has to look up the entry itself.
         """
         parent, inodes, table, written = handle.nodeid, self._inodes, self._table, self._written
         names = [name_of(record) for record in records]
         wanted = [position for position, name in enumerate(names) if name not in _NOT_LOOKED_UP]
         if 2 * self._recent.count(parent, now) > among:
-            # Mostly the kernel has just asked for them one by one, and needs no more than the names.
+            # The kernel has just looked up most entries one by one, and only needs the names of those that it knows.
             wanted = [position for position in wanted if number_of(records[position]) not in inodes]
         looked_up = []
         result = [_NO_ENTRY] * len(records)
@@ -150,10 +151,10 @@ class DirectoryRequests(Responder):
             nodeids, births, numbers = [], [], []
             for row, position in enumerate(positions):
                 nodeid = birth = number = 0
-                if is_there[row]:  # else gone meanwhile, or not to be reached: a lookup will say so
+                if is_there[row]:  # otherwise removed or inaccessible; a later lookup reports that
                     attributes = table.attributes(row)
                     nodeid = inodes.remember(parent, names[position], attributes)
-                    if nodeid in written:  # its attributes may change at any time
+                    if nodeid in written:  # open for writing: its attributes may change at any time
                         nodeids.append(0)
                         births.append(0)
                         numbers.append(0)

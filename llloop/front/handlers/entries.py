@@ -1,7 +1,7 @@
-"""Many names' attributes at once, from what statx(2) gives to what FUSE_READDIRPLUS wants.
+"""Conversion of many ``struct statx`` into ``struct fuse_entry_out`` for FUSE_READDIRPLUS.
 
-``struct statx`` and ``struct fuse_entry_out`` have mostly the same fields in another order. To take each apart and
-put the other together costs as much as the system call; so rows of them are copied column by column, as in `listing`.
+Both structs have mostly the same fields in another order. Converting them one by one would cost as much as the system
+call. So arrays of them are copied column by column, as in `listing`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from llloop.linux import fuse
 from llloop.linux.syscalls import STATX_SIZE, StatxTable
 
 _SIZE = fuse.ENTRY.size
-# Where a field begins in struct statx, and where in struct fuse_entry_out.
+# Offsets of each field in struct statx and in struct fuse_entry_out.
 _LONG = (
     (40, 48),  # size
     (48, 56),  # blocks
@@ -35,7 +35,10 @@ _NODEID, _GENERATION, _INO, _MODE, _RDEV = 0, 8, 40, 100, 116
 
 
 def _column(rows: memoryview, size: int, position: int) -> memoryview:
-    """Return the field at *position* of rows that are *size* bytes long; the view's items are as long as the field."""
+    """Return a view of the field at *position* in all rows, each *size* bytes long.
+
+    The items of *rows* must be as long as the field.
+    """
     return rows[position // rows.itemsize :: size // rows.itemsize]
 
 
@@ -49,10 +52,10 @@ def entries(
     """Return ``struct fuse_entry_out`` for each of the first rows of a table.
 
     Args:
-        table: what statx(2) said of them.
-        nodeids: under which number the kernel is to know each.
+        table: the results of statx(2).
+        nodeids: the nodeid of each.
         births: the generation of each.
-        shown: the inode number that the mount shows for each.
+        shown: the inode number in the mount of each.
         validity: entry_valid, attr_valid, entry_valid_nsec, attr_valid_nsec.
     """
     count = len(nodeids)

@@ -97,7 +97,7 @@ class FileRequests(Responder):
         else:
             inode = self._inodes.get(nodeid)
             flags = self._context.policy.open_flags(inode, attributes)
-            if flags == fuse.FOPEN_KEEP_CACHE and self._access_times.are_due(handle, inode, attributes):
+            if flags == fuse.FOPEN_KEEP_CACHE and self._access_times.must_update(handle, inode, attributes):
                 flags = 0
         handle.uncached = flags == fuse.FOPEN_DIRECT_IO
         self._gauges[_DECISIONS[flags]] += 1

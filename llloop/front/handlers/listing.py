@@ -1,8 +1,8 @@
-"""A directory's entries, from what getdents64(2) gives to what FUSE_READDIR wants.
+"""Conversion of directory entries from getdents64(2) to FUSE_READDIR.
 
-Both are sequences of records with the same fields in another order. A step of the interpreter for each entry would
-make large directories slow, so runs of names of one length (photos, mails, hashes) are converted column by
-column, with slices that take every n-th byte; what is no such run goes one by one.
+Both formats are sequences of records with the same fields in another order. Converting each entry in Python would make
+large directories slow. So runs of names of equal length (photos, mails, hashes) are converted column by column, with
+slices that take every n-th byte. Other entries are converted one by one.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ _HEAD = Struct("=8s8xHB")  # struct linux_dirent64: d_ino, d_reclen, d_type; the
 _OFFSET = Struct("=8xQ")  # d_off
 _NAME = 19
 _WORD = 8
-_DIRENT = Struct("=8sQII")  # wire.DIRENT with the number as it lies in memory
+_DIRENT = Struct("=8sQII")  # fuse.DIRENT with the inode number as bytes
 _NUMBER = Struct("=Q")
 _TYPE = 20  # offsetof(struct fuse_dirent, type)
-# What pads a name to a multiple of eight bytes, by its length modulo eight (FUSE_DIRENT_ALIGN).
+# The padding of a name to a multiple of eight bytes, by its length modulo eight (FUSE_DIRENT_ALIGN).
 _PADDING = tuple(bytes(-length % 8) for length in range(8))
 _DOTS = frozenset({b".", b".."})
-# So many alike in a row are taken for the beginning of a run; shorter runs than the second do not pay.
+# After so many names of equal length, look for a run. Runs shorter than the second number are not worth it.
 _ALIKE = 4
 _WORTHWHILE = 24
 
 
 class Part:
-    """Entries that follow each other in a listing.
+    """Successive entries of a listing.
 
     Attributes:
-        data: these entries as ``struct fuse_dirent``.
-        before: how many entries come before them.
-        ends: where each of them ends in *data*; first, where they begin.
+        data: the entries as ``struct fuse_dirent``.
+        before: the number of entries before them.
+        ends: the start of the first entry in *data*, and the end of each one.
     """
 
     __slots__ = ("before", "data", "ends")
@@ -62,21 +62,21 @@ class Part:
 
 
 class Listing:
-    """What was read of an open directory so far. An entry's cookie is its position, counted from one.
+    """The entries of an open directory that were read so far. An entry's cookie is its position, counted from one.
 
-    It is read as far as somebody asks for, so that a large directory keeps nobody else waiting for long.
+    The directory is only read as far as requested, so that a large directory does not delay other requests.
 
     Attributes:
-        parts: what was read, one part for each block.
-        complete: whether there is no more to be read.
-        position: the directory's own cookie (d_off) of the last entry that was read, from where reading goes on.
-        saved: how many of the parts the next front would find.
+        parts: the entries, one part for each block.
+        complete: whether the whole directory was read.
+        position: the directory's cookie (d_off) of the last entry that was read, where reading continues.
+        saved: how many of the parts are saved for the next front.
 
     Args:
-        blocks: what getdents64(2) returns, call by call.
-        shown: gives the number that the mount shows for a number of the source.
-        foreign: whether `shown` has something to say about any entry, not about "." and ".." only.
-        first: what was read before, by a front that is gone.
+        blocks: the results of successive getdents64(2) calls.
+        shown: returns the inode number in the mount for one of the source.
+        foreign: whether `shown` may change the number of any entry, not only of "." and "..".
+        first: the entries that a dead front had read.
     """
 
     def __init__(
@@ -93,11 +93,11 @@ class Listing:
         self.saved = 0
 
     def __len__(self) -> int:
-        """How many entries were read."""
+        """The number of entries that were read."""
         return self._count
 
     def _reach(self, offset: int) -> Part | None:
-        """Return the part with the entry after the first *offset* ones, or None if there are no more."""
+        """Read as far as needed; return the part with the entry after the first *offset* ones, or None at the end."""
         while offset >= self._count:
             block = None if self.complete else next(self._blocks, None)
             if block is None:
@@ -124,7 +124,7 @@ class Listing:
             last = length
             if alike >= _ALIKE and not foreign:
                 count = _run(block, position, stride, length)
-                alike = -count  # however it ends, the next try is as far away as this one reached
+                alike = -count  # if the run is too short, look for the next one only after its end
                 if count >= _WORTHWHILE:
                     run, size = _columns(block, position, stride, length, count, cookie)
                     records.append(run)
@@ -149,7 +149,7 @@ class Listing:
         return Part(b"".join(records), self._count, ends)
 
     def fitting(self, offset: int, size: int) -> tuple[bytes, int]:
-        """Return entries after the first *offset* ones, at most *size* bytes of them, and the last one's cookie."""
+        """Return up to *size* bytes of entries after the first *offset* ones, and the cookie of the last one."""
         part = self._reach(offset)
         if part is None:
             return b"", offset
@@ -159,12 +159,12 @@ class Listing:
         return part.data[start : ends[last]], part.before + last
 
     def records(self, offset: int, size: int, each: int) -> list[bytes]:
-        """Return ``struct fuse_dirent`` of entries that fit into *size* bytes.
+        """Return the ``struct fuse_dirent`` of each entry that fits into *size* bytes.
 
         Args:
-            offset: how many entries are passed over.
-            size: in bytes.
-            each: what goes along with each entry, in bytes.
+            offset: the number of entries to skip.
+            size: the available bytes.
+            each: the bytes needed for each entry in addition.
         """
         part = self._reach(offset)
         if part is None:
@@ -197,8 +197,9 @@ def _run(block: bytes, position: int, stride: int, length: int) -> int:
     count = _same(block[position + low :: stride], stride & 255)
     count = _same(block[position + high :: stride][:count], stride >> 8)
     count = _same(block[position + end :: stride][:count], 0)
-    # No earlier byte of the name may be NUL; what follows a name is not defined. Only the last few can be: records
-    # are padded to words of eight bytes (filldir64() of Linux), so names in records of one size differ by less.
+    # No earlier byte of the name may be NUL, and the bytes after a name are undefined. Only the last few bytes need a
+    # check: records are padded to words of eight bytes (filldir64() of Linux), so names in records of equal size differ
+    # in length by less than a word.
     for column in range(length - 1, max(length - _WORD, -1), -1):
         shorter = block[position + _NAME + column :: stride].find(0, 0, count)
         if shorter >= 0:
@@ -207,7 +208,7 @@ def _run(block: bytes, position: int, stride: int, length: int) -> int:
 
 
 def _same(column: bytes, value: int) -> int:
-    """Return how many bytes at the beginning of *column* are *value*."""
+    """Return how many bytes at the beginning of *column* equal *value*."""
     return len(column) - len(column.lstrip(bytes((value,))))
 
 
@@ -216,7 +217,7 @@ def _columns(block: bytes, position: int, stride: int, length: int, count: int, 
     size = fuse.DIRENT.size + length + len(_PADDING[length & 7])
     end = position + count * stride
     out = bytearray(_DIRENT.pack(bytes(8), 0, length, 0).ljust(size, b"\0") * count)
-    # Column by column: words of eight bytes while there are any, for which names are seen from where words begin.
+    # Copy column by column: words of eight bytes as far as possible, with a view of the names that is aligned to words.
     given = memoryview(block)
     numbers = given[position:end].cast("Q")
     names = given[position + _NAME % _WORD : end + _NAME % _WORD - _WORD].cast("Q")

@@ -61,8 +61,8 @@ class NameRequests(Responder):
         pages = self._written.get(nodeid)
         if pages is not None and self._router.is_unanswered(pages.invalidation):
             # With new attributes the kernel reads pages again, of which those that are being dropped must not be found.
-            errand = Handle(-1, nodeid, self._router.shard_of(nodeid), 0)
-            self._router.entrust(request, errand, 0, Operation.GETATTR, extra=(nodeid, reply))
+            target = Handle(-1, nodeid, self._router.shard_of(nodeid), 0)
+            self._router.entrust(request, target, 0, Operation.GETATTR, extra=(nodeid, reply))
         else:
             self._send(reply)
 

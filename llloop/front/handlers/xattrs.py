@@ -1,7 +1,7 @@
-"""Extended attributes, as they are read.
+"""GETXATTR and LISTXATTR.
 
-The kernel asks for ``security.capability`` when a file is written for the first time or gets another owner, and for the
-access ACL whenever `ls -l` lists it; mostly there is neither.
+The kernel requests ``security.capability`` when a file is first written or gets another owner, and the access ACL
+whenever `ls -l` lists a file. Most files have neither.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from llloop.linux import fuse
 
 
 class XattrRequests(Responder):
-    """The handlers; see `Responder`."""
+    """The handlers, see `Responder`."""
 
     def getxattr(self, request: FuseRequest) -> None:
         """FUSE_GETXATTR."""
@@ -32,7 +32,7 @@ class XattrRequests(Responder):
         self._reply_value(request.unique, size, b"".join(name + b"\0" for name in names))
 
     def _reply_value(self, unique: int, size: int, value: bytes) -> None:
-        """Reply with *value*, or, if no room is offered for one, with its length."""
+        """Reply with *value*, or with its length if *size*, the size of the caller's buffer, is 0."""
         if not size:
             value = fuse.GETXATTR_OUT.pack(len(value))
         elif len(value) > size:

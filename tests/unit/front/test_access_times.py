@@ -58,17 +58,17 @@ def test_relatime(
     found = attributes(mtime=mtime, ctime=ctime)._replace(atime=atime[0], atime_nsec=atime[1])
     inode, own = Inode(ROOT, b"file", found.ino, found.device), AccessTimes()
     handle = Handle(descriptor, 2, 0, os.O_RDONLY)
-    assert own.are_due(handle, inode, found) is due
-    assert not own.are_due(handle, inode, found), "once for each access time"
+    assert own.must_update(handle, inode, found) is due
+    assert not own.must_update(handle, inode, found), "once for each access time"
     later = found._replace(atime=found.atime - 1, atime_nsec=0)
-    assert own.are_due(handle, inode, later) is (due or (atime[0] - 1, 0) <= max(mtime, ctime))
+    assert own.must_update(handle, inode, later) is (due or (atime[0] - 1, 0) <= max(mtime, ctime))
 
 
 @pytest.mark.parametrize("flags", [os.O_WRONLY, os.O_RDONLY | os.O_NOATIME])
 def test_who_sets_no_access_time(monkeypatch: pytest.MonkeyPatch, descriptor: int, flags: int) -> None:
     mounted_with(monkeypatch, 0)
     found = attributes(mtime=FRESH, ctime=FRESH)
-    assert not AccessTimes().are_due(
+    assert not AccessTimes().must_update(
         Handle(descriptor, 2, 0, flags), Inode(ROOT, b"file", found.ino, found.device), found
     )
 
@@ -77,6 +77,6 @@ def test_who_sets_no_access_time(monkeypatch: pytest.MonkeyPatch, descriptor: in
 def test_mounts_that_keep_none(monkeypatch: pytest.MonkeyPatch, descriptor: int, flag: int) -> None:
     mounted_with(monkeypatch, flag)
     found = attributes(mtime=FRESH, ctime=FRESH)
-    assert not AccessTimes().are_due(
+    assert not AccessTimes().must_update(
         Handle(descriptor, 2, 0, os.O_RDONLY), Inode(ROOT, b"file", found.ino, found.device), found
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llloop.front.descriptor_shares import DIRECTORY, Shares
+from llloop.front.descriptor_shares import DIRECTORY_WEIGHT, Shares
 from llloop.front.inodes import ROOT, Inodes
 from llloop.front.pins import Pins
 from llloop.linux.syscalls import fstatx
@@ -47,7 +47,7 @@ def test_directories_can_be_listed_when_files_cannot_be_opened() -> None:
     for uid in (ONE, 0):
         shares = Shares(CAPACITY)
         files = take_all(shares, uid)
-        assert take_all(shares, uid, DIRECTORY) > files + 20
+        assert take_all(shares, uid, DIRECTORY_WEIGHT) > files + 20
         assert shares.has_room(TWO)
 
 

@@ -8,7 +8,7 @@ import stat
 import pytest
 
 from llloop.front import unsized_files
-from llloop.front.unsized_files import Sizes
+from llloop.front.unsized_files import UnsizedFiles
 from llloop.linux.syscalls import CLOSE_CAN_FAIL, RAM_FILE_SYSTEMS, STACKED, FileSystem
 from tests.unit.support import attributes
 
@@ -27,14 +27,14 @@ PROC, EXT4 = 0x9FA0, 0xEF53
 )
 def test_by_file_system(monkeypatch: pytest.MonkeyPatch, kind: int, blocks: int, expected: str) -> None:
     monkeypatch.setattr(unsized_files, "file_system", lambda fd: FileSystem(kind, blocks))
-    known = Sizes()
+    known = UnsizedFiles()
     for size in (0, 4096):
         for is_new in (False, True):
             for flags in (os.O_RDONLY, os.O_RDWR, os.O_WRONLY, os.O_RDWR | os.O_TRUNC):
                 is_old_and_empty = not size and not is_new and flags in (os.O_RDONLY, os.O_RDWR)
-                found = known.are_void(-1, attributes(size=size), flags, is_new=is_new)
+                found = known.includes(-1, attributes(size=size), flags, is_new=is_new)
                 assert found is (expected == "all" or (expected == "old and empty" and is_old_and_empty))
-    assert not known.are_void(-1, attributes(mode=stat.S_IFDIR), os.O_RDONLY, is_new=False)
+    assert not known.includes(-1, attributes(mode=stat.S_IFDIR), os.O_RDONLY, is_new=False)
 
 
 def test_each_mount_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,8 +46,8 @@ def test_each_mount_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return FileSystem((PROC, EXT4)[fd], fd)
 
     monkeypatch.setattr(unsized_files, "file_system", file_system)
-    known = Sizes()
+    known = UnsizedFiles()
     for _ in range(3):
-        assert known.are_void(0, attributes()._replace(mount=50), os.O_RDONLY, is_new=False)
-        assert not known.are_void(1, attributes()._replace(mount=51), os.O_RDONLY, is_new=False)
+        assert known.includes(0, attributes()._replace(mount=50), os.O_RDONLY, is_new=False)
+        assert not known.includes(1, attributes()._replace(mount=51), os.O_RDONLY, is_new=False)
     assert asked == [0, 1]
