@@ -131,7 +131,7 @@ def build_context(
         intents=intents,
         tree=tree,
         forgetting=Forgetting(router, journal, tree),
-        files=Files(tree, handles, router, passthrough, killpriv, intents, collecting, device, leadership, closing),
+        files=Files(tree, handles, router, passthrough, killpriv, collecting, device, leadership, closing),
         router=router,
         policy=CachePolicy(config, Feature.DIRECT_IO_ALLOW_MMAP in features),
         passthrough=passthrough,

@@ -10,9 +10,10 @@ from collections import deque
 from contextlib import suppress
 
 from llloop.front.context import Context
-from llloop.front.handlers import Handler, handler_table
+from llloop.front.handlers import Handler, Handlers
 from llloop.front.nowait import LONE_WRITE_LIMIT
 from llloop.front.preflight import Preflight
+from llloop.front.recovery.replay import Replay
 from llloop.front.recovery.takeover import settle
 from llloop.front.request import FuseRequest
 from llloop.linux import fuse
@@ -82,7 +83,8 @@ class Loop:
         self._rows = self._slots.metrics.front.rows
         self._complained = False
         self._table: list[Handler] = [self._unknown] * self._known
-        for opcode, handler in handler_table(context, device).items():
+        self._handlers = Handlers(context, device)
+        for opcode, handler in self._handlers.table.items():
             self._table[opcode] = handler
         # What serves a request that has just come, and what one that was put aside, and whose time has come.
         self._first = self._at_once = self._table
@@ -155,6 +157,8 @@ class Loop:
             return
         notifications.resend(self._device)
         delivered = True
+        served = self._table
+        self._first = self._at_once = self._table = Replay(context, self._device, self._handlers).before(served)
         request = self._leaders
         request.slot = self._free_slot()
         while self.receive(request):
@@ -162,6 +166,7 @@ class Loop:
             opcode, unique = request.opcode, request.unique
             if opcode not in _NOT_RESENT and not unique & fuse.FUSE_UNIQUE_RESEND:
                 settle(context, delivered)
+                self._first = self._at_once = self._table = served
                 self.serve(request)
                 return
             delivered = delivered and opcode not in _ENTRIES
@@ -171,7 +176,11 @@ class Loop:
                 _log.error("request %d (opcode %d) has killed %d fronts; it gets EIO", unique, opcode, _MOST_TRIES)
                 self._refuse(unique, opcode, errno.EIO)
             else:
+                own, request.note = request.note, context.intents.note_of(unique)
+                request.note.unique = unique
                 self.serve(request)
+                request.note.finished()
+                request.note = own
             self._journal.served_again()
 
     def receive(self, request: FuseRequest) -> bool:

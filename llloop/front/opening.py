@@ -8,13 +8,12 @@ import os
 import stat
 
 from llloop.front.descriptor_shares import DIRECTORY_WEIGHT
-from llloop.front.directory_fds import DirectoryFds, Reached
+from llloop.front.directory_fds import DirectoryFds
 from llloop.front.inodes import ROOT, Inodes
 from llloop.front.killpriv import KillPriv
 from llloop.front.nowait import NowaitPolicy
 from llloop.front.open_files import Handle, Handles
 from llloop.front.passthrough import Passthrough
-from llloop.front.recovery.intents import Intents
 from llloop.front.requester import Requester
 from llloop.front.router import Router
 from llloop.front.tree import Tree, check_name
@@ -47,7 +46,6 @@ class Files:
         router: chooses their workers and tells them of a release.
         passthrough: knows which files the kernel serves itself.
         privileges: takes set-ID bits on truncation.
-        attempts: tells of what a front before this one had begun and not answered.
         writeback: whether the kernel collects writes, for which it must be able to read what is written to.
         device: the descriptor of /dev/fuse.
         leadership: which thread serves.
@@ -61,7 +59,6 @@ class Files:
         router: Router,
         passthrough: Passthrough,
         killpriv: KillPriv,
-        intents: Intents,
         writeback: bool,
         device: int,
         leadership: Leadership,
@@ -77,7 +74,6 @@ class Files:
         self._router = router
         self._passthrough = passthrough
         self._killpriv = killpriv
-        self._intents = intents
         self._writeback = writeback
         self._device = device
         self.promptness = NowaitPolicy()
@@ -96,8 +92,9 @@ class Files:
         Returns:
             The handle's number and the file's attributes.
         """
+        who.note.begin_open()
         self._shares.ensure_room(who.uid)
-        descriptor, attributes = self._open(nodeid, self._source_flags(flags), flags)
+        descriptor, attributes = self._open(nodeid, self.source_flags(flags), flags)
         try:
             self._tree.permissions.check_open(who, flags, descriptor, attributes)
             if flags & os.O_TRUNC:
@@ -115,7 +112,7 @@ class Files:
             raise
         return self._add(descriptor, nodeid, flags, attributes, who), attributes
 
-    def _source_flags(self, flags: int) -> int:
+    def source_flags(self, flags: int) -> int:
         """Return what a file is opened with in the source for the caller's *flags*."""
         flags = flags & _SOURCE_FLAGS | _ALWAYS
         if self._writeback and flags & os.O_ACCMODE == os.O_WRONLY:
@@ -198,7 +195,7 @@ class Files:
         Raises:
             OSError: the descriptor is lost, and the file could not be opened again.
         """
-        wanted = self._source_flags(flags) if flags != _DIRECTORY_FLAGS else _OPEN_DIRECTORY
+        wanted = self.source_flags(flags) if flags != _DIRECTORY_FLAGS else _OPEN_DIRECTORY
         if descriptor in left and self._is_open(descriptor, nodeid, wanted):
             left.discard(descriptor)
             attributes = fstatx(descriptor)
@@ -230,22 +227,24 @@ class Files:
         Returns:
             The handle's number, the inode's, and its attributes.
         """
-        source_flags = self._source_flags(flags) & ~os.O_NOATIME | os.O_CREAT | os.O_EXCL
+        source_flags = self.source_flags(flags) & ~os.O_NOATIME | os.O_CREAT | os.O_EXCL
         mode_bits = stat.S_IMODE(mode)
         check_name(name)
         self._shares.ensure_room(who.uid)
-        if who.note.interrupted() is None:
-            who.note.begin()
+        who.note.begin()
         try:
             descriptor = self._tree.as_requester(
                 parent, who, lambda at: self._call(os.open, name, source_flags, mode_bits, dir_fd=at), mode_bits
             )
         except FileExistsError:
-            found = self._made_before(parent, name, source_flags & ~(os.O_CREAT | os.O_EXCL), who)
-            if found is None:
-                number = errno.EEXIST if flags & os.O_EXCL else errno.ESTALE
-                raise OSError(number, os.strerror(number)) from None
-            descriptor = found
+            number = errno.EEXIST if flags & os.O_EXCL else errno.ESTALE
+            raise OSError(number, os.strerror(number)) from None
+        return self.created(descriptor, parent, name, flags, who)
+
+    def created(
+        self, descriptor: int, parent: int, name: bytes, flags: int, who: Requester
+    ) -> tuple[int, int, Attributes]:
+        """Take in the *descriptor* of a file that was made; for the rest see `create`."""
         try:
             attributes = fstatx(descriptor)
         except BaseException:
@@ -254,31 +253,15 @@ class Files:
         nodeid = self._inodes.remember(parent, name, attributes)
         return self._add(descriptor, nodeid, flags, attributes, who, is_new=True), nodeid, attributes
 
-    def _made_before(self, parent: int, name: bytes, flags: int, who: Requester) -> int | None:
-        """Return the descriptor of a file that a dead front had made for this very request, or None if it had not.
-
-        It is one of those that it left open; not every file can be opened again as it was when it was made.
-        """
-        intent = who.note.interrupted()
-        if intent is None:
-            return None
-        pin = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory_fds.directory(parent))
-        with Reached(pin, is_path=True, is_own=True):
-            there = fstatx(pin)
-            # Somebody else may have made one since, which the requester must not get.
-            if not (intent.made(there) and stat.S_ISREG(there.mode) and self._tree.permissions.owns(who, there)):
-                return None
-            orphan = self._intents.take_orphan(there)
-            return self._directory_fds.open_again(pin, flags)[0] if orphan is None else orphan
-
     def tmpfile(self, parent: int, mode: int, flags: int, who: Requester) -> tuple[int, int, Attributes]:
         """Make and open a file without a name (open(2), O_TMPFILE); it can be given one by `Tree.link`.
 
         Returns:
             The handle's number, the inode's, and its attributes.
         """
+        who.note.begin_open()
         self._shares.ensure_room(who.uid)
-        source_flags = self._source_flags(flags) & ~os.O_NOFOLLOW | flags & os.O_EXCL | os.O_TMPFILE
+        source_flags = self.source_flags(flags) & ~os.O_NOFOLLOW | flags & os.O_EXCL | os.O_TMPFILE
         mode_bits = stat.S_IMODE(mode)
         descriptor = self._tree.as_requester(
             parent,
@@ -325,6 +308,7 @@ class Files:
         Returns:
             The handle's number and the directory's attributes.
         """
+        who.note.begin_open()
         self._shares.ensure_room(who.uid, DIRECTORY_WEIGHT)
         descriptor, attributes = self._reopen(nodeid, _OPEN_DIRECTORY)
         try:

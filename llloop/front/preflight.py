@@ -28,17 +28,7 @@ _LONGEST = 3800
 # A descriptor of the front's, or -1 for the source, and a path from there.
 _Place = tuple[int, bytes]
 
-# The offset of the name in requests with a name in a directory.
-_NAME_AT = {
-    Opcode.LOOKUP: fuse.IN_HEADER_SIZE,
-    Opcode.UNLINK: fuse.IN_HEADER_SIZE,
-    Opcode.RMDIR: fuse.IN_HEADER_SIZE,
-    Opcode.SYMLINK: fuse.IN_HEADER_SIZE,
-    Opcode.MKNOD: fuse.MKNOD_REQUEST.size,
-    Opcode.MKDIR: fuse.MKDIR_REQUEST.size,
-    Opcode.CREATE: fuse.CREATE_REQUEST.size,
-}
-_RENAMES = {Opcode.RENAME: fuse.RENAME_REQUEST.size, Opcode.RENAME2: fuse.RENAME2_REQUEST.size}
+_RENAMES = (Opcode.RENAME, Opcode.RENAME2)
 _ON_INODES = (
     Opcode.GETATTR,
     Opcode.SETATTR,
@@ -82,14 +72,14 @@ class Preflight:
         # By `unique`: the request, and when the front took it.
         self._asked: dict[int, tuple[bytes, int]] = {}
         self._probe_handles = [Handle(-1, 0, shard, 0) for shard in range(len(context.router.slots.metrics.workers))]
-        finders: dict[Opcode, Callable[[FuseRequest], list[_Place]]] = {
+        finders: dict[Opcode, Callable[[FuseRequest], list[_Place]]] = dict.fromkeys(fuse.NAME_OFFSETS, self._of_name)
+        finders |= dict.fromkeys(_RENAMES, self._of_rename)
+        finders |= dict.fromkeys(_ON_INODES, self._of_inode)
+        finders |= {
             Opcode.LINK: self._of_link,
             Opcode.READDIR: self._of_inode,
             Opcode.RELEASE: self._of_handle,
         }
-        finders |= dict.fromkeys(_NAME_AT, self._of_name)
-        finders |= dict.fromkeys(_RENAMES, self._of_rename)
-        finders |= dict.fromkeys(_ON_INODES, self._of_inode)
         self._finders = finders
         self.opcodes = list(finders)
 
@@ -132,11 +122,11 @@ class Preflight:
     # The places of each kind of request
 
     def _of_name(self, request: FuseRequest) -> list[_Place]:
-        return [self._place(request.nodeid, check_name(request.string(_NAME_AT[Opcode(request.opcode)])))]
+        return [self._place(request.nodeid, check_name(request.string(fuse.NAME_OFFSETS[Opcode(request.opcode)])))]
 
     def _of_rename(self, request: FuseRequest) -> list[_Place]:
         (new_parent,) = fuse.RENAME_REQUEST.unpack_from(self._memory, request.base)
-        name, new_name = request.strings(_RENAMES[Opcode(request.opcode)])
+        name, new_name = request.strings(fuse.NAME_OFFSETS[Opcode(request.opcode)])
         return [self._place(request.nodeid, check_name(name)), self._place(new_parent, check_name(new_name))]
 
     def _of_link(self, request: FuseRequest) -> list[_Place]:

@@ -20,7 +20,6 @@ from llloop.front.inodes import Inodes, stale
 from llloop.front.killpriv import CAPABILITY, KillPriv
 from llloop.front.open_files import Handle, Handles
 from llloop.front.permissions import Permissions, denied
-from llloop.front.recovery.intents import Intent
 from llloop.front.requester import Requester
 from llloop.linux import fuse, syscalls
 from llloop.linux.credentials import SETID_BITS, SetidGuard
@@ -149,15 +148,8 @@ class Tree:
         self, parent: int, name: bytes, who: Requester, make: Callable[[int], None], mode: int = 0
     ) -> tuple[int, Attributes]:
         check_name(name)
-        intent = who.note.interrupted()
-        if intent is None:
-            who.note.begin()
-        try:
+        with who.note.begin():
             self.as_requester(parent, who, make, mode)
-        except FileExistsError:
-            if intent is None or not intent.made(statx(self.directory_fds.directory(parent), name)):
-                raise
-        who.note.done()
         return self.lookup(parent, name)
 
     def as_requester(self, parent: int, who: Requester, make: Callable[[int], _Made], mode: int) -> _Made:
@@ -198,15 +190,8 @@ class Tree:
     def link(self, nodeid: int, parent: int, name: bytes, who: Requester) -> tuple[int, Attributes]:
         """Give an inode one more name (linkat(2))."""
         check_name(name)
-        intent = who.note.interrupted()
-        if intent is None:
-            who.note.begin()
-        try:
+        with who.note.begin():
             attributes = self._with_room(lambda: self._link(nodeid, parent, name, who), nodeid)
-        except FileExistsError:
-            attributes = statx(self.directory_fds.directory(parent), name)
-            if intent is None or not _is_same(attributes, self.getattr(nodeid)):
-                raise
         return self.inodes.remember(parent, name, attributes), attributes
 
     def _link(self, nodeid: int, parent: int, name: bytes, who: Requester) -> Attributes:
@@ -249,23 +234,19 @@ class Tree:
 
     def _remove(self, parent: int, name: bytes, who: Requester, remove: _Remove) -> None:
         directory = self.directory_fds.directory(parent)
-        intent = who.note.interrupted()
-        if intent is not None and _is_gone(directory, check_name(name), intent.number, intent.done):
-            if intent.has_pin():
-                self._lost_name(intent.nodeid, parent, name, intent.pin, fstatx(intent.pin).uid)
-            return
         pin = os.open(check_name(name), _PIN, dir_fd=directory)
         try:
             attributes = fstatx(pin)
             nodeid = self._meant(parent, name, attributes)
-            who.note.begin(attributes.ino, nodeid, 0, pin, attributes.ino)
-            with self.permissions.acting(who, directory, owned=(attributes,)):
+            with (
+                who.note.begin(attributes.ino, nodeid, pin=pin, victim=attributes.ino),
+                self.permissions.acting(who, directory, owned=(attributes,)),
+            ):
                 self._call(remove, name, dir_fd=directory)
         except BaseException:
             os.close(pin)
             raise
-        who.note.done()
-        self._lost_name(nodeid, parent, name, pin, attributes.uid)
+        self.lost_name(nodeid, parent, name, pin, attributes.uid)
 
     def _meant(self, parent: int, name: bytes, attributes: Attributes) -> int:
         """Return the number of what a name leads to, which must be what the kernel knows under that name.
@@ -280,7 +261,7 @@ class Tree:
             raise stale()
         return nodeid
 
-    def _lost_name(self, nodeid: int, parent: int, name: bytes, pin: int, uid: int) -> None:
+    def lost_name(self, nodeid: int, parent: int, name: bytes, pin: int, uid: int) -> None:
         """Note that *name* is gone; keep *pin* if no other name leads to the inode."""
         if self.inodes.unlinked(nodeid, parent, name) and self.directory_fds.is_reachable(nodeid):
             os.close(pin)
@@ -297,17 +278,6 @@ class Tree:
         new_directory = self.directory_fds.directory(new_parent)
         check_name(name)
         check_name(new_name)
-        intent = who.note.interrupted()
-        if intent is not None and _has_moved(old_directory, name, new_directory, new_name, flags, intent):
-            if intent.nodeid == intent.target:  # two names of one file: rename(2) leaves both
-                return
-            exchanged = bool(flags & syscalls.RENAME_EXCHANGE)
-            if not exchanged and intent.has_pin():
-                self._lost_name(intent.target, new_parent, new_name, intent.pin, fstatx(intent.pin).uid)
-            elif exchanged:
-                self.inodes.renamed(intent.target, (new_parent, new_name), (parent, name))
-            self.inodes.renamed(intent.nodeid, (parent, name), (new_parent, new_name))
-            return
         moved_attributes = statx(old_directory, name)
         moved = self._meant(parent, name, moved_attributes)
         victim = self._pin_if_there(new_directory, new_name)
@@ -317,27 +287,49 @@ class Tree:
             if victim is not None:
                 owned = (moved_attributes, fstatx(victim))
                 target = self._meant(new_parent, new_name, owned[1])
-            who.note.begin(
-                moved_attributes.ino, moved, target, -1 if victim is None else victim, owned[1].ino if target else 0
-            )
             # A directory that gets another parent has to be writable itself.
             by_group = True if parent != new_parent and any(stat.S_ISDIR(one.mode) for one in owned) else None
-            self._with_room(lambda: self._rename_as(who, parent, name, new_parent, new_name, flags, owned, by_group))
+            pin, victim_ino = (-1, 0) if victim is None else (victim, owned[1].ino)
+            with who.note.begin(moved_attributes.ino, moved, target, pin, victim_ino):
+                self._with_room(
+                    lambda: self._rename_as(who, parent, name, new_parent, new_name, flags, owned, by_group)
+                )
         except BaseException:
             if victim is not None:
                 os.close(victim)
             raise
-        who.note.done()
-        if victim is not None:
-            if target == moved:  # two names of one file: rename(2) leaves both
-                os.close(victim)
-                return
-            if flags & syscalls.RENAME_EXCHANGE:
-                os.close(victim)
-                self.inodes.renamed(target, (new_parent, new_name), (parent, name))
-            else:
-                self._lost_name(target, new_parent, new_name, victim, owned[1].uid)
-        self.inodes.renamed(moved, (parent, name), (new_parent, new_name))
+        self.renamed(moved, (parent, name), (new_parent, new_name), flags, target, victim, owned[-1].uid)
+
+    def renamed(
+        self,
+        moved: int,
+        old: tuple[int, bytes],
+        new: tuple[int, bytes],
+        flags: int,
+        target: int,
+        victim: int | None,
+        uid: int,
+    ) -> None:
+        """Note what a rename has done.
+
+        Args:
+            moved: the inode that was renamed.
+            old, new: its names, each in a directory.
+            flags: the RENAME_ flags.
+            target: the inode that had the new name, 0 if there was none.
+            victim: a descriptor of that inode, which is closed or kept here, or None.
+            uid: the owner of that inode.
+        """
+        exchanged = bool(flags & syscalls.RENAME_EXCHANGE)
+        if victim is not None and (exchanged or target == moved):
+            os.close(victim)
+        elif victim is not None:
+            self.lost_name(target, *new, victim, uid)
+        if target == moved:  # two names of one file: rename(2) leaves both
+            return
+        if exchanged:
+            self.inodes.renamed(target, new, old)
+        self.inodes.renamed(moved, old, new)
 
     def _rename_as(
         self,
@@ -512,15 +504,12 @@ class Tree:
             kill_sgid: whether a new access ACL clears the set-group-ID bit.
         """
         self._setid.clear(kill_sgid)
-        intent = who.note.interrupted()
-        exists = bool(flags & os.XATTR_CREATE) and self._has_xattr(nodeid, name)
-        if intent is None:
-            who.note.begin(int(exists))
-        elif exists and not intent.number:
-            return
-        self._with_room(lambda: self._setxattr(nodeid, name, value, flags, who), nodeid)
+        exists = bool(flags & os.XATTR_CREATE) and self.has_xattr(nodeid, name)
+        with who.note.begin(int(exists)):
+            self._with_room(lambda: self._setxattr(nodeid, name, value, flags, who), nodeid)
 
-    def _has_xattr(self, nodeid: int, name: bytes) -> bool:
+    def has_xattr(self, nodeid: int, name: bytes) -> bool:
+        """Return whether there is an extended attribute, as far as one may know."""
         with self._reach(nodeid) as reached:
             return _has_xattr(reached.target, name)
 
@@ -547,18 +536,19 @@ class Tree:
         with self._reach(nodeid) as reached:
             if name == CAPABILITY and not self._killpriv.clears_capability(reached, nodeid, who):
                 return
-            intent = who.note.interrupted()
-            if intent is None:
-                who.note.begin(int(_has_xattr(reached.target, name)))
-            elif intent.number and not _has_xattr(reached.target, name):
-                return
-            if name == CAPABILITY:
-                # The kernel asks for it in the name of whoever writes to the file. Who asks for it himself has a
-                # capability for it, which the kernel has checked.
-                self._call(os.removexattr, reached.target, name)
-            else:
-                with self.permissions.acting(who, reached.fd, by_group=_by_group(name)):
+            with who.note.begin(int(_has_xattr(reached.target, name))):
+                if name == CAPABILITY:
+                    # The kernel asks for it in the name of whoever writes to the file. Who asks for it himself has a
+                    # capability for it, which the kernel has checked.
                     self._call(os.removexattr, reached.target, name)
+                else:
+                    with self.permissions.acting(who, reached.fd, by_group=_by_group(name)):
+                        self._call(os.removexattr, reached.target, name)
+
+    def clears_capability(self, nodeid: int, who: Requester) -> bool:
+        """See `KillPriv.clears_capability`."""
+        with self._reach(nodeid) as reached:
+            return self._killpriv.clears_capability(reached, nodeid, who)
 
     # File attributes
 
@@ -623,30 +613,6 @@ def _can_be_kept(changes: Changes, attributes: Attributes) -> bool:
 def _link(fd: int, directory: int, name: bytes) -> None:
     """Give the file behind *fd*, which may be opened with O_PATH, one more name (linkat(2))."""
     os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=directory, follow_symlinks=True)
-
-
-def _is_same(one: Attributes, other: Attributes) -> bool:
-    return (one.ino, one.device) == (other.ino, other.device)
-
-
-def _is_gone(directory: int, name: bytes, number: int, known: bool) -> bool:
-    """Whether a name is gone that led to the inode *number*, or is *known* to be."""
-    try:
-        return known or statx(directory, name).ino != number
-    except FileNotFoundError:
-        return True
-
-
-def _has_moved(old: int, name: bytes, new: int, new_name: bytes, flags: int, intent: Intent) -> bool:
-    """Whether an attempt to rename has done so: then the new name leads to its file, and the old one does not."""
-    if intent.done:
-        return True
-    try:
-        if statx(new, new_name).ino != intent.number:
-            return False
-    except FileNotFoundError:
-        return False
-    return bool(flags & syscalls.RENAME_EXCHANGE) or _is_gone(old, name, intent.number, False)
 
 
 def _by_group(name: bytes) -> bool | None:

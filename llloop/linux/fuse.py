@@ -147,6 +147,20 @@ SETATTR_REQUEST = Struct("=40xI4xQq8xqqqIIII4xII")
 SETXATTR_REQUEST = Struct("=40xIIII")  # size, flags, setxattr_flags, padding; then name, value
 SHORT_SETXATTR_REQUEST = Struct("=40xII")  # kernels before 5.14, which lack FUSE_SETXATTR_EXT: size, flags
 
+# Where the name, or the first of two, begins in requests on a name in a directory.
+NAME_OFFSETS = {
+    Opcode.LOOKUP: IN_HEADER_SIZE,
+    Opcode.UNLINK: IN_HEADER_SIZE,
+    Opcode.RMDIR: IN_HEADER_SIZE,
+    Opcode.SYMLINK: IN_HEADER_SIZE,
+    Opcode.MKNOD: MKNOD_REQUEST.size,
+    Opcode.MKDIR: MKDIR_REQUEST.size,
+    Opcode.CREATE: CREATE_REQUEST.size,
+    Opcode.LINK: LINK_REQUEST.size,
+    Opcode.RENAME: RENAME_REQUEST.size,
+    Opcode.RENAME2: RENAME2_REQUEST.size,
+}
+
 _NAME = 2  # bytes of the shortest name with its NUL
 # The minimum size of each request in bytes. In a shorter one, the end would be read from an older request's bytes.
 _SHORTEST: dict[Opcode, int] = {

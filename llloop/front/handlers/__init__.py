@@ -22,57 +22,62 @@ from llloop.linux.fuse import Opcode
 Handler = Callable[[FuseRequest], None]
 
 
-def handler_table(context: Context, device: int) -> dict[Opcode, Handler]:
-    """Return llloop's own handlers by opcode.
+class Handlers:
+    """llloop's own handlers.
 
     Args:
-        mirror: what they work on.
+        context: what they work on.
         device: the descriptor of /dev/fuse.
+
+    Attributes:
+        table: the handlers by opcode.
     """
-    recent = RecentLookups(context.policy.both_ns)
-    names = NameRequests(context, device, recent)
-    changes = MutationRequests(context, device)
-    directories = DirectoryRequests(context, device, recent)
-    files = FileRequests(context, device)
-    xattrs = XattrRequests(context, device)
-    file_attributes = FileAttributeRequests(context, device)
-    return {
-        Opcode.LOOKUP: names.lookup,
-        Opcode.FORGET: names.forget,
-        Opcode.BATCH_FORGET: names.forget,
-        Opcode.GETATTR: names.getattr,
-        Opcode.SETATTR: names.setattr,
-        Opcode.STATX: names.statx,
-        Opcode.READLINK: names.readlink,
-        Opcode.STATFS: names.statfs,
-        Opcode.MKNOD: changes.mknod,
-        Opcode.MKDIR: changes.mkdir,
-        Opcode.SYMLINK: changes.symlink,
-        Opcode.LINK: changes.link,
-        Opcode.UNLINK: changes.unlink,
-        Opcode.RMDIR: changes.rmdir,
-        Opcode.RENAME: changes.rename,
-        Opcode.RENAME2: changes.rename2,
-        Opcode.GETXATTR: xattrs.getxattr,
-        Opcode.LISTXATTR: xattrs.listxattr,
-        Opcode.SETXATTR: changes.setxattr,
-        Opcode.REMOVEXATTR: changes.removexattr,
-        Opcode.OPENDIR: directories.opendir,
-        Opcode.READDIR: directories.readdir,
-        Opcode.READDIRPLUS: directories.readdirplus,
-        Opcode.OPEN: files.open,
-        Opcode.CREATE: files.create,
-        Opcode.TMPFILE: files.tmpfile,
-        Opcode.READ: files.read,
-        Opcode.WRITE: files.write,
-        Opcode.RELEASE: files.release,
-        Opcode.RELEASEDIR: directories.releasedir,
-        Opcode.FLUSH: files.flush,
-        Opcode.FSYNC: files.fsync,
-        Opcode.FSYNCDIR: files.fsync,
-        Opcode.FALLOCATE: files.fallocate,
-        Opcode.LSEEK: files.lseek,
-        Opcode.COPY_FILE_RANGE: files.copy_file_range,
-        Opcode.SYNCFS: files.syncfs,
-        Opcode.IOCTL: file_attributes.ioctl,
-    }
+
+    def __init__(self, context: Context, device: int) -> None:
+        recent = RecentLookups(context.policy.both_ns)
+        self.names = NameRequests(context, device, recent)
+        self.mutations = MutationRequests(context, device)
+        self.directories = DirectoryRequests(context, device, recent)
+        self.files = FileRequests(context, device)
+        self.xattrs = XattrRequests(context, device)
+        self.file_attributes = FileAttributeRequests(context, device)
+        self.table: dict[Opcode, Handler] = {
+            Opcode.LOOKUP: self.names.lookup,
+            Opcode.FORGET: self.names.forget,
+            Opcode.BATCH_FORGET: self.names.forget,
+            Opcode.GETATTR: self.names.getattr,
+            Opcode.SETATTR: self.names.setattr,
+            Opcode.STATX: self.names.statx,
+            Opcode.READLINK: self.names.readlink,
+            Opcode.STATFS: self.names.statfs,
+            Opcode.MKNOD: self.mutations.mknod,
+            Opcode.MKDIR: self.mutations.mkdir,
+            Opcode.SYMLINK: self.mutations.symlink,
+            Opcode.LINK: self.mutations.link,
+            Opcode.UNLINK: self.mutations.unlink,
+            Opcode.RMDIR: self.mutations.rmdir,
+            Opcode.RENAME: self.mutations.rename,
+            Opcode.RENAME2: self.mutations.rename2,
+            Opcode.GETXATTR: self.xattrs.getxattr,
+            Opcode.LISTXATTR: self.xattrs.listxattr,
+            Opcode.SETXATTR: self.mutations.setxattr,
+            Opcode.REMOVEXATTR: self.mutations.removexattr,
+            Opcode.OPENDIR: self.directories.opendir,
+            Opcode.READDIR: self.directories.readdir,
+            Opcode.READDIRPLUS: self.directories.readdirplus,
+            Opcode.OPEN: self.files.open,
+            Opcode.CREATE: self.files.create,
+            Opcode.TMPFILE: self.files.tmpfile,
+            Opcode.READ: self.files.read,
+            Opcode.WRITE: self.files.write,
+            Opcode.RELEASE: self.files.release,
+            Opcode.RELEASEDIR: self.directories.releasedir,
+            Opcode.FLUSH: self.files.flush,
+            Opcode.FSYNC: self.files.fsync,
+            Opcode.FSYNCDIR: self.files.fsync,
+            Opcode.FALLOCATE: self.files.fallocate,
+            Opcode.LSEEK: self.files.lseek,
+            Opcode.COPY_FILE_RANGE: self.files.copy_file_range,
+            Opcode.SYNCFS: self.files.syncfs,
+            Opcode.IOCTL: self.file_attributes.ioctl,
+        }

@@ -7,7 +7,6 @@ import os
 from operator import itemgetter
 
 from llloop.front.context import Context
-from llloop.front.request import FuseRequest
 from llloop.linux import fuse
 from llloop.linux.syscalls import Attributes
 from llloop.shared.negotiation import Feature
@@ -43,27 +42,6 @@ class Responder:
         except FileNotFoundError:
             return False
         return True
-
-    def _begin_open(self, request: FuseRequest) -> int | None:
-        """Note that a file is about to be opened.
-
-        Returns:
-            The number of the handle that a dead front made for this very request, or None.
-        """
-        number = self._opened_before(request)
-        if number is None:
-            request.note.begin_open()
-        return number
-
-    def _opened_before(self, request: FuseRequest) -> int | None:
-        """Return the number of the handle that a dead front made for this very request, or None."""
-        if request.unique >= fuse.FUSE_UNIQUE_RESEND:
-            left = request.note.interrupted()
-            if left is not None:
-                self._context.passthrough.drop(left.backing)
-                if left.handle in self._handles:
-                    return left.handle
-        return None
 
     def _check_xattr(self) -> None:
         """Refuse a request for an extended attribute if there are to be none."""

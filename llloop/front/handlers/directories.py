@@ -15,7 +15,7 @@ from llloop.front.open_files import Handle
 from llloop.front.recovery.snapshots import append, load, make
 from llloop.front.request import FuseRequest
 from llloop.linux import fuse
-from llloop.linux.syscalls import DirectoryBlocks, StatxTable, fstatx
+from llloop.linux.syscalls import Attributes, DirectoryBlocks, StatxTable
 
 _NO_ENTRY = bytes(fuse.ENTRY.size)
 _NOT_LOOKED_UP = frozenset({b".", b".."})
@@ -39,11 +39,10 @@ class DirectoryRequests(Responder):
 
     def opendir(self, request: FuseRequest) -> None:
         """FUSE_OPENDIR: reply with a handle, and whether the kernel may use its cached listing."""
-        number = self._begin_open(request)
-        if number is None:
-            number, attributes = self._files.opendir(request.nodeid, request.caller())
-        else:
-            attributes = fstatx(self._handles.get(number).descriptor)
+        self.reply_open(request, *self._files.opendir(request.nodeid, request.caller()))
+
+    def reply_open(self, request: FuseRequest, number: int, attributes: Attributes) -> None:
+        """Answer a FUSE_OPENDIR that has made the handle *number*."""
         flags = self._context.policy.directory_flags(self._inodes.get(request.nodeid), attributes)
         if not self._send(fuse.OPEN_REPLY.pack(fuse.OPEN_REPLY.size, 0, request.unique, number, flags, 0)):
             self._files.release(number)

@@ -15,7 +15,7 @@ from llloop.front.request import FuseRequest, malformed
 from llloop.linux import fuse
 from llloop.linux.credentials import SETID_BITS
 from llloop.linux.fuse import Opcode
-from llloop.linux.syscalls import Attributes, fstatx
+from llloop.linux.syscalls import Attributes
 from llloop.shared.messages import (
     APPEND,
     BUFFERED,
@@ -59,15 +59,14 @@ class FileRequests(Responder):
     def open(self, request: FuseRequest) -> None:
         """FUSE_OPEN: reply with a handle and whether the kernel may keep the pages it has."""
         flags, open_flags = fuse.OPEN_REQUEST.unpack_from(self._memory, request.base)
+        clear_setid = bool(open_flags & fuse.FUSE_OPEN_KILL_SUIDGID)
+        self.reply_open(request, *self._files.open(request.nodeid, flags, clear_setid, request.caller()))
+
+    def reply_open(self, request: FuseRequest, number: int, attributes: Attributes) -> None:
+        """Answer a FUSE_OPEN that has made the handle *number*."""
         nodeid = request.nodeid
-        number = self._begin_open(request)
-        if number is None:
-            clear_setid = bool(open_flags & fuse.FUSE_OPEN_KILL_SUIDGID)
-            number, attributes = self._files.open(nodeid, flags, clear_setid, request.caller())
-        else:
-            attributes = fstatx(self._handles.get(number).descriptor)
         how = self._how(request, number, nodeid, attributes, is_new=False)
-        if flags & os.O_ACCMODE and self._may_change_unasked(nodeid, attributes):
+        if self._handles.get(number).flags & os.O_ACCMODE and self._may_change_unasked(nodeid, attributes):
             expire_attributes(self._device, nodeid)
         if not self._send(fuse.OPEN_REPLY.pack(fuse.OPEN_REPLY.size, 0, request.unique, number, *how)):
             self._files.release(number)
@@ -120,28 +119,15 @@ class FileRequests(Responder):
         """FUSE_CREATE: reply with an entry and a handle."""
         flags, mode, umask, _ = fuse.CREATE_REQUEST.unpack_from(self._memory, request.base)
         name = request.string(fuse.CREATE_REQUEST.size)
-        number = self._opened_before(request)
-        if number is None:
-            created = self._files.create(request.nodeid, name, mode, flags, request.caller(umask))
-        else:
-            created = self._created_before(number)
-        self._reply_created(request, *created)
+        self.reply_created(request, *self._files.create(request.nodeid, name, mode, flags, request.caller(umask)))
 
     def tmpfile(self, request: FuseRequest) -> None:
         """FUSE_TMPFILE: as CREATE; the name is only the kernel's."""
         flags, mode, umask, _ = fuse.CREATE_REQUEST.unpack_from(self._memory, request.base)
-        number = self._begin_open(request)
-        if number is None:
-            created = self._files.tmpfile(request.nodeid, mode, flags, request.caller(umask))
-        else:
-            created = self._created_before(number)
-        self._reply_created(request, *created)
+        self.reply_created(request, *self._files.tmpfile(request.nodeid, mode, flags, request.caller(umask)))
 
-    def _created_before(self, number: int) -> tuple[int, int, Attributes]:
-        handle = self._handles.get(number)
-        return number, handle.nodeid, fstatx(handle.descriptor)
-
-    def _reply_created(self, request: FuseRequest, number: int, nodeid: int, attributes: Attributes) -> None:
+    def reply_created(self, request: FuseRequest, number: int, nodeid: int, attributes: Attributes) -> None:
+        """Answer a FUSE_CREATE or FUSE_TMPFILE that has made the inode *nodeid* and the handle *number*."""
         how = self._how(request, number, nodeid, attributes, is_new=True)
         payload = self._entry(nodeid, attributes) + fuse.OPEN_OUT.pack(number, *how)
         if self._send(fuse.reply(request.unique, payload)):

@@ -63,7 +63,17 @@ class MutationRequests(Responder):
         self._send(fuse.error_reply(request.unique, 0))
 
     def setxattr(self, request: FuseRequest) -> None:
-        """FUSE_SETXATTR, in its extended form where that was agreed on (SETXATTR_EXT, Linux 5.14)."""
+        """FUSE_SETXATTR."""
+        self._check_xattr()
+        name, value, flags, kill_sgid = self.setxattr_arguments(request)
+        self._tree.setxattr(request.nodeid, name, value, flags, request.caller(), kill_sgid=kill_sgid)
+        self._send(fuse.error_reply(request.unique, 0))
+
+    def setxattr_arguments(self, request: FuseRequest) -> tuple[bytes, bytes, int, bool]:
+        """Return what a FUSE_SETXATTR asks for: name, value, flags, and whether an ACL clears the set-group-ID bit.
+
+        It has its extended form where that was agreed on (SETXATTR_EXT, Linux 5.14).
+        """
         if Feature.SETXATTR_EXT in self._context.features:
             layout = fuse.SETXATTR_REQUEST
             size, flags, xattr_flags, _ = layout.unpack_from(self._memory, request.base)
@@ -71,12 +81,9 @@ class MutationRequests(Responder):
             layout = fuse.SHORT_SETXATTR_REQUEST
             size, flags = layout.unpack_from(self._memory, request.base)
             xattr_flags = 0
-        self._check_xattr()
         name = request.string(layout.size)
         value = request.payload(layout.size + len(name) + 1, size)
-        kill_sgid = bool(xattr_flags & fuse.FUSE_SETXATTR_ACL_KILL_SGID)
-        self._tree.setxattr(request.nodeid, name, value, flags, request.caller(), kill_sgid=kill_sgid)
-        self._send(fuse.error_reply(request.unique, 0))
+        return name, value, flags, bool(xattr_flags & fuse.FUSE_SETXATTR_ACL_KILL_SGID)
 
     def removexattr(self, request: FuseRequest) -> None:
         """FUSE_REMOVEXATTR."""

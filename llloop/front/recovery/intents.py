@@ -1,4 +1,4 @@
-"""Requests that must not be done twice: how one that a dead front had in hand is recognised when it comes again.
+"""Requests that must not be done twice are noted, so that the next front knows of them when they are sent again.
 
 When a front dies, the kernel sends the next one every request that has no answer yet, marked
 (FUSE_NOTIFY_RESEND, Linux 6.9). Most can simply be done again. Those that cannot (a second mkdir
@@ -81,10 +81,9 @@ class Note:
         cells, memory: the journal's memory.
         pack: `_NOTE.pack_into`.
         place: the first cell of the note.
-        left: what a dead front noted, by the number of the request.
     """
 
-    __slots__ = ("_cells", "_left", "_memory", "_pack", "_place", "unique")
+    __slots__ = ("_cells", "_memory", "_pack", "_place", "unique")
 
     def __init__(
         self,
@@ -92,36 +91,37 @@ class Note:
         memory: mmap.mmap | bytearray,
         pack: Callable[..., None],
         place: int,
-        left: dict[int, Intent],
     ) -> None:
         self.unique = 0
         self._cells = cells
         self._memory = memory
         self._pack = pack
         self._place = place
-        self._left = left
 
-    def interrupted(self) -> Intent | None:
-        """Return what a dead front noted of the very request that is at hand, if it did."""
-        return self._left.get(self.unique & ~RESENT) if self._left and self.unique & RESENT else None
+    def begin(self, number: int = 0, nodeid: int = 0, target: int = 0, pin: int = -1, victim: int = 0) -> Note:
+        """Note that the request is begun; at the end of a ``with`` block note that it is done.
 
-    def begin(self, number: int = 0, nodeid: int = 0, target: int = 0, pin: int = -1, victim: int = 0) -> None:
-        """Note that the request is begun; for the arguments see `Intent`."""
+        For the arguments see `Intent`.
+        """
         cells, place = self._cells, self._place
         cells[place + _UNIQUE] = 0
         started = time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
         self._pack(self._memory, 8 * (place + _DONE), 0, started, number, nodeid, target, pin + 1, victim, 0)
         cells[place + _UNIQUE] = self.unique
+        return self
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None:
+            self._cells[self._place + _DONE] = 1
 
     def begin_open(self) -> None:
         """Note that a file is being opened, which can be done again if it is known which handle it made."""
         cells, place = self._cells, self._place
         cells[place + _HANDLE] = 0
         cells[place + _UNIQUE] = self.unique
-
-    def done(self) -> None:
-        """Note that it is done, so that only its answer is missing."""
-        self._cells[self._place + _DONE] = 1
 
     def made_handle(self, number: int) -> None:
         """Note the handle that it has made."""
@@ -138,7 +138,7 @@ class Note:
 
 def _nowhere() -> Note:
     memory = bytearray(8 * (_BACKING + 1))
-    return Note(memoryview(memory).cast("Q"), memory, _NOTE.pack_into, 0, {})
+    return Note(memoryview(memory).cast("Q"), memory, _NOTE.pack_into, 0)
 
 
 # The note of what no front has to know of, because the kernel sends it to none again.
@@ -158,12 +158,14 @@ class Intents:
         self._pack = _NOTE.pack_into
         # Descriptors that a dead front had opened and not noted.
         self._orphans: list[int] = []
-        # What a dead front's threads noted, by the number of the request.
+        # What a dead front's threads noted, by the number of the request, and by which thread.
         self._left: dict[int, Intent] = {}
+        self._threads: dict[int, int] = {}
         for thread in range(MOST_THREADS):
             cells = self._cells[journal.attempt_of(thread) :]
             unique = cells[_UNIQUE] & ~RESENT
             if unique:
+                self._threads[unique] = thread
                 self._left[unique] = Intent(
                     bool(cells[_DONE]),
                     cells[_STARTED],
@@ -179,7 +181,17 @@ class Intents:
     def note(self, thread: int) -> Note:
         """Return the note of a thread; threads are counted from 0."""
         journal = self._journal
-        return Note(self._cells, journal.memory, self._pack, journal.attempt_of(thread), self._left)
+        return Note(self._cells, journal.memory, self._pack, journal.attempt_of(thread))
+
+    def note_of(self, unique: int) -> Note:
+        """Return the note for a request that is sent again: where there is one of it, or in no other's place."""
+        noted = self._threads.values()
+        free = next((thread for thread in range(MOST_THREADS) if thread not in noted), 0)
+        return self.note(self._threads.get(unique & ~RESENT, free))
+
+    def of(self, unique: int) -> Intent | None:
+        """Return what a dead front noted of a request, if that is sent again and the front had begun it."""
+        return self._left.get(unique & ~RESENT) if unique & RESENT else None
 
     def find_pins(self, left: set[int]) -> None:
         """Make sure that pins are among the descriptors that a dead front has *left*, and still of their files."""
@@ -211,8 +223,9 @@ class Intents:
         for fd in self._orphans:
             os.close(fd)
         self._orphans = []
-        for thread in range(MOST_THREADS) if self._left else ():
+        for unique, thread in self._threads.items():
             place = self._journal.attempt_of(thread) + _UNIQUE
-            if self._cells[place] & ~RESENT in self._left:
+            if self._cells[place] & ~RESENT == unique:
                 self._cells[place] = 0
-        self._left.clear()
+        self._left = {}
+        self._threads = {}

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import pytest
 
 from llloop.config import Cache
+from llloop.front.handlers import Handlers
 from llloop.front.handlers import files as native_files
-from llloop.front.handlers import handler_table
 from llloop.front.inodes import ROOT
 from llloop.front.request import FuseRequest
 from llloop.linux import fuse
@@ -74,7 +74,7 @@ class Kernel:
     def __init__(self, source: Source, device: Device) -> None:
         self.source = source
         self.device = device
-        self.table = handler_table(source.context, device.fd)
+        self.table = Handlers(source.context, device.fd).table
         self.unique = 0x7000000000000000
         self.now = 0
         self.request = FuseRequest(source.context.router.slots.memory, source.context.intents.note(0))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llloop.front.recovery.intents import Intents, Note
+from llloop.front.recovery.intents import Intent, Intents, Note
 from llloop.linux.fuse import FUSE_UNIQUE_RESEND
 from llloop.linux.syscalls import fstatx
 from llloop.shared.journal import Journal
@@ -31,23 +31,22 @@ def begun(journal: Journal, unique: int = 42, **noted: int) -> Note:
     return note
 
 
-def again(journal: Journal, unique: int) -> Note:
-    """The note of the next front, which serves a request."""
-    note = Intents(heir(journal)).note(0)
-    note.unique = unique
-    return note
+def again(journal: Journal, unique: int) -> Intent | None:
+    """What the next front finds of a request."""
+    return Intents(heir(journal)).of(unique)
 
 
 def test_what_was_noted_is_found_by_the_request_itself(journal: Journal) -> None:
     before = begun(journal, number=1, nodeid=2**64 - 1, target=3, pin=0, victim=5)
-    left = again(journal, 42 | FUSE_UNIQUE_RESEND).interrupted()
+    left = again(journal, 42 | FUSE_UNIQUE_RESEND)
     assert left is not None
     assert (left.done, left.number, left.nodeid, left.target, left.pin, left.victim) == (False, 1, 2**64 - 1, 3, 0, 5)
     assert (left.handle, left.backing) == (0, 0)
     before.made_handle(2**41)
     before.made_backing(9)
-    before.done()
-    left = again(journal, 42 | FUSE_UNIQUE_RESEND).interrupted()
+    with before:
+        pass
+    left = again(journal, 42 | FUSE_UNIQUE_RESEND)
     assert left is not None
     assert (left.done, left.handle, left.backing) == (True, 2**41, 9)
 
@@ -56,46 +55,58 @@ def test_what_was_noted_is_found_by_the_request_itself(journal: Journal) -> None
 def test_another_request_finds_nothing(journal: Journal, unique: int) -> None:
     """Numbers may come again after a long time; only what is sent again is marked."""
     begun(journal)
-    assert again(journal, unique).interrupted() is None
+    assert again(journal, unique) is None
 
 
 def test_where_nothing_was_noted_nothing_is_found(journal: Journal) -> None:
-    assert again(journal, FUSE_UNIQUE_RESEND).interrupted() is None
+    assert again(journal, FUSE_UNIQUE_RESEND) is None
 
 
 def test_a_request_that_was_interrupted_twice_is_found(journal: Journal) -> None:
     begun(journal, number=7)
-    assert again(journal, 42 | FUSE_UNIQUE_RESEND).interrupted() is not None
+    assert again(journal, 42 | FUSE_UNIQUE_RESEND) is not None
     begun(heir(journal), 44 | FUSE_UNIQUE_RESEND, number=8)  # now by one that was itself sent again
-    left = again(journal, 44 | FUSE_UNIQUE_RESEND).interrupted()
+    left = again(journal, 44 | FUSE_UNIQUE_RESEND)
     assert left is not None and left.number == 8
 
 
 def test_a_new_note_says_nothing_of_the_one_before(journal: Journal) -> None:
     note = begun(journal, number=1, nodeid=2, target=3, pin=4, victim=5)
     note.made_handle(6)
-    note.done()
+    with note:
+        pass
     note.unique = 43
     note.begin()
-    left = again(journal, 43 | FUSE_UNIQUE_RESEND).interrupted()
+    left = again(journal, 43 | FUSE_UNIQUE_RESEND)
     assert left is not None
     assert (left.done, *left[2:8]) == (False, 0, 0, 0, -1, 0, 0)
     note.made_handle(6)
     note.unique = 44
     note.begin_open()
-    left = again(journal, 44 | FUSE_UNIQUE_RESEND).interrupted()
+    left = again(journal, 44 | FUSE_UNIQUE_RESEND)
     assert left is not None and left.handle == 0
 
 
 def test_the_next_front_forgets_it_when_all_has_come(journal: Journal) -> None:
     begun(journal)
     intents = Intents(heir(journal))
-    note = intents.note(0)
-    note.unique = 42 | FUSE_UNIQUE_RESEND
-    assert note.interrupted() is not None
+    assert intents.of(42 | FUSE_UNIQUE_RESEND) is not None
     intents.settle()
-    assert note.interrupted() is None
-    assert again(journal, 42 | FUSE_UNIQUE_RESEND).interrupted() is None
+    assert intents.of(42 | FUSE_UNIQUE_RESEND) is None
+    assert again(journal, 42 | FUSE_UNIQUE_RESEND) is None
+
+
+def test_a_note_is_written_where_none_is_that_is_needed(journal: Journal) -> None:
+    begun(journal, number=1)
+    intents = Intents(heir(journal))
+    other = intents.note_of(44 | FUSE_UNIQUE_RESEND)
+    other.unique = 44 | FUSE_UNIQUE_RESEND
+    other.begin(number=2)
+    same = intents.note_of(42 | FUSE_UNIQUE_RESEND)
+    same.unique = 42 | FUSE_UNIQUE_RESEND
+    same.begin(number=3)
+    found = [again(journal, unique | FUSE_UNIQUE_RESEND) for unique in (42, 44)]
+    assert [intent and intent.number for intent in found] == [3, 2]
 
 
 def test_it_does_not_forget_its_own(journal: Journal) -> None:
@@ -105,7 +116,7 @@ def test_it_does_not_forget_its_own(journal: Journal) -> None:
     note.unique = 43
     note.begin(number=5)
     intents.settle()
-    left = again(journal, 43 | FUSE_UNIQUE_RESEND).interrupted()
+    left = again(journal, 43 | FUSE_UNIQUE_RESEND)
     assert left is not None and left.number == 5
 
 
@@ -116,11 +127,12 @@ def test_a_file_made_after_the_beginning_may_be_its_own(journal: Journal, tmp_pa
         time.sleep(0.001)
     note = begun(journal)
     new = fstatx_of(tmp_path / "new")
-    left = again(journal, 42 | FUSE_UNIQUE_RESEND).interrupted()
+    left = again(journal, 42 | FUSE_UNIQUE_RESEND)
     assert left is not None
     assert left.made(new) and not left.made(old)
-    note.done()
-    left = again(journal, 42 | FUSE_UNIQUE_RESEND).interrupted()
+    with note:
+        pass
+    left = again(journal, 42 | FUSE_UNIQUE_RESEND)
     assert left is not None and left.made(attributes(ctime=(0, 0)))
 
 

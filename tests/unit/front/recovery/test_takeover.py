@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import logging
@@ -305,6 +306,33 @@ def killed_in(line: Line, monkeypatch: pytest.MonkeyPatch, request: Request, met
         patch.setattr(Tree, method, die_after)
         with pytest.raises(Killed):
             line.ask(request)
+
+
+def test_what_was_done_is_known_though_other_requests_are_served_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next front dies at each of its steps, in another request, of which nothing was begun."""
+    other = Request(Opcode.MKDIR, ROOT, struct.pack("=II", 0o755, 0o022) + b"new\0")
+    for steps in range(100):
+        with packet_pipe(8) as first, packet_pipe(8) as second:
+            line = Line(tmp_path / f"source-{steps}", [first, second])
+            try:
+                write(line, "file")
+                killed_in(line, monkeypatch, Request(Opcode.UNLINK, ROOT, b"file\0"), "unlink")
+                (done,) = line.unanswered
+                line.unanswered = {done - 1: other, **line.unanswered}
+                life = Life(steps)
+                with contextlib.suppress(Killed):
+                    line.take_up(life)
+                is_last = life.left is not None and life.taken < life.left
+                if not is_last:
+                    line.take_up()
+                assert [line.answers[unique].error for unique in (done - 1, done)] == [0, 0], steps
+            finally:
+                line.close()
+        if is_last:
+            return
+    raise AssertionError("it has no end")
 
 
 @pytest.mark.parametrize(
