@@ -1,4 +1,4 @@
-"""Mount options, as -o takes them: how they are written, which there are, and which exclude each other."""
+"""The mount options of -o: parsing, validation, contradictions, and translation for libfuse."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from llloop.errors import HostError, UsageError
 if TYPE_CHECKING:
     from llloop.config import ServeConfig
 
-# The kernel's own options that libfuse 2.9 hands on (its lib/mount.c), by what excludes what.
+# The kernel's options that libfuse 2.9 passes on (its lib/mount.c), in groups of options that exclude each other.
 _KERNEL_GROUPS = (
     *(("ro", "rw"), ("suid", "nosuid"), ("dev", "nodev"), ("exec", "noexec"), ("sync", "async"), ("atime", "noatime")),
     ("dirsync",),
 )
 KERNEL = frozenset(option for group in _KERNEL_GROUPS for option in group)
-# What mount(8) knows besides and a FUSE mount does nothing with. It must not contradict itself all the same.
+# Further options of mount(8) without effect on a FUSE mount. Contradictions among them are refused as well.
 _ATIME_GROUPS = (
     ("noatime", "relatime", "strictatime"),
     *(("relatime", "norelatime"), ("strictatime", "nostrictatime"), ("diratime", "nodiratime")),
@@ -28,10 +28,10 @@ WITHOUT_EFFECT = frozenset(option for group in _ATIME_GROUPS for option in group
 
 _MAX_READ = re.compile(r"max_read=([0-9]+)")
 _LARGEST_NUMBER = 2**32 - 1  # the kernel takes it as an unsigned int
-# Options of libfuse that llloop sets itself or cannot hold to, and what to do instead.
+# Options of libfuse that llloop sets itself or does not support, and what to do instead.
 _REFUSED = {
     "allow_other": "use --allow-other or --no-allow-other",
-    # libfuse checks this in its own request loop, which llloop does not use: everybody would be let in.
+    # libfuse checks this in its own request loop, which llloop does not use: all users would get access.
     "allow_root": "llloop does not support it; use --allow-other or --no-allow-other",
     "auto_unmount": "it is not needed: llloop detaches a mount when its server dies",
     "fsname": "use --fsname NAME",
@@ -39,14 +39,14 @@ _REFUSED = {
     "remount": "llloop cannot change the options of a mount; unmount it, then mount it again",
     "subtype": "llloop sets it itself",
 }
-# For these an ordinary user's fusermount goes on without a word, as if they had not been given.
+# An ordinary user's fusermount silently ignores these options.
 _ONLY_ROOT = ("suid", "dev")
 
 
 def split(text: str) -> list[str]:
-    """Split what -o is given at its commas; empty options are left out.
+    """Split the argument of -o at commas; drop empty options.
 
-    A comma is part of a value within double quotes, as mount(8) has it, or after a backslash, as libfuse has it.
+    A comma is part of a value within double quotes, as for mount(8), or after a backslash, as for libfuse.
     """
     parts, part, quoted = [], "", False
     characters = iter(text)
@@ -68,7 +68,7 @@ def refuse_contradictions(options: Iterable[str]) -> None:
     """Check that no two of *options* exclude each other.
 
     Raises:
-        UsageError: two do. Which of them was meant cannot be known.
+        UsageError: two options exclude each other.
     """
     given = list(dict.fromkeys(options))
     sizes = [option for option in given if _MAX_READ.fullmatch(option)]
@@ -79,10 +79,10 @@ def refuse_contradictions(options: Iterable[str]) -> None:
 
 
 def checked(options: Iterable[str]) -> tuple[str, ...]:
-    """Return the options that `ServeConfig` is given, split, each once, in their order.
+    """Return single options without duplicates, in their order.
 
     Raises:
-        UsageError: an option does not exist, cannot be had, or excludes another.
+        UsageError: an option does not exist, is not supported, or excludes another.
     """
     single = tuple(dict.fromkeys(part for option in options for part in split(option)))
     for option in single:
@@ -104,10 +104,10 @@ def checked(options: Iterable[str]) -> tuple[str, ...]:
 
 
 def check_user(config: ServeConfig) -> None:
-    """Check that this user may ask for the options.
+    """Check that this user may use the options.
 
     Raises:
-        HostError: an option is root's.
+        HostError: only root may use an option.
     """
     if os.geteuid() != 0:
         for option in config.options:
@@ -116,11 +116,11 @@ def check_user(config: ServeConfig) -> None:
 
 
 def for_libfuse(config: ServeConfig) -> list[str]:
-    """Return all options of a mount in the order in which libfuse is to take them."""
+    """Return all options of a mount for libfuse, in order."""
     # libfuse splits options at commas unless they are escaped, and llfuse passes only ASCII.
     fsname = config.fsname.encode("ascii", "replace").decode().replace("\\", "\\\\").replace(",", "\\,")
     options = ["default_permissions", "subtype=llloop", f"fsname={fsname}"]
-    # --read-only wins, wherever it and rw come from: mount(8) says rw of everything that is not ro.
+    # --read-only overrides rw, because mount(8) passes rw for every mount without ro.
     options += [option for option in config.options if option not in ("ro", "rw", "default_permissions")]
     options.append("ro" if config.read_only else "rw")
     if config.allow_other:

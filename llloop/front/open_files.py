@@ -1,4 +1,4 @@
-"""Open files and directories: one descriptor per open(2), under a number that is never used again."""
+"""Open files and directories: one descriptor for each open(2), with a file handle that is never reused."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from llloop.shared.journal import HANDLE, Journal
 from llloop.shared.messages import HANDLES_PER_FRONT
 from llloop.shared.metrics import own_cell
 
-# The numbers of a handle's record: its own, nodeid, descriptor, open(2) flags, registration with the kernel,
-# the snapshot's descriptor + 1, the opener's uid and gid.
+# The fields of a handle's record: number, nodeid, descriptor, open(2) flags, backing id, the snapshot's descriptor + 1,
+# the opener's uid and gid.
 _BACKING, _SNAPSHOT = 4, 5
 
 
@@ -24,34 +24,33 @@ class Handle:
     """One open file or directory.
 
     Attributes:
-        descriptor: the front's descriptor of it.
-        nodeid: its inode.
+        descriptor: the front's descriptor.
+        nodeid: the inode.
         shard: the worker that does its I/O.
-        file: the identity of the file, by which a worker knows the descriptor (`protocol.identity_of`); 0 if files have
-            none that lasts.
-        mount: the mount it was opened through, as in `llloop.linux.syscalls.Attributes`; its device
-            where there is none.
+        file: the identity of the file, with which a worker checks the descriptor (`messages.identity_of`); 0 if files
+            have no lasting identity.
+        mount: the mount through which it was opened, as in `llloop.linux.syscalls.Attributes`; the device if there is
+            no mount ID.
         flags: the caller's open(2) flags.
-        direct: whether O_DIRECT is among them.
-        pages: what the kernel's page cache may hold of it, or None if its inode was not opened for writing since the
-            inode's first handle.
-        backing: the registration by which the kernel does its I/O itself, or 0.
-        lent: whether that worker may hold the descriptor too and must be told of the release.
-        shared: whether any worker may, because the file was copied from.
-        read_flags, write_flags: the RWF_ flags (preadv2(2)) with which the front may try a small read or write itself
-            because it cannot block, or None if it may not.
-        unsized: whether the file's size says nothing about what can be read from it (see `llloop.front.unsized_files`).
-        entries: a directory's entries as they were when it was opened or rewound, or None.
-        snapshot: a descriptor of memory that holds these entries for the next front, or -1.
-        place: where its record is in the journal.
-        opener: the uid and gid that opened it: what the kernel writes from its page cache counts as theirs.
-        locking_group: the group whose members do not clear the set-group-ID bit by writing, -1 where anybody's write
-            clears it.
-        uncached: whether the kernel passes its page cache over, and so does not ask to clear set-ID bits before it
-            writes; also if that is not known.
-        late_errors: how many writes had failed in its worker when it was opened for writing.
-        append: whether it was opened with O_APPEND; only used where llfuse runs the loop, whose write handler does not
-            say.
+        direct: whether the flags contain O_DIRECT.
+        pages: the state of the inode's cached pages; None if the inode was not opened for writing since its first
+            handle.
+        backing: the backing id with which the kernel does the I/O itself, or 0.
+        lent: whether that worker may have the descriptor too, so that it must get the release.
+        shared: whether any worker may have it, because data was copied from the file.
+        read_flags, write_flags: the RWF_ flags (preadv2(2)) with which the front may try a small read or write, or None
+            if it must not.
+        unsized: whether the file's size is meaningless (see `llloop.front.unsized_files`).
+        entries: a directory's entries when it was opened or rewound, or None; only with `--loop llfuse`.
+        snapshot: a memfd that contains the directory's entries for the next front, or -1.
+        place: the place of its record in the journal.
+        opener: the uid and gid of the process that opened it; writes from the kernel's page cache use them.
+        locking_group: the group whose members do not clear the set-group-ID bit by writing; -1 if every write clears
+            it.
+        uncached: whether the kernel bypasses its page cache, so that it does not ask for set-ID bits to be cleared
+            before a write; True also if that is unknown.
+        writeback_errors: how many writes had failed in its worker when it was opened for writing.
+        append: whether it was opened with O_APPEND; only with `--loop llfuse`, whose write handler does not know.
     """
 
     __slots__ = (
@@ -109,22 +108,22 @@ class Handle:
         return self.flags & os.O_ACCMODE != os.O_RDONLY
 
     def note_mode(self, attributes: Attributes) -> None:
-        """Note what follows from the mode that the file has now."""
+        """Note the locking group that follows from the file's current mode."""
         self.locking_group = attributes.gid if is_mandatory_lock_mode(attributes.mode) else -1
 
 
 class Handles:
-    """All open files and directories by number.
+    """All open files and directories by file handle.
 
     Args:
-        journal: where the next front finds them.
-        generation: how many fronts there have been, this one included; no two give out the same number.
-        shares: how many descriptors each user may hold.
-        count: a cell for how many are.
-        writeback: whether the kernel collects writes.
+        journal: contains their records for the next front.
+        generation: the number of this front, counted from 1, so that no two fronts assign the same handle.
+        shares: limits each user's descriptors.
+        count: the gauge of open handles.
+        writeback: whether the kernel caches writes.
 
     Attributes:
-        written: the page caches of the inodes that are open and were opened for writing.
+        written: the page caches of open inodes that were opened for writing.
     """
 
     def __init__(
@@ -169,7 +168,7 @@ class Handles:
         return self._of_inode
 
     def add(self, handle: Handle) -> int:
-        """Take *handle* in and return its number."""
+        """Add *handle* and return its number."""
         number = self._next
         self._next = number + 1
         uid, gid = handle.opener
@@ -193,12 +192,12 @@ class Handles:
                 one.pages = pages
 
     def take_over(self, number: int, handle: Handle, place: int) -> None:
-        """Take in a handle of a front that is gone, whose record is at *place*."""
+        """Add a handle of a dead front, whose record is at *place*."""
         handle.place = place
         self._enter(number, handle)
 
     def take_over_snapshot(self, handle: Handle, descriptor: int, left: set[int]) -> None:
-        """Take in the snapshot of a front that is gone, if it is among the descriptors that are *left*."""
+        """Add the snapshot of a dead front to *handle*, if its descriptor is in *left*, and remove it from there."""
         if descriptor in left and is_snapshot(descriptor):
             left.discard(descriptor)
             handle.snapshot = descriptor
@@ -207,12 +206,12 @@ class Handles:
             self._journal.set(handle.place, _SNAPSHOT, 0)
 
     def note_backing(self, handle: Handle, backing: int) -> None:
-        """Note by which registration the kernel does the I/O of *handle* itself."""
+        """Note the backing id with which the kernel does the I/O of *handle* itself."""
         handle.backing = backing
         self._journal.set(handle.place, _BACKING, backing)
 
     def note_snapshot(self, handle: Handle, descriptor: int) -> None:
-        """Note a descriptor of memory with a directory's entries, or -1, and close the one before it."""
+        """Note a memfd with a directory's entries, or -1, and close the previous one."""
         old, handle.snapshot = handle.snapshot, descriptor
         self._journal.set(handle.place, _SNAPSHOT, descriptor + 1)
         if descriptor >= 0:
@@ -233,13 +232,13 @@ class Handles:
         return handle
 
     def remove(self, number: int) -> Handle:
-        """Take the handle out; closing its descriptors is left to the caller.
+        """Remove and return a handle; the caller must close its descriptors.
 
         Raises:
             OSError: EBADF if there is none.
         """
         handle = self.get(number)
-        self._journal.remove(handle.place)  # before its descriptors are closed: no record names one that is not its own
+        self._journal.remove(handle.place)  # before its descriptors are closed, whose numbers may be reused
         del self._table[number]
         self._count[0] = len(self._table)
         uid, _ = handle.opener
@@ -255,9 +254,10 @@ class Handles:
         return handle
 
     def writer(self, handle: Handle) -> tuple[int, int]:
-        """Return the uid and gid as whose counts what the kernel writes through *handle* from its page cache.
+        """Return the uid and gid for a write from the kernel's page cache through *handle*.
 
-        It can come from any process that has the file open for writing. So it is root's only if nobody else has.
+        The data may come from any process that has the file open for writing. So root's ids are only used if no other
+        user has it open for writing.
         """
         if handle.opener[0] == 0:
             for other in self._of_inode[handle.nodeid]:
@@ -266,11 +266,10 @@ class Handles:
         return handle.opener
 
     def may_be_dirty(self, nodeid: int) -> bool:
-        """Whether the kernel may have pages of an inode that it has not written yet.
+        """Return whether the kernel may have dirty pages of an inode.
 
-        It can if somebody may have a shared mapping for writing, for which the file must be open for both reading and
-        writing. The file stays open as long as the mapping exists. Where the kernel collects writes, it also can if the
-        file is open for writing.
+        It may if a process may have a shared writable mapping. That requires that the file is open for reading and
+        writing, and keeps it open. With a writeback cache, it also may if the file is open for writing.
         """
         if nodeid not in self.written:
             return False

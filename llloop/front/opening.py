@@ -1,4 +1,4 @@
-"""Opening and closing: files and directories become handles here, and which worker gets them."""
+"""Opening, creating and closing files and directories."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from llloop.shared.leadership import Leadership
 from llloop.shared.messages import identity_of
 from llloop.shared.notifications import expire_attributes
 
-# What of the caller's open(2) flags the source has to know. O_APPEND is not among them: each WRITE request says
-# whether to append, so that fcntl(F_SETFL) counts too. O_TRUNC must wait until the file is known to be the right one.
+# The caller's open(2) flags that are also used in the source. Not O_APPEND: each WRITE request contains it, so that
+# fcntl(F_SETFL) can change it. Not O_TRUNC: the file is truncated only after it is known to be the right one.
 _SOURCE_FLAGS = os.O_ACCMODE | os.O_SYNC | os.O_DSYNC | os.O_DIRECT | os.O_NOATIME
-# O_NONBLOCK has no meaning for regular files; should a fifo stand there now, the front must not wait for its other end.
+# O_NONBLOCK has no effect on regular files. If the name is a FIFO by now, the front must not wait for its other end.
 _ALWAYS = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-# What the record of a directory's handle has for flags.
+# The flags in the record of a directory's handle.
 _DIRECTORY_FLAGS = os.O_DIRECTORY
-# Who opens what the server needs for itself, and whose a directory is: nothing is written to it.
+# The requester of files that the server opens for itself.
 _NOBODY = Requester(0, 0)
 
 
@@ -41,15 +41,15 @@ class Files:
     """Open files and directories.
 
     Args:
-        tree: the tree they are opened in.
-        handles: where they are kept.
-        router: chooses their workers and tells them of a release.
-        passthrough: knows which files the kernel serves itself.
-        privileges: takes set-ID bits on truncation.
-        writeback: whether the kernel collects writes, for which it must be able to read what is written to.
-        device: the descriptor of /dev/fuse.
-        leadership: which thread serves.
-        closing: takes the descriptors of closed files, which may take long to close.
+        tree: the file tree.
+        handles: the open files and directories.
+        router: chooses their workers, and sends releases to them.
+        passthrough: the files whose I/O the kernel does itself.
+        killpriv: clears set-ID bits on truncation.
+        writeback: whether the kernel caches writes. Then it must be able to read files that are open for writing.
+        device: a descriptor of /dev/fuse.
+        leadership: decides which thread serves.
+        closing: a list for descriptors to close later, because closing a file may take long.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Files:
         self._killpriv = killpriv
         self._writeback = writeback
         self._device = device
-        self.promptness = NowaitPolicy()
+        self.nowait = NowaitPolicy()
         self._sizes = UnsizedFiles()
         self._root_handle: int | None = None
 
@@ -99,13 +99,13 @@ class Files:
             self._tree.permissions.check_open(who, flags, descriptor, attributes)
             if flags & os.O_TRUNC:
                 with self._killpriv.setid_cleared(descriptor, clear_setid, who):
-                    if flags & os.O_ACCMODE == os.O_RDONLY:  # odd, but Linux truncates then too
+                    if flags & os.O_ACCMODE == os.O_RDONLY:  # Linux truncates also with O_RDONLY
                         self._call(os.truncate, f"/proc/self/fd/{descriptor}", 0)
                     else:
                         self._call(os.ftruncate, descriptor, 0)
                 mode = attributes.mode
                 attributes = fstatx(descriptor)
-                if attributes.mode != mode:  # with the reply to OPEN the kernel drops no more than size and times
+                if attributes.mode != mode:  # after OPEN, the kernel only drops its cached size and times
                     expire_attributes(self._device, nodeid)
         except BaseException:
             os.close(descriptor)
@@ -113,7 +113,7 @@ class Files:
         return self._add(descriptor, nodeid, flags, attributes, who), attributes
 
     def source_flags(self, flags: int) -> int:
-        """Return what a file is opened with in the source for the caller's *flags*."""
+        """Return the open(2) flags in the source for the caller's *flags*."""
         flags = flags & _SOURCE_FLAGS | _ALWAYS
         if self._writeback and flags & os.O_ACCMODE == os.O_WRONLY:
             flags = flags & ~os.O_ACCMODE | os.O_RDWR
@@ -126,10 +126,10 @@ class Files:
             if error.errno == errno.EMFILE:
                 self._directory_fds.shrink()
             elif error.errno == errno.EACCES and self._writeback and wanted & os.O_ACCMODE == os.O_WRONLY:
-                flags = flags & ~os.O_ACCMODE | os.O_WRONLY  # a file that may only be written: whole pages still can
+                flags = flags & ~os.O_ACCMODE | os.O_WRONLY  # unreadable for this process; writes of whole pages work
             elif error.errno != errno.EPERM:
                 raise
-            elif flags & os.O_NOATIME:  # only for the owner; the caller may be it where this process is not
+            elif flags & os.O_NOATIME:  # needs ownership, which the caller may have and this process lacks
                 flags &= ~os.O_NOATIME
             elif wanted & os.O_APPEND:  # an append-only file (chattr +a) opens for writing only like this
                 flags |= os.O_APPEND
@@ -138,7 +138,7 @@ class Files:
         return self._reopen(nodeid, flags)
 
     def _reopen(self, nodeid: int, flags: int) -> tuple[int, Attributes]:
-        """Open by name, or, if the inode has lost its names behind the mount, by a descriptor still open."""
+        """Open an inode by name, or by an open descriptor if its names were removed in the source."""
         try:
             return self._directory_fds.open(nodeid, flags)
         except OSError as error:
@@ -158,7 +158,7 @@ class Files:
         is_new: bool = False,
     ) -> int:
         handle = self._handle(descriptor, nodeid, flags, attributes, (who.uid, who.gid), is_new=is_new)
-        who.note.made_handle(self._handles.next_number)  # first: a handle nobody knows of is never released
+        who.note.made_handle(self._handles.next_number)  # noted first, because an unknown handle is never released
         return self._handles.add(handle)
 
     def _handle(
@@ -175,25 +175,25 @@ class Files:
         handle.file = identity_of(attributes) if self._inodes.births else 0
         handle.note_mode(attributes)
         handle.unsized = self._sizes.includes(descriptor, attributes, flags, is_new=is_new)
-        self.promptness.decide(handle, attributes, flags)
+        self.nowait.decide(handle, attributes, flags)
         return handle
 
     def take_over(
         self, number: int, nodeid: int, descriptor: int, flags: int, opener: int, place: int, left: set[int]
     ) -> Handle:
-        """Take in an open file of a front that is gone, whose descriptors have stayed open.
+        """Add an open file of a dead front, whose descriptors have stayed open.
 
         Args:
-            number: the handle's number.
-            nodeid: its inode.
-            descriptor: the descriptor it had.
+            number: the file handle.
+            nodeid: the inode.
+            descriptor: its descriptor in the dead front.
             flags: the caller's open(2) flags.
-            opener: the uid and gid that opened it, as its record has them.
-            place: where its record is in the journal.
-            left: the descriptors that the front has left, from which this one is taken out.
+            opener: the opener's uid and gid, as in the record.
+            place: the place of its record in the journal.
+            left: the descriptors that the front has left; this one is removed from it.
 
         Raises:
-            OSError: the descriptor is lost, and the file could not be opened again.
+            OSError: the descriptor is lost, and the file cannot be reopened.
         """
         wanted = self.source_flags(flags) if flags != _DIRECTORY_FLAGS else _OPEN_DIRECTORY
         if descriptor in left and self._is_open(descriptor, nodeid, wanted):
@@ -201,7 +201,7 @@ class Files:
             attributes = fstatx(descriptor)
         else:
             found, attributes = self._reopen(nodeid, wanted)
-            # Requests that a worker has name the number that it had.
+            # Requests that a worker has contain the old number of the descriptor.
             os.dup2(found, descriptor, inheritable=False)
             left.discard(descriptor)
             os.close(found)
@@ -211,7 +211,7 @@ class Files:
         return handle
 
     def _is_open(self, descriptor: int, nodeid: int, flags: int) -> bool:
-        """Whether a descriptor is one of that inode, opened with those flags or with what `_open` makes of them."""
+        """Return whether a descriptor is of that inode, opened with those flags or with those that `_open` falls to."""
         inode = self._inodes.get(nodeid)
         attributes = fstatx(descriptor)
         opened = fcntl.fcntl(descriptor, fcntl.F_GETFL)
@@ -219,13 +219,13 @@ class Files:
         return inode.is_same(attributes) and not opened & os.O_PATH and opened & os.O_ACCMODE in modes
 
     def create(self, parent: int, name: bytes, mode: int, flags: int, who: Requester) -> tuple[int, int, Attributes]:
-        """Make and open a file that must not exist yet.
+        """Create and open a file that must not exist.
 
-        The kernel asks for it when a name does not exist as far as it knows, without checking the permissions of
-        what may stand there by now. So an existing file is never opened here: ESTALE makes the kernel look again.
+        The kernel sends CREATE if a name does not exist in its cache, without checking the permissions of a file that
+        may exist by now. So this never opens an existing file: ESTALE makes the kernel look up the name again.
 
         Returns:
-            The handle's number, the inode's, and its attributes.
+            The handle's number, the inode, and its attributes.
         """
         source_flags = self.source_flags(flags) & ~os.O_NOATIME | os.O_CREAT | os.O_EXCL
         mode_bits = stat.S_IMODE(mode)
@@ -254,10 +254,10 @@ class Files:
         return self._add(descriptor, nodeid, flags, attributes, who, is_new=True), nodeid, attributes
 
     def tmpfile(self, parent: int, mode: int, flags: int, who: Requester) -> tuple[int, int, Attributes]:
-        """Make and open a file without a name (open(2), O_TMPFILE); it can be given one by `Tree.link`.
+        """Create and open an unnamed file (open(2), O_TMPFILE); `Tree.link` can give it a name.
 
         Returns:
-            The handle's number, the inode's, and its attributes.
+            The handle's number, the inode, and its attributes.
         """
         who.note.begin_open()
         self._shares.ensure_room(who.uid)
@@ -280,7 +280,7 @@ class Files:
         return self._add(descriptor, nodeid, flags, attributes, who, is_new=True), nodeid, attributes
 
     def release(self, number: int) -> None:
-        """Close an open file; its worker is told if it may hold the descriptor too."""
+        """Close an open file, also in its worker if that may have the descriptor."""
         handle = self._handles.remove(number)
         try:
             if handle.backing:
@@ -293,7 +293,7 @@ class Files:
                 self._closing.append(handle.snapshot)
 
     def root_handle(self) -> int:
-        """Return the number of a handle of the source directory that stays open, for what concerns all of it."""
+        """Return the number of a handle of the root that stays open, for requests on the whole file system."""
         if self._root_handle is None:
             self._root_handle, _ = self.opendir(ROOT, _NOBODY)
         return self._root_handle
@@ -319,11 +319,11 @@ class Files:
         return self._add(descriptor, nodeid, _DIRECTORY_FLAGS, attributes, who), attributes
 
     def entries(self, number: int, offset: int) -> list[DirectoryEntry]:
-        """Return the entries of an open directory as they were when it was first read, where llfuse runs the loop.
+        """Return the entries of an open directory when it was first read; only with `--loop llfuse`.
 
         Args:
             number: the handle.
-            offset: how many of them the reader has had; at 0 the directory is read afresh (rewinddir(3)).
+            offset: the number of entries already returned; at 0 the directory is read again (rewinddir(3)).
         """
         handle = self._handles.get(number)
         if handle.entries is None or offset == 0:

@@ -1,4 +1,4 @@
-"""The front process, from its fork to its end."""
+"""The main function of the front process."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ class FrontSetup:
 
     Attributes:
         config: the mount's options.
-        arena: the shared memory.
-        journal: what a front leaves to the next.
+        slots: the request slots in shared memory.
+        journal: the records that survive the front.
         pipes: the write ends of the workers' request pipes.
         root: an O_PATH descriptor of the source.
-        device: the descriptor of /dev/fuse.
-        operations: the object given to ``llfuse.init()``.
-        capabilities: what llloop has agreed with the kernel, or None where llfuse runs the loop.
-        answers: the read end of the pipe by which workers answer where llfuse runs the loop.
-        probed: the read end of the pipe by which they tell what they have looked at, or None if they are not asked to.
+        device: a descriptor of /dev/fuse.
+        operations: the object that was passed to ``llfuse.init()``.
+        capabilities: the result of the negotiation with the kernel, or None with `--loop llfuse`.
+        answers: the read end of the pipe for workers' answers with `--loop llfuse`.
+        probed: the read end of the pipe for workers' answers to PROBE, or None without preflight checks.
     """
 
     config: ServeConfig
@@ -61,9 +61,9 @@ def run_front(setup: FrontSetup, own: Collection[int], ready: Callable[[], None]
     """Serve until the file system is unmounted.
 
     Args:
-        setup: see there.
-        own: the descriptors that every front starts with; a dead one's others are open, too.
-        ready: called when requests are about to be served.
+        setup: what the front inherits.
+        own: the descriptors that every front starts with. Those of a dead front are open, too.
+        ready: called before the first request is served.
     """
     slots = setup.slots
     _let_workers_pull()
@@ -76,12 +76,12 @@ def run_front(setup: FrontSetup, own: Collection[int], ready: Callable[[], None]
     is_successor = slots.generation > 0
     if is_successor:
         recover(context, setup.journal, own)
-    slots.new_front(os.getpid())  # now the numbers of descriptors mean what they meant
+    slots.new_front(os.getpid())  # from now on, descriptors have the same numbers as in the dead front
     if not is_successor:
         slots.settle()
     slots.touch()
     signal.signal(signal.SIGUSR1, lambda number, frame: _report(context))
-    # Nothing here makes reference cycles, and passing over a million inodes to find none would stop every request.
+    # The front creates no reference cycles, and a garbage collection with a million inodes would block all requests.
     gc.freeze()
     gc.disable()
     if setup.capabilities is not None:
@@ -98,7 +98,7 @@ def run_front(setup: FrontSetup, own: Collection[int], ready: Callable[[], None]
 
 
 def _report(context: Context) -> None:
-    """Log what this front holds."""
+    """Log the number of inodes, handles, directories and slots of this front."""
     states = context.router.slots.states
     lent = sum(1 for state in states if state)
     _log.info(
@@ -114,8 +114,8 @@ def _report(context: Context) -> None:
 def _let_workers_pull() -> None:
     """Allow the supervisor and its descendants to duplicate this process's descriptors.
 
-    Where the Yama security module restricts tracing to descendants, pidfd_getfd(2) is refused between
-    siblings unless this is said (prctl(2), PR_SET_PTRACER). Without Yama the call fails, and need not succeed.
+    If the Yama security module restricts tracing to descendants, pidfd_getfd(2) between siblings needs this (prctl(2),
+    PR_SET_PTRACER). Without Yama, the call fails and is not needed.
     """
     with suppress(OSError):
         syscalls.prctl(syscalls.PR_SET_PTRACER, os.getppid())

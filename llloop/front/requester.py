@@ -1,4 +1,4 @@
-"""Who makes a request."""
+"""The process that makes a request."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from llloop.front.recovery.intents import NOWHERE, Note
 
 
 class Requester(NamedTuple):
-    """The calling process as the header of its request describes it.
+    """The calling process, from the header of its request.
 
     Attributes:
         uid, gid: its file system ids.
-        umask: its umask, where the request creates something.
-        pid: the number of the calling thread, 0 if it is outside of the server's PID namespace.
-        note: where it is noted what is done for it and must not be done twice.
+        umask: its umask, if the request creates an object.
+        pid: the id of the calling thread, 0 if it is outside of the server's PID namespace.
+        note: notes what is done for the request and must not be done twice.
     """
 
     uid: int

@@ -1,7 +1,7 @@
-"""The requests of the kernel, decoded from and encoded to its own structs. What is not in the table gets ENOSYS.
+"""The handlers of FUSE requests: one method for each opcode. An opcode without a handler gets ENOSYS.
 
-ENOSYS tells the kernel not to send a request of that kind again (fs/fuse, the ``no_`` flags of struct fuse_conn). It is
-also the answer to INTERRUPT: no request of llloop's can be interrupted.
+ENOSYS tells the kernel not to send a request of that kind again (fs/fuse, the ``no_`` flags of struct fuse_conn).
+INTERRUPT gets it too, because llloop cannot interrupt requests.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Handler = Callable[[FuseRequest], None]
 
 
 class Handlers:
-    """llloop's own handlers.
+    """The handlers of all opcodes.
 
     Args:
-        context: what they work on.
-        device: the descriptor of /dev/fuse.
+        context: the objects that they work on.
+        device: a descriptor of /dev/fuse.
 
     Attributes:
         table: the handlers by opcode.

@@ -1,4 +1,4 @@
-"""What all of llloop's own request handlers share: where requests lie, and how replies are sent."""
+"""The base class of the request handlers: access to requests, and replies."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from llloop.shared.negotiation import Feature
 
 
 class Responder:
-    """The base of the handlers. Each gets a request, and unpacks from `_memory` what its opcode adds to the header.
+    """The base of the handlers. Each gets a request, and unpacks the fields after the header from `_memory`.
 
     Args:
-        mirror: what they work on.
-        device: the descriptor of /dev/fuse.
+        context: the objects that handlers work on.
+        device: a descriptor of /dev/fuse.
     """
 
     def __init__(self, context: Context, device: int) -> None:
@@ -36,7 +36,7 @@ class Responder:
         self._written = context.handles.written
 
     def _send(self, reply: bytes | bytearray | memoryview) -> bool:
-        """Write a reply; return False if the kernel no longer waits for it."""
+        """Write a reply; return False if the kernel does not wait for it any more."""
         try:
             os.write(self._device, reply)
         except FileNotFoundError:
@@ -44,7 +44,11 @@ class Responder:
         return True
 
     def _check_xattr(self) -> None:
-        """Refuse a request for an extended attribute if there are to be none."""
+        """Check that the mount supports extended attributes (`--xattr`).
+
+        Raises:
+            OSError: ENOSYS.
+        """
         if not self._context.config.xattr:
             raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))  # the kernel then stops asking
 
@@ -85,28 +89,28 @@ class Responder:
         )
 
     def _attributes_last(self, nodeid: int) -> bool:
-        """Whether an inode's attributes stay as they are told, as far as only this mount's requests change them."""
+        """Return whether only requests change an inode's attributes, apart from changes in the source."""
         pages = self._written.get(nodeid)
         return pages is None or not pages.passthrough
 
     def _with_dirty_pages(self, nodeid: int, attributes: Attributes) -> Attributes:
-        """Return an inode's attributes as they can be when dirty pages are written.
+        """Return an inode's attributes with at least one block if dirty pages may bring it blocks.
 
-        A file without any block has no data to who archives it (`tar --sparse`).
+        An archiver treats a file without blocks as one hole and does not read it (`tar --sparse`).
         """
         if not attributes.blocks and self._can_get_blocks(nodeid, attributes.size):
             return attributes._replace(blocks=1)
         return attributes
 
     def _can_get_blocks(self, nodeid: int, size: int) -> bool:
-        """Whether dirty pages may bring a file blocks that has none; an empty one cannot be mapped."""
+        """Return whether dirty pages may bring blocks to a file that has none; an empty file cannot be mapped."""
         return (bool(size) or Feature.WRITEBACK_CACHE in self._context.features) and self._handles.may_be_dirty(nodeid)
 
 
 _pack_entry = fuse.ENTRY.pack
 _pack_entry_reply = fuse.ENTRY_REPLY.pack
 _ENTRY_REPLY_SIZE = fuse.ENTRY_REPLY.size
-# What struct fuse_attr says between ino and rdev, in its order.
+# The fields of struct fuse_attr between ino and rdev, in order.
 _ATTR_FIELDS = itemgetter(
     *map(
         Attributes._fields.index,
@@ -129,7 +133,7 @@ _ATTR_FIELDS = itemgetter(
 
 
 def _attr(number: int, attributes: Attributes) -> tuple[int, ...]:
-    """Return what struct fuse_attr says; *number* is the inode number that is shown."""
+    """Return the fields of struct fuse_attr; *number* is the inode number in the mount."""
     device = 0
     if attributes.rdev_major or attributes.rdev_minor:
         device = fuse.encode_device(attributes.rdev_major, attributes.rdev_minor)

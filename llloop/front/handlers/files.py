@@ -1,4 +1,4 @@
-"""Open files: opening, closing, and everything that moves or waits for data."""
+"""Open files: OPEN, CREATE, TMPFILE, RELEASE, and all requests for data."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from llloop.shared.metrics import ERRORS, Gauge
 from llloop.shared.negotiation import Feature
 from llloop.shared.notifications import expire_attributes
 
-# How an open is counted, by the flags of its reply.
+# The counter of an open, by the flags of its reply.
 _DECISIONS = {
     fuse.FOPEN_KEEP_CACHE: int(Gauge.KEPT),
     fuse.FOPEN_DIRECT_IO: int(Gauge.BYPASSED),
@@ -41,7 +41,7 @@ _PASSED_THROUGH = int(Gauge.PASSED_THROUGH)
 
 
 class FileRequests(Responder):
-    """The handlers; see `Responder`. A request that goes to a worker is answered by that worker."""
+    """The handlers, see `Responder`. If a request goes to a worker, the worker answers it."""
 
     def __init__(self, context: Context, device: int) -> None:
         super().__init__(context, device)
@@ -57,7 +57,7 @@ class FileRequests(Responder):
         self._scratch = memoryview(bytearray(fuse.OUT_HEADER_SIZE + READ_LIMIT))
 
     def open(self, request: FuseRequest) -> None:
-        """FUSE_OPEN: reply with a handle and whether the kernel may keep the pages it has."""
+        """FUSE_OPEN: reply with a handle, and whether the kernel may keep its cached pages."""
         flags, open_flags = fuse.OPEN_REQUEST.unpack_from(self._memory, request.base)
         clear_setid = bool(open_flags & fuse.FUSE_OPEN_KILL_SUIDGID)
         self.reply_open(request, *self._files.open(request.nodeid, flags, clear_setid, request.caller()))
@@ -72,7 +72,7 @@ class FileRequests(Responder):
             self._files.release(number)
 
     def _may_change_unasked(self, nodeid: int, attributes: Attributes) -> bool:
-        """Whether what the kernel knows of a file just opened for writing may become wrong without a request."""
+        """Return whether attributes of a file just opened for writing may change without a request."""
         pages = self._written.get(nodeid)
         if pages is None or pages.passthrough:
             return pages is not None
@@ -81,7 +81,7 @@ class FileRequests(Responder):
     def _how(
         self, request: FuseRequest, number: int, nodeid: int, attributes: Attributes, *, is_new: bool
     ) -> tuple[int, int]:
-        """Return open_flags and backing_id for a file just opened."""
+        """Return open_flags and backing_id for a file that was just opened."""
         handle = self._handles.get(number)
         backing = self._context.passthrough.back(handle, attributes, request.note, is_new=is_new)
         noflush = self._noflush(handle)
@@ -91,7 +91,7 @@ class FileRequests(Responder):
         if handle.unsized:
             flags = fuse.FOPEN_DIRECT_IO
         elif self._writeback and fcntl.fcntl(handle.descriptor, fcntl.F_GETFL) & os.O_APPEND:
-            # An append-only file (chattr +a): whole pages written back would be appended.
+            # An append-only file (chattr +a): writeback of whole pages would append them.
             flags = fuse.FOPEN_DIRECT_IO
         else:
             inode = self._inodes.get(nodeid)
@@ -103,10 +103,10 @@ class FileRequests(Responder):
         return flags | noflush, 0
 
     def _noflush(self, handle: Handle) -> int:
-        """Return FOPEN_NOFLUSH where a close(2) has nothing to tell.
+        """Return FOPEN_NOFLUSH if close(2) cannot report an error.
 
-        Otherwise the kernel would tell a reader of the error of somebody else's write, and then nobody else. It does
-        not heed the flag where it collects writes.
+        Without it, the kernel would report the error of another process's write to a reader, and to nobody else. With
+        a writeback cache, the kernel ignores the flag.
         """
         if self._context.close_can_fail:
             return 0
@@ -122,7 +122,7 @@ class FileRequests(Responder):
         self.reply_created(request, *self._files.create(request.nodeid, name, mode, flags, request.caller(umask)))
 
     def tmpfile(self, request: FuseRequest) -> None:
-        """FUSE_TMPFILE: as CREATE; the name is only the kernel's."""
+        """FUSE_TMPFILE: like CREATE, but llloop ignores the name."""
         flags, mode, umask, _ = fuse.CREATE_REQUEST.unpack_from(self._memory, request.base)
         self.reply_created(request, *self._files.tmpfile(request.nodeid, mode, flags, request.caller(umask)))
 
@@ -145,14 +145,14 @@ class FileRequests(Responder):
     def read(self, request: FuseRequest) -> None:
         """FUSE_READ."""
         number, offset, size, open_flags = fuse.READ_REQUEST.unpack_from(self._memory, request.base)
-        if offset < 0:  # -1 would mean the descriptor's own position (preadv2(2))
+        if offset < 0:  # -1 would mean the file position (preadv2(2))
             raise malformed()
         handle = self._handles.get(number)
         pages = handle.pages
         may_overtake = True
         if pages is not None:
             pages.note_read(request.pid(), offset, size, request.taken)
-            may_overtake = not self._router.is_unanswered(pages.write)  # else with old data that the kernel then keeps
+            may_overtake = not self._router.is_unanswered(pages.write)  # else it could bring old data into the cache
         if (
             size <= READ_LIMIT
             and handle.read_flags is not None
@@ -166,9 +166,9 @@ class FileRequests(Responder):
         self._router.entrust(request, handle, number, Operation.READ, offset, size, flags, in_order=not may_overtake)
 
     def _read_in_place(self, handle: Handle, unique: int, offset: int, size: int) -> bool:
-        """Answer a READ at once if the bytes are in memory; return whether they were.
+        """Answer a READ if the data is in memory; return whether it was.
 
-        What is missing at the end is the end of the file, or a page that is not in memory; the size tells.
+        A short read means the end of the file, or a page that is not in memory. The file's size shows which.
         """
         scratch = self._scratch
         header = fuse.OUT_HEADER_SIZE
@@ -178,7 +178,7 @@ class FileRequests(Responder):
             count = os.preadv(handle.descriptor, [scratch[header : header + size]], offset, flags)
         except OSError as error:
             if error.errno == errno.EOPNOTSUPP:
-                self._files.promptness.refuse_reads(handle)
+                self._files.nowait.refuse_reads(handle)
             return False
         if count < size and offset + count < os.fstat(handle.descriptor).st_size:
             return False
@@ -189,19 +189,19 @@ class FileRequests(Responder):
         return True
 
     def write(self, request: FuseRequest) -> None:
-        """FUSE_WRITE: the payload stays where it is, in the slot."""
+        """FUSE_WRITE: the payload stays in the slot."""
         uid, gid, number, offset, size, write_flags, open_flags = fuse.WRITE_REQUEST.unpack_from(
             self._memory, request.base
         )
-        if fuse.WRITE_HEADER_SIZE + size != request.received or offset < 0:  # what lies behind it is another's
+        if fuse.WRITE_HEADER_SIZE + size != request.received or offset < 0:  # the bytes after it are another request's
             raise malformed()
         flags = KILL_PRIVILEGES if write_flags & fuse.FUSE_WRITE_KILL_SUIDGID else 0
         handle = self._handles.get(number)
         cached = write_flags & fuse.FUSE_WRITE_CACHE
-        if cached:  # it does not say whose
+        if cached:  # such a request does not contain the writer's ids
             flags |= CACHED
             uid, gid = self._handles.writer(handle)
-            if self._writeback:  # nor what to clear, should the file have become set-ID behind the mount
+            if self._writeback:  # nor whether to clear set-ID bits, which the source may have set meanwhile
                 flags |= _kill_flag(uid)
         elif open_flags & os.O_APPEND:
             flags |= APPEND
@@ -213,17 +213,17 @@ class FileRequests(Responder):
         if (
             pages is not None
             and pages.may_be_stale(request.pid(), offset, size, request.taken)
-            and not cached  # pages that are being written back are not dropped
+            and not cached  # the kernel does not drop pages under writeback
         ):
             flags |= INVALIDATE
-        # The lowest slot is free, and so it is this request's, while no worker has any.
+        # Slot 0 is the lowest. So a request is in it exactly if no worker has a slot.
         limit = WRITE_LIMIT if request.slot else LONE_WRITE_LIMIT
         if (
             size <= limit
             and handle.write_flags is not None
-            # A worker notes how far it has come, for an append must not be done twice.
+            # Appends go to a worker, which notes its progress, because an append must not be done twice.
             and not flags & (APPEND | INVALIDATE)
-            and handle.locking_group < 0  # this process has a group of its own
+            and handle.locking_group < 0  # the front writes with its own group
             and self._write_in_place(request, handle, offset, size, flags)
         ):
             return
@@ -240,13 +240,13 @@ class FileRequests(Responder):
                 pages.invalidation = given
 
     def _write_in_place(self, request: FuseRequest, handle: Handle, offset: int, size: int, flags: int) -> bool:
-        """Do a WRITE at once if that needs no waiting; return whether it was done.
+        """Do a WRITE if it does not block; return whether it was done.
 
-        What fails or falls short here is a worker's to do again and to explain.
+        If it fails or is short, a worker does it again and reports the error.
         """
         write_flags = handle.write_flags
         assert write_flags is not None
-        if self._leadership.alone:  # even with RWF_NOWAIT it waits for a file system that is frozen
+        if self._leadership.alone:  # even with RWF_NOWAIT, a write waits for a frozen file system
             return False
         self._context.setid.clear(bool(flags & KILL_PRIVILEGES))
         watched = _is_watched(handle, flags) and os.fstat(handle.descriptor).st_mode & SETID_BITS
@@ -258,7 +258,7 @@ class FileRequests(Responder):
                 expire_attributes(self._device, handle.nodeid)
         except OSError as error:
             if error.errno == errno.EOPNOTSUPP:
-                self._files.promptness.refuse_writes(handle)
+                self._files.nowait.refuse_writes(handle)
             return False
         if count < size:
             return False
@@ -268,7 +268,7 @@ class FileRequests(Responder):
         return True
 
     def flush(self, request: FuseRequest) -> None:
-        """FUSE_FLUSH: a worker knows of errors since the open; also the source's close(2) may tell some."""
+        """FUSE_FLUSH: report errors of writes since the open, which a worker knows, or of the source's close(2)."""
         (number,) = fuse.FLUSH_REQUEST.unpack_from(self._memory, request.base)
         handle = self._handles.get(number)
         late = handle.writeback_errors
@@ -294,9 +294,9 @@ class FileRequests(Responder):
         self._router.entrust(request, handle, number, Operation.FALLOCATE, offset, size, flags, uid, gid, extra)
 
     def _kill_flag(self, request: FuseRequest, handle: Handle) -> int:
-        """Tell what FALLOCATE and COPY_FILE_RANGE do not say: whether the caller lacks CAP_FSETID.
+        """Return KILL_PRIVILEGES if the caller lacks CAP_FSETID, which FALLOCATE and COPY_FILE_RANGE do not contain.
 
-        For root without capabilities it matters only where the kernel has not asked to clear set-ID bits before.
+        For root without capabilities, it only matters if the kernel has not asked for set-ID bits to be cleared.
         """
         who = request.caller()
         if who.uid or not handle.uncached:
@@ -304,7 +304,7 @@ class FileRequests(Responder):
         return 0 if self._tree.permissions.is_trusted(who) else KILL_PRIVILEGES
 
     def lseek(self, request: FuseRequest) -> None:
-        """FUSE_LSEEK: only SEEK_HOLE and SEEK_DATA are sent."""
+        """FUSE_LSEEK: the kernel only sends SEEK_HOLE and SEEK_DATA."""
         number, offset, whence = fuse.LSEEK_REQUEST.unpack_from(self._memory, request.base)
         handle = self._handles.get(number)
         nodeid = handle.nodeid
@@ -320,7 +320,7 @@ class FileRequests(Responder):
             pages.invalidation = given
 
     def copy_file_range(self, request: FuseRequest) -> None:
-        """FUSE_COPY_FILE_RANGE: the worker of the file written to does it."""
+        """FUSE_COPY_FILE_RANGE: the worker of the target file does it."""
         uid, gid, source, source_offset, number, offset, size = fuse.COPY_FILE_RANGE_REQUEST.unpack_from(
             self._memory, request.base
         )
@@ -334,30 +334,30 @@ class FileRequests(Responder):
         self._router.entrust(request, handle, number, Operation.COPY_FILE_RANGE, offset, size, flags, uid, gid, extra)
 
     def syncfs(self, request: FuseRequest) -> None:
-        """FUSE_SYNCFS: answered by a worker through a descriptor of the root."""
+        """FUSE_SYNCFS: a worker does it with a descriptor of the root."""
         number = self._files.root_handle()
         self._router.entrust(request, self._handles.get(number), number, Operation.SYNCFS)
 
 
 def _kill_flag(uid: int) -> int:
-    """Guess from the user id what some requests do not say: whether the caller lacks CAP_FSETID."""
+    """Return KILL_PRIVILEGES unless *uid* is root, for requests that do not tell whether the caller has CAP_FSETID."""
     return KILL_PRIVILEGES if uid else 0
 
 
 def _group(handle: Handle, gid: int) -> int:
-    """Return the group to write with for a caller who lacks CAP_FSETID and has the primary group *gid*.
+    """Return the group with which to write for a caller without CAP_FSETID and with the primary group *gid*.
 
-    Who writes to a file with a locking group is a member of it, for the kernel asks to clear the set-group-ID bit
-    before it writes for anybody else.
+    A caller who writes to a file with a locking group is a member of it: for other users, the kernel has the
+    set-group-ID bit cleared before the write.
     """
     return gid if handle.locking_group < 0 else handle.locking_group
 
 
 def _is_watched(handle: Handle, flags: int) -> bool:
-    """Whether a change of data may clear set-ID bits of which the kernel has not asked to clear them."""
+    """Return whether a change of data may clear set-ID bits without the kernel having asked for it."""
     return bool(flags & KILL_PRIVILEGES) and (handle.uncached or bool(flags & CACHED))
 
 
 def _watched(handle: Handle, flags: int) -> tuple[int, ...]:
-    """Return the inode for which the worker is to tell the kernel if set-ID bits go, if it has to."""
+    """Return the inode whose attributes the worker must expire if set-ID bits are cleared, if any."""
     return (handle.nodeid,) if _is_watched(handle, flags) else ()

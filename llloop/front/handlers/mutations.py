@@ -1,4 +1,4 @@
-"""What changes the tree."""
+"""Requests that change the tree: MKNOD, MKDIR, SYMLINK, LINK, UNLINK, RMDIR, RENAME, SETXATTR, REMOVEXATTR."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llloop.shared.negotiation import Feature
 
 
 class MutationRequests(Responder):
-    """The handlers; see `Responder`."""
+    """The handlers, see `Responder`."""
 
     def mknod(self, request: FuseRequest) -> None:
         """FUSE_MKNOD."""
@@ -70,9 +70,9 @@ class MutationRequests(Responder):
         self._send(fuse.error_reply(request.unique, 0))
 
     def setxattr_arguments(self, request: FuseRequest) -> tuple[bytes, bytes, int, bool]:
-        """Return what a FUSE_SETXATTR asks for: name, value, flags, and whether an ACL clears the set-group-ID bit.
+        """Return name, value and flags of a FUSE_SETXATTR, and whether an ACL clears the set-group-ID bit.
 
-        It has its extended form where that was agreed on (SETXATTR_EXT, Linux 5.14).
+        The request has the extended struct if that was negotiated (FUSE_SETXATTR_EXT, Linux 5.14).
         """
         if Feature.SETXATTR_EXT in self._context.features:
             layout = fuse.SETXATTR_REQUEST

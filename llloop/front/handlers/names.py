@@ -1,4 +1,4 @@
-"""Names and attributes: what `find`, builds and `git status` are made of."""
+"""LOOKUP, FORGET, GETATTR, SETATTR, STATX, READLINK and STATFS."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llloop.shared.messages import Operation
 
 
 class NameRequests(Responder):
-    """The handlers; see `Responder`. *recent* is told of lookups."""
+    """The handlers, see `Responder`. *recent* counts lookups."""
 
     def __init__(self, context: Context, device: int, recent: RecentLookups) -> None:
         super().__init__(context, device)
@@ -26,7 +26,7 @@ class NameRequests(Responder):
         self._router = context.router
         self._forgetting = context.forgetting
         seconds, nanoseconds = context.policy.negative
-        # struct fuse_entry_out of a name that does not exist; empty where the kernel is not to remember that.
+        # struct fuse_entry_out for a missing name; empty if the kernel must not cache that.
         self._negative = fuse.ENTRY_HEAD.pack(0, 0, seconds, 0, nanoseconds, 0) + bytes(fuse.ATTR.size)
         if not seconds and not nanoseconds:
             self._negative = b""
@@ -43,7 +43,7 @@ class NameRequests(Responder):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 
     def forget(self, request: FuseRequest) -> None:
-        """FUSE_FORGET and FUSE_BATCH_FORGET: have no reply."""
+        """FUSE_FORGET and FUSE_BATCH_FORGET: without reply."""
         self._forgetting.forget(request)
 
     def getattr(self, request: FuseRequest) -> None:
@@ -60,7 +60,8 @@ class NameRequests(Responder):
         reply = self._attributes_reply(request.unique, nodeid, attributes)
         pages = self._written.get(nodeid)
         if pages is not None and self._router.is_unanswered(pages.invalidation):
-            # With new attributes the kernel reads pages again, of which those that are being dropped must not be found.
+            # New attributes make the kernel read pages again. It must not find pages that are still to be dropped, so
+            # a worker sends the reply after they are.
             target = Handle(-1, nodeid, self._router.shard_of(nodeid), 0)
             self._router.entrust(request, target, 0, Operation.GETATTR, extra=(nodeid, reply))
         else:
@@ -76,7 +77,7 @@ class NameRequests(Responder):
         self._reply_attributes(request, attributes)
 
     def statx(self, request: FuseRequest) -> None:
-        """FUSE_STATX: sent where somebody asks for the birth time."""
+        """FUSE_STATX: the kernel sends it if a program asks for the birth time."""
         getattr_flags, number, flags, mask = fuse.STATX_REQUEST.unpack_from(self._memory, request.base)
         nodeid = request.nodeid
         handle = self._handles.get(number) if getattr_flags & fuse.FUSE_GETATTR_FH else None

@@ -1,1 +1,1 @@
-"""The plain loop: llfuse's own, with llloop's file system behind it."""
+"""The plain loop (`--loop llfuse`): llfuse receives the requests and calls llloop's handlers."""

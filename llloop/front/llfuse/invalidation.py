@@ -1,4 +1,4 @@
-"""Telling the kernel to drop pages it has cached, where llfuse runs the loop and keeps them at every open."""
+"""Dropping cached pages with `--loop llfuse`, because llfuse makes the kernel keep them at every open."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from contextlib import suppress
 
 from llloop.shared.notifications import drop_pages
 
-# The kernel waits for pages that are being read, whose READ this very loop may have to answer: so it is not waited
-# for longer than this, in seconds. Pages that are read at the same time as the open are as new as the open is.
+# The maximum wait for the kernel, in seconds. The kernel waits for pages that are being read, and this loop may have to
+# answer that READ. Pages that are read during the open are as new as the open.
 _PATIENCE = 0.1
 
 
 class Invalidator:
-    """Writes notifications from a thread of its own, for the kernel may hold the writer until a READ is answered.
+    """Writes notifications in its own thread, because the kernel may block the writer until a READ is answered.
 
     Args:
-        device: the descriptor of /dev/fuse.
+        device: a descriptor of /dev/fuse.
     """
 
     def __init__(self, device: int) -> None:
@@ -24,6 +24,6 @@ class Invalidator:
         self._thread = ThreadPoolExecutor(1, "invalidation")
 
     def drop_pages(self, nodeid: int) -> None:
-        """Have the kernel drop all cached pages of an inode; mostly it has done so on return."""
+        """Make the kernel drop all cached pages of an inode; mostly it has done so on return."""
         with suppress(TimeoutError):
             self._thread.submit(drop_pages, self._device, nodeid).result(_PATIENCE)

@@ -1,7 +1,6 @@
-"""llfuse's handlers: the requests that libfuse decodes, one short method each.
+"""The handlers that llfuse calls with ``--loop llfuse``, one method for each request.
 
-They serve a mount with ``--loop llfuse``. An exception other than FUSEError would end it, so `_answered` turns every
-other one into an errno.
+An exception other than FUSEError would end llfuse's loop. So `_answered` turns all others into an errno.
 """
 
 from __future__ import annotations
@@ -30,19 +29,18 @@ from llloop.shared.messages import APPEND, DATA_ONLY, Operation
 
 _log = logging.getLogger(__name__)
 _Method = TypeVar("_Method", bound=Callable[..., Any])
-# llfuse does not say which writes are direct, and what a mapping writes back must not be; the kernel's cache is passed
-# over all the same.
+# llfuse does not tell which writes are direct, and writeback of a mapping must not be. So files are opened without
+# O_DIRECT in the source; the kernel bypasses its own page cache nevertheless.
 _DIRECT = os.O_DIRECT
 _NS = 1_000_000_000
-# A request is served within so many nanoseconds after it was made, or it is not known that it says "now".
+# Times this close to the current time, in nanoseconds, count as UTIME_NOW.
 _NOW = 2 * _NS
 
 
 def _answered(method: _Method) -> _Method:
-    """Let only FUSEError out of a handler; anything unexpected is logged and becomes EIO.
+    """Decorate a handler so that it only raises FUSEError; unexpected exceptions are logged and become EIO.
 
-    The error is raised afresh, outside the handler's own: one raised again would keep its traceback, and
-    with it every frame and payload, alive.
+    It raises a new exception: one that is raised again keeps its traceback, and with it all frames and payloads.
     """
     opcode = int(Opcode[method.__name__.strip("_").upper()])
 
@@ -66,7 +64,7 @@ def _answered(method: _Method) -> _Method:
     return handler  # type: ignore[return-value]
 
 
-# Who asks where llfuse does so itself.
+# The requester of calls that llfuse makes without a context.
 _SERVER = Requester(0, 0)
 
 
@@ -77,28 +75,28 @@ def _requester(context: RequestContext) -> Requester:
 class Operations(llfuse.Operations):  # type: ignore[misc]
     """The handlers.
 
-    llfuse wants the object before the mount exists; `attach` gives it what to serve in the front.
+    llfuse needs this object before the mount exists. In the front, `attach` sets what it serves.
     """
 
     _context: Context
     _exchange: Exchange
     _invalidator: Invalidator
 
-    def attach(self, mirror: Context, exchange: Exchange, device: int) -> None:
-        """Serve *mirror*, waiting for the answers of workers by *exchange*."""
-        self._context = mirror
+    def attach(self, context: Context, exchange: Exchange, device: int) -> None:
+        """Serve *context*, waiting for the answers of workers by *exchange*."""
+        self._context = context
         self._exchange = exchange
         self._invalidator = Invalidator(device)
-        self._sheet = mirror.router.slots.metrics.front
+        self._sheet = context.router.slots.metrics.front
         self._calls = 0
 
     def _begin(self) -> None:
-        """Note when a request was taken."""
+        """Note when the front took a request."""
         self._exchange.request.taken = time.monotonic_ns()
         self._calls = self._exchange.calls
 
     def _finish(self, opcode: int, number: int) -> None:
-        """Count a request that ended with errno *number*, or 0; those that a worker has done are counted by it."""
+        """Count a request that ended with errno *number* or 0, unless a worker has done and counted it."""
         closing = self._context.closing
         while closing:
             os.close(closing.pop())
@@ -109,10 +107,10 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
             self._sheet.failed(opcode, number)
 
     def init(self) -> None:
-        """Nothing is left to do: libfuse has answered INIT."""
+        """Do nothing, because libfuse has answered INIT."""
 
     def destroy(self) -> None:
-        """Nothing is left to do: the supervisor ends the processes."""
+        """Do nothing, because the supervisor ends the processes."""
 
     def _entry(self, nodeid: int, attributes: Attributes) -> EntryAttributes:
         entry = self._attributes(nodeid, attributes)
@@ -153,7 +151,7 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
         return negative
 
     def forget(self, inodes: list[tuple[int, int]]) -> None:
-        """Forget without an answer: nothing may come out of here at all, for there is nobody to tell."""
+        """Forget inodes. It must not raise any exception, because FORGET has no reply."""
         for nodeid, lookups in inodes:
             try:
                 self._context.tree.forget(nodeid, lookups)
@@ -215,7 +213,7 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
             (fields.update_mtime, fuse.FATTR_MTIME),
         ):
             valid |= bit if wanted else 0
-        # llfuse does not say when a time is "now"; the kernel gives the same moment twice then.
+        # llfuse does not pass on UTIME_NOW, but the kernel then sends the same current time for both.
         is_now = values.st_atime_ns == values.st_mtime_ns and abs(time.time_ns() - values.st_mtime_ns) < _NOW
         if fields.update_atime and fields.update_mtime and is_now:
             valid |= fuse.FATTR_ATIME_NOW | fuse.FATTR_MTIME_NOW
@@ -232,7 +230,7 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
 
     @_answered
     def access(self, nodeid: int, mode: int, context: RequestContext) -> bool:
-        """Grant it: with default_permissions, which is always on, the kernel has checked and does not ask."""
+        """Return True: the mount has default_permissions, so the kernel checks permissions itself."""
         return True
 
     @_answered
@@ -257,7 +255,7 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
 
     @_answered
     def getxattr(self, nodeid: int, name: bytes, context: RequestContext | None = None) -> bytes:
-        """Return an attribute's value; llfuse calls this without a context for XATTR_CREATE and XATTR_REPLACE."""
+        """Return an attribute's value. For XATTR_CREATE and XATTR_REPLACE, llfuse calls this without a context."""
         self._check_xattr()
         who = _requester(context) if context is not None else _SERVER
         return self._context.tree.getxattr(nodeid, name, who)
@@ -290,7 +288,7 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
         number, kind, name = entry
         attributes = EntryAttributes()
         attributes.st_ino = number
-        attributes.st_mode = kind << 12  # IFTODT of <dirent.h>, backwards
+        attributes.st_mode = kind << 12  # DTTOIF of <dirent.h>
         return name, attributes, position + 1
 
     @_answered
@@ -311,7 +309,7 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
         self._note_append(handle, flags)
         inode = self._context.inodes.get(nodeid)
         if not self._context.policy.open_flags(inode, attributes) & fuse.FOPEN_KEEP_CACHE:
-            self._invalidator.drop_pages(nodeid)  # llfuse has the kernel keep them at every open
+            self._invalidator.drop_pages(nodeid)  # llfuse makes the kernel keep them at every open
         return handle
 
     @_answered
@@ -355,7 +353,7 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
         self._context.files.release(handle)
 
     def stacktrace(self) -> None:
-        """Nothing: llfuse would print stacks for whoever sets the attribute fuse_stacktrace on the root."""
+        """Do nothing: otherwise any user could print stacks by setting the attribute fuse_stacktrace of the root."""
 
 
 assert ROOT == llfuse.ROOT_INODE
