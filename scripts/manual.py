@@ -25,21 +25,28 @@ _COMPLETIONS = {"bash": "bash/llloop", "zsh": "zsh/_llloop", "fish": "fish/llloo
 _OPTIONS_HEAD = """<!-- Made by scripts/man from llloop/config.py and the command. Do not edit. -->
 # Options
 
-`llloop serve [OPTION...] SRC MNT` mirrors the directory SRC at MNT. Both directories must exist.
+`llloop serve [OPTION...] SRC MNT` mirrors the directory SRC at MNT. Both directories must exist. Below, "the source" is
+SRC and "the mount" is MNT. For example:
 
-[Choosing a mode](modes.md) says which options fit a case. The names in Python are those of `llloop.mount()`; the names
-in `/etc/fstab` are those of `mount -t llloop -o`.
+```
+llloop serve --workers 8 --cache always /srv/photos /mnt/photos
+```
+
+[Choosing a mode](modes.md) says which options to use. For each option this page gives the environment variable, the
+argument of `llloop.mount()` in Python, and the mount option in `/etc/fstab`.
 
 """
-_FURTHER = """.SH ENVIRONMENT
+_FURTHER = r""".SH ENVIRONMENT
 .TP
 .B LLLOOP_SERVE_...
 Every option of
 .BR "llloop serve" ,
-in capitals and with underscores, such as LLLOOP_SERVE_WORKERS=8; 1 or 0 for switches. Other commands likewise.
+in capitals and with underscores. For example, LLLOOP_SERVE_WORKERS=8 means \-\-workers 8. Switches take 1 or 0.
+The options of the other commands have variables too, such as LLLOOP_UMOUNT_LAZY.
 .TP
 .BR LLLOOP_SOURCE ", " LLLOOP_MOUNTPOINT
-Stand in for SOURCE and MOUNTPOINT.
+SOURCE and MOUNTPOINT of
+.BR "llloop serve " and " llloop umount" .
 """
 _EXAMPLES = {
     "llloop": r"""llloop serve \-\-workers 8 /srv/photos /mnt/photos

@@ -60,7 +60,7 @@ def main() -> None:
     """Mirror a directory at a mount point through FUSE. Several worker processes read and write the data.
 
     Every option has an environment variable. For example, LLLOOP_SERVE_WORKERS=8 means serve --workers 8.
-    LLLOOP_SOURCE and LLLOOP_MOUNTPOINT mean SOURCE and MOUNTPOINT.
+    LLLOOP_SOURCE and LLLOOP_MOUNTPOINT mean SOURCE and MOUNTPOINT of serve and umount.
     """
 
 

@@ -16,7 +16,10 @@ from tests.deploy.machine import Machine
 LLLOOP = Path(sys.executable).parent / "llloop"
 SECONDS = 20.0
 # capabilities(7): what the unit's bounding set leaves.
-BOUND = "chown dac_override dac_read_search fowner fsetid setgid setuid setpcap sys_admin sys_resource mknod setfcap"
+BOUND = (
+    "chown dac_override dac_read_search fowner fsetid linux_immutable setgid setuid setpcap sys_admin sys_resource "
+    "mknod setfcap"
+)
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
@@ -161,6 +164,7 @@ setcap cap_net_raw+ep of-member
 setfacl -m u:4005:rw of-member
 setpriv --reuid=4001 --regid=4002 --groups=4000 bash -c 'echo more >>of-member'
 truncate -s 1M sparse; fallocate -l 64K full
+: >fixed; chattr +i fixed; lsattr fixed | cut -d' ' -f1; chattr -i fixed
 stat -c '%n %A %u %g %s %t %T' *
 getfattr -d -m - suid of-member; getcap of-member; getfacl -n of-member; cat of-member
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import errno
 import os
 import re
 import shlex
@@ -246,3 +247,15 @@ def test_each_test_of_a_claim_exists() -> None:
         file, _, function = name.partition("::")
         assert (CHECKOUT / file).exists(), name
         assert not function or f"def {function}(" in (CHECKOUT / file).read_text(), name
+
+
+def test_troubleshooting_quotes_messages_that_exist() -> None:
+    sources = " ".join(path.read_text() for path in (CHECKOUT / "llloop").rglob("*.py"))
+    known = {os.strerror(number) for number in errno.errorcode}
+    headings = re.findall(r"^## (.*)$", TEXT["troubleshooting.md"], re.MULTILINE)
+    messages = [message for heading in headings for message in re.findall(r"^`([^`]+)`", heading)]
+    assert len(messages) > 8
+    for message in messages:
+        # What stands in parentheses is an errno's text; a name of a constant stands for its value.
+        text = message.partition(" (")[0].replace("/dev/fuse ", "{_DEVICE} ").replace("/etc/fuse.conf", "{_FUSE_CONF}")
+        assert message in known or text in sources, message
