@@ -111,10 +111,14 @@ def socket_candidates(entry: MountEntry) -> Iterator[tuple[str, int | None]]:
 def ask_entry(entry: MountEntry, command: str, *, deadline: float | None = None, **arguments: Any) -> Any:
     """Send a command to the server of a mount, and return its result; arguments as for `ask`.
 
+    All sockets that can be the mount's share the time until *deadline*: a user can make any number of them.
+
     Raises:
         LlloopError: the server does not answer, or answers with an error.
     """
     problem: LlloopError | None = None
+    if deadline is None:
+        deadline = time.monotonic() + TIMEOUT
     for path, owner in socket_candidates(entry):
         try:
             found = ask(path, command, owner=owner, deadline=deadline, **arguments)

@@ -1,7 +1,7 @@
 """The control socket of a mount, from the server's side: it takes requests and never waits for who sends them.
 
-Clients that send nonsense get an error and are cut off; those that are slow are cut off after `PATIENCE` seconds; of
-too many at a time, some wait in the kernel's queue.
+Clients that send nonsense get an error and are cut off; those that are slow are cut off after `PATIENCE` seconds. If
+there are more than `MAX_CLIENTS`, the one that came first is cut off.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class ControlServer:
         self.path = path
         self._commands = commands
         self._loop = loop
-        self._clients: set[_Client] = set()
+        self._clients: dict[_Client, None] = {}  # the one that came first is the first
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
         # Bound under another name first: who finds the name that counts finds somebody who listens.
         beginning = os.path.join(os.path.dirname(path), f".{os.getpid()}-{os.path.basename(path)}")
@@ -169,13 +169,13 @@ class ControlServer:
         if uid not in (0, os.geteuid()):
             connection.close()
             return
-        self._clients.add(_Client(self, self._loop, connection))
-        if len(self._clients) >= MAX_CLIENTS:
-            self._loop.forget(self._listener.fileno())
+        self._clients[_Client(self, self._loop, connection)] = None
+        if len(self._clients) > MAX_CLIENTS:
+            next(iter(self._clients)).drop()
 
     def dropped(self, client: _Client) -> None:
-        """Take note that a client has gone: there is room for another, and a descriptor."""
-        self._clients.discard(client)
+        """Take note that a client has gone: there is a descriptor for another."""
+        self._clients.pop(client, None)
         self._listen()
 
     def reply(self, message: dict[str, Any]) -> dict[str, Any]:

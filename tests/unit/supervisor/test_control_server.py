@@ -283,15 +283,22 @@ def test_large_reply_is_sent_in_pieces(bench: Bench) -> None:
     assert len(bench.reply(connection)["result"]) == 4_000_000
 
 
-def test_excess_connections_wait(bench: Bench) -> None:
-    idle = [bench.connect() for _ in range(MAX_CLIENTS)]
-    bench.serve(0.2)
+@pytest.mark.parametrize("sent", [b"", b"\0\0", protocol.encode({"command": "echo"})[:-1]])
+def test_unfinished_requests_keep_nobody_waiting(bench: Bench, sent: bytes) -> None:
+    """However many connections there are, the oldest goes first."""
+    descriptors = len(os.listdir("/proc/self/fd"))
+    hostile = []
+    for _ in range(20 * MAX_CLIENTS):
+        hostile.append(bench.connect())
+        hostile[-1].send(sent)
+        bench.serve()
     late = bench.connect()
     late.send(protocol.encode({"command": "echo", "text": "late"}))
-    assert bench.read(late) == b""
-    assert not bench.loop.run_once(0), "the supervisor would spin"
-    idle[0].close()
     assert bench.reply(late) == {"result": "late"}
+    assert len(os.listdir("/proc/self/fd")) - descriptors <= len(hostile) + 1 + MAX_CLIENTS
+    assert not bench.loop.run_once(0), "the supervisor would spin"
+    for one in hostile:
+        one.close()
 
 
 def test_disconnected_clients_leave_no_state(bench: Bench) -> None:
@@ -592,6 +599,25 @@ def test_all_servers_together_have_one_timeout(tmp_path: Path, monkeypatch: pyte
     assert len(paths) == 100
     assert discovery.all_statuses() == []
     assert time.monotonic() - begun < 3
+    for one in silent:
+        one.close()
+
+
+def test_all_sockets_of_a_mount_together_have_one_timeout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "TIMEOUT", 0.3)
+    entry = mounts.mounts()[0]
+    silent = []
+    for number in range(20):
+        one = socket.socket(socket.AF_UNIX)
+        major, minor = entry.device
+        one.bind(str(tmp_path / f"{number}-{major}-{minor}.sock"))
+        one.listen()
+        silent.append(one)
+    monkeypatch.setattr(protocol, "all_directories", lambda: [str(tmp_path)])
+    begun = time.monotonic()
+    with pytest.raises(client.NotReachable, match="has not answered"):
+        client.ask_entry(entry, "stats")
+    assert time.monotonic() - begun < 1.5
     for one in silent:
         one.close()
 
