@@ -1,4 +1,4 @@
-"""The processes below the supervisor: how one is forked, restarted and ended."""
+"""Child processes of the supervisor: forking, restarting and ending them."""
 
 from __future__ import annotations
 
@@ -22,23 +22,24 @@ from llloop.logging.stacks import Stacks
 
 _log = logging.getLogger(__name__)
 
-# Forked, not spawned: a child must inherit the mount's session, the descriptors and the shared memory.
+# Fork, not spawn: a child must inherit llfuse's session, descriptors and shared memory.
 fork = multiprocessing.get_context("fork")
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
-# How long the kernel may take to end a killed process, in seconds; longer only if the source hangs.
+# How long to wait for the end of a killed process, in seconds. It takes longer only if the source hangs.
 PATIENCE = 5.0
-# When so many in a row have lived for less than this, in seconds, the next is started after a pause, which doubles.
+# If so many successive processes lived for less than _SHORT_LIFE seconds, the next one starts after a pause, which
+# doubles each time.
 _SHORT_LIFE = 0.25
 _SHORT_LIVES = 10
 _FIRST_PAUSE = 0.05
 LONGEST_PAUSE = 5.0
-_JOIN_PAUSE = 0.005  # seconds between two looks
+_JOIN_PAUSE = 0.005  # seconds between two checks
 
 
 class Cloned:
-    """A child that was not forked by `multiprocessing`, with what is used of its processes."""
+    """A child that was not forked by `multiprocessing`, with a part of the interface of its processes."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
@@ -64,19 +65,19 @@ class Cloned:
 
 @dataclass
 class Child:
-    """A process of the tree and its successors.
+    """A process and its successors.
 
     Attributes:
-        name: its role, also its title in ps(1).
-        launch: starts one.
-        process: the one that runs now, or None in the pause before the next.
-        sentinel: a descriptor that is readable when it has ended, whoever else has its descriptors (pidfd_open(2)).
-        started: when it was started (monotonic clock).
-        due: when the next is to be started.
-        short_lives: how many in a row have died young.
-        restarts: how many have been started after the first.
-        asked: whether this one is being ended on purpose, to be replaced.
-        stacks: where it tells what it is doing.
+        name: its role, which is also its title in ps(1).
+        launch: starts the process.
+        process: the running process; None in the pause before the next.
+        sentinel: a pidfd of the process.
+        started: when it was started (monotonic clock, seconds).
+        due: when to start the next one (monotonic clock, seconds).
+        short_lives: how many successive processes had a short life.
+        restarts: how many processes were started after the first.
+        asked: whether this process is being ended on purpose, to be replaced.
+        stacks: its stack dumps.
     """
 
     name: str
@@ -95,39 +96,39 @@ class Child:
 
     @property
     def pid(self) -> int | None:
-        """The process id of the one that runs now; None if it has ended, for the number may be another's then."""
+        """The process id; None if the process has ended, because the kernel may reuse the id."""
         return self.process.pid if self.process is not None and not syscalls.is_readable(self.sentinel) else None
 
     def start(self) -> None:
         """Start the process.
 
         Raises:
-            OSError: there are no processes or descriptors left. None was started.
+            OSError: there are no free processes or descriptors. No process was started.
         """
         self.started = time.monotonic()
         process = self.launch(self.stacks)
         assert process.pid is not None
         try:
             self.sentinel = os.pidfd_open(process.pid)
-        except OSError:  # it must not run beside the one that is started next
+        except OSError:  # it must not run beside its successor
             end(process)
             raise
         self.process = process
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal to the process that runs now, if one does, and to no other that may have got its number."""
+        """Send a signal to the process if it is running."""
         if self.process is not None:
             with suppress(ProcessLookupError):  # it has ended
                 signal.pidfd_send_signal(self.sentinel, number)
 
     def replace(self) -> None:
-        """End the process on purpose; `schedule_restart` then does not count its death against it."""
+        """Kill the process on purpose; `schedule_restart` does not count this as a short life."""
         if self.process is not None:
             self.asked = True
             self.signal(signal.SIGKILL)
 
     def gone(self) -> int:
-        """Take leave of a process that has ended, and return its exit code."""
+        """Clean up after a process that has ended, and return its exit code."""
         assert self.process is not None
         self.process.join()
         os.close(self.sentinel)
@@ -136,7 +137,7 @@ class Child:
         return code or 0
 
     def end(self) -> None:
-        """End a process that has nothing left to do, or whose time is up."""
+        """Kill the process and wait for its end."""
         if self.process is not None:
             if not end(self.process):
                 _log.warning("%s waits for the source and ends only when the source answers", self.name)
@@ -144,12 +145,12 @@ class Child:
             self.process, self.sentinel = None, -1
 
     def close(self) -> None:
-        """End the process, and let no other follow."""
+        """End the process for good."""
         self.end()
         self.stacks.close()
 
     def schedule_restart(self) -> float:
-        """Note when the next one is due and return the pause until then, in seconds."""
+        """Set when to start the next process; return the pause until then in seconds."""
         now = time.monotonic()
         young = now - self.started < _SHORT_LIFE and not self.asked
         self.short_lives = self.short_lives + 1 if young else 0
@@ -162,17 +163,17 @@ class Child:
 
 
 def end(process: BaseProcess | Cloned) -> bool:
-    """Kill a process; return whether it has ended. One that waits for a source that hangs does so when that answers."""
+    """Kill a process; return whether it has ended. If the source hangs, the process ends when the source answers."""
     process.kill()
     process.join(PATIENCE)
     if process.exitcode is None:
-        # Nobody is to wait for it at exit, either, which multiprocessing offers no other way to say.
+        # multiprocessing has no other way to prevent that this process waits for it at exit.
         multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]
     return process.exitcode is not None
 
 
 def show_title(name: str, mountpoint: str) -> None:
-    """Have ps(1) show the role of this process and the mount that it serves; top(1) and pgrep(1) the role alone."""
+    """Set the title of this process: ps(1) shows role and mount point, top(1) and pgrep(1) only the role."""
     setproctitle(f"{name} {printable(mountpoint)}".rstrip())
     setthreadtitle(name)
 
@@ -202,19 +203,20 @@ def child_main(
     outlives: bool = False,
     mountpoint: str = "",
 ) -> None:
-    """Run in a new child: leave the supervisor's signals behind, and mostly do not outlive it.
+    """Run *target* in a new child process, after resetting the signals that the supervisor handles.
 
     Args:
         name: its role.
-        target: what it runs.
-        supervisor: the process id of its parent.
-        detached: whether it lets go of the standard descriptors.
-        stacks: where it tells what it is doing.
-        outlives: whether it goes on when the supervisor has ended.
-        mountpoint: the mount that it serves, for its title.
+        target: the function to run.
+        supervisor: the process id of the supervisor.
+        detached: whether to redirect the standard descriptors to /dev/null.
+        stacks: its stack dumps.
+        outlives: whether it continues after the end of the supervisor.
+        mountpoint: the path of the mount point, for its title.
     """
     signal.set_wakeup_fd(-1)
-    # They may reach the whole group (Ctrl-C, a service manager); the supervisor decides and ends the others by SIGKILL.
+    # These signals may be sent to the whole process group (Ctrl-C, a service manager). The supervisor decides, and ends
+    # the other processes with SIGKILL.
     for number in (*STOP_SIGNALS, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     stacks.answer_signals()

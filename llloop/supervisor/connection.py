@@ -1,4 +1,4 @@
-"""The connection with the kernel: mounting, INIT, and what both sides agreed on."""
+"""The connection with the kernel: mounting, the INIT request, and its result."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from llloop.shared.negotiation import Capabilities, Feature
 
 _log = logging.getLogger(__name__)
 
-_INIT_BUFFER = 1 << 21  # larger than any request: the kernel refuses a read into less than it might need
+_INIT_BUFFER = 1 << 21  # larger than any request, because the kernel refuses reads into small buffers
 
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """A mount that is made and initialised.
+    """The connection of an initialised mount.
 
     Attributes:
         device: the descriptor of /dev/fuse.
-        capabilities: what was agreed with the kernel; None where llfuse answers INIT and runs the loop.
-        asking: whether workers look at the source before the front does.
+        capabilities: the result of the negotiation with the kernel; None with `--loop llfuse`.
+        preflight: whether workers access the source before the front does.
     """
 
     device: int
@@ -40,14 +40,14 @@ class Connection:
     preflight: bool = False
 
     def describe(self) -> str:
-        """Return who runs the loop and which features are in force, for the line that serve prints."""
+        """Return loop and features in words, for the line that `llloop serve` prints."""
         if self.capabilities is None:
             return "llfuse's loop"
         preflight = ", metadata through workers" if self.preflight else ""
         return f"own loop{preflight}, {self.capabilities.describe()}"
 
     def in_force(self, config: ServeConfig) -> dict[str, str]:
-        """Return what the options that leave a choice have come to."""
+        """Return the values that options with automatic choices have resolved to."""
         features = self.capabilities.features if self.capabilities is not None else Feature(0)
         kept = {Cache.NEVER: "not kept", Cache.AUTO: "kept until it changes", Cache.ALWAYS: "kept"}[config.cache]
         return {
@@ -59,17 +59,17 @@ class Connection:
 
 
 def mount(operations: Operations, mountpoint: str, options: list[str]) -> tuple[int, MountIdentity]:
-    """Mount, and return the descriptor of /dev/fuse, and which mount it is.
+    """Mount, and return the descriptor of /dev/fuse and the identity of the mount.
 
     Args:
-        operations: what llfuse is to call.
+        operations: the handlers that llfuse calls with `--loop llfuse`.
         mountpoint: an absolute path without symlinks.
-        options: libfuse's mount options, in their order.
+        options: libfuse's mount options, in order.
 
     Raises:
         UsageError: libfuse does not know an option.
-        HostError: libfuse or fusermount refused otherwise.
-        LlloopError: the mount is gone again.
+        HostError: libfuse or fusermount failed for another reason.
+        LlloopError: the mount disappeared immediately.
     """
     before = fuse_devices()
     complaints = CapturedStderr()
@@ -84,7 +84,7 @@ def mount(operations: Operations, mountpoint: str, options: list[str]) -> tuple[
             raise LlloopError(f"mount point {mountpoint}: the mount disappeared right after it was made")
         return device, identity
     except RuntimeError as error:
-        # Only libfuse itself, or fusermount, knows why, and says so on standard error.
+        # libfuse and fusermount write the reason to standard error.
         reason = complaints.text() or str(error)
         if "fuse_lowlevel_new" in str(error) or "option" in reason:
             raise UsageError(f"mount options {','.join(options)}: {reason}") from None
@@ -98,15 +98,15 @@ def mount(operations: Operations, mountpoint: str, options: list[str]) -> tuple[
 
 
 def initialise(device: int, config: ServeConfig, source: str) -> Connection:
-    """Answer INIT, or leave that to llfuse if it is to run the loop.
+    """Answer INIT, except with `--loop llfuse`, where llfuse does it.
 
     Args:
-        device: the descriptor of /dev/fuse of a mount just made.
+        device: the descriptor of /dev/fuse of a new mount.
         config: the mount's options.
         source: the absolute path of the source.
 
     Raises:
-        HostError: the kernel lacks what the options need.
+        HostError: the kernel lacks a feature that the options need.
     """
     if config.loop is LoopKind.LLFUSE:
         _log.info("llfuse runs the request loop; this mount lacks %s", WITHOUT_OWN_LOOP)
@@ -122,7 +122,7 @@ def initialise(device: int, config: ServeConfig, source: str) -> Connection:
             writeback=config.writeback,
             passthrough=config.io is not IoKind.WORKERS and not config.writeback,
             stack_depth=2 if _type_of(source) in syscalls.STACKED else 1,
-            readdirplus=not preflight,  # the front would touch each entry; without, it is asked for one by one
+            readdirplus=not preflight,  # READDIRPLUS makes the front access each entry
         )
     except negotiation.UnsupportedProtocol as error:
         raise HostError(str(error)) from None
@@ -141,7 +141,11 @@ def fuse_devices() -> frozenset[int]:
 
 
 def _check_passthrough(device: int, config: ServeConfig, capabilities: Capabilities) -> Capabilities:
-    """Give passthrough up if the kernel refuses it to this process, or say why it cannot be had."""
+    """Return the capabilities without passthrough if this process may not use it.
+
+    Raises:
+        HostError: `--io kernel` demands it.
+    """
     if config.io is IoKind.WORKERS:
         return capabilities
     if Feature.PASSTHROUGH in capabilities.features:
@@ -157,14 +161,14 @@ def _check_passthrough(device: int, config: ServeConfig, capabilities: Capabilit
 
 
 def _asks_first(config: ServeConfig, source: str) -> bool:
-    """Whether workers are to look at the source before the front does."""
+    """Return whether workers access the source before the front does (`--metadata`)."""
     if config.metadata is MetadataKind.AUTO:
         return _type_of(source) in syscalls.CAN_HANG
     return config.metadata is MetadataKind.WORKERS
 
 
 def _type_of(source: str) -> int:
-    """Return the magic number of the file system that holds the source."""
+    """Return the magic number of the source's file system."""
     fd = os.open(source, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         return syscalls.file_system_type(fd)
@@ -173,7 +177,7 @@ def _type_of(source: str) -> int:
 
 
 def _has_acls(source: str) -> bool:
-    """Whether the source's file system has POSIX ACLs (acl(5))."""
+    """Return whether the source's file system has POSIX ACLs (acl(5))."""
     try:
         os.getxattr(source, b"system.posix_acl_access")
     except OSError as error:

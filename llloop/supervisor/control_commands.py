@@ -1,4 +1,4 @@
-"""What can be asked of a mount through its control socket: status, stats, source, log-level, reload, stop."""
+"""The commands of a mount's control socket: status, stats, source, log-level, reload, stop."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class ControlCommands:
     Args:
         config: the mount's options.
         source: the absolute path of the source.
-        mount: which mount it is.
-        connection: what was agreed with the kernel.
-        processes: those below the supervisor.
-        slots: have the counters.
-        source_check: looks at the source.
-        phase: returns what the supervisor is doing: "serving", "reloading" or "stopping".
-        reload: replaces the processes one by one.
-        stop: begins to unmount.
+        mount: the mount.
+        connection: the connection with the kernel.
+        processes: the supervisor's child processes.
+        slots: the request slots, with the counters.
+        source_check: checks the source.
+        phase: returns the supervisor's phase: "serving", "reloading" or "stopping".
+        reload: starts a reload.
+        stop: starts unmounting.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class ControlCommands:
         }
 
     def _busy(self, child: Child) -> float | None:
-        """Return for how many seconds the oldest request has been with a worker, None if it has none."""
+        """Return the age in seconds of a worker's oldest request; None if it has none or is not a worker."""
         slots = self._slots
         if child not in self._processes.workers:
             return None
@@ -163,7 +163,7 @@ class ControlCommands:
 
 
 def _facts(config: ServeConfig, source: str, mount: MountIdentity, connection: Connection) -> dict[str, Any]:
-    """Return what does not change as long as the mount is served."""
+    """Return the part of the status that does not change while the mount is served."""
     capabilities = connection.capabilities
     options = {
         one.name: getattr(value := getattr(config, one.name), "value", value)
@@ -202,7 +202,7 @@ def _totals(counts: dict[str, Count]) -> dict[str, int]:
 
 
 def _together(sheets: list[dict[str, Count]]) -> dict[str, Count]:
-    """Return the sums of several processes' counts."""
+    """Return the sums of the counters of several processes."""
     found: dict[str, Count] = {}
     for counts in sheets:
         for name, count in counts.items():

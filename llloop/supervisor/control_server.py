@@ -1,7 +1,7 @@
-"""The control socket of a mount, from the server's side: it takes requests and never waits for who sends them.
+"""The server of a mount's control socket. It never waits for clients.
 
-Clients that send nonsense get an error and are cut off; those that are slow are cut off after `PATIENCE` seconds. If
-there are more than `MAX_CLIENTS`, the one that came first is cut off.
+A client that sends an invalid message gets an error and is disconnected. A slow client is disconnected after `PATIENCE`
+seconds. If there are more than `MAX_CLIENTS`, the oldest one is disconnected.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from llloop.supervisor.event_loop import EventLoop
 
 _log = logging.getLogger(__name__)
 
-# Takes the request, returns what the reply's result is to be; LlloopError becomes its error.
+# Takes the request and returns the reply's result; an LlloopError becomes the reply's error.
 Command = Callable[[dict[str, Any]], Any]
 
-# How long a client may take to send a request or to take the reply, in seconds.
+# How long a client may take to send a request or to read the reply, in seconds.
 PATIENCE = 5.0
 MAX_CLIENTS = 16
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 
 
 class _Client:
-    """One connection: what has come, and what is still to go."""
+    """One connection, with the received and the unsent data."""
 
     def __init__(self, server: ControlServer, loop: EventLoop, connection: socket.socket) -> None:
         self._server = server
@@ -55,7 +55,7 @@ class _Client:
                 self._receive()
         except BlockingIOError:
             pass
-        except OSError:  # it has gone
+        except OSError:  # the client has closed the connection
             self.drop()
 
     def _receive(self) -> None:
@@ -87,7 +87,7 @@ class _Client:
         self._unsent = memoryview(protocol.encode(message))
         self._last = last
         self._deadline.set_in(PATIENCE)
-        # Before the first try: one that cannot be made now must be made later.
+        # Watch before the first attempt, which may raise BlockingIOError.
         self._loop.watch(self._connection.fileno(), self._ready, writing=True)
         self._send()
 
@@ -101,30 +101,30 @@ class _Client:
             self._loop.watch(self._connection.fileno(), self._ready)
 
     def drop(self) -> None:
-        """End the connection."""
+        """Close the connection."""
         self._deadline.cancel()
         self._loop.forget(self._connection.fileno())
         with suppress(OSError):
-            # Not close(2) alone: a child forked meanwhile has the connection too, and the client would go on waiting.
+            # close(2) alone does not suffice: a child that was forked meanwhile has a copy, and the client would wait.
             self._connection.shutdown(socket.SHUT_RDWR)
         self.abandon()
         self._server.dropped(self)
 
     def abandon(self) -> None:
-        """Let go of the connection in a forked child, whose parent goes on with it."""
+        """Close this process's copy of the connection, in a forked child."""
         self._connection.close()
 
 
 class ControlServer:
-    """The socket.
+    """The socket and its clients.
 
     Args:
-        loop: the supervisor's.
-        path: where it is to be; whatever is there is replaced.
-        commands: what can be asked for.
+        loop: the supervisor's event loop.
+        path: the path of the socket; an existing file is replaced.
+        commands: the commands by name.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the socket cannot be created.
     """
 
     def __init__(self, loop: EventLoop, path: str, commands: Mapping[str, Command]) -> None:
@@ -133,20 +133,20 @@ class ControlServer:
         self._loop = loop
         self._clients: dict[_Client, None] = {}  # the one that came first is the first
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-        # Bound under another name first: who finds the name that counts finds somebody who listens.
-        beginning = os.path.join(os.path.dirname(path), f".{os.getpid()}-{os.path.basename(path)}")
+        # Bind it with a temporary name first, so that the server already listens when the final name appears.
+        temporary = os.path.join(os.path.dirname(path), f".{os.getpid()}-{os.path.basename(path)}")
         try:
             os.fchmod(self._listener.fileno(), 0o600)  # the mode that bind(2) gives to the name (unix(7))
             with suppress(FileNotFoundError):
-                os.unlink(beginning)
-            self._listener.bind(beginning)
+                os.unlink(temporary)
+            self._listener.bind(temporary)
             self._listener.listen(MAX_CLIENTS)
-            os.rename(beginning, path)
+            os.rename(temporary, path)
             self._inode = os.lstat(path).st_ino
         except BaseException:
             self._listener.close()
             with suppress(OSError):
-                os.unlink(beginning)
+                os.unlink(temporary)
             raise
         self._retry = loop.deadline(self._listen)
         self._listen()
@@ -161,7 +161,7 @@ class ControlServer:
             connection, _ = self._listener.accept()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
-                self._loop.forget(self._listener.fileno())  # else it would be reported again and again
+                self._loop.forget(self._listener.fileno())  # otherwise the loop would report it continuously
                 self._retry.set_in(PATIENCE)
             return
         connection.setblocking(False)
@@ -174,12 +174,12 @@ class ControlServer:
             next(iter(self._clients)).drop()
 
     def dropped(self, client: _Client) -> None:
-        """Take note that a client has gone: there is a descriptor for another."""
+        """Note that a client is disconnected, so that a descriptor is free for another."""
         self._clients.pop(client, None)
         self._listen()
 
     def reply(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Do what a client asks for; return the reply."""
+        """Run a client's command; return the reply."""
         name = message.get("command")
         command = self._commands.get(name) if isinstance(name, str) else None
         if command is None:
@@ -194,7 +194,7 @@ class ControlServer:
             return {"error": f"{name} failed; the log of the mount has the details"}
 
     def close(self) -> None:
-        """Take the socket away, unless another server has taken its place."""
+        """Disconnect all clients and close the socket; remove its name unless another server has replaced it."""
         _open.discard(self)
         for client in list(self._clients):
             client.drop()
@@ -204,13 +204,13 @@ class ControlServer:
         self.remove()
 
     def remove(self) -> None:
-        """Remove the socket's name, unless another server has taken its place."""
+        """Remove the socket's name unless another server has replaced it."""
         with suppress(OSError):
             if os.lstat(self.path).st_ino == self._inode:
                 os.unlink(self.path)
 
     def abandon(self) -> None:
-        """Let go of the socket in a forked child, whose parent goes on with it."""
+        """Close this process's copies of the sockets, in a forked child."""
         for client in self._clients:
             client.abandon()
         self._listener.close()
@@ -225,12 +225,12 @@ def _abandon_all() -> None:
     _open.clear()
 
 
-# A child that outlives the supervisor must not look like one who listens.
+# A child that outlives the supervisor must not keep the socket open, because clients would wait for it.
 os.register_at_fork(after_in_child=_abandon_all)
 
 
 def open_for(mount: MountIdentity, loop: EventLoop, commands: Mapping[str, Command]) -> ControlServer | None:
-    """Open the control socket of a mount. Return None if it cannot be made: that is no reason not to serve."""
+    """Create the control socket of a mount. If that fails, log it and return None; the mount serves without it."""
     try:
         directory = protocol.make_directory()
         remove_stale(directory)
@@ -242,7 +242,7 @@ def open_for(mount: MountIdentity, loop: EventLoop, commands: Mapping[str, Comma
 
 
 def remove_stale(directory: str) -> None:
-    """Remove sockets in *directory* to which nobody listens any more: their servers were killed."""
+    """Remove sockets in *directory* whose servers were killed."""
     for name in os.listdir(directory):
         path = os.path.join(directory, name)
         if name.endswith(protocol.SUFFIX) and not _is_being_made(name) and is_stale(path):
@@ -251,12 +251,12 @@ def remove_stale(directory: str) -> None:
 
 
 def _is_being_made(name: str) -> bool:
-    """Whether a server that lives has yet to listen there, and to give the socket its name."""
+    """Return whether *name* is the temporary name of a socket whose server is still running."""
     return name.startswith(".") and os.path.exists(f"/proc/{name[1:].split('-')[0]}")
 
 
 def is_stale(path: str) -> bool:
-    """Whether nobody listens to the socket at *path*."""
+    """Return whether no server listens at the socket *path*."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC) as probe:
         try:
             probe.connect(path)

@@ -1,11 +1,11 @@
-"""The keeper: a process that does nothing but share the front's descriptors, so that they outlive the front.
+"""The descriptor keeper: a process that shares the front's descriptor table, so that descriptors survive the front.
 
-Fronts are cloned from it with CLONE_FILES (clone(2)): keeper and front have one descriptor table. When a
-front is killed, all that it had open stays open under the same numbers, files without names among
-them, and the next front, cloned from the same keeper, has it all. If the keeper dies, another
-fetches the descriptors from the front (pidfd_getfd(2)) and the front is replaced by one that is cloned from it.
+The keeper clones fronts with CLONE_FILES (clone(2)), so keeper and front have one descriptor table. When a front is
+killed, its descriptors stay open with the same numbers, including those of unlinked files. The next front is cloned
+from the same keeper and has them all. If the keeper dies, a new keeper fetches the descriptors from the front
+(pidfd_getfd(2)), and a front that is cloned from the new keeper replaces the old front.
 
-The keeper is also the last to see the supervisor end, and cleans up after it.
+The keeper also outlives the supervisor. If the supervisor is killed, the keeper detaches the mount.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ _CLONE_FILES = 0x00000400  # <linux/sched.h>
 _CLONE_PARENT = 0x00008000
 _SYS_CLONE = {"x86_64": 56, "aarch64": 220, "riscv64": 220, "loongarch64": 220, "ppc64le": 120}.get(platform.machine())
 
-# What is to be done, the number of the command, and for FETCH the front's process id and start time.
+# The command, its number, and for FETCH the front's process id and start time.
 _COMMAND = struct.Struct("=cIiQ")
-# The number of the command, and what came of it.
+# The number of the command, and its result.
 _ANSWER = struct.Struct("=Ii")
 _START, _FETCH = b"s", b"f"
-# How long the supervisor waits for the keeper to do what it is told, in seconds.
+# How long the supervisor waits for the keeper's answer, in seconds.
 _PATIENCE = 10.0
 _NOBODY = -1
-_PAUSE = 0.001  # seconds between two looks
+_PAUSE = 0.001  # seconds between two checks
 
 
 def _clone(flags: int) -> int:
-    """Fork with further clone(2) *flags*, as `os.fork` does it, and return the same."""
+    """Fork with additional clone(2) *flags*; the rest and the result are those of `os.fork`."""
     python = ctypes.pythonapi
-    libc = ctypes.PyDLL(None, use_errno=True)  # keeps the interpreter's lock, as a fork must
+    libc = ctypes.PyDLL(None, use_errno=True)  # keeps the GIL, as a fork must
     zero = ctypes.c_long(0)
     python.PyOS_BeforeFork()
     pid: int = libc.syscall(
@@ -62,7 +62,7 @@ def _clone(flags: int) -> int:
 
 
 def _fetch(pid: int, started: int) -> int:
-    """Take over all descriptors of the process of that id and start time; return 0 or a negative errno."""
+    """Duplicate all descriptors of the process with that id and start time; return 0 or a negative errno."""
     try:
         low = open_process(pid, started)
         numbers = sorted(int(entry) for entry in os.listdir(f"/proc/{pid}/fd"))
@@ -83,13 +83,13 @@ def _fetch(pid: int, started: int) -> int:
 
 
 class DescriptorKeeper:
-    """The supervisor's side: starts keepers and has them start fronts.
+    """The supervisor's interface to the keeper, and the keeper's main function.
 
     Args:
-        front: runs in each front, with the descriptors that are not a front's own; does not return.
-        farewell: runs in the keeper when the supervisor has ended without ending it.
-        sentinel: returns a descriptor that is readable when the keeper has ended, or -1 if none runs. Without it,
-            nobody notices the end of a keeper that is asked for something.
+        front: runs in each front; takes the descriptors that every front starts with; does not return.
+        farewell: runs in the keeper after the supervisor has died.
+        sentinel: returns a pidfd of the keeper, or -1 if there is none. Without it, the supervisor does not notice that
+            the keeper dies during a command.
     """
 
     def __init__(
@@ -106,22 +106,23 @@ class DescriptorKeeper:
         self._told = 0  # the number of the last command
         self.descriptors = (self._command_reader, self._command_writer, self._answer_reader, self._answer_writer)
         self.sentinel = sentinel
-        # What every front starts with. A later keeper inherits more, under numbers that are the front's files by then.
+        # The descriptors that every front starts with. A later keeper inherits more, but their numbers may be those of
+        # the front's files by then.
         self.own: Collection[int] = ()
-        # The front that may serve. One whose keeper died before it told of it is nobody's, and must not.
+        # The process id of the front that may serve. A front whose keeper died before it reported the front must not.
         self._admitted = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("q")
 
     def close(self) -> None:
-        """Let go of the keeper's pipes, when it has ended; a front that still waits for admission ends."""
+        """Close the keeper's pipes after it has ended; a front that still waits for admission ends."""
         self._admitted[0] = _NOBODY
         for fd in self.descriptors:
             os.close(fd)
 
     def run(self) -> None:
-        """Be the keeper, until the supervisor is gone."""
-        os.close(self._command_writer)  # so that the supervisor's end is the last
+        """Run as the keeper until the supervisor has ended."""
+        os.close(self._command_writer)  # so that the pipe ends with the supervisor
         os.close(self._answer_reader)
-        own = syscalls.open_descriptors()  # some of what is inherited is closed in a child
+        own = syscalls.open_descriptors()  # a child closes some of the inherited descriptors
         if self.own:
             own &= set(self.own)
         while True:
@@ -130,7 +131,7 @@ class DescriptorKeeper:
                 break
             what, number, pid, started = _COMMAND.unpack(command)
             answer = self._start(own) if what == _START else _fetch(pid, started)
-            with suppress(BrokenPipeError):  # the supervisor has ended, as the next read will say
+            with suppress(BrokenPipeError):  # the supervisor has ended; the next read shows that
                 os.write(self._answer_writer, _ANSWER.pack(number, answer))
         self._farewell()
 
@@ -147,7 +148,7 @@ class DescriptorKeeper:
 
     @property
     def can_share(self) -> bool:
-        """Whether fronts can be cloned on this kind of machine; elsewhere they have to be forked, and share nothing."""
+        """Whether fronts can be cloned on this architecture. Otherwise they are forked and share no descriptors."""
         return _SYS_CLONE is not None
 
     def _wait_for_admission(self) -> None:
@@ -159,20 +160,20 @@ class DescriptorKeeper:
             time.sleep(_PAUSE)
 
     def start_front(self) -> Cloned:
-        """Have the keeper start a front, a child of this process.
+        """Make the keeper start a front, which is a child of this process.
 
         Raises:
-            OSError: it could not, or does not answer.
+            OSError: the keeper failed, has died, or does not answer.
         """
         front = Cloned(self._tell(_START))
         self._admitted[0] = front.pid
         return front
 
     def fetch(self, front: int) -> None:
-        """Have a new keeper take over the descriptors of the front with that process id, which must stand still.
+        """Make a new keeper fetch the descriptors of the front with that process id, which must be stopped.
 
         Raises:
-            OSError: it could not, or does not answer.
+            OSError: the keeper failed, has died, or does not answer.
         """
         self._tell(_FETCH, front, start_time(front))
 
@@ -192,11 +193,11 @@ class DescriptorKeeper:
             if not ready:
                 raise TimeoutError(errno.ETIMEDOUT, "the keeper does not answer")
             if self._answer_reader not in ready and not syscalls.is_readable(self._answer_reader):
-                if syscalls.is_readable(self._command_reader):  # the next one must not do it
+                if syscalls.is_readable(self._command_reader):  # the next keeper must not run this command
                     os.read(self._command_reader, _COMMAND.size)
                 raise ProcessLookupError(errno.ESRCH, "the keeper has died")
             number, answer = _ANSWER.unpack(os.read(self._answer_reader, _ANSWER.size))
-            if number == self._told:  # else nobody waits any more for what it answers
+            if number == self._told:  # otherwise it is a late answer to an earlier command
                 break
         if answer < 0:
             raise OSError(-answer, os.strerror(-answer))

@@ -1,4 +1,4 @@
-"""The supervisor's event loop: it waits for descriptors, deadlines and the ends of processes, and calls back."""
+"""The supervisor's event loop: callbacks for ready descriptors, deadlines, and processes that end."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Callback = Callable[[], None]
 
 
 class Deadline:
-    """A call that the loop makes once at a time, which can be set again and cancelled.
+    """A timer that calls back once each time it is set.
 
     Attributes:
-        due: when the call is made (monotonic clock), None if it is not set.
+        due: the time of the call (monotonic clock, seconds), None if it is not set.
     """
 
     def __init__(self, armed: set[Deadline], callback: Callback) -> None:
@@ -24,17 +24,17 @@ class Deadline:
         self._callback = callback
 
     def set_in(self, seconds: float) -> None:
-        """Make the call in *seconds* from now, and not at the time that was set before."""
+        """Set the call to *seconds* from now, instead of an earlier setting."""
         self.due = time.monotonic() + seconds
         self._armed.add(self)
 
     def cancel(self) -> None:
-        """Make no call."""
+        """Cancel the call."""
         self.due = None
         self._armed.discard(self)
 
     def run_if_due(self) -> bool:
-        """Make the call if it is time; return whether it was."""
+        """Make the call if it is due; return whether it was."""
         if self.due is None or self.due > time.monotonic():
             return False
         self.cancel()
@@ -45,33 +45,33 @@ class Deadline:
 class EventLoop:
     """Calls back when a descriptor is ready, a deadline is due or a process has ended.
 
-    A callback must not wait. What a callback raises ends the loop.
+    A callback must not block. An exception in a callback ends the loop.
     """
 
     def __init__(self) -> None:
-        # Not epoll(7): that goes on reporting a closed descriptor if a forked child has a copy of it.
+        # Not epoll(7): it still reports a closed descriptor if a forked child has a copy.
         self._selector = selectors.PollSelector()
         self._armed: set[Deadline] = set()
         self._stopped = False
 
     def watch(self, fd: int, callback: Callback, *, writing: bool = False) -> None:
-        """Call *callback* whenever *fd* can be read, or written; replaces what was watched for on *fd* before."""
+        """Call *callback* whenever *fd* is readable, or writable if *writing*. Replaces an earlier watch of *fd*."""
         self.forget(fd)
         self._selector.register(fd, selectors.EVENT_WRITE if writing else selectors.EVENT_READ, callback)
 
     def forget(self, fd: int) -> None:
-        """Watch *fd* no longer. This comes before it is closed."""
+        """Stop watching *fd*. Call this before closing it."""
         if fd in self._selector.get_map():
             self._selector.unregister(fd)
 
     def watch_process(self, process: BaseProcess, callback: Callback) -> int:
-        """Call *callback* once when a child that was started has ended.
+        """Call *callback* once when a child process has ended.
 
         Returns:
-            A pidfd of it, which the loop closes before that call.
+            A pidfd of the process, which the loop closes before that call.
 
         Raises:
-            OSError: there are no descriptors left.
+            OSError: there are no free descriptors.
         """
 
         def ended() -> None:
@@ -79,49 +79,49 @@ class EventLoop:
             callback()
 
         assert process.pid is not None
-        # Not the process's own sentinel: that tells that it has closed a descriptor, which it may do long before.
+        # Not multiprocessing's sentinel: it shows that the process has closed a descriptor, maybe long before its end.
         pidfd = os.pidfd_open(process.pid)
         self.watch(pidfd, ended)
         return pidfd
 
     def close(self, fd: int) -> None:
-        """Watch *fd* no longer, and close it."""
+        """Stop watching *fd*, and close it."""
         self.forget(fd)
         os.close(fd)
 
     def deadline(self, callback: Callback) -> Deadline:
-        """Return a deadline at which *callback* is called, yet to be set."""
+        """Return a deadline for *callback*, which is not set yet."""
         return Deadline(self._armed, callback)
 
     def due(self) -> float | None:
-        """Return when the next deadline is due (monotonic clock), None if none is set."""
+        """Return the time of the next deadline (monotonic clock, seconds), None if none is set."""
         return min((one.due for one in self._armed if one.due is not None), default=None)
 
     def stop(self) -> None:
-        """Make no more calls."""
+        """Make `run` return, without further callbacks."""
         self._stopped = True
 
     def run(self) -> None:
-        """Call back until `stop`."""
+        """Run callbacks until `stop` is called."""
         while not self._stopped:
             self.run_once()
 
-    def run_once(self, patience: float | None = None) -> bool:
-        """Wait for the next events, and make their calls.
+    def run_once(self, timeout: float | None = None) -> bool:
+        """Wait for events, and run their callbacks.
 
         Args:
-            patience: for how long to wait at most, in seconds; None: until there is an event.
+            timeout: the maximum wait in seconds, None for no limit.
 
         Returns:
-            Whether a call was made.
+            Whether a callback was run.
         """
         due = self.due()
         if due is not None:
             left = max(0.0, due - time.monotonic())
-            patience = left if patience is None else min(patience, left)
+            timeout = left if timeout is None else min(timeout, left)
         called = False
-        for key, _ in self._selector.select(patience):
-            # A call before this one may have closed the descriptor, and another may have its number by now.
+        for key, _ in self._selector.select(timeout):
+            # An earlier callback may have closed the descriptor, and its number may be reused by now.
             if not self._stopped and self._selector.get_map().get(key.fd) is key:
                 key.data()
                 called = True

@@ -1,8 +1,8 @@
-"""The invalidator process, which has the kernel drop pages for the workers.
+"""The invalidator process, which makes the kernel drop pages on behalf of the workers.
 
-The kernel keeps whoever asks for it waiting until the pages are no longer read or written back (`notifications`), and
-it is the workers and the front that answer those requests. So neither of them may ask. A worker asks this process, goes
-on with other requests, and is told when the pages are dropped.
+The kernel blocks the process that asks for it until the pages are no longer read or written back (`notifications`). The
+workers and the front answer those requests, so they must not ask. A worker sends an order to this process, continues
+with other requests, and gets a message when the pages are dropped.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class InvalidatorSetup:
     """What the invalidator inherits from the supervisor.
 
     Attributes:
-        device: the descriptor of /dev/fuse.
-        wanted: for each worker the read end of the pipe in which it asks.
-        pipes: for each worker the write end of its request pipe, in which it is told.
+        device: a descriptor of /dev/fuse.
+        wanted: for each worker, the read end of the pipe for its orders.
+        pipes: for each worker, the write end of its request pipe.
     """
 
     device: int
@@ -37,7 +37,7 @@ class InvalidatorSetup:
 def run_invalidator(setup: InvalidatorSetup) -> None:
     """Serve until the file system is unmounted.
 
-    Each worker has a thread here, so that a worker that hangs keeps only its own inodes waiting.
+    Each worker has its own thread here, so that a worker that hangs only delays its own inodes.
     """
     drop_capabilities_except(0)
     threads = [
@@ -51,7 +51,7 @@ def run_invalidator(setup: InvalidatorSetup) -> None:
 
 
 def _serve(device: int, wanted: int, pipe: int) -> None:
-    """Do what one worker asks for, one after the other."""
+    """Carry out the orders of one worker, one after the other."""
     while message := os.read(wanted, MAX_MESSAGE):
         unique, nodeid, offset, length = decode_invalidation(message)
         try:

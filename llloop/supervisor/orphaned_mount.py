@@ -1,9 +1,8 @@
-"""What is left to do when the supervisor has died: the mount it leaves behind is taken away.
+"""Removal of the mount after the supervisor has been killed.
 
-A FUSE mount whose server is gone stays where it is and answers "Transport endpoint is not connected" to everybody.
-The supervisor's own end normally prevents that; a supervisor that was killed has none. So the keeper, which
-outlives it, detaches the mount. The front and the workers end by themselves, for the kernel kills them with their
-parent (prctl(2), PR_SET_PDEATHSIG).
+A FUSE mount without a server stays mounted, and each access fails with "Transport endpoint is not connected". Normally
+the supervisor unmounts before it ends. If it is killed, the descriptor keeper detaches the mount. The kernel kills the
+front and the workers with their parent (prctl(2), PR_SET_PDEATHSIG).
 """
 
 from __future__ import annotations
@@ -19,31 +18,31 @@ from llloop.logging import setup as log
 
 _log = logging.getLogger(__name__)
 
-# fusectl: one directory for each living connection, named after the minor number of the mount's device.
+# fusectl: one directory for each connection, named after the minor number of the mount's device.
 _CONNECTIONS = Path("/sys/fs/fuse/connections")
 
 
 def detach_dead_mount(mount: MountIdentity, device: int) -> bool:
-    """Detach a mount whose supervisor is dead, if it is still there.
+    """Detach the mount of a dead supervisor, if it still exists.
 
-    It never waits for the mount: who waits for an answer gets an error first (ECONNABORTED, or ENOTCONN when the
-    last of the processes has let go of /dev/fuse), and the mount leaves the tree even if it is in use. What goes wrong
-    is logged, straight to the log's own place: the process that gathered records is dead.
+    This never waits for the mount. Waiting requests first get an error (ECONNABORTED, or ENOTCONN when the last process
+    has closed /dev/fuse). Then the mount is detached even if it is in use. Errors are logged directly to the log's
+    destination, because the process that collected log records is dead.
 
     Args:
-        mount: the mount; another one in its place is left alone.
-        device: this process's descriptor of /dev/fuse, which keeps the connection alive and is closed here.
+        mount: the mount; another one at the same path is not touched.
+        device: this process's descriptor of /dev/fuse, which keeps the connection alive. It is closed here.
 
     Returns:
-        Whether there was something to detach, and it was detached.
+        Whether the mount existed and was detached.
     """
     log.stop_collecting()
     is_reachable = mount.is_reachable(device)
     os.close(device)
     if not is_reachable:
         return False
-    # A worker that hangs in a dead source cannot be killed and would keep the connection, and all who wait, alive.
-    with suppress(OSError):  # not mounted in every container
+    # A worker that hangs in a dead source cannot be killed and would keep the connection alive, and requests waiting.
+    with suppress(OSError):  # some containers do not mount fusectl
         (_CONNECTIONS / str(mount.device[1]) / "abort").write_text("1")
     try:
         mount.unmount(lazy=True)

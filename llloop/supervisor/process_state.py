@@ -1,4 +1,4 @@
-"""What serving changes in the process that it happens in, and how that is undone: `llloop.serve()` is a guest there."""
+"""Saving and restoring the state of a process that calls `llloop.serve()`: title, limits, signal handlers."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _COMM = Path("/proc/self/comm")
 
 
 class ProcessState:
-    """``with ProcessState(numbers): ...`` puts back at its end what the block may have changed.
+    """``with ProcessState(numbers): ...`` restores the state of the process at the end of the block.
 
-    That is: the title and the name of the process, its limits, the handlers of the signals *numbers* and
-    whether they are blocked, and the descriptor that Python writes to when a signal comes.
+    The state is: title and name of the process, its limits, the handlers of the signals *numbers*, the set of blocked
+    signals, and Python's wake-up descriptor for signals.
 
     Args:
-        numbers: signals whose handlers the block sets.
+        numbers: the signals whose handlers the block sets.
     """
 
     def __init__(self, numbers: Iterable[int]) -> None:
@@ -34,7 +34,7 @@ class ProcessState:
 
     def __enter__(self) -> ProcessState:
         self._pid = os.getpid()
-        self._comm = _COMM.read_bytes()  # before the title: to look at that for the first time changes the name
+        self._comm = _COMM.read_bytes()  # before the title, because the first call of getproctitle changes the name
         self._title = _title()
         self._name = multiprocessing.current_process().name
         self._limits = [(limit, resource.getrlimit(limit)) for limit in RAISED_LIMITS]
@@ -47,11 +47,11 @@ class ProcessState:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if os.getpid() != self._pid:  # in a forked child, which ends by an exception
+        if os.getpid() != self._pid:  # a forked child that leaves the block by an exception
             return
         signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
         for number, handler in self._handlers.items():
-            if handler is not None:  # None stands for one that Python does not know
+            if handler is not None:  # None means a handler that was not set by Python
                 signal.signal(number, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._blocked)
         setproctitle(self._title)
@@ -63,9 +63,9 @@ class ProcessState:
 
 
 def keep_ended_children() -> None:
-    """Have the kernel keep a child that has ended until it is waited for.
+    """Make the kernel keep children that have ended until this process waits for them.
 
-    Whoever starts a program may have it ignore SIGCHLD, and then no child can be waited for (wait(2)).
+    If this process was started with SIGCHLD ignored, wait(2) cannot get the status of children.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
@@ -73,5 +73,5 @@ def keep_ended_children() -> None:
 def _title() -> str:
     try:
         return getproctitle()
-    except UnicodeDecodeError:  # arguments may be any bytes, and setproctitle takes text only
+    except UnicodeDecodeError:  # arguments may contain any bytes, but setproctitle only accepts text
         return Path("/proc/self/cmdline").read_bytes().rstrip(b"\0").replace(b"\0", b" ").decode(errors="replace")

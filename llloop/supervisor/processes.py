@@ -1,4 +1,4 @@
-"""The processes below the supervisor: what each of them runs, and what it inherits."""
+"""The supervisor's child processes: what each of them runs and inherits."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from llloop.workers.process import WorkerSetup, run_worker
 
 
 class Processes:
-    """The processes of one mount, none of them started.
+    """The processes of one mount, not started yet.
 
     Args:
         config: the mount's options.
-        resources: what they share.
+        resources: the memory and pipes that they share.
         connection: the mount's connection with the kernel.
-        mountpoint: where it is, for the titles of the processes.
-        operations: the object given to ``llfuse.init()``.
-        farewell: runs in the keeper when the supervisor has ended without ending it.
-        detached: whether the processes let go of the standard descriptors.
-        cleanup: ends them, the keeper last.
+        mountpoint: the path of the mount point, for process titles.
+        operations: the object that was passed to ``llfuse.init()``.
+        farewell: runs in the descriptor keeper after the supervisor has died.
+        detached: whether the processes redirect their standard descriptors to /dev/null.
+        cleanup: gets the steps that end the processes, the keeper last.
 
     Attributes:
-        keeper: keeps what the front has open,
-        descriptor_keeper: the supervisor's side of it.
-        workers: by shard.
-        invalidators: the one that drops pages; none where llfuse runs the loop, and no request waits for that.
-        front: takes the kernel's requests.
-        all: in the order in which they are started.
+        keeper: the descriptor keeper process.
+        descriptor_keeper: the supervisor's interface to it.
+        workers: the workers, by shard.
+        invalidators: the invalidator process; empty with `--loop llfuse`.
+        front: the front process.
+        all: all of them in the order in which they are started.
     """
 
     def __init__(
@@ -125,10 +125,10 @@ class Processes:
         self.all = [self.keeper, *self.workers, *self.invalidators, self.front]
 
     def end_serving(self) -> None:
-        """End all but the keeper."""
+        """End all processes except the keeper."""
         serving = [one for one in self.all if one is not self.keeper]
         for one in serving:
-            one.signal(signal.SIGKILL)  # all at once, for each may take its time
+            one.signal(signal.SIGKILL)  # all at once, because each may take some time to end
         with ExitStack() as steps:
             for one in serving:
                 steps.callback(one.end)

@@ -1,4 +1,4 @@
-"""Reloading: the log file is opened again, and the processes are replaced one after the other, under load."""
+"""Reloading: reopens the log file, and replaces the processes one after the other while they serve."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ class Reload:
     """The reloads of one mount.
 
     Args:
-        processes: those to be replaced. The supervisor starts the next one when one has ended, and calls `go_on`.
-        connection: tells whether the front can be replaced.
-        notifier: the service manager, which is told of the beginning and the end.
-        description: what it is told at the end.
+        processes: the processes. When one has ended, the supervisor starts its successor and calls `go_on`.
+        connection: shows whether the front can be replaced.
+        notifier: notifies the service manager of the start and the end.
+        description: the status text for the end.
     """
 
     def __init__(self, processes: Processes, connection: Connection, notifier: Notifier, description: str) -> None:
         self._all = processes.all
         self._replaceable = [*processes.workers, *processes.invalidators]
-        # Where the kernel does not send them again, the front's requests would fail.
+        # If the kernel does not send requests again, those of the front would fail.
         if connection.capabilities is not None and Feature.HAS_RESEND in connection.capabilities.features:
-            self._replaceable.append(processes.keeper)  # and with it the front
+            self._replaceable.append(processes.keeper)  # a new keeper also replaces the front
         self._notifier = notifier
         self._description = description
         self._left: list[Child] = []
         self.running = False
 
     def begin(self) -> None:
-        """Open the log file again, and begin to replace the processes, unless that is going on."""
+        """Reopen the log file, and start replacing the processes unless a reload is running."""
         log.reopen()
         if not self.running:
             _log.info("reloading: replacing the processes one by one")
@@ -46,7 +46,7 @@ class Reload:
             self.go_on()
 
     def go_on(self) -> None:
-        """Replace the next process, if all are running."""
+        """Replace the next process if all are running."""
         if not self.running or any(child.asked or child.process is None for child in self._all):
             return
         if self._left:

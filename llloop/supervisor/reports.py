@@ -1,4 +1,4 @@
-"""What the supervisor writes to the log on demand: counters (SIGUSR1) and stacks (SIGUSR2)."""
+"""Reports that the supervisor logs on demand: counters (SIGUSR1) and stack dumps (SIGUSR2)."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Reports:
     """The reports of one mount.
 
     Args:
-        loop: the supervisor's.
-        processes: those below it.
-        slots: have the counters.
+        loop: the supervisor's event loop.
+        processes: the supervisor's child processes.
+        slots: the request slots, with the counters.
 
     Raises:
-        OSError: there are no descriptors left.
+        OSError: there are no free descriptors.
     """
 
     def __init__(self, loop: EventLoop, processes: Processes, slots: Slots) -> None:
@@ -36,7 +36,7 @@ class Reports:
         self._dumped = loop.deadline(self._log_stacks)
 
     def log_counters(self) -> None:
-        """Log what the workers have done so far, and have the front log what it holds."""
+        """Log the workers' counters, and make the front log the number of its inodes, handles and slots."""
         for child, sheet in zip(self._processes.workers, self._slots.metrics.workers, strict=True):
             counts = sheet.snapshot()
             _log.info(
@@ -50,7 +50,7 @@ class Reports:
         self._processes.front.signal(signal.SIGUSR1)
 
     def dump_stacks(self) -> None:
-        """Have every process write down what it is doing; it is logged a moment later."""
+        """Make each process dump its stacks; log them a moment later."""
         for child in self._processes.all:
             child.stacks.take()
             child.signal(signal.SIGUSR2)
@@ -65,5 +65,5 @@ class Reports:
             _log.info("stacks of %s (process %d):\n%s", name, pid, text, extra={"on_demand": True})
 
     def close(self) -> None:
-        """Let go of the descriptor."""
+        """Close the descriptor."""
         self._own_stacks.close()

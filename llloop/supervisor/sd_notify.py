@@ -1,4 +1,4 @@
-"""Telling a service manager how things are, as sd_notify(3) describes it."""
+"""Notifications to the service manager (sd_notify(3))."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from llloop.logging.escape import printable
 
 
 class Notifier:
-    """The manager behind $NOTIFY_SOCKET, or nobody. Nothing here waits or fails: a manager that is gone misses it.
+    """Sends notifications to the service manager at $NOTIFY_SOCKET, if it is set. Never blocks or fails.
 
     Args:
-        environment: where NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID are looked up.
+        environment: contains NOTIFY_SOCKET, WATCHDOG_USEC and WATCHDOG_PID.
 
     Attributes:
-        interval: how often to say `alive`, in seconds: half of what the manager allows; None if it does not ask.
+        interval: how often to call `alive`, in seconds: half of the watchdog timeout; None without a watchdog.
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
@@ -46,7 +46,7 @@ class Notifier:
             sender.sendto(message, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL, address)
 
     def ready(self, status: str) -> None:
-        """The mount answers requests, from now on or again."""
+        """Notify that the mount answers requests, for the first time or after a reload."""
         self._send("READY=1", f"MAINPID={os.getpid()}", f"STATUS={printable(status)}")
 
     def status(self, text: str) -> None:
@@ -54,14 +54,14 @@ class Notifier:
         self._send(f"STATUS={printable(text)}")
 
     def reloading(self) -> None:
-        """A reload has begun; `ready` ends it."""
+        """Notify that a reload has started; `ready` ends it."""
         self._send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
     def stopping(self) -> None:
-        """The end has begun. It is told once, and nothing else after it."""
+        """Notify that the mount ends. Only the first call has an effect, and no other notification follows it."""
         self._send("STOPPING=1", "STATUS=unmounting")
         self._stopping = True
 
     def alive(self) -> None:
-        """The mount still answers."""
+        """Notify the watchdog that the mount still answers."""
         self._send("WATCHDOG=1")

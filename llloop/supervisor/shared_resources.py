@@ -1,4 +1,4 @@
-"""What the processes of a mount share: memory and pipes, made before the first fork, so that each can be replaced."""
+"""The memory and pipes that the processes of a mount share. They are created before the first fork."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Pipe = tuple[int, int]  # (reader, writer)
 
 
 class SharedResources:
-    """Memory, pipes, and the source's descriptor. Nothing here depends on the mount.
+    """Shared memory, pipes, and the source's descriptor.
 
     Args:
         config: the mount's options.
@@ -26,16 +26,16 @@ class SharedResources:
 
     Attributes:
         root: an O_PATH descriptor of the source.
-        slots: the memory in which requests lie.
-        journal: what a front leaves to the next.
-        requests: a pipe to each worker.
+        slots: the request slots in shared memory.
+        journal: the records that survive the front.
+        requests: a request pipe to each worker.
         wanted: a pipe from each worker to the invalidator.
-        ready: the pipe that a front writes to when it serves.
-        answers: the pipe from the workers to a front that waits for answers.
-        probed: the pipe from the workers that tells the front what they have looked at.
+        ready: the pipe to which a front writes when it serves.
+        answers: the pipe for workers' answers to the front with `--loop llfuse`.
+        probed: the pipe for workers' answers to PROBE.
 
     Raises:
-        OSError: there is not enough of something. What was made is let go of.
+        OSError: a resource is exhausted. Everything that was created is closed.
     """
 
     def __init__(self, config: ServeConfig, source: str) -> None:
@@ -60,23 +60,21 @@ class SharedResources:
         return ends
 
     def _message_pipe(self, messages: int) -> Pipe:
-        """Make a pipe in packet mode (pipe(7)) that has room for that many messages, and whose writer never waits."""
+        """Create a pipe in packet mode (pipe(7)) with room for that many messages and a non-blocking write end."""
         reader, writer = self._pipe(os.O_DIRECT)
         try:
             fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, messages * fuse.PAGE_SIZE)
-        except (
-            PermissionError
-        ):  # the user's share of pipe pages is used up: fewer messages fit, the front does the rest
+        except PermissionError:  # the user's limit of pipe pages is reached; fewer messages fit
             _log.debug("request pipes hold fewer messages than usual; see pipe(7), pipe-user-pages-soft")
         os.set_blocking(writer, False)
         return reader, writer
 
     def open_payload_pipes(self) -> None:
-        """Make the pipes through which large payloads go, for a front that has a loop of its own."""
+        """Create the pipes for large payloads, for a front with llloop's own loop."""
         self._descriptors += self.slots.open_pipes().descriptors
 
     def close(self) -> None:
-        """Let go of the descriptors and of the journal."""
+        """Close the descriptors and the journal."""
         if self._descriptors:
             self._close_descriptors()
             self.journal.close()

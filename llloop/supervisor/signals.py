@@ -1,4 +1,4 @@
-"""The supervisor's signals, as calls of its event loop."""
+"""The supervisor's signal handling, as callbacks of its event loop."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ SIGNALS = (*STOP_SIGNALS, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Signals:
-    """Catches `SIGNALS`. The handlers only take note; the calls are made by the loop.
+    """Catches `SIGNALS`. The signal handlers only note the signal; the event loop runs the callbacks.
 
-    Who uses this puts back the handlers later (`ProcessState`).
+    The caller must restore the handlers later (`ProcessState`).
 
     Attributes:
-        stopped_by: the name of the last SIGTERM or SIGINT, None if there was none. It is known before the call is made.
+        stopped_by: the name of the last SIGTERM or SIGINT, None if there was none. It is set before the callback runs.
 
     Raises:
-        OSError: there are no descriptors left.
+        OSError: there are no free descriptors.
     """
 
     def __init__(self, loop: EventLoop) -> None:
@@ -34,11 +34,11 @@ class Signals:
         signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         for number in SIGNALS:
             signal.signal(number, self._note)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # whoever started this may have blocked them
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # the parent process may have blocked them
         loop.watch(self._reader, self._call)
 
     def on(self, numbers: Collection[int], callback: Callback) -> None:
-        """Call *callback* when one of these signals has come; once, if several have come meanwhile."""
+        """Call *callback* when one of these signals arrives; only once for several that arrived meanwhile."""
         self._callbacks[frozenset(numbers)] = callback
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -54,18 +54,18 @@ class Signals:
                 callback()
 
     def lost_terminal(self) -> bool:
-        """Whether the terminal was closed in which this process was started: the kernel sends SIGHUP then, too."""
+        """Return whether the controlling terminal of this process was closed. The kernel then sends SIGHUP, too."""
         return self._had_terminal and not _has_terminal()
 
     def close(self) -> None:
-        """Let go of the descriptors."""
+        """Close the descriptors."""
         signal.set_wakeup_fd(-1)
         os.close(self._reader)
         os.close(self._writer)
 
 
 def _has_terminal() -> bool:
-    """Whether this process has a controlling terminal (tty(4))."""
+    """Return whether this process has a controlling terminal (tty(4))."""
     try:
         os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
     except OSError:

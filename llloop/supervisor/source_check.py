@@ -1,4 +1,4 @@
-"""Whether the source is still there and can be changed, found out by a process of its own, since it may hang."""
+"""Checks whether the source still exists and can be changed, in a separate process, because the source may hang."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llloop.linux import syscalls
 from llloop.supervisor.child import fork
 from llloop.supervisor.event_loop import EventLoop
 
-# An answer is given again to those who ask within this time, in seconds.
+# How long a result stays valid, in seconds.
 _FRESH = 0.5
 # Exit codes of the process, above every errno.
 _DELETED, _MISSING, _REPLACED = range(200, 203)
@@ -24,19 +24,19 @@ _PROBLEMS = {
     _MISSING: "the source is no longer at its path: it was renamed, or its file system was unmounted",
     _REPLACED: "another directory is at the path of the source: it was replaced, or something was mounted or unmounted",
 }
-# No file system has names of this length, so nothing can have it: the call fails, but only after it has waited for a
-# frozen file system (fsfreeze(8)) to be thawed, as every change has to.
+# No file system allows names of this length, so the call always fails. But like every change, it first waits until a
+# frozen file system (fsfreeze(8)) is thawed.
 _NO_NAME = b"x" * 2000
 
 
 class SourceCheck:
-    """Looks at the source on demand. At most one process looks at a time, however long the source hangs.
+    """Checks the source on demand, with one process at a time, however long the source hangs.
 
     Args:
-        loop: the supervisor's.
-        source: its path.
-        root: an O_PATH descriptor of it.
-        changes: whether the mount can change it; if not, that it is frozen does not matter.
+        loop: the supervisor's event loop.
+        source: the path of the source.
+        root: an O_PATH descriptor of the source.
+        changes: whether the mount is writable, so that a frozen source is a problem.
     """
 
     def __init__(self, loop: EventLoop, source: str, root: int, changes: bool) -> None:
@@ -57,11 +57,11 @@ class SourceCheck:
         self._ended = time.monotonic()
 
     def ask(self) -> dict[str, Any]:
-        """Begin to look, unless that has been done a moment ago or is being done. Never waits.
+        """Start a check, unless one is running or has just finished. Never wait.
 
         Returns:
-            ``waiting``: for how many seconds the source has not answered, None if there is an answer; ``problem``: the
-            last answer, a text for people, None if all is well.
+            ``waiting``: for how many seconds the source has not answered, None if no check is running; ``problem``: a
+            description of the last result, None if there is no problem.
         """
         now = time.monotonic()
         if self._process is None and now - self._ended > _FRESH:
@@ -78,13 +78,13 @@ class SourceCheck:
         return {"waiting": waiting, "problem": _problem(self._code)}
 
     def _look(self) -> None:
-        """Look at the source, in a process of its own, and tell by the exit code."""
+        """Check the source in the separate process; the exit code is the result."""
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, signal.SIG_IGN)
         with suppress(OSError):
             syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
-        # Whoever holds /dev/fuse keeps the mount alive, and this process may hang.
+        # Close /dev/fuse and all other descriptors: this process may hang, and must not keep the mount alive.
         os.closerange(0, self._root)
         os.closerange(self._root + 1, os.sysconf("SC_OPEN_MAX"))
         try:
@@ -93,24 +93,24 @@ class SourceCheck:
             os._exit(min(error.errno or errno.EIO, 199))
 
     def close(self) -> None:
-        """End the process, and do not wait for it where the source hangs."""
+        """Kill the process, but do not wait for its end if the source hangs."""
         if self._process is not None:
             self._process.kill()
             if syscalls.is_readable(self._pidfd, 0.1):
                 self._process.join()
             self._loop.close(self._pidfd)
-            # At its exit this process is not to wait for it, either, which multiprocessing has no other way to say.
+            # multiprocessing has no other way to prevent that this process waits for it at exit.
             multiprocessing.process._children.discard(self._process)  # type: ignore[attr-defined]
             self._process = None
 
 
 def look(source: str, root: int, changes: bool) -> int:
-    """Return 0 if the directory is as it was opened, a code for what is wrong, or an errno. May hang.
+    """Return 0 if the source is still the opened directory, else a code for the problem, or an errno. May hang.
 
     Args:
-        source: its path.
-        root: a descriptor of it.
-        changes: whether to find out if it can be changed.
+        source: the path of the source.
+        root: a descriptor of the source.
+        changes: whether to check that it can be changed.
     """
     itself = os.fstat(root)
     if itself.st_nlink == 0:
@@ -128,6 +128,6 @@ def look(source: str, root: int, changes: bool) -> int:
 
 
 def _problem(code: int) -> str | None:
-    if code <= 0:  # a process that was killed knows nothing
+    if code <= 0:  # no problem, or the process was killed without a result
         return None
     return _PROBLEMS.get(code) or f"the source cannot be read: {os.strerror(code)}"

@@ -1,7 +1,7 @@
-"""What a mount needs before it can be made: all that would be refused is refused here, before anything is mounted.
+"""The checks before mounting: source, mount point, machine and user.
 
-The checks say what is wrong and what to do in one line; libfuse's own messages come too late and say less.
-`llloop serve` and `llloop serve --check` run the same ones.
+Each error says in one line what is wrong and what to do. libfuse's own messages come later and say less. `llloop serve`
+and `llloop serve --check` make the same checks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from llloop.linux.timed_call import call_with_timeout
 
 _DEVICE = "/dev/fuse"
 _DEVICE_NUMBER = os.makedev(10, 229)  # FUSE_MINOR of MISC_MAJOR, Documentation/admin-guide/devices.txt
-# A directory that nothing can be mounted on.
+# A directory that can never be a mount point.
 _NO_MOUNT = "/proc/self/fdinfo"
 _FUSE_CONF = Path("/etc/fuse.conf")
 # How long the source and the mount point may take to answer, in seconds.
@@ -32,11 +32,11 @@ _PASSTHROUGH_SINCE = (6, 9)
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What a mount can be made of.
+    """The result of the checks.
 
     Attributes:
-        source: the source, and
-        mountpoint: the mount point, as absolute paths without symlinks.
+        source: the source as an absolute path without symlinks.
+        mountpoint: the mount point as an absolute path without symlinks.
     """
 
     source: str
@@ -48,23 +48,23 @@ def check(config: ServeConfig, *, restart: bool = False) -> Checked:
 
     Args:
         config: the mount's options.
-        restart: an llloop mount at the mount point is no hindrance: it is to end before.
+        restart: whether to accept an llloop mount at the mount point, which ends before the new one starts.
 
     Raises:
-        LlloopError: not so; the subclasses say why.
+        LlloopError: it cannot; the subclasses say why.
     """
     try:
         source = _ask_source(config)
         mountpoint, _ = _ask_mountpoint(config, source, restart)
         check_host(config)
         limits.check(config.workers)
-    except OSError as error:  # what every machine has is missing, such as /dev/null
+    except OSError as error:  # a file that every machine should have is missing, such as /dev/null
         raise HostError(f"{error.filename}: {error.strerror}") from None
     return Checked(source, mountpoint)
 
 
 def make_way(config: ServeConfig) -> Checked:
-    """Check that a mount can be made, and detach dead mounts that are in the way if `config.replace_dead` says so.
+    """Check that a mount can be made; first detach dead mounts at the mount point if `config.replace_dead` is set.
 
     Raises:
         LlloopError: no mount can be made; the subclasses say why.
@@ -86,7 +86,7 @@ def _ask_source(config: ServeConfig) -> str:
 
 
 def _ask_mountpoint(config: ServeConfig, source: str, restart: bool) -> tuple[str, bool]:
-    """Return the mount point's absolute path, and whether a dead mount is there that is to be replaced."""
+    """Return the mount point's absolute path, and whether there is a dead mount to replace."""
     late = MountpointError(
         f"mount point {config.mountpoint}: the file system has not answered within {PATIENCE:g} seconds"
     )
@@ -126,11 +126,11 @@ def check_mountpoint(config: ServeConfig, source: str, *, restart: bool = False)
         restart: as for `check`.
 
     Returns:
-        Its absolute path, and whether a dead mount is there that is to be replaced.
+        Its absolute path, and whether there is a dead mount to replace.
 
     Raises:
-        MountpointError: it is missing, not a directory, in use, or in a place that would deadlock.
-        DeadMountError: a mount whose server is gone is in the way.
+        MountpointError: it is missing, not a directory, in use, or nested with the source.
+        DeadMountError: there is a dead mount.
     """
     path = mounts.resolve_mountpoint(config.mountpoint)
     shown = config.mountpoint
@@ -178,7 +178,11 @@ def check_mountpoint(config: ServeConfig, source: str, *, restart: bool = False)
 
 
 def _check_places(mountpoint: str, source: str) -> None:
-    """Refuse a mount point inside the source, where llloop would ask itself and wait for ever, and the reverse."""
+    """Check that source and mount point are not inside each other: llloop would wait for itself.
+
+    Raises:
+        MountpointError: one is inside the other.
+    """
     if _is_within(mountpoint, source):
         raise MountpointError(
             f"mount point {mountpoint}: this is the source ({source}) or a directory inside it; the mount would "
@@ -192,7 +196,7 @@ def _check_places(mountpoint: str, source: str) -> None:
 
 
 def _is_within(path: str, directory: str) -> bool:
-    """Whether *path* is *directory* or below it, also by way of a bind mount."""
+    """Return whether *path* is *directory* or below it, also through a bind mount."""
     wanted = os.stat(directory)
     while True:
         try:
@@ -210,7 +214,7 @@ def check_host(config: ServeConfig) -> None:
     """Check that this machine and this user can mount with FUSE.
 
     Raises:
-        HostError: not so; the message says what to do.
+        HostError: they cannot; the message says what to do.
     """
     try:
         device = os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC)
@@ -247,9 +251,13 @@ def check_host(config: ServeConfig) -> None:
 
 
 def _check_may_mount() -> None:
-    """Refuse to mount as a root who may not (mount(2), EPERM).
+    """Check that this process, which runs as root, may mount (CAP_SYS_ADMIN).
 
-    The kernel tells it by how it refuses to unmount what is no mount, which changes nothing.
+    It calls umount2(2) for a directory that is not a mount point. The errno shows whether this process may unmount, and
+    the call changes nothing.
+
+    Raises:
+        HostError: it may not.
     """
     try:
         syscalls.umount(_NO_MOUNT, syscalls.MNT_EXPIRE)
@@ -271,7 +279,11 @@ def _user_allow_other() -> bool:
 
 
 def _check_passthrough() -> None:
-    """Refuse --io kernel where it is known to be impossible; the rest is found out from the kernel's INIT."""
+    """Check that --io kernel may be possible; the kernel's INIT shows the rest later.
+
+    Raises:
+        HostError: it is certainly not possible.
+    """
     release = tuple(int(part) for part in re.findall("[0-9]+", platform.release())[:2])
     reason = None
     if os.geteuid() != 0:

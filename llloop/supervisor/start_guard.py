@@ -1,6 +1,6 @@
-"""A process that detaches what a server leaves behind that is killed while it starts.
+"""The start guard: a process that detaches the mount if the supervisor is killed while it starts.
 
-Later the keeper does this. But the keeper must inherit the mount's connection, so it cannot be there before the mount.
+Later the descriptor keeper does this. But the keeper must inherit the mount's /dev/fuse, so it starts after mounting.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from llloop.linux import mount_identity
 from llloop.linux.stdio import redirect_standard_descriptors
 from llloop.supervisor.child import STOP_SIGNALS, fork
 
-# fusermount may outlive who has called it, and mount after that: how long to look, in seconds, and how often.
+# fusermount may outlive the supervisor and mount after its death. How long to check, and how often, in seconds.
 _PATIENCE = 2.0
 _PAUSE = 0.02
 
 
 class StartGuard:
-    """A guard at work, from before the mount is made.
+    """The guard process; start it before mounting.
 
     Args:
-        mountpoint: where the mount is to be made, an absolute path without symlinks. Nothing dead is there now.
+        mountpoint: the mount point, an absolute path without symlinks, without a dead mount.
 
     Raises:
         OSError: no process can be started.
@@ -47,7 +47,7 @@ class StartGuard:
             os.close(reader)
 
     def dismiss(self) -> None:
-        """End it, if that was not done before: it is not needed any more."""
+        """End the guard, because it is not needed any more. Further calls do nothing."""
         if self._dismissed:
             return
         self._dismissed = True
@@ -67,7 +67,7 @@ def _guard(mountpoint: str, reader: int, writer: int) -> None:
     redirect_standard_descriptors()
     if os.read(reader, 1):
         os._exit(0)
-    # Also those that have inherited the other end have ended: nobody serves what is there.
+    # All processes that inherited the other end have ended, so the mount has no server.
     deadline = time.monotonic() + _PATIENCE
     while time.monotonic() < deadline:
         try:

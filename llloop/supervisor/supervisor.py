@@ -1,6 +1,6 @@
-"""The supervisor: makes a mount, starts the processes that serve it, and starts another whenever one of them dies.
+"""The supervisor: it mounts, starts the processes that serve the mount, and replaces those that die.
 
-It serves no request, and waits only in its event loop: whatever happens in the mount does not reach it.
+It serves no request and only waits in its event loop. So a mount that hangs does not block it.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ def serve(
         config: the mount's options.
         on_ready: called when the mount answers requests.
         lifelines: descriptors to watch; the mount ends when one becomes readable.
-        detached: whether the processes of the tree let go of the standard descriptors.
-        notifier: the service manager, if it is this process that it has started.
+        detached: whether all processes redirect their standard descriptors to /dev/null.
+        notifier: notifies the service manager, if it has started this process.
 
     Returns:
         0 after a clean stop, 1 if the mount ended otherwise.
 
     Raises:
-        LlloopError: the mount could not be made.
+        LlloopError: mounting failed.
     """
     checked = start_checks.make_way(config)
     with ProcessState(SIGNALS):
@@ -78,19 +78,19 @@ def serve(
 
 
 class Supervisor:
-    """One mount, which is made and served as soon as this is. For the arguments see `serve`.
+    """One mount. The constructor mounts and starts the processes. For the arguments see `serve`.
 
     Args:
-        cleanup: takes the steps that end the mount, the last first, and each whatever becomes of the others. A program
-            may serve more than one mount in its life, so nothing may be left.
+        cleanup: gets the steps that end the mount, which run in reverse order, even if some of them fail. A program may
+            serve several mounts one after the other, so nothing may remain.
 
     Attributes:
         source: the absolute path of the source.
         mount: the mount.
-        description: a line that says what is served, and how.
+        description: one line with source, mount point and features.
 
     Raises:
-        LlloopError, OSError, MemoryError: the mount could not be made.
+        LlloopError, OSError, MemoryError: mounting failed.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Supervisor:
         self._restart = loop.deadline(self._start_due_children)
         self._signals = Signals(loop)
         cleanup.callback(self._signals.close)
-        # What can fail for want of something comes before the mount.
+        # Allocate everything that may run out before mounting.
         self._resources = resources = SharedResources(config, self.source)
         cleanup.callback(resources.close)
         cleanup.callback(log.stop_collecting)
@@ -130,14 +130,14 @@ class Supervisor:
         cleanup.callback(guard.dismiss)
         device, self.mount = connection.mount(operations, checked.mountpoint, options)
         cleanup.callback(llfuse.close, unmount=False)
-        # The keeper stays until the mount is gone: a supervisor may be killed while it ends, too.
+        # The keeper stays until the mount is gone, because the supervisor may be killed while it ends.
         after_unmounting = cleanup.enter_context(ExitStack())
         cleanup.callback(unmounting.detach, self.mount, device)
         self._unmounting = Unmounting(loop, self.mount, device, self._finish)
         cleanup.callback(self._unmounting.close)
-        cleanup.callback(resources.close)  # before these, for they need descriptors, and there may be none left
+        cleanup.callback(resources.close)  # frees descriptors before the steps above, which need some
         self._connection = connection.initialise(device, config, self.source)
-        mounts.raise_read_ahead(self.mount.device)  # only now: INIT's answer may lower it
+        mounts.raise_read_ahead(self.mount.device)  # after INIT, whose reply may lower it
         workers = f"{config.workers} worker{'' if config.workers == 1 else 's'}"
         how = self._connection.describe()
         self.description = f"serving {self.source} at {self.mount.mountpoint} with {workers}: {how}"
@@ -210,7 +210,7 @@ class Supervisor:
         return 1 if self._failed else 0
 
     def _finish(self, failed: bool) -> None:
-        """Serve no longer."""
+        """Make `run` return."""
         self._failed = failed
         self._loop.stop()
 
@@ -219,7 +219,7 @@ class Supervisor:
         if not self._announced and self._signals.stopped_by is None:
             self._announced = True
             self._on_ready(self)
-            _log.info("%s", self.description)  # now: with --daemon, standard error is let go of
+            _log.info("%s", self.description)  # after on_ready: with --daemon, that redirects standard error
             self._notifier.ready(self.description)
             self._watchdog.look()
 
@@ -252,7 +252,7 @@ class Supervisor:
                 return
         asked = child.asked
         pause = child.schedule_restart()
-        # Told once, and again only when the cause is another or it had gone well for a while.
+        # Logged once, and again only if the cause is another one or some time has passed.
         once = {"once": child.name}
         if pause < 1 and not asked:
             _log.warning("%s %s; a new process takes over", child.name, how, extra=once)
@@ -273,7 +273,7 @@ class Supervisor:
                     self._start(child)
                 except OSError as error:
                     pause = child.schedule_restart()
-                    if isinstance(error, ProcessLookupError):  # the keeper has died, and is started first
+                    if isinstance(error, ProcessLookupError):  # the keeper has died and must be started first
                         continue
                     _log.error("%s could not be started: %s; next attempt in %g seconds", child.name, error, pause)
                     continue
@@ -283,18 +283,18 @@ class Supervisor:
         self._reload.go_on()
 
     def _hand_descriptors_over(self) -> None:
-        """Have a new keeper take over what the front has open, and replace the front by one that shares it."""
+        """Make a new keeper fetch the front's descriptors, and replace the front by one that shares them with it."""
         front, keeper = self._processes.front, self._processes.descriptor_keeper
         if front.process is None or front.process.pid is None or not keeper.can_share:
             return
-        if self._connection.capabilities is None:  # llfuse's loop cannot be taken up by another front
+        if self._connection.capabilities is None:  # with --loop llfuse, another front cannot take over
             return
         try:
             front.signal(signal.SIGSTOP)
             keeper.fetch(front.process.pid)
         except OSError as error:
             front.signal(signal.SIGCONT)
-            if not syscalls.is_readable(front.sentinel):  # else it has ended, which is seen to next
+            if not syscalls.is_readable(front.sentinel):  # otherwise it has ended, and the loop handles that next
                 _log.warning(
                     "the keeper could not fetch the front's descriptors: %s; "
                     "if the front dies now, programs lose the deleted files that they have open",
@@ -303,13 +303,13 @@ class Supervisor:
         else:
             front.replace()
 
-    # What is asked for
+    # Requests to reload or stop
 
     def _phase(self) -> str:
         return "stopping" if self._unmounting.begun else "reloading" if self._reload.running else "serving"
 
     def _hang_up(self) -> None:
-        """Reload, unless it is the terminal that was closed, and nobody asked for anything."""
+        """Reload on SIGHUP; stop if the kernel has sent it because the terminal was closed."""
         if self._signals.lost_terminal():
             self._request_stop()
         else:
@@ -322,7 +322,7 @@ class Supervisor:
             self._reload.begin()
 
     def _lifeline_ended(self) -> None:
-        for fd in self._lifelines:  # one is enough: another must not count as impatience
+        for fd in self._lifelines:  # a second one must not count as a second request to stop
             self._loop.forget(fd)
         self._request_stop()
 
@@ -333,7 +333,7 @@ class Supervisor:
 
 
 def _reason(error: OSError | MemoryError) -> str:
-    """Return what *error* says, with the file it is about and what can be done."""
+    """Return an error message with the file and what to do."""
     if isinstance(error, MemoryError):
         return "there is not enough memory; allow more (ulimit -v) or serve with fewer workers"
     hints = {

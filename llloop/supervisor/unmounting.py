@@ -1,4 +1,4 @@
-"""Unmounting. A process of its own does it, since it waits for cached data to be written back through the mount."""
+"""Unmounting in a separate process, because the kernel then writes back cached data through the mount."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from llloop.supervisor.event_loop import EventLoop
 
 _log = logging.getLogger(__name__)
 
-# After a lazy unmount, how long in seconds those who still use the mount may go on.
+# How long programs may still use the mount after a lazy unmount, in seconds.
 GRACE = 5.0
 
 
 class Unmounting:
-    """The end of one mount, when it is asked for: unmount; if the mount is busy, detach it and wait for `GRACE`.
+    """Unmounts on request. If the mount is busy, detaches it and waits for `GRACE` seconds.
 
-    The front ends when nobody uses the mount any more, which the supervisor sees.
+    When no program uses the mount any more, the front ends, and so does the supervisor.
 
     Args:
-        loop: the supervisor's.
-        mount: the mount; another one in its place is left alone.
+        loop: the supervisor's event loop.
+        mount: the mount; another one at the same path is not touched.
         device: the descriptor of /dev/fuse.
-        finish: ends the supervisor although the front still serves; takes whether something has failed.
+        finish: ends the supervisor although the front still serves; takes whether unmounting failed.
     """
 
     def __init__(self, loop: EventLoop, mount: MountIdentity, device: int, finish: Callable[[bool], None]) -> None:
@@ -48,7 +48,7 @@ class Unmounting:
         self.begun = False
 
     def request(self) -> None:
-        """Begin to unmount. A second request does not wait any longer.
+        """Start unmounting. A second request ends the supervisor immediately.
 
         Raises:
             OSError: no process can be started.
@@ -61,7 +61,7 @@ class Unmounting:
 
     def _start(self, lazy: bool) -> None:
         self._lazy = lazy
-        if lazy:  # it can hang as any who uses the mount, where the source does
+        if lazy:  # it accesses the mount, and so hangs if the source does
             self._deadline.set_in(2 * GRACE)
         process = fork.Process(target=_unmount, args=(self._mount, self._device, lazy), name="llloop-unmount")
         process.start()
@@ -88,16 +88,16 @@ class Unmounting:
         self._finish(False)
 
     def close(self) -> None:
-        """End the process that unmounts."""
+        """End the unmounting process."""
         process, self._process = self._process, None  # with it go its descriptors
         if process is not None:
             if not self._mount.is_reachable(self._device):
-                process.join(PATIENCE)  # it has nothing left to do; killed, it would leave its fusermount behind
+                process.join(PATIENCE)  # it is about to end; if it were killed, its fusermount would remain
             end(process)
 
 
 def detach(mount: MountIdentity, device: int) -> None:
-    """Detach a mount if it is still there; *device* is its descriptor of /dev/fuse."""
+    """Detach a mount if it still exists; *device* is its descriptor of /dev/fuse."""
     try:
         if mount.is_reachable(device):
             mount.unmount(lazy=True)
@@ -106,18 +106,18 @@ def detach(mount: MountIdentity, device: int) -> None:
 
 
 def _unmount(mount: MountIdentity, device: int, lazy: bool) -> None:
-    """Unmount, in a process of its own, and tell by the exit code, an errno, how that went.
+    """Unmount, in a separate process; the exit code is 0 or an errno.
 
     Args:
         mount: the mount.
         device: the descriptor of /dev/fuse.
-        lazy: detach it now even if it is busy.
+        lazy: detach the mount immediately even if it is busy.
     """
     signal.set_wakeup_fd(-1)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     place = mount.current_path(device)
-    # As long as this process held it, what it asks of a mount that nobody serves would wait for itself.
+    # While this process has /dev/fuse open, its own access to a mount without a server would hang.
     os.close(device)
     if place is None and mount.is_covered():
         _log.error("%s cannot be unmounted: another mount covers it; unmount that one first", mount.mountpoint)
@@ -136,7 +136,7 @@ def _unmount(mount: MountIdentity, device: int, lazy: bool) -> None:
 
 
 def _start_writing_back(mountpoint: str) -> None:
-    """Have the kernel begin to send what it has collected for open files (--writeback), while they can be served."""
+    """Make the kernel start writing back cached data of open files (--writeback), while the front still serves."""
 
     def sync() -> None:
         with suppress(OSError):
@@ -145,4 +145,4 @@ def _start_writing_back(mountpoint: str) -> None:
 
     thread = threading.Thread(target=sync, daemon=True)
     thread.start()
-    thread.join(GRACE)  # a front that hangs must not keep the mount from being detached
+    thread.join(GRACE)  # a front that hangs must not prevent the detaching

@@ -1,4 +1,4 @@
-"""The watchdog: tells the service manager again and again that the mount answers, as long as it does (sd_notify(3))."""
+"""The watchdog: notifies the service manager at intervals as long as the front answers (sd_notify(3))."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from llloop.supervisor.event_loop import EventLoop
 from llloop.supervisor.process_info import SILENT, process_state
 from llloop.supervisor.sd_notify import Notifier
 
-# fusectl: one directory for each living connection, named after the minor number of the mount's device.
+# fusectl: one directory for each connection, named after the minor number of the mount's device.
 _CONNECTIONS = Path("/sys/fs/fuse/connections")
 
 
 class Watchdog:
-    """Looks at the front at the intervals that the service manager asks for.
+    """Checks the front at the intervals that the service manager demands.
 
     Args:
-        loop: the supervisor's.
-        notifier: the service manager.
-        front: the process that must answer.
-        slots: tell what it has done and what others have in hand.
+        loop: the supervisor's event loop.
+        notifier: notifies the service manager.
+        front: the front process.
+        slots: the request slots, which show the progress of the front and the workers.
         device: the mount's major and minor number.
     """
 
@@ -37,21 +37,21 @@ class Watchdog:
         self._progress: tuple[int, int] | None = None
 
     def look(self) -> None:
-        """Tell the service manager if the front answers, and look again when it is time."""
+        """Notify the service manager if the front answers, and schedule the next check."""
         if self._notifier.interval is not None:
             self._next.set_in(self._notifier.interval)
             if self.answers():
                 self._notifier.alive()
 
     def stop(self) -> None:
-        """Look no more."""
+        """Stop checking."""
         self._next.cancel()
 
     def answers(self) -> bool:
-        """Whether the front takes requests, as far as can be told without asking it, which could take for ever.
+        """Return whether the front answers requests, without sending one, which might hang.
 
-        It does not if its process is gone or stopped. Nor does it if requests wait that no worker has, and none was
-        finished or handed on since the last call.
+        It does not if its process is gone or stopped, or if requests wait for the front and it has neither finished
+        nor forwarded one since the last call.
         """
         state = process_state(self._front.pid)
         if state is None or state in SILENT:
@@ -64,7 +64,7 @@ class Watchdog:
         return not stuck
 
     def _waiting(self) -> int:
-        """Return how many requests wait for the front, as far as the kernel tells (fusectl)."""
+        """Return how many requests wait for the front, 0 if the kernel does not tell (fusectl)."""
         try:
             waiting = int(self._waiting_file.read_text())
         except (OSError, ValueError):
