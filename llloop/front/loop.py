@@ -1,4 +1,4 @@
-"""The request loop: one read per request, and a table of handlers."""
+"""llloop's own request loop: it reads each request from /dev/fuse and calls the handler of its opcode."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ from llloop.shared.negotiation import Feature
 
 _log = logging.getLogger(__name__)
 
-# read(2) from /dev/fuse fails so when a request was withdrawn or a signal came: nothing is wrong.
+# Errors of read(2) from /dev/fuse if a request was withdrawn or a signal arrived. They are harmless.
 _AGAIN = frozenset({errno.EINTR, errno.ENOENT, errno.EAGAIN})
-# What is not longer lies in its slot as soon as it is received.
+# A request up to this size is completely in its slot when it is received.
 _SHORT = fuse.WRITE_HEADER_SIZE + fuse.PAGE_SIZE
-# What is longer mostly is a WRITE for a worker, and others like it will follow: from here on a pipe pays.
+# A request above this size mostly is a WRITE for a worker, and more will follow. From this size on, a pipe is faster.
 _LARGE = fuse.WRITE_HEADER_SIZE + LONE_WRITE_LIMIT
-# So many descriptors are closed before it is looked whether a request waits.
+# After closing so many descriptors, check whether a request waits.
 _CLOSED_AT_ONCE = 64
 
-# So many fronts may die of one request.
-_MOST_TRIES = 3
-# How long to wait, in milliseconds, between looks whether what was postponed can be done.
+# How many fronts may die while they serve the same request.
+_MAX_ATTEMPTS = 3
+# The interval of checks whether postponed requests can be served, in milliseconds.
 _POSTPONED_PAUSE = 20
-# What comes between and is never sent again.
+# Requests that the kernel never sends again.
 _NOT_RESENT = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT})
-# Those whose answer makes the kernel know an inode.
+# Requests whose reply adds a lookup of an inode in the kernel.
 _ENTRIES = frozenset(
     {
         Opcode.LOOKUP,
@@ -59,13 +59,13 @@ _ENTRIES = frozenset(
 
 
 class Loop:
-    """Takes requests off /dev/fuse until the file system is unmounted.
+    """Reads requests from /dev/fuse and serves them until the file system is unmounted.
 
     Args:
-        mirror: what is served.
-        device: the descriptor of /dev/fuse.
-        journal: what fronts leave to each other.
-        asking: has workers look at the source before requests are served that would touch it; None if nobody need.
+        context: the objects that handlers work on.
+        device: a descriptor of /dev/fuse.
+        journal: the records that survive the front.
+        preflight: makes workers access the source before a request is served; None without preflight checks.
     """
 
     def __init__(self, context: Context, device: int, journal: Journal, preflight: Preflight | None = None) -> None:
@@ -86,36 +86,37 @@ class Loop:
         self._handlers = Handlers(context, device)
         for opcode, handler in self._handlers.table.items():
             self._table[opcode] = handler
-        # What serves a request that has just come, and what one that was put aside, and whose time has come.
-        self._first = self._at_once = self._table
+        # The handlers for a request that was just received, and for one that was set aside before.
+        self._table_for_new = self._table_for_set_aside = self._table
         self._preflight = preflight
-        # Requests of which a worker is back, and those for which no thread was left, each with when it was taken.
+        # Requests whose PROBE is done, and requests that were postponed because no thread was left, each with the time
+        # of its reception.
         self._answered: deque[tuple[bytes, int]] = deque()
         self._postponed: deque[tuple[bytes, int]] = deque()
-        # Whether the request at hand is a portion of what is to be forgotten. Then the device has its turn next.
+        # Whether the current request is a portion of a BATCH_FORGET. Then a request from the device is next.
         self._forgets = False
         self._closing = context.closing
         self._leadership = context.leadership
         self._leadership.set_aside = self._set_aside
-        # Each thread's, and that of the one that leads.
+        # The request of each thread, and that of the leader.
         self._requests = [
             FuseRequest(self._slots.memory, context.intents.note(thread)) for thread in range(MOST_THREADS)
         ]
-        self._leaders = self._requests[0]
+        self._leader_request = self._requests[0]
         if preflight is not None:
-            # Between poll(2) and read(2) a request may be withdrawn; the read must not wait for the next then.
+            # A request may be withdrawn between poll(2) and read(2). The read must not wait for the next one then.
             os.set_blocking(device, False)
             context.router.attentive = context.router.backlog = True
 
     def run(self) -> None:
         """Serve until the file system is unmounted."""
         if self._preflight is not None:
-            self._first = self._table = self._by_asking()
+            self._table_for_new = self._table = self._with_preflight()
         self._leadership.run(self._lead)
 
     def _lead(self, thread: int) -> bool:
-        """Serve until the file system is unmounted, or another thread does it; return whether it is unmounted."""
-        request = self._leaders = self._requests[thread]
+        """Serve as the leader; return True after the unmount, False if another thread has become the leader."""
+        request = self._leader_request = self._requests[thread]
         request.slot = self._free_slot()
         receive = self.receive
         serve = self.serve
@@ -132,23 +133,23 @@ class Loop:
                 return False
 
     def _set_aside(self) -> None:
-        """Keep the request of the old leader where it is while another thread leads."""
-        restore_process_attributes()  # the thread that is held up may act as somebody else
-        request = self._leaders
+        """Keep the old leader's request in its slot while another thread leads."""
+        restore_process_attributes()  # the stalled thread may have changed the file system ids
+        request = self._leader_request
         self._slots.metrics.begun[request.slot] = request.taken
         self._slots.hold(request.slot)
         request.held = request.slot
 
     def _free_slot(self) -> int:
-        """Return a slot in which a request can be received."""
-        while (slot := self._slots.free_slot()) < 0:  # workers have all others, and give them back
+        """Return a free slot; wait until there is one."""
+        while (slot := self._slots.free_slot()) < 0:  # workers give slots back
             time.sleep(TICK)
         return slot
 
     def take_up(self) -> None:
-        """Have the kernel send again what a dead front left unanswered, and serve that (Linux 6.9, HAS_RESEND).
+        """Make the kernel send the dead front's unanswered requests again, and serve them (Linux 6.9, HAS_RESEND).
 
-        It all comes before anything else, but for what the kernel forgets.
+        The kernel sends them before all others, except FORGET requests.
         """
         context = self._context
         if Feature.HAS_RESEND not in context.features:
@@ -158,22 +159,24 @@ class Loop:
         notifications.resend(self._device)
         delivered = True
         served = self._table
-        self._first = self._at_once = self._table = Replay(context, self._device, self._handlers).before(served)
-        request = self._leaders
+        self._table_for_new = self._table_for_set_aside = self._table = Replay(
+            context, self._device, self._handlers
+        ).before(served)
+        request = self._leader_request
         request.slot = self._free_slot()
         while self.receive(request):
-            self._streaming = False  # what is sent again is not so large that a copy of it counts
+            self._streaming = False  # copying these few requests is fast enough
             opcode, unique = request.opcode, request.unique
             if opcode not in _NOT_RESENT and not unique & fuse.FUSE_UNIQUE_RESEND:
                 settle(context, delivered)
-                self._first = self._at_once = self._table = served
+                self._table_for_new = self._table_for_set_aside = self._table = served
                 self.serve(request)
                 return
             delivered = delivered and opcode not in _ENTRIES
             if self._router.claim(unique):
                 pass
-            elif opcode not in _NOT_RESENT and self._journal.serving_again(unique) > _MOST_TRIES:
-                _log.error("request %d (opcode %d) has killed %d fronts; it gets EIO", unique, opcode, _MOST_TRIES)
+            elif opcode not in _NOT_RESENT and self._journal.serving_again(unique) > _MAX_ATTEMPTS:
+                _log.error("request %d (opcode %d) has killed %d fronts; it gets EIO", unique, opcode, _MAX_ATTEMPTS)
                 self._refuse(unique, opcode, errno.EIO)
             else:
                 own, request.note = request.note, context.intents.note_of(unique)
@@ -190,9 +193,9 @@ class Loop:
         while True:
             if router.backlog:
                 if self._wait(request):
-                    self._table = self._at_once
+                    self._table = self._table_for_set_aside
                     return True
-                self._table = self._first
+                self._table = self._table_for_new
                 request.slot = self._free_slot()
             slot = request.slot
             try:
@@ -217,33 +220,34 @@ class Loop:
                 self._streaming = length > _LARGE
                 return True
 
-    def _by_asking(self) -> list[Handler]:
-        """Return a table in which requests that would touch the source are asked about first."""
+    def _with_preflight(self) -> list[Handler]:
+        """Return a table of handlers that send a PROBE first for requests that access the source."""
         preflight = self._preflight
         assert preflight is not None
-        table = list(self._at_once)
+        table = list(self._table_for_set_aside)
         for opcode in preflight.opcodes:
             table[opcode] = self._ask
         return table
 
     def _ask(self, request: FuseRequest) -> None:
-        """Have a worker look at what a request is about, or serve it if there is nothing to look at."""
+        """Send a PROBE for a request, or serve it if there is nothing to probe."""
         assert self._preflight is not None
         if not self._preflight.ask(request):
-            self._at_once[request.opcode](request)
+            self._table_for_set_aside[request.opcode](request)
 
     def _wait(self, request: FuseRequest) -> bool:
-        """Wait until there is a request to receive, and return False; or take one that was put aside, and return True.
+        """Wait for a request; meanwhile send parked requests to workers.
 
-        Meanwhile workers are given what waits for them.
+        Returns:
+            True if *request* is one that was set aside; False if one can be received from the device.
         """
         preflight, router, device = self._preflight, self._router, self._device
         unfinished = self._context.forgetting.unfinished
         while True:
             if self._postponed and not self._leadership.alone:
-                return self._place(request, *self._postponed.popleft())
+                return self._take_set_aside(request, *self._postponed.popleft())
             if self._answered:
-                return self._place(request, *self._answered.popleft())
+                return self._take_set_aside(request, *self._answered.popleft())
             self._forgets = bool(unfinished) and not self._forgets
             if self._forgets:
                 base, length = unfinished.popleft()
@@ -251,20 +255,20 @@ class Loop:
                 request.is_received(base, length, time.monotonic_ns())
                 return True
             router.attentive = preflight is not None or bool(self._postponed) or bool(unfinished)
-            patience = 0 if unfinished else _POSTPONED_PAUSE if self._postponed else None
+            timeout = 0 if unfinished else _POSTPONED_PAUSE if self._postponed else None
             if preflight is None:
-                ready = router.wait(device, patience=patience)
+                ready = router.wait(device, timeout=timeout)
                 if not router.attentive or device in ready:
                     return False
                 continue
-            ready = router.wait(device, preflight.answers, patience=patience)
+            ready = router.wait(device, preflight.answers, timeout=timeout)
             if preflight.answers in ready:
                 self._answered += preflight.answered()
             elif device in ready:
                 return False
 
-    def _place(self, request: FuseRequest, data: bytes, taken: int) -> bool:
-        """Put a request that was put aside where one that has just been received would be; return True."""
+    def _take_set_aside(self, request: FuseRequest, data: bytes, taken: int) -> bool:
+        """Copy a request that was set aside into a free slot, as if it was just received; return True."""
         request.slot = self._free_slot()
         base = self._bases[request.slot]
         self._slots.memory[base : base + len(data)] = data
@@ -272,16 +276,16 @@ class Loop:
         return True
 
     def _postpone(self, request: FuseRequest) -> None:
-        """Put a request aside that could hold up the last thread that serves."""
+        """Set a request aside that could block the last thread."""
         self._postponed.append((request.data(), request.taken))
         request.note.finished()
         request.entrusted = True
         self._router.attentive = self._router.backlog = True
 
     def _close(self) -> None:
-        """Close what is not needed any more. For a large file that was removed, the last close(2) takes long.
+        """Close released descriptors. The last close(2) of a large file that was removed takes long.
 
-        What a call of another thread uses is closed after a later request.
+        Descriptors that a call of another thread uses are closed after a later request.
         """
         closing = self._closing
         leadership = self._leadership
@@ -289,18 +293,18 @@ class Loop:
         done = 0
         while closing and not (leadership.alone and leadership.leads):
             if done and not done % _CLOSED_AT_ONCE and is_readable(self._device):
-                break  # many of one user's: they must not keep others waiting
+                break  # many descriptors of one user must not delay the requests of others
             done += 1
             fd = closing.pop()
             if leadership.uses(fd):
                 used.append(fd)
             else:
-                with suppress(OSError):  # of a server that is gone; who asked by fsync(2) or close(2) has been told
+                with suppress(OSError):  # fsync(2) and the close(2) of FLUSH have already reported errors
                     leadership.call(os.close, fd)
         closing += used
 
     def _receive_piped(self, request: FuseRequest) -> int:
-        """Receive a request through the pipe of its slot, where a large payload stays; return its length."""
+        """Receive a request through the pipe of its slot; a large payload stays there. Return the request's length."""
         pipes = self._slots.pipes
         assert pipes is not None
         slot = request.slot
@@ -314,7 +318,7 @@ class Loop:
         return length
 
     def serve(self, request: FuseRequest) -> None:
-        """Serve a request that was received."""
+        """Serve a received request."""
         slot = request.slot
         opcode = request.opcode
         length = request.received
@@ -332,10 +336,10 @@ class Loop:
             except Exception:
                 _log.exception("a request with opcode %d failed", opcode)
                 self._refuse(request.unique, opcode, errno.EIO)
-        if request.piped:  # nobody took it
+        if request.piped:  # the handler has not used the payload
             request.piped = False
             self._slots.discard(slot)
-        if request.entrusted:  # a worker counts it
+        if request.entrusted:  # the worker counts it
             request.entrusted = False
         else:
             # Inlined ProcessCounters.finished(), because a call costs more than this.
@@ -347,18 +351,18 @@ class Loop:
             self._close()
 
     def _refuse_all(self) -> None:
-        """Answer what a dead front had taken and given to nobody with EIO, for nobody else will."""
+        """Answer all requests that a dead front had received and not given to a worker with EIO."""
         for slot, state in enumerate(self._slots.states):
             (unique,) = fuse.UNIQUE.unpack_from(self._slots.memory, self._bases[slot])
-            if not state and unique:  # 0: nothing has ever been there
+            if not state and unique:  # 0: the slot was never used
                 self._refuse(unique, 0, errno.EIO)
 
     def _unknown(self, request: FuseRequest) -> None:
-        """Say that there is no handler, so that the kernel does not send such a request again."""
+        """Answer with ENOSYS, so that the kernel does not send such a request again."""
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     def _malformed(self, request: FuseRequest, opcode: int) -> None:
-        """Refuse what is no FUSE request, if that much of it is there that an answer finds its way."""
+        """Answer a malformed request with EINVAL, if its header is complete."""
         if not self._complained:
             self._complained = True
             _log.error(
@@ -371,5 +375,5 @@ class Loop:
     def _refuse(self, unique: int, opcode: int, number: int) -> None:
         """Answer a request with an errno."""
         self._slots.metrics.front.failed(opcode, number)
-        with suppress(OSError):  # mostly it is answered already, or nobody waits for it any more
+        with suppress(OSError):  # the request is answered already, or was withdrawn
             os.write(self._device, fuse.error_reply(unique, number))

@@ -1,4 +1,4 @@
-"""The kernel's request that a thread of the front has at hand."""
+"""The request that a thread of the front is serving."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from llloop.linux import fuse
 
 
 def malformed() -> OSError:
-    """Return the error for a request that is not what its opcode says."""
+    """Return the error EINVAL for a request that does not match its opcode."""
     return OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
 
 class FuseRequest:
-    """A request of the kernel, from the moment it is received until it is answered or handed to a worker.
+    """A request of the kernel, from its reception until it is answered or given to a worker.
 
-    Each thread of the front has one such object and uses it for one request after the other.
+    Each thread of the front has one such object and reuses it for each request.
 
     Attributes:
-        slot: where the request lies. Once it is handed to a worker, the slot in which the next one will be received.
-        base: where its header begins in the memory of the slots.
-        received: how many bytes were received.
-        length, opcode, unique, nodeid: what the header says (struct fuse_in_header).
+        slot: the slot that contains the request. After the request was given to a worker: the slot for the next one.
+        base: the offset of its header in the memory of the slots.
+        received: its length as received, in bytes.
+        length, opcode, unique, nodeid: the fields of its header (struct fuse_in_header).
         taken: when it was received (monotonic clock, nanoseconds).
         piped: whether its payload is still in the pipe of the slot.
-        entrusted: whether a worker has it, or it waits for one: the worker answers and counts it.
-        note: what the next front has to know of it.
-        held: the slot that the thread kept when another one took its place.
+        entrusted: whether it was given to a worker or is parked for one. Then the worker answers and counts it.
+        note: notes what the next front must know of it.
+        held: the slot that this thread kept when another thread became the leader.
 
     Args:
         memory: the memory of the slots.
@@ -61,7 +61,7 @@ class FuseRequest:
         self.piped = self.entrusted = False
 
     def is_received(self, base: int, received: int, taken: int) -> None:
-        """Take in a request that lies in `slot`; for the arguments see the attributes."""
+        """Read the header of a request that was received in `slot`; for the arguments see the attributes."""
         self.base = base
         self.received = received
         self.taken = taken
@@ -69,28 +69,28 @@ class FuseRequest:
         self.unique = self.note.unique = unique
 
     def data(self) -> bytes:
-        """Return all of it, for a time when the slot is another request's."""
+        """Return a copy of the whole request, to set it aside while its slot is reused."""
         return self._memory[self.base : self.base + self.received]
 
     def caller(self, umask: int = 0) -> Requester:
-        """Return who makes the request; *umask* is what the request says of it."""
+        """Return the requester; *umask* is the umask in the request, if it contains one."""
         uid, gid, pid = fuse.CALLER.unpack_from(self._memory, self.base)
         return Requester(uid, gid, umask, pid, self.note)
 
     def pid(self) -> int:
-        """Return the number of the calling thread, 0 if it is outside of the server's PID namespace."""
+        """Return the id of the calling thread, 0 if it is outside of the server's PID namespace."""
         pid: int = fuse.PID.unpack_from(self._memory, self.base)[0]
         return pid
 
     def name(self) -> bytes:
-        """Return the name that is all of the request behind its header."""
+        """Return the name, if the request contains nothing else after its header."""
         end = self.base + self.received - 1
         if self._memory[end]:
             raise malformed()
         return self._memory[self.base + fuse.IN_HEADER_SIZE : end]
 
     def string(self, offset: int) -> bytes:
-        """Return the NUL-terminated string that begins *offset* bytes behind the start of the header."""
+        """Return the NUL-terminated string at *offset*, counted from the start of the header."""
         start = self.base + offset
         end = self._memory.find(b"\0", start, self.base + self.received)
         if end < 0:
@@ -98,12 +98,12 @@ class FuseRequest:
         return self._memory[start:end]
 
     def strings(self, offset: int) -> tuple[bytes, bytes]:
-        """Return the two strings that follow each other at *offset*."""
+        """Return two successive NUL-terminated strings at *offset*."""
         first = self.string(offset)
         return first, self.string(offset + len(first) + 1)
 
     def payload(self, offset: int, size: int) -> bytes:
-        """Return the *size* bytes that begin at *offset*."""
+        """Return *size* bytes at *offset*."""
         if offset + size > self.received:
             raise malformed()
         return self._memory[self.base + offset : self.base + offset + size]

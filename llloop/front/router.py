@@ -1,4 +1,4 @@
-"""From inode to shard to pipe: how requests get from the front to the workers."""
+"""Sending requests from the front to the workers: shards, slots, pipes and parked requests."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from llloop.shared.leadership import Leadership
 from llloop.shared.messages import MAX_MESSAGE, PIPED, Operation, Request, decode, decode_answer, encode
 from llloop.shared.slots import Slots
 
-# As many handles or requests as surely fit into one message, each taking at most nine bytes.
+# The number of handles or requests in one message. Each takes nine bytes at most.
 _NUMBERS_AT_ONCE = MAX_MESSAGE // 10
 
-# Between looks for slots that have come free, of which nobody tells: at first, and at most; in milliseconds.
+# The first and the longest interval of checks for free slots, in milliseconds. No event announces a free slot.
 _FIRST_PAUSE = 1
 _LONGEST_PAUSE = 50
-# How many bytes of payload may be parked; who has more to write meanwhile is told that there is no memory.
-_PARKED_MOST = 256 * 1024 * 1024
+# How many bytes of payload may be parked. Further writes get ENOMEM.
+_MAX_PARKED = 256 * 1024 * 1024
 
 
-# What stands for a request that a worker has or is to get: its slot, -1 if it is parked, and when it was taken.
+# Identifies a request that was given to a worker or is parked: its slot (-1 if parked), and the time of its reception.
 Entrusted = tuple[int, int]
 
-# Of the slots with pipes, one in so many is kept free, so that what comes next is received into a pipe.
+# This fraction (1/4) of the slots with pipes is kept free, so that the next request is received into a pipe.
 _KEPT_SHARE = 4
-# Up to this length in bytes a request goes before larger ones that are parked.
+# A request up to this length in bytes is small: it overtakes larger ones that are parked.
 _SMALL = 64 * 1024
-# How many slots a worker may have before larger ones are parked.
+# If a worker has so many slots, further large requests of the same kind are parked.
 _LARGE_AT_ONCE = 16
 
 
@@ -48,13 +48,13 @@ def _kind_of(message: Request) -> int:
 
 
 class _Parked(NamedTuple):
-    """A request that could not be handed over yet.
+    """A parked request.
 
     Attributes:
-        message: what is to be done; its slot does not count.
-        taken: when the kernel's request was taken.
-        payload: if it is a WRITE, its payload, unless that is in
-        spare: a pipe.
+        message: the message to the worker, whose slot is invalid.
+        taken: when the request was received (monotonic clock, nanoseconds).
+        payload: the payload of a WRITE, unless it is in `spare`.
+        spare: a spare pipe with the payload, or None.
     """
 
     message: Request
@@ -64,19 +64,18 @@ class _Parked(NamedTuple):
 
 
 class Router:
-    """Lends slots to workers and tells them what to do; never waits for one.
+    """Lends slots to workers and sends them messages; never waits for a worker.
 
-    The router always leaves one slot free, in which the next request is received. If no further slot is free, or a
-    pipe is full, `submit` declines. It also declines when a worker would hold more slots than are left for all
-    others: a worker that hangs in a dead source, or is stopped, must not stop the rest. What is declined is parked
-    until it can be handed over; the front never does it itself, for it would hang in the same place. Small requests are
-    handed over before large ones, and a worker has few large ones at a time, so that nobody waits for all that another
-    has to write.
+    The router always keeps one slot free, for the next request. If no other slot is free, or a pipe is full, `submit`
+    declines a request. It also declines if a worker would have more slots than are free for all others: a worker that
+    hangs or is stopped must not block the others. A declined request is parked until it can be sent. The front never
+    does it itself, because it might hang as the worker does. Small requests are sent before large ones, and a worker
+    has few large ones at a time, so that no process waits for all the writes of another.
 
     Args:
-        arena: the shared memory.
-        pipes: the write ends of the workers' request pipes, not blocking.
-        leadership: which thread of the front serves.
+        slots: the request slots in shared memory.
+        pipes: the non-blocking write ends of the workers' request pipes.
+        leadership: decides which thread serves.
     """
 
     def __init__(self, slots: Slots, pipes: list[int], leadership: Leadership | None = None) -> None:
@@ -85,28 +84,28 @@ class Router:
         self._begun = slots.metrics.begun
         self._pipes = pipes
         self._shards = len(pipes)
-        # Handles to be released, and requests to be resumed, of which a worker was not told, for its pipe was full.
+        # RELEASE and RESUME messages that could not be sent yet, because the worker's pipe was full.
         self._waiting: list[list[tuple[Operation, int]]] = [[] for _ in pipes]
         self._parked: list[deque[_Parked]] = [deque() for _ in pipes]
         self._parked_large: list[deque[_Parked]] = [deque() for _ in pipes]
-        # Large READs wait for each other and not for large writes, which can all be held up in the source.
+        # Large READs have their own queue, because large writes can all be blocked in the source.
         self._parked_reads: list[deque[_Parked]] = [deque() for _ in pipes]
         self._kinds = bytearray(slots.count)
         self._piped_slots = 0 if slots.pipes is None else len(slots.pipes)
         self._parked_bytes = 0
-        # The slots that fronts before this one have lent, by the requests' numbers.
+        # The slots that previous fronts have lent, by the `unique` of their requests.
         self._inherited: dict[int, int] = {}
-        self._full = [False] * len(pipes)  # whether it was the pipe that had no room
-        # As long as the lowest free slot is one of these, no worker can have too many; that is quickly seen.
+        self._full = [False] * len(pipes)  # whether the last request was declined because the pipe was full
+        # While the lowest free slot is below this one, no worker can have too many. So a fast check suffices.
         self._plenty = slots.count // 4
         self._pause = _FIRST_PAUSE
-        # Whether releases or requests wait to be handed over: `wait` must be called before the next request is read.
+        # Whether messages or requests wait: then `wait` must be called before the next request is read.
         self.backlog = False
-        # Whether it must be called even if nothing waits.
+        # Whether `wait` must be called even if nothing waits.
         self.attentive = False
 
     def shard_of(self, nodeid: int) -> int:
-        """Return the worker for an inode's data I/O, evenly spread also over consecutive numbers."""
+        """Return the shard of an inode. Consecutive nodeids are distributed evenly."""
         return mix(nodeid) % self._shards
 
     def entrust(
@@ -124,19 +123,20 @@ class Router:
         *,
         in_order: bool = False,
     ) -> Entrusted:
-        """Have the worker of a file answer a request; it gets the request now or, parked, as soon as that can be.
+        """Give a request to the worker of a file, which answers it; park it if that is not possible now.
 
         Args:
-            request: the kernel's request. If the worker gets it now, its slot becomes the worker's.
-            handle: the open file, *number* its number.
+            request: the kernel's request. If the worker gets it now, its slot is lent to the worker.
+            handle: the open file.
+            number: the file handle.
             operation, offset, length, flags, uid, gid, extra: see `llloop.shared.messages.Request`.
-            in_order: whether it may not overtake larger ones that are parked.
+            in_order: whether it must not overtake larger ones that are parked.
 
         Returns:
-            What `is_unanswered` takes.
+            The argument for `is_unanswered`.
 
         Raises:
-            OSError: ENOMEM, if too much is parked already.
+            OSError: ENOMEM, if too much payload is parked.
         """
         shard = handle.shard
         slot = request.slot
@@ -167,10 +167,10 @@ class Router:
         return -1, request.taken
 
     def submit(self, request: FuseRequest, shard: int, message: Request) -> bool:
-        """Lend the slot of a request to a worker, and take another one for the next request.
+        """Lend the slot of a request to a worker, and set `request.slot` to a free one for the next request.
 
         Returns:
-            False if it could not be handed over and is to be parked.
+            False if the request was declined and must be parked.
         """
         if self._parked[shard] or (message.length > _SMALL and self._queue_of(message)[shard]):
             return False
@@ -181,7 +181,7 @@ class Router:
         return True
 
     def _hand_over(self, taken: int, shard: int, message: Request) -> int:
-        """Lend the slot that a message names; return another one that is free, or -1 if it could not be lent."""
+        """Lend the slot of a message and send it; return another free slot, or -1 if this was declined."""
         if self._waiting[shard] and not self._flush(shard):
             return -1
         slots = self.slots
@@ -191,7 +191,7 @@ class Router:
             return -1
         kind = _kind_of(message)
         if message.flags & PIPED:
-            if not self._may_pipe(shard):
+            if not self._may_lend_piped(shard):
                 return -1
         elif kind and slot >= _LARGE_AT_ONCE and not self._may_have_large(shard, kind):
             return -1
@@ -211,10 +211,10 @@ class Router:
         return -1
 
     def park(self, request: FuseRequest, shard: int, message: Request) -> None:
-        """Keep a message that `submit` has declined, to be handed over in `wait`; the slot is another's then.
+        """Park a request that `submit` has declined; `wait` sends it. Its slot is free for other requests then.
 
         Raises:
-            OSError: ENOMEM, if too much is kept already.
+            OSError: ENOMEM, if too much payload is parked.
         """
         self._park(request, shard, message, self._queue_of(message))
 
@@ -222,10 +222,10 @@ class Router:
         return (self._parked, self._parked_reads, self._parked_large)[_kind_of(message)]
 
     def _park(self, request: FuseRequest, shard: int, message: Request, parked: list[deque[_Parked]]) -> None:
-        parked[shard].append(self._kept(request.taken, message))
+        parked[shard].append(self._parked_request(request.taken, message))
         self.backlog = True
 
-    def _kept(self, taken: int, message: Request) -> _Parked:
+    def _parked_request(self, taken: int, message: Request) -> _Parked:
         if message.operation != Operation.WRITE:
             return _Parked(message, taken)
         slot, length, flags = message.slot, message.length, message.flags
@@ -234,7 +234,7 @@ class Router:
             spare = self.slots.pipes.set_aside(slot, length)
             if spare is not None:
                 return _Parked(message, taken, spare=spare)
-        if self._parked_bytes + length > _PARKED_MOST:
+        if self._parked_bytes + length > _MAX_PARKED:
             if flags & PIPED:
                 self.slots.discard(slot)
             raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
@@ -253,7 +253,7 @@ class Router:
         return bytes(payload)
 
     def _deliver(self, shard: int) -> None:
-        """Hand parked requests over as far as there is room."""
+        """Send parked requests to a worker as far as possible."""
         slots = self.slots
         for parked in (self._parked[shard], self._parked_reads[shard], self._parked_large[shard]):
             while parked and self._may_lend(shard):
@@ -261,7 +261,7 @@ class Router:
                 slot = slots.free_slot()
                 message = message._replace(slot=slot)
                 if spare is not None:
-                    if slot >= self._piped_slots or not self._may_pipe(shard):
+                    if slot >= self._piped_slots or not self._may_lend_piped(shard):
                         return
                     assert slots.pipes is not None
                     slots.pipes.bring_back(slot, spare, message.length)
@@ -269,20 +269,20 @@ class Router:
                     slots.payload(slot, len(payload))[:] = payload
                 if self._hand_over(taken, shard, message) < 0:
                     if spare is not None:
-                        parked[0] = self._kept(taken, message)
+                        parked[0] = self._parked_request(taken, message)
                     break
                 self._parked_bytes -= len(payload)
                 parked.popleft()
                 self._pause = _FIRST_PAUSE
 
     def _may_lend(self, shard: int) -> bool:
-        """Whether a worker may have one more slot: one is left then, and it has no more than all others can have."""
+        """Return whether a worker may have another slot: one must stay free, and the worker must not have too many."""
         states = bytes(self.slots.states)
         free = states.count(0)
         return free > 1 and states.count(shard + 1) <= free
 
-    def _may_pipe(self, shard: int) -> bool:
-        """Whether a worker may have one more slot with a pipe, of which the same holds."""
+    def _may_lend_piped(self, shard: int) -> bool:
+        """Return whether a worker may have another slot with a pipe; similar conditions as for `_may_lend`."""
         states = bytes(self.slots.states[: self._piped_slots])
         free = states.count(0)
         return free > self._piped_slots // _KEPT_SHARE and states.count(shard + 1) <= free
@@ -295,7 +295,7 @@ class Router:
         return sum(same) < _LARGE_AT_ONCE
 
     def is_unanswered(self, request: Entrusted | None) -> bool:
-        """Whether a worker still has a request that was entrusted to it, or it is still parked."""
+        """Return whether a request that was given to a worker is unanswered or still parked."""
         if request is None:
             return False
         slot, taken = request
@@ -308,46 +308,46 @@ class Router:
         return any(parked.taken == taken for queue in queues for parked in queue)
 
     def release(self, number: int, handle: Handle) -> None:
-        """Tell the worker of *handle*, or all of them where it is shared, to let go of its descriptor."""
+        """Make the worker of *handle*, or all workers if it is shared, close its descriptor."""
         for shard in range(self._shards) if handle.shared else (handle.shard,):
             self._waiting[shard].append((Operation.RELEASE, number))
             self._flush(shard)
 
     def take_over(self) -> None:
-        """Find what fronts before this one have lent: it stays the workers'."""
+        """Find the slots that previous fronts have lent, which stay lent."""
         for slot, state in enumerate(bytes(self.slots.states)):
             if state:
                 self._inherited[self.slots.numbers[slot] & ~FUSE_UNIQUE_RESEND] = slot
 
     def claim(self, unique: int) -> bool:
-        """Have the worker that has a request answer it under the number under which it was sent again.
+        """Make the worker that has a request answer it with the `unique` with which the kernel has sent it again.
 
         Returns:
-            False if no worker has it, so that it is to be served.
+            False if no worker has it, so that the front must serve it.
         """
         slot = self._inherited.get(unique & ~FUSE_UNIQUE_RESEND)
         if slot is None:
             return False
         slots = self.slots
         state = slots.states[slot]
-        # A look at the source that was to be made before a request is served is not that request.
+        # A PROBE before a request is not the request itself.
         if not state or decode(slots.message(slot)).operation == Operation.PROBE:
             return False
         slots.claim(slot, unique)
-        self._remind(state - 1, unique)
+        self._send_resume(state - 1, unique)
         return True
 
     def settle(self) -> None:
-        """Have the workers give back what was answered before: all that is sent again has come."""
+        """Note that all requests sent again were received; make workers give back slots that were answered before."""
         slots = self.slots
         slots.settle()
         for slot in self._inherited.values():
             state = slots.states[slot]
             if state and slots.claims[slot] != slots.generation:
-                self._remind(state - 1, slots.numbers[slot])
+                self._send_resume(state - 1, slots.numbers[slot])
         self._inherited.clear()
 
-    def _remind(self, shard: int, unique: int) -> None:
+    def _send_resume(self, shard: int, unique: int) -> None:
         self._waiting[shard].append((Operation.RESUME, unique))
         self._flush(shard)
 
@@ -365,15 +365,15 @@ class Router:
             return False
         return True
 
-    def wait(self, *sources: int, patience: int | None = None) -> set[int]:
-        """Wait for something to read, and meanwhile hand over what waits as soon as there is room for it.
+    def wait(self, *sources: int, timeout: int | None = None) -> set[int]:
+        """Wait until a descriptor is readable; meanwhile send waiting messages and parked requests.
 
         Args:
-            sources: the descriptors to read from; /dev/fuse is one.
-            patience: for how many milliseconds at most; None for any time.
+            sources: the descriptors to read from, including /dev/fuse.
+            timeout: the maximum wait in milliseconds, None for no limit.
 
         Returns:
-            Those that are readable, if it was that for which it had to wait.
+            The readable descriptors; empty on timeout, or if nothing waits any more.
         """
         ready: set[int] = set()
         while True:
@@ -389,30 +389,30 @@ class Router:
             poll = select.poll()
             for source in sources:
                 poll.register(source, select.POLLIN)
-            pause = patience
+            pause = timeout
             for shard, waiting in enumerate(self._waiting):
                 is_parked = self._parked[shard] or self._parked_reads[shard] or self._parked_large[shard]
                 if waiting or (is_parked and self._full[shard]):
                     poll.register(self._pipes[shard], select.POLLOUT)
                 elif is_parked:
-                    pause = self._pause  # for slots, of which nobody tells when they are free
+                    pause = self._pause  # no event announces free slots
             ready = {fd for fd, _ in self._leadership.wait(poll.poll, pause)}
             if not ready:
                 self._pause = min(2 * self._pause, _LONGEST_PAUSE)
-                if patience is not None:
+                if timeout is not None:
                     return set()
 
 
 class Exchange:
-    """Asks a worker and waits for its answer: what the front does where llfuse runs the loop.
+    """Sends a request to a worker and waits for its answer; only with `--loop llfuse`.
 
     Args:
-        router: lends the slot.
-        answers: the read end of the pipe the workers answer through.
+        router: sends the request.
+        answers: the read end of the pipe for workers' answers.
 
     Attributes:
-        request: what stands for the request at hand, of which only the slot and when it was taken count.
-        calls: how many times a worker has been asked.
+        request: the current request; only its slot and its time are used.
+        calls: the number of requests that were sent.
     """
 
     def __init__(self, router: Router, answers: int) -> None:
@@ -434,10 +434,10 @@ class Exchange:
         gid: int = 0,
         payload: bytes = b"",
     ) -> tuple[int, memoryview]:
-        """Have a worker do *operation* and return its count or offset, and the slot's payload.
+        """Make a worker do *operation*; return its count or offset, and the slot's payload.
 
         Raises:
-            OSError: what the worker ran into.
+            OSError: the worker's error.
         """
         router, request = self._router, self.request
         self.calls += 1

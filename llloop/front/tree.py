@@ -1,7 +1,7 @@
-"""The mirrored tree: every request on names and attributes, as system calls on the source.
+"""The file tree: each request on names and attributes as system calls on the source.
 
-No FUSE struct and no llfuse type appears here; `operations` and `native` translate. Errors are
-`OSError` with the source's errno.
+This module knows no FUSE structs and no llfuse types; the handlers translate. Errors are `OSError` with the source's
+errno.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ _PIN = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _TO_TRUNCATE = os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC
 _NO_NAMES = frozenset({b"", b".", b".."})
 _TIMES = fuse.FATTR_ATIME | fuse.FATTR_ATIME_NOW | fuse.FATTR_MTIME | fuse.FATTR_MTIME_NOW
-_SETS = fuse.FATTR_MODE | fuse.FATTR_UID | fuse.FATTR_GID | fuse.FATTR_SIZE | _TIMES
+_CHANGES = fuse.FATTR_MODE | fuse.FATTR_UID | fuse.FATTR_GID | fuse.FATTR_SIZE | _TIMES
 
 
-# For so long, in seconds, the kernel keeps written data at most (twice vm.dirty_expire_centisecs and more).
-_COLLECTED_MOST = 100
+# The longest time that the kernel caches written data, in seconds (more than twice vm.dirty_expire_centisecs).
+_MAX_CACHED_TIME = 100
 
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 _Made = TypeVar("_Made")
 
 
@@ -47,17 +47,23 @@ class _Remove(Protocol):
 
 
 def check_name(name: bytes) -> bytes:
-    """Refuse a name that could lead elsewhere; no kernel sends one, but nothing may depend on that."""
+    """Return *name*, after checking that it is a single component that stays in its directory.
+
+    The kernel never sends another one, but security must not depend on that.
+
+    Raises:
+        OSError: EINVAL.
+    """
     if name in _NO_NAMES or b"/" in name or b"\0" in name:
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
     return name
 
 
 class Changes(NamedTuple):
-    """What a SETATTR request asks for, in its own terms.
+    """The changes in a SETATTR request.
 
     Attributes:
-        valid: the FATTR_ bits that say which of the others count.
+        valid: the FATTR_ bits of the fields that are set.
         mode, uid, gid, size: the new values.
         atime, mtime, ctime: seconds and nanoseconds.
     """
@@ -78,15 +84,15 @@ class Tree:
     Args:
         root: an O_PATH descriptor of the source directory.
         inodes: the inode table.
-        anchors: how inodes are reached.
-        handles: the open files, through which an inode can be reached that lost its name behind the mount.
-        rights: acts as the requester where that matters.
-        setid: decides about set-ID bits.
-        privileges: takes from files what a change takes from them.
-        leadership: which thread serves. Every change is made by its `call`: a file system that is frozen lets it wait.
-            What was read before a call may be out of date after it, descriptors included that are not the request's
-            own.
-        clears_setid: whether the kernel clears set-ID bits itself when somebody writes, by SETATTR (Linux < 5.12).
+        directory_fds: gives access to inodes.
+        handles: the open files, through which an inode can be reached whose name was removed in the source.
+        permissions: acts with the requester's credentials.
+        setid: controls whether set-ID bits are cleared.
+        killpriv: clears set-ID bits and capabilities.
+        leadership: decides which thread serves. Every change goes through its `call`, because a frozen file system
+            blocks it. Data that was read before a call may be out of date after it, including descriptors that do not
+            belong to the request.
+        clears_setid: whether the kernel clears set-ID bits at a write itself, with SETATTR (Linux < 5.12).
     """
 
     def __init__(
@@ -116,32 +122,36 @@ class Tree:
     # Names
 
     def lookup(self, parent: int, name: bytes) -> tuple[int, Attributes]:
-        """Return number and attributes of *name* in *parent*."""
+        """Return nodeid and attributes of *name* in *parent*.
+
+        Raises:
+            OSError: ENOENT, or another error of statx(2).
+        """
         found = self.find(parent, name)
         if found is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         return found
 
     def find(self, parent: int, name: bytes) -> tuple[int, Attributes] | None:
-        """Return what `lookup` does, or None if there is no such name."""
+        """Return nodeid and attributes of *name* in *parent*, or None if there is no such name."""
         attributes = statx_or_none(self.directory_fds.directory(parent), check_name(name))
         return None if attributes is None else (self.inodes.remember(parent, name, attributes), attributes)
 
     def forget(self, nodeid: int, lookups: int) -> None:
-        """Take back *lookups* of an inode."""
+        """Subtract *lookups* from an inode's lookup count, and drop the inode at 0."""
         if self.inodes.forget(nodeid, lookups):
             self.directory_fds.drop(nodeid)
 
     def mknod(self, parent: int, name: bytes, mode: int, device: int, who: Requester) -> tuple[int, Attributes]:
-        """Make a file, fifo, socket or device (mknod(2)); *device* is as makedev(3) gives it."""
+        """Create a file, FIFO, socket or device (mknod(2)); *device* is the result of makedev(3)."""
         return self._make(parent, name, who, lambda at: self._call(os.mknod, name, mode, device, dir_fd=at), mode)
 
     def mkdir(self, parent: int, name: bytes, mode: int, who: Requester) -> tuple[int, Attributes]:
-        """Make a directory (mkdir(2))."""
+        """Create a directory (mkdir(2))."""
         return self._make(parent, name, who, lambda at: self._call(os.mkdir, name, stat.S_IMODE(mode), dir_fd=at))
 
     def symlink(self, parent: int, name: bytes, target: bytes, who: Requester) -> tuple[int, Attributes]:
-        """Make a symlink (symlink(2))."""
+        """Create a symlink (symlink(2))."""
         return self._make(parent, name, who, lambda at: self._call(os.symlink, target, name, dir_fd=at))
 
     def _make(
@@ -153,45 +163,45 @@ class Tree:
         return self.lookup(parent, name)
 
     def as_requester(self, parent: int, who: Requester, make: Callable[[int], _Made], mode: int) -> _Made:
-        """Make something in a directory that belongs to the requester.
+        """Create an object in a directory with the requester's credentials.
 
         Args:
             parent: the directory.
             who: the requester.
-            make: does it; gets the directory's descriptor.
-            mode: the permissions that it is to have. Only a member of the directory's group can have a file made with
-                set-group-ID where the group comes from the directory.
+            make: creates the object; gets the directory's descriptor.
+            mode: the permissions of the object. If its group comes from the directory, only members of that group can
+                create it with the set-group-ID bit.
         """
         by_group = True if mode & stat.S_ISGID else None
-        return self._with_room(lambda: self._make_as(who, parent, make, by_group))
+        return self._retry_without_pins(lambda: self._make_as(who, parent, make, by_group))
 
     def _make_as(self, who: Requester, parent: int, make: Callable[[int], _Made], by_group: bool | None) -> _Made:
         directory = self.directory_fds.directory(parent)
-        self._setid.clear(False)  # root can make a set-group-ID file for any group
+        self._setid.clear(False)  # root can create a set-group-ID file for any group
         with self.permissions.making(who, directory, by_group=by_group):
             return make(directory)
 
-    def _with_room(self, act: Callable[[], _Made], nodeid: int = 0) -> _Made:
-        """Do what may take space. If there is none, do it again without the removed files that nobody has open.
+    def _retry_without_pins(self, act: Callable[[], _Made], nodeid: int = 0) -> _Made:
+        """Call *act*. If there is no space, unpin removed files that are not open, and try again.
 
         Args:
-            act: does it.
-            nodeid: an inode that it needs, whose pin stays.
+            act: makes the system call.
+            nodeid: an inode that it needs, which stays pinned.
         """
         try:
             return act()
         except OSError as error:
-            if error.errno not in _FULL or not self.directory_fds.pins.release_unused(
+            if error.errno not in _NO_SPACE or not self.directory_fds.pins.release_unused(
                 self._handles.open_inodes(), nodeid
             ):
                 raise
         return act()
 
     def link(self, nodeid: int, parent: int, name: bytes, who: Requester) -> tuple[int, Attributes]:
-        """Give an inode one more name (linkat(2))."""
+        """Give an inode another name (linkat(2))."""
         check_name(name)
         with who.note.begin():
-            attributes = self._with_room(lambda: self._link(nodeid, parent, name, who), nodeid)
+            attributes = self._retry_without_pins(lambda: self._link(nodeid, parent, name, who), nodeid)
         return self.inodes.remember(parent, name, attributes), attributes
 
     def _link(self, nodeid: int, parent: int, name: bytes, who: Requester) -> Attributes:
@@ -211,7 +221,7 @@ class Tree:
             self._call(_link, fd, directory, name)
 
     def _link_on_mount(self, nodeid: int, parent: int, name: bytes, who: Requester) -> bool:
-        """Link a file that was found on another mount: perhaps it was found on the new name's mount, too."""
+        """Link a file through another of its names, which may be on the same mount as the new name."""
         for old_parent, old_name in self.directory_fds.places(nodeid):
             other = self.directory_fds.open_name(nodeid, old_parent, old_name)
             if other is not None:
@@ -221,10 +231,10 @@ class Tree:
         return False
 
     def unlink(self, parent: int, name: bytes, who: Requester) -> None:
-        """Remove a name of anything but a directory (unlink(2)).
+        """Remove a name of a file that is not a directory (unlink(2)).
 
         Raises:
-            OSError: ESTALE if the name leads to another file than the kernel knows under it.
+            OSError: ESTALE if the name leads to another file than in the kernel's cache.
         """
         self._remove(parent, name, who, os.unlink)
 
@@ -237,7 +247,7 @@ class Tree:
         pin = os.open(check_name(name), _PIN, dir_fd=directory)
         try:
             attributes = fstatx(pin)
-            nodeid = self._meant(parent, name, attributes)
+            nodeid = self._known_nodeid(parent, name, attributes)
             with (
                 who.note.begin(attributes.ino, nodeid, pin=pin, victim=attributes.ino),
                 self.permissions.acting(who, directory, owned=(attributes,)),
@@ -248,13 +258,13 @@ class Tree:
             raise
         self.lost_name(nodeid, parent, name, pin, attributes.uid)
 
-    def _meant(self, parent: int, name: bytes, attributes: Attributes) -> int:
-        """Return the number of what a name leads to, which must be what the kernel knows under that name.
+    def _known_nodeid(self, parent: int, name: bytes, attributes: Attributes) -> int:
+        """Return the nodeid of the file of a name, after checking that it is the one in the kernel's cache.
 
-        The request names no inode, but the kernel has checked the one that it knows, and will go by that afterwards.
+        The request contains only the name, but the kernel has checked permissions of the inode in its cache.
 
         Raises:
-            OSError: ESTALE if it is another file; the kernel then looks the name up again.
+            OSError: ESTALE if it is another file; the kernel then looks up the name again.
         """
         nodeid = self.inodes.known(parent, name, attributes)
         if nodeid is None or not self.inodes.has_name(nodeid, parent, name):
@@ -262,7 +272,7 @@ class Tree:
         return nodeid
 
     def lost_name(self, nodeid: int, parent: int, name: bytes, pin: int, uid: int) -> None:
-        """Note that *name* is gone; keep *pin* if no other name leads to the inode."""
+        """Note that *name* was removed; pin the inode with *pin* if no other name leads to it, else close *pin*."""
         if self.inodes.unlinked(nodeid, parent, name) and self.directory_fds.is_reachable(nodeid):
             os.close(pin)
         else:
@@ -272,26 +282,26 @@ class Tree:
         """Rename with RENAME_ flags (renameat2(2)).
 
         Raises:
-            OSError: ESTALE if a name leads to another file than the kernel knows under it.
+            OSError: ESTALE if a name leads to another file than in the kernel's cache.
         """
         old_directory = self.directory_fds.directory(parent)
         new_directory = self.directory_fds.directory(new_parent)
         check_name(name)
         check_name(new_name)
         moved_attributes = statx(old_directory, name)
-        moved = self._meant(parent, name, moved_attributes)
+        moved = self._known_nodeid(parent, name, moved_attributes)
         victim = self._pin_if_there(new_directory, new_name)
         try:
             owned: tuple[Attributes, ...] = (moved_attributes,)
             target = 0
             if victim is not None:
                 owned = (moved_attributes, fstatx(victim))
-                target = self._meant(new_parent, new_name, owned[1])
-            # A directory that gets another parent has to be writable itself.
+                target = self._known_nodeid(new_parent, new_name, owned[1])
+            # To get another parent, a directory must be writable itself.
             by_group = True if parent != new_parent and any(stat.S_ISDIR(one.mode) for one in owned) else None
             pin, victim_ino = (-1, 0) if victim is None else (victim, owned[1].ino)
             with who.note.begin(moved_attributes.ino, moved, target, pin, victim_ino):
-                self._with_room(
+                self._retry_without_pins(
                     lambda: self._rename_as(who, parent, name, new_parent, new_name, flags, owned, by_group)
                 )
         except BaseException:
@@ -310,14 +320,14 @@ class Tree:
         victim: int | None,
         uid: int,
     ) -> None:
-        """Note what a rename has done.
+        """Update the inode table after a rename.
 
         Args:
             moved: the inode that was renamed.
-            old, new: its names, each in a directory.
+            old, new: its old and new place, each a directory and a name.
             flags: the RENAME_ flags.
             target: the inode that had the new name, 0 if there was none.
-            victim: a descriptor of that inode, which is closed or kept here, or None.
+            victim: a descriptor of that inode, which is closed or kept as a pin here, or None.
             uid: the owner of that inode.
         """
         exchanged = bool(flags & syscalls.RENAME_EXCHANGE)
@@ -346,7 +356,7 @@ class Tree:
         with self.permissions.acting(who, old, new, owned=owned, by_group=by_group):
             if flags:
                 self._call(syscalls.renameat2, old, name, new, new_name, flags)
-            else:  # the call that every file system knows
+            else:  # every file system supports this call
                 self._call(os.rename, name, new_name, src_dir_fd=old, dst_dir_fd=new)
 
     @staticmethod
@@ -366,14 +376,14 @@ class Tree:
         return fstatx(handles[0].descriptor) if handles else self.directory_fds.attributes(nodeid)
 
     def _reach(self, nodeid: int) -> Reached:
-        """Return a way to act on an inode and no other file: what is open of it, else what its name leads to."""
+        """Return a descriptor of an inode: of an open file, else by its name."""
         handles = self._handles.of_inode(nodeid)
         if handles:
             return Reached(handles[0].descriptor, is_path=False, is_own=False)
         return self.directory_fds.reach(nodeid)
 
     def _reach_to_truncate(self, nodeid: int) -> Reached:
-        """Return a descriptor that is open for writing; what is open of the file may be so for reading only."""
+        """Return a descriptor of an inode that is open for writing. Open files may be open for reading only."""
         handles = self._handles.of_inode(nodeid)
         if handles:
             fd, _ = self.directory_fds.open_again(handles[0].descriptor, _TO_TRUNCATE)
@@ -382,16 +392,16 @@ class Tree:
         return Reached(fd, is_path=False, is_own=True)
 
     def setattr(self, nodeid: int, changes: Changes, handle: int | None, who: Requester) -> Attributes:
-        """Change attributes of an inode and return what they are then.
+        """Change attributes of an inode and return its new attributes.
 
         Args:
             nodeid: the inode.
-            changes: what to change.
-            handle: an open file that is truncated, or whose times the kernel has kept, or None.
-            who: the caller.
+            changes: the changes.
+            handle: an open file that is truncated, or whose times the kernel has cached; or None.
+            who: the requester.
         """
-        if changes.valid & _SETS:
-            attributes = self._with_room(lambda: self._set(nodeid, changes, handle, who), nodeid)
+        if changes.valid & _CHANGES:
+            attributes = self._retry_without_pins(lambda: self._set(nodeid, changes, handle, who), nodeid)
         else:
             with self._reach(nodeid) as reached:
                 self._killpriv.clear_privileges(reached, nodeid, changes.valid, who)
@@ -405,7 +415,7 @@ class Tree:
         while True:
             truncate = left & fuse.FATTR_SIZE and handle is None
             with self._reach_to_truncate(nodeid) if truncate else self._reach(nodeid) as reached:
-                while left & _SETS:
+                while left & _CHANGES:
                     left &= ~self._apply(reached, left, changes, handle, who)
                     if not self._leadership.leads:
                         break
@@ -413,13 +423,13 @@ class Tree:
                     return fstatx(reached.fd)
 
     def _apply(self, reached: Reached, valid: int, changes: Changes, handle: int | None, who: Requester) -> int:
-        """Make the first of the *changes* that *valid* asks for, and return what of *valid* that was."""
+        """Make the first of the *changes* in *valid*; return its FATTR_ bits."""
         fd = reached.fd
         if valid & (fuse.FATTR_UID | fuse.FATTR_GID):
             uid = changes.uid if valid & fuse.FATTR_UID else -1
             gid = changes.gid if valid & fuse.FATTR_GID else -1
             self._setid.clear(who.uid != 0)
-            # The source asks for the caller's groups before it clears set-group-ID where no group executes.
+            # In mandatory lock mode, the source checks the caller's groups before it clears the set-group-ID bit.
             with self.permissions.acting(who, fd, by_group=True):
                 self._call(syscalls.chown, fd, uid, gid)
             return fuse.FATTR_UID | fuse.FATTR_GID
@@ -441,7 +451,7 @@ class Tree:
         fd = reached.fd
         chmod = syscalls.chmod if reached.is_path else os.fchmod
         try:
-            # Only a member of the file's group can set its set-group-ID bit; for others the source leaves it out.
+            # Only a member of the file's group can set its set-group-ID bit; for others the source ignores the bit.
             with self.permissions.acting(who, fd, by_group=bool(mode & stat.S_ISGID)):
                 self._call(chmod, fd, mode)
         except PermissionError:
@@ -450,7 +460,7 @@ class Tree:
             current = stat.S_IMODE(fstatx(fd).mode)
             if (
                 mode == current or mode & ~current or current & ~mode & ~SETID_BITS
-            ):  # it does more than clear set-ID bits
+            ):  # the change does more than clear set-ID bits
                 raise
             self._call(chmod, fd, mode)
 
@@ -462,9 +472,9 @@ class Tree:
             valid & fuse.FATTR_MTIME_NOW or (valid & fuse.FATTR_CTIME and changes.mtime == changes.ctime)
         )
         if handle is not None or valid & fuse.FATTR_SIZE or self.permissions.is_trusted(who):
-            self._call(syscalls.utimens, fd, atime, mtime)  # who may write to a file changes its times by that
+            self._call(syscalls.utimens, fd, atime, mtime)  # write permission suffices, because writes change times
         elif is_touch:
-            # "Now" for both times, which with --writeback the kernel reads from its own clock, needs no owner.
+            # Setting both to the current time needs no ownership. With --writeback, the kernel sends its own time.
             attributes = fstatx(fd)
             if not self.permissions.owns(who, attributes) and not self.permissions.may(who, os.W_OK, fd, attributes):
                 raise denied()
@@ -475,18 +485,18 @@ class Tree:
                 with self.permissions.acting(who, fd, by_group=False):
                     self._call(syscalls.utimens, fd, atime, mtime)
             except PermissionError:
-                # With --writeback the kernel writes back the times that it keeps in the name of whoever made it do so.
-                # The source has set its own when the data was written, and keeps them.
+                # With --writeback, the kernel writes back cached times as the user whose call triggered it. The source
+                # has set its own times when the data was written, and keeps them.
                 if not valid & fuse.FATTR_CTIME or not _can_be_kept(changes, attributes):
                     raise
 
     def readlink(self, nodeid: int) -> bytes:
-        """Return where a symlink points (readlink(2))."""
+        """Return the target of a symlink (readlink(2))."""
         with self._reach(nodeid) as reached:
             return os.readlink(b"", dir_fd=reached.fd)
 
     def statfs(self, nodeid: int) -> os.statvfs_result:
-        """Return the state of the file system that holds an inode, which may be one mounted below SRC (statvfs(3))."""
+        """Return statvfs(3) of the file system of an inode, which may be mounted below the source."""
         with self._reach(nodeid) as reached:
             return os.fstatvfs(reached.fd)
 
@@ -500,16 +510,16 @@ class Tree:
             name: the attribute's name with its namespace.
             value: its new value.
             flags: XATTR_CREATE, XATTR_REPLACE or 0.
-            who: the caller.
+            who: the requester.
             kill_sgid: whether a new access ACL clears the set-group-ID bit.
         """
         self._setid.clear(kill_sgid)
         exists = bool(flags & os.XATTR_CREATE) and self.has_xattr(nodeid, name)
         with who.note.begin(int(exists)):
-            self._with_room(lambda: self._setxattr(nodeid, name, value, flags, who), nodeid)
+            self._retry_without_pins(lambda: self._setxattr(nodeid, name, value, flags, who), nodeid)
 
     def has_xattr(self, nodeid: int, name: bytes) -> bool:
-        """Return whether there is an extended attribute, as far as one may know."""
+        """Return whether an inode has an extended attribute; True if this process may not know."""
         with self._reach(nodeid) as reached:
             return _has_xattr(reached.target, name)
 
@@ -520,13 +530,13 @@ class Tree:
     def getxattr(self, nodeid: int, name: bytes, who: Requester) -> bytes:
         """Return the value of an extended attribute (getxattr(2))."""
         with self._reach(nodeid) as reached:
-            # Only these need a right to the file that its permissions give (xattr(7)).
+            # Only reading user attributes needs read permission (xattr(7)).
             if name.startswith(b"user.") and not self.permissions.may(who, os.R_OK, reached.fd, fstatx(reached.fd)):
                 raise denied()
             return os.getxattr(reached.target, name)
 
     def listxattr(self, nodeid: int, who: Requester) -> list[bytes]:
-        """Return the names of the extended attributes (listxattr(2)); trusted ones only to root, as natively."""
+        """Return the names of the extended attributes (listxattr(2)); trusted ones only for root, as in the source."""
         with self._reach(nodeid) as reached:
             names = [os.fsencode(name) for name in os.listxattr(reached.target)]
         return names if who.uid == 0 else [name for name in names if not name.startswith(b"trusted.")]
@@ -538,8 +548,8 @@ class Tree:
                 return
             with who.note.begin(int(_has_xattr(reached.target, name))):
                 if name == CAPABILITY:
-                    # The kernel asks for it in the name of whoever writes to the file. Who asks for it himself has a
-                    # capability for it, which the kernel has checked.
+                    # The kernel also sends this for a user who writes to the file. If a user removes it explicitly, the
+                    # kernel has checked the user's capability.
                     self._call(os.removexattr, reached.target, name)
                 else:
                     with self.permissions.acting(who, reached.fd, by_group=_by_group(name)):
@@ -580,14 +590,14 @@ class Tree:
         with self.permissions.setting_file_attributes(who, handle.descriptor):
             self._call(fcntl.ioctl, handle.descriptor, command, value)
 
-    # What llloop's own requests add
+    # Only for llloop's own loop
 
     def statx_raw(self, nodeid: int, mask: int, flags: int, handle: Handle | None = None) -> bytearray:
-        """Return an inode's ``struct statx`` (statx(2)) with the inode number the mount shows.
+        """Return an inode's ``struct statx`` (statx(2)) with its inode number in the mount.
 
         Args:
             nodeid: the inode.
-            mask: the STATX_ fields asked for.
+            mask: the requested STATX_ fields.
             flags: the AT_STATX_ synchronisation flags.
             handle: an open file of this inode, or None.
         """
@@ -603,29 +613,29 @@ class Tree:
 
 
 def _can_be_kept(changes: Changes, attributes: Attributes) -> bool:
-    """Whether the kernel, which collects writes, can have kept a time as that of the last change of data.
+    """Return whether the kernel can have cached this mtime as the time of a cached write (--writeback).
 
-    The source has another one, because it sets its own when the data reaches it.
+    The source has another mtime, because it sets its own when the data arrives.
     """
-    return changes.mtime <= changes.ctime and changes.mtime[0] >= attributes.mtime - _COLLECTED_MOST
+    return changes.mtime <= changes.ctime and changes.mtime[0] >= attributes.mtime - _MAX_CACHED_TIME
 
 
 def _link(fd: int, directory: int, name: bytes) -> None:
-    """Give the file behind *fd*, which may be opened with O_PATH, one more name (linkat(2))."""
+    """Give the file of *fd* (O_PATH suffices) another name (linkat(2))."""
     os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=directory, follow_symlinks=True)
 
 
 def _by_group(name: bytes) -> bool | None:
-    """Whether it depends on groups what becomes of a file with an extended attribute, as `Permissions.acting` takes it.
+    """Return whether the requester's groups matter for a change of an extended attribute, for `Permissions.acting`.
 
-    An access ACL set by who is no member of the file's group clears its set-group-ID bit. File capabilities need a
-    capability of the owner, too; root of a user namespace has it.
+    If a user who is not a member of the file's group sets an access ACL, the set-group-ID bit is cleared. File
+    capabilities need a capability, which root of a user namespace has for its own files.
     """
     return None if name.startswith(b"user.") else True
 
 
 def _has_xattr(target: int | str, name: bytes) -> bool:
-    """Whether there is an extended attribute, as far as one may know."""
+    """Return whether a file has an extended attribute; True if this process may not know."""
     try:
         os.getxattr(target, name)
     except OSError as error:
@@ -634,7 +644,7 @@ def _has_xattr(target: int | str, name: bytes) -> bool:
 
 
 def _time(valid: int, given: int, now: int, value: tuple[int, int]) -> tuple[int, int]:
-    """Return a time as utimensat(2) takes it."""
+    """Return a time for utimensat(2)."""
     if valid & now:
         return 0, syscalls.UTIME_NOW
     return value if valid & given else (0, syscalls.UTIME_OMIT)

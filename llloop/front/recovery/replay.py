@@ -1,11 +1,11 @@
 """Answers requests that the kernel sends again and that a dead front had already done.
 
 Most requests can simply be done again. Those that cannot (a second mkdir(2) would fail with EEXIST) are noted before
-they are done, see `llloop.front.recovery.intents`. If there is such a note of a request, a method of `Replay` looks
-whether the request was done. If so, it does what the dead front may have left undone (the inode table, the handle) and
-answers. If not, the request is served as any other.
+they are done, see `llloop.front.recovery.intents`. If there is a note of a request, a method of `Replay` checks whether
+the request was done. If so, it completes what the dead front may have missed (the inode table, the handle), and
+answers. If not, the handler serves the request as usual.
 
-A front that dies here leaves the note as it was, so that its successor finds the same.
+If the front dies here, the note is unchanged, so that its successor does the same.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class Replay(Responder):
     """The methods by opcode.
 
     Args:
-        context: what is served.
-        device: the descriptor of /dev/fuse.
-        handlers: the handlers that serve what was not done.
+        context: the objects that handlers work on.
+        device: a descriptor of /dev/fuse.
+        handlers: the handlers for requests that were not done.
     """
 
     def __init__(self, context: Context, device: int, handlers: Handlers) -> None:
@@ -64,7 +64,7 @@ class Replay(Responder):
         }
 
     def before(self, table: Sequence[Handler]) -> list[Handler]:
-        """Return a table of handlers, by opcode, that leaves to *table* what was not done already."""
+        """Return handlers by opcode that replay a request if it was done, and otherwise call the one of *table*."""
         replaying = list(table)
         for opcode, method in self._methods.items():
             replaying[opcode] = self._handler(method, table[opcode])
@@ -129,7 +129,7 @@ class Replay(Responder):
         return statx_or_none(self._tree.directory_fds.directory(parent), check_name(name))
 
     def _is_gone(self, parent: int, name: bytes, intent: Intent) -> bool:
-        """Whether a name is gone that led to the file of the request, or is known to be."""
+        """Return whether a name was removed or leads to another file than that of the request."""
         there = None if intent.done else self._find(parent, name)
         return there is None or there.ino != intent.number
 
@@ -186,15 +186,15 @@ class Replay(Responder):
         return True
 
     def _handle_of(self, intent: Intent) -> int | None:
-        """Return the number of the handle that the request has made, or None."""
+        """Return the number of the handle that the request created, or None."""
         self._context.passthrough.drop(intent.backing)
         return intent.handle if intent.handle in self._handles else None
 
     def _made_file(self, request: FuseRequest, name: bytes, flags: int, intent: Intent) -> int | None:
-        """Return a descriptor of the file that the request has made, or None if it has made none.
+        """Return a descriptor of the file that the request created, or None if it created none.
 
-        It is one of those that the dead front left open, if it had come so far; not every file can be opened again as
-        it was when it was made.
+        It is one that the dead front left open, if there is one, because not every file can be reopened like at its
+        creation.
         """
         directory = self._tree.directory_fds.directory(request.nodeid)
         try:
@@ -205,7 +205,7 @@ class Replay(Responder):
             raise
         with Reached(pin, is_path=True, is_own=True):
             there = fstatx(pin)
-            # Somebody else may have made one since, which the requester must not get.
+            # Another process may have created one since, which the requester must not get.
             is_own = stat.S_ISREG(there.mode) and self._tree.permissions.owns(request.caller(), there)
             if not (intent.made(there) and is_own):
                 return None

@@ -1,7 +1,7 @@
-"""What was read of a directory, in memory that has a descriptor, by which the next front finds it.
+"""Snapshots: memfds with the entries that were read of a directory, for the next front.
 
-The memory begins with the directory's own cookie of the last entry in it, from where reading goes on, and the length
-of the entries, which follow. Both are stored at once, when the entries are in place.
+A snapshot begins with the directory's cookie of its last entry, where reading continues, and the length of the entries,
+which follow. One write sets both after the entries are written.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _HEAD = Struct("=QQ")
 
 
 def make() -> int:
-    """Return a descriptor of memory for a snapshot (memfd_create(2)), empty as yet."""
+    """Create an empty snapshot and return its descriptor (memfd_create(2))."""
     fd = os.memfd_create(_NAME, os.MFD_CLOEXEC)
     os.pwrite(fd, _HEAD.pack(0, 0), 0)
     return fd
@@ -39,7 +39,7 @@ def append(fd: int, data: bytes, position: int) -> None:
 
 
 def is_snapshot(fd: int) -> bool:
-    """Whether a descriptor is one that `make` has returned (proc(5), /proc/self/fd)."""
+    """Return whether a descriptor is a snapshot (proc(5), /proc/self/fd)."""
     return os.readlink(f"/proc/self/fd/{fd}").startswith(f"/memfd:{_NAME} ")
 
 

@@ -52,7 +52,7 @@ def test_a_request_that_kills_fronts_is_refused_in_the_end(
         with pytest.raises(Killed):
             line.ask(request)
         unique = line.unique
-        for _ in range(loop_module._MOST_TRIES):
+        for _ in range(loop_module._MAX_ATTEMPTS):
             assert unique not in line.answers
             with pytest.raises(Killed):
                 line.take_up()
@@ -70,7 +70,7 @@ def test_requests_that_kill_are_counted_each_for_itself(line: Line, monkeypatch:
         with pytest.raises(Killed):
             line.ask(request)
         unique = line.unique
-        for _ in range(loop_module._MOST_TRIES):
+        for _ in range(loop_module._MAX_ATTEMPTS):
             with pytest.raises(Killed):
                 line.take_up()
         line.take_up()
