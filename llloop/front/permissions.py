@@ -15,7 +15,6 @@ import errno
 import os
 import stat
 from contextlib import AbstractContextManager, nullcontext
-from itertools import repeat
 
 from llloop.front.requester import Requester
 from llloop.linux import syscalls
@@ -82,13 +81,16 @@ class Permissions:
         if self.is_trusted(who):
             return _AS_IT_IS
         files = [fstatx(fd) for fd in fds]
+        # A capability counts for a file only if the requester's user namespace knows its owner and group. So those
+        # files decide which capabilities there are for which one may be needed.
+        needing = _protected(who, files, owned)
         if by_group is None:
-            exactly = not all(map(self._may_plainly_change, repeat(who), fds, files)) or _is_protected(
-                who, files, owned
-            )
+            needing += [one for fd, one in zip(fds, files, strict=True) if not self._may_plainly_change(who, fd, one)]
+            exactly = bool(needing)
         else:
+            needing += files
             exactly = by_group or any(attributes.uid != who.uid for attributes in files)
-        return self._exactly_as(who, *files, *owned) if exactly else self._caller(who.uid, who.gid, (), 0)
+        return self._exactly_as(who, *needing) if exactly else self._caller(who.uid, who.gid, (), 0)
 
     def setting_file_attributes(self, who: Requester, fd: int) -> AbstractContextManager[None]:
         """Act with the requester's credentials in a ``with`` block that sets flags of a file (ioctl_iflags(2)).
@@ -188,11 +190,11 @@ class Permissions:
         return capabilities if capabilities and credentials.covers(attributes.uid, attributes.gid) else 0
 
 
-def _is_protected(who: Requester, directories: list[Attributes], owned: tuple[Attributes, ...]) -> bool:
-    """Return whether a sticky directory protects files of other users from the requester (inode(7))."""
-    return any(one.mode & stat.S_ISVTX and one.uid != who.uid for one in directories) and any(
-        one.uid != who.uid for one in owned
-    )
+def _protected(who: Requester, directories: list[Attributes], owned: tuple[Attributes, ...]) -> list[Attributes]:
+    """Return the files that a sticky directory protects from who is not their owner (inode(7))."""
+    if not any(one.mode & stat.S_ISVTX and one.uid != who.uid for one in directories):
+        return []
+    return [one for one in owned if one.uid != who.uid]
 
 
 def _has_privileges(fd: int, attributes: Attributes) -> bool:

@@ -7,15 +7,21 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
 
+from tests.as_user import Caller, Child
 from tests.conftest import Serve
 from tests.mount.command_line import environment, wait_until
-from tests.server import Server, reachable_directory, remove_tree
+from tests.server import Server, Tree, reachable_directory, remove_tree
+from tests.syscalls import unshare_user
+from tests.twins import Twins, demand_equal, outcomes
 from tests.watchdog import kill_session
+
+T = TypeVar("T")
 
 LLLOOP = f"{sys.executable} -m llloop"
 SERVE = f"{LLLOOP} serve --daemon --workers 1 --log-level warning src mnt"
@@ -170,3 +176,69 @@ def test_files_belong_to_each_user_of_a_user_namespace(place: Path) -> None:
     assert (process.returncode, output) == (0, "1000\n0\n")
     assert (place / "src" / "of-1000").stat().st_uid == 1000
     assert (place / "src" / "of-root").stat().st_uid == 0
+
+
+def as_root_of_namespace(first: int, action: Callable[..., T], *args: Any) -> T:
+    """Runs a function as root of a user namespace whose ids begin at *first* outside of it."""
+    (ready, is_ready), (go_on, may_go_on) = os.pipe(), os.pipe()
+
+    def inside() -> T:
+        unshare_user()
+        os.write(is_ready, b"x")
+        os.read(go_on, 1)
+        Caller(0, 0).become()
+        return action(*args)
+
+    child = Child(inside)
+    try:
+        os.read(ready, 1)
+        for kind in ("uid_map", "gid_map"):
+            Path(f"/proc/{child.pid}/{kind}").write_text(f"0 {first} 65536")
+        os.write(may_go_on, b"x")
+        return child.result()
+    finally:
+        for fd in (ready, is_ready, go_on, may_go_on):
+            os.close(fd)
+
+
+NAMESPACES = (100_000, 200_000)
+
+
+@pytest.mark.root
+def test_two_user_namespaces_use_one_mount(tree: Tree) -> None:
+    """Root of each may do everything to the files of its own users, and nothing to others'."""
+
+    def prepare(directory: Path) -> None:
+        directory.chmod(0o1777)
+        for first in NAMESPACES:
+            home = directory / f"{first}"
+            home.mkdir()
+            (home / "of nobody").write_text("x")
+            for path in (home, *(directory / f"{first}-{what}" for what in ("link", "rename", "unlink", "change"))):
+                path.mkdir(exist_ok=True) if path == home else path.write_text("x")
+                path.chmod(0o755 if path == home else 0o600)
+                os.chown(path, first + 5, first + 7)
+
+    def act(directory: Path, first: int) -> dict[str, Any]:
+        home, own = directory / f"{first}", f"{directory}/{first}-"
+        return outcomes(
+            {
+                "link": lambda: os.link(f"{own}link", directory / f"{first}-linked"),
+                "rename": lambda: os.rename(f"{own}rename", directory / f"{first}-renamed"),
+                "unlink": lambda: os.unlink(f"{own}unlink"),
+                "chmod": lambda: os.chmod(f"{own}change", 0o2775),
+                "chown": lambda: os.chown(f"{own}change", 6, 8),
+                "chown to nobody": lambda: os.chown(f"{own}change", 65_536, -1),
+                "unlink of nobody's": lambda: os.unlink(home / "of nobody"),
+                "create": lambda: os.close(os.open(home / "new", os.O_CREAT, 0o600)),
+            }
+        )
+
+    twins = Twins.of(tree)
+    twins.prepare(prepare)
+    for own in NAMESPACES:
+        for first in (*(other for other in NAMESPACES if other != own), own):
+            found = [as_root_of_namespace(own, act, side, first) for side in (twins.native, twins.mounted)]
+            demand_equal(found[1], found[0], f"another outcome for {first}'s files in the namespace of {own}")
+            twins.compare()
+            assert (found[0]["unlink"] is None) == (first == own)
