@@ -17,7 +17,7 @@ from llloop.config import ServeConfig
 from llloop.front.context import Context, build_context
 from llloop.front.inodes import ROOT
 from llloop.front.loop import Loop
-from llloop.front.recovery import intents as attempts_module
+from llloop.front.recovery import intents as intents_module
 from llloop.front.recovery.takeover import recover
 from llloop.front.request import FuseRequest
 from llloop.linux import fuse, syscalls
@@ -26,7 +26,7 @@ from llloop.shared import journal as journal_module
 from llloop.shared.journal import Journal
 from llloop.shared.negotiation import Capabilities, Feature
 from llloop.shared.slots import Slots
-from tests.unit.support import Reply, close_ledger, heir
+from tests.unit.support import Reply, close_journal, heir
 
 ME = (os.geteuid(), os.getegid())
 
@@ -89,13 +89,13 @@ class Life:
         self.taken += 1
 
     def around(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def killable_front(*arguments: Any, **options: Any) -> Any:
+        def killable(*arguments: Any, **options: Any) -> Any:
             self.step()
             result = call(*arguments, **options)
             self.step()
             return result
 
-        return killable_front
+        return killable
 
 
 class _Cells:
@@ -133,7 +133,7 @@ class _Packing:
         return getattr(self._packing, name)
 
 
-def mortal_ledger(journal: Journal, life: Life) -> Journal:
+def killable_journal(journal: Journal, life: Life) -> Journal:
     """The same memory in the hands of a process of that life."""
     own = heir(journal)
     own.cells = _Cells(own.cells, life)  # type: ignore[assignment]
@@ -329,16 +329,16 @@ class Line:
         self._kernel.close()
         self._device.close()
         os.close(self.root)
-        close_ledger(self.journal)
+        close_journal(self.journal)
 
 
 class Front:
     """What runs in one front process; nothing is closed when it is dropped."""
 
     def __init__(self, line: Line, life: Life) -> None:
-        self._journal = mortal_ledger(line.journal, life)
-        packing = _Packing(attempts_module._NOTE, life)
-        with mock.patch.object(attempts_module, "_NOTE", packing):
+        self._journal = killable_journal(line.journal, life)
+        packing = _Packing(intents_module._NOTE, life)
+        with mock.patch.object(intents_module, "_NOTE", packing):
             writers = [writer for _, writer in line.pipes]
             context = self.context = build_context(
                 line.config, line.capabilities, line.slots, self._journal, writers, line.root, line.device

@@ -13,7 +13,7 @@ from llloop.linux import fuse
 from llloop.shared.journal import Journal
 from llloop.shared.negotiation import Capabilities, Feature
 from llloop.shared.slots import Slots
-from tests.unit.support import ClosedAtOnce, close_ledger
+from tests.unit.support import ClosedAtOnce, close_journal
 
 MYSELF = Requester(os.geteuid(), os.getegid(), 0o022)
 
@@ -44,4 +44,4 @@ class Source:
         for nodeid in list(self.tree.directory_fds.pins._table):
             self.tree.directory_fds.drop(nodeid)
         os.close(self.root)
-        close_ledger(self.journal)
+        close_journal(self.journal)

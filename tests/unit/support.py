@@ -131,7 +131,7 @@ def heir(journal: Journal) -> Journal:
     return own
 
 
-def close_ledger(journal: Journal) -> None:
+def close_journal(journal: Journal) -> None:
     """Close its descriptor now, not when it is collected as garbage, while another test counts descriptors."""
     journal.cells.release()
     journal.memory.close()

@@ -17,7 +17,7 @@ from llloop.linux.syscalls import Attributes, fstatx, statx
 from llloop.shared.journal import Journal
 from llloop.shared.leadership import Leadership
 from tests.expect import fails
-from tests.unit.support import ClosedAtOnce, close_ledger, open_descriptors
+from tests.unit.support import ClosedAtOnce, close_journal, open_descriptors
 
 CAPACITY = 4
 
@@ -52,7 +52,7 @@ class Place:
         for nodeid in list(self.pins._table):
             self.directory_fds.drop(nodeid)
         os.close(self.root)
-        close_ledger(self.journal)
+        close_journal(self.journal)
 
 
 @pytest.fixture

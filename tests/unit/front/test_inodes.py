@@ -15,7 +15,7 @@ from llloop.front.inodes import ROOT, Inodes, mix
 from llloop.linux.syscalls import Attributes
 from llloop.shared.journal import Journal
 from tests.expect import fails
-from tests.unit.support import attributes, close_ledger, heir
+from tests.unit.support import attributes, close_journal, heir
 
 ROOT_DEVICE, OTHER_DEVICE, THIRD_DEVICE = 0x801, 0x2A, 0x100005
 ROOT_NUMBER = 2
@@ -222,7 +222,7 @@ class TableMachine(RuleBasedStateMachine):
         assert len(self.table) == 1
         assert not self.table._links and not self.table._renumbered
         assert heir(self.journal).recover() == [], "a record outlives what it stands for"
-        close_ledger(self.journal)
+        close_journal(self.journal)
 
 
 TestTable = TableMachine.TestCase

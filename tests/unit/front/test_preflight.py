@@ -23,7 +23,7 @@ from llloop.workers.descriptors import Descriptors
 from llloop.workers.preflight import Probes
 from tests.server_processes import wait_until
 from tests.unit.source import MYSELF, Source
-from tests.unit.support import close_ledger, open_descriptors, packet_pipe, packets
+from tests.unit.support import close_journal, open_descriptors, packet_pipe, packets
 
 HEADER = fuse.IN_HEADER
 
@@ -210,7 +210,7 @@ def test_the_loop_goes_on_while_a_worker_looks(front: Front) -> None:
         kernel.close()  # as an unmount with a request that waits
         thread.join(10)
         device.close()
-        close_ledger(journal)
+        close_journal(journal)
     assert not thread.is_alive()
 
 

@@ -380,7 +380,7 @@ def test_no_request_overtakes_a_parked_one(router: Router, pipes: Pipes) -> None
 
 
 def test_what_is_parked_is_limited(router: Router, pipes: Pipes, monkeypatch: pytest.MonkeyPatch, idle: int) -> None:
-    monkeypatch.setattr("llloop.front.router._PARKED_MOST", 10_000)
+    monkeypatch.setattr("llloop.front.router._MAX_PARKED", 10_000)
     pipes.fill(0)
     arguments = (router, handle(), 5, Operation.WRITE, 4096)
     park(*arguments)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from llloop.shared.journal import HANDLE, INODE, LINK, RECORD_SIZE, Journal
-from tests.unit.killable_front import Killed, Life, living, mortal_ledger
-from tests.unit.support import close_ledger, heir
+from tests.unit.killable_front import Killed, Life, killable_journal, living
+from tests.unit.support import close_journal, heir
 
 FIELDS = 8
 MOST = 2**64 - 1
@@ -36,7 +36,7 @@ def content(journal: Journal) -> dict[int, Content]:
 def journal() -> Iterator[Journal]:
     own = Journal(256)
     yield own
-    close_ledger(own)
+    close_journal(own)
 
 
 @pytest.mark.parametrize("name", NAMES, ids=lambda name: str(len(name)))
@@ -113,7 +113,7 @@ def test_what_finds_no_room_is_not_there_and_harms_nobody(name: bytes) -> None:
     if places:
         journal.remove(places[0])
         assert journal.add(INODE, (7,) * FIELDS, name), "the room that was freed is not used"
-    close_ledger(journal)
+    close_journal(journal)
 
 
 def test_no_room_that_names_have_lost_is_lost() -> None:
@@ -127,7 +127,7 @@ def test_no_room_that_names_have_lost_is_lost() -> None:
     for _ in range(10):
         assert not journal.add(INODE, (1,) * FIELDS, b"x" * 4000)
     assert [bool(journal.add(HANDLE, (1,) * FIELDS)) for _ in range(4)] == [True, True, True, False]
-    close_ledger(journal)
+    close_journal(journal)
 
 
 def test_of_a_request_sent_again_its_tries_are_counted(journal: Journal) -> None:
@@ -174,7 +174,7 @@ def test_a_change_is_done_or_not_wherever_it_is_cut(
     for steps in range(1000):
         journal, places = prepared()
         life = Life(steps)
-        killable_front = mortal_ledger(journal, life)
+        killable_front = killable_journal(journal, life)
         killable_front.recover()
         try:
             with living(life):
@@ -207,7 +207,7 @@ class LogTransport(RuleBasedStateMachine):
     ) -> None:
         """Do something; *then* says what is at a place afterwards, with None for the place that the action returns."""
         life = Life(steps)
-        own = mortal_ledger(self.journal, life)
+        own = killable_journal(self.journal, life)
         own._free, own._age = self.journal._free, self.journal._age
         place: int | None = None
         killed = False
@@ -274,7 +274,7 @@ class LogTransport(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "memory"):
-            close_ledger(self.memory)
+            close_journal(self.memory)
 
 
 TestRecords = LogTransport.TestCase
@@ -314,7 +314,7 @@ def test_a_process_that_is_really_killed() -> None:
             assert record.fields[-1] in (0, len(record.name))
             found[number] = found.get(number, 0) + 1
         assert sum(found.values()) - len(found) <= 1, "only what was being moved is there twice"
-    close_ledger(journal)
+    close_journal(journal)
 
 
 def _wait_until_busy(journal: Journal, intent: int) -> None:

@@ -13,14 +13,14 @@ from llloop.front.recovery.intents import Intent, Intents, Note
 from llloop.linux.fuse import FUSE_UNIQUE_RESEND
 from llloop.linux.syscalls import fstatx
 from llloop.shared.journal import Journal
-from tests.unit.support import attributes, close_ledger, heir
+from tests.unit.support import attributes, close_journal, heir
 
 
 @pytest.fixture
 def journal() -> Iterator[Journal]:
     own = Journal(16)
     yield own
-    close_ledger(own)
+    close_journal(own)
 
 
 def begun(journal: Journal, unique: int = 42, **noted: int) -> Note:
