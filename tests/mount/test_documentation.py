@@ -19,6 +19,14 @@ import pytest
 
 from llloop.cli.main import main
 from llloop.errors import LlloopError
+from llloop.front.nowait import LONE_WRITE_LIMIT, READ_LIMIT, WRITE_LIMIT
+from llloop.linux import syscalls
+from llloop.linux.credentials import FRONT_CAPABILITIES, WORKER_CAPABILITIES
+from llloop.shared import negotiation
+from llloop.shared.negotiation import MAX_BACKGROUND, MAX_BACKGROUND_COLLECTED
+from llloop.supervisor.child import LONGEST_PAUSE
+from llloop.supervisor.unmounting import GRACE
+from llloop.workers.replies import COPY_LIMIT
 from tests.mount.command_line import environment, wait_until
 from tests.server import reachable_directory, remove_tree
 from tests.watchdog import abort_connection, kill_session, unescaped, unmount_lazily
@@ -259,3 +267,26 @@ def test_troubleshooting_quotes_messages_that_exist() -> None:
         # What stands in parentheses is an errno's text; a name of a constant stands for its value.
         text = message.partition(" (")[0].replace("/dev/fuse ", "{_DEVICE} ").replace("/etc/fuse.conf", "{_FUSE_CONF}")
         assert message in known or text in sources, message
+
+
+def test_the_capabilities_are_those_that_the_processes_keep() -> None:
+    table = re.findall(r"^\| (front|worker) \| (.*) \|$", TEXT["security.md"], re.MULTILINE)
+    for process, kept in (("front", FRONT_CAPABILITIES), ("worker", WORKER_CAPABILITIES)):
+        names = re.findall(r"`(\w+)`", dict(table)[process])
+        assert sum(1 << getattr(syscalls, f"CAP_{name}") for name in names) == kept, process
+
+
+@pytest.mark.parametrize(
+    ("page", "text", "values"),
+    [
+        ("architecture", "reads of up to {} KiB and writes of up to {} KiB", (READ_LIMIT >> 10, WRITE_LIMIT >> 10)),
+        ("architecture", "the front also does writes of up to {} KiB", (LONE_WRITE_LIMIT >> 10,)),
+        ("architecture", "For reads of up to {} KiB the worker copies", (COPY_LIMIT >> 10,)),
+        ("architecture", "requests of {} KiB instead of 128 KiB", (negotiation.MAX_WRITE >> 10,)),
+        ("recovery", "{} requests, and {} requests with `--writeback`", (MAX_BACKGROUND, MAX_BACKGROUND_COLLECTED)),
+        ("recovery", "it waits before each restart, at most {:g} seconds", (LONGEST_PAUSE,)),
+        ("commands", "These programs may continue for {:g} seconds", (GRACE,)),
+    ],
+)
+def test_the_numbers_are_those_of_the_code(page: str, text: str, values: tuple[float, ...]) -> None:
+    assert text.format(*values) in " ".join(TEXT[f"{page}.md"].split())
