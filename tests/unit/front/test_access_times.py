@@ -1,4 +1,4 @@
-"""When pages are dropped so that a read sets the access time: by the rules of relatime, and once for each time."""
+"""When a read must reach the source to update the access time: the rules of relatime, once for each time."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_relatime(
 
 
 @pytest.mark.parametrize("flags", [os.O_WRONLY, os.O_RDONLY | os.O_NOATIME])
-def test_who_sets_no_access_time(monkeypatch: pytest.MonkeyPatch, descriptor: int, flags: int) -> None:
+def test_opens_that_do_not_update_the_access_time(monkeypatch: pytest.MonkeyPatch, descriptor: int, flags: int) -> None:
     mounted_with(monkeypatch, 0)
     found = attributes(mtime=FRESH, ctime=FRESH)
     assert not AccessTimes().must_update(
@@ -74,7 +74,7 @@ def test_who_sets_no_access_time(monkeypatch: pytest.MonkeyPatch, descriptor: in
 
 
 @pytest.mark.parametrize("flag", [os.ST_NOATIME, os.ST_RDONLY])
-def test_mounts_that_keep_none(monkeypatch: pytest.MonkeyPatch, descriptor: int, flag: int) -> None:
+def test_mounts_without_access_times(monkeypatch: pytest.MonkeyPatch, descriptor: int, flag: int) -> None:
     mounted_with(monkeypatch, flag)
     found = attributes(mtime=FRESH, ctime=FRESH)
     assert not AccessTimes().must_update(

@@ -1,4 +1,4 @@
-"""What the kernel may keep: never old bytes on the word of a time stamp that could stand for a later write."""
+"""What the kernel may cache: never old data because of a timestamp that a later write could leave as well."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def inode_of(found: Attributes) -> Inode:
     return Inode(ROOT, b"file", found.ino, found.device)
 
 
-def test_what_is_unchanged_is_kept() -> None:
+def test_pages_of_an_unchanged_file_are_kept() -> None:
     inode, own = inode_of(settled()), policy()
     assert own.open_flags(inode, settled()) == 0, "nothing is known of what the kernel has cached before"
     assert own.open_flags(inode, settled()) == fuse.FOPEN_KEEP_CACHE
@@ -53,7 +53,7 @@ def test_what_is_unchanged_is_kept() -> None:
         settled(ctime=(900_000, 9)),
     ],
 )
-def test_what_has_changed_is_not(changed: Attributes) -> None:
+def test_pages_of_a_changed_file_are_dropped(changed: Attributes) -> None:
     inode, own = inode_of(settled()), policy()
     own.open_flags(inode, settled())
     assert own.open_flags(inode, changed) == 0
@@ -62,22 +62,22 @@ def test_what_has_changed_is_not(changed: Attributes) -> None:
 
 
 @pytest.mark.parametrize("age", [0, 1])
-def test_a_stamp_of_just_now_is_not_trusted(age: int) -> None:
-    """A write in the same tick would leave the same one."""
+def test_recent_timestamp_is_not_trusted(age: int) -> None:
+    """A write in the same tick would leave the same timestamp."""
     fresh = settled(ctime=(int(NOW) - age + 1, 0))
     inode, own = inode_of(fresh), policy()
     for _ in range(3):
         assert own.open_flags(inode, fresh) == 0
 
 
-def test_a_stamp_from_the_future_is_not_trusted() -> None:
+def test_future_timestamp_is_not_trusted() -> None:
     future = settled(ctime=(int(NOW) + 86400, 0))
     inode, own = inode_of(future), policy()
     for _ in range(3):
         assert own.open_flags(inode, future) == 0
 
 
-def test_an_old_modification_time_proves_nothing() -> None:
+def test_old_mtime_with_recent_ctime_is_not_trusted() -> None:
     """utimensat(2) sets it to anything; only the change time cannot be set."""
     forged = settled(mtime=(1, 0), ctime=(int(NOW) + 1, 0))
     inode, own = inode_of(forged), policy()
@@ -85,27 +85,27 @@ def test_an_old_modification_time_proves_nothing() -> None:
     assert own.open_flags(inode, forged) == 0
 
 
-def test_a_change_that_is_too_fresh_forgets_the_old_stamp() -> None:
+def test_recent_change_drops_the_noted_timestamps() -> None:
     inode, own = inode_of(settled()), policy()
     own.open_flags(inode, settled())
     own.open_flags(inode, settled(ctime=(int(NOW) + 1, 0)))
     assert own.open_flags(inode, settled()) == 0
 
 
-def test_never_bypasses_the_page_cache_where_files_can_still_be_mapped() -> None:
+def test_cache_never_uses_direct_io_if_mmap_is_possible() -> None:
     assert policy(Cache.NEVER).open_flags(inode_of(settled()), settled()) == fuse.FOPEN_DIRECT_IO
     own, inode = policy(Cache.NEVER, direct_mmap=False), inode_of(settled())
     for _ in range(3):
         assert own.open_flags(inode, settled()) == 0
 
 
-def test_always_keeps_whatever_happens() -> None:
+def test_cache_always_keeps_pages() -> None:
     inode, own = inode_of(settled()), policy(Cache.ALWAYS)
     assert own.open_flags(inode, settled()) == fuse.FOPEN_KEEP_CACHE
     assert own.open_flags(inode, settled(size=99)) == fuse.FOPEN_KEEP_CACHE
 
 
-def test_timeouts_are_those_of_the_options() -> None:
+def test_timeouts_equal_the_options() -> None:
     own = policy(attr_timeout=1.5, entry_timeout=0.25, negative_timeout=3)
     assert (own.attributes, own.entry, own.negative) == ((1, 500_000_000), (0, 250_000_000), (3, 0))
     never = policy(Cache.NEVER)
@@ -113,7 +113,7 @@ def test_timeouts_are_those_of_the_options() -> None:
 
 
 @given(st.floats(0, 2**31))
-def test_a_timeout_fits_its_struct(seconds: float) -> None:
+def test_timeout_is_split_into_seconds_and_nanoseconds(seconds: float) -> None:
     whole, nanoseconds = split(seconds)
     assert 0 <= nanoseconds < 1_000_000_000
     assert abs(whole + nanoseconds / 1e9 - seconds) < 1e-6
@@ -130,7 +130,7 @@ def stopwatch(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return now
 
 
-def test_a_listing_is_kept_as_long_as_the_attributes_of_its_entries(stopwatch: list[int]) -> None:
+def test_listing_is_kept_while_attributes_are_valid(stopwatch: list[int]) -> None:
     inode, own = inode_of(settled()), policy(attr_timeout=3.0, entry_timeout=2.0)
     assert own.directory_flags(inode, settled()) == fuse.FOPEN_CACHE_DIR
     stopwatch[0] += 1_999_999_999
@@ -142,19 +142,19 @@ def test_a_listing_is_kept_as_long_as_the_attributes_of_its_entries(stopwatch: l
 
 @pytest.mark.parametrize("changed", [settled(mtime=(900_000, 9)), settled(ctime=(900_000, 9))])
 @pytest.mark.parametrize("cache", [Cache.AUTO, Cache.ALWAYS])
-def test_the_listing_of_a_changed_directory_is_dropped(cache: Cache, changed: Attributes, stopwatch: list[int]) -> None:
+def test_listing_of_a_changed_directory_is_dropped(cache: Cache, changed: Attributes, stopwatch: list[int]) -> None:
     inode, own = inode_of(settled()), policy(cache)
     own.directory_flags(inode, settled())
     assert own.directory_flags(inode, changed) == fuse.FOPEN_CACHE_DIR
     assert own.directory_flags(inode, changed) == KEPT
 
 
-def test_a_listing_is_not_kept_on_the_word_of_a_fresh_stamp(stopwatch: list[int]) -> None:
+def test_listing_with_recent_timestamp_is_not_kept(stopwatch: list[int]) -> None:
     fresh = settled(ctime=(1_000_000, 0))
     inode, own = inode_of(fresh), policy()
     assert own.directory_flags(inode, fresh) == own.directory_flags(inode, fresh) == fuse.FOPEN_CACHE_DIR
 
 
-def test_no_listing_is_kept_where_nothing_is(stopwatch: list[int]) -> None:
+def test_cache_never_keeps_no_listing(stopwatch: list[int]) -> None:
     inode, own = inode_of(settled()), policy(Cache.NEVER)
     assert own.directory_flags(inode, settled()) == own.directory_flags(inode, settled()) == 0

@@ -1,4 +1,4 @@
-"""What each user may hold of the front's descriptors, and which of his removed files he loses then."""
+"""How many descriptors each user may hold, and which removed files are closed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def take_all(shares: Shares, uid: int, weight: int = 1) -> int:
     return shares.held(uid)
 
 
-def test_who_takes_all_he_may_leaves_as_many() -> None:
+def test_user_may_take_half_of_the_free_descriptors() -> None:
     shares = Shares(CAPACITY)
     usual = CAPACITY * 63 // 64
     for uid, part in ((ONE, 2), (TWO, 4), (THREE, 8)):
@@ -43,7 +43,7 @@ def test_who_takes_all_he_may_leaves_as_many() -> None:
     assert abs(take_all(shares, THREE) - usual / 2) <= 1
 
 
-def test_directories_can_be_listed_when_files_cannot_be_opened() -> None:
+def test_directories_have_a_larger_share() -> None:
     for uid in (ONE, 0):
         shares = Shares(CAPACITY)
         files = take_all(shares, uid)
@@ -70,7 +70,7 @@ def close(pins: Pins) -> None:
         os.close(fd)
 
 
-def test_who_removes_more_than_he_may_keep_loses_the_oldest(pins: Pins, tmp_path: Path) -> None:
+def test_oldest_removed_files_are_closed(pins: Pins, tmp_path: Path) -> None:
     before = open_descriptors()
     add(pins, tmp_path / "file", range(100, 102), TWO)
     add(pins, tmp_path / "file", range(200, 260), ONE)
@@ -86,7 +86,7 @@ def test_who_removes_more_than_he_may_keep_loses_the_oldest(pins: Pins, tmp_path
     assert open_descriptors() == before
 
 
-def test_who_has_used_up_his_share_with_open_files_keeps_no_removed_ones(pins: Pins, tmp_path: Path) -> None:
+def test_removed_files_are_closed_if_open_files_use_the_share(pins: Pins, tmp_path: Path) -> None:
     before = open_descriptors()
     take_all(pins._shares, ONE)
     add(pins, tmp_path / "file", range(100, 103), ONE)
@@ -95,7 +95,7 @@ def test_who_has_used_up_his_share_with_open_files_keeps_no_removed_ones(pins: P
     assert open_descriptors() == before
 
 
-def test_the_next_front_counts_what_it_takes_over(pins: Pins, tmp_path: Path) -> None:
+def test_next_front_counts_inherited_descriptors(pins: Pins, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     fd = os.open(tmp_path / "file", os.O_PATH)
     nodeid = pins._inodes.remember(ROOT, b"file", fstatx(fd))

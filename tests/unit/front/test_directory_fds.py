@@ -1,4 +1,4 @@
-"""How inodes are reached: on a real directory, with few descriptors, and never another file by mistake."""
+"""Access to inodes on a real directory: with few descriptors, and never to another file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CAPACITY = 4
 
 
 class Place:
-    """A source with its table and anchors, without anything that serves it."""
+    """A source with an inode table and directory descriptors."""
 
     def __init__(self, path: Path, capacity: int = CAPACITY) -> None:
         self.path = path
@@ -73,26 +73,26 @@ def many(place: Place) -> list[int]:
     return found
 
 
-def test_the_root_is_always_there(place: Place) -> None:
+def test_root_is_always_reachable(place: Place) -> None:
     assert place.directory_fds.directory(ROOT) == place.root
     assert place.directory_fds.held(ROOT) == place.root
 
 
-def test_a_directory_is_opened_once(place: Place, many: list[int]) -> None:
+def test_directory_is_opened_once(place: Place, many: list[int]) -> None:
     fd = place.directory_fds.directory(many[3])
     assert place.is_at(fd, "dir-3")
     assert place.directory_fds.directory(many[3]) == fd
     assert place.directory_fds.held(many[3]) == fd
 
 
-def test_descriptors_lead_nowhere_but_are_not_inherited(place: Place, many: list[int]) -> None:
+def test_descriptors_are_o_path_and_close_on_exec(place: Place, many: list[int]) -> None:
     fd = place.directory_fds.directory(many[0])
     assert not os.get_inheritable(fd)
     with fails(errno.EBADF):
         os.listdir(fd)
 
 
-def test_only_so_many_directories_stay_open(place: Place, many: list[int]) -> None:
+def test_number_of_open_directories_is_limited(place: Place, many: list[int]) -> None:
     before = open_descriptors()
     for number, nodeid in enumerate(many * 3):
         assert place.is_at(place.directory_fds.directory(nodeid), f"dir-{number % 20}")
@@ -101,7 +101,7 @@ def test_only_so_many_directories_stay_open(place: Place, many: list[int]) -> No
     assert open_descriptors() == before
 
 
-def test_the_least_recently_used_one_goes_first(place: Place, many: list[int]) -> None:
+def test_least_recently_used_directory_is_closed(place: Place, many: list[int]) -> None:
     kept = place.directory_fds.directory(many[0])
     for nodeid in many[1:]:
         place.directory_fds.directory(nodeid)
@@ -109,8 +109,8 @@ def test_the_least_recently_used_one_goes_first(place: Place, many: list[int]) -
     assert place.directory_fds.held(many[1]) is None
 
 
-def test_a_descriptor_outlives_the_next_call(place: Place, many: list[int]) -> None:
-    """A rename needs two at once."""
+def test_descriptor_is_valid_after_the_next_call(place: Place, many: list[int]) -> None:
+    """A rename needs two at the same time."""
     for first in many:
         for second in many[:3]:
             one = place.directory_fds.directory(first)
@@ -119,7 +119,7 @@ def test_a_descriptor_outlives_the_next_call(place: Place, many: list[int]) -> N
 
 
 @pytest.mark.parametrize("capacity", [0, 1, 2])
-def test_with_the_smallest_capacity_two_directories_can_still_be_used(tmp_path: Path, capacity: int) -> None:
+def test_two_directories_work_with_minimum_capacity(tmp_path: Path, capacity: int) -> None:
     place = Place(tmp_path, capacity)
     os.makedirs(tmp_path / "a/b/c/d")
     os.makedirs(tmp_path / "e/f/g/h")
@@ -130,8 +130,8 @@ def test_with_the_smallest_capacity_two_directories_can_still_be_used(tmp_path: 
     place.close()
 
 
-def test_a_path_far_deeper_than_the_capacity(place: Place) -> None:
-    """Two thousand components: more than PATH_MAX, more than Python's recursion limit, more than the capacity."""
+def test_path_deeper_than_the_capacity(place: Place) -> None:
+    """2,000 components: more than PATH_MAX, than Python's recursion limit, and than the capacity."""
     levels = 2000
     fd, nodeid, nodeids = os.dup(place.root), ROOT, []
     before = open_descriptors()
@@ -168,14 +168,14 @@ def remove_chain(root: int, levels: int) -> None:
         os.rename("next", "d", src_dir_fd=root, dst_dir_fd=root)
 
 
-def test_what_the_kernel_does_not_know_is_stale(place: Place) -> None:
+def test_unknown_inode_gives_estale(place: Place) -> None:
     with fails(errno.ESTALE):
         place.directory_fds.directory(4711)
     with fails(errno.ESTALE):
         place.directory_fds.attributes(4711)
 
 
-def test_a_directory_replaced_by_another_is_stale(place: Place, many: list[int]) -> None:
+def test_replaced_directory_gives_estale(place: Place, many: list[int]) -> None:
     (place.path / "dir-0").rename(place.path / "away")
     (place.path / "dir-0").mkdir()
     before = open_descriptors()
@@ -188,8 +188,8 @@ def test_a_directory_replaced_by_another_is_stale(place: Place, many: list[int])
     assert open_descriptors() == before
 
 
-def test_a_directory_replaced_by_a_symlink_is_stale(place: Place, many: list[int], tmp_path_factory) -> None:  # type: ignore[no-untyped-def]
-    """Even by one that leads to where it went: nothing is ever followed."""
+def test_directory_replaced_by_a_symlink_gives_estale(place: Place, many: list[int], tmp_path_factory) -> None:  # type: ignore[no-untyped-def]
+    """Even if the symlink leads to the directory: symlinks are never followed."""
     (place.path / "dir-0").rename(place.path / "away")
     (place.path / "dir-0").symlink_to("away")
     with fails(errno.ESTALE):
@@ -197,7 +197,7 @@ def test_a_directory_replaced_by_a_symlink_is_stale(place: Place, many: list[int
 
 
 @pytest.mark.parametrize("replacement", ["file", "symlink", "directory", "nothing"])
-def test_a_file_whose_name_leads_elsewhere_is_stale(place: Place, replacement: str) -> None:
+def test_replaced_file_gives_estale(place: Place, replacement: str) -> None:
     path = place.path / "file"
     path.write_text("old")
     nodeid = place.look_up(ROOT, "file")
@@ -219,8 +219,8 @@ def test_a_file_whose_name_leads_elsewhere_is_stale(place: Place, replacement: s
     assert open_descriptors() == before
 
 
-def test_a_number_given_to_another_file_is_not_the_same_file(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only its birth time tells; here it is the table's that is changed."""
+def test_reused_inode_number_gives_estale(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the birth time differs; this test changes it in the table."""
     (place.path / "file").write_text("old")
     nodeid = place.look_up(ROOT, "file")
     place.inodes.get(nodeid).birth += 1
@@ -230,7 +230,7 @@ def test_a_number_given_to_another_file_is_not_the_same_file(place: Place, monke
         place.directory_fds.open(nodeid, os.O_RDONLY)
 
 
-def test_any_name_of_a_hard_linked_file_will_do(place: Place) -> None:
+def test_each_name_of_a_hard_link_works(place: Place) -> None:
     (place.path / "sub").mkdir()
     sub = place.look_up(ROOT, "sub")
     names = ["a", "b", "sub/c"]
@@ -251,7 +251,7 @@ def test_any_name_of_a_hard_linked_file_will_do(place: Place) -> None:
         place.directory_fds.attributes(nodeid)
 
 
-def test_errors_of_the_source_are_not_taken_for_a_moved_name(place: Place) -> None:
+def test_other_errors_do_not_become_estale(place: Place) -> None:
     (place.path / "socket").write_text("")
     nodeid = place.look_up(ROOT, "socket")
     with fails(errno.ENOTDIR, errno.ESTALE):
@@ -263,7 +263,7 @@ def test_errors_of_the_source_are_not_taken_for_a_moved_name(place: Place) -> No
         place.directory_fds.open(nodeid, os.O_WRONLY | os.O_NONBLOCK)
 
 
-def test_opening_leaves_nothing_open_but_its_result(place: Place, many: list[int]) -> None:
+def test_open_leaks_no_descriptor(place: Place, many: list[int]) -> None:
     file = place.look_up(many[0], "file")
     before = open_descriptors()
     with place.directory_fds.reach(file) as reached:
@@ -274,7 +274,7 @@ def test_opening_leaves_nothing_open_but_its_result(place: Place, many: list[int
     assert open_descriptors() == before
 
 
-def test_a_symlink_itself_is_reached(place: Place) -> None:
+def test_symlink_is_not_followed(place: Place) -> None:
     (place.path / "link").symlink_to("/etc/passwd")
     nodeid = place.look_up(ROOT, "link")
     with place.directory_fds.reach(nodeid) as reached:
@@ -291,7 +291,7 @@ def pin(place: Place, name: str) -> tuple[int, Attributes]:
     return nodeid, fstatx(fd)
 
 
-def test_a_pinned_file_lives_on(place: Place) -> None:
+def test_pinned_file_stays_reachable(place: Place) -> None:
     (place.path / "file").write_text("content")
     nodeid, attributes = pin(place, "file")
     (place.path / "file").write_text("another")
@@ -304,7 +304,7 @@ def test_a_pinned_file_lives_on(place: Place) -> None:
         assert fstatx(held.fd).ino == attributes.ino
 
 
-def test_a_pin_goes_with_the_inode(place: Place) -> None:
+def test_pin_is_dropped_with_the_inode(place: Place) -> None:
     before = open_descriptors()
     (place.path / "file").write_text("content")
     nodeid, _ = pin(place, "file")
@@ -317,7 +317,7 @@ def test_a_pin_goes_with_the_inode(place: Place) -> None:
         place.directory_fds.attributes(nodeid)
 
 
-def test_pins_of_what_is_not_open_can_be_let_go(place: Place) -> None:
+def test_unused_pins_are_released(place: Place) -> None:
     for name in ("a", "b"):
         (place.path / name).write_text(name)
     first, _ = pin(place, "a")
@@ -328,7 +328,7 @@ def test_pins_of_what_is_not_open_can_be_let_go(place: Place) -> None:
     assert not place.pins.release_unused({first})
 
 
-def test_a_removed_directory_that_is_pinned_can_be_asked(place: Place, many: list[int]) -> None:
+def test_attributes_of_a_pinned_directory(place: Place, many: list[int]) -> None:
     path = place.path / "dir-0"
     fd = os.open(path, os.O_PATH | os.O_DIRECTORY)
     (path / "file").unlink()
@@ -338,7 +338,7 @@ def test_a_removed_directory_that_is_pinned_can_be_asked(place: Place, many: lis
         statx(place.directory_fds.directory(many[0]), b"file")
 
 
-def test_a_directory_whose_number_was_given_away_is_dropped(place: Place, many: list[int]) -> None:
+def test_directory_with_reused_number_is_dropped(place: Place, many: list[int]) -> None:
     held = place.directory_fds.directory(many[0])
     attributes = statx(place.root, b"dir-0")
     place.inodes.remember(ROOT, b"dir-0", attributes._replace(btime=attributes.btime + 1))

@@ -1,4 +1,4 @@
-"""A front whose system calls take long: it goes on serving, and what was held up is done once and answered."""
+"""A front with system calls that block: it keeps serving, and each blocked request is done once and answered."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TIMEOUT = 10.0
 
 
 class BlockedCall:
-    """A system call that is held up until it is let go."""
+    """A system call that blocks until `release`."""
 
     def __init__(self, call: Callable[..., Any]) -> None:
         self._call = call
@@ -41,7 +41,7 @@ class BlockedCall:
 
 
 class Served:
-    """A front that serves in a thread, as a process would."""
+    """A front that serves in a thread."""
 
     def __init__(self, line: Line) -> None:
         self.line = line
@@ -90,7 +90,7 @@ def lookup(name: str) -> Request:
     return Request(Opcode.LOOKUP, ROOT, name.encode() + b"\0")
 
 
-def test_a_change_that_is_held_up_holds_nothing_else_up(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocked_change_does_not_block_other_requests(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
     (line.path / "there").touch()
     held = BlockedCall(os.mkdir)
     with monkeypatch.context() as patch:
@@ -111,7 +111,7 @@ def test_a_change_that_is_held_up_holds_nothing_else_up(line: Line, monkeypatch:
     assert not any(line.slots.states), "the slots of what was held up are free again"
 
 
-def test_the_last_close_of_a_removed_file_holds_nothing_up(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_last_close_of_a_removed_file_does_not_block(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
     (line.path / "large").touch()
     nodeid = line.lookup(b"large")
     line.answer(Request(Opcode.UNLINK, ROOT, b"large\0"))
@@ -137,9 +137,7 @@ def test_the_last_close_of_a_removed_file_holds_nothing_up(line: Line, monkeypat
     assert line.extra_descriptors() == set()
 
 
-def test_what_changes_waits_where_no_thread_is_left_and_the_rest_goes_on(
-    line: Line, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_last_thread_postpones_changes_and_serves_the_rest(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
     (line.path / "there").touch()
     held = BlockedCall(os.mkdir)
     with monkeypatch.context() as patch:
@@ -161,10 +159,8 @@ def test_what_changes_waits_where_no_thread_is_left_and_the_rest_goes_on(
     assert not any(line.slots.states)
 
 
-def test_a_front_that_dies_with_several_changes_in_hand_has_each_done_once(
-    line: Line, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The calls were made, and none was answered."""
+def test_several_changes_of_a_dead_front_are_done_once(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls were made, but none was answered."""
     made: list[tuple[Any, ...]] = []
 
     def mkdir_and_die(*arguments: Any, **options: Any) -> None:
@@ -193,9 +189,7 @@ def test_a_front_that_dies_with_several_changes_in_hand_has_each_done_once(
     assert not line.unanswered
 
 
-def test_a_change_that_is_held_up_before_its_call_never_meets_another_file(
-    line: Line, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_change_delayed_before_its_call_uses_the_right_file(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("meant", "other"):
         (line.path / name).touch(0o644)
     nodeid, other = line.lookup(b"meant"), line.lookup(b"other")
@@ -219,10 +213,8 @@ def test_a_change_that_is_held_up_before_its_call_never_meets_another_file(
 
 
 @pytest.mark.parametrize("why", ["no space", "forgotten"])
-def test_a_descriptor_that_a_held_up_call_uses_is_not_closed(
-    line: Line, monkeypatch: pytest.MonkeyPatch, why: str
-) -> None:
-    """The call is held up before the kernel looks at the descriptor, and the file's number would be another's then."""
+def test_descriptor_of_a_blocked_call_is_not_closed(line: Line, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    """The call blocks before the kernel looks up the descriptor, whose number could be reused."""
     for name in ("removed", "other"):
         (line.path / name).touch(0o644)
     nodeid, other = line.lookup(b"removed"), line.lookup(b"other")

@@ -1,4 +1,4 @@
-"""Bytes that nobody should send, from the kernel and through the pipes: nothing crashes, nothing leads out of SRC."""
+"""Malformed bytes from the kernel and in the pipes: nothing crashes, and nothing leads out of the source."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ real_readv = os.readv
 
 
 class Front:
-    """A front's loop with a file in the place of the kernel."""
+    """A front's loop with a file instead of the kernel."""
 
     def __init__(self, directory: Path) -> None:
         self.outside = directory / "canary"
@@ -109,7 +109,7 @@ def request(opcode: int, body: bytes = b"", nodeid: int = ROOT, unique: int = 4,
 
 @settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=300))
-def test_the_front_answers_whatever_the_kernel_sends(data: bytes) -> None:
+def test_front_answers_any_request(data: bytes) -> None:
     choose = Choices(data)
     with front() as own:
         packets = [hostile_request(choose, 2 * number, own.nodeids, own.handles) for number in range(1, 9)]
@@ -126,7 +126,7 @@ def test_the_front_answers_whatever_the_kernel_sends(data: bytes) -> None:
 
 
 @pytest.mark.parametrize("name", [b"..", b".", b"", b"../canary", b"out/canary", b"..\0", b"..\0x", b"/etc"])
-def test_names_that_lead_elsewhere_are_refused(name: bytes) -> None:
+def test_names_that_leave_the_directory_are_refused(name: bytes) -> None:
     with front() as own:
         ended = name + b"\0"
         bodies = {
@@ -160,14 +160,14 @@ def test_names_that_lead_elsewhere_are_refused(name: bytes) -> None:
         (request(4096), [errno.ENOSYS]),
     ],
 )
-def test_what_is_no_request_is_refused(packet: bytes, answers: list[int]) -> None:
+def test_malformed_requests_are_refused(packet: bytes, answers: list[int]) -> None:
     with front() as own:
         # What an earlier request has left in the slot must not complete this one.
         own.feed([request(Opcode.LOOKUP, b"file\0" * 100)])
         assert [reply.error for reply in own.feed([packet])] == answers
 
 
-def test_positions_that_no_file_has_are_refused() -> None:
+def test_invalid_offsets_are_refused() -> None:
     with front() as own:
         handle = own.handles[0]
         for offset in (1 << 63, (1 << 64) - 1):
@@ -234,7 +234,7 @@ MESSAGES = st.one_of(
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(MESSAGES, max_size=4))
-def test_a_worker_survives_any_message(messages: list[bytes]) -> None:
+def test_worker_survives_any_message(messages: list[bytes]) -> None:
     with worker() as (own, _, writer, device):
         for message in [*messages, encode((Operation.FSYNC, 77, -1, 1, 2))]:
             os.write(writer, message)
@@ -247,8 +247,8 @@ def test_a_worker_survives_any_message(messages: list[bytes]) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(MESSAGES, max_size=3), st.binary(min_size=4, max_size=4), st.lists(st.integers(), min_size=4))
-def test_a_worker_s_successor_survives_any_record(messages: list[bytes], stages: bytes, results: list[int]) -> None:
-    """And leaves no slot lent for ever."""
+def test_recovering_worker_survives_any_slot_content(messages: list[bytes], stages: bytes, results: list[int]) -> None:
+    """And no slot stays lent forever."""
     with worker() as (own, slots, writer, _):
         os.close(writer)
         for slot, message in enumerate(messages):
@@ -261,7 +261,7 @@ def test_a_worker_s_successor_survives_any_record(messages: list[bytes], stages:
 
 
 @given(st.lists(st.integers(0, 9), min_size=10, max_size=10), st.integers(0, 10), VALUES)
-def test_nothing_but_numbers_makes_a_strict_request(numbers: list[int], place: int, value: Any) -> None:
+def test_decode_strictly_only_accepts_numbers(numbers: list[int], place: int, value: Any) -> None:
     fields: list[Any] = [*numbers, [1, 2]]
     assert decode_strictly(encode(fields)) == (*numbers, (1, 2), 0, 0)
     fields[place] = value

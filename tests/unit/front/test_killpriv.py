@@ -1,4 +1,4 @@
-"""What a SETATTR that sets nothing does, by which the kernel asks to clear set-ID bits."""
+"""A SETATTR without changes, with which the kernel asks for set-ID bits to be cleared."""
 
 from __future__ import annotations
 
@@ -62,20 +62,20 @@ def open_for_writing(source: Source, nodeid: int, who: Requester = MYSELF) -> in
 
 @root_only
 @pytest.mark.parametrize("who", [OWNER, ROOT_USER], ids=["owner", "root"])
-def test_before_a_write_they_are_cleared_for_the_owner_and_root(source: Source, program: int, who: Requester) -> None:
+def test_write_by_owner_or_root_clears_bits(source: Source, program: int, who: Requester) -> None:
     open_for_writing(source, program)
     assert mode_after(source, program, who) == 0o755
 
 
 @root_only
-def test_before_a_write_they_are_cleared_for_who_has_opened_the_file(source: Source, program: int) -> None:
+def test_write_by_the_opener_clears_bits(source: Source, program: int) -> None:
     (source.path / "program").chmod(0o6757)
     open_for_writing(source, program, STRANGER)
     assert mode_after(source, program, STRANGER) == 0o757
 
 
 @root_only
-def test_who_may_have_been_given_a_descriptor_takes_them_with_the_write_only(source: Source, program: int) -> None:
+def test_write_through_a_passed_descriptor_clears_bits(source: Source, program: int) -> None:
     """It may be a chown(2) just as well, which is not for him."""
     handle = source.context.handles.get(open_for_writing(source, program))
     assert not handle.uncached
@@ -84,9 +84,7 @@ def test_who_may_have_been_given_a_descriptor_takes_them_with_the_write_only(sou
 
 
 @root_only
-def test_who_may_have_been_given_a_descriptor_is_refused_where_the_kernel_would_write_as_its_opener(
-    source: Source, program: int
-) -> None:
+def test_passed_descriptor_with_passthrough_is_refused(source: Source, program: int) -> None:
     handle = source.context.handles.get(open_for_writing(source, program))
     handle.backing = 1
     with fails(errno.EPERM):
@@ -97,13 +95,13 @@ def test_who_may_have_been_given_a_descriptor_is_refused_where_the_kernel_would_
 
 @root_only
 @pytest.mark.parametrize("who", [OWNER, ROOT_USER], ids=["owner", "root"])
-def test_without_a_writer_the_owner_or_root_changes_the_owner(source: Source, program: int, who: Requester) -> None:
+def test_chown_by_owner_or_root_clears_bits(source: Source, program: int, who: Requester) -> None:
     source.files.open(program, os.O_RDONLY, False, MYSELF)
     assert mode_after(source, program, who) == 0o755
 
 
 @root_only
-def test_nobody_else_changes_the_owner(source: Source, program: int) -> None:
+def test_chown_by_another_user_is_refused(source: Source, program: int) -> None:
     with fails(errno.EPERM):
         mode_after(source, program, STRANGER)
     open_for_writing(source, program)
@@ -115,8 +113,8 @@ def test_nobody_else_changes_the_owner(source: Source, program: int) -> None:
 
 
 @root_only
-def test_root_that_writes_to_a_file_with_capabilities_keeps_the_bits(source: Source, program: int) -> None:
-    """The kernel asks only because of the capabilities then, which it has removed just before."""
+def test_write_by_root_keeps_bits_of_a_file_with_capabilities(source: Source, program: int) -> None:
+    """The kernel only sends this because of the capabilities, which it has just removed."""
     os.setxattr(
         source.path / "program", "security.capability", bytes.fromhex("0100000200200000000000000000000000000000")
     )
@@ -128,10 +126,10 @@ def test_root_that_writes_to_a_file_with_capabilities_keeps_the_bits(source: Sou
     assert mode_after(source, program, ROOT_USER) == 0o755
 
 
-def test_what_may_only_be_written_to_is_watched_instead(
+def test_unchangeable_mode_is_cleared_by_the_write(
     source: Source, program: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As an ordinary user's server meets it: a file of somebody else's that it may write to."""
+    """The server of an ordinary user, and a writable file of another user."""
 
     def refuse(fd: int, mode: int) -> NoReturn:
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
@@ -143,7 +141,7 @@ def test_what_may_only_be_written_to_is_watched_instead(
     assert handle.uncached
 
 
-def test_the_mark_of_mandatory_locks() -> None:
+def test_is_mandatory_lock_mode() -> None:
     assert is_mandatory_lock_mode(stat.S_IFREG | 0o2745)
     assert not is_mandatory_lock_mode(stat.S_IFREG | 0o2755)
     assert not is_mandatory_lock_mode(stat.S_IFREG | 0o745)

@@ -1,4 +1,4 @@
-"""How a front takes up what the one before it left: what is sent again, what kills, what nobody sends again."""
+"""Requests after the death of a front: sent again, lethal, or never sent again."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def deadly(*arguments: object) -> NoReturn:
     raise Killed
 
 
-def test_the_kernel_is_asked_to_send_again_by_a_successor_only(line: Line) -> None:
+def test_only_a_successor_asks_for_resend(line: Line) -> None:
     assert line.notifications == []
     line.take_up()
     assert line.notifications == [fuse.FUSE_NOTIFY_RESEND]
 
 
-def test_a_request_that_kills_fronts_is_refused_in_the_end(
+def test_request_that_kills_fronts_gets_eio(
     line: Line, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     request = mkdir(line)
@@ -63,7 +63,7 @@ def test_a_request_that_kills_fronts_is_refused_in_the_end(
     assert line.answer(request).error == 0, "the same words in another request are no reason to refuse it"
 
 
-def test_requests_that_kill_are_counted_each_for_itself(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attempts_are_counted_for_each_request(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
     request = mkdir(line)
     monkeypatch.setattr(Tree, "mkdir", deadly)
     for _ in range(2):
@@ -77,7 +77,7 @@ def test_requests_that_kill_are_counted_each_for_itself(line: Line, monkeypatch:
         assert line.answers[unique].error == errno.EIO
 
 
-def test_all_that_workers_had_and_have_not_done_comes_and_is_served_before_anything_new(line: Line) -> None:
+def test_resent_requests_are_served_before_new_ones(line: Line) -> None:
     nodeid = write(line, "file")
     handle = line.open(nodeid)
     line.context.handles.get(handle).read_flags = None
@@ -88,8 +88,8 @@ def test_all_that_workers_had_and_have_not_done_comes_and_is_served_before_anyth
     assert [line.answers[line.unique - 2 + 1000 + number].payload for number in range(3)] == [b"co", b"nt", b"en"]
 
 
-def test_what_the_kernel_forgets_meanwhile_does_not_end_it(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
-    """FORGET is queued apart, may come in between, and is not sent again."""
+def test_forget_does_not_end_the_resend_phase(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel queues FORGET separately, and does not send it again."""
     nodeid = write(line, "file")
     resent = mkdir(line)
     with monkeypatch.context() as patch:
@@ -121,8 +121,8 @@ def without_resend(line: Line) -> None:
     line.capabilities = Capabilities(38, Feature.SETXATTR_EXT)
 
 
-def test_where_nothing_is_sent_again_what_was_in_hand_is_refused(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Linux < 6.9: nobody else answers it."""
+def test_without_resend_unanswered_requests_get_eio(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before Linux 6.9, no other process answers them."""
     without_resend(line)
     write(line, "file")
     request = mkdir(line)
@@ -155,7 +155,7 @@ def test_where_nothing_is_sent_again_what_was_in_hand_is_refused(line: Line, mon
     assert line.answer(request).error in (0, errno.EEXIST)
 
 
-def test_there_what_workers_have_is_left_to_them(line: Line) -> None:
+def test_without_resend_workers_answer_their_requests(line: Line) -> None:
     without_resend(line)
     nodeid = write(line, "file")
     handle = line.open(nodeid)
@@ -170,7 +170,7 @@ def test_there_what_workers_have_is_left_to_them(line: Line) -> None:
     assert sum(map(bool, line.slots.states)) == 1
 
 
-def test_the_end_of_the_mount_ends_it(line: Line) -> None:
+def test_unmount_ends_the_loop(line: Line) -> None:
     line.next_front(Life(None))
     line.unmount()
     line.front.loop.take_up()

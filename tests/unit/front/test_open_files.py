@@ -1,4 +1,4 @@
-"""Open files by number."""
+"""Open files by file handle."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def table() -> Handles:
     return Handles(Journal(256), 1, Shares(1000))
 
 
-def test_a_handle_is_found_by_its_number_and_its_inode() -> None:
+def test_handle_is_found_by_number_and_inode() -> None:
     handles = table()
     first, second, other = handle(100), handle(100), handle(200)
     numbers = [handles.add(one) for one in (first, second, other)]
@@ -36,7 +36,7 @@ def test_a_handle_is_found_by_its_number_and_its_inode() -> None:
     assert 100 not in handles.open_inodes() and 200 in handles.open_inodes()
 
 
-def test_what_the_kernel_collects_is_roots_only_if_nobody_else_can_have_written_it() -> None:
+def test_writer_is_root_only_without_other_writers() -> None:
     handles = table()
     by_root, by_user, other_by_user = (
         Handle(5, nodeid, 0, flags, opener)
@@ -57,7 +57,7 @@ def test_what_the_kernel_collects_is_roots_only_if_nobody_else_can_have_written_
     assert handles.writer(by_root) == (0, 0)
 
 
-def test_a_number_that_is_not_open() -> None:
+def test_unknown_handle_gives_ebadf() -> None:
     handles = table()
     number = handles.add(handle())
     handles.remove(number)
@@ -69,7 +69,7 @@ def test_a_number_that_is_not_open() -> None:
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 3)), max_size=60))
-def test_numbers_are_never_used_again_and_nothing_is_left(steps: list[tuple[bool, int]]) -> None:
+def test_numbers_are_not_reused(steps: list[tuple[bool, int]]) -> None:
     handles = table()
     used: set[int] = set()
     open_now: dict[int, Handle] = {}

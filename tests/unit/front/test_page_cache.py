@@ -1,4 +1,4 @@
-"""Which WRITEs the kernel's page cache may have missed."""
+"""Detection of WRITEs after which the kernel's page cache may contain old data."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ READER, WRITER = 11, 12
     ("offset", "size", "stale"),
     [(0, PAGE, False), (0, PAGE + 1, True), (2 * PAGE - 1, 1, True), (2 * PAGE, 10, False), (0, 9 * PAGE, True)],
 )
-def test_a_page_that_another_thread_has_just_read(offset: int, size: int, stale: bool) -> None:
+def test_page_read_by_another_thread_may_be_stale(offset: int, size: int, stale: bool) -> None:
     pages = PageCache()
     pages.note_read(READER, PAGE, PAGE, NOW)
     assert pages.may_be_stale(WRITER, offset, size, NOW + 5) is stale
 
 
-def test_who_has_read_it_itself_was_not_in_a_write_then() -> None:
+def test_page_read_by_the_writer_is_not_stale() -> None:
     pages = PageCache()
     pages.note_read(WRITER, 0, PAGE, NOW)
     assert not pages.may_be_stale(WRITER, 0, PAGE, NOW)
@@ -39,13 +39,13 @@ def test_who_has_read_it_itself_was_not_in_a_write_then() -> None:
     assert pages.may_be_stale(WRITER, PAGE, PAGE, NOW), "the other's reads count although they are not the last"
 
 
-def test_unknown_threads_are_others() -> None:
+def test_unknown_threads_count_as_others() -> None:
     pages = PageCache()
     pages.note_read(0, 0, PAGE, NOW)
     assert pages.may_be_stale(0, 0, PAGE, NOW)
 
 
-def test_what_was_read_long_ago_does_not_count() -> None:
+def test_old_reads_do_not_count() -> None:
     pages = PageCache()
     pages.note_read(READER, 0, PAGE, NOW)
     assert not pages.may_be_stale(WRITER, 0, PAGE, NOW + 10 * SECOND)
@@ -53,7 +53,7 @@ def test_what_was_read_long_ago_does_not_count() -> None:
     assert not pages.may_be_stale(WRITER, 4 * PAGE, PAGE, NOW + 10 * SECOND)
 
 
-def test_reads_and_writes_bring_pages_that_can_become_dirty() -> None:
+def test_reads_and_writes_reset_is_clean() -> None:
     pages = PageCache()
     pages.is_clean = True
     pages.note_read(READER, 0, PAGE, NOW)
@@ -64,7 +64,7 @@ def test_reads_and_writes_bring_pages_that_can_become_dirty() -> None:
 
 
 @pytest.mark.parametrize("writeback", [False, True])
-def test_which_inodes_can_have_dirty_pages(tmp_path: Path, writeback: bool) -> None:
+def test_may_be_dirty(tmp_path: Path, writeback: bool) -> None:
     handles = Handles(Journal(), 1, Shares(1000), writeback=writeback)
 
     def opened(flags: int) -> int:

@@ -1,4 +1,4 @@
-"""Where the source can hang, a worker is sent to look first: for what, at what, and what comes of it."""
+"""Preflight checks: which requests are probed, which places, and how the answer is handled."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def request(opcode: Opcode, nodeid: int, body: bytes = b"", unique: int = 7) -> 
 
 
 class Front:
-    """A front that asks, its source, and the worker that it asks."""
+    """A front with preflight checks, its source, and the worker that it asks."""
 
     def __init__(self, directory: Path) -> None:
         (directory / "outer" / "inner").mkdir(parents=True)
@@ -100,15 +100,15 @@ def named(opcode: Opcode, nodeid: int, fixed: int, *names: bytes) -> bytes:
         (Opcode.CREATE, 16),
     ],
 )
-def test_a_name_is_looked_at_by_its_path(front: Front, opcode: Opcode, fixed: int) -> None:
+def test_name_is_probed_by_path(front: Front, opcode: Opcode, fixed: int) -> None:
     assert front.places(named(opcode, front.inner, fixed, b"new")) == ((-1, b"outer/inner/new"),)
 
 
-def test_a_symlink_is_looked_at_by_its_name_not_its_target(front: Front) -> None:
+def test_symlink_is_probed_itself(front: Front) -> None:
     assert front.places(named(Opcode.SYMLINK, ROOT, 0, b"link", b"/etc/passwd")) == ((-1, b"link"),)
 
 
-def test_both_places_of_a_rename_and_a_link_are_looked_at(front: Front) -> None:
+def test_rename_and_link_probe_both_places(front: Front) -> None:
     new_parent = ROOT.to_bytes(8, "little")
     rename = request(Opcode.RENAME, front.inner, new_parent + b"file\0moved\0")
     assert front.places(rename) == ((-1, b"outer/inner/file"), (-1, b"moved"))
@@ -119,59 +119,59 @@ def test_both_places_of_a_rename_and_a_link_are_looked_at(front: Front) -> None:
 
 
 @pytest.mark.parametrize("opcode", [Opcode.GETATTR, Opcode.SETATTR, Opcode.OPEN, Opcode.OPENDIR, Opcode.GETXATTR])
-def test_an_inode_is_looked_at_by_its_path(front: Front, opcode: Opcode) -> None:
+def test_inode_is_probed_by_path(front: Front, opcode: Opcode) -> None:
     assert front.places(request(opcode, front.file, bytes(96))) == ((-1, b"outer/inner/file"),)
     assert front.places(request(opcode, ROOT, bytes(96))) == ((-1, b""),)
 
 
-def test_a_file_without_a_name_is_looked_at_by_a_descriptor(front: Front) -> None:
+def test_unnamed_file_is_probed_by_descriptor(front: Front) -> None:
     front.source.tree.unlink(front.inner, b"file", MYSELF)
     ((descriptor, path),) = front.places(request(Opcode.GETATTR, front.file, bytes(16)))
     assert path == b""
     assert os.fstat(descriptor).st_nlink == 0
 
 
-def test_a_file_is_closed_by_its_worker_first(front: Front) -> None:
+def test_release_is_probed(front: Front) -> None:
     number, _ = front.source.files.open(front.file, os.O_RDONLY, False, MYSELF)
     release = request(Opcode.RELEASE, front.file, number.to_bytes(8, "little") + bytes(16))
     assert front.places(release) == ((front.context.handles.get(number).descriptor, b""),)
 
 
-def test_each_portion_of_a_listing_asks_the_server(front: Front) -> None:
+def test_each_readdir_asks_the_server(front: Front) -> None:
     for offset in (0, 3):
         body = (1).to_bytes(8, "little") + offset.to_bytes(8, "little") + (4096).to_bytes(4, "little") + bytes(12)
         assert front.ask(request(Opcode.READDIR, front.inner, body))
         assert front.sent()[0].flags == ASK_SERVER
 
 
-def test_what_a_cache_does_not_answer_asks_the_server(front: Front) -> None:
+def test_changes_ask_the_server(front: Front) -> None:
     assert front.ask(request(Opcode.OPEN, front.file, bytes(8)))
     assert front.ask(named(Opcode.LOOKUP, ROOT, 0, b"name"))
     assert [message.flags for message in front.sent()] == [ASK_SERVER, 0]
 
 
 @pytest.mark.parametrize("name", [b"..", b".", b"", b"a/b"])
-def test_no_worker_is_sent_out_of_the_source(front: Front, name: bytes) -> None:
+def test_probe_does_not_leave_the_source(front: Front, name: bytes) -> None:
     assert not front.ask(named(Opcode.LOOKUP, front.inner, 0, name))
     assert len(front.preflight) == 0
 
 
-def test_what_cannot_be_found_is_not_asked_about(front: Front) -> None:
+def test_unknown_inode_is_not_probed(front: Front) -> None:
     assert not front.ask(request(Opcode.GETATTR, 999_999, bytes(16)))
     assert not front.ask(request(Opcode.LOOKUP, ROOT, b"no end"))
     assert not front.ask(request(Opcode.RELEASE, ROOT, bytes(24)))
     assert front.sent() == []
 
 
-def test_a_path_that_fits_no_message_is_not_asked_about(front: Front) -> None:
+def test_too_long_path_is_not_probed(front: Front) -> None:
     parent = ROOT
     for _ in range(20):
         parent, _ = front.source.tree.mkdir(parent, b"d" * 250, 0o755, MYSELF)
     assert not front.ask(named(Opcode.LOOKUP, parent, 0, b"name"))
 
 
-def test_requests_on_one_object_go_to_one_worker_and_wait_there(front: Front) -> None:
-    """More than there are slots: those that do not fit any more are parked, as all others are."""
+def test_requests_on_one_object_are_probed_by_one_worker(front: Front) -> None:
+    """There are more than slots; those that do not fit are parked like all others."""
     for unique in range(10, 20):
         assert front.ask(request(Opcode.GETATTR, front.file, bytes(16), unique))
     assert len(front.preflight) == 10
@@ -179,7 +179,7 @@ def test_requests_on_one_object_go_to_one_worker_and_wait_there(front: Front) ->
     assert 0 < len(front.sent()) < 10
 
 
-def test_an_answer_brings_the_request_back_once(front: Front) -> None:
+def test_answer_returns_the_request_once(front: Front) -> None:
     data = request(Opcode.GETATTR, front.file, bytes(16))
     assert front.ask(data)
     os.write(front.told, PROBED.pack(7) + PROBED.pack(7) + PROBED.pack(8))
@@ -187,8 +187,8 @@ def test_an_answer_brings_the_request_back_once(front: Front) -> None:
     assert len(front.preflight) == 0
 
 
-def test_the_loop_goes_on_while_a_worker_looks(front: Front) -> None:
-    """Of two requests the second is answered, because its worker is back, and the first is not."""
+def test_loop_serves_others_during_a_probe(front: Front) -> None:
+    """Of two requests the second one is answered first, because its probe is done."""
     kernel, device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     kernel.settimeout(10)
     journal = Journal(64)
@@ -228,16 +228,14 @@ def probe(*places: tuple[int, bytes], flags: int = 0) -> Request:
 @pytest.mark.parametrize(
     "path", [b"", b"outer", b"outer/inner/file", b"outer/none", b"none/none", b"outer/inner/file/x"]
 )
-def test_whatever_a_worker_finds_it_tells_and_leaves_nothing_open(
-    front: Front, probes: Probes, path: bytes, flags: int
-) -> None:
+def test_worker_answers_each_probe_and_leaks_nothing(front: Front, probes: Probes, path: bytes, flags: int) -> None:
     before = open_descriptors()
     probes.probe(probe((-1, path), (-1, b"outer"), flags=flags))
     assert os.read(front.answers, 64) == PROBED.pack(7)
     assert open_descriptors() == before
 
 
-def test_a_worker_follows_no_symlink(front: Front, probes: Probes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_does_not_follow_symlinks(front: Front, probes: Probes, monkeypatch: pytest.MonkeyPatch) -> None:
     (front.source.path / "out").symlink_to("/")
     opened: list[bytes] = []
     real = os.open
@@ -252,7 +250,7 @@ def test_a_worker_follows_no_symlink(front: Front, probes: Probes, monkeypatch: 
     assert opened == [bytes(front.source.path / "out")]
 
 
-def test_a_name_yet_to_be_made_asks_its_directory(
+def test_missing_name_asks_the_server_for_its_directory(
     front: Front, probes: Probes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []

@@ -1,4 +1,4 @@
-"""From the front to the workers: nothing is lost, nothing waits, and releases are never overtaken."""
+"""Requests from the front to the workers: none is lost, the front never waits, RELEASE is never overtaken."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROOM = 4  # messages in a pipe
 
 
 class Pipes:
-    """Two workers' pipes, of which nobody takes anything unless a test does."""
+    """Two workers' pipes, from which only tests read."""
 
     def __init__(self, ends: list[tuple[int, int]]) -> None:
         self.readers = [reader for reader, _ in ends]
@@ -81,7 +81,7 @@ def park(router: Router, opened: Handle, unique: int, operation: Operation = Ope
     router.park(request, opened.shard, message(request, opened, operation, length))
 
 
-def test_a_request_reaches_the_worker_of_its_handle(router: Router, pipes: Pipes, slots: Slots) -> None:
+def test_request_reaches_the_worker_of_its_handle(router: Router, pipes: Pipes, slots: Slots) -> None:
     opened = handle(shard=1)
     request = at_hand(router, 2**63)
     given = router.entrust(request, opened, 7, Operation.COPY_FILE_RANGE, 5, 6, 1, 1000, 1001, (8, 9, 10))
@@ -94,7 +94,7 @@ def test_a_request_reaches_the_worker_of_its_handle(router: Router, pipes: Pipes
     assert request.entrusted and request.slot == 1
 
 
-def test_without_a_free_slot_it_declines(router: Router, pipes: Pipes, slots: Slots) -> None:
+def test_submit_declines_without_free_slot(router: Router, pipes: Pipes, slots: Slots) -> None:
     for unique in range(3):
         assert submit(router, handle(), unique)
     opened = handle()
@@ -107,7 +107,7 @@ def test_without_a_free_slot_it_declines(router: Router, pipes: Pipes, slots: Sl
     assert [request.slot for request in pipes.take(0)] == [1]
 
 
-def test_with_a_full_pipe_it_declines(router: Router, pipes: Pipes, slots: Slots) -> None:
+def test_submit_declines_with_full_pipe(router: Router, pipes: Pipes, slots: Slots) -> None:
     pipes.fill(0)
     opened = handle()
     slot = slots.free_slot()
@@ -119,7 +119,7 @@ def test_with_a_full_pipe_it_declines(router: Router, pipes: Pipes, slots: Slots
     assert submit(router, opened, 3)
 
 
-def test_a_release_tells_the_worker_which_handle(router: Router, pipes: Pipes) -> None:
+def test_release_contains_the_handle(router: Router, pipes: Pipes) -> None:
     router.release(77, handle(shard=1))
     (request,) = pipes.take(1)
     assert (request.operation, request.slot, request.extra) == (Operation.RELEASE, -1, (77,))
@@ -127,14 +127,14 @@ def test_a_release_tells_the_worker_which_handle(router: Router, pipes: Pipes) -
     assert not router.backlog
 
 
-def test_a_release_of_what_was_copied_from_is_told_to_all(router: Router, pipes: Pipes) -> None:
+def test_release_of_a_shared_handle_goes_to_all_workers(router: Router, pipes: Pipes) -> None:
     opened = handle(shard=1)
     opened.shared = True
     router.release(77, opened)
     assert [request.extra for shard in range(2) for request in pipes.take(shard)] == [(77,), (77,)]
 
 
-def test_nothing_overtakes_a_release_that_waits(router: Router, pipes: Pipes) -> None:
+def test_waiting_release_is_not_overtaken(router: Router, pipes: Pipes) -> None:
     pipes.fill(0)
     for number in range(5):
         router.release(number, handle())
@@ -150,8 +150,8 @@ def test_nothing_overtakes_a_release_that_waits(router: Router, pipes: Pipes) ->
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
 @given(steps=st.lists(st.sampled_from(["submit", "release", "take"]), max_size=60))
-def test_whatever_the_order_handles_are_used_before_their_release(steps: list[str]) -> None:
-    """Each handle is used once, if a worker takes it, and then released: the worker must see it so."""
+def test_requests_arrive_before_their_release(steps: list[str]) -> None:
+    """Each handle is used once, if a worker accepts the request, and then released."""
     with packet_pipe(ROOM) as (reader, writer):
         slots = Slots(64, fuse.PAGE_SIZE, 1)
         router = Router(slots, [writer])
@@ -188,7 +188,7 @@ def test_whatever_the_order_handles_are_used_before_their_release(steps: list[st
                 assert seen.index((Operation.READ, used)) < seen.index((Operation.RELEASE, used))
 
 
-def test_many_releases_travel_together_and_fit_a_message(router: Router, pipes: Pipes) -> None:
+def test_releases_are_batched(router: Router, pipes: Pipes) -> None:
     pipes.fill(0)
     numbers = [2**64 - 1 - index for index in range(3000)]
     for number in numbers:
@@ -203,7 +203,7 @@ def test_many_releases_travel_together_and_fit_a_message(router: Router, pipes: 
     assert told[: len(numbers)] == numbers
 
 
-def test_waiting_delivers_releases_when_there_is_room(router: Router, pipes: Pipes) -> None:
+def test_wait_sends_waiting_releases(router: Router, pipes: Pipes) -> None:
     pipes.fill(1)
     router.release(5, handle(shard=1))
     device, request = os.pipe()
@@ -220,7 +220,7 @@ def test_waiting_delivers_releases_when_there_is_room(router: Router, pipes: Pip
     assert [told.extra for told in taken + pipes.take(1) if told.operation == Operation.RELEASE] == [(5,)]
 
 
-def test_waiting_ends_with_a_request(router: Router, pipes: Pipes) -> None:
+def test_wait_ends_with_a_request(router: Router, pipes: Pipes) -> None:
     pipes.fill(0)
     router.release(5, handle())
     device, request = os.pipe()
@@ -263,7 +263,7 @@ def answer(pipes: Pipes, slots: Slots, writer: int, result: int, data: bytes = b
     return thread
 
 
-def test_an_exchange_waits_for_its_own_answer(
+def test_exchange_waits_for_its_own_answer(
     router: Router, pipes: Pipes, slots: Slots, answers: tuple[int, int]
 ) -> None:
     exchange = Exchange(router, answers[0])
@@ -275,9 +275,7 @@ def test_an_exchange_waits_for_its_own_answer(
         thread.join()
 
 
-def test_an_exchange_takes_the_payload_along(
-    router: Router, pipes: Pipes, slots: Slots, answers: tuple[int, int]
-) -> None:
+def test_exchange_transfers_the_payload(router: Router, pipes: Pipes, slots: Slots, answers: tuple[int, int]) -> None:
     exchange = Exchange(router, answers[0])
     os.write(answers[1], encode((1, 7)))
     count, _ = exchange.call(handle(), 3, Operation.WRITE, 100, 7, 2, 11, 12, b"payload")
@@ -287,14 +285,14 @@ def test_an_exchange_takes_the_payload_along(
     assert bytes(slots.payload(request.slot, 7)) == b"payload"
 
 
-def test_an_exchange_raises_what_the_worker_ran_into(router: Router, answers: tuple[int, int]) -> None:
+def test_exchange_raises_the_workers_error(router: Router, answers: tuple[int, int]) -> None:
     exchange = Exchange(router, answers[0])
     os.write(answers[1], encode((1, -errno.ENOSPC)))
     with fails(errno.ENOSPC):
         exchange.call(handle(), 1, Operation.WRITE)
 
 
-def test_an_exchange_that_cannot_be_handed_over_fails(router: Router, pipes: Pipes, answers: tuple[int, int]) -> None:
+def test_declined_exchange_raises_eagain(router: Router, pipes: Pipes, answers: tuple[int, int]) -> None:
     pipes.fill(0)
     with fails(errno.EAGAIN):
         Exchange(router, answers[0]).call(handle(), 1, Operation.READ)
@@ -318,7 +316,7 @@ def idle() -> Iterator[int]:
 
 
 @pytest.mark.parametrize("stuck", [1, 3])
-def test_workers_that_hang_leave_slots_to_the_others(stuck: int) -> None:
+def test_hanging_workers_do_not_use_all_slots(stuck: int) -> None:
     slots = Slots(64, fuse.PAGE_SIZE, 4)
     with packet_pipe(64) as first, packet_pipe(64) as second, packet_pipe(64) as third, packet_pipe(64) as last:
         router = Router(slots, [writer for _, writer in (first, second, third, last)])
@@ -333,9 +331,7 @@ def test_workers_that_hang_leave_slots_to_the_others(stuck: int) -> None:
             assert submit(router, handle(shard=3), unique)
 
 
-def test_parked_requests_are_handed_over_in_their_order_when_slots_come_free(
-    router: Router, pipes: Pipes, slots: Slots, idle: int
-) -> None:
+def test_parked_requests_are_sent_in_order(router: Router, pipes: Pipes, slots: Slots, idle: int) -> None:
     for unique in range(8):
         submit_or_park(router, handle(), unique)
     done: list[int] = []
@@ -358,7 +354,7 @@ def test_parked_requests_are_handed_over_in_their_order_when_slots_come_free(
     assert not router.backlog
 
 
-def test_a_parked_payload_arrives_as_it_was(router: Router, pipes: Pipes, slots: Slots, idle: int) -> None:
+def test_parked_payload_arrives_unchanged(router: Router, pipes: Pipes, slots: Slots, idle: int) -> None:
     pipes.fill(0)
     slots.payload(slots.free_slot(), 4)[:] = b"mine"
     assert not submit(router, handle(), 5, Operation.WRITE, 4)
@@ -371,7 +367,7 @@ def test_a_parked_payload_arrives_as_it_was(router: Router, pipes: Pipes, slots:
     assert request.slot != slots.free_slot()
 
 
-def test_no_request_overtakes_a_parked_one(router: Router, pipes: Pipes) -> None:
+def test_parked_request_is_not_overtaken(router: Router, pipes: Pipes) -> None:
     pipes.fill(0)
     submit_or_park(router, handle(), 1)
     pipes.take(0)
@@ -379,7 +375,7 @@ def test_no_request_overtakes_a_parked_one(router: Router, pipes: Pipes) -> None
     assert submit(router, handle(shard=1), 3)
 
 
-def test_what_is_parked_is_limited(router: Router, pipes: Pipes, monkeypatch: pytest.MonkeyPatch, idle: int) -> None:
+def test_parked_payload_is_limited(router: Router, pipes: Pipes, monkeypatch: pytest.MonkeyPatch, idle: int) -> None:
     monkeypatch.setattr("llloop.front.router._MAX_PARKED", 10_000)
     pipes.fill(0)
     arguments = (router, handle(), 5, Operation.WRITE, 4096)
@@ -392,7 +388,7 @@ def test_what_is_parked_is_limited(router: Router, pipes: Pipes, monkeypatch: py
     park(*arguments)
 
 
-def test_a_request_ends_the_waiting_though_a_worker_hangs(router: Router, slots: Slots) -> None:
+def test_wait_ends_with_a_request_while_a_worker_hangs(router: Router, slots: Slots) -> None:
     for unique in range(8):
         submit_or_park(router, handle(), unique)
     device, request = os.pipe()
@@ -427,8 +423,8 @@ def reminded(pipes: Pipes, shard: int) -> list[int]:
     return found
 
 
-def test_what_a_worker_has_is_left_to_it_when_it_is_sent_again(pipes: Pipes, slots: Slots) -> None:
-    """It answers under the new number, though it may have been told of nothing yet."""
+def test_resent_request_of_a_worker_is_claimed(pipes: Pipes, slots: Slots) -> None:
+    """The worker answers with the new `unique`, even if it has not received the message yet."""
     lend(slots, 2, 1, 100)
     router = successor(slots, pipes)
     assert router.claim(100 | RESENT)
@@ -440,7 +436,7 @@ def test_what_a_worker_has_is_left_to_it_when_it_is_sent_again(pipes: Pipes, slo
     assert slots.lent_to(1) != []
 
 
-def test_it_is_so_however_often_it_is_sent_again(pipes: Pipes, slots: Slots) -> None:
+def test_request_resent_twice_is_claimed(pipes: Pipes, slots: Slots) -> None:
     lend(slots, 2, 1, 100)
     for _ in range(3):
         router = successor(slots, pipes)
@@ -450,7 +446,7 @@ def test_it_is_so_however_often_it_is_sent_again(pipes: Pipes, slots: Slots) -> 
         assert reminded(pipes, 1) == [100 | RESENT]
 
 
-def test_what_is_not_sent_again_was_answered_and_only_its_slot_is_due(pipes: Pipes, slots: Slots) -> None:
+def test_answered_request_only_gives_back_its_slot(pipes: Pipes, slots: Slots) -> None:
     lend(slots, 0, 0, 100)
     lend(slots, 1, 1, 102)
     router = successor(slots, pipes)
@@ -462,7 +458,7 @@ def test_what_is_not_sent_again_was_answered_and_only_its_slot_is_due(pipes: Pip
     assert reminded(pipes, 0) == []
 
 
-def test_a_look_at_the_source_is_not_the_request_that_waits_for_it(pipes: Pipes, slots: Slots) -> None:
+def test_probe_is_not_claimed(pipes: Pipes, slots: Slots) -> None:
     lend(slots, 0, 0, 100, Operation.PROBE)
     router = successor(slots, pipes)
     assert not router.claim(100 | RESENT), "the request is asked about again, or served"
@@ -470,7 +466,7 @@ def test_a_look_at_the_source_is_not_the_request_that_waits_for_it(pipes: Pipes,
     assert reminded(pipes, 0) == [100]
 
 
-def test_what_was_given_back_meanwhile_is_not_claimed(pipes: Pipes, slots: Slots) -> None:
+def test_slot_given_back_is_not_claimed(pipes: Pipes, slots: Slots) -> None:
     lend(slots, 0, 0, 100)
     router = successor(slots, pipes)
     slots.give_back(0)
@@ -479,7 +475,7 @@ def test_what_was_given_back_meanwhile_is_not_claimed(pipes: Pipes, slots: Slots
     assert reminded(pipes, 0) == []
 
 
-def test_as_many_reminders_are_sent_as_it_takes(pipes: Pipes) -> None:
+def test_resume_messages_are_split(pipes: Pipes) -> None:
     """A message longer than a packet would be torn apart."""
     uniques = [1 << 63 | number for number in range(1000)]
     slots = Slots(len(uniques), 4096, 1)
@@ -494,7 +490,7 @@ def test_as_many_reminders_are_sent_as_it_takes(pipes: Pipes) -> None:
     assert sorted(found) == uniques
 
 
-def test_a_worker_whose_pipe_is_full_is_reminded_later_and_nobody_waits(pipes: Pipes, slots: Slots) -> None:
+def test_resume_waits_for_a_full_pipe(pipes: Pipes, slots: Slots) -> None:
     for shard in (0, 1):
         lend(slots, shard, shard, 100 + shard)
     pipes.fill(0)
@@ -517,8 +513,8 @@ def test_a_worker_whose_pipe_is_full_is_reminded_later_and_nobody_waits(pipes: P
     os.close(tell)
 
 
-def test_a_small_request_goes_before_large_ones_that_are_parked(router: Router, pipes: Pipes, idle: int) -> None:
-    """Who reads a little does not wait for all that another writes."""
+def test_small_request_overtakes_parked_large_ones(router: Router, pipes: Pipes, idle: int) -> None:
+    """A small read does not wait for all the writes of another process."""
     pipes.fill(0)
     for unique in (1, 2):
         assert not submit(router, handle(), unique, Operation.WRITE, 100_000)
@@ -529,8 +525,8 @@ def test_a_small_request_goes_before_large_ones_that_are_parked(router: Router, 
     assert [request.unique for request in pipes.take(0)] == [3, 1, 2]
 
 
-def test_large_payloads_that_are_parked_are_not_copied(pipes: Pipes, idle: int) -> None:
-    """They stay in pipes, in their order, and come back into the pipe of a slot."""
+def test_parked_large_payloads_are_not_copied(pipes: Pipes, idle: int) -> None:
+    """They stay in pipes, in their order, and are moved back into the pipe of a slot."""
     slots = Slots(8, 32 * fuse.PAGE_SIZE, 2)
     payload_pipes = slots.open_pipes()
     if not payload_pipes._most_spare:

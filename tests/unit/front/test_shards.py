@@ -1,4 +1,4 @@
-"""The hash that chooses a worker spreads inode numbers evenly, however they were given out."""
+"""The hash that chooses a worker distributes inode numbers evenly."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_numbers_with_a_stride(start: int, stride: int, workers: int) -> None:
 @fixed
 @given(power=st.integers(0, 50), workers=st.integers(1, 128))
 def test_strides_of_powers_of_two(power: int, workers: int) -> None:
-    """As XFS gives numbers out: the allocation group in the upper bits, the inode in the lower ones."""
+    """As in XFS: the allocation group is in the upper bits, the inode in the lower ones."""
     check_spread([index << power for index in range(PER_WORKER * workers)], workers)
 
 
@@ -64,7 +64,7 @@ def test_random_numbers(seed: int, workers: int) -> None:
 
 
 @given(number=NUMBERS, workers=st.integers(1, 128))
-def test_a_number_always_has_the_same_worker(number: int, workers: int) -> None:
+def test_shard_of_a_number_is_constant(number: int, workers: int) -> None:
     slots = Slots(1, 4096, 1)
     shard = Router(slots, [-1] * workers).shard_of(number)
     assert 0 <= shard < workers
@@ -72,6 +72,6 @@ def test_a_number_always_has_the_same_worker(number: int, workers: int) -> None:
 
 
 @given(st.sets(NUMBERS, min_size=2, max_size=200))
-def test_no_two_numbers_mix_into_one(numbers: set[int]) -> None:
+def test_mix_is_injective(numbers: set[int]) -> None:
     assert len({mix(number) for number in numbers}) == len(numbers)
     assert all(0 <= mix(number) < 2**64 for number in numbers)

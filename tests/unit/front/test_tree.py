@@ -1,4 +1,4 @@
-"""The mirrored tree as a plain object on a temporary directory: every operation, without a kernel between."""
+"""The tree on a temporary directory: every operation, without a kernel."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def file(source: Source) -> int:
 # Names
 
 
-def test_lookup_tells_what_the_source_has(source: Source, file: int) -> None:
+def test_lookup_returns_attributes_of_the_source(source: Source, file: int) -> None:
     status = (source.path / "file").stat()
     nodeid, found = source.tree.lookup(ROOT, b"file")
     assert nodeid == file == found.ino == status.st_ino
@@ -46,7 +46,7 @@ def test_lookup_tells_what_the_source_has(source: Source, file: int) -> None:
     assert inodes.get(file).lookups == 2
 
 
-def test_lookup_of_what_is_not_there(source: Source, file: int) -> None:
+def test_lookup_of_a_missing_name(source: Source, file: int) -> None:
     with fails(errno.ENOENT):
         source.tree.lookup(ROOT, b"missing")
     with fails(errno.ENAMETOOLONG):
@@ -58,7 +58,7 @@ def test_lookup_of_what_is_not_there(source: Source, file: int) -> None:
 
 
 @given(st.binary(max_size=12))
-def test_only_one_path_component_passes(name: bytes) -> None:
+def test_names_must_be_single_components(name: bytes) -> None:
     if name in (b"", b".", b"..") or b"/" in name or b"\0" in name:
         with fails(errno.EINVAL):
             check_name(name)
@@ -67,7 +67,7 @@ def test_only_one_path_component_passes(name: bytes) -> None:
 
 
 @pytest.mark.parametrize("name", [b"..", b".", b"", b"a/b", b"../secret", b"/etc/passwd", b"..\0", b"a\0b"])
-def test_no_name_leads_out_of_the_source(source: Source, file: int, name: bytes) -> None:
+def test_names_do_not_leave_the_source(source: Source, file: int, name: bytes) -> None:
     (source.path.parent / "secret").write_text("secret")
     tree = source.tree
     for action in (
@@ -120,7 +120,7 @@ def test_mkdir_and_symlink(source: Source) -> None:
     assert source.tree.readlink(link) == b"\xff/target"
 
 
-def test_what_root_makes_for_others_is_theirs(source: Source) -> None:
+def test_new_objects_belong_to_the_requester(source: Source) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can act as others")
     who = Requester(4711, 4712, 0)
@@ -141,13 +141,13 @@ def test_link(source: Source, file: int) -> None:
         source.tree.link(file, ROOT, b"file", MYSELF)
 
 
-def test_a_link_to_a_symlink_is_to_the_symlink(source: Source, file: int) -> None:
+def test_link_to_a_symlink_does_not_follow_it(source: Source, file: int) -> None:
     link, _ = source.tree.symlink(ROOT, b"link", b"file", MYSELF)
     source.tree.link(link, ROOT, b"second", MYSELF)
     assert os.readlink(source.path / "second") == "file"
 
 
-def test_unlink_keeps_what_the_kernel_knows(source: Source, file: int) -> None:
+def test_unlinked_inode_is_pinned(source: Source, file: int) -> None:
     source.tree.unlink(ROOT, b"file", MYSELF)
     assert os.listdir(source.path) == []
     found = source.tree.getattr(file)
@@ -158,7 +158,7 @@ def test_unlink_keeps_what_the_kernel_knows(source: Source, file: int) -> None:
     assert stat.S_IMODE(found.mode) == 0o600
 
 
-def test_after_the_last_forget_nothing_is_kept(source: Source) -> None:
+def test_last_forget_drops_the_inode(source: Source) -> None:
     tree = source.tree
     before = open_descriptors()
     for number in range(50):
@@ -174,8 +174,8 @@ def test_after_the_last_forget_nothing_is_kept(source: Source) -> None:
     assert open_descriptors() == before
 
 
-def test_only_the_file_that_the_kernel_means_loses_or_gets_a_name(source: Source, file: int) -> None:
-    """A name that leads to another file by now is to be looked up again, whoever asks."""
+def test_replaced_file_is_not_changed_by_name(source: Source, file: int) -> None:
+    """If a name leads to another file by now, the kernel must look it up again."""
     (source.path / "unknown").write_text("unknown")
     (source.path / "other").write_text("known under another name")
     source.tree.lookup(ROOT, b"other")
@@ -199,7 +199,7 @@ def test_only_the_file_that_the_kernel_means_loses_or_gets_a_name(source: Source
     assert sorted(os.listdir(source.path)) == ["moved", "unknown"]
 
 
-def test_removals_that_fail_leave_nothing(source: Source, file: int) -> None:
+def test_failed_removals_leak_nothing(source: Source, file: int) -> None:
     source.tree.mkdir(ROOT, b"dir", 0o755, MYSELF)
     (source.path / "dir" / "x").write_text("x")
     before = open_descriptors()
@@ -216,7 +216,7 @@ def test_removals_that_fail_leave_nothing(source: Source, file: int) -> None:
     assert source.tree.getattr(file).nlink == 1
 
 
-def test_a_removed_directory_is_empty_and_takes_nothing(source: Source) -> None:
+def test_removed_directory_accepts_no_names(source: Source) -> None:
     nodeid, _ = source.tree.mkdir(ROOT, b"dir", 0o755, MYSELF)
     source.tree.rmdir(ROOT, b"dir", MYSELF)
     assert source.tree.getattr(nodeid).nlink == 0
@@ -238,7 +238,7 @@ def test_rename_within_and_across_directories(source: Source, file: int) -> None
     assert source.tree.getattr(file).size == 7, "what is below a renamed directory is still found"
 
 
-def test_rename_over_a_file_keeps_the_one_that_goes(source: Source, file: int) -> None:
+def test_rename_pins_the_replaced_file(source: Source, file: int) -> None:
     (source.path / "victim").write_text("victim!!")
     victim, _ = source.tree.lookup(ROOT, b"victim")
     source.tree.rename(ROOT, b"file", ROOT, b"victim", 0, MYSELF)
@@ -247,7 +247,7 @@ def test_rename_over_a_file_keeps_the_one_that_goes(source: Source, file: int) -
     assert source.tree.getattr(file).size == 7
 
 
-def test_rename_over_another_name_of_the_same_file_leaves_both(source: Source, file: int) -> None:
+def test_rename_over_another_name_of_the_file_does_nothing(source: Source, file: int) -> None:
     source.tree.link(file, ROOT, b"second", MYSELF)
     before = open_descriptors()
     source.tree.rename(ROOT, b"file", ROOT, b"second", 0, MYSELF)
@@ -268,7 +268,7 @@ def test_exchange(source: Source, file: int) -> None:
     assert open_descriptors() == before
 
 
-def test_renames_that_fail_change_nothing(source: Source, file: int) -> None:
+def test_failed_renames_change_nothing(source: Source, file: int) -> None:
     source.tree.mkdir(ROOT, b"dir", 0o755, MYSELF)
     (source.path / "other").write_text("other")
     other, _ = source.tree.lookup(ROOT, b"other")
@@ -291,7 +291,7 @@ def test_renames_that_fail_change_nothing(source: Source, file: int) -> None:
 # Attributes
 
 
-def test_setattr_changes_what_it_is_told_to_and_nothing_else(source: Source, file: int) -> None:
+def test_setattr_changes_only_the_given_fields(source: Source, file: int) -> None:
     before = source.tree.getattr(file)
     after = source.tree.setattr(file, Changes(0), None, MYSELF)
     assert after == before
@@ -303,7 +303,7 @@ def test_setattr_changes_what_it_is_told_to_and_nothing_else(source: Source, fil
     assert (after.size, stat.S_IMODE(after.mode)) == (100, 0o640)
 
 
-def test_times_are_set_to_the_nanosecond_and_apart(source: Source, file: int) -> None:
+def test_times_are_set_separately_to_the_nanosecond(source: Source, file: int) -> None:
     after = source.tree.setattr(file, Changes(fuse.FATTR_MTIME, mtime=(-5, 123456789)), None, MYSELF)
     assert (after.mtime, after.mtime_nsec) == (-5, 123456789)
     after = source.tree.setattr(file, Changes(fuse.FATTR_ATIME, atime=(2**33, 1)), None, MYSELF)
@@ -315,7 +315,7 @@ def test_times_are_set_to_the_nanosecond_and_apart(source: Source, file: int) ->
     assert after.atime == 2**33
 
 
-def test_times_of_a_symlink_are_its_own(source: Source, file: int) -> None:
+def test_times_of_a_symlink(source: Source, file: int) -> None:
     link, _ = source.tree.symlink(ROOT, b"link", b"file", MYSELF)
     source.tree.setattr(link, Changes(fuse.FATTR_MTIME, mtime=(77, 0)), None, MYSELF)
     assert os.lstat(source.path / "link").st_mtime == 77
@@ -330,7 +330,7 @@ def test_truncation_through_a_handle(source: Source, file: int) -> None:
         source.tree.setattr(file, Changes(valid, size=2), 999, MYSELF)
 
 
-def test_an_open_file_that_lost_its_name_behind_the_mount_can_be_asked(source: Source, file: int) -> None:
+def test_open_file_removed_in_the_source_is_reachable(source: Source, file: int) -> None:
     number, _ = source.files.open(file, os.O_RDWR, False, MYSELF)
     (source.path / "file").unlink()
     (source.path / "file").write_text("another file")
@@ -399,7 +399,7 @@ def test_open_and_release(source: Source, file: int) -> None:
         source.files.release(number)
 
 
-def test_a_worker_is_told_of_a_release_only_if_it_may_hold_the_file(source: Source, file: int) -> None:
+def test_release_is_sent_only_if_the_file_was_lent(source: Source, file: int) -> None:
     number, _ = source.files.open(file, os.O_RDONLY, False, MYSELF)
     source.files.release(number)
     assert [packets(reader) for reader in source.readers] == [[], []]
@@ -413,7 +413,7 @@ def test_a_worker_is_told_of_a_release_only_if_it_may_hold_the_file(source: Sour
     assert told[1].extra == (number,)
 
 
-def test_truncation_at_open(source: Source, file: int) -> None:
+def test_o_trunc(source: Source, file: int) -> None:
     for flags in (os.O_WRONLY, os.O_RDWR, os.O_RDONLY):
         (source.path / "file").write_text("content")
         number, found = source.files.open(file, flags | os.O_TRUNC, False, MYSELF)
@@ -421,7 +421,7 @@ def test_truncation_at_open(source: Source, file: int) -> None:
         source.files.release(number)
 
 
-def test_a_replaced_file_is_not_truncated(source: Source, file: int) -> None:
+def test_o_trunc_does_not_truncate_a_replaced_file(source: Source, file: int) -> None:
     (source.path / "file").rename(source.path / "old")
     (source.path / "file").write_text("precious")
     before = open_descriptors()
@@ -439,7 +439,7 @@ def test_create(source: Source) -> None:
     assert (source.path / "new").read_text() == "x"
 
 
-def test_create_never_opens_what_is_there(source: Source) -> None:
+def test_create_never_opens_an_existing_file(source: Source) -> None:
     (source.path / "there").write_text("precious")
     with fails(errno.ESTALE):
         source.files.create(ROOT, b"there", 0o666, os.O_RDWR | os.O_CREAT | os.O_TRUNC, MYSELF)
@@ -448,7 +448,7 @@ def test_create_never_opens_what_is_there(source: Source) -> None:
     assert (source.path / "there").read_text() == "precious"
 
 
-def test_a_file_without_a_name_gets_one(source: Source) -> None:
+def test_tmpfile_is_linked(source: Source) -> None:
     try:
         number, nodeid, found = source.files.tmpfile(ROOT, 0o600, os.O_RDWR, MYSELF)
     except OSError as error:
@@ -471,7 +471,7 @@ def names(source: Source, number: int, offset: int) -> list[bytes]:
     return [name for _, _, name in source.files.entries(number, offset)]
 
 
-def test_a_listing_stays_what_it_was_when_it_began(source: Source) -> None:
+def test_listing_is_stable(source: Source) -> None:
     for name in ("a", "b", "c"):
         (source.path / name).write_text("")
     number, _ = source.files.opendir(ROOT, MYSELF)
@@ -483,7 +483,7 @@ def test_a_listing_stays_what_it_was_when_it_began(source: Source) -> None:
     assert sorted(names(source, number, 0)) == [b".", b"..", b"a", b"c", b"d"], "rewinddir(3) reads afresh"
 
 
-def test_a_listing_shows_numbers_and_types_of_the_source(source: Source) -> None:
+def test_listing_has_inode_numbers_and_types(source: Source) -> None:
     (source.path / "file").write_text("")
     (source.path / "dir").mkdir()
     (source.path / "link").symlink_to("x")
@@ -494,12 +494,12 @@ def test_a_listing_shows_numbers_and_types_of_the_source(source: Source) -> None
         assert found[name] == (os.lstat(os.fsencode(source.path) + b"/" + name).st_ino, kind >> 12)
 
 
-def test_a_file_is_not_a_directory(source: Source, file: int) -> None:
+def test_opendir_of_a_file_gives_enotdir(source: Source, file: int) -> None:
     with fails(errno.ENOTDIR, errno.ESTALE):
         source.files.opendir(file, MYSELF)
 
 
-def test_the_handle_of_the_root_is_one(source: Source) -> None:
+def test_root_handle_is_opened_once(source: Source) -> None:
     assert source.files.root_handle() == source.files.root_handle()
 
 
@@ -535,10 +535,10 @@ def _set(source: Source, nodeid: int, valid: int, **values: Any) -> None:
 
 
 @pytest.mark.parametrize("what", TAKING_SPACE)
-def test_space_of_removed_files_is_given_free_when_it_runs_out(
+def test_removed_files_are_released_without_space(
     source: Source, file: int, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The kernel's forget comes a moment after the removal: what it still holds must not fill the file system."""
+    """FORGET arrives a moment after the removal: removed files must not fill the file system."""
     module, name, act = TAKING_SPACE[what]
     (source.path / "other").touch()
     other, _ = source.tree.lookup(ROOT, b"other")
@@ -562,9 +562,7 @@ def test_space_of_removed_files_is_given_free_when_it_runs_out(
         source.tree.mkdir(ROOT, b"another", 0o755, MYSELF)
 
 
-def test_a_removed_file_that_is_being_changed_is_not_given_free(
-    source: Source, file: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_removed_file_in_use_is_not_released(source: Source, file: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody holds it by a descriptor that opens nothing (O_PATH): its pin is all that leads to it."""
     (source.path / "other").touch()
     other, _ = source.tree.lookup(ROOT, b"other")

@@ -1,4 +1,4 @@
-"""Which files are read past the page cache because their size says nothing."""
+"""Detection of files without a meaningful size."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_by_file_system(monkeypatch: pytest.MonkeyPatch, kind: int, blocks: int,
 
 
 def test_each_mount_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By its id, for a device's number is soon that of another."""
+    """By mount ID, because a device number is soon reused."""
     asked = []
 
     def file_system(fd: int) -> FileSystem:

@@ -1,4 +1,4 @@
-"""Rows of struct statx turned into struct fuse_entry_out, column by column."""
+"""Conversion of struct statx into struct fuse_entry_out, column by column."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def fill(table: StatxTable, row: int, dice: random.Random, rdev: tuple[int, int]
 
 @pytest.mark.parametrize("rows", [0, 1, 5])
 @pytest.mark.parametrize("rdev", [(0, 0), (8, 17), (259, 70000), (0, 3)])
-def test_every_field_has_its_place(rows: int, rdev: tuple[int, int]) -> None:
+def test_each_field_is_converted(rows: int, rdev: tuple[int, int]) -> None:
     dice, table = random.Random(rows), StatxTable(5)
     expected = [fill(table, row, dice, rdev if row % 2 == 0 else (0, 0)) for row in range(rows)]
     nodeids, births, shown = ([first + step * row for row in range(rows)] for first, step in ((7, 1), (0, -1), (70, 1)))

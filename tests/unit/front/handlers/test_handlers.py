@@ -1,4 +1,4 @@
-"""Requests as the kernel sends them, byte by byte, and the replies it gets: llloop's own handlers without a kernel."""
+"""Requests as bytes of the kernel, and the replies of llloop's handlers, without a kernel."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def parse_entry(data: bytes) -> Entry:
 
 
 class Kernel:
-    """Sends requests to the handlers and takes the replies."""
+    """Sends requests to the handlers and receives the replies."""
 
     def __init__(self, source: Source, device: Device) -> None:
         self.source = source
@@ -161,19 +161,19 @@ def test_lookup(source: Source, kernel: Kernel, file: int) -> None:
     assert kernel.lookup(b"file").generation == entry.generation
 
 
-def test_lookup_of_a_name_that_is_no_text(source: Source, kernel: Kernel) -> None:
+def test_lookup_of_an_undecodable_name(source: Source, kernel: Kernel) -> None:
     name = bytes(range(128, 255)) * 2
     Path(os.fsdecode(os.fsencode(source.path) + b"/" + name)).write_text("x")
     assert kernel.lookup(name).attr.size == 1
 
 
-def test_what_does_not_exist_may_be_remembered(source: Source, kernel: Kernel) -> None:
+def test_missing_name_is_cached(source: Source, kernel: Kernel) -> None:
     entry = kernel.lookup(b"missing")
     assert (entry.nodeid, entry.entry_valid, entry.entry_valid_nsec) == (0, 1, 0)
     assert len(source.context.inodes) == 1
 
 
-def test_what_does_not_exist_is_not_remembered_without_a_cache(tmp_path: Path, device: Device) -> None:
+def test_missing_name_is_not_cached_with_cache_never(tmp_path: Path, device: Device) -> None:
     with packet_pipe() as pipe:
         source = Source(tmp_path, [pipe], cache=Cache.NEVER)
         kernel = Kernel(source, device)
@@ -183,7 +183,7 @@ def test_what_does_not_exist_is_not_remembered_without_a_cache(tmp_path: Path, d
         source.close()
 
 
-def test_an_answer_nobody_waits_for_is_forgotten(source: Source, kernel: Kernel, deaf: None) -> None:
+def test_refused_reply_takes_back_the_lookup(source: Source, kernel: Kernel, deaf: None) -> None:
     (source.path / "file").write_text("x")
     before = open_descriptors()
     kernel.send(Opcode.LOOKUP, ROOT, b"file\0")
@@ -204,7 +204,7 @@ def test_forget(source: Source, kernel: Kernel, file: int) -> None:
     assert kernel.device.take() == [], "nobody waits for an answer"
 
 
-def test_forgetting_many_at_once(source: Source, kernel: Kernel) -> None:
+def test_batch_forget(source: Source, kernel: Kernel) -> None:
     nodeids = []
     for number in range(100):
         (source.path / str(number)).write_text("")
@@ -288,7 +288,7 @@ def getxattr(size: int, name: bytes = b"") -> bytes:
     return struct.pack("=II", size, 0) + name
 
 
-def test_xattrs_are_read(source: Source, kernel: Kernel, file: int) -> None:
+def test_getxattr_and_listxattr(source: Source, kernel: Kernel, file: int) -> None:
     try:
         os.setxattr(source.path / "file", "user.name", b"\0value")
     except OSError:
@@ -312,7 +312,7 @@ def test_xattrs_are_read(source: Source, kernel: Kernel, file: int) -> None:
             kernel.payload(Opcode.RELEASE, file, struct.pack("=QIIQ", handle, 0, 0, 0))
 
 
-def test_xattrs_can_be_declined(tmp_path: Path, device: Device) -> None:
+def test_no_xattr_gives_enosys(tmp_path: Path, device: Device) -> None:
     with packet_pipe() as pipe:
         source = Source(tmp_path, [pipe], xattr=False)
         kernel = Kernel(source, device)
@@ -322,8 +322,8 @@ def test_xattrs_can_be_declined(tmp_path: Path, device: Device) -> None:
         source.close()
 
 
-def test_names_that_do_not_end(source: Source, kernel: Kernel, file: int) -> None:
-    """No kernel sends them."""
+def test_names_without_nul_are_refused(source: Source, kernel: Kernel, file: int) -> None:
+    """The kernel never sends them."""
     with fails(errno.EINVAL):
         kernel.send(Opcode.RENAME2, ROOT, struct.pack("=QII", ROOT, 0, 0) + b"file")
     with fails(errno.EINVAL):
@@ -331,7 +331,7 @@ def test_names_that_do_not_end(source: Source, kernel: Kernel, file: int) -> Non
     assert os.listdir(source.path) == ["file"]
 
 
-def test_a_link_s_target(kernel: Kernel, source: Source) -> None:
+def test_readlink(kernel: Kernel, source: Source) -> None:
     target = b"/\xff" + b"t" * 4000
     os.symlink(target, os.fsencode(source.path / "link"))
     nodeid, _ = source.tree.lookup(1, b"link")
@@ -340,7 +340,7 @@ def test_a_link_s_target(kernel: Kernel, source: Source) -> None:
         kernel.send(Opcode.READLINK, 4711)
 
 
-def test_the_room_of_the_file_system(kernel: Kernel, source: Source) -> None:
+def test_statfs(kernel: Kernel, source: Source) -> None:
     status = os.statvfs(source.path)
     *counts, block_size, longest, fragment = struct.unpack("=QQQQQIII28x", kernel.ask(Opcode.STATFS, 1).payload)
     assert (block_size, longest, fragment) == (status.f_bsize, status.f_namemax, status.f_frsize)
@@ -378,7 +378,7 @@ def opendir(kernel: Kernel) -> int:
 
 @pytest.mark.parametrize("plus", [False, True])
 @pytest.mark.parametrize("size", [512, 4096, 65536])
-def test_a_directory_is_listed_whole_and_once(source: Source, kernel: Kernel, plus: bool, size: int) -> None:
+def test_directory_is_listed_completely(source: Source, kernel: Kernel, plus: bool, size: int) -> None:
     wanted = {b".", b".."}
     for number in range(120):
         name = b"n" * (number % 60 + 1) + b"%d" % number
@@ -411,9 +411,7 @@ def test_a_directory_is_listed_whole_and_once(source: Source, kernel: Kernel, pl
         assert len(source.context.inodes) == 1, "a listing alone looks nothing up"
 
 
-def test_attributes_just_asked_for_one_by_one_do_not_come_again_with_the_listing(
-    source: Source, kernel: Kernel
-) -> None:
+def test_readdirplus_omits_attributes_after_lookups(source: Source, kernel: Kernel) -> None:
     for number in range(10):
         (source.path / f"file{number}").write_text("")
 
@@ -448,7 +446,7 @@ def test_attributes_just_asked_for_one_by_one_do_not_come_again_with_the_listing
     assert told() == everything | {b"new"}, "what it has is too old to be used"
 
 
-def test_a_listing_longer_than_the_table_of_attributes(source: Source, kernel: Kernel) -> None:
+def test_readdirplus_with_more_entries_than_rows(source: Source, kernel: Kernel) -> None:
     for number in range(300):
         (source.path / f"{number:03}").write_text("x" * number)
     payload = kernel.payload(Opcode.READDIRPLUS, ROOT, struct.pack("=QQIIQII", opendir(kernel), 0, 1 << 20, 0, 0, 0, 0))
@@ -459,7 +457,7 @@ def test_a_listing_longer_than_the_table_of_attributes(source: Source, kernel: K
         assert entry.attr.size == number
 
 
-def test_a_name_that_goes_during_a_listing(source: Source, kernel: Kernel) -> None:
+def test_name_removed_during_readdirplus(source: Source, kernel: Kernel) -> None:
     for name in ("stays", "goes"):
         (source.path / name).write_text("")
     handle = opendir(kernel)
@@ -474,7 +472,7 @@ def test_a_name_that_goes_during_a_listing(source: Source, kernel: Kernel) -> No
     assert stays is not None and stays.nodeid > ROOT
 
 
-def test_a_listing_nobody_waits_for_counts_no_lookups(source: Source, kernel: Kernel, deaf: None) -> None:
+def test_refused_readdirplus_counts_no_lookups(source: Source, kernel: Kernel, deaf: None) -> None:
     (source.path / "file").write_text("")
     handle, _ = source.files.opendir(ROOT, MYSELF)
     kernel.send(Opcode.READDIRPLUS, ROOT, struct.pack("=QQIIQII", handle, 0, 65536, 0, 0, 0, 0))
@@ -495,7 +493,7 @@ def test_open_and_release(source: Source, kernel: Kernel, file: int) -> None:
         kernel.send(Opcode.RELEASE, file, release)
 
 
-def test_an_open_nobody_waits_for_is_closed(source: Source, kernel: Kernel, file: int, deaf: None) -> None:
+def test_refused_open_is_closed(source: Source, kernel: Kernel, file: int, deaf: None) -> None:
     before = open_descriptors()
     kernel.send(Opcode.OPEN, file, struct.pack("=II", os.O_RDWR, 0))
     assert open_descriptors() == before
@@ -513,7 +511,7 @@ def test_create(source: Source, kernel: Kernel) -> None:
         kernel.send(Opcode.CREATE, ROOT, body)
 
 
-def test_data_requests_go_to_the_worker(source: Source, kernel: Kernel, file: int) -> None:
+def test_data_requests_are_sent_to_the_worker(source: Source, kernel: Kernel, file: int) -> None:
     handle, _ = kernel.open(file)
     opened = source.context.handles.get(handle)
     opened.read_flags = opened.write_flags = None  # as where a disk would have to be waited for
@@ -549,7 +547,7 @@ def test_data_requests_go_to_the_worker(source: Source, kernel: Kernel, file: in
     assert not sent(Opcode.LSEEK, struct.pack("=QQII", handle, 5, os.SEEK_HOLE, 0))[7], "nothing was read since"
 
 
-def test_a_large_write_in_place_keeps_nobody_waiting(
+def test_large_write_in_the_front_only_if_idle(
     source: Source, kernel: Kernel, file: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(native_files, "WRITE_LIMIT", 2)
@@ -573,7 +571,7 @@ def test_a_large_write_in_place_keeps_nobody_waiting(
     assert (source.path / "file").read_bytes() == b"inurent"
 
 
-def test_a_copy_goes_to_the_worker_of_the_target(source: Source, kernel: Kernel, file: int) -> None:
+def test_copy_is_sent_to_the_worker_of_the_target(source: Source, kernel: Kernel, file: int) -> None:
     (source.path / "target").write_text("")
     target = kernel.lookup(b"target").nodeid
     (from_handle, _), (to_handle, _) = kernel.open(file), kernel.open(target)
@@ -586,7 +584,7 @@ def test_a_copy_goes_to_the_worker_of_the_target(source: Source, kernel: Kernel,
     assert handles.get(from_handle).shared
 
 
-def test_io_past_a_direct_descriptor_says_so(source: Source, kernel: Kernel, file: int) -> None:
+def test_buffered_io_on_a_direct_file_is_marked(source: Source, kernel: Kernel, file: int) -> None:
     try:
         handle, _ = kernel.open(file, os.O_RDWR | os.O_DIRECT)
     except OSError:
@@ -601,8 +599,8 @@ def test_io_past_a_direct_descriptor_says_so(source: Source, kernel: Kernel, fil
         source.context.router.slots.give_back(slot)
 
 
-def test_what_cannot_be_handed_over_waits_for_its_worker(source: Source, kernel: Kernel, file: int) -> None:
-    """The front does not do it: where the worker hangs, it would hang too."""
+def test_declined_request_is_parked(source: Source, kernel: Kernel, file: int) -> None:
+    """The front does not do it, because it might hang as the worker does."""
     router = source.context.router
     for writer in router._pipes:
         with fails(errno.EAGAIN):
@@ -623,7 +621,7 @@ def test_what_cannot_be_handed_over_waits_for_its_worker(source: Source, kernel:
     assert not router.backlog
 
 
-def test_requests_for_what_is_not_open(kernel: Kernel, file: int) -> None:
+def test_unknown_handles_give_ebadf(kernel: Kernel, file: int) -> None:
     for opcode, body in (
         (Opcode.READ, struct.pack("=QQIIQII", 999, 0, 1, 0, 0, 0, 0)),
         (Opcode.WRITE, struct.pack("=QQIIQII", 999, 0, 1, 0, 0, 0, 0) + b"x"),
@@ -637,9 +635,7 @@ def test_requests_for_what_is_not_open(kernel: Kernel, file: int) -> None:
 
 
 @pytest.mark.parametrize(("flags", "told"), [(os.O_RDWR, True), (os.O_RDONLY, False), (os.O_WRONLY, False)])
-def test_close_is_told_only_of_files_that_may_be_mapped_for_writing(
-    kernel: Kernel, file: int, flags: int, told: bool
-) -> None:
+def test_flush_is_requested_only_for_writable_mappings(kernel: Kernel, file: int, flags: int, told: bool) -> None:
     """Nothing else can have errors that no write(2) was told of."""
     handle, how = kernel.open(file, flags)
     assert bool(how & fuse.FOPEN_NOFLUSH) is not told

@@ -1,4 +1,4 @@
-"""Directory entries converted from one struct to the other, whatever their names are like and in whatever order."""
+"""Conversion of directory entries, for any names in any order."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def all_of(listing: Listing, size: int) -> list[Entry]:
 @pytest.mark.parametrize("style", NAMES)
 @pytest.mark.parametrize("filler", [b"\0", b"\xa5"])
 @pytest.mark.parametrize("size", [512, 32768])
-def test_every_entry_comes_once_and_whole(style: str, filler: bytes, size: int) -> None:
+def test_each_entry_is_converted_once(style: str, filler: bytes, size: int) -> None:
     kinds = (8, 4, 10, 1)
     entries = [((1 << 40) + 257 * n, kinds[n // 3 % 4], NAMES[style](n).encode()) for n in range(2000)]
     for order in (entries, random.Random(style).sample(entries, len(entries))):
@@ -84,7 +84,7 @@ def test_every_entry_comes_once_and_whole(style: str, filler: bytes, size: int) 
 
 
 @pytest.mark.parametrize("style", NAMES)
-def test_as_the_kernel_lists(style: str, tmp_path: Path) -> None:
+def test_real_directories(style: str, tmp_path: Path) -> None:
     for number in range(600):
         path = tmp_path / NAMES[style](number)
         if number % 50:
@@ -101,7 +101,7 @@ def test_as_the_kernel_lists(style: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("foreign", [False, True])
-def test_numbers_are_those_of_the_mount(foreign: bool) -> None:
+def test_inode_numbers_are_mapped(foreign: bool) -> None:
     entries = [(5, 4, b"."), (2, 4, b".."), *((100 + n, 8, b"%03d" % n) for n in range(200))]
     listing = Listing([block_of(entries)], lambda ino: ino + 1000, foreign=foreign)
     shown = [ino for ino, _, _ in all_of(listing, 4096)]
@@ -109,7 +109,7 @@ def test_numbers_are_those_of_the_mount(foreign: bool) -> None:
     assert shown[2:] == [number + 1000 * foreign for number in range(100, 300)]
 
 
-def test_as_many_entries_as_fit_with_what_goes_along() -> None:
+def test_records_fit_the_size() -> None:
     listing = Listing([block_of([(n, 8, b"%08d" % n) for n in range(1, 41)])], lambda ino: ino, foreign=False)
     assert len(listing.records(0, 10 * 160, 128)) == 10
     assert len(listing.records(0, 10 * 160 - 1, 128)) == 9
@@ -117,7 +117,7 @@ def test_as_many_entries_as_fit_with_what_goes_along() -> None:
     assert listing.records(40, 10 * 160, 128) == []
 
 
-def test_an_empty_listing_and_a_cookie_behind_its_end() -> None:
+def test_empty_listing_and_cookie_beyond_the_end() -> None:
     assert Listing([], lambda ino: ino, foreign=False).fitting(0, 4096) == (b"", 0)
     assert Listing([block_of([(5, 4, b".")])], lambda ino: ino, foreign=False).fitting(9, 4096) == (b"", 9)
 
@@ -126,7 +126,7 @@ def numbered(start: int, end: int) -> list[Entry]:
     return [(n, 8, b"%08d" % n) for n in range(start, end)]
 
 
-def test_no_more_is_read_than_is_asked_for() -> None:
+def test_directory_is_read_only_as_far_as_requested() -> None:
     taken = []
 
     def blocks() -> Iterator[bytes]:
@@ -146,7 +146,7 @@ def test_no_more_is_read_than_is_asked_for() -> None:
     assert not listing.complete
 
 
-def test_a_listing_goes_on_behind_what_was_saved() -> None:
+def test_listing_continues_after_saved_entries() -> None:
     first = Listing([block_of(numbered(1, 101))], lambda ino: ino, foreign=False)
     first.fitting(0, 4096)
     assert first.position == 99 * 7, "the directory's own cookie of the last entry"
@@ -164,7 +164,7 @@ def test_a_listing_goes_on_behind_what_was_saved() -> None:
     assert all_of(second, 1000) == numbered(1, 151)
 
 
-def test_what_fails_once_is_tried_again(tmp_path: Path) -> None:
+def test_failed_read_is_repeated(tmp_path: Path) -> None:
     fd = os.open(tmp_path, os.O_RDONLY)
     failures = [-1]
 

@@ -1,4 +1,4 @@
-"""How many lookups of late are counted, and for how long."""
+"""Counting of recent lookups."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def recent() -> RecentLookups:
     return RecentLookups(SECOND)
 
 
-def test_each_directory_has_its_own_count(recent: RecentLookups) -> None:
+def test_lookups_are_counted_by_directory(recent: RecentLookups) -> None:
     for directory in (5, 6, 5):
         recent.note(directory, START)
     assert [recent.count(directory, START) for directory in (5, 6, 7)] == [2, 1, 0]
 
 
 @pytest.mark.parametrize("begun", [START, START + SECOND // 3])
-def test_what_is_young_counts_and_what_is_old_does_not(recent: RecentLookups, begun: int) -> None:
+def test_only_recent_lookups_count(recent: RecentLookups, begun: int) -> None:
     recent.note(9, START)  # wherever in its half of the time the other falls
     recent.note(5, begun)
     assert recent.count(5, begun + SECOND // 2 - 1) == 1
@@ -30,18 +30,18 @@ def test_what_is_young_counts_and_what_is_old_does_not(recent: RecentLookups, be
     assert recent.count(5, begun + SECOND) == 1
 
 
-def test_after_a_long_pause_nothing_is_left(recent: RecentLookups) -> None:
+def test_counts_expire_after_a_pause(recent: RecentLookups) -> None:
     recent.note(5, START)
     assert recent.count(5, START + 60 * SECOND) == 0
 
 
-def test_nothing_counts_where_the_kernel_keeps_nothing() -> None:
+def test_nothing_is_counted_without_validity() -> None:
     recent = RecentLookups(0)
     recent.note(5, START)
     assert recent.count(5, START) == 0
 
 
-def test_a_long_validity_does_not_gather_directories_for_as_long() -> None:
+def test_counting_time_is_limited() -> None:
     recent = RecentLookups(86400 * SECOND)
     recent.note(5, START)
     assert recent.count(5, START + 10 * SECOND) == 0

@@ -1,4 +1,4 @@
-"""llfuse's handlers as plain methods: what they return, and that nothing but FUSEError ever comes out of them."""
+"""The handlers of the plain loop as methods: their results, and that they only raise FUSEError."""
 
 from __future__ import annotations
 
@@ -71,12 +71,12 @@ def test_attributes(operations: Operations, source: Source) -> None:
     assert operations.setattr(entry.st_ino, values, changed, None, CONTEXT).st_size == 2
 
 
-def test_what_does_not_exist_may_be_remembered(operations: Operations) -> None:
+def test_missing_name_is_cached(operations: Operations) -> None:
     negative = operations.lookup(ROOT, b"missing", CONTEXT)
     assert (negative.st_ino, negative.entry_timeout) == (0, 1)
 
 
-def test_a_listing_goes_on_where_it_stopped(operations: Operations, source: Source) -> None:
+def test_listing_continues_at_its_offset(operations: Operations, source: Source) -> None:
     for name in "abc":
         (source.path / name).mkdir()
     handle = operations.opendir(ROOT, CONTEXT)
@@ -91,7 +91,7 @@ def test_a_listing_goes_on_where_it_stopped(operations: Operations, source: Sour
         operations.readdir(handle, 0)
 
 
-def test_errors_keep_their_number(operations: Operations) -> None:
+def test_errors_keep_their_errno(operations: Operations) -> None:
     with refused(errno.ENOENT):
         operations.unlink(ROOT, b"missing", CONTEXT)
     with refused(errno.ESTALE):
@@ -134,7 +134,7 @@ HANDLERS: dict[str, tuple[Any, ...]] = {
 
 
 class Faulty:
-    """A mirror in which every part fails with what nobody expects, but for what is counted."""
+    """A context in which every attribute raises an unexpected exception, except the counters."""
 
     def __init__(self, slots: Slots) -> None:
         self.router = SimpleNamespace(slots=slots)
@@ -147,7 +147,9 @@ class Faulty:
 
 
 @pytest.mark.parametrize("name", sorted(HANDLERS))
-def test_a_fault_in_any_handler_is_eio_and_logged(name: str, slots: Slots, caplog: pytest.LogCaptureFixture) -> None:
+def test_unexpected_exception_gives_eio_and_is_logged(
+    name: str, slots: Slots, caplog: pytest.LogCaptureFixture
+) -> None:
     operations = Operations()
     operations.attach(Faulty(slots), Faulty(slots), -1)  # type: ignore[arg-type]
     with caplog.at_level(logging.ERROR), refused(errno.EIO):
@@ -157,7 +159,7 @@ def test_a_fault_in_any_handler_is_eio_and_logged(name: str, slots: Slots, caplo
     assert [(count.requests, count.errors) for count in slots.metrics.front.snapshot().values()] == [(1, 1)]
 
 
-def test_every_handler_of_llfuse_is_there_and_tried() -> None:
+def test_each_handler_of_llfuse_is_tested() -> None:
     def handlers(kind: type) -> set[str]:
         return {name for name, _ in inspect.getmembers(kind, inspect.isroutine) if not name.startswith("_")}
 
@@ -172,7 +174,7 @@ def test_every_handler_of_llfuse_is_there_and_tried() -> None:
     assert inherited == []
 
 
-def test_forget_lets_nothing_out_and_goes_on(
+def test_forget_never_raises(
     operations: Operations, source: Source, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (source.path / "file").write_text("")
