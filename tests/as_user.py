@@ -1,4 +1,4 @@
-"""Run functions in child processes, as another user if asked, and bring back what they returned or raised."""
+"""Runs functions in child processes, also as another user, and returns their results or raises their errors."""
 
 import os
 import pickle
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Caller:
-    """Who makes a system call; -1 for an identity leaves it what it is in the test itself."""
+    """The credentials of a process; -1 keeps the test's own id."""
 
     uid: int = -1
     gid: int = -1
@@ -58,7 +58,7 @@ class Child(Generic[T]):
         os.close(sending)
 
     def is_done(self) -> bool:
-        """Whether `result` would not have to wait."""
+        """Whether `result` returns without waiting."""
         return bool(select.select([self._receiving], [], [], 0)[0])
 
     def result(self) -> T:
@@ -91,7 +91,7 @@ def run_as(caller: Caller, function: Callable[..., T], *args: Any) -> T:
 
 
 def run_together(calls: Iterable[tuple[Callable[..., T], tuple[Any, ...]]]) -> list[T]:
-    """All at the same time, each in its own process; the results in the order of the calls."""
+    """Runs all calls at the same time, each in its own process; returns the results in the order of the calls."""
     children = [Child(function, *args) for function, args in calls]
     results: list[T] = []
     errors: list[Exception] = []

@@ -1,4 +1,4 @@
-"""What every test can ask for: a shared mount, a directory of one's own in it, mounts with other options."""
+"""Fixtures of all tests: a shared mount with a directory for each test, and mounts with other options."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def server(via: str, serve_options: list[str], watchdog: Watchdog) -> Iterator[S
 
 @pytest.fixture(scope="session")
 def disk_server(via: str, serve_options: list[str], watchdog: Watchdog) -> Iterator[Server]:
-    """Another one, whose source is most likely no RAM file system and has a disk's demands (O_DIRECT, blocks)."""
+    """A second shared mount, whose source is mostly on a disk (O_DIRECT, blocks) instead of in RAM."""
     holder = reachable_directory("llloop-source-", "/var/tmp")
     try:
         with running(Server.prepare(via, watchdog, serve_options, source=holder)) as shared:
@@ -186,21 +186,21 @@ def fresh_directory(server: Server, test: str) -> Iterator[Tree]:
 
 @pytest.fixture
 def tree(server: Server, request: pytest.FixtureRequest) -> Iterator[Tree]:
-    """A fresh directory of the shared mount."""
+    """A new directory in the shared mount."""
     with fresh_directory(server, request.node.name) as own:
         yield own
 
 
 @pytest.fixture(params=["server", "disk_server"], ids=["shared", "disk"])
 def tree_of_each(request: pytest.FixtureRequest) -> Iterator[Tree]:
-    """A fresh directory of the shared mount, and in another run of the test of the one whose source is on a disk."""
+    """A new directory in the shared mount, and in a second run in the one whose source is on a disk."""
     with fresh_directory(request.getfixturevalue(request.param), request.node.name) as own:
         yield own
 
 
 @pytest.fixture
 def serve(via: str, serve_options: list[str], watchdog: Watchdog) -> Iterator[Serve]:
-    """Starts mounts of the test's own, stopped and checked at its end."""
+    """Starts mounts for the test; stops and checks them at its end."""
     started: list[Server] = []
 
     def start(

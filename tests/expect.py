@@ -1,4 +1,4 @@
-"""Precise expectations of system calls, and comparison with what the source's own file system does."""
+"""Exact expectations of system calls, and comparisons with the source's file system."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 @contextmanager
 def fails(*errnos: int) -> Iterator[None]:
-    """The block must fail with one of these errnos, by its very number."""
+    """The block must raise an OSError with one of these errnos."""
     wanted = " or ".join(errno_module.errorcode[number] for number in errnos)
     try:
         yield
@@ -25,7 +25,7 @@ def fails(*errnos: int) -> Iterator[None]:
 
 
 def outcome(action: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """What a call returns, or the name of the error it fails with: to be compared with another's outcome."""
+    """Returns the result of a call, or the name of its errno, for comparisons."""
     try:
         return action(*arguments, **options)
     except OSError as error:
@@ -58,14 +58,14 @@ _COLLECTED_NS = 2_000_000_000
 
 
 def agree(name: str, mounted: int, native: int) -> bool:
-    """Whether the mount may tell this of a field of STAT_FIELDS if the source tells that."""
+    """Whether the mount may show this value of a field if the source has that one."""
     if collecting and name.endswith("time_ns"):
         return abs(mounted - native) < _COLLECTED_NS
     return mounted == native or (collecting and name == "st_blocks")
 
 
 def same_fields(mounted: os.stat_result, native: os.stat_result) -> None:
-    """Two answers must be the same, down to the nanosecond where the kernel does not keep times itself."""
+    """Checks that two stat results are equal; times may differ if the kernel caches them."""
     here, there = fields_of(mounted), fields_of(native)
     differing = {name: (here[name], there[name]) for name in STAT_FIELDS if not agree(name, here[name], there[name])}
     assert not differing, differing
@@ -80,7 +80,7 @@ def same_status(mnt: Path, src: Path) -> None:
 
 
 def pattern(size: int, seed: int = 0) -> bytes:
-    """Bytes in which no two pages are alike, so that a misplaced one shows."""
+    """Returns bytes in which all pages differ, so that a misplaced page is detected."""
     words = ((seed * 0x9E3779B1 + index) & 0xFFFFFFFFFFFFFFFF for index in range((size + 7) // 8))
     return b"".join(word.to_bytes(8, "little") for word in words)[:size]
 
@@ -88,7 +88,7 @@ def pattern(size: int, seed: int = 0) -> bytes:
 def python(
     script: str, *arguments: str | Path, timeout: float = 30, **options: Any
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a script in another process and waits for its success."""
+    """Runs a script in another process and checks that it succeeds."""
     done = subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, **options
     )
@@ -97,7 +97,7 @@ def python(
 
 
 def start_python(script: str, *arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
-    """A script in another process, spoken to by its stdin and stdout."""
+    """Starts a script in another process, with pipes to its stdin and stdout."""
     return subprocess.Popen(
         [sys.executable, "-u", "-c", script, *map(str, arguments)],
         stdin=subprocess.PIPE,

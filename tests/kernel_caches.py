@@ -17,10 +17,7 @@ _libc.mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctype
 
 
 def forget_unused(mountpoint: Path) -> None:
-    """Names and inodes that nothing uses go, and with FUSE the server is told; needs root.
-
-    Every remount does it, also one that changes nothing.
-    """
+    """Makes the kernel drop unused names and inodes, so that it sends FORGET; needs root."""
     flags = os.statvfs(mountpoint).f_flag & _COMMON_FLAGS
     if _libc.mount(None, os.fsencode(mountpoint), None, _MS_REMOUNT | flags, None) != 0:
         number = ctypes.get_errno()

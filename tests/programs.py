@@ -1,4 +1,4 @@
-"""Programs that the tests run in a mount, away from the machine's own settings."""
+"""Runs programs in a mount, independent of the machine's configuration."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def run(*command: str | Path, cwd: Path | str = "/", env: dict[str, str] | None = None, user: str | None = None) -> str:
-    """What the command printed; its complaints are the failure's text."""
+    """Runs a command and returns its output."""
     done = subprocess.run(
         command,
         cwd=cwd,
@@ -27,13 +27,13 @@ def run(*command: str | Path, cwd: Path | str = "/", env: dict[str, str] | None 
 
 
 def quiet_environment(home: Path) -> dict[str, str]:
-    """Nothing of the machine's own settings: they would decide what git and pip do."""
+    """An environment without the machine's settings for git, pip, PostgreSQL and Python."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("GIT_", "PIP_", "PG", "PYTHON"))}
     return {**kept, "HOME": str(home), "LC_ALL": "C.UTF-8", "TZ": "UTC"}
 
 
 class Postgres:
-    """A server with its data in the mount, run as the user that Debian has for it (or as the tests' own)."""
+    """A PostgreSQL server with its data in the mount, run as Debian's user for it, or as the tests' user."""
 
     def __init__(self, directory: Path, scratch: Path) -> None:
         # Debian keeps the server's programs off the PATH, by version; the newest is as good as any.

@@ -1,4 +1,4 @@
-"""A served directory as the tests see it: started, watched, stopped, and held to having left nothing behind."""
+"""The server under test: starting, observing and stopping it, and checking that it leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ GRAVE = re.compile(r"\b(WARNING|ERROR|CRITICAL|FATAL|Traceback|Exception ignored
 
 
 def reachable_directory(prefix: str, parent: str | None = None) -> Path:
-    """A temporary directory that other users can pass through, unlike mkdtemp's own."""
+    """Creates a temporary directory that other users can search, unlike mkdtemp's."""
     path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     path.chmod(0o755)
     return path
 
 
 def remove_tree(path: Path) -> None:
-    """Removes it all, even directories whose mode forbids their owner to look into them."""
+    """Removes a tree, even if its owner may not search some directories."""
     shutil.rmtree(path, ignore_errors=True)
     if path.exists():
         for directory, names, _ in os.walk(path):
@@ -80,7 +80,7 @@ class Expectation:
 
 @dataclass
 class Server:
-    """SRC and MNT and the server between them (no server, and MNT being SRC, when via is "native")."""
+    """A source, a mount point and the server process. With "native" there is no server, and MNT is the source."""
 
     via: str
     arguments: Sequence[str]
@@ -176,16 +176,16 @@ class Server:
         return self.process is None or (self.process.poll() is None and self.mounted())
 
     def processes(self) -> list[int]:
-        """Every living process of the server, the supervisor included."""
+        """Returns all running processes of the server, including the supervisor."""
         return processes_of_session(self.process.pid) if self.process else []
 
     def expect_log(self, regex: str, required: bool = True) -> None:
-        """Allows log records of level WARNING and above that match; if required, at least one must come."""
+        """Allows log records of level WARNING and above that match; if required, at least one must appear."""
         if self.via != "native":
             self.expectations.append(Expectation(re.compile(regex, re.DOTALL), required))
 
     def wait_for_log(self, regex: str, seconds: float = 10.0) -> str:
-        """The log's text once it matches: records of other processes arrive a moment late."""
+        """Waits until the log matches and returns it: records of other processes arrive a moment later."""
         deadline = time.monotonic() + seconds
         while True:
             text = self.log.read_text(errors="replace")
@@ -195,7 +195,7 @@ class Server:
             time.sleep(0.05)
 
     def check_log(self) -> None:
-        """Fails for what was logged since the last check and nobody expected."""
+        """Fails if there are unexpected records since the last check."""
         unexpected = []
         fresh_log, self._log_offset = self._since(self.log, self._log_offset)
         fresh_output, self._output_offset = self._since(self.output, self._output_offset)
@@ -217,7 +217,7 @@ class Server:
         return content[offset:].decode(errors="replace"), len(content)
 
     def stop(self, expected_code: int = 0) -> None:
-        """SIGTERM, then everything that a clean stop promises."""
+        """Sends SIGTERM, then checks everything that a clean stop promises."""
         if self.process is None:
             self.check_log()
             return
@@ -244,7 +244,7 @@ class Server:
         self.check_log()
 
     def clean_up(self) -> None:
-        """Whatever it takes to leave nothing running and nothing mounted."""
+        """Ends all processes and the mount by any means."""
         if self.process is None:
             return
         kill_session(self.process.pid)
@@ -265,7 +265,7 @@ class Server:
 
 @dataclass(frozen=True)
 class Tree:
-    """One test's own directory: src through the back door, mnt through the mount."""
+    """The directory of one test: `src` in the source, `mnt` in the mount."""
 
     behind: Path
     mnt: Path

@@ -1,4 +1,4 @@
-"""The server's processes as /proc shows them to an administrator."""
+"""The server's processes, as /proc shows them."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ from tests.watchdog import kill_session
 
 
 def titles(server: Server) -> dict[str, int]:
-    """Process ids by the names that `ps` shows, such as llloop-worker-0; one that was just forked gets its own soon."""
+    """Returns process ids by process title; waits for new processes to set their title."""
     deadline = time.monotonic() + 5
     while True:
         try:
@@ -37,7 +37,7 @@ def _titles(server: Server) -> dict[str, int]:
 
 
 def kill_all_at_once(server: Server) -> None:
-    """Leaves a dead mount, which takes some doing: the keeper would take it away, and another one take its place."""
+    """Leaves a dead mount: the keeper, which would detach it, is killed first."""
     assert server.process
     os.kill(server.pid, signal.SIGSTOP)
     os.kill(titles(server)["llloop-keeper"], signal.SIGKILL)
@@ -46,7 +46,7 @@ def kill_all_at_once(server: Server) -> None:
 
 
 def process_ids(server: Server, role: str) -> list[int]:
-    """The living processes of this title; one that was just forked has none yet."""
+    """Returns the running processes with this title; a new process has none yet."""
     found = []
     for pid in server.processes():
         with contextlib.suppress(OSError):
@@ -90,7 +90,7 @@ def front_report(server: Server) -> Report:
 
 
 def descriptors(pid: int) -> list[str]:
-    """What the process's descriptors lead to."""
+    """Returns the targets of a process's descriptors."""
     found = []
     for name in os.listdir(f"/proc/{pid}/fd"):
         try:
@@ -101,19 +101,19 @@ def descriptors(pid: int) -> list[str]:
 
 
 def private_memory(pid: int) -> int:
-    """Bytes that are this process's alone: what it shares with its siblings since the fork is not counted."""
+    """Returns the bytes that only this process uses, without memory shared since the fork."""
     text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     return 1024 * sum(int(kib) for kib in re.findall(r"^Private_(?:Dirty|Clean): +(\d+) kB", text, re.MULTILINE))
 
 
 def bytes_moved(pid: int) -> int:
-    """Bytes that went through the process's own read and write calls, to whatever file."""
+    """Returns the bytes of all read and write calls of a process."""
     text = Path(f"/proc/{pid}/io").read_text()
     return sum(int(count) for count in re.findall(r"^[rw]char: (\d+)", text, re.MULTILINE))
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
-    """For what the kernel tells the server after the caller's own call has returned: RELEASE, FORGET."""
+    """Waits for a condition, e.g. for effects of RELEASE and FORGET, which arrive after the caller's system call."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""The system calls that Python's os module has no word for, or not with all their arguments."""
+"""System calls that Python's os module lacks, or lacks arguments of."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def statx(target: Path | int, mask: int = STATX_BASIC_STATS | STATX_BTIME, flags
 
 
 def getxattr_into(path: Path, name: bytes, size: int) -> int:
-    """getxattr with a buffer of just this size: os.getxattr never shows ERANGE or the query with size 0."""
+    """Calls getxattr(2) with a buffer of this size; os.getxattr hides ERANGE and size 0."""
     buffer = ctypes.create_string_buffer(size) if size else None
     _libc.getxattr.restype = ctypes.c_ssize_t
     return _check(_libc.getxattr(_bytes(path), name, buffer, ctypes.c_size_t(size)))
@@ -224,7 +224,7 @@ def directory_stream(path: Path) -> Iterator[DirectoryStream]:
 
 @contextmanager
 def opened(path: Path | bytes | str, flags: int, mode: int = 0o666, dir_fd: int | None = None) -> Iterator[int]:
-    """os.open whose descriptor is closed at the block's end."""
+    """Opens a file like os.open, and closes it at the end of the block."""
     descriptor = os.open(path, flags, mode, dir_fd=dir_fd)
     try:
         yield descriptor

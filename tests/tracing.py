@@ -1,4 +1,4 @@
-"""Kills a process at a chosen one of its system calls, before or after it is done (ptrace(2)); needs root."""
+"""Kills a process at a chosen system call, before or after it (ptrace(2)); needs root."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Traced:
         self._next_stop(lambda: False)
 
     def _serving(self) -> int:
-        """Return the thread that serves, once it waits for a request."""
+        """Return the serving thread, once it waits for a request."""
         deadline = time.monotonic() + _PATIENCE
         while True:
             for name in os.listdir(f"/proc/{self._pid}/task"):
@@ -73,7 +73,7 @@ class Traced:
             time.sleep(_PAUSE)
 
     def kill_at(self, stop: int, done: Callable[[], bool]) -> bool:
-        """Kill it at the stop with that number, the first being 1; return False if all was *done* before."""
+        """Kill the process at the stop with that number, counted from 1; return False if all was *done* before."""
         while True:
             _do(_SYSCALL, self._tid)
             status = self._next_stop(done)

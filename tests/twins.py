@@ -1,4 +1,4 @@
-"""The same calls in the mount and in a plain directory of the same file system; all that can be seen must be equal."""
+"""Makes the same calls in the mount and in a directory of the source's file system, and compares everything visible."""
 
 import errno
 import os
@@ -23,7 +23,7 @@ class Twins:
 
     @classmethod
     def of(cls, tree: Tree) -> "Twins":
-        """Two empty directories in a `tree`, one of them also reached through the mount."""
+        """Creates two empty directories in a `tree`, one of them also in the mount."""
         os.mkdir(tree.src / "native")
         os.mkdir(tree.mnt / "mounted")
         for directory in (tree.src / "native", tree.src / "mounted"):
@@ -31,13 +31,13 @@ class Twins:
         return cls(tree.src / "native", tree.src / "mounted", tree.mnt / "mounted")
 
     def prepare(self, action: Callable[[Path], Any]) -> None:
-        """Done as the test's own user, through the mount on that side: the kernel then knows the attributes."""
+        """Runs an action on both sides as the test's user; the kernel then has the mount's attributes in its cache."""
         action(self.native)
         action(self.mounted)
         self.compare()
 
     def both(self, action: Callable[..., Any], *args: Any, caller: Caller = MYSELF) -> Any:
-        """Let `caller` do it in both, demand the same outcome and the same trees after it, return the outcome."""
+        """Runs an action as `caller` on both sides, checks for equal outcomes and trees, and returns the outcome."""
         expected = run_as(caller, outcome_of, action, self.native, *args)
         actual = run_as(caller, outcome_of, action, self.mounted, *args)
         demand_equal(actual, expected, f"another outcome as {caller}")
@@ -56,7 +56,7 @@ def demand_equal(found: Any, expected: Any, problem: str) -> None:
 
 
 def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """Only what differs: pytest's own comparison of two large trees is slow and unreadable."""
+    """Returns only the differences: pytest's comparison of large trees is slow and unreadable."""
     lines = []
     for name in sorted(found.keys() | expected.keys(), key=str):
         one, other = found.get(name), expected.get(name)
@@ -68,7 +68,7 @@ def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
 
 
 def outcome_of(action: Callable[..., Any], *args: Any) -> Any:
-    """What a call returned, or the name of the error it raised."""
+    """Returns the result of a call, or the name of its errno."""
     try:
         return action(*args)
     except OSError as error:
@@ -80,7 +80,7 @@ def outcomes(actions: dict[Any, Callable[[], Any]]) -> dict[Any, Any]:
 
 
 def describe(root: Path) -> dict[str, dict[str, Any]]:
-    """Everything about a tree that does not differ from one run to the next."""
+    """Describes a tree without properties that differ between runs."""
     found = {".": describe_one(root)}
     for directory, names, files in os.walk(root):
         for name in names + files:

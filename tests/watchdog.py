@@ -18,7 +18,7 @@ from pathlib import Path
 
 
 def processes_of_session(session: int) -> list[int]:
-    """The living processes of a session (zombies left out); /proc/PID/stat never blocks, unlike cmdline."""
+    """Returns the running processes of a session; /proc/PID/stat never blocks, unlike cmdline."""
     found = []
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
@@ -40,12 +40,12 @@ def kill_session(session: int) -> None:
 
 
 def unescaped(field: str) -> str:
-    """A path as mountinfo writes it, without the octal escapes for blanks and the like."""
+    """Decodes the octal escapes of mountinfo."""
     return re.sub(r"\\([0-7]{3})", lambda escape: chr(int(escape[1], 8)), field)
 
 
 def mount_entry(mountpoint: str) -> list[str] | None:
-    """The mountinfo fields of what is mounted there, if anything; asking stat instead would hang with the server."""
+    """Returns the mountinfo fields of the mount at a path, or None; stat(2) would hang with the server."""
     for line in reversed(Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()):
         fields = line.split(" ")
         if unescaped(fields[4]) == mountpoint:
@@ -54,7 +54,7 @@ def mount_entry(mountpoint: str) -> list[str] | None:
 
 
 def abort_connection(mountpoint: str) -> None:
-    """Makes the kernel fail every request of this mount, whoever still holds /dev/fuse."""
+    """Makes the kernel fail every request of this mount, whichever process has /dev/fuse open."""
     entry = mount_entry(mountpoint)
     if entry:
         minor = entry[2].partition(":")[2]
@@ -63,7 +63,7 @@ def abort_connection(mountpoint: str) -> None:
 
 
 def wait_for_requests(mountpoint: str, seconds: float = 1.0) -> None:
-    """Waits until no request of this mount is unanswered, but not for one that is meant to hang."""
+    """Waits until no request of this mount is unanswered, with a limit for requests that hang."""
     entry = mount_entry(mountpoint)
     deadline = time.monotonic() + seconds
     while entry and time.monotonic() < deadline:
@@ -86,7 +86,7 @@ def unmount_lazily(mountpoint: str) -> None:
 
 
 class Watchdog:
-    """The test process's end: tells the watchdog what to guard and how long a test may take."""
+    """The interface for the test process: sets what to guard, and how long a test may take."""
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(

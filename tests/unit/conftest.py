@@ -1,4 +1,4 @@
-"""What tests without a mount share."""
+"""Fixtures of the tests without a mount."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fronts that die at any moment one chooses, and what stands for the kernel beside them."""
+"""Fronts that die at any chosen step, and a socket that replaces the kernel."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ STEPS = (
 
 
 class Killed(BaseException):
-    """SIGKILL: the process does nothing any more, whatever its handlers would like to do."""
+    """Stands for SIGKILL: the process does nothing more, whatever its exception handlers do."""
 
 
 class Life:
@@ -99,7 +99,7 @@ class Life:
 
 
 class _Cells:
-    """The journal's cells, every store to which is a step."""
+    """The journal's cells; each store is a step."""
 
     def __init__(self, cells: memoryview, life: Life) -> None:
         self._cells = cells
@@ -114,7 +114,7 @@ class _Cells:
 
 
 class _Packing:
-    """A struct that is not stored at once, as none of several cells is."""
+    """A struct whose packing is not atomic."""
 
     def __init__(self, packing: struct.Struct, life: Life) -> None:
         self._packing = packing
@@ -134,14 +134,14 @@ class _Packing:
 
 
 def killable_journal(journal: Journal, life: Life) -> Journal:
-    """The same memory in the hands of a process of that life."""
+    """Returns the journal's memory for a process with this life."""
     own = heir(journal)
     own.cells = _Cells(own.cells, life)  # type: ignore[assignment]
     return own
 
 
 def _places(step: str) -> Iterator[tuple[Any, str]]:
-    """Where the function of a step is looked up when it is called."""
+    """Yields where the function of a step is looked up when it is called."""
     module, _, name = step.partition(".")
     if module in ("libc", "syscall"):
         wanted = name if module == "libc" else "syscall"
@@ -157,7 +157,7 @@ _PLACES = {place for step in STEPS for place in _places(step)}
 
 @contextmanager
 def living(life: Life) -> Iterator[None]:
-    """Everything in the block is done by a process of that life; it may end in `Killed`."""
+    """A process with this life does everything in the block, which may end with `Killed`."""
     patches = [
         mock.patch.multiple(
             journal_module, _BODY=_Packing(journal_module._BODY, life), _TAIL=_Packing(journal_module._TAIL, life)
@@ -171,7 +171,7 @@ def living(life: Life) -> Iterator[None]:
 
 
 class Request(NamedTuple):
-    """What the kernel asks."""
+    """A request of the kernel."""
 
     opcode: Opcode
     nodeid: int
@@ -197,7 +197,7 @@ def descriptors() -> set[int]:
 
 
 class Line:
-    """One mount: fronts that follow each other on one source, and a socket in the place of /dev/fuse."""
+    """One mount: fronts that succeed each other on one source, and a socket instead of /dev/fuse."""
 
     def __init__(
         self, path: Path, pipes: list[tuple[int, int]], features: int = 0, count: int = 4, **options: Any
@@ -333,7 +333,7 @@ class Line:
 
 
 class Front:
-    """What runs in one front process; nothing is closed when it is dropped."""
+    """The objects of one front process; nothing is closed when it is dropped."""
 
     def __init__(self, line: Line, life: Life) -> None:
         self._journal = killable_journal(line.journal, life)

@@ -1,4 +1,4 @@
-"""A source directory and all that serves it, but for the kernel and the workers."""
+"""A source directory with all objects that serve it, without the kernel and the workers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MYSELF = Requester(os.geteuid(), os.getegid(), 0o022)
 
 
 class Source:
-    """A source and what serves it, but for the kernel."""
+    """A source and the objects that serve it."""
 
     def __init__(self, path: Path, pipes: list[tuple[int, int]], **options: Any) -> None:
         self.path = path

@@ -1,4 +1,4 @@
-"""What stands in for the kernel's side and for statx(2) where nothing is mounted."""
+"""Replacements for the kernel and for statx(2) in tests without a mount."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def attributes(
     mtime: tuple[int, int] = (0, 0),
     ctime: tuple[int, int] = (0, 0),
 ) -> Attributes:
-    """The attributes of a file that need not exist."""
+    """Returns attributes of a fictitious file."""
     seconds, nanoseconds = divmod(birth, 1_000_000_000)
     zero = Attributes._make([0] * len(Attributes._fields))
     return zero._replace(
@@ -50,7 +50,7 @@ def attributes(
 
 
 class Reply(NamedTuple):
-    """One reply as the kernel would read it."""
+    """One reply as the kernel reads it."""
 
     unique: int
     error: int
@@ -58,21 +58,21 @@ class Reply(NamedTuple):
 
 
 class OwnIdentity(Writer):
-    """A writer that always stays itself, for the sake of the other tests in this process."""
+    """A writer that never changes its ids, because other tests run in this process."""
 
     def assume(self, uid: int, gid: int) -> None:
         """Change nothing."""
 
 
 class ClosedAtOnce(list[int]):
-    """In the place of the list of what a front closes when it has answered."""
+    """Replaces the list of descriptors to close later; closes them immediately."""
 
     def append(self, fd: int, /) -> None:
         os.close(fd)
 
 
 class Device:
-    """A file in the place of /dev/fuse: what is written or spliced to it is read back as replies."""
+    """A file instead of /dev/fuse: replies that are written or spliced to it can be read."""
 
     def __init__(self) -> None:
         self.fd = os.memfd_create("device", os.MFD_CLOEXEC)
@@ -103,7 +103,7 @@ class Device:
 
 @contextmanager
 def packet_pipe(room: int = 16) -> Iterator[tuple[int, int]]:
-    """A pipe in packet mode for that many messages, whose ends do not block."""
+    """Creates a non-blocking pipe in packet mode for that many messages."""
     reader, writer = os.pipe2(os.O_DIRECT | os.O_NONBLOCK | os.O_CLOEXEC)
     fcntl.fcntl(writer, F_SETPIPE_SZ, room * fuse.PAGE_SIZE)
     try:
@@ -114,7 +114,7 @@ def packet_pipe(room: int = 16) -> Iterator[tuple[int, int]]:
 
 
 def packets(reader: int) -> list[bytes]:
-    """All messages that lie in a pipe."""
+    """Returns all messages in a pipe."""
     found = []
     while True:
         try:
@@ -124,7 +124,7 @@ def packets(reader: int) -> list[bytes]:
 
 
 def heir(journal: Journal) -> Journal:
-    """The same memory as another process finds it that was forked before anything was recorded."""
+    """Returns a journal as another process sees it that was forked before anything was recorded."""
     own = copy.copy(journal)
     own._free = array("Q")
     own._age = 0
@@ -132,12 +132,12 @@ def heir(journal: Journal) -> Journal:
 
 
 def close_journal(journal: Journal) -> None:
-    """Close its descriptor now, not when it is collected as garbage, while another test counts descriptors."""
+    """Closes the journal's descriptor now, because other tests count descriptors."""
     journal.cells.release()
     journal.memory.close()
 
 
 def open_descriptors() -> int:
-    """How many descriptors this process has open; without those of garbage, which go at a moment of their own."""
+    """Returns the number of open descriptors, after a garbage collection."""
     gc.collect()
     return len(os.listdir("/proc/self/fd"))

@@ -1,4 +1,4 @@
-"""The note of the request that a front has in hand."""
+"""Notes of requests that must not be done twice."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def again(journal: Journal, unique: int) -> Intent | None:
     return Intents(heir(journal)).of(unique)
 
 
-def test_what_was_noted_is_found_by_the_request_itself(journal: Journal) -> None:
+def test_note_is_found_by_its_request(journal: Journal) -> None:
     before = begun(journal, number=1, nodeid=2**64 - 1, target=3, pin=0, victim=5)
     left = again(journal, 42 | FUSE_UNIQUE_RESEND)
     assert left is not None
@@ -52,17 +52,17 @@ def test_what_was_noted_is_found_by_the_request_itself(journal: Journal) -> None
 
 
 @pytest.mark.parametrize("unique", [42, 43 | FUSE_UNIQUE_RESEND, 43, FUSE_UNIQUE_RESEND, 0])
-def test_another_request_finds_nothing(journal: Journal, unique: int) -> None:
-    """Numbers may come again after a long time; only what is sent again is marked."""
+def test_another_request_finds_no_note(journal: Journal, unique: int) -> None:
+    """The kernel may reuse `unique` after a long time; only requests that are sent again are marked."""
     begun(journal)
     assert again(journal, unique) is None
 
 
-def test_where_nothing_was_noted_nothing_is_found(journal: Journal) -> None:
+def test_without_note_nothing_is_found(journal: Journal) -> None:
     assert again(journal, FUSE_UNIQUE_RESEND) is None
 
 
-def test_a_request_that_was_interrupted_twice_is_found(journal: Journal) -> None:
+def test_request_interrupted_twice_is_found(journal: Journal) -> None:
     begun(journal, number=7)
     assert again(journal, 42 | FUSE_UNIQUE_RESEND) is not None
     begun(heir(journal), 44 | FUSE_UNIQUE_RESEND, number=8)  # now by one that was itself sent again
@@ -70,7 +70,7 @@ def test_a_request_that_was_interrupted_twice_is_found(journal: Journal) -> None
     assert left is not None and left.number == 8
 
 
-def test_a_new_note_says_nothing_of_the_one_before(journal: Journal) -> None:
+def test_new_note_does_not_contain_the_previous_one(journal: Journal) -> None:
     note = begun(journal, number=1, nodeid=2, target=3, pin=4, victim=5)
     note.made_handle(6)
     with note:
@@ -87,7 +87,7 @@ def test_a_new_note_says_nothing_of_the_one_before(journal: Journal) -> None:
     assert left is not None and left.handle == 0
 
 
-def test_the_next_front_forgets_it_when_all_has_come(journal: Journal) -> None:
+def test_settle_removes_notes_of_a_dead_front(journal: Journal) -> None:
     begun(journal)
     intents = Intents(heir(journal))
     assert intents.of(42 | FUSE_UNIQUE_RESEND) is not None
@@ -96,7 +96,7 @@ def test_the_next_front_forgets_it_when_all_has_come(journal: Journal) -> None:
     assert again(journal, 42 | FUSE_UNIQUE_RESEND) is None
 
 
-def test_a_note_is_written_where_none_is_that_is_needed(journal: Journal) -> None:
+def test_new_note_does_not_overwrite_a_needed_one(journal: Journal) -> None:
     begun(journal, number=1)
     intents = Intents(heir(journal))
     other = intents.note_of(44 | FUSE_UNIQUE_RESEND)
@@ -109,7 +109,7 @@ def test_a_note_is_written_where_none_is_that_is_needed(journal: Journal) -> Non
     assert [intent and intent.number for intent in found] == [3, 2]
 
 
-def test_it_does_not_forget_its_own(journal: Journal) -> None:
+def test_settle_keeps_own_notes(journal: Journal) -> None:
     begun(journal)
     intents = Intents(heir(journal))
     note = intents.note(0)
@@ -120,7 +120,7 @@ def test_it_does_not_forget_its_own(journal: Journal) -> None:
     assert left is not None and left.number == 5
 
 
-def test_a_file_made_after_the_beginning_may_be_its_own(journal: Journal, tmp_path: Path) -> None:
+def test_file_created_after_the_start_may_be_its_own(journal: Journal, tmp_path: Path) -> None:
     old = fstatx_of(tmp_path / "old")
     now = time.time_ns()
     while time.clock_gettime_ns(5) <= now:
@@ -145,7 +145,7 @@ def fstatx_of(path: Path):  # type: ignore[no-untyped-def]
         os.close(fd)
 
 
-def test_a_pin_counts_only_while_it_is_of_its_file(journal: Journal, tmp_path: Path) -> None:
+def test_pin_must_be_of_its_file(journal: Journal, tmp_path: Path) -> None:
     for name in ("file", "other"):
         (tmp_path / name).write_text(name)
     pin = os.open(tmp_path / "file", os.O_PATH)
@@ -159,9 +159,7 @@ def test_a_pin_counts_only_while_it_is_of_its_file(journal: Journal, tmp_path: P
     assert Intents(heir(journal)).left_pins == set()
 
 
-def test_of_orphans_only_what_is_open_for_data_is_taken_and_the_rest_is_closed(
-    journal: Journal, tmp_path: Path
-) -> None:
+def test_only_orphans_open_for_io_are_taken(journal: Journal, tmp_path: Path) -> None:
     for name in ("file", "other"):
         (tmp_path / name).write_text(name)
     path_only, other, file = (

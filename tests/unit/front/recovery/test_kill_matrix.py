@@ -176,7 +176,7 @@ def calls_of_a_front() -> dict[str, str]:
     return found
 
 
-def test_a_front_is_killed_at_each_call_that_changes_something() -> None:
+def test_fronts_are_killed_at_each_call_with_effects() -> None:
     calls = calls_of_a_front()
     assert len(calls) > 40, "the search finds hardly anything"
     escaped = {call: place for call, place in calls.items() if call not in STEPS and call not in CHANGES_NOTHING}
@@ -187,11 +187,11 @@ def test_a_front_is_killed_at_each_call_that_changes_something() -> None:
     )
 
 
-def test_no_call_is_in_both_lists() -> None:
+def test_lists_are_disjoint() -> None:
     assert not CHANGES_NOTHING & set(STEPS)
 
 
-def test_no_module_calls_the_operating_system_unseen() -> None:
+def test_no_module_makes_unlisted_calls() -> None:
     unknown = {
         (name, module)
         for module, tree in modules_of_a_front().items()

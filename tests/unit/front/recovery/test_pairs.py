@@ -38,12 +38,7 @@ PAYLOAD = b"the line that is written once\n"
 
 
 class Moment:
-    """Does something at one step of a worker's work.
-
-    Args:
-        step: the number of the step, counted from 0; -1 for none.
-        what: called then.
-    """
+    """Runs a function at one step of a worker's work."""
 
     def __init__(self, step: int, what: Callable[[], None]) -> None:
         self._step = step
@@ -88,7 +83,7 @@ class Cells:
 
 
 class FrontsFiles:
-    """A worker's descriptors: those of the front, which is in this process."""
+    """A worker's descriptors: those of the front, which runs in this process."""
 
     def get(self, handle: int, descriptor: int, file: int = 0) -> int:
         return descriptor
@@ -98,7 +93,7 @@ class FrontsFiles:
 
 
 class Answers(KernelReplies):
-    """The kernel takes an answer only under the number under which it waits for it."""
+    """Accepts an answer only with the `unique` that the kernel expects."""
 
     def __init__(self, mount: Mount, moment: Moment) -> None:
         super().__init__(-1, 1 << 20)
@@ -117,7 +112,7 @@ class Answers(KernelReplies):
 
 
 class Mount:
-    """A front, a worker's pipe, and the kernel; workers and fronts follow each other."""
+    """A front, a worker's pipe, and the kernel; workers and fronts succeed each other."""
 
     def __init__(self, path: Path, pipe: tuple[int, int]) -> None:
         self.line = Line(path, [pipe])
@@ -243,7 +238,7 @@ FLAGS = pytest.mark.parametrize("flags", [os.O_APPEND, 0], ids=["append", "write
 
 @FLAGS
 @pytest.mark.parametrize("order", ["worker", "worker, then front", "front, and the worker goes on"])
-def test_a_worker_and_the_front(mounts: Callable[[], Mount], flags: int, order: str) -> None:
+def test_death_of_worker_and_front(mounts: Callable[[], Mount], flags: int, order: str) -> None:
     for step in range(_MOST_STEPS):
         mount = mounts()
         unique = mount.ask(write_request(mount, flags))
@@ -262,7 +257,7 @@ def test_a_worker_and_the_front(mounts: Callable[[], Mount], flags: int, order: 
 
 @FLAGS
 @pytest.mark.parametrize("between", [0, 1, 2], ids=["", "front", "front twice"])
-def test_a_worker_and_its_successor(mounts: Callable[[], Mount], flags: int, between: int) -> None:
+def test_death_of_worker_and_successor(mounts: Callable[[], Mount], flags: int, between: int) -> None:
     # Every other pair, in turns: so it is quick.
     for first in range(_MOST_STEPS):
         second, both = (first + between) % 2, True
@@ -285,7 +280,7 @@ def test_a_worker_and_its_successor(mounts: Callable[[], Mount], flags: int, bet
 
 
 @FLAGS
-def test_a_successor_while_whom_the_front_dies(mounts: Callable[[], Mount], flags: int) -> None:
+def test_death_of_front_during_a_successor(mounts: Callable[[], Mount], flags: int) -> None:
     for first in range(_MOST_STEPS):
         second, both = 0, True
         while both:
@@ -304,8 +299,8 @@ def test_a_successor_while_whom_the_front_dies(mounts: Callable[[], Mount], flag
 
 
 @FLAGS
-def test_newer_data_is_not_overwritten_by_what_was_answered(mounts: Callable[[], Mount], flags: int) -> None:
-    """Once there is an answer, the program writes again; no process may do the first write then."""
+def test_answered_write_does_not_overwrite_newer_data(mounts: Callable[[], Mount], flags: int) -> None:
+    """After the answer, the program writes again; no process may do the first write after that."""
     newer = b"newer data, as long as the data before it was"
     for first in range(_MOST_STEPS):
         second, both = first % 2, True

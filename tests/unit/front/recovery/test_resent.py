@@ -719,7 +719,7 @@ def compare(one: Case, found: dict[str, Any], expected: dict[str, Any], *steps: 
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_request_is_done_once_wherever_the_front_is_killed(name: str, lines: Lines) -> None:
+def test_request_is_done_once_if_the_front_dies_at_any_step(name: str, lines: Lines) -> None:
     one = CASES[name]
     expected, _ = lines.run(one, Life(None))
     assert expected["answer"] == errno.errorcode[one.error] if one.error else not isinstance(expected["answer"], str)
@@ -733,7 +733,7 @@ def test_a_request_is_done_once_wherever_the_front_is_killed(name: str, lines: L
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_so_it_is_when_the_next_front_is_killed_too(name: str, lines: Lines) -> None:
+def test_request_is_done_once_if_two_fronts_die(name: str, lines: Lines) -> None:
     one = CASES[name]
     expected, _ = lines.run(one, Life(None))
     choose = random.Random(name)
@@ -744,10 +744,10 @@ def test_so_it_is_when_the_next_front_is_killed_too(name: str, lines: Lines) -> 
 
 
 @pytest.mark.parametrize("kind", ["another user's", "fifo"])
-def test_who_creates_does_not_get_what_another_has_made_meanwhile(
+def test_create_does_not_return_a_file_of_another_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """The front dies before it has made the file, and something of that name is made in the source."""
+    """The front dies before it creates the file, and the source gets a file with that name."""
     if kind != "fifo":
         if os.geteuid():
             pytest.skip("needs root")
