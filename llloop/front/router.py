@@ -6,6 +6,8 @@ import errno
 import os
 import select
 from collections import deque
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any, NamedTuple
 
 from llloop.front.inodes import mix
@@ -13,6 +15,7 @@ from llloop.front.open_files import Handle
 from llloop.front.recovery.intents import NOWHERE
 from llloop.front.request import FuseRequest
 from llloop.linux.fuse import FUSE_UNIQUE_RESEND
+from llloop.linux.syscalls import is_writable
 from llloop.shared.leadership import Leadership
 from llloop.shared.messages import MAX_MESSAGE, PIPED, Operation, Request, decode, decode_answer, encode
 from llloop.shared.slots import Slots
@@ -63,6 +66,48 @@ class _Parked(NamedTuple):
     spare: tuple[int, int] | None = None
 
 
+class _Queue:
+    """Parked requests, one of each user in turn. Those of one inode stay in their order, whoever they are of."""
+
+    def __init__(self) -> None:
+        self._of_user: dict[int, deque[_Parked]] = {}  # the user whose turn it is comes first
+        # With which user's the requests of an inode are, and how many there are.
+        self._inodes: dict[int, tuple[int, int]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._of_user)
+
+    def __iter__(self) -> Iterator[_Parked]:
+        return chain.from_iterable(self._of_user.values())
+
+    def append(self, uid: int, parked: _Parked) -> None:
+        """Park a request of the user *uid*."""
+        nodeid = parked.message.nodeid
+        uid, count = self._inodes.get(nodeid, (uid, 0))
+        self._inodes[nodeid] = uid, count + 1
+        self._of_user.setdefault(uid, deque()).append(parked)
+
+    @property
+    def first(self) -> _Parked:
+        """The request whose turn it is."""
+        return next(iter(self._of_user.values()))[0]
+
+    @first.setter
+    def first(self, parked: _Parked) -> None:
+        next(iter(self._of_user.values()))[0] = parked
+
+    def remove_first(self) -> None:
+        """Take out the request whose turn it is; another user has the next turn."""
+        uid, queue = next(iter(self._of_user.items()))
+        nodeid = queue.popleft().message.nodeid
+        _, count = self._inodes.pop(nodeid)
+        if count > 1:
+            self._inodes[nodeid] = uid, count - 1
+        del self._of_user[uid]
+        if queue:
+            self._of_user[uid] = queue
+
+
 class Router:
     """Lends slots to workers and sends them messages; never waits for a worker.
 
@@ -86,10 +131,10 @@ class Router:
         self._shards = len(pipes)
         # RELEASE and RESUME messages that could not be sent yet, because the worker's pipe was full.
         self._waiting: list[list[tuple[Operation, int]]] = [[] for _ in pipes]
-        self._parked: list[deque[_Parked]] = [deque() for _ in pipes]
-        self._parked_large: list[deque[_Parked]] = [deque() for _ in pipes]
+        self._parked = [_Queue() for _ in pipes]
+        self._parked_large = [_Queue() for _ in pipes]
         # Large READs have their own queue, because large writes can all be blocked in the source.
-        self._parked_reads: list[deque[_Parked]] = [deque() for _ in pipes]
+        self._parked_reads = [_Queue() for _ in pipes]
         self._kinds = bytearray(slots.count)
         self._piped_slots = 0 if slots.pipes is None else len(slots.pipes)
         self._parked_bytes = 0
@@ -182,22 +227,28 @@ class Router:
 
     def _hand_over(self, taken: int, shard: int, message: Request) -> int:
         """Lend the slot of a message and send it; return another free slot, or -1 if this was declined."""
+        self._full[shard] = False
+        return self._send(taken, shard, message) if self._has_room(shard, message) else -1
+
+    def _has_room(self, shard: int, message: Request) -> bool:
+        """Return whether a worker may have the slot of a message. Its pipe may be full all the same."""
         if self._waiting[shard] and not self._flush(shard):
-            return -1
+            return False
+        slot = message.slot
+        if slot >= self._plenty and not self._may_lend(shard):
+            return False
+        if message.flags & PIPED:
+            return self._may_lend_piped(shard)
+        kind = _kind_of(message)
+        return not kind or slot < _LARGE_AT_ONCE or self._may_have_large(shard, kind)
+
+    def _send(self, taken: int, shard: int, message: Request) -> int:
+        """Lend the slot of a message and send it; return another free slot, or -1 if the pipe is full."""
         slots = self.slots
         slot = message.slot
-        self._full[shard] = False
-        if slot >= self._plenty and not self._may_lend(shard):
-            return -1
-        kind = _kind_of(message)
-        if message.flags & PIPED:
-            if not self._may_lend_piped(shard):
-                return -1
-        elif kind and slot >= _LARGE_AT_ONCE and not self._may_have_large(shard, kind):
-            return -1
         packet = encode(tuple(message))
         self._begun[slot] = taken
-        self._kinds[slot] = kind
+        self._kinds[slot] = _kind_of(message)
         slots.lend(slot, shard, packet, message.unique)
         following = slots.free_slot()
         if following >= 0:
@@ -218,11 +269,13 @@ class Router:
         """
         self._park(request, shard, message, self._queue_of(message))
 
-    def _queue_of(self, message: Request) -> list[deque[_Parked]]:
+    def _queue_of(self, message: Request) -> list[_Queue]:
         return (self._parked, self._parked_reads, self._parked_large)[_kind_of(message)]
 
-    def _park(self, request: FuseRequest, shard: int, message: Request, parked: list[deque[_Parked]]) -> None:
-        parked[shard].append(self._parked_request(request.taken, message))
+    def _park(self, request: FuseRequest, shard: int, message: Request, parked: list[_Queue]) -> None:
+        # The caller of a write from the page cache is the kernel.
+        uid = message.uid if message.operation == Operation.WRITE else request.caller().uid
+        parked[shard].append(uid, self._parked_request(request.taken, message))
         self.backlog = True
 
     def _parked_request(self, taken: int, message: Request) -> _Parked:
@@ -254,25 +307,30 @@ class Router:
 
     def _deliver(self, shard: int) -> None:
         """Send parked requests to a worker as far as possible."""
+        if self._full[shard] and not is_writable(self._pipes[shard]):
+            return
+        self._full[shard] = False
         slots = self.slots
         for parked in (self._parked[shard], self._parked_reads[shard], self._parked_large[shard]):
             while parked and self._may_lend(shard):
-                message, taken, payload, spare = parked[0]
+                message, taken, payload, spare = parked.first
                 slot = slots.free_slot()
                 message = message._replace(slot=slot)
+                if spare is not None and slot >= self._piped_slots:
+                    return
+                if not self._has_room(shard, message):  # before megabytes are copied
+                    break
                 if spare is not None:
-                    if slot >= self._piped_slots or not self._may_lend_piped(shard):
-                        return
                     assert slots.pipes is not None
                     slots.pipes.bring_back(slot, spare, message.length)
                 else:
                     slots.payload(slot, len(payload))[:] = payload
-                if self._hand_over(taken, shard, message) < 0:
+                if self._send(taken, shard, message) < 0:
                     if spare is not None:
-                        parked[0] = self._parked_request(taken, message)
-                    break
+                        parked.first = self._parked_request(taken, message)
+                    return
                 self._parked_bytes -= len(payload)
-                parked.popleft()
+                parked.remove_first()
                 self._pause = _FIRST_PAUSE
 
     def _may_lend(self, shard: int) -> bool:

@@ -573,6 +573,13 @@ def is_readable(fd: int, timeout: float = 0.0) -> bool:
     return bool(poll.poll(timeout * 1000))
 
 
+def is_writable(fd: int) -> bool:
+    """Return whether a write would not wait."""
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return bool(poll.poll(0))
+
+
 def open_descriptors() -> set[int]:
     """Return the descriptors that this process has open."""
     found = set()

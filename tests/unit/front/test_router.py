@@ -60,6 +60,7 @@ def at_hand(router: Router, unique: int = 1) -> FuseRequest:
     """A request that has been received."""
     request = FuseRequest(router.slots.memory, NOWHERE)
     request.slot = router.slots.free_slot()
+    request.base = router.slots.request_offset(request.slot)
     request.unique = unique
     return request
 
@@ -523,6 +524,58 @@ def test_small_request_overtakes_parked_large_ones(router: Router, pipes: Pipes,
     pipes.take(0)
     router.wait(idle)
     assert [request.unique for request in pipes.take(0)] == [3, 1, 2]
+
+
+def test_users_take_turns(router: Router, pipes: Pipes, idle: int) -> None:
+    """Nobody waits for all that another has parked before; what is parked of one file stays in its order."""
+    pipes.fill(0)
+    own = {1000: 50, 1001: 51, 1002: 52}  # the file of each
+    parked = [(1000, 50), (1000, 50), (1000, 50), (1001, 51), (1002, 50), (1001, 51), (1002, 52)]
+    for unique, (uid, nodeid) in enumerate(parked):
+        opened = handle()
+        opened.nodeid = nodeid
+        request = at_hand(router, unique)
+        one = message(request, opened, Operation.WRITE, 4)._replace(uid=uid)
+        router.park(request, 0, one)
+    pipes.take(0)
+    sent: list[tuple[int, int, int]] = []
+    for _ in parked:
+        router.wait(idle, timeout=0)
+        for got in pipes.take(0):
+            sent.append((got.uid, got.nodeid, got.unique))
+            router.slots.give_back(got.slot)
+    assert [(uid, nodeid) for uid, nodeid, _ in sent[:3]] == list(own.items())
+    assert [unique for _, nodeid, unique in sent if nodeid == 50] == [0, 1, 2, 4]
+    assert len(sent) == len(parked)
+
+
+def test_no_payload_is_copied_before_there_is_room(
+    router: Router, pipes: Pipes, slots: Slots, idle: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipes.fill(0)
+    park(router, handle(), 1, Operation.WRITE, 4)
+    park(router, handle(), 2, Operation.WRITE, 100_000)
+    copied = []
+    payload = slots.payload
+
+    def noted(slot: int, size: int) -> memoryview:
+        copied.append(size)
+        return payload(slot, size)
+
+    monkeypatch.setattr(slots, "payload", noted)
+    router.wait(idle, timeout=0)
+    assert copied in ([], [4])
+    copied.clear()
+    router.wait(idle, timeout=0)
+    assert copied == [], "the pipe is still full"
+    pipes.take(0)
+    monkeypatch.setattr(router, "_may_have_large", lambda shard, kind: False)
+    monkeypatch.setattr("llloop.front.router._LARGE_AT_ONCE", 0)
+    router.wait(idle, timeout=0)
+    assert copied == [4], "there may be no more large ones"
+    monkeypatch.undo()
+    router.wait(idle)
+    assert [request.unique for request in pipes.take(0)] == [1, 2]
 
 
 def test_parked_large_payloads_are_not_copied(pipes: Pipes, idle: int) -> None:
