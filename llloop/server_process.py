@@ -32,7 +32,7 @@ from llloop.linux import syscalls
 from llloop.linux.mount_identity import MountIdentity
 
 # How long the mount may take to be unmounted before it is ended all the same, in seconds.
-PATIENCE = 30.0
+TIMEOUT = 30.0
 # How long what outlives a killed server may take to detach its mount, in seconds.
 _AFTERMATH = 5.0
 _NOT_INHERITED = ("LLLOOP_", "NOTIFY_SOCKET", "WATCHDOG_")
@@ -151,7 +151,7 @@ class ServerProcess:
             self._channel.shutdown(socket.SHUT_WR)
             # Somebody may have stopped it, and then it would never end.
             signal.pidfd_send_signal(self._ended, signal.SIGCONT)
-        if not syscalls.is_readable(self._ended, PATIENCE):
+        if not syscalls.is_readable(self._ended, TIMEOUT):
             # A second request: it no longer waits for what is still to be written back.
             signal.pidfd_send_signal(self._ended, signal.SIGTERM)
         returned = self._process.wait()

@@ -14,7 +14,7 @@ _CONTINUE, _SYSCALL, _DETACH, _SEIZE, _INTERRUPT = 7, 24, 17, 0x4206, 0x4207  # 
 _O_TRACESYSGOOD = 1
 _WALL = 0x40000000  # <linux/wait.h>
 _SYSCALL_STOP = signal.SIGTRAP | 0x80
-_PATIENCE = 30.0  # seconds
+_TIMEOUT = 30.0  # seconds
 _PAUSE = 0.0002
 # What a thread that serves waits in for its next request on x86-64: read, poll, readv, ppoll, splice. The others wait
 # in futex or sleep.
@@ -51,7 +51,7 @@ class Traced:
 
     def _serving(self) -> int:
         """Return the serving thread, once it waits for a request."""
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + _TIMEOUT
         while True:
             for name in os.listdir(f"/proc/{self._pid}/task"):
                 with suppress(OSError):  # it has ended
@@ -97,7 +97,7 @@ class Traced:
             _do(_DETACH, tid)
 
     def _next_stop(self, done: Callable[[], bool]) -> int | None:
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + _TIMEOUT
         while True:
             pid, status = os.waitpid(self._tid, os.WNOHANG | _WALL)
             if pid:

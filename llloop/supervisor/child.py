@@ -28,7 +28,7 @@ fork = multiprocessing.get_context("fork")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 # How long to wait for the end of a killed process, in seconds. It takes longer only if the source hangs.
-PATIENCE = 5.0
+TIMEOUT = 5.0
 # If so many successive processes lived for less than _SHORT_LIFE seconds, the next one starts after a pause, which
 # doubles each time.
 _SHORT_LIFE = 0.25
@@ -165,7 +165,7 @@ class Child:
 def end(process: BaseProcess | Cloned) -> bool:
     """Kill a process; return whether it has ended. If the source hangs, the process ends when the source answers."""
     process.kill()
-    process.join(PATIENCE)
+    process.join(TIMEOUT)
     if process.exitcode is None:
         # multiprocessing has no other way to prevent that this process waits for it at exit.
         multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]

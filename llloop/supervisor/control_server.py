@@ -1,6 +1,6 @@
 """The server of a mount's control socket. It never waits for clients.
 
-A client that sends an invalid message gets an error and is disconnected. A slow client is disconnected after `PATIENCE`
+A client that sends an invalid message gets an error and is disconnected. A slow client is disconnected after `TIMEOUT`
 seconds. If there are more than `MAX_CLIENTS`, the oldest one is disconnected.
 """
 
@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 Command = Callable[[dict[str, Any]], Any]
 
 # How long a client may take to send a request or to read the reply, in seconds.
-PATIENCE = 5.0
+TIMEOUT = 5.0
 MAX_CLIENTS = 16
 _CREDENTIALS = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 
@@ -44,7 +44,7 @@ class _Client:
         self._unsent = memoryview(b"")
         self._last = False
         self._deadline = loop.deadline(self.drop)
-        self._deadline.set_in(PATIENCE)
+        self._deadline.set_in(TIMEOUT)
         loop.watch(connection.fileno(), self._ready)
 
     def _ready(self) -> None:
@@ -86,7 +86,7 @@ class _Client:
     def _answer(self, message: dict[str, Any], last: bool = False) -> None:
         self._unsent = memoryview(protocol.encode(message))
         self._last = last
-        self._deadline.set_in(PATIENCE)
+        self._deadline.set_in(TIMEOUT)
         # Watch before the first attempt, which may raise BlockingIOError.
         self._loop.watch(self._connection.fileno(), self._ready, writing=True)
         self._send()
@@ -162,7 +162,7 @@ class ControlServer:
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 self._loop.forget(self._listener.fileno())  # otherwise the loop would report it continuously
-                self._retry.set_in(PATIENCE)
+                self._retry.set_in(TIMEOUT)
             return
         connection.setblocking(False)
         _, uid, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))

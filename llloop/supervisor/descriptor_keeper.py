@@ -37,7 +37,7 @@ _COMMAND = struct.Struct("=cIiQ")
 _ANSWER = struct.Struct("=Ii")
 _START, _FETCH = b"s", b"f"
 # How long the supervisor waits for the keeper's answer, in seconds.
-_PATIENCE = 10.0
+_TIMEOUT = 10.0
 _NOBODY = -1
 _PAUSE = 0.001  # seconds between two checks
 
@@ -153,7 +153,7 @@ class DescriptorKeeper:
 
     def _wait_for_admission(self) -> None:
         pid = os.getpid()
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + _TIMEOUT
         while self._admitted[0] != pid:
             if time.monotonic() > deadline or self._admitted[0] == _NOBODY or os.getppid() != self._supervisor:
                 os._exit(1)
@@ -187,7 +187,7 @@ class DescriptorKeeper:
             poll.register(sentinel, select.POLLIN)
         self._told += 1
         os.write(self._command_writer, _COMMAND.pack(what, self._told, pid, started))
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + _TIMEOUT
         while True:
             ready = [fd for fd, _ in poll.poll(max(0.0, deadline - time.monotonic()) * 1000)]
             if not ready:

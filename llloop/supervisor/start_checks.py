@@ -25,7 +25,7 @@ _DEVICE_NUMBER = os.makedev(10, 229)  # FUSE_MINOR of MISC_MAJOR, Documentation/
 _NO_MOUNT = "/proc/self/fdinfo"
 _FUSE_CONF = Path("/etc/fuse.conf")
 # How long the source and the mount point may take to answer, in seconds.
-PATIENCE = 20.0
+TIMEOUT = 20.0
 # The first kernel that does the I/O of FUSE files itself.
 _PASSTHROUGH_SINCE = (6, 9)
 
@@ -81,16 +81,16 @@ def make_way(config: ServeConfig) -> Checked:
 
 
 def _ask_source(config: ServeConfig) -> str:
-    late = SourceError(f"source {config.source}: the file system has not answered within {PATIENCE:g} seconds")
-    return call_with_timeout(lambda: check_source(config.source), PATIENCE, late)
+    late = SourceError(f"source {config.source}: the file system has not answered within {TIMEOUT:g} seconds")
+    return call_with_timeout(lambda: check_source(config.source), TIMEOUT, late)
 
 
 def _ask_mountpoint(config: ServeConfig, source: str, restart: bool) -> tuple[str, bool]:
     """Return the mount point's absolute path, and whether there is a dead mount to replace."""
     late = MountpointError(
-        f"mount point {config.mountpoint}: the file system has not answered within {PATIENCE:g} seconds"
+        f"mount point {config.mountpoint}: the file system has not answered within {TIMEOUT:g} seconds"
     )
-    path, dead = call_with_timeout(lambda: check_mountpoint(config, source, restart=restart), PATIENCE, late)
+    path, dead = call_with_timeout(lambda: check_mountpoint(config, source, restart=restart), TIMEOUT, late)
     return path, dead
 
 

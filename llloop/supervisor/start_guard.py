@@ -18,7 +18,7 @@ from llloop.linux.stdio import redirect_standard_descriptors
 from llloop.supervisor.child import STOP_SIGNALS, fork
 
 # fusermount may outlive the supervisor and mount after its death. How long to check, and how often, in seconds.
-_PATIENCE = 2.0
+_TIMEOUT = 2.0
 _PAUSE = 0.02
 
 
@@ -68,7 +68,7 @@ def _guard(mountpoint: str, reader: int, writer: int) -> None:
     if os.read(reader, 1):
         os._exit(0)
     # All processes that inherited the other end have ended, so the mount has no server.
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + _TIMEOUT
     while time.monotonic() < deadline:
         try:
             if mount_identity.detach_if_dead(mountpoint):

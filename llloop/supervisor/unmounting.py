@@ -16,7 +16,7 @@ from llloop.errors import LlloopError
 from llloop.linux import syscalls
 from llloop.linux.mount_identity import MountIdentity
 from llloop.logging.escape import printable
-from llloop.supervisor.child import PATIENCE, STOP_SIGNALS, end, fork
+from llloop.supervisor.child import STOP_SIGNALS, TIMEOUT, end, fork
 from llloop.supervisor.event_loop import EventLoop
 
 _log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class Unmounting:
         process, self._process = self._process, None  # with it go its descriptors
         if process is not None:
             if not self._mount.is_reachable(self._device):
-                process.join(PATIENCE)  # it is about to end; if it were killed, its fusermount would remain
+                process.join(TIMEOUT)  # it is about to end; if it were killed, its fusermount would remain
             end(process)
 
 

@@ -16,7 +16,7 @@ from .contenders import Contender
 from .tools import Unavailable
 
 # How long a server may take to start or to end.
-_PATIENCE = 20.0
+_TIMEOUT = 20.0
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 
@@ -78,12 +78,12 @@ class Server:
         return self._process is None or self._process.poll() is None
 
     def _await_mount(self) -> None:
-        end = time.monotonic() + _PATIENCE
+        end = time.monotonic() + _TIMEOUT
         while not _is_mounted(self.root):
             if not self.alive():
                 raise Unavailable(f"it ended at once: {self.last_words()}")
             if time.monotonic() > end:
-                raise Unavailable(f"it did not mount within {_PATIENCE:.0f} s: {self.last_words()}")
+                raise Unavailable(f"it did not mount within {_TIMEOUT:.0f} s: {self.last_words()}")
             time.sleep(0.02)
         if self._patiently(["stat", str(self.root)]):
             raise Unavailable(f"the mount does not answer: {self.last_words()}")
@@ -130,7 +130,7 @@ class Server:
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         try:
-            return toucher.wait(_PATIENCE)
+            return toucher.wait(_TIMEOUT)
         except subprocess.TimeoutExpired:
             # Who waits for an answer of FUSE cannot be killed before the server is.
             self.kill()

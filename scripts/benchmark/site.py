@@ -16,7 +16,7 @@ from .servers import Server
 from .sizes import Sizes
 
 # A single load that takes longer has met a server that hangs.
-_PATIENCE = 120.0
+_TIMEOUT = 120.0
 
 
 class Failed(Exception):
@@ -165,11 +165,11 @@ class Site:
             preexec_fn=lambda: os.sched_setaffinity(0, self._server.cpus),
         )
         try:
-            output, errors = process.communicate(timeout=_PATIENCE)
+            output, errors = process.communicate(timeout=_TIMEOUT)
         except subprocess.TimeoutExpired:
             # A process that waits for an answer of FUSE ends only after the server has.
             self._server.kill()
-            raise Failed(f"no end after {_PATIENCE:.0f} s") from None
+            raise Failed(f"no end after {_TIMEOUT:.0f} s") from None
         finally:
             if process.returncode is None:
                 processes.kill(processes.tree(process.pid))

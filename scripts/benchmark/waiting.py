@@ -23,7 +23,7 @@ from .tools import Installer, Unavailable, run
 
 _FIFREEZE, _FITHAW = 0xC0045877, 0xC0045878  # <linux/fs.h>
 _FILES = 2000  # of the other user
-_PATIENCE = 30.0  # seconds
+_TIMEOUT = 30.0  # seconds
 _PAUSE = 0.002  # seconds between two calls
 _SOURCE_SIZE = 4 << 30  # bytes of the ext4 in memory that is the source
 _LEAST = 1.0  # for how long is measured, in seconds, where the load ends sooner
@@ -274,7 +274,7 @@ def _source(base: Path) -> Iterator[Path]:
 
 def _unmount(where: Path) -> None:
     """Unmount the source as soon as the server that has it open has ended."""
-    end = time.monotonic() + _PATIENCE
+    end = time.monotonic() + _TIMEOUT
     while True:
         try:
             run(["umount", where])

@@ -62,7 +62,7 @@ class Killer:
     """
 
     def __init__(self, server: Server, chance: random.Random, *, both: bool = False) -> None:
-        self._context = server
+        self._server = server
         self._chance = chance
         self._two = (*TWO, *BOTH, *BOTH) if both else TWO
         self.killed: Counter[str] = Counter()
@@ -118,24 +118,24 @@ class Killer:
         self._pair()
 
         def all_live() -> bool:
-            living = titles(self._context)
+            living = titles(self._server)
             return set(living) == self._roles and not self._dead & set(living.values())
 
-        assert wait_until(all_live, RESTART), f"not all came back:\n{self._context.all_output()}"
+        assert wait_until(all_live, RESTART), f"not all came back:\n{self._server.all_output()}"
 
     def _living(self, role: str) -> list[int]:
-        return [pid for pid in process_ids(self._context, role) if pid not in self._dead]
+        return [pid for pid in process_ids(self._server, role) if pid not in self._dead]
 
     def _pair(self) -> tuple[int, int]:
         pair: list[int] = []
 
         def both_are_there() -> bool:
-            fronts, keepers = process_ids(self._context, "front"), process_ids(self._context, "keeper")
+            fronts, keepers = process_ids(self._server, "front"), process_ids(self._server, "keeper")
             gone = {*self._dead, self._replaced}
             pair[:] = [pid for pid in (*fronts[-1:], *keepers[-1:]) if pid not in gone]
             return len(fronts) == len(keepers) == 1 and len(pair) == 2
 
-        assert wait_until(both_are_there, RESTART), f"front or keeper did not come back:\n{self._context.all_output()}"
+        assert wait_until(both_are_there, RESTART), f"front or keeper did not come back:\n{self._server.all_output()}"
         return pair[0], pair[1]
 
     def _kill(self, pid: int) -> None:

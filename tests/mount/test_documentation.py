@@ -198,7 +198,7 @@ def test_documentation_lists_each_exit_code() -> None:
     assert shown == table
 
 
-def directory_fds(page: Path) -> set[str]:
+def anchors_of(page: Path) -> set[str]:
     """The anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(
         r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL), re.MULTILINE
@@ -211,7 +211,7 @@ def test_links_are_valid(page: Path) -> None:
     for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)", page.read_text()):
         path = (page.parent / target) if target else page
         assert path.exists(), f"{page.name} links to {target}"
-        assert not anchor or anchor in directory_fds(path), f"{page.name} links to {target}#{anchor}"
+        assert not anchor or anchor in anchors_of(path), f"{page.name} links to {target}#{anchor}"
 
 
 def test_readme_is_short() -> None:

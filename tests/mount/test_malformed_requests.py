@@ -50,9 +50,9 @@ def feed(source: Path, mountpoint: Path, seed: int) -> None:
     slots.new_front(os.getpid())
     reader, writer = os.pipe2(os.O_DIRECT | os.O_NONBLOCK)
     root = os.open(source, os.O_PATH | os.O_DIRECTORY)
-    server = build_context(config, made.capabilities, slots, journal, [writer], root, device)
-    nodeids = [ROOT, *(server.tree.lookup(ROOT, name)[0] for name in (b"file", b"directory", b"out"))]
-    handles = [server.files.open(nodeids[1], os.O_RDWR, False, Requester(0, 0))[0]]
+    context = build_context(config, made.capabilities, slots, journal, [writer], root, device)
+    nodeids = [ROOT, *(context.tree.lookup(ROOT, name)[0] for name in (b"file", b"directory", b"out"))]
+    handles = [context.files.open(nodeids[1], os.O_RDWR, False, Requester(0, 0))[0]]
     choose = random.Random(seed)
     numbers = iter(range(1, REQUESTS + 1))
     real_readv = os.readv
@@ -74,7 +74,7 @@ def feed(source: Path, mountpoint: Path, seed: int) -> None:
         return len(packet)
 
     with mock.patch("os.readv", readv):
-        Loop(server, device, journal).run()
+        Loop(context, device, journal).run()
     llfuse.close()
     print("survived")
 

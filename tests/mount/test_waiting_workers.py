@@ -29,7 +29,7 @@ DEATH_OF_A_WORKER = "llloop-worker-0 was killed by signal 9"
 LARGE = 300_000  # bytes; more than the front does by itself
 MUCH = pattern(LARGE, 1)
 PAGE = 4096
-PATIENCE = 8.0
+TIMEOUT = 8.0
 # In which a read that waits for nobody is over, also on a busy machine; in seconds.
 SOON = 2.0
 
@@ -78,7 +78,7 @@ def check_reading(server: Server, *names: str) -> None:
     begun = time.monotonic()
     thread = threading.Thread(target=read, daemon=True)
     thread.start()
-    thread.join(PATIENCE)
+    thread.join(TIMEOUT)
     assert done, "a reader waits for somebody who writes to another file"
     assert time.monotonic() - begun < SOON
 

@@ -9,7 +9,7 @@ from llloop.shared.notifications import drop_pages
 
 # The maximum wait for the kernel, in seconds. The kernel waits for pages that are being read, and this loop may have to
 # answer that READ. Pages that are read during the open are as new as the open.
-_PATIENCE = 0.1
+_TIMEOUT = 0.1
 
 
 class Invalidator:
@@ -26,4 +26,4 @@ class Invalidator:
     def drop_pages(self, nodeid: int) -> None:
         """Make the kernel drop all cached pages of an inode; mostly it has done so on return."""
         with suppress(TimeoutError):
-            self._thread.submit(drop_pages, self._device, nodeid).result(_PATIENCE)
+            self._thread.submit(drop_pages, self._device, nodeid).result(_TIMEOUT)

@@ -191,7 +191,7 @@ def test_a_change_is_done_or_not_wherever_it_is_cut(
     raise AssertionError("it has no end")
 
 
-class LogTransport(RuleBasedStateMachine):
+class JournalMachine(RuleBasedStateMachine):
     """Processes that follow each other, each killed at a random step of what it does, or not."""
 
     lives = st.none() | st.integers(0, 12)
@@ -277,7 +277,7 @@ class LogTransport(RuleBasedStateMachine):
             close_journal(self.memory)
 
 
-TestRecords = LogTransport.TestCase
+TestRecords = JournalMachine.TestCase
 TestRecords.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 

@@ -11,7 +11,7 @@ import pytest
 from llloop.shared.leadership import Leadership, Postponed
 from tests.server_processes import wait_until
 
-PATIENCE = 10.0
+TIMEOUT = 10.0
 
 
 class Server:
@@ -59,7 +59,7 @@ class Server:
     def _do(self, request: int) -> None:
         if request < 0:
             self.entered += 1
-            assert self.held.setdefault(request, threading.Event()).wait(PATIENCE)
+            assert self.held.setdefault(request, threading.Event()).wait(TIMEOUT)
 
     def hold(self, *requests: int) -> None:
         """Have requests held up, each by a thread."""
@@ -81,7 +81,7 @@ class Server:
         self.requests.put(None)
         for event in self.held.values():
             event.set()
-        self._thread.join(PATIENCE)
+        self._thread.join(TIMEOUT)
         assert not self._thread.is_alive()
 
 
@@ -160,7 +160,7 @@ def test_uses_knows_the_descriptors_of_calls_under_way(server: Server, monkeypat
     gate = threading.Event()
 
     def wait(*arguments: object, dir_fd: int = -1) -> None:
-        assert gate.wait(PATIENCE)
+        assert gate.wait(TIMEOUT)
 
     monkeypatch.setattr(
         server, "_do", lambda request: leadership.call(wait, 70, b"name", "/proc/self/fd/71", dir_fd=72)

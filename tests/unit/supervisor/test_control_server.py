@@ -253,7 +253,7 @@ def test_request_is_accepted_byte_by_byte(bench: Bench) -> None:
 
 
 def test_incomplete_request_times_out(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control_server, "PATIENCE", 0.2)
+    monkeypatch.setattr(control_server, "TIMEOUT", 0.2)
     connections = [bench.connect() for _ in range(3)]
     for connection, part in zip(connections, (b"", b"\0\0", b"\0\0\0\x09abc"), strict=True):
         connection.send(part)
@@ -267,7 +267,7 @@ def test_incomplete_request_times_out(bench: Bench, monkeypatch: pytest.MonkeyPa
 
 
 def test_client_that_does_not_read_is_disconnected(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(control_server, "PATIENCE", 0.2)
+    monkeypatch.setattr(control_server, "TIMEOUT", 0.2)
     connection = bench.connect()
     connection.send(protocol.encode({"command": "large"}))
     bench.serve()

@@ -24,7 +24,7 @@ from tests.as_user import MYSELF, run_as
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
-PATIENCE = 10.0  # seconds
+TIMEOUT = 10.0  # seconds
 
 
 class Pipe:
@@ -40,7 +40,7 @@ class Pipe:
         """Wait for one line."""
         poll = select.poll()
         poll.register(self.reader, select.POLLIN)
-        assert poll.poll(PATIENCE * 1000), "nothing came"
+        assert poll.poll(TIMEOUT * 1000), "nothing came"
         line = b""
         while not line.endswith(b"\n"):
             line += os.read(self.reader, 1)
@@ -178,7 +178,7 @@ def test_exit_code_of_a_front_is_reported(pipe: Pipe) -> None:
         own.start_keeper()
         process = own.start_front()
         pipe.hear()
-        process.join(PATIENCE)
+        process.join(TIMEOUT)
         assert process.exitcode == 3
 
 
@@ -259,7 +259,7 @@ def test_failed_fetch_is_reported(tmp_path: Path, pipe: Pipe) -> None:
 
 
 def test_stopped_keeper_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keeper_module, "_PATIENCE", 0.05)
+    monkeypatch.setattr(keeper_module, "_TIMEOUT", 0.05)
     with household(lambda own: None) as own, pytest.raises(TimeoutError):
         own.keeper.start_front()
 
@@ -284,7 +284,7 @@ def test_front_can_be_watched_by_pidfd(tmp_path: Path, pipe: Pipe) -> None:
         assert not poll.poll(0)
         assert front.process is not None
         front.process.kill()
-        assert poll.poll(PATIENCE * 1000)
+        assert poll.poll(TIMEOUT * 1000)
         assert front.gone() == -signal.SIGKILL
         assert front.pid is None
         front.start()
@@ -332,7 +332,7 @@ def test_keeper_calls_farewell_after_death_of_supervisor(pipe: Pipe, how: str) -
         for fd in (front_fd, keeper_fd):
             poll = select.poll()
             poll.register(fd, select.POLLIN)
-            assert poll.poll(PATIENCE * 1000)
+            assert poll.poll(TIMEOUT * 1000)
 
 
 def test_keeper_does_not_call_farewell_while_supervisor_lives(pipe: Pipe) -> None:
