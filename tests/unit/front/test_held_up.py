@@ -137,6 +137,47 @@ def test_last_close_of_a_removed_file_does_not_block(line: Line, monkeypatch: py
     assert line.extra_descriptors() == set()
 
 
+def test_thread_that_hands_its_request_to_a_worker_frees_no_slot_of_another_thread(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slot that was free when the thread handed its own slot over can hold another request before it leaves."""
+    (line.path / "file").touch()
+    nodeid = line.lookup(b"file")
+    line.open(nodeid)
+    monkeypatch.setattr(line.context.router, "is_unanswered", lambda given: True)  # so a worker answers SETATTR
+    chmod, mkdir_call = BlockedCall(os.fchmod), BlockedCall(os.mkdir)
+    reader, writer = os.pipe()
+    close, closing, gate = os.close, threading.Event(), threading.Event()
+
+    def held_close(fd: int) -> None:
+        if fd == writer:
+            closing.set()
+            assert gate.wait(TIMEOUT)
+        close(fd)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fchmod", chmod)
+        patch.setattr(os, "mkdir", mkdir_call)
+        patch.setattr(os, "close", held_close)
+        served = Served(line)
+        served.send(Request(Opcode.SETATTR, nodeid, struct.pack("=II6Q8I", 1, *(0,) * 10, 0o600, *(0,) * 4)))
+        leadership = line.context.leadership
+        assert wait_until(lambda: chmod.waiting == 1 and leadership.stalled == 1)
+        line.context.closing.append(writer)
+        chmod.release()
+        assert closing.wait(TIMEOUT)
+        (made,) = served.send(mkdir("made"))
+        assert wait_until(lambda: mkdir_call.waiting == 1 and leadership.stalled == 2)
+        held_state = max(line.slots.states)
+        gate.set()
+        assert wait_until(lambda: leadership.stalled == 1)
+        assert bytes(line.slots.states).count(held_state) == 1, "the slot of the mkdir is in use"
+        mkdir_call.release()
+        assert wait_until(lambda: served.has_answered(made))
+    served.end()
+    close(reader)
+
+
 def test_last_thread_postpones_changes_and_serves_the_rest(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
     (line.path / "there").touch()
     held = BlockedCall(os.mkdir)
