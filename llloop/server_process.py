@@ -1,10 +1,10 @@
-"""The server of a mount that a program makes with `llloop.mount`: a process of its own, started and ended here.
+"""The server process of `llloop.mount`, and the messages between it and the program.
 
-It runs the interpreter isolated (python -I -S): neither the working directory, nor the environment, nor what start-up
-files say, has a part in which code it runs. What it imports are the very files that the program has imported.
+The server runs an isolated interpreter (python -I -S). So neither the working directory, nor the environment, nor
+start-up files influence which code it runs. It imports the same files as the program.
 
-The two talk over a socket, in lines of JSON. The program sends what is to be served, and no more: when it shuts the
-socket down, the mount is to end. The server sends that it is ready, or why it is not, and at the end its exit code.
+Both exchange lines of JSON over a socket. The program sends the configuration; when it shuts down the socket, the mount
+must end. The server sends that it is ready, or why it failed, and at the end its exit code.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from llloop.errors import HostError, LlloopError
 from llloop.linux import syscalls
 from llloop.linux.mount_identity import MountIdentity
 
-# How long the mount may take to be unmounted before it is ended all the same, in seconds.
+# How long unmounting may take, in seconds. Then the server ends without waiting for data to be written back.
 TIMEOUT = 30.0
-# How long what outlives a killed server may take to detach its mount, in seconds.
-_AFTERMATH = 5.0
+# How long to wait until the descriptor keeper of a killed server has detached the mount, in seconds.
+_DETACH_TIMEOUT = 5.0
 _NOT_INHERITED = ("LLLOOP_", "NOTIFY_SOCKET", "WATCHDOG_")
 
-# The modules outside of the standard library that a server imports.
+# The modules that a server imports, apart from the standard library.
 _MODULES = ("llloop", "llloop.workers", "llfuse", "msgpack", "multiprocessing_logging", "setproctitle")
 _BOOTSTRAP = """
 import importlib.util, json, socket, sys
@@ -46,30 +46,30 @@ line = channel.makefile("rb").readline()
 if not line:
     sys.exit(1)
 told = json.loads(line)
-class AsInTheProgram:
+class ProgramModules:
     @staticmethod
     def find_spec(name, path=None, target=None):
         file, places = told["modules"].get(name, (None, None))
         return file and importlib.util.spec_from_file_location(name, file, submodule_search_locations=places)
-sys.meta_path.insert(0, AsInTheProgram)
+sys.meta_path.insert(0, ProgramModules)
 from llloop.server_process import serve
 serve(channel, told)
 """
 
 
 class ServerProcess:
-    """A server, from its start to its end.
+    """A server process. The constructor starts it and waits until the mount is ready.
 
     Args:
-        config: what is to be served; its paths are absolute.
-        log_level: the least severe messages that go to standard error.
+        config: the mount's options, with absolute paths.
+        log_level: the minimum level of messages on standard error.
 
     Attributes:
-        pid: its process id.
+        pid: the process id of the server.
         description: the line that `llloop serve` would print.
 
     Raises:
-        LlloopError: it could not be started, or the mount could not be made. Nothing is left then.
+        LlloopError: the server could not be started, or mounting failed. Nothing remains then.
     """
 
     def __init__(self, config: ServeConfig, log_level: str) -> None:
@@ -81,10 +81,10 @@ class ServerProcess:
             file = f"{os.fsdecode(error.filename)}: " if error.filename else ""
             raise HostError(f"the server cannot be started: {file}{error.strerror}") from None
         self.pid = self._process.pid
-        self._heard = b""
+        self._received = b""
         try:
-            self._tell({"modules": _module_files(), "config": _plain(config), "log_level": log_level})
-            told = self._hear()
+            self._send({"modules": _module_files(), "config": _plain(config), "log_level": log_level})
+            told = self._receive()
             if "ready" not in told:
                 raise self._failure(told)
             self.description: str = told["ready"]
@@ -97,11 +97,11 @@ class ServerProcess:
             raise
 
     def _start(self) -> None:
-        """Start the process, which waits to be told what to serve.
+        """Start the process, which waits for its configuration.
 
         Raises:
-            OSError: it cannot be started, for want of descriptors or processes. Nothing is left then.
-            HostError: no interpreter is known.
+            OSError: there are no free descriptors or processes. Nothing remains then.
+            HostError: there is no Python interpreter.
         """
         self._channel, theirs = (_above_standard_descriptors(end) for end in socket.socketpair())
         try:
@@ -114,10 +114,10 @@ class ServerProcess:
                         stdout=subprocess.DEVNULL,
                         stderr=None if _is_open(2) else subprocess.DEVNULL,
                         pass_fds=(theirs.fileno(), alive),
-                        # Ctrl-C at the program's terminal is the program's to handle.
+                        # The program handles Ctrl-C in its terminal.
                         start_new_session=True,
                         cwd="/",
-                        # A service manager waits for the program's own word.
+                        # Without NOTIFY_SOCKET: the program itself notifies the service manager.
                         env={name: value for name, value in os.environ.items() if not name.startswith(_NOT_INHERITED)},
                     )
                 finally:
@@ -129,33 +129,33 @@ class ServerProcess:
 
     @property
     def mountpoint(self) -> str:
-        """Where it serves, an absolute path without symlinks."""
+        """The mount point as an absolute path without symlinks."""
         assert self._mount is not None
         return self._mount.mountpoint
 
     def end(self) -> int:
-        """Unmount and end the server. When this returns, the mount is not there any more.
+        """Unmount and end the server. On return, the mount does not exist any more.
 
-        In a fork of the program nothing is ended.
+        In a forked child of the program, this does nothing.
 
         Returns:
-            0 after a clean end.
+            0 after a clean end, else the server's exit code.
 
         Raises:
-            LlloopError: what the server left behind could not be detached.
+            LlloopError: the server left a mount that could not be detached.
         """
         if os.getpid() != self._owner:
             return 0
         with suppress(OSError):  # the other end is gone
-            # Not close(2): forks of the program have the socket, too.
+            # Not close(2), because forked children of the program have copies of the socket.
             self._channel.shutdown(socket.SHUT_WR)
-            # Somebody may have stopped it, and then it would never end.
+            # If it was stopped by a signal, it would never end.
             signal.pidfd_send_signal(self._ended, signal.SIGCONT)
         if not syscalls.is_readable(self._ended, TIMEOUT):
-            # A second request: it no longer waits for what is still to be written back.
+            # A second request to stop: the server does not wait for writeback any more.
             signal.pidfd_send_signal(self._ended, signal.SIGTERM)
         returned = self._process.wait()
-        told = self._hear()
+        told = self._receive()
         if "ended" not in told:
             self._wait_for_others()
         self._channel.close()
@@ -169,24 +169,24 @@ class ServerProcess:
         return code
 
     def _wait_for_others(self) -> None:
-        """Wait for the processes of a server that was killed: one of them detaches the mount."""
-        deadline = time.monotonic() + _AFTERMATH
+        """Wait for the other processes of a killed server: the descriptor keeper detaches the mount."""
+        deadline = time.monotonic() + _DETACH_TIMEOUT
         with suppress(OSError):
             while syscalls.is_readable(self._channel.fileno(), max(0.0, deadline - time.monotonic())):
-                if not self._channel.recv(4096):  # the last of them has let go of it
+                if not self._channel.recv(4096):  # the last process has closed its copy of the socket
                     return
 
-    def _tell(self, message: Mapping[str, Any]) -> None:
-        with suppress(OSError):  # it has ended, and `_hear` finds out why
+    def _send(self, message: Mapping[str, Any]) -> None:
+        with suppress(OSError):  # the server has ended; `_receive` reports why
             self._channel.sendall(_line(message))
 
-    def _hear(self) -> dict[str, Any]:
-        """Return the next message, an empty one if the server has ended without."""
+    def _receive(self) -> dict[str, Any]:
+        """Return the server's next message, or an empty one if the server has ended."""
         poll = select.poll()
         poll.register(self._channel, select.POLLIN)
         poll.register(self._ended, select.POLLIN)
-        while b"\n" not in self._heard:
-            # A fork made while the socket was made may have the other end as well, and keep it open.
+        while b"\n" not in self._received:
+            # A child that was forked meanwhile may have a copy of the other end, so the socket alone does not suffice.
             if self._channel.fileno() not in [fd for fd, _ in poll.poll()]:
                 return {}
             try:
@@ -195,8 +195,8 @@ class ServerProcess:
                 return {}
             if not data:
                 return {}
-            self._heard += data
-        line, _, self._heard = self._heard.partition(b"\n")
+            self._received += data
+        line, _, self._received = self._received.partition(b"\n")
         told: dict[str, Any] = json.loads(line)
         return told
 
@@ -213,14 +213,14 @@ def _line(message: Mapping[str, Any]) -> bytes:
 
 
 def _interpreter() -> str:
-    """Return the Python interpreter that this program runs on.
+    """Return the path of the Python interpreter of this program.
 
     Raises:
-        HostError: none is known.
+        HostError: there is none.
     """
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     candidates = [sys.executable] if os.path.basename(sys.executable or "").startswith("python") else []
-    # A program that embeds Python has its own name there.
+    # In a program that embeds Python, sys.executable is the program.
     candidates += [f"{prefix}/bin/python{version}" for prefix in (sys.prefix, sys.base_prefix)]
     for candidate in candidates:
         if os.path.isabs(candidate) and os.access(candidate, os.X_OK):
@@ -229,7 +229,7 @@ def _interpreter() -> str:
 
 
 def _module_files() -> dict[str, tuple[str, list[str] | None]]:
-    """Return where the modules that a server needs lie: of each its file, and the directories of a package."""
+    """Return for each module of `_MODULES` its file, and the directories of a package."""
     found = {}
     for name in _MODULES:
         module = sys.modules.get(name)
@@ -242,7 +242,7 @@ def _module_files() -> dict[str, tuple[str, list[str] | None]]:
 
 
 def _plain(config: ServeConfig) -> dict[str, Any]:
-    """Return the fields of *config* as values that JSON has."""
+    """Return the fields of *config* as JSON values."""
     values = {one.name: getattr(config, one.name) for one in fields(config)}
     return {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
 
@@ -252,7 +252,7 @@ def _above_standard_descriptors(end: socket.socket) -> socket.socket:
 
 
 def _above(fd: int) -> int:
-    """Return *fd* or a duplicate: not 0, 1 or 2, which a program may have closed, and which the server needs."""
+    """Return *fd* or a duplicate above 2. A program may have closed 0 to 2, which the server needs itself."""
     if fd > 2:
         return fd
     try:
@@ -270,10 +270,10 @@ def _is_open(fd: int) -> bool:
 
 
 def _pidfd_of(process: subprocess.Popen[bytes]) -> int:
-    """Return a pidfd of *process*; of one that has ended and was reaped already (SIGCHLD ignored), one as readable.
+    """Return a pidfd of *process*, or another readable descriptor if it has ended and was reaped (SIGCHLD ignored).
 
     Raises:
-        OSError: there can be none. The process, which serves nothing yet, was ended.
+        OSError: there are no free descriptors. The process, which serves nothing yet, is ended.
     """
     try:
         try:
@@ -292,11 +292,11 @@ def _pidfd_of(process: subprocess.Popen[bytes]) -> int:
 
 
 def serve(channel: socket.socket, told: dict[str, Any]) -> None:
-    """Be the server; does not return.
+    """Run as the server process; do not return.
 
     Args:
         channel: the socket to the program.
-        told: its message.
+        told: the program's message with the configuration.
     """
     from llloop.logging import setup as log
     from llloop.supervisor import supervisor
@@ -304,7 +304,7 @@ def serve(channel: socket.socket, told: dict[str, Any]) -> None:
     from llloop.supervisor.supervisor import Supervisor
 
     def tell(**message: Any) -> None:
-        with suppress(OSError):  # the program has ended, which the supervisor sees
+        with suppress(OSError):  # the program has ended, and the supervisor notices that
             channel.sendall(_line(message))
 
     def on_ready(served: Supervisor) -> None:
@@ -322,7 +322,7 @@ def serve(channel: socket.socket, told: dict[str, Any]) -> None:
     channel.set_inheritable(False)
     try:
         log.configure(told["log_level"], None)
-        # Forks of the program keep the socket open, so its end is watched, too.
+        # Forked children of the program keep the socket open, so watch the program's pidfd, too.
         lifelines = (channel.fileno(), int(sys.argv[2]))
         code = supervisor.serve(ServeConfig(**told["config"]), on_ready, lifelines=lifelines)
     except LlloopError as error:

@@ -1,8 +1,8 @@
-"""FORGET requests, which the kernel sends once and never again: what a front has received of one, the next finishes.
+"""FORGET and BATCH_FORGET requests. The kernel never sends them again, so the next front finishes them.
 
-The request itself says what is not finished: it lies in its slot, where a process that dies leaves it, until it is
-struck out. A BATCH_FORGET can name 65,000 inodes. It is served in portions, from its end, and other requests in
-between. After each portion the request is shortened in its slot. How far a portion has come is noted in the journal.
+The request stays in its slot until it is finished, so it survives the front. A BATCH_FORGET can contain 65,000 inodes.
+It is served in portions, from its end, with other requests in between. After each portion, the request in the slot is
+shortened. The journal notes the progress within a portion.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from llloop.front.tree import Tree
 from llloop.linux.fuse import BATCH_FORGET_REQUEST, FORGET_ONE, FORGET_REQUEST, IN_HEADER_SIZE, OPCODE, Opcode
 from llloop.shared.journal import FORGETTING, Journal
 
-# How many inodes are forgotten at once, which takes about a millisecond. The kernel sends up to 16 such requests before
+# The number of inodes in a portion, which takes about a millisecond. The kernel sends up to 16 FORGET requests before
 # it sends others.
 PORTION = 256
 
-# The note: how often the kernel had looked the inode up before, the place of its entry in the request, and above the
-# slot of the request, the first being 1.
+# The note in the journal, from the lowest bits: the inode's lookup count before, the index of its entry in the request,
+# and the request's slot + 1.
 _LOOKUPS_BITS, _PLACE_BITS = 34, 18
 _LOOKUPS_MASK = (1 << _LOOKUPS_BITS) - 1
 _PLACE_MASK = (1 << _PLACE_BITS) - 1
 
-_COUNT = Struct("=I")  # how many entries follow the header of a BATCH_FORGET
+_COUNT = Struct("=I")  # the number of entries, after the header of a BATCH_FORGET
 
 
 class Forgetting:
-    """Does what FORGET and BATCH_FORGET ask for.
+    """Serves FORGET and BATCH_FORGET.
 
     Attributes:
-        unfinished: where requests lie of which portions are left, and their lengths in bytes.
+        unfinished: the unfinished requests: the offset of each in the memory of the slots, and its length in bytes.
 
     Args:
-        router: is told that the loop must not wait for the kernel while requests are unfinished.
-        journal: where the next front finds how far this one has come.
-        tree: forgets.
+        router: must not wait for the kernel while requests are unfinished.
+        journal: notes the progress for the next front.
+        tree: drops the inodes.
     """
 
     def __init__(self, router: Router, journal: Journal, tree: Tree) -> None:
@@ -55,7 +55,7 @@ class Forgetting:
         """Serve a request, or a portion of it.
 
         Raises:
-            OSError: EINVAL, if it is shorter than it says.
+            OSError: EINVAL, if it contains fewer entries than its header says.
         """
         base, length = request.base, request.received
         if OPCODE.unpack_from(self._memory, base)[1] == Opcode.BATCH_FORGET:
@@ -66,7 +66,7 @@ class Forgetting:
             request.slot = self._slots.free_slot()
 
     def _serve(self, base: int, length: int) -> bool:
-        """Serve a request at *base*, or a portion of it if there are slots enough to keep the rest.
+        """Serve the request at *base*, or only a portion of it if there are enough free slots.
 
         Returns:
             Whether it is finished.
@@ -81,7 +81,7 @@ class Forgetting:
                 left = max(count - PORTION, 0)
                 portion = memory[start + left * FORGET_ONE.size : start + count * FORGET_ONE.size]
                 self._forget(base, list(FORGET_ONE.iter_unpack(portion)), left)
-                # One store: what is noted does not count from here on.
+                # One store, which also invalidates the note.
                 _COUNT.pack_into(memory, base + IN_HEADER_SIZE, left)
                 count = left
                 if count and bytes(self._slots.states).count(0) > self._slots.count // 2:
@@ -95,7 +95,13 @@ class Forgetting:
         return True
 
     def _forget(self, base: int, entries: list[tuple[int, int]], first: int) -> None:
-        """Take inodes and how many lookups each is to lose, the last first; *first* is the place of the first."""
+        """Subtract lookups of inodes, the last entry first.
+
+        Args:
+            base: the offset of the request in the memory of the slots.
+            entries: nodeid and number of lookups.
+            first: the index of the first entry in the request.
+        """
         cells = self._cells
         lookups_of = self._tree.inodes.lookups
         forget = self._tree.forget
@@ -106,7 +112,7 @@ class Forgetting:
             forget(nodeid, lookups)
 
     def finish(self) -> None:
-        """Take over what a dead front has left, before anything else is received."""
+        """Finish the requests that a dead front has left, before anything else is received."""
         note = self._cells[FORGETTING]
         noted, place = divmod(note >> _LOOKUPS_BITS, 1 << _PLACE_BITS)
         for slot, state in enumerate(bytes(self._slots.states)):
@@ -118,10 +124,10 @@ class Forgetting:
             if noted == slot + 1:
                 self._restore(base, place, note & _LOOKUPS_MASK)
             self._serve(base, length)
-        self._cells[FORGETTING] = 0  # the front died between striking out and this
+        self._cells[FORGETTING] = 0  # if the front died between finishing a request and clearing the note
 
     def _restore(self, base: int, place: int, lookups: int) -> None:
-        """Undo what a dead front has perhaps done of one entry, after which come those before it."""
+        """Restore the lookup count of the entry that a dead front was serving, so that it can be served again."""
         memory = self._memory
         if OPCODE.unpack_from(memory, base)[1] == Opcode.FORGET:
             self._tree.inodes.restore_lookups(FORGET_REQUEST.unpack_from(memory, base)[0], lookups)

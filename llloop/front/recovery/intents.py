@@ -1,10 +1,9 @@
-"""Requests that must not be done twice are noted, so that the next front knows of them when they are sent again.
+"""Notes of requests that must not be done twice, for the next front.
 
-When a front dies, the kernel sends the next one every request that has no answer yet, marked
-(FUSE_NOTIFY_RESEND, Linux 6.9). Most can simply be done again. Those that cannot (a second mkdir
-would say EEXIST, a second rename ENOENT) are noted in the journal before they are begun; appends are
-the workers' to note, who outlive the front. Each thread of a front does one request at a time, so there is one note
-for each of them. Mostly that is one, and others only where system calls have held threads up.
+When a front dies, the kernel sends every unanswered request to the next front again, marked as such
+(FUSE_NOTIFY_RESEND, Linux 6.9). Most can simply be done again. Those that cannot are noted in the journal before they
+are begun: a second mkdir(2) would fail with EEXIST, a second rename(2) with ENOENT. Workers, which survive the front,
+note appends themselves. Each thread of a front serves one request at a time, so there is one note for each thread.
 """
 
 from __future__ import annotations
@@ -23,28 +22,28 @@ from llloop.linux.syscalls import Attributes, fstatx
 from llloop.shared.journal import Journal
 from llloop.shared.leadership import MOST_THREADS
 
-_CLOCK_REALTIME_COARSE = 5  # <linux/time.h>; the clock that file systems take their times from
+_CLOCK_REALTIME_COARSE = 5  # <linux/time.h>; the clock of file system timestamps
 
 _UNIQUE, _DONE, _STARTED, _NUMBER, _NODEID, _TARGET, _PIN, _VICTIM, _HANDLE, _BACKING = range(10)
 
 
-# All of it but the number of the request, which comes last, and the registration.
+# The fields of a note except the request's `unique`, which is stored last, and the backing id.
 _NOTE = Struct("=8Q")
 
 
 class Intent(NamedTuple):
-    """What a dead front noted of the request in its hands.
+    """The note of a dead front about a request.
 
     Attributes:
-        done: whether it was done; if not, it may have been all the same.
-        started: when it was begun, in nanoseconds of the clock that file systems take their times from.
-        number: the source's inode number of the file that it is about, or whether an extended attribute was there.
-        nodeid: the file's number in the inode table, 0 if it is about no name.
-        target: the same of the file that a rename replaces.
+        done: whether the request was certainly done. If not, it may be done or not.
+        started: when it was begun, in nanoseconds (CLOCK_REALTIME_COARSE).
+        number: the inode number of its file in the source, or whether an extended attribute existed.
+        nodeid: the nodeid of the file, 0 if the request has no name.
+        target: the nodeid of the file that a rename replaces, or 0.
         pin: an O_PATH descriptor of the file that loses a name, or -1.
-        victim: the source's inode number of that file.
-        handle: the number of the handle that was made, 0 for none.
-        backing: the kernel registration that was made for it, 0 for none.
+        victim: the inode number of that file in the source.
+        handle: the number of the handle that was created, 0 for none.
+        backing: the backing id that was registered, 0 for none.
     """
 
     done: bool
@@ -58,13 +57,13 @@ class Intent(NamedTuple):
     backing: int
 
     def made(self, attributes: Attributes) -> bool:
-        """Whether a file that is in the way can be the one that the attempt itself has made."""
-        # Where a file system keeps no birth time, this is the best: an old file can have been changed since.
+        """Return whether an existing file can be the one that this request created."""
+        # Without birth times, the ctime must do, although an older file may have been changed since.
         changed = attributes.ctime * 1_000_000_000 + attributes.ctime_nsec
         return self.done or (birth_of(attributes) or changed) >= self.started
 
     def has_pin(self) -> bool:
-        """Whether the pin is still a descriptor of the file that it was made for."""
+        """Return whether the pin is still a descriptor of its file."""
         try:
             return self.pin >= 0 and fstatx(self.pin).ino == self.victim
         except OSError:
@@ -72,15 +71,15 @@ class Intent(NamedTuple):
 
 
 class Note:
-    """What a thread notes of the request that it has at hand, for the next front.
+    """The note of a thread about its current request, for the next front.
 
     Attributes:
-        unique: the kernel's number of the request.
+        unique: the request's `unique`.
 
     Args:
         cells, memory: the journal's memory.
         pack: `_NOTE.pack_into`.
-        place: the first cell of the note.
+        place: the index of the note's first cell.
     """
 
     __slots__ = ("_cells", "_memory", "_pack", "_place", "unique")
@@ -99,7 +98,7 @@ class Note:
         self._place = place
 
     def begin(self, number: int = 0, nodeid: int = 0, target: int = 0, pin: int = -1, victim: int = 0) -> Note:
-        """Note that the request is begun; at the end of a ``with`` block note that it is done.
+        """Note that the request is begun, and at the end of the ``with`` block that it is done.
 
         For the arguments see `Intent`.
         """
@@ -118,21 +117,21 @@ class Note:
             self._cells[self._place + _DONE] = 1
 
     def begin_open(self) -> None:
-        """Note that a file is being opened, which can be done again if it is known which handle it made."""
+        """Note that the request opens a file. It can be done again if it is known whether it created a handle."""
         cells, place = self._cells, self._place
         cells[place + _HANDLE] = 0
         cells[place + _UNIQUE] = self.unique
 
     def made_handle(self, number: int) -> None:
-        """Note the handle that it has made."""
+        """Note the number of the handle that the request creates."""
         self._cells[self._place + _HANDLE] = number
 
     def made_backing(self, backing: int) -> None:
-        """Note the kernel registration that it has made."""
+        """Note the backing id that the request has registered."""
         self._cells[self._place + _BACKING] = backing
 
     def finished(self) -> None:
-        """Note that nothing of the request needs to be known any more."""
+        """Clear the note, because the request is finished."""
         self._cells[self._place + _UNIQUE] = 0
 
 
@@ -141,24 +140,24 @@ def _nowhere() -> Note:
     return Note(memoryview(memory).cast("Q"), memory, _NOTE.pack_into, 0)
 
 
-# The note of what no front has to know of, because the kernel sends it to none again.
+# The note of requests that the kernel never sends again, which no front reads.
 NOWHERE = _nowhere()
 
 
 class Intents:
-    """What the threads of a front note, and what those of a dead one have left.
+    """The notes of the threads of a front, and those of a dead front.
 
     Args:
-        journal: where it stands.
+        journal: contains the notes.
     """
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
         self._cells = journal.cells
         self._pack = _NOTE.pack_into
-        # Descriptors that a dead front had opened and not noted.
+        # Descriptors that a dead front had opened, but not noted.
         self._orphans: list[int] = []
-        # What a dead front's threads noted, by the number of the request, and by which thread.
+        # A dead front's notes by the request's `unique`, and the thread of each note.
         self._left: dict[int, Intent] = {}
         self._threads: dict[int, int] = {}
         for thread in range(MOST_THREADS):
@@ -184,27 +183,27 @@ class Intents:
         return Note(self._cells, journal.memory, self._pack, journal.attempt_of(thread))
 
     def note_of(self, unique: int) -> Note:
-        """Return the note for a request that is sent again: where there is one of it, or in no other's place."""
+        """Return the note for a request that is sent again: its own one, or one that is not needed."""
         noted = self._threads.values()
         free = next((thread for thread in range(MOST_THREADS) if thread not in noted), 0)
         return self.note(self._threads.get(unique & ~RESENT, free))
 
     def of(self, unique: int) -> Intent | None:
-        """Return what a dead front noted of a request, if that is sent again and the front had begun it."""
+        """Return a dead front's note about a request that is sent again, or None."""
         return self._left.get(unique & ~RESENT) if unique & RESENT else None
 
     def find_pins(self, left: set[int]) -> None:
-        """Make sure that pins are among the descriptors that a dead front has *left*, and still of their files."""
+        """Drop pins that are not among the descriptors that a dead front has *left*, or of other files by now."""
         for unique, intent in self._left.items():
             if not (intent.pin in left and intent.has_pin()):
                 self._left[unique] = intent._replace(pin=-1)
 
     def adopt(self, left: set[int]) -> None:
-        """Take in what a dead front had opened and no record names, until all that is sent again has come."""
+        """Keep descriptors that a dead front had opened without a record, until `settle`."""
         self._orphans = sorted(left - self.left_pins)
 
     def take_orphan(self, attributes: Attributes) -> int | None:
-        """Return a descriptor of that file which a dead front had opened for I/O and not noted, or None."""
+        """Return a descriptor of a file that a dead front had opened for I/O but not noted, or None."""
         for fd in self._orphans:
             found = fstatx(fd)
             is_it = (found.ino, found.device) == (attributes.ino, attributes.device)
@@ -215,11 +214,11 @@ class Intents:
 
     @property
     def left_pins(self) -> set[int]:
-        """The descriptors that a dead front's attempts still need."""
+        """The descriptors that a dead front's notes still need."""
         return {intent.pin for intent in self._left.values() if intent.has_pin()}
 
     def settle(self) -> None:
-        """Forget what a dead front noted: all that is sent again has come."""
+        """Drop a dead front's notes, after all requests that the kernel sends again were received."""
         for fd in self._orphans:
             os.close(fd)
         self._orphans = []

@@ -1,4 +1,4 @@
-"""Going on where a dead front left off: its inodes, its open files, and the requests it did not answer."""
+"""Taking over from a dead front: its inodes, its open files, and its unanswered requests."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _log = logging.getLogger(__name__)
 
 
 def recover(context: Context, journal: Journal, own: Collection[int]) -> None:
-    """Take over what fronts before this one have left, if there were any.
+    """Take over the state of the previous fronts, if there were any.
 
     Args:
-        mirror: what is to be served, as yet empty.
-        journal: what they have noted.
-        own: the descriptors that each front starts with. All others that are open are theirs.
+        context: the objects that handlers work on, still empty.
+        journal: the records of the previous fronts.
+        own: the descriptors that each front starts with. All other open ones belong to the previous fronts.
     """
     records = journal.recover()
-    # Each descriptor that they have left belongs to one record at most. What is opened from now on is this front's: if
-    # the keeper has died as well, it gets numbers that records name.
+    # Each inherited descriptor belongs to one record at most. Note them before this front opens any: if the keeper has
+    # died as well, new descriptors get numbers that records contain.
     left = open_descriptors().difference(own)
     context.intents.find_pins(left)
     context.tree.directory_fds.pins.take_over(context.inodes.recover(records), left)
@@ -38,7 +38,7 @@ def recover(context: Context, journal: Journal, own: Collection[int]) -> None:
 
 
 def _reserve(lost: set[int]) -> None:
-    """Take the numbers of open files' descriptors that are lost, so that nothing else is opened under them."""
+    """Occupy the numbers of lost descriptors of open files, so that no other file gets them."""
     if lost:
         placeholder = os.open("/", os.O_PATH | os.O_CLOEXEC)
         for number in lost - {placeholder}:
@@ -59,7 +59,7 @@ def _take_over_handle(context: Context, journal: Journal, record: Record, left: 
         if descriptor not in left:
             os.close(descriptor)
         return
-    handle.lent = True  # its worker may hold it
+    handle.lent = True  # its worker may have it
     if backing:
         context.passthrough.take_over(handle, backing)
     if snapshot:
@@ -67,14 +67,14 @@ def _take_over_handle(context: Context, journal: Journal, record: Record, left: 
 
 
 def settle(context: Context, delivered: bool) -> None:
-    """Decide what was left open, when all requests that the kernel sends again have come.
+    """End the take-over, after all requests that the kernel sends again were received.
 
     Args:
-        mirror: what is served.
-        delivered: whether the answer to the last request that the dead front had in hand was sent.
+        context: the objects that handlers work on.
+        delivered: whether the kernel got the dead front's reply to its last request that looked up an inode.
     """
     intents = context.intents
-    # An earlier request may have noted one and closed it, and an open file have its number now.
+    # A pin of an earlier request may be closed by now, and its number be that of an open file.
     for pin in intents.left_pins.difference(
         context.tree.directory_fds.pins.descriptors(), context.handles.descriptors()
     ):
