@@ -11,7 +11,7 @@ from typing import NoReturn
 from llloop.errors import HostError
 from llloop.linux import syscalls, trusted_files
 from llloop.linux.stdio import redirect_standard_descriptors
-from llloop.supervisor.child import STOP_SIGNALS
+from llloop.supervisor.signals import STOP_SIGNALS
 
 
 class Daemon:

@@ -19,13 +19,12 @@ from llloop.linux import syscalls
 from llloop.linux.stdio import redirect_standard_descriptors
 from llloop.logging.escape import printable
 from llloop.logging.stacks import Stacks
+from llloop.supervisor.signals import ignore_signals
 
 _log = logging.getLogger(__name__)
 
 # Fork, not spawn: a child must inherit llfuse's session, descriptors and shared memory.
 fork = multiprocessing.get_context("fork")
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 # How long to wait for the end of a killed process, in seconds. It takes longer only if the source hangs.
 TIMEOUT = 5.0
@@ -214,11 +213,7 @@ def child_main(
         outlives: whether it continues after the end of the supervisor.
         mountpoint: the path of the mount point, for its title.
     """
-    signal.set_wakeup_fd(-1)
-    # These signals may be sent to the whole process group (Ctrl-C, a service manager). The supervisor decides, and ends
-    # the other processes with SIGKILL.
-    for number in (*STOP_SIGNALS, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    ignore_signals()
     stacks.answer_signals()
     if not outlives:
         syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -7,9 +7,9 @@ import signal
 from collections.abc import Collection
 from types import FrameType
 
-from llloop.supervisor.child import STOP_SIGNALS
 from llloop.supervisor.event_loop import Callback, EventLoop
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 SIGNALS = (*STOP_SIGNALS, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -62,6 +62,13 @@ class Signals:
         signal.set_wakeup_fd(-1)
         os.close(self._reader)
         os.close(self._writer)
+
+
+def ignore_signals() -> None:
+    """Ignore `SIGNALS` in a forked child. They may be sent to the process group, and the supervisor handles them."""
+    signal.set_wakeup_fd(-1)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _has_terminal() -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 from llloop.linux import syscalls
 from llloop.supervisor.child import fork
 from llloop.supervisor.event_loop import EventLoop
+from llloop.supervisor.signals import ignore_signals
 
 # How long a result stays valid, in seconds.
 _FRESH = 0.5
@@ -79,9 +80,7 @@ class SourceCheck:
 
     def _look(self) -> None:
         """Check the source in the separate process; the exit code is the result."""
-        signal.set_wakeup_fd(-1)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-            signal.signal(number, signal.SIG_IGN)
+        ignore_signals()
         with suppress(OSError):
             syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
         # Close /dev/fuse and all other descriptors: this process may hang, and must not keep the mount alive.

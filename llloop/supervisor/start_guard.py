@@ -6,7 +6,6 @@ Later the descriptor keeper does this. But the keeper must inherit the mount's /
 from __future__ import annotations
 
 import os
-import signal
 import time
 from contextlib import suppress
 
@@ -15,7 +14,8 @@ from setproctitle import setproctitle
 from llloop.errors import LlloopError
 from llloop.linux import mount_identity
 from llloop.linux.stdio import redirect_standard_descriptors
-from llloop.supervisor.child import STOP_SIGNALS, fork
+from llloop.supervisor.child import fork
+from llloop.supervisor.signals import ignore_signals
 
 # fusermount may outlive the supervisor and mount after its death. How long to check, and how often, in seconds.
 _TIMEOUT = 2.0
@@ -59,9 +59,7 @@ class StartGuard:
 
 
 def _guard(mountpoint: str, reader: int, writer: int) -> None:
-    signal.set_wakeup_fd(-1)
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    ignore_signals()
     os.close(writer)
     setproctitle("llloop-start-guard")
     redirect_standard_descriptors()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -16,8 +15,9 @@ from llloop.errors import LlloopError
 from llloop.linux import syscalls
 from llloop.linux.mount_identity import MountIdentity
 from llloop.logging.escape import printable
-from llloop.supervisor.child import STOP_SIGNALS, TIMEOUT, end, fork
+from llloop.supervisor.child import TIMEOUT, end, fork
 from llloop.supervisor.event_loop import EventLoop
+from llloop.supervisor.signals import ignore_signals
 
 _log = logging.getLogger(__name__)
 
@@ -113,9 +113,7 @@ def _unmount(mount: MountIdentity, device: int, lazy: bool) -> None:
         device: the descriptor of /dev/fuse.
         lazy: detach the mount immediately even if it is busy.
     """
-    signal.set_wakeup_fd(-1)
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    ignore_signals()
     place = mount.current_path(device)
     # While this process has /dev/fuse open, its own access to a mount without a server would hang.
     os.close(device)
