@@ -10,10 +10,17 @@ from llloop.front.recovery.intents import Note
 from llloop.front.requester import Requester
 from llloop.linux import fuse
 
+_unpack_head = fuse.REQUEST_HEAD.unpack_from
+_unpack_caller = fuse.CALLER.unpack_from
+
 
 def malformed() -> OSError:
     """Return the error EINVAL for a request that does not match its opcode."""
     return OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+
+_unpack_head = fuse.REQUEST_HEAD.unpack_from
+_unpack_caller = fuse.CALLER.unpack_from
 
 
 class FuseRequest:
@@ -65,7 +72,7 @@ class FuseRequest:
         self.base = base
         self.received = received
         self.taken = taken
-        self.length, self.opcode, unique, self.nodeid = fuse.REQUEST_HEAD.unpack_from(self._memory, base)
+        self.length, self.opcode, unique, self.nodeid = _unpack_head(self._memory, base)
         self.unique = self.note.unique = unique
 
     def data(self) -> bytes:
@@ -74,8 +81,9 @@ class FuseRequest:
 
     def caller(self, umask: int = 0) -> Requester:
         """Return the requester; *umask* is the umask in the request, if it contains one."""
-        uid, gid, pid = fuse.CALLER.unpack_from(self._memory, self.base)
-        return Requester(uid, gid, umask, pid, self.note)
+        uid, gid, pid = _unpack_caller(self._memory, self.base)
+        # Half the time of Requester(...), whose __new__ is a Python function.
+        return tuple.__new__(Requester, (uid, gid, umask, pid, self.note))
 
     def pid(self) -> int:
         """Return the id of the calling thread, 0 if it is outside of the server's PID namespace."""
