@@ -96,6 +96,7 @@ class Loop:
         # Whether the current request is a portion of a BATCH_FORGET. Then a request from the device is next.
         self._forgets = False
         self._closing = context.closing
+        self._closes = True  # False until there are other threads, because the last close(2) of a file may block
         self._leadership = context.leadership
         self._leadership.set_aside = self._set_aside
         # The request of each thread, and that of the leader.
@@ -157,6 +158,7 @@ class Loop:
             settle(context, True)
             return
         notifications.resend(self._device)
+        self._closes = False
         delivered = True
         served = self._table
         self._table_for_new = self._table_for_set_aside = self._table = Replay(
@@ -170,7 +172,8 @@ class Loop:
             if opcode not in _NOT_RESENT and not unique & fuse.FUSE_UNIQUE_RESEND:
                 settle(context, delivered)
                 self._table_for_new = self._table_for_set_aside = self._table = served
-                self.serve(request)
+                self._postpone(request)  # until there are other threads: it may block
+                self._closes = True
                 return
             delivered = delivered and opcode not in _ENTRIES
             if self._router.claim(unique):
@@ -347,7 +350,7 @@ class Loop:
             row = self._rows[opcode]
             row[NANOSECONDS] += latency
             row[(latency // 1000).bit_length()] += 1
-        if self._closing:
+        if self._closing and self._closes:
             self._close()
 
     def _refuse_all(self) -> None:

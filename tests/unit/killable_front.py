@@ -262,6 +262,7 @@ class Line:
             self.next_front(life)
             with living(life):
                 self.front.loop.take_up()
+                self.front.serve()
         finally:
             self.collect()
 

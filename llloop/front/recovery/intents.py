@@ -217,14 +217,17 @@ class Intents:
         """The descriptors that a dead front's notes still need."""
         return {intent.pin for intent in self._left.values() if intent.has_pin()}
 
-    def settle(self) -> None:
-        """Drop a dead front's notes, after all requests that the kernel sends again were received."""
-        for fd in self._orphans:
-            os.close(fd)
-        self._orphans = []
+    def settle(self) -> list[int]:
+        """Drop a dead front's notes, after all requests that the kernel sends again were received.
+
+        Returns:
+            The descriptors that the dead front left open and nobody needs any more, for the caller to close.
+        """
+        orphans, self._orphans = self._orphans, []
         for unique, thread in self._threads.items():
             place = self._journal.attempt_of(thread) + _UNIQUE
             if self._cells[place] & ~RESENT == unique:
                 self._cells[place] = 0
         self._left = {}
         self._threads = {}
+        return orphans

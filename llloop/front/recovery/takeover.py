@@ -78,8 +78,8 @@ def settle(context: Context, delivered: bool) -> None:
     for pin in intents.left_pins.difference(
         context.tree.directory_fds.pins.descriptors(), context.handles.descriptors()
     ):
-        os.close(pin)
-    intents.settle()
+        context.closing.append(pin)
+    context.closing.extend(intents.settle())
     context.router.settle()
     for nodeid in context.inodes.settle(delivered):
         context.tree.directory_fds.drop(nodeid)

@@ -291,3 +291,55 @@ def test_descriptor_of_a_blocked_call_is_not_closed(line: Line, monkeypatch: pyt
     assert (line.path / "other").stat().st_mode & 0o777 == 0o644
     assert line.context.closing == []
     assert pin not in line.extra_descriptors()
+
+
+def send(line: Line, request: Request) -> int:
+    """Send a request that no front has received yet, and return its number."""
+    line.unique += 2
+    line.unanswered[line.unique] = request
+    line._kernel.send(request.packed(line.unique))
+    return line.unique
+
+
+def test_first_request_after_the_death_of_a_front_blocks_no_others(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocked = BlockedCall(os.mkdir)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "mkdir", blocked)
+        line.next_front(Life(None))
+        first = send(line, mkdir("first"))
+        line.front.loop.take_up()
+        served = Served(line)
+        assert wait_until(lambda: blocked.waiting == 1)
+        served.answers(PROBE)
+        assert not served.has_answered(first)
+        blocked.release()
+        assert wait_until(lambda: served.has_answered(first))
+    served.end()
+    assert (line.path / "first").is_dir()
+
+
+def test_closing_what_a_dead_front_left_open_blocks_no_others(line: Line, monkeypatch: pytest.MonkeyPatch) -> None:
+    (line.path / "file").touch()
+    orphan = os.open(line.path / "file", os.O_RDWR)
+    closed = []
+    gate = threading.Event()
+    close = os.close
+
+    def blocked(fd: int) -> None:
+        if fd == orphan:
+            closed.append(fd)
+            assert gate.wait(TIMEOUT)
+        close(fd)
+
+    monkeypatch.setattr(os, "close", blocked)
+    line.next_front(Life(None))
+    first = send(line, PROBE)
+    line.front.loop.take_up()
+    served = Served(line)
+    assert wait_until(lambda: closed == [orphan])
+    served.answers(PROBE)
+    assert served.has_answered(first)
+    gate.set()
+    assert wait_until(lambda: line.context.leadership.stalled == 0)
+    served.end()
+    assert line.extra_descriptors() == set()

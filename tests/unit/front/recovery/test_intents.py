@@ -171,7 +171,8 @@ def test_only_orphans_open_for_io_are_taken(journal: Journal, tmp_path: Path) ->
     intents.adopt({path_only, other, file})
     assert intents.take_orphan(fstatx(file)) == file
     assert intents.take_orphan(fstatx(file)) is None, "it is another's now"
-    intents.settle()
+    for fd in intents.settle():
+        os.close(fd)
     os.close(file)
     for fd in (path_only, other):
         with pytest.raises(OSError):
