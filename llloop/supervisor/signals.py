@@ -65,9 +65,10 @@ class Signals:
 
 
 def ignore_signals() -> None:
-    """Ignore `SIGNALS` in a forked child. They may be sent to the process group, and the supervisor handles them."""
+    """Ignore signals in a forked child that may be sent to the process group, and that the supervisor handles."""
     signal.set_wakeup_fd(-1)
-    for number in SIGNALS:
+    # Not SIGUSR2: a front inherits faulthandler's handler from the keeper, and faulthandler installs it only once.
+    for number in (*STOP_SIGNALS, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
