@@ -67,7 +67,7 @@ class _Parked(NamedTuple):
 
 
 class _Queue:
-    """Parked requests, one of each user in turn. Those of one inode stay in their order, whoever they are of."""
+    """Parked requests, served by user in turn. Requests on one inode stay in order, also those of different users."""
 
     def __init__(self) -> None:
         self._of_user: dict[int, deque[_Parked]] = {}  # the user whose turn it is comes first

@@ -50,7 +50,7 @@ class Notifier:
         self._send("READY=1", f"MAINPID={os.getpid()}", f"STATUS={printable(status)}")
 
     def status(self, text: str) -> None:
-        """Say in a line what is going on."""
+        """Send a status line."""
         self._send(f"STATUS={printable(text)}")
 
     def reloading(self) -> None:

@@ -104,7 +104,7 @@ def check_source(source: str) -> str:
     path = os.path.realpath(source)
     try:
         kind = os.stat(path)
-        os.statvfs(path)  # for the attributes of a dead mount may still be cached, as mounting.is_dead() says
+        os.statvfs(path)  # stat(2) may return cached attributes of a dead mount, see mounts.is_dead()
     except FileNotFoundError:
         raise SourceError(f"source {source}: there is no such directory") from None
     except OSError as error:
@@ -136,7 +136,7 @@ def check_mountpoint(config: ServeConfig, source: str, *, restart: bool = False)
     shown = config.mountpoint
     try:
         kind = os.stat(path)
-        os.statvfs(path)  # for the attributes of a dead mount may still be cached, as mounting.is_dead() says
+        os.statvfs(path)  # stat(2) may return cached attributes of a dead mount, see mounts.is_dead()
     except FileNotFoundError:
         raise MountpointError(
             f"mount point {shown}: there is no such directory; create it with: mkdir {path}"
