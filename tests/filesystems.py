@@ -28,7 +28,7 @@ def _need(program: str) -> None:
 def _unmount(where: Path) -> None:
     # The loop device of an image lets go of it a moment after its own unmount: later if somebody who looks for a
     # free loop device has just opened it.
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while True:
         try:
             _run("umount", where)

@@ -184,7 +184,7 @@ class Server:
         if self.via != "native":
             self.expectations.append(Expectation(re.compile(regex, re.DOTALL), required))
 
-    def wait_for_log(self, regex: str, seconds: float = 10.0) -> str:
+    def wait_for_log(self, regex: str, seconds: float = 30.0) -> str:
         """Waits until the log matches and returns it: records of other processes arrive a moment later."""
         deadline = time.monotonic() + seconds
         while True:
@@ -249,7 +249,7 @@ class Server:
             return
         kill_session(self.process.pid)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(5)
+            self.process.wait(30)
         if self.mounted():
             abort_connection(str(self.mountpoint))
             unmount_lazily(str(self.mountpoint))

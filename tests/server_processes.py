@@ -15,7 +15,7 @@ from tests.watchdog import kill_session
 
 def titles(server: Server) -> dict[str, int]:
     """Returns process ids by process title; waits for new processes to set their title."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while True:
         try:
             return _titles(server)
@@ -42,7 +42,7 @@ def kill_all_at_once(server: Server) -> None:
     os.kill(server.pid, signal.SIGSTOP)
     os.kill(titles(server)["llloop-keeper"], signal.SIGKILL)
     kill_session(server.pid)
-    server.process.wait(10)
+    server.process.wait(30)
 
 
 def process_ids(server: Server, role: str) -> list[int]:
@@ -112,7 +112,7 @@ def bytes_moved(pid: int) -> int:
     return sum(int(count) for count in re.findall(r"^[rw]char: (\d+)", text, re.MULTILINE))
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
+def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
     """Waits for a condition, e.g. for effects of RELEASE and FORGET, which arrive after the caller's system call."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -90,7 +90,7 @@ class Machine:
         self,
         *command: str | Path,
         check: bool = True,
-        timeout: float = 60,
+        timeout: float = 120,
         environment: Mapping[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command as root in the machine.
@@ -126,7 +126,7 @@ def cgroup_parent() -> Path:
 
 
 def _remove_cgroup(cgroup: Path) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while cgroup.exists():
         for directory, _, _ in os.walk(cgroup, topdown=False):
             try:

@@ -146,7 +146,7 @@ def remote() -> Iterator[Remote]:
             for pid in reversed(served.processes() if accepts(port) else [process.pid]):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            process.wait(10)
+            process.wait(30)
         remove_tree(state)
 
 

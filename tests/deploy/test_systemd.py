@@ -149,7 +149,7 @@ def test_umount_if_dead_removes_a_dead_mount(serve: Serve) -> None:
     os.stat(server.mountpoint)
     kill_session(server.pid)
     assert server.process
-    server.process.wait(10)
+    server.process.wait(30)
     assert server.mounted()
     assert llloop("umount", "--lazy", "--if-dead", server.mountpoint).code == 0
     assert not server.mounted()
@@ -171,7 +171,7 @@ def test_replace_dead_with_cached_attributes(serve: Serve) -> None:
     os.stat(server.mountpoint)
     kill_session(server.pid)
     assert server.process
-    server.process.wait(10)
+    server.process.wait(30)
     place = {"LLLOOP_SOURCE": str(server.source), "LLLOOP_MOUNTPOINT": str(server.mountpoint)}
     try:
         assert llloop_daemon("serve", "--replace-dead", "--daemon", env=place) == 0

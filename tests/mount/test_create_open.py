@@ -325,7 +325,7 @@ def test_a_fifo_carries_data_between_processes(tree: Tree) -> None:
         os.open(tree.mnt / "fifo", os.O_WRONLY | os.O_NONBLOCK)
     writer = start_python("import sys; open(sys.argv[1], 'w').write('by fifo')", tree.mnt / "fifo")
     assert (tree.mnt / "fifo").read_text() == "by fifo"
-    writer.communicate(timeout=10)
+    writer.communicate(timeout=30)
     assert writer.returncode == 0
 
 

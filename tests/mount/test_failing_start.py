@@ -18,7 +18,7 @@ from tests.watchdog import Watchdog, kill_session, unmount_lazily
 
 CHECKOUT = Path(__file__).parents[2]
 
-pytestmark = [pytest.mark.mounted, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.mounted, pytest.mark.timeout(300), pytest.mark.slow]
 
 
 @pytest.fixture

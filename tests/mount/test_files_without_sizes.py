@@ -46,7 +46,7 @@ def test_files_are_read_completely(server: Server, tmp_path: Path) -> None:
         path = server.mountpoint / name
         subprocess.run(["cp", path, tmp_path / "copy"], check=True, timeout=20)
         assert (tmp_path / "copy").read_bytes() == content
-        head = subprocess.run(["head", "-c", "7", path], capture_output=True, check=True, timeout=10)
+        head = subprocess.run(["head", "-c", "7", path], capture_output=True, check=True, timeout=30)
         assert head.stdout == content[:7]
         with opened(path, os.O_RDONLY) as fd:
             assert os.pread(fd, 5, 2) == content[2:7]
@@ -84,7 +84,7 @@ def test_each_write_is_one_system_call(server: Server) -> None:
         with opened(server.mountpoint / name, os.O_WRONLY | os.O_APPEND) as fd:
             assert os.write(fd, b"by-append\n") == 10
         assert same_as_in_source(server, str(name)) == b"by-append\n"
-        subprocess.run(f"echo by-shell > {server.mountpoint / name}", shell=True, check=True, timeout=10)
+        subprocess.run(f"echo by-shell > {server.mountpoint / name}", shell=True, check=True, timeout=30)
         assert same_as_in_source(server, str(name)) == b"by-shell\n"
     finally:
         (server.source / name).write_bytes(before)
@@ -107,7 +107,7 @@ def test_cgroup_is_created_and_controlled(serve: Serve) -> None:
                     assert (below / "cgroup.procs").read_text() == f"{process.pid}\n"
                     assert (below / "cgroup.events").read_text().startswith("populated 1\n")
                     (below / "cgroup.kill").write_text("1")
-                    assert process.wait(10) == -9
+                    assert process.wait(30) == -9
                 assert (below / "cgroup.procs").read_text() == ""
             finally:
                 if (hierarchy / group).is_dir():

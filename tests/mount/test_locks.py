@@ -103,7 +103,7 @@ def test_waiting_for_a_lock(tree: Tree, how: str) -> None:
         before = time.monotonic()
         lock(descriptor, fcntl.LOCK_UN)
         assert other.answer() == "done"
-        assert time.monotonic() - before < 5
+        assert time.monotonic() - before < 20
         with fails(errno.EAGAIN):
             lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 

@@ -97,7 +97,7 @@ for line in sys.stdin:
             other.stdin.flush()
             assert other.stdout.readline() == f"{number}\n"
             assert mapped[0] == number
-    other.communicate(timeout=10)
+    other.communicate(timeout=30)
     assert (tree.mnt / "file").read_bytes()[:2] == bytes([49, 49])
 
 

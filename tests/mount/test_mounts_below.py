@@ -38,7 +38,7 @@ def source() -> Iterator[Path]:
 def bound(what: Path, where: Path, *options: str) -> Iterator[Path]:
     with mounted(what, where, "--bind") as path:
         if options:
-            subprocess.run(["mount", "-o", f"remount,bind,{','.join(options)}", where], check=True, timeout=10)
+            subprocess.run(["mount", "-o", f"remount,bind,{','.join(options)}", where], check=True, timeout=30)
         yield path
 
 
@@ -191,14 +191,14 @@ def test_mounts_and_unmounts_below_the_source_are_seen(serve: Serve, source: Pat
                 assert shows("inner")
                 assert (mnt / "two" / "inner" / "file").read_bytes() == b"content"
                 # A directory of the server's own keeps the mount busy (see README).
-                subprocess.run(["umount", "-l", source / "two"], check=True, timeout=10)
+                subprocess.run(["umount", "-l", source / "two"], check=True, timeout=30)
                 assert shows("below")
                 assert (mnt / "two" / "below").is_dir()
-                subprocess.run(["mount", "--bind", source / "one", source / "two"], check=True, timeout=10)
+                subprocess.run(["mount", "--bind", source / "one", source / "two"], check=True, timeout=30)
                 assert shows("inner")
-                subprocess.run(["umount", "-l", source / "two"], check=True, timeout=10)
+                subprocess.run(["umount", "-l", source / "two"], check=True, timeout=30)
                 assert shows("below")
-                subprocess.run(["mount", "--bind", source / "one", source / "two"], check=True, timeout=10)
+                subprocess.run(["mount", "--bind", source / "one", source / "two"], check=True, timeout=30)
             assert os.path.isdir(f"/proc/{pid}/cwd/")
 
 

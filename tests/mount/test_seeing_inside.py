@@ -353,7 +353,7 @@ def kill_all(server: Server) -> None:
         os.kill(pid, signal.SIGSTOP)  # so that none tidies up after another
     for pid in server.processes():
         os.kill(pid, signal.SIGKILL)
-    server.process.wait(10)
+    server.process.wait(30)
     assert wait_until(lambda: server.processes() == [])
 
 
@@ -439,7 +439,7 @@ def test_watch_shows_each_interval(serve: Serve) -> None:
     try:
         assert watcher.stdout
         first = json.loads(watcher.stdout.readline())
-        assert 0.1 < first["seconds"] < 5
+        assert 0.1 < first["seconds"] < 60
         for number in range(50):
             os.mkdir(server.mountpoint / f"{number}")
         seen = 0
@@ -447,7 +447,7 @@ def test_watch_shows_each_interval(serve: Serve) -> None:
             seen += json.loads(watcher.stdout.readline())["operations"].get("MKDIR", {}).get("requests", 0)
         assert seen == 50
         watcher.send_signal(signal.SIGINT)
-        assert watcher.wait(10) == 0
+        assert watcher.wait(30) == 0
         assert watcher.stderr
         assert watcher.stderr.read() == ""
     finally:
@@ -737,7 +737,7 @@ def test_invalid_messages_to_the_socket_are_harmless(serve: Serve) -> None:
     server.expect_log("llloop-worker-0 was killed by signal 9")
     os.kill(pid, signal.SIGKILL)
     # The supervisor is not kept from its work by those who hold their connections.
-    assert wait_until(lambda: set(workers(server).values()) not in (set(), {pid}), 3)
+    assert wait_until(lambda: set(workers(server).values()) not in (set(), {pid}))
     for connection in held:
         connection.close()
     assert wait_until(lambda: status(server)["state"] == "serving")
@@ -756,7 +756,7 @@ def test_killed_supervisor_leaves_no_socket(serve: Serve) -> None:
     path = socket_of(server)
     assert server.process
     os.kill(server.pid, signal.SIGKILL)
-    server.process.wait(10)
+    server.process.wait(30)
     assert wait_until(lambda: server.processes() == [])
     assert not os.path.exists(path)
     server.clean_up()
@@ -857,9 +857,9 @@ def test_watchdog_is_notified_only_while_the_front_answers(serve: Serve, tmp_pat
     assert manager.hears("WATCHDOG=1"), "an idle mount is a healthy one"
     os.kill(front, signal.SIGSTOP)
     try:
-        time.sleep(0.3)
+        assert wait_until(lambda: ask(server, "status")["state"] == "not answering")
         manager.forget()
-        time.sleep(0.8)
+        time.sleep(0.8)  # twice as long as the service manager waits
         assert not manager.has_heard("WATCHDOG=1")
         # The supervisor itself is at work all the while.
         assert ask(server, "status")["state"] == "not answering"

@@ -29,7 +29,7 @@ def kill_supervisor(server: Server) -> None:
     """And take notice of it: until its parent does, its process id is still there."""
     assert server.process
     os.kill(server.pid, signal.SIGKILL)
-    server.process.wait(10)
+    server.process.wait(30)
 
 
 def check_nothing_is_left(server: Server) -> None:
@@ -103,14 +103,14 @@ def test_request_in_flight_gets_an_error(serve: Serve) -> None:
 @pytest.mark.root
 def test_another_mount_at_the_same_path_stays(serve: Serve) -> None:
     server = serve("--workers", "1")
-    subprocess.run(["mount", "-t", "tmpfs", "none", server.mountpoint], check=True, timeout=10)
+    subprocess.run(["mount", "-t", "tmpfs", "none", server.mountpoint], check=True, timeout=30)
     try:
         (server.mountpoint / "theirs").touch()
         kill_supervisor(server)
         assert wait_until(lambda: server.processes() == []), server.processes()
         assert os.listdir(server.mountpoint) == ["theirs"]
     finally:
-        subprocess.run(["umount", server.mountpoint], check=True, timeout=10)
+        subprocess.run(["umount", server.mountpoint], check=True, timeout=30)
         server.clean_up()
 
 

@@ -295,7 +295,7 @@ def test_no_process_outlives_the_supervisor(serve: Serve) -> None:
     assert server.process
     try:
         kill(server.pid)
-        server.process.wait(10)
+        server.process.wait(30)
         server.expect_log("the supervisor has died; the keeper has detached")
         assert wait_until(lambda: server.processes() == []), server.processes()
         assert wait_until(lambda: not server.mounted()), "the mount is left behind"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -29,9 +28,8 @@ DEATH_OF_A_WORKER = "llloop-worker-0 was killed by signal 9"
 LARGE = 300_000  # bytes; more than the front does by itself
 MUCH = pattern(LARGE, 1)
 PAGE = 4096
-TIMEOUT = 8.0
-# In which a read that waits for nobody is over, also on a busy machine; in seconds.
-SOON = 2.0
+# In which a read that waits for nobody is over, also on a busy machine; one that waits for a frozen disk never is.
+TIMEOUT = 20.0
 
 
 @pytest.fixture(params=["front", "workers"])
@@ -75,12 +73,10 @@ def check_reading(server: Server, *names: str) -> None:
                     os.close(fd)
         done.append(True)
 
-    begun = time.monotonic()
     thread = threading.Thread(target=read, daemon=True)
     thread.start()
     thread.join(TIMEOUT)
     assert done, "a reader waits for somebody who writes to another file"
-    assert time.monotonic() - begun < SOON
 
 
 def write_to(path: Path, flags: int = 0) -> None:

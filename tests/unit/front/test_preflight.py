@@ -190,7 +190,7 @@ def test_answer_returns_the_request_once(front: Front) -> None:
 def test_loop_serves_others_during_a_probe(front: Front) -> None:
     """Of two requests the second one is answered first, because its probe is done."""
     kernel, device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    kernel.settimeout(10)
+    kernel.settimeout(30)
     journal = Journal(64)
     loop = Loop(front.context, device.fileno(), journal, front.preflight)
     thread = threading.Thread(target=loop.run, daemon=True)
@@ -208,7 +208,7 @@ def test_loop_serves_others_during_a_probe(front: Front) -> None:
         assert len(front.preflight) == 1
     finally:
         kernel.close()  # as an unmount with a request that waits
-        thread.join(10)
+        thread.join(30)
         device.close()
         close_journal(journal)
     assert not thread.is_alive()

@@ -159,7 +159,7 @@ def test_connection_of_another_user_is_refused(bench: Bench) -> None:
     def stranger() -> bool:
         os.setresuid(4001, 4001, 4001)
         with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(10)
+            connection.settimeout(30)
             connection.connect(bench.path)
             return connection.recv(1) == b""
 
@@ -568,7 +568,7 @@ def test_server_of_another_user_is_not_trusted(bench: Bench) -> None:
             server.listen()
             os.write(writer, b"!")
             connection, _ = server.accept()
-            connection.settimeout(5)
+            connection.settimeout(30)
             assert connection.recv(1000) == b"", "it has been told something"
 
     place.chmod(0o777)
@@ -598,7 +598,7 @@ def test_all_servers_together_have_one_timeout(tmp_path: Path, monkeypatch: pyte
     paths = list(protocol.sockets())
     assert len(paths) == 100
     assert discovery.all_statuses() == []
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - begun < 15, "one after the other they take 30 s"
     for one in silent:
         one.close()
 

@@ -7,7 +7,6 @@ import os
 import select
 import signal
 import threading
-import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
@@ -84,10 +83,8 @@ def test_keeper_starts_fronts_that_share_its_descriptors(processes: Processes) -
 def test_next_keeper_ignores_orders_to_the_dead_one(processes: Processes) -> None:
     deaf = processes.start_keeper(signal.pause)
     threading.Timer(0.2, os.kill, (deaf, signal.SIGKILL)).start()
-    began = time.monotonic()
-    with fails(errno.ESRCH):
+    with fails(errno.ESRCH):  # not ETIMEDOUT: it does not wait for an answer until it is tired of that
         processes.start_front()
-    assert time.monotonic() - began < 5
     processes.start_keeper()
     processes.start_front()
     assert processes.serving(0.5) == 1

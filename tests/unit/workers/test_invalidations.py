@@ -133,7 +133,7 @@ def test_invalidator_is_asked_again_after_timeout(bench: Bench, monkeypatch: pyt
         assert asked(bench) == asked(bench) == (request.unique, NODEID, 0, 0)
     finally:
         os.close(writer)
-        running.join(5)
+        running.join(30)
         os.close(reader)
 
 
@@ -154,6 +154,6 @@ def test_invalidator_answers_the_worker_that_asked(monkeypatch: pytest.MonkeyPat
     finally:
         for _, writer in wanted:
             os.close(writer)
-        running.join(5)
+        running.join(30)
         for fd in (*(reader for reader, _ in wanted), *(end for pipe in pipes for end in pipe)):
             os.close(fd)
