@@ -148,7 +148,8 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **(self.environment or {})},
+                # A warning, such as that of a descriptor left open, gets into the output, which the tests check.
+                env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "error", **(self.environment or {})},
                 cwd="/",
                 start_new_session=True,
             )

@@ -28,6 +28,8 @@ from llloop.shared.negotiation import Feature
 
 _log = logging.getLogger(__name__)
 
+# Errors of read(2) from /dev/fuse after an unmount, and after an abort (umount -f, fusectl; fs/fuse/dev.c).
+_ENDED = frozenset({errno.ENODEV, errno.ECONNABORTED})
 # Errors of read(2) from /dev/fuse if a request was withdrawn or a signal arrived. They are harmless.
 _AGAIN = frozenset({errno.EINTR, errno.ENOENT, errno.EAGAIN})
 # A request up to this size is completely in its slot when it is received.
@@ -212,7 +214,7 @@ class Loop:
                     if length > _SHORT:
                         self._slots.complete(slot, length)
             except OSError as error:
-                if error.errno == errno.ENODEV:
+                if error.errno in _ENDED:
                     return False
                 if error.errno not in _AGAIN:
                     raise

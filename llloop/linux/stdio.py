@@ -10,17 +10,25 @@ from types import TracebackType
 
 
 class CapturedStderr:
-    """``with captured: ...`` redirects descriptor 2 into memory; `text` then returns what was written."""
+    """``with captured: ...`` redirects descriptor 2 into memory.
+
+    Attributes:
+        text: after the block, the lines that were written in it, joined by "; ".
+    """
+
+    def __init__(self) -> None:
+        self.text = ""
 
     def __enter__(self) -> CapturedStderr:
         file = os.memfd_create("llloop-stderr", os.MFD_CLOEXEC)
-        self._file = open(fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 3), "w+b")
+        # Above the standard descriptors, of which a program may have closed some.
+        self._memory = fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, 3)
         os.close(file)
         try:
             self._saved: int | None = fcntl.fcntl(2, fcntl.F_DUPFD_CLOEXEC, 3)
-        except OSError:  # a program may have closed it
+        except OSError:
             self._saved = None
-        os.dup2(self._file.fileno(), 2)
+        os.dup2(self._memory, 2)
         return self
 
     def __exit__(
@@ -28,18 +36,13 @@ class CapturedStderr:
     ) -> None:
         if self._saved is None:
             os.close(2)
-            return
-        try:
+        else:
             os.dup2(self._saved, 2)
-        finally:
             os.close(self._saved)
-
-    def text(self) -> str:
-        """Return the lines that were written, joined by "; "."""
-        self._file.seek(0)
-        lines = self._file.read().decode(errors="replace").splitlines()
-        self._file.close()
-        return "; ".join(line.strip() for line in lines if line.strip())
+        written = os.pread(self._memory, os.fstat(self._memory).st_size, 0)
+        os.close(self._memory)
+        lines = (line.strip() for line in written.decode(errors="replace").splitlines())
+        self.text = "; ".join(line for line in lines if line)
 
 
 def redirect_standard_descriptors() -> None:

@@ -195,6 +195,12 @@ class _Destination(logging.StreamHandler):  # type: ignore[type-arg]
             if old is not None:
                 old.close()
 
+    def close(self) -> None:
+        """Close the log file; called by logging.shutdown()."""
+        super().close()
+        if self._file is not None:
+            self.stream.close()
+
 
 _threshold: _Threshold | None = None
 _destination: _Destination | None = None

@@ -85,7 +85,7 @@ def mount(operations: Operations, mountpoint: str, options: list[str]) -> tuple[
         return device, identity
     except RuntimeError as error:
         # libfuse and fusermount write the reason to standard error.
-        reason = complaints.text() or str(error)
+        reason = complaints.text or str(error)
         if "fuse_lowlevel_new" in str(error) or "option" in reason:
             raise UsageError(f"mount options {','.join(options)}: {reason}") from None
         raise HostError(f"mount point {mountpoint}: mounting failed: {reason}") from None

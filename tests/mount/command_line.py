@@ -42,9 +42,9 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = SECOND
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """What a user's own LLLOOP_ settings would change is left out."""
+    """This process's environment without a user's own LLLOOP_ settings; warnings of Python are errors."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("LLLOOP_", "_LLLOOP"))}
-    return {**kept, **(extra or {})}
+    return {**kept, "PYTHONWARNINGS": "error", **(extra or {})}
 
 
 def llloop(

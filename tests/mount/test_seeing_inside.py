@@ -452,7 +452,7 @@ def test_watch_shows_each_interval(serve: Serve) -> None:
         assert watcher.stderr.read() == ""
     finally:
         watcher.kill()
-        watcher.wait()
+        watcher.communicate()
 
 
 def test_tables_fit_a_terminal_of_80_columns(serve: Serve) -> None:

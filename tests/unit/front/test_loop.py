@@ -176,3 +176,13 @@ def test_unmount_ends_the_loop(line: Line) -> None:
     line.front.loop.take_up()
     line.front.loop.run()
     assert len(line.context.handles) == 0 and ROOT in line.context.inodes
+
+
+@pytest.mark.parametrize("error", [errno.ENODEV, errno.ECONNABORTED])
+def test_error_of_an_ended_connection_ends_the_loop(line: Line, monkeypatch: pytest.MonkeyPatch, error: int) -> None:
+    def fail(*arguments: object) -> int:
+        raise OSError(error, os.strerror(error))
+
+    line.next_front(Life(None))
+    monkeypatch.setattr(os, "readv", fail)
+    line.front.loop.run()

@@ -29,6 +29,9 @@ def unchanged_logging() -> Iterator[None]:
     before = root.handlers[:], root.level, llfuse.filters[:], log._threshold, log._destination
     yield
     log.stop_collecting()
+    for handler in root.handlers:
+        if handler not in before[0]:
+            handler.close()
     root.handlers[:], level, llfuse.filters[:], log._threshold, log._destination = before
     root.setLevel(level)
 
