@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 from collections.abc import Iterator
@@ -75,7 +76,11 @@ def unshare_user() -> None:
 
 
 def syncfs(descriptor: int) -> None:
-    _check(_libc.syncfs(descriptor))
+    # A signal may interrupt it, as it may any call that waits for a FUSE server.
+    while True:
+        with contextlib.suppress(InterruptedError):
+            _check(_libc.syncfs(descriptor))
+            return
 
 
 class _Timespec(ctypes.Structure):
