@@ -43,7 +43,7 @@ def run(*command: str | Path, cwd: Path | str = "/") -> str:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        env=environment(),
+        env=environment({"PYTHONWARNINGS": "default"}),  # pip and setuptools warn of what is meant
         cwd=cwd,
         timeout=200,
     )
