@@ -44,10 +44,10 @@ def own_directories() -> list[str]:
     if os.path.isabs(runtime):
         found.append(os.path.join(runtime, "llloop"))
     found.append(f"/run/user/{uid}/llloop")
-    return found + _shared_directories(uid)
+    return found + shared_directories(uid)
 
 
-def _shared_directories(uid: int) -> list[str]:
+def shared_directories(uid: int) -> list[str]:
     """Return the directories in /tmp for a user without a login session (su, cron), who has no runtime directory.
 
     Users with the same id in different user namespaces share /tmp. The first gets the short name, others a longer one.
@@ -69,7 +69,7 @@ def directories_of_user(uid: int) -> list[str]:
 
     For root, which must not trust their content, but must check which user answers at a socket.
     """
-    return [path for path in (f"/run/user/{uid}/llloop", *_shared_directories(uid)) if _owner(path) == uid]
+    return [path for path in (f"/run/user/{uid}/llloop", *shared_directories(uid)) if _owner(path) == uid]
 
 
 def _owner(directory: str) -> int | None:

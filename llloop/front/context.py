@@ -74,6 +74,7 @@ def build_context(
     pipes: list[int],
     root: int,
     device: int,
+    closing: list[int] | None = None,
 ) -> Context:
     """Create the objects that a front works with.
 
@@ -85,6 +86,7 @@ def build_context(
         pipes: the write ends of the workers' request pipes.
         root: an O_PATH descriptor of the source.
         device: a descriptor of /dev/fuse.
+        closing: the list for descriptors to close after a request is answered; None for a new one.
     """
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     readable = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root)
@@ -96,7 +98,8 @@ def build_context(
     inodes = Inodes(fstatx(root), journal, births=kind not in STACKED, count=metrics.gauge(Gauge.INODES))
     directories = min(_DIRECTORIES_MOST, limit // _DIRECTORIES_SHARE)
     leadership = Leadership()
-    closing: list[int] = []
+    if closing is None:
+        closing = []
     payload_pipes = slots.pipes.descriptors if slots.pipes is not None else []
     shares = Shares(limit - directories - _RESERVE - len(pipes) - len(payload_pipes), (0, os.geteuid()))
     pins = Pins(inodes, shares, leadership, closing)

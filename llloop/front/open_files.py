@@ -153,6 +153,9 @@ class Handles:
     def __len__(self) -> int:
         return len(self._table)
 
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._table)
+
     def __contains__(self, number: int) -> bool:
         return number in self._table
 

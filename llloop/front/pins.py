@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections import OrderedDict
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
 
 from llloop.front.descriptor_shares import Shares
 from llloop.front.inodes import Inodes
@@ -41,6 +41,9 @@ class Pins:
 
     def __len__(self) -> int:
         return len(self._table)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._table)
 
     def get(self, nodeid: int) -> int | None:
         """Return the descriptor of a removed file, or None."""

@@ -19,6 +19,7 @@ import time
 import traceback
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import multiprocessing_logging
 
@@ -204,6 +205,8 @@ class _Destination(logging.StreamHandler):  # type: ignore[type-arg]
 
 _threshold: _Threshold | None = None
 _destination: _Destination | None = None
+# What `configure` found: the handlers and the level of the root logger, and the filters of llfuse's.
+_before: tuple[list[logging.Handler], int, list[Any]] | None = None
 
 
 def configure(level: str, file: Path | None) -> None:
@@ -216,18 +219,34 @@ def configure(level: str, file: Path | None) -> None:
     Raises:
         OSError: the file cannot be opened.
     """
-    global _threshold, _destination
+    global _threshold, _destination, _before
     _destination = _Destination(file)
     journal = file is None and _is_journal()
     _destination.setFormatter(_JournalFormatter(_JOURNAL_FORMAT) if journal else _Formatter(_FORMAT))
     _threshold = _Threshold(_level_number(level))
     # The level comes first, so that the limiter does not count records below it.
     _destination.filters[:0] = [_threshold, _EscapingFilter()]
-    root = logging.getLogger()
+    root, llfuse = logging.getLogger(), logging.getLogger("llfuse")
+    if _before is None:
+        _before = root.handlers[:], root.level, llfuse.filters[:]
     root.handlers[:] = [_destination]
     # The threshold filters by level. No message is frequent enough that creating a discarded record matters.
     root.setLevel(logging.DEBUG)
-    logging.getLogger("llfuse").addFilter(lambda record: not record.getMessage().endswith(_ABORTED_REPLY))
+    llfuse.addFilter(lambda record: not record.getMessage().endswith(_ABORTED_REPLY))
+
+
+def unconfigure() -> None:
+    """Undo `configure`: close the log file, and log as the program did before."""
+    global _threshold, _destination, _before
+    if _destination is None or _before is None:
+        return
+    handlers, level, filters = _before
+    root = logging.getLogger()
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.getLogger("llfuse").filters[:] = filters
+    _destination.close()
+    _threshold = _destination = _before = None
 
 
 def check(file: Path) -> None:
@@ -321,5 +340,5 @@ def stop_collecting() -> None:
     if _collector_pid == os.getpid():  # a forked process does not have the threads
         for handler in gathering:
             handler.queue.end()
-            handler._receive_thread.join()
+            handler._receive_thread.join()  # noqa: SLF001 - it has no other way to wait for the last record
             handler.queue.close_writer()

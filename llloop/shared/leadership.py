@@ -55,6 +55,8 @@ class Leadership:
     Attributes:
         stalled: the number of threads that were replaced and have not finished their requests.
         alone: whether there is no follower left that could take over.
+        resting: whether the followers sleep until the leader's next call.
+        ended: whether `run` has ended, or will when the current request is finished.
         set_aside: called by a thread that becomes the leader, before it serves. The current request of the old leader
             is not the new leader's.
 
@@ -69,7 +71,7 @@ class Leadership:
         self.alone = False
         self._leader = threading.get_ident()
         self._serve: Callable[[int], bool] | None = None
-        self._ended = False
+        self.ended = False
         self._failure: BaseException | None = None
         # The leader appends the arguments of a call before it. Whoever pops them decides: if the leader does, it goes
         # on; if the follower does, the leader is replaced. Each new leader gets a new list.
@@ -80,7 +82,7 @@ class Leadership:
         # The follower that holds this lock checks on the leader; the others wait for the lock.
         self._watch = threading.Lock()
         self._threads = 1
-        self._resting = False
+        self.resting = False
         self._bell = threading.Lock()
         self._bell.acquire()
         # A number for each thread, counted from 0, by its Python identifier.
@@ -106,7 +108,7 @@ class Leadership:
         try:
             self._take_turns(True)
         finally:
-            self._ended = True
+            self.ended = True
             self._wake()
         if self._failure is not None:
             raise self._failure
@@ -117,11 +119,11 @@ class Leadership:
             if not leading:
                 with self._watch:
                     self._follow()
-            if self._ended:
+            if self.ended:
                 return
             leading = False
             if self._serve(self._numbers[threading.get_ident()]):
-                self._ended = True
+                self.ended = True
                 self._wake()
                 if self.stalled:
                     self._lock.release()
@@ -143,7 +145,7 @@ class Leadership:
         self._calls += 1
         mine = self._in_call
         mine.append((arguments, options))
-        if self._resting:
+        if self.resting:
             self._wake()
         try:
             return function(*arguments, **options)
@@ -236,14 +238,14 @@ class Leadership:
             self._take_turns(False)
         except BaseException as error:  # wake the other threads, so that `run` ends and raises it
             self._failure = error
-            self._ended = True
+            self.ended = True
             self._wake()
             self._lock.release()
 
     def _follow(self) -> None:
         """Wait until the leader's call takes too long, and become the leader; or until `run` ends."""
         last, idle = -1, 0
-        while not self._ended:
+        while not self.ended:
             time.sleep(_SHORT_TICK if self.stalled else TICK)
             calls, current = self._calls, self._in_call
             if calls != last:
@@ -258,13 +260,13 @@ class Leadership:
                     idle = 0
 
     def _rest(self, calls: int) -> None:
-        self._resting = True
-        if self._calls == calls and not self._ended:
+        self.resting = True
+        if self._calls == calls and not self.ended:
             self._bell.acquire()
-        self._resting = False
+        self.resting = False
 
     def _wake(self) -> None:
-        self._resting = False
+        self.resting = False
         with suppress(RuntimeError):  # no thread waits, or another thread has released it
             self._bell.release()
 

@@ -166,9 +166,13 @@ def end(process: BaseProcess | Cloned) -> bool:
     process.kill()
     process.join(TIMEOUT)
     if process.exitcode is None:
-        # multiprocessing has no other way to prevent that this process waits for it at exit.
-        multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]
+        do_not_wait_for(process)
     return process.exitcode is not None
+
+
+def do_not_wait_for(process: BaseProcess | Cloned) -> None:
+    """Prevent that this process waits for *process* when it exits; multiprocessing has no public way to do so."""
+    multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]  # noqa: SLF001
 
 
 def show_title(name: str, mountpoint: str) -> None:

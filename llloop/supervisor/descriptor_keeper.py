@@ -143,7 +143,8 @@ class DescriptorKeeper:
         if pid == 0:
             self._wait_for_admission()
             process = fork.Process(target=self._front, args=(own,), name="llloop-front")
-            os._exit(process._bootstrap())  # type: ignore[attr-defined]
+            # What a process of multiprocessing does after the fork that this clone replaces.
+            os._exit(process._bootstrap())  # type: ignore[attr-defined]  # noqa: SLF001
         return pid
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import multiprocessing
 import os
 import signal
 import time
@@ -12,7 +11,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from llloop.linux import syscalls
-from llloop.supervisor.child import fork
+from llloop.supervisor.child import do_not_wait_for, fork
 from llloop.supervisor.event_loop import EventLoop
 from llloop.supervisor.signals import ignore_signals
 
@@ -98,8 +97,7 @@ class SourceCheck:
             if syscalls.is_readable(self._pidfd, 0.1):
                 self._process.join()
             self._loop.close(self._pidfd)
-            # multiprocessing has no other way to prevent that this process waits for it at exit.
-            multiprocessing.process._children.discard(self._process)  # type: ignore[attr-defined]
+            do_not_wait_for(self._process)
             self._process = None
 
 

@@ -103,13 +103,13 @@ class _Cells:
 
     def __init__(self, cells: memoryview, life: Life) -> None:
         self._cells = cells
-        self._life = life
+        self.life = life
 
     def __getitem__(self, index: Any) -> Any:
         return self._cells[index]
 
     def __setitem__(self, index: int, value: int) -> None:
-        self._life.step()
+        self.life.step()
         self._cells[index] = value
 
 
@@ -118,16 +118,16 @@ class _Packing:
 
     def __init__(self, packing: struct.Struct, life: Life) -> None:
         self._packing = packing
-        self._life = life
+        self.life = life
 
     def pack_into(self, memory: Any, start: int, *values: Any) -> None:
         data = self._packing.pack(*values)
         middle = len(data) // 16 * 8
-        self._life.step()
+        self.life.step()
         memory[start : start + middle] = data[:middle]
-        self._life.step()
+        self.life.step()
         memory[start + middle : start + len(data)] = data[middle:]
-        self._life.step()
+        self.life.step()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._packing, name)
@@ -210,8 +210,8 @@ class Line:
         self.slots = Slots(count, 32 * fuse.PAGE_SIZE, len(pipes))
         self.journal = Journal(1 << 10)
         self.pipes = pipes
-        self._kernel, self._device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._kernel.setblocking(False)
+        self.kernel, self._device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.kernel.setblocking(False)
         self.device = self._device.fileno()
         self.unique = 1000
         self.unanswered: dict[int, Request] = {}
@@ -227,7 +227,7 @@ class Line:
         kernel.setblocking(False)
         with kernel, device:
             os.dup2(device.fileno(), self._device.fileno(), inheritable=False)
-            os.dup2(kernel.fileno(), self._kernel.fileno(), inheritable=False)
+            os.dup2(kernel.fileno(), self.kernel.fileno(), inheritable=False)
 
     def next_front(self, life: Life) -> None:
         """Start one; it dies of *life*, perhaps before it is ready."""
@@ -239,7 +239,7 @@ class Line:
         self.unique += 2
         unique = self.unique
         self.unanswered[unique] = request
-        self._kernel.send(request.packed(unique))
+        self.kernel.send(request.packed(unique))
         with living(life or Life(None)):
             if life is not None:
                 self.front.is_of(life)
@@ -253,10 +253,10 @@ class Line:
         """The front dies; start the next, send it again what has no answer, then ask something new."""
         self.drop_unread()
         for unique, request in self.unanswered.items():
-            self._kernel.send(request.packed(unique | FUSE_UNIQUE_RESEND))
+            self.kernel.send(request.packed(unique | FUSE_UNIQUE_RESEND))
         self.unique += 2
         self.unanswered[self.unique] = PROBE
-        self._kernel.send(PROBE.packed(self.unique))
+        self.kernel.send(PROBE.packed(self.unique))
         life = life or Life(None)
         try:
             self.next_front(life)
@@ -280,13 +280,13 @@ class Line:
 
     def unmount(self) -> None:
         """No more requests come; unlike /dev/fuse, the socket says so by nothing instead of by an error."""
-        self._kernel.shutdown(socket.SHUT_WR)
+        self.kernel.shutdown(socket.SHUT_WR)
 
     def collect(self) -> None:
         """Take the replies."""
         while True:
             try:
-                data = self._kernel.recv(1 << 20)
+                data = self.kernel.recv(1 << 20)
             except BlockingIOError:
                 return
             length, error, unique = fuse.OUT_HEADER.unpack_from(data)
@@ -327,7 +327,7 @@ class Line:
     def close(self) -> None:
         for fd in self.extra_descriptors():
             os.close(fd)
-        self._kernel.close()
+        self.kernel.close()
         self._device.close()
         os.close(self.root)
         close_journal(self.journal)
@@ -358,7 +358,7 @@ class Front:
 
     def is_of(self, life: Life) -> None:
         """Go on with another life."""
-        self._journal.cells._life = self._packing._life = life  # type: ignore[attr-defined]
+        self._journal.cells.life = self._packing.life = life  # type: ignore[attr-defined]
 
     def serve(self) -> None:
         assert self.loop.receive(self._request)

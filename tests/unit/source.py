@@ -29,19 +29,20 @@ class Source:
         self.journal = Journal(1 << 16)
         slots = Slots(4, 8 * fuse.PAGE_SIZE, len(pipes))
         capabilities = Capabilities(38, Feature.SETXATTR_EXT)
-        writers = [writer for _, writer in pipes]
+        self.writers = [writer for _, writer in pipes]
         # No device: nothing is registered with the kernel, since passthrough is not among the capabilities.
-        self.context: Context = build_context(config, capabilities, slots, self.journal, writers, self.root, -1)
+        # Descriptors are closed at once, because there is no loop that does it after an answer.
+        self.context: Context = build_context(
+            config, capabilities, slots, self.journal, self.writers, self.root, -1, ClosedAtOnce()
+        )
         self.tree = self.context.tree
         self.files = self.context.files
-        # Nobody takes up here what a loop does when it has answered.
-        self.tree.directory_fds._closing = self.tree.directory_fds.pins._closing = self.files._closing = ClosedAtOnce()
 
     def close(self) -> None:
-        for number in list(self.context.handles._table):
+        for number in list(self.context.handles):
             self.files.release(number)
         self.tree.directory_fds.shrink()
-        for nodeid in list(self.tree.directory_fds.pins._table):
+        for nodeid in list(self.tree.directory_fds.pins):
             self.tree.directory_fds.drop(nodeid)
         os.close(self.root)
         close_journal(self.journal)

@@ -51,58 +51,66 @@ def test_directories_have_a_larger_share() -> None:
         assert shares.has_room(TWO)
 
 
+class Place:
+    """The pins of a front, and what they work with."""
+
+    def __init__(self) -> None:
+        self.inodes = Inodes(attributes(2), Journal(1 << 10))
+        self.shares = Shares(32)
+        self.closing: list[int] = []
+        self.pins = Pins(self.inodes, self.shares, Leadership(), self.closing)
+
+    def add(self, path: Path, nodeids: range, uid: int) -> None:
+        path.touch()
+        for nodeid in nodeids:
+            self.inodes.remember(ROOT, b"%d" % nodeid, attributes(nodeid))
+            self.pins.add(nodeid, os.open(path, os.O_PATH), uid)
+
+    def close(self) -> None:
+        for nodeid in list(self.pins):
+            self.pins.drop(nodeid)
+        for fd in self.closing:
+            os.close(fd)
+
+
 @pytest.fixture
-def pins(tmp_path: Path) -> Pins:
-    return Pins(Inodes(attributes(2), Journal(1 << 10)), Shares(32), Leadership(), [])
+def place() -> Place:
+    return Place()
 
 
-def add(pins: Pins, path: Path, nodeids: range, uid: int) -> None:
-    path.touch()
-    for nodeid in nodeids:
-        pins._inodes.remember(ROOT, b"%d" % nodeid, attributes(nodeid))
-        pins.add(nodeid, os.open(path, os.O_PATH), uid)
-
-
-def close(pins: Pins) -> None:
-    for nodeid in list(pins._table):
-        pins.drop(nodeid)
-    for fd in pins._closing:
-        os.close(fd)
-
-
-def test_oldest_removed_files_are_closed(pins: Pins, tmp_path: Path) -> None:
+def test_oldest_removed_files_are_closed(place: Place, tmp_path: Path) -> None:
     before = open_descriptors()
-    add(pins, tmp_path / "file", range(100, 102), TWO)
-    add(pins, tmp_path / "file", range(200, 260), ONE)
-    kept = [nodeid for nodeid in range(200, 260) if pins.get(nodeid) is not None]
+    place.add(tmp_path / "file", range(100, 102), TWO)
+    place.add(tmp_path / "file", range(200, 260), ONE)
+    kept = [nodeid for nodeid in range(200, 260) if place.pins.get(nodeid) is not None]
     assert kept == list(range(260 - len(kept), 260))
     assert 10 < len(kept) < 16
-    assert None not in (pins.get(100), pins.get(101)), "another's are left alone"
+    assert None not in (place.pins.get(100), place.pins.get(101)), "another's are left alone"
     # To open a file he gives up another one.
-    pins._shares.ensure_room(ONE)
-    pins._shares.take(ONE)
-    assert len([nodeid for nodeid in kept if pins.get(nodeid) is not None]) == len(kept) - 1
-    close(pins)
+    place.shares.ensure_room(ONE)
+    place.shares.take(ONE)
+    assert len([nodeid for nodeid in kept if place.pins.get(nodeid) is not None]) == len(kept) - 1
+    place.close()
     assert open_descriptors() == before
 
 
-def test_removed_files_are_closed_if_open_files_use_the_share(pins: Pins, tmp_path: Path) -> None:
+def test_removed_files_are_closed_if_open_files_use_the_share(place: Place, tmp_path: Path) -> None:
     before = open_descriptors()
-    take_all(pins._shares, ONE)
-    add(pins, tmp_path / "file", range(100, 103), ONE)
-    assert len(pins) == 0
-    close(pins)
+    take_all(place.shares, ONE)
+    place.add(tmp_path / "file", range(100, 103), ONE)
+    assert len(place.pins) == 0
+    place.close()
     assert open_descriptors() == before
 
 
-def test_next_front_counts_inherited_descriptors(pins: Pins, tmp_path: Path) -> None:
+def test_next_front_counts_inherited_descriptors(place: Place, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     fd = os.open(tmp_path / "file", os.O_PATH)
-    nodeid = pins._inodes.remember(ROOT, b"file", fstatx(fd))
+    nodeid = place.inodes.remember(ROOT, b"file", fstatx(fd))
     left = {fd}
-    pins.take_over({nodeid: fd}, left)
+    place.pins.take_over({nodeid: fd}, left)
     assert left == set()
-    assert pins._shares.held(os.geteuid()) == 1
-    assert pins.drop(nodeid)
-    assert pins._shares.held(os.geteuid()) == 0
-    close(pins)
+    assert place.shares.held(os.geteuid()) == 1
+    assert place.pins.drop(nodeid)
+    assert place.shares.held(os.geteuid()) == 0
+    place.close()

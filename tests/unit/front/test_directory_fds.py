@@ -49,7 +49,7 @@ class Place:
 
     def close(self) -> None:
         self.directory_fds.shrink()
-        for nodeid in list(self.pins._table):
+        for nodeid in list(self.pins):
             self.directory_fds.drop(nodeid)
         os.close(self.root)
         close_journal(self.journal)

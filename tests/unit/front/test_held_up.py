@@ -53,7 +53,7 @@ class Served:
         for request in requests:
             self.line.unique += 2
             self.line.unanswered[self.line.unique] = request
-            self.line._kernel.send(request.packed(self.line.unique))
+            self.line.kernel.send(request.packed(self.line.unique))
             uniques.append(self.line.unique)
         return uniques
 
@@ -128,7 +128,7 @@ def test_last_close_of_a_removed_file_does_not_block(line: Line, monkeypatch: py
 
     monkeypatch.setattr(os, "close", held)
     served = Served(line)
-    line._kernel.send(Request(Opcode.FORGET, nodeid, struct.pack("=Q", 1)).packed(0))
+    line.kernel.send(Request(Opcode.FORGET, nodeid, struct.pack("=Q", 1)).packed(0))
     assert wait_until(lambda: closed == [pin])
     served.answers(PROBE, mkdir("directory"))
     gate.set()
@@ -280,7 +280,7 @@ def test_descriptor_of_a_blocked_call_is_not_closed(line: Line, monkeypatch: pyt
         if why == "no space":
             served.answers(mkdir("directory"))
         else:
-            line._kernel.send(Request(Opcode.FORGET, nodeid, struct.pack("=Q", 1)).packed(0))
+            line.kernel.send(Request(Opcode.FORGET, nodeid, struct.pack("=Q", 1)).packed(0))
         for _ in range(5):
             served.answers(Request(Opcode.OPEN, other, struct.pack("=II", os.O_RDONLY, 0)))
         assert os.fstat(pin).st_nlink == 0, "its number is another file's"
@@ -297,7 +297,7 @@ def send(line: Line, request: Request) -> int:
     """Send a request that no front has received yet, and return its number."""
     line.unique += 2
     line.unanswered[line.unique] = request
-    line._kernel.send(request.packed(line.unique))
+    line.kernel.send(request.packed(line.unique))
     return line.unique
 
 

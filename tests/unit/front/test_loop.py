@@ -12,7 +12,6 @@ from typing import NoReturn
 
 import pytest
 
-from llloop.front import loop as loop_module
 from llloop.front.inodes import ROOT
 from llloop.front.tree import Tree
 from llloop.linux import fuse
@@ -31,6 +30,10 @@ def line(tmp_path: Path) -> Iterator[Line]:
         yield own
         own.close()
     os.umask(umask)
+
+
+# So many fronts may die of one request.
+FATAL_ATTEMPTS = 3
 
 
 def deadly(*arguments: object) -> NoReturn:
@@ -52,7 +55,7 @@ def test_request_that_kills_fronts_gets_eio(
         with pytest.raises(Killed):
             line.ask(request)
         unique = line.unique
-        for _ in range(loop_module._MAX_ATTEMPTS):
+        for _ in range(FATAL_ATTEMPTS):
             assert unique not in line.answers
             with pytest.raises(Killed):
                 line.take_up()
@@ -70,7 +73,7 @@ def test_attempts_are_counted_for_each_request(line: Line, monkeypatch: pytest.M
         with pytest.raises(Killed):
             line.ask(request)
         unique = line.unique
-        for _ in range(loop_module._MAX_ATTEMPTS):
+        for _ in range(FATAL_ATTEMPTS):
             with pytest.raises(Killed):
                 line.take_up()
         line.take_up()
@@ -97,7 +100,7 @@ def test_forget_does_not_end_the_resend_phase(line: Line, monkeypatch: pytest.Mo
         with pytest.raises(Killed):
             line.ask(resent)
     unique = line.unique
-    send = line._kernel.send
+    send = line.kernel.send
 
     def with_a_forget_before(data: bytes) -> int:
         send(Request(Opcode.FORGET, nodeid, struct.pack("=Q", 1)).packed(0))
@@ -107,12 +110,12 @@ def test_forget_does_not_end_the_resend_phase(line: Line, monkeypatch: pytest.Mo
         def __getattr__(self, name: str) -> object:
             return with_a_forget_before if name == "send" else getattr(kernel, name)
 
-    kernel = line._kernel
-    line._kernel = Sending()  # type: ignore[assignment]
+    kernel = line.kernel
+    line.kernel = Sending()  # type: ignore[assignment]
     try:
         line.take_up()
     finally:
-        line._kernel = kernel
+        line.kernel = kernel
     assert line.answers[unique].error == 0
     assert nodeid not in line.context.inodes
 

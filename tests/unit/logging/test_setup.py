@@ -17,6 +17,7 @@ from llloop.logging import setup as log
 from llloop.supervisor.child import fork
 from tests.as_user import Child
 from tests.server_processes import wait_until
+from tests.unit.support import open_descriptors
 
 LOGGER = logging.getLogger("llloop.tests")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
@@ -24,16 +25,9 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs another user")
 
 @pytest.fixture(autouse=True)
 def unchanged_logging() -> Iterator[None]:
-    root = logging.getLogger()
-    llfuse = logging.getLogger("llfuse")
-    before = root.handlers[:], root.level, llfuse.filters[:], log._threshold, log._destination
     yield
     log.stop_collecting()
-    for handler in root.handlers:
-        if handler not in before[0]:
-            handler.close()
-    root.handlers[:], level, llfuse.filters[:], log._threshold, log._destination = before
-    root.setLevel(level)
+    log.unconfigure()
 
 
 def lines(file: Path) -> list[str]:
@@ -128,8 +122,16 @@ def test_set_level_applies_to_running_children(tmp_path: Path) -> None:
     assert lines(tmp_path / "log")[-1].endswith("after")
 
 
-def test_set_level_returns_false_without_configure(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(log, "_threshold", None)
+def test_unconfigure_restores_what_the_program_had(tmp_path: Path) -> None:
+    root, llfuse = logging.getLogger(), logging.getLogger("llfuse")
+    before = root.handlers[:], root.level, llfuse.filters[:], open_descriptors()
+    log.configure("info", tmp_path / "log")
+    log.unconfigure()
+    assert (root.handlers, root.level, llfuse.filters, open_descriptors()) == before
+    log.unconfigure()
+
+
+def test_set_level_returns_false_without_configure() -> None:
     assert not log.set_level("debug")
 
 

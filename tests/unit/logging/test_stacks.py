@@ -6,7 +6,7 @@ import os
 import signal
 import time
 
-from llloop.logging.stacks import Stacks
+from llloop.logging.stacks import DUMP_TIME, Stacks
 from tests.server_processes import wait_until
 
 
@@ -19,6 +19,11 @@ def test_process_dumps_its_stacks_on_each_signal() -> None:
         os.write(writer, b"!")
         time.sleep(60)
 
+    def dump() -> str:
+        os.kill(pid, signal.SIGUSR2)
+        time.sleep(DUMP_TIME)
+        return stacks.take()
+
     pid = os.fork()
     if pid == 0:
         try:
@@ -29,11 +34,10 @@ def test_process_dumps_its_stacks_on_each_signal() -> None:
         os.read(ready, 1)
         for _ in range(2):
             assert stacks.take() == ""
-            os.kill(pid, signal.SIGUSR2)
-            # The handler writes in several pieces. Wait until the dump is there before `take` removes it.
-            assert wait_until(lambda: b"sleep_forever" in os.pread(stacks._fd, 65536, 0))
-            time.sleep(0.1)
-            assert "sleep_forever" in stacks.take()
+            # The handler writes in several pieces, and `take` may come between them.
+            assert wait_until(lambda: "sleep_forever" in dump())
+            time.sleep(DUMP_TIME)
+            stacks.take()
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)

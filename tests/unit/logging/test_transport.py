@@ -19,7 +19,7 @@ from llloop.supervisor.child import fork
 def records() -> Iterator[LogTransport]:
     own = LogTransport()
     yield own
-    own._writer.close()
+    own.close_writer()
     own.close()
 
 

@@ -138,7 +138,7 @@ def test_last_thread_makes_no_call(server: Server) -> None:
 
 def test_followers_sleep_without_calls(server: Server) -> None:
     server.serve(1)
-    assert wait_until(lambda: server.leadership._resting)
+    assert wait_until(lambda: server.leadership.resting)
     server.hold(-1)
     server.serve(2)
 
@@ -152,7 +152,7 @@ def test_run_ends_although_a_thread_is_stalled(server: Server) -> None:
     server.hold(-1)
     server.serve(1)
     server.requests.put(None)
-    assert wait_until(lambda: server.leadership._ended)
+    assert wait_until(lambda: server.leadership.ended)
 
 
 def test_uses_knows_the_descriptors_of_calls_under_way(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

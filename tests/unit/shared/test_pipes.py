@@ -155,7 +155,7 @@ def test_done_request_is_only_answered(bench: Bench, monkeypatch: pytest.MonkeyP
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(bench.operations._replies, "count", die)
+        patched.setattr(bench.replies, "count", die)
         with pytest.raises(Killed):
             bench.operations.execute(request)
     path.write_bytes(b"others wrote since")

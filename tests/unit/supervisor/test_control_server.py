@@ -12,6 +12,7 @@ import stat
 import struct
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -355,6 +356,20 @@ def test_only_stale_sockets_are_removed(bench: Bench, tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == sorted([making.name, os.path.basename(bench.path), "something else"])
 
 
+def sockets_below(directory: Path) -> set[str]:
+    """What proc(5) calls the sockets with names in a directory, and the connections that they have accepted."""
+    lines = (line.split() for line in Path("/proc/net/unix").read_text().splitlines())
+    return {f"socket:[{fields[6]}]" for fields in lines if fields[-1].startswith(str(directory))}
+
+
+def socket_links(pid: int) -> set[str]:
+    found = set()
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # the descriptor of the listing itself
+            found.add(os.readlink(path))
+    return {link for link in found if link.startswith("socket:")}
+
+
 def test_forked_child_does_not_listen(tmp_path: Path) -> None:
     """Otherwise a client would wait for a dead supervisor while one of its children lives."""
     bench = Bench(tmp_path)
@@ -363,15 +378,15 @@ def test_forked_child_does_not_listen(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     child = Child(os.read, reader, 1)
     try:
-        bench.control._listener.close()  # as if this process had died; the name stays
-        assert wait_until(lambda: control_server.is_stale(bench.path))
+        served = sockets_below(tmp_path) & socket_links(os.getpid())
+        assert len(served) == 2, "that which listens, and the connection"
+        assert wait_until(lambda: served.isdisjoint(socket_links(child.pid)))
         assert not bench.is_cut_off(connection), "the child has closed what the parent goes on with"
     finally:
         os.write(writer, b"!")
         child.result()
         os.close(reader)
         os.close(writer)
-        bench.control._listener = socket.socket(socket.AF_UNIX)
         bench.close()
 
 
@@ -661,7 +676,7 @@ def test_directory_below_another_users_is_not_used(monkeypatch: pytest.MonkeyPat
 
 def test_users_with_the_same_id_use_different_directories(monkeypatch: pytest.MonkeyPatch, shared: Path) -> None:
     """Root of a user namespace has the same id as root, and any user can create the directory first."""
-    monkeypatch.setattr(protocol, "own_directories", lambda: protocol._shared_directories(os.geteuid()))
+    monkeypatch.setattr(protocol, "own_directories", lambda: protocol.shared_directories(os.geteuid()))
     first = shared / f"llloop-{os.geteuid()}"
     first.mkdir()
     first.chmod(0o777)  # somebody else's, as far as an ordinary user can make one such

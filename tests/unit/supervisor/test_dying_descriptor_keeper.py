@@ -27,7 +27,7 @@ class Processes:
         self.sentinel = -1
         self.keeper = DescriptorKeeper(self._front, lambda: None)
         self.keeper.sentinel = lambda: self.sentinel
-        self._pids: list[int] = []
+        self.pids: list[int] = []
 
     def _front(self, own: Collection[int]) -> None:
         os.write(self.report, b"!")
@@ -40,13 +40,13 @@ class Processes:
                 (run or self.keeper.run)()
             finally:
                 os._exit(0)
-        self._pids.append(pid)
+        self.pids.append(pid)
         self.sentinel = os.pidfd_open(pid)
         return pid
 
     def start_front(self) -> Cloned:
         front = self.keeper.start_front()
-        self._pids.append(front.pid)
+        self.pids.append(front.pid)
         return front
 
     def serving(self, seconds: float) -> int:
@@ -58,9 +58,9 @@ class Processes:
         return count
 
     def close(self) -> None:
-        for pid in self._pids:
+        for pid in self.pids:
             os.kill(pid, signal.SIGKILL)
-        for pid in self._pids:
+        for pid in self.pids:
             os.waitpid(pid, 0)
         for fd in (*self.keeper.descriptors, self.reports, self.report):
             os.close(fd)
@@ -116,7 +116,7 @@ def test_unreported_front_does_not_serve(processes: Processes) -> None:
     processes.start_keeper()
     _, command, answer, _ = keeper.descriptors
     os.write(command, _COMMAND.pack(_START, 1000, 0, 0))
-    processes._pids.append(_ANSWER.unpack(os.read(answer, _ANSWER.size))[1])
+    processes.pids.append(_ANSWER.unpack(os.read(answer, _ANSWER.size))[1])
     assert processes.serving(0.5) == 0
     processes.start_front()
     assert processes.serving(0.5) == 1
@@ -136,7 +136,7 @@ def test_late_answer_is_ignored(processes: Processes, monkeypatch: pytest.Monkey
     front = processes.start_front()
     assert processes.serving(0.5) == 1
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    processes._pids += set(map(int, children)) - {keeper, front.pid}
+    processes.pids += set(map(int, children)) - {keeper, front.pid}
     assert Path(f"/proc/{front.pid}/stat").exists()
 
 
@@ -146,7 +146,7 @@ def test_descriptors_of_a_reused_pid_are_not_fetched(processes: Processes, monke
     stranger = os.fork()
     if stranger == 0:
         signal.pause()
-    processes._pids.append(stranger)
+    processes.pids.append(stranger)
     monkeypatch.setattr(keeper_module, "start_time", lambda pid: start_time(pid) - 1)
     with fails(errno.ESRCH):
         processes.keeper.fetch(stranger)

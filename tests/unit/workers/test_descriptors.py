@@ -232,7 +232,12 @@ def test_request_of_a_previous_front_gets_its_file_from_the_next(
 
 
 def test_process_with_reused_pid_is_not_the_front(
-    descriptors: Descriptors, front: Front, slots: Slots, paths: list[Path], short_absence: None
+    descriptors: Descriptors,
+    front: Front,
+    slots: Slots,
+    paths: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    short_absence: None,
 ) -> None:
     """The supervisor notes a front's end only after the kernel may have given its id to another process."""
     # In clock ticks: the stranger may start in the same one as the front of this test.
@@ -240,7 +245,8 @@ def test_process_with_reused_pid_is_not_the_front(
     front.end()
     stranger = Front(paths[3:], numbers=front.descriptors[:3])
     try:
-        slots._front[0], slots._front[2] = stranger.pid, started
+        monkeypatch.setattr("llloop.shared.slots.start_time", lambda pid: started)
+        slots.new_front(stranger.pid)
         with fails(errno.EIO):
             descriptors.get(FIRST + 1, front.descriptors[0])
         assert len(descriptors) == 0
@@ -262,11 +268,8 @@ def test_process_with_reused_pid_is_not_reopened_from(
 
     monkeypatch.setattr(descriptors_module, "pidfd_getfd", refused)
     descriptors.get(FIRST + 1, front.descriptors[0])
-    ended = Child(os.getpid)
-    pidfd = os.pidfd_open(ended.pid)
-    ended.result()
-    os.dup2(pidfd, descriptors._pidfd)  # as if the front had ended; /proc shows a process of its number all the same
-    os.close(pidfd)
+    # As if the front had ended: /proc shows a process with its id all the same.
+    monkeypatch.setattr(descriptors_module, "is_readable", lambda fd, seconds=0.0: True)
     slots.no_front()
     with fails(errno.EIO):
         descriptors.get(FIRST + 2, front.descriptors[1])

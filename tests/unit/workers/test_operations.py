@@ -60,10 +60,11 @@ class Bench:
         self.counters = ProcessCounters()
         self.asked = os.pipe2(os.O_CLOEXEC | os.O_DIRECT)
         self.invalidations = Invalidations(self.asked[1])
+        self.replies = KernelReplies(device.fd, slots.payload_size)
         self.operations = Operations(
             slots,
             self.files,
-            KernelReplies(device.fd, slots.payload_size),
+            self.replies,
             SetidGuard(),
             writer or OwnIdentity(),
             self.counters,
@@ -585,24 +586,32 @@ def test_each_operation_is_counted_with_its_opcode() -> None:
 RESENT = 1 << 63
 
 
-class Deaf(KernelReplies):
-    """A kernel that accepts answers with certain `unique` only."""
+class Deaf:
+    """Stands before a kernel that refuses answers with certain `unique`, as if they were answers to nothing.
 
-    def __init__(self, device: int, largest: int) -> None:
-        super().__init__(device, largest)
+    Attributes:
+        unheard: the numbers whose answers it refuses.
+        refusing: called while it refuses one.
+    """
+
+    def __init__(self, device: int) -> None:
         self.unheard: set[int] = set()
+        self.refusing: Callable[[], None] = lambda: None
+        self._device = device
+        self._write = os.write
 
-    def _send(self, reply: bytes | memoryview) -> None:
-        (unique,) = struct.unpack_from("=Q", reply, 8)
-        self.accepted = unique not in self.unheard
-        if self.accepted:
-            super()._send(reply)
+    def write(self, fd: int, data: bytes | memoryview) -> int:
+        """Stand in for write(2)."""
+        if fd == self._device and struct.unpack_from("=Q", data, 8)[0] in self.unheard:
+            self.refusing()
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return self._write(fd, data)
 
 
 @pytest.fixture
-def deaf(bench: Bench) -> Deaf:
-    own = Deaf(bench.device.fd, bench.slots.payload_size)
-    bench.operations._replies = own
+def deaf(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Deaf:
+    own = Deaf(bench.device.fd)
+    monkeypatch.setattr(os, "write", own.write)
     bench.slots.new_front(os.getpid())  # which has yet to hear all that is sent again
     return own
 
@@ -642,16 +651,8 @@ def test_request_resent_during_its_answer_is_answered_at_once(bench: Bench, deaf
     payload = b"CON" if operation == Operation.WRITE else b""
     request = bench.lend(operation, length=3, payload=payload)
     deaf.unheard.add(request.unique)
-    send, slots = deaf._send, bench.slots
-
-    def claimed_meanwhile(reply: bytes | memoryview) -> None:
-        send(reply)
-        if not deaf.accepted:
-            slots.claim(request.slot, request.unique | RESENT)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(deaf, "_send", claimed_meanwhile)
-        bench.operations.execute(request)
+    deaf.refusing = lambda: bench.slots.claim(request.slot, request.unique | RESENT)
+    bench.operations.execute(request)
     assert bench.answered(request._replace(unique=request.unique | RESENT)).error == 0
     assert path.read_bytes()[:3] == (b"CON" if payload else b"con")
 
@@ -662,19 +663,15 @@ def test_request_may_be_resent_with_the_same_unique(bench: Bench, deaf: Deaf) ->
     request = bench.lend(Operation.READ, length=100)
     bench.slots.claim(request.slot, request.unique | RESENT)
     deaf.unheard |= {request.unique, request.unique | RESENT}
-    send, slots = deaf._send, bench.slots
 
-    def next_front_claims_and_settles(reply: bytes | memoryview) -> None:
-        send(reply)
-        if deaf.unheard:
-            slots.new_front(os.getpid())
-            slots.claim(request.slot, request.unique | RESENT)
-            slots.settle()
-            deaf.unheard.clear()
+    def next_front_claims_and_settles() -> None:
+        bench.slots.new_front(os.getpid())
+        bench.slots.claim(request.slot, request.unique | RESENT)
+        bench.slots.settle()
+        deaf.unheard.clear()
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(deaf, "_send", next_front_claims_and_settles)
-        bench.operations.resume(request)
+    deaf.refusing = next_front_claims_and_settles
+    bench.operations.resume(request)
     assert bench.answered(request._replace(unique=request.unique | RESENT)).payload == b"content"
 
 

@@ -31,7 +31,11 @@ class Open(Descriptors):
     """Descriptors that do not come from a front."""
 
     def get(self, handle: int, descriptor: int, file: int = 0) -> int:
-        return self._held[handle]
+        return self.held[handle]
+
+    @property
+    def held(self) -> dict[int, int]:
+        return self._held
 
 
 class Running:
@@ -43,7 +47,7 @@ class Running:
         self.device = device
         self.directory = directory
         self.answered: list[int] = []
-        self._reader, self._writer = os.pipe2(os.O_DIRECT)
+        self._reader, self.writer = os.pipe2(os.O_DIRECT)
         leadership, invalidations = Leadership(), Invalidations(-1)
         replies = KernelReplies(device.fd, self.slots.payload_size, leadership)
         operations = Operations(
@@ -61,13 +65,13 @@ class Running:
             0, self.slots, self._reader, operations, ProcessCounters(), self.descriptors, leadership, invalidations
         )
         self._thread = threading.Thread(target=self.worker.run)
-        self._unique = 0
+        self.unique = 0
 
     def open(self, handle: int) -> int:
         path = self.directory / f"file{handle}"
         path.write_bytes(CONTENT)
-        self.descriptors._held[handle] = os.open(path, os.O_RDWR)
-        return self.descriptors._held[handle]
+        self.descriptors.held[handle] = os.open(path, os.O_RDWR)
+        return self.descriptors.held[handle]
 
     def content(self, handle: int) -> bytes:
         return (self.directory / f"file{handle}").read_bytes()
@@ -76,21 +80,21 @@ class Running:
         self._thread.start()
 
     def lend(self, operation: Operation, handle: int, payload: bytes = b"", flags: int = 0) -> bytes:
-        self._unique += 1
+        self.unique += 1
         slot = self.slots.free_slot()
         self.slots.payload(slot, len(payload))[:] = payload
         length = len(payload) or len(CONTENT)
-        request = Request(operation, self._unique, slot, handle, 0, 0, length, flags, nodeid=handle)
+        request = Request(operation, self.unique, slot, handle, 0, 0, length, flags, nodeid=handle)
         message: bytes = encode(request)
-        self.slots.lend(slot, 0, message, self._unique)
+        self.slots.lend(slot, 0, message, self.unique)
         return message
 
     def ask(self, operation: Operation, handle: int, payload: bytes = b"", flags: int = 0) -> int:
-        os.write(self._writer, self.lend(operation, handle, payload, flags))
-        return self._unique
+        os.write(self.writer, self.lend(operation, handle, payload, flags))
+        return self.unique
 
     def tell(self, operation: Operation, *extra: int) -> None:
-        os.write(self._writer, encode((operation, 0, -1, -1, -1, 0, 0, 0, 0, 0, extra)))
+        os.write(self.writer, encode((operation, 0, -1, -1, -1, 0, 0, 0, 0, 0, extra)))
 
     def has_answered(self, *uniques: int) -> bool:
         self.answered += [reply.unique for reply in self.device.take()]
@@ -100,12 +104,12 @@ class Running:
         assert wait_until(lambda: self.has_answered(*uniques))
 
     def end(self) -> None:
-        os.close(self._writer)
+        os.close(self.writer)
         if self._thread.ident is not None:
             self._thread.join(TIMEOUT)
             assert not self._thread.is_alive()
         os.close(self._reader)
-        for fd in self.descriptors._held.values():
+        for fd in self.descriptors.held.values():
             os.close(fd)
         assert self.slots.lent_to(0) == []
 
@@ -191,7 +195,7 @@ def test_reads_of_one_file_do_not_occupy_all_threads(running: Running, hold: Cal
 def test_released_descriptor_stays_open_while_in_use(running: Running, hold: Callable[[str], BlockedCall]) -> None:
     pwrite = hold("pwrite")
     running.start()
-    fd = running.descriptors._held[1]
+    fd = running.descriptors.held[1]
     write = running.ask(Operation.WRITE, 1, b"new")
     assert wait_until(lambda: pwrite.waiting == 1)
     running.tell(Operation.RELEASE, 1, 2)
@@ -219,11 +223,11 @@ def test_request_in_progress_is_not_begun_again(running: Running, hold: Callable
     """The pipe may contain a message that the previous worker has read, and a front may send RESUME."""
     pwrite = hold("pwrite")
     message = running.lend(Operation.WRITE, 1, b"new")
-    unique = running._unique
+    unique = running.unique
     running.worker.recover()
     running.start()
     assert wait_until(lambda: pwrite.waiting == 1)
-    os.write(running._writer, message)
+    os.write(running.writer, message)
     running.tell(Operation.RESUME, unique)
     running.answers(running.ask(Operation.READ, 2))
     pwrite.release()

@@ -602,7 +602,7 @@ def test_buffered_io_on_a_direct_file_is_marked(source: Source, kernel: Kernel, 
 def test_declined_request_is_parked(source: Source, kernel: Kernel, file: int) -> None:
     """The front does not do it, because it might hang as the worker does."""
     router = source.context.router
-    for writer in router._pipes:
+    for writer in source.writers:
         with fails(errno.EAGAIN):
             while True:
                 os.write(writer, b"\xc0")

@@ -613,9 +613,9 @@ class View:
             for nodeid, found in context.inodes._links.items()
             if found
         }
-        pins = sorted(label(nodeid) for nodeid in context.tree.directory_fds.pins._table)
-        handles = sorted(str(self.of_handle(number)) for number in context.handles._table)
-        snapshots = sum(handle.snapshot >= 0 for handle in context.handles._table.values())
+        pins = sorted(label(nodeid) for nodeid in context.tree.directory_fds.pins)
+        handles = sorted(str(self.of_handle(number)) for number in context.handles)
+        snapshots = sum(handle.snapshot >= 0 for handle in map(context.handles.get, context.handles))
         return {"inodes": inodes, "links": links, "pins": pins, "handles": handles, "snapshots": snapshots}
 
     def of_descriptors(self) -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from llloop.front.inodes import ROOT
+from llloop.front.open_files import Handle
 from llloop.front.tree import Tree
 from llloop.linux.fuse import Opcode
 from llloop.linux.syscalls import RENAME_EXCHANGE
@@ -79,6 +80,10 @@ def busy(line: Line) -> None:
     line.lookup(b"new")
 
 
+def open_handles(line: Line) -> dict[int, Handle]:
+    return {number: line.context.handles.get(number) for number in line.context.handles}
+
+
 def test_everything_is_as_it_was(line: Line) -> None:
     view = View(line)
     busy(line)
@@ -87,22 +92,22 @@ def test_everything_is_as_it_was(line: Line) -> None:
     assert len(before[0]["pins"]) == 4 and len(before[0]["handles"]) == 4
     handles = {
         number: (handle.descriptor, handle.nodeid, handle.flags, handle.shard, handle.write_flags, handle.read_flags)
-        for number, handle in line.context.handles._table.items()
+        for number, handle in open_handles(line).items()
     }
     for _ in range(3):
         line.take_up()
         assert (view.of_table(), view.of_descriptors(), view.of_reachability()) == before
         assert handles == {
             number: (one.descriptor, one.nodeid, one.flags, one.shard, one.write_flags, one.read_flags)
-            for number, one in line.context.handles._table.items()
+            for number, one in open_handles(line).items()
         }
-        assert all(handle.lent for handle in line.context.handles._table.values()), "a worker may hold it"
+        assert all(handle.lent for handle in open_handles(line).values()), "a worker may hold it"
     # And it goes as it would have gone.
     for number in handles:
         assert release(line, number) == 0
     for nodeid, inode in list(line.context.inodes._table.items()):
         if nodeid != ROOT:
-            line._kernel.send(Request(Opcode.FORGET, nodeid, struct.pack("=Q", inode.lookups)).packed(1))
+            line.kernel.send(Request(Opcode.FORGET, nodeid, struct.pack("=Q", inode.lookups)).packed(1))
             line.front.serve()
     assert len(line.context.inodes) == 1
     line.context.tree.directory_fds.shrink()
@@ -193,7 +198,9 @@ def test_a_file_without_names_whose_descriptors_are_lost_is_lost_and_nothing_els
     handle, other = line.open(nodeid), line.open(write(line, "other"))
     line.answer(Request(Opcode.UNLINK, ROOT, b"file\0"))
     os.close(line.context.handles.get(handle).descriptor)
-    os.close(line.context.tree.directory_fds.pins._table[nodeid])
+    pin = line.context.tree.directory_fds.pins.get(nodeid)
+    assert pin is not None
+    os.close(pin)
     with caplog.at_level(logging.WARNING):
         line.take_up()
     assert "cannot be opened again" in caplog.text
@@ -386,7 +393,7 @@ def test_others_get_their_errors_for_what_the_interrupted_one_has_done(
         line.unanswered[other] = request
         if not marked:
             line.next_front(Life(None))
-            line._kernel.send(request.packed(other))
+            line.kernel.send(request.packed(other))
             line.front.serve()
             line.collect()
         else:
@@ -477,7 +484,7 @@ def test_no_registration_is_left_wherever_the_front_is_killed(tmp_path: Path, re
             except Killed:
                 died = True
                 line.take_up()
-            used = {handle.backing for handle in line.context.handles._table.values()}
+            used = {handle.backing for handle in open_handles(line).values()}
             assert len(used) == 1
             assert used <= registrations.live
             if registrations.live != used:
