@@ -19,10 +19,6 @@ def malformed() -> OSError:
     return OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
 
-_unpack_head = fuse.REQUEST_HEAD.unpack_from
-_unpack_caller = fuse.CALLER.unpack_from
-
-
 class FuseRequest:
     """A request of the kernel, from its reception until it is answered or given to a worker.
 

@@ -451,7 +451,6 @@ def umount(mountpoint: str, flags: int) -> None:
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 PR_SET_DUMPABLE = 4
 PR_GET_NO_NEW_PRIVS = 39
-PR_CAPBSET_READ = 23
 PR_CAPBSET_DROP = 24
 PR_GET_SECUREBITS = 27
 PR_SET_SECUREBITS = 28

@@ -57,7 +57,7 @@ def _serve(device: int, wanted: int, pipe: int) -> None:
         try:
             notifications.drop_pages(device, nodeid, offset, length)
         except OSError as error:
-            if error.errno in (errno.ENODEV, errno.ECONNABORTED):  # unmounted or aborted
+            if error.errno == errno.ENODEV:  # unmounted
                 return
         _tell(pipe, encode((Operation.INVALIDATED, 0, -1, -1, -1, 0, 0, 0, 0, 0, (unique,))))
 

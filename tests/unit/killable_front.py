@@ -26,7 +26,7 @@ from llloop.shared import journal as journal_module
 from llloop.shared.journal import Journal
 from llloop.shared.negotiation import Capabilities, Feature
 from llloop.shared.slots import Slots
-from tests.unit.support import Reply, close_journal, heir
+from tests.unit.support import Reply, close_journal, heir, packet_pipe
 
 ME = (os.geteuid(), os.getegid())
 
@@ -331,6 +331,17 @@ class Line:
         self._device.close()
         os.close(self.root)
         close_journal(self.journal)
+
+
+@contextmanager
+def line_of_fronts(directory: Path, **options: Any) -> Iterator[Line]:
+    """A `Line` with two workers' pipes and a new source below *directory*; for the options see `Line`."""
+    umask = os.umask(0o022)
+    with packet_pipe(8) as first, packet_pipe(8) as second:
+        own = Line(directory / "source", [first, second], **options)
+        yield own
+        own.close()
+    os.umask(umask)
 
 
 class Front:

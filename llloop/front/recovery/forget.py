@@ -26,7 +26,6 @@ PORTION = 256
 # and the request's slot + 1.
 _LOOKUPS_BITS, _PLACE_BITS = 34, 18
 _LOOKUPS_MASK = (1 << _LOOKUPS_BITS) - 1
-_PLACE_MASK = (1 << _PLACE_BITS) - 1
 
 _COUNT = Struct("=I")  # the number of entries, after the header of a BATCH_FORGET
 

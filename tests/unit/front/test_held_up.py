@@ -17,8 +17,7 @@ from llloop.linux import syscalls
 from llloop.linux.fuse import Opcode
 from llloop.shared.leadership import MOST_THREADS
 from tests.server_processes import wait_until
-from tests.unit.killable_front import PROBE, Life, Line, Request
-from tests.unit.support import packet_pipe
+from tests.unit.killable_front import PROBE, Life, Line, Request, line_of_fronts
 
 TIMEOUT = 10.0
 
@@ -74,12 +73,8 @@ class Served:
 
 @pytest.fixture
 def line(tmp_path: Path) -> Iterator[Line]:
-    umask = os.umask(0o022)
-    with packet_pipe(8) as first, packet_pipe(8) as second:
-        own = Line(tmp_path / "source", [first, second], count=2 * MOST_THREADS)
+    with line_of_fronts(tmp_path, count=2 * MOST_THREADS) as own:
         yield own
-        own.close()
-    os.umask(umask)
 
 
 def mkdir(name: str, umask: int = 0o022) -> Request:

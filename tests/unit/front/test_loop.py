@@ -6,8 +6,6 @@ import errno
 import logging
 import os
 import struct
-from collections.abc import Iterator
-from pathlib import Path
 from typing import NoReturn
 
 import pytest
@@ -19,18 +17,6 @@ from llloop.linux.fuse import Opcode
 from llloop.shared.negotiation import Capabilities, Feature
 from tests.unit.front.recovery.test_resent import mkdir, write
 from tests.unit.killable_front import Killed, Life, Line, Request
-from tests.unit.support import packet_pipe
-
-
-@pytest.fixture
-def line(tmp_path: Path) -> Iterator[Line]:
-    umask = os.umask(0o022)
-    with packet_pipe(8) as first, packet_pipe(8) as second:
-        own = Line(tmp_path / "source", [first, second])
-        yield own
-        own.close()
-    os.umask(umask)
-
 
 # So many fronts may die of one request.
 FATAL_ATTEMPTS = 3

@@ -10,7 +10,6 @@ import os
 import stat
 import struct
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,16 +26,6 @@ from tests.unit.killable_front import Killed, Life, Line, Request
 from tests.unit.support import packet_pipe
 
 _EXCLUSIVE = os.O_RDWR | os.O_CREAT | os.O_EXCL
-
-
-@pytest.fixture
-def line(tmp_path: Path) -> Iterator[Line]:
-    umask = os.umask(0o022)
-    with packet_pipe(8) as first, packet_pipe(8) as second:
-        own = Line(tmp_path / "source", [first, second])
-        yield own
-        own.close()
-    os.umask(umask)
 
 
 def listing(line: Line, handle: int, offset: int, size: int = 80) -> list[bytes]:
