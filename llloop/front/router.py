@@ -39,6 +39,8 @@ _KEPT_SHARE = 4
 _SMALL = 64 * 1024
 # If a worker has so many slots, further large requests of the same kind are parked.
 _LARGE_AT_ONCE = 16
+# A worker with fewer requests than this gets parked payloads also without a pipe. Other workers may have all pipes.
+_BUSY = 4
 
 
 _SMALL_ONE, _LARGE_READ, _LARGE_OTHER = range(3)
@@ -291,19 +293,17 @@ class Router:
             if flags & PIPED:
                 self.slots.discard(slot)
             raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-        payload = self._take_payload(slot, length, flags)
-        self._parked_bytes += length
-        return _Parked(message._replace(flags=flags & ~PIPED), taken, payload)
+        return self._copy_payload(taken, message)
 
-    def _take_payload(self, slot: int, length: int, flags: int) -> bytes:
+    def _copy_payload(self, taken: int, message: Request) -> _Parked:
         slots = self.slots
+        slot, length, flags = message.slot, message.length, message.flags
         payload = slots.payload(slot, length)
         if flags & PIPED:
             assert slots.pipes is not None
-            done = 0
-            while done < length:
-                done += slots.pipes.take(slot, payload[done:])
-        return bytes(payload)
+            slots.pipes.take_all(slot, payload)
+        self._parked_bytes += length
+        return _Parked(message._replace(flags=flags & ~PIPED), taken, bytes(payload))
 
     def _deliver(self, shard: int) -> None:
         """Send parked requests to a worker as far as possible."""
@@ -316,18 +316,23 @@ class Router:
                 message, taken, payload, spare = parked.first
                 slot = slots.free_slot()
                 message = message._replace(slot=slot)
-                if spare is not None and slot >= self._piped_slots:
-                    return
+                if spare is not None and not (slot < self._piped_slots and self._may_lend_piped(shard)):
+                    if bytes(slots.states).count(shard + 1) >= _BUSY:
+                        return  # a pipe will be free soon, and saves the copy
+                    message = message._replace(flags=message.flags & ~PIPED)
                 if not self._has_room(shard, message):  # before megabytes are copied
                     break
-                if spare is not None:
-                    assert slots.pipes is not None
-                    slots.pipes.bring_back(slot, spare, message.length)
-                else:
+                if spare is None:
                     slots.payload(slot, len(payload))[:] = payload
+                else:
+                    assert slots.pipes is not None
+                    if message.flags & PIPED:
+                        slots.pipes.bring_back(slot, spare, message.length)
+                    else:
+                        slots.pipes.copy_back(slots.payload(slot, message.length), spare)
                 if self._send(taken, shard, message) < 0:
                     if spare is not None:
-                        parked.first = self._parked_request(taken, message)
+                        parked.first = self._copy_payload(taken, message)
                     return
                 self._parked_bytes -= len(payload)
                 parked.remove_first()

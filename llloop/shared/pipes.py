@@ -79,6 +79,10 @@ class PayloadPipes:
         """Read from the pipe of *slot* into *buffer*; return the number of bytes."""
         return os.readv(self._pipes[slot][0], [buffer])
 
+    def take_all(self, slot: int, buffer: memoryview) -> None:
+        """Fill *buffer* from the pipe of *slot*, which contains as much."""
+        _read_all(self._pipes[slot][0], buffer)
+
     def left(self, slot: int) -> int:
         """Return the number of bytes in the pipe of *slot*."""
         (count,) = _INT.unpack(fcntl.ioctl(self._pipes[slot][0], termios.FIONREAD, bytes(_INT.size)))
@@ -103,6 +107,14 @@ class PayloadPipes:
     def bring_back(self, slot: int, spare: tuple[int, int], length: int) -> None:
         """Move a payload of *length* bytes that was set aside into the pipe of *slot*, and free its *spare* pipe."""
         _move_all(spare[0], self._pipes[slot][1], length)
+        self._free(spare)
+
+    def copy_back(self, buffer: memoryview, spare: tuple[int, int]) -> None:
+        """Fill *buffer* with a payload that was set aside, and free its *spare* pipe."""
+        _read_all(spare[0], buffer)
+        self._free(spare)
+
+    def _free(self, spare: tuple[int, int]) -> None:
         self._lent -= 1
         if len(self._spare) < _KEPT_SPARE:
             self._spare.append(spare)
@@ -124,6 +136,12 @@ class PayloadPipes:
             os.close(writer)
             return None
         return reader, writer
+
+
+def _read_all(source: int, buffer: memoryview) -> None:
+    """Fill *buffer* from a pipe that contains as much."""
+    while buffer:
+        buffer = buffer[os.readv(source, [buffer]) :]
 
 
 def _move_all(source: int, target: int, length: int) -> None:

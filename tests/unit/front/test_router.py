@@ -613,3 +613,35 @@ def test_parked_large_payloads_are_not_copied(pipes: Pipes, idle: int) -> None:
         for pair in payload_pipes._spare:
             for fd in pair:
                 os.close(fd)
+
+
+def test_worker_gets_parked_payloads_when_another_one_has_all_pipes(pipes: Pipes, idle: int) -> None:
+    """A stopped worker can have all slots with pipes, because requests without pipes occupy such slots, too."""
+    slots = Slots(64, 32 * fuse.PAGE_SIZE, 2)
+    payload_pipes = slots.open_pipes()
+    if len(payload_pipes) < 16:
+        pytest.skip("an ordinary user has fewer pipes")
+    router = Router(slots, pipes.writers)
+    size = 100_000
+    try:
+        given: set[int] = set()
+        for unique in range(14):
+            router.entrust(at_hand(router, unique), handle(), 7, Operation.READ, 0, size)
+            given.update(request.slot for request in pipes.take(0))
+        assert given == set(range(14))
+        for unique in range(20, 26):
+            writer = payload_pipes.descriptors[2 * slots.free_slot() + 1]
+            assert os.write(writer, bytes([unique]) * size) == size
+            router.entrust(at_hand(router, unique), handle(shard=1), 7, Operation.WRITE, 0, size, PIPED)
+        done: list[int] = []
+        while len(done) < 6:
+            for request in pipes.take(1):
+                assert not request.flags & PIPED
+                assert slots.payload(request.slot, size) == bytes([request.unique]) * size
+                done.append(request.unique)
+                slots.give_back(request.slot)
+            router.wait(idle, timeout=10)
+        assert done == list(range(20, 26))
+    finally:
+        for fd in payload_pipes.descriptors:
+            os.close(fd)
