@@ -1,8 +1,9 @@
-"""Shared by the deployment tests: a machine with systemd, booted once."""
+"""Shared by the deployment tests: a machine with systemd."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,15 @@ from tests.deploy.machine import Machine, NoMachine, booted
 CHECKOUT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def machine() -> Iterator[Machine]:
-    """A booted systemd that sees this checkout read-only at its own path, and otherwise a copy of this machine."""
-    try:
-        running = booted([CHECKOUT])
-        started = running.__enter__()
-    except NoMachine as reason:
-        pytest.skip(f"no systemd to deploy to: {reason}")
-    try:
+    """A booted systemd that sees this checkout read-only at its own path, and otherwise a copy of this machine.
+
+    Each file has its own, so that no test meets what those of another file have left.
+    """
+    with ExitStack() as stack:
+        try:
+            started = stack.enter_context(booted([CHECKOUT]))
+        except NoMachine as reason:
+            pytest.skip(f"no systemd to deploy to: {reason}")
         yield started
-    finally:
-        running.__exit__(None, None, None)

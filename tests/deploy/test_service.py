@@ -90,9 +90,6 @@ def service(machine: Machine, request: pytest.FixtureRequest) -> Iterator[Servic
     yield made
     machine.run("systemctl", "stop", made.unit, check=False)
     machine.run("systemctl", "reset-failed", made.unit, check=False)
-    # Other tests deploy to the same machine, and expect one without llloop.
-    machine.run("rm", "-r", "/etc/systemd/system/llloop@.service", "/etc/llloop")
-    machine.run("systemctl", "daemon-reload")
 
 
 def test_service_is_active_when_the_mount_is_visible(service: Service) -> None:
