@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from llloop.linux.fuse import FUSE_UNIQUE_RESEND as RESENT
 from llloop.linux.syscalls import is_readable
-from llloop.shared.leadership import TICK, Leadership
+from llloop.shared.leadership import CHECK_INTERVAL, Leadership
 from llloop.shared.messages import MAX_MESSAGE, Malformed, Operation, Request, decode, decode_strictly
 from llloop.shared.metrics import ProcessCounters
 from llloop.shared.slots import Slots
@@ -58,7 +58,7 @@ class Worker:
         self._descriptors = descriptors
         self._leadership = leadership
         self._pending = Pending(descriptors, leadership)
-        leadership.set_aside = self._pending.set_aside
+        leadership.on_new_leader = self._pending.set_aside
         self._invalidations = invalidations
 
     def recover(self) -> None:
@@ -131,23 +131,23 @@ class Worker:
         """
         pending, leadership = self._pending, self._leadership
         while True:
-            if leadership.leads:
+            if leadership.is_leader:
                 pending.request = None
             elif request is not None:
                 pending.finished(request)
             self._close()
-            if leadership.leads:
+            if leadership.is_leader:
                 return True
             request = pending.take()
             if request is None:
-                leadership.leave()
+                leadership.become_follower()
                 return False
             self._resume(request)
 
     def _close(self) -> None:
         """Close released descriptors. The last close(2) of a large file that was removed takes long."""
         closing, leadership = self._descriptors.closing, self._leadership
-        while closing and not (leadership.alone and leadership.leads):
+        while closing and not (leadership.in_last_thread and leadership.is_leader):
             leadership.call(self._descriptors.close, closing.pop())
 
     def _invalidated(self, unique: int) -> bool:
@@ -195,7 +195,7 @@ class Worker:
             message = leadership.wait(read, pipe, MAX_MESSAGE) if leadership.stalled else read(pipe, MAX_MESSAGE)
             if not message:
                 while leadership.stalled:
-                    leadership.wait(time.sleep, TICK)
+                    leadership.wait(time.sleep, CHECK_INTERVAL)
                 return True
             try:
                 request = decode(message)

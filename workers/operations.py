@@ -255,9 +255,9 @@ class Operations:
             if self._replies.accepted or request.operation == Operation.PROBE:
                 self._conclude(request, all_pages=True)
                 return
-            settled = slots.settled
+            all_received = slots.resent_received
             if (slots.claims[slot], slots.numbers[slot]) == (claim, number):
-                if settled:
+                if all_received:
                     self._conclude(request, all_pages=True)
                 return
 
@@ -446,7 +446,7 @@ class Operations:
             self._call(os.fdatasync, self._fd(request))
         else:
             self._call(os.fsync, self._fd(request))
-        self._writeback_errors.settle(request, self._fd(request))
+        self._writeback_errors.note_reported(request, self._fd(request))
         self._replies.error(request, 0)
 
     def _flush(self, request: Request) -> None:

@@ -112,7 +112,7 @@ class Pending:
 
     def _can_begin(self, request: Request) -> bool:
         leadership = self._leadership
-        if leadership.alone and leadership.leads and request.operation not in _QUICK:
+        if leadership.in_last_thread and leadership.is_leader and request.operation not in _QUICK:
             return False
         if _is_ordered(request):
             return request.nodeid not in self._in_order
@@ -126,7 +126,7 @@ class Pending:
             if not (ordered and request.nodeid in passed_over) and self._can_begin(request):
                 del self._waiting[position]
                 self.slots.discard(request.slot)
-                if self._leadership.leads:
+                if self._leadership.is_leader:
                     self.request = request
                 else:
                     self._begin(request)

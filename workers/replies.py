@@ -89,7 +89,7 @@ class KernelReplies(threading.local):
     """
 
     def __init__(self, device: int, largest: int, leadership: Leadership | None = None) -> None:
-        self._call = (leadership or Leadership()).call_anyway
+        self._call = (leadership or Leadership()).call_even_in_last_thread
         self._device = device
         self._largest = largest
         # The header is at the end of the first page, so that the data is page-aligned, as O_DIRECT requires.
@@ -211,7 +211,7 @@ class FrontReplies:
     """
 
     def __init__(self, pipe: int, slots: Slots, leadership: Leadership | None = None) -> None:
-        self._call = (leadership or Leadership()).call_anyway
+        self._call = (leadership or Leadership()).call_even_in_last_thread
         self._pipe = pipe
         self._slots = slots
         self.accepted = True

@@ -60,7 +60,7 @@ class WritebackErrors:
         known = self._told.get(request.handle, request.extra[0] if request.extra else 0)
         return number if count > known else 0
 
-    def settle(self, request: Request, fd: int) -> None:
+    def note_reported(self, request: Request, fd: int) -> None:
         """Note that fsync(2) has reported the error to this open file. The kernel does so before it sends FSYNC."""
         if self._errors:
             self._told[request.handle] = self._errors.get(_key(fd), (0, 0))[1]

@@ -274,7 +274,7 @@ class DirectoryFds:
     def shrink(self) -> None:
         """Close all directories that can be reopened. Called when descriptors run out."""
         for fd in self._directories.values():
-            if self._leadership.uses(fd):
+            if self._leadership.is_in_use(fd):
                 self._closing.append(fd)
             else:
                 os.close(fd)

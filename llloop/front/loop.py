@@ -14,7 +14,7 @@ from llloop.front.handlers import Handler, Handlers
 from llloop.front.nowait import LONE_WRITE_LIMIT
 from llloop.front.preflight import Preflight
 from llloop.front.recovery.replay import Replay
-from llloop.front.recovery.takeover import settle
+from llloop.front.recovery.takeover import finish_takeover
 from llloop.front.request import FuseRequest
 from llloop.linux import fuse
 from llloop.linux.credentials import restore_process_attributes
@@ -22,7 +22,7 @@ from llloop.linux.fuse import Opcode
 from llloop.linux.syscalls import is_readable
 from llloop.shared import notifications
 from llloop.shared.journal import Journal
-from llloop.shared.leadership import MOST_THREADS, TICK, Postponed
+from llloop.shared.leadership import CHECK_INTERVAL, MAX_THREADS, Postponed
 from llloop.shared.metrics import NANOSECONDS
 from llloop.shared.negotiation import Feature
 
@@ -98,12 +98,12 @@ class Loop:
         # Whether the current request is a portion of a BATCH_FORGET. Then a request from the device is next.
         self._forgets = False
         self._closing = context.closing
-        self._closes = True  # False until there are other threads, because the last close(2) of a file may block
+        self._may_close = True  # False until there are other threads, because the last close(2) of a file may block
         self._leadership = context.leadership
-        self._leadership.set_aside = self._set_aside
+        self._leadership.on_new_leader = self._hold_old_request
         # The request of each thread, and that of the leader.
         self._requests = [
-            FuseRequest(self._slots.memory, context.intents.note(thread)) for thread in range(MOST_THREADS)
+            FuseRequest(self._slots.memory, context.intents.note(thread)) for thread in range(MAX_THREADS)
         ]
         self._leader_request = self._requests[0]
         if preflight is not None:
@@ -128,14 +128,14 @@ class Loop:
             if not receive(request):
                 return True
             serve(request)
-            if leadership.stalled and not leadership.leads:
+            if leadership.stalled and not leadership.is_leader:
                 request.note.finished()
                 if request.slot == request.held:
-                    self._slots.let_go(request.slot)
-                leadership.leave()
+                    self._slots.free_if_held(request.slot)
+                leadership.become_follower()
                 return False
 
-    def _set_aside(self) -> None:
+    def _hold_old_request(self) -> None:
         """Keep the old leader's request in its slot while another thread leads."""
         restore_process_attributes()  # the stalled thread may have changed the file system ids
         request = self._leader_request
@@ -146,10 +146,10 @@ class Loop:
     def _free_slot(self) -> int:
         """Return a free slot; wait until there is one."""
         while (slot := self._slots.free_slot()) < 0:  # workers give slots back
-            time.sleep(TICK)
+            time.sleep(CHECK_INTERVAL)
         return slot
 
-    def take_up(self) -> None:
+    def serve_resent(self) -> None:
         """Make the kernel send the dead front's unanswered requests again, and serve them (Linux 6.9, HAS_RESEND).
 
         The kernel sends them before all others, except FORGET requests.
@@ -157,10 +157,10 @@ class Loop:
         context = self._context
         if Feature.HAS_RESEND not in context.features:
             self._refuse_all()
-            settle(context, True)
+            finish_takeover(context, True)
             return
         notifications.resend(self._device)
-        self._closes = False
+        self._may_close = False
         delivered = True
         served = self._table
         self._table_for_new = self._table_for_set_aside = self._table = Replay(
@@ -172,10 +172,10 @@ class Loop:
             self._streaming = False  # copying these few requests is fast enough
             opcode, unique = request.opcode, request.unique
             if opcode not in _NOT_RESENT and not unique & fuse.FUSE_UNIQUE_RESEND:
-                settle(context, delivered)
+                finish_takeover(context, delivered)
                 self._table_for_new = self._table_for_set_aside = self._table = served
                 self._postpone(request)  # until there are other threads: it may block
-                self._closes = True
+                self._may_close = True
                 return
             delivered = delivered and opcode not in _ENTRIES
             if self._router.claim(unique):
@@ -249,7 +249,7 @@ class Loop:
         preflight, router, device = self._preflight, self._router, self._device
         unfinished = self._context.forgetting.unfinished
         while True:
-            if self._postponed and not self._leadership.alone:
+            if self._postponed and not self._leadership.in_last_thread:
                 return self._take_set_aside(request, *self._postponed.popleft())
             if self._answered:
                 return self._take_set_aside(request, *self._answered.popleft())
@@ -296,12 +296,12 @@ class Loop:
         leadership = self._leadership
         used = []
         done = 0
-        while closing and not (leadership.alone and leadership.leads):
+        while closing and not (leadership.in_last_thread and leadership.is_leader):
             if done and not done % _CLOSED_AT_ONCE and is_readable(self._device):
                 break  # many descriptors of one user must not delay the requests of others
             done += 1
             fd = closing.pop()
-            if leadership.uses(fd):
+            if leadership.is_in_use(fd):
                 used.append(fd)
             else:
                 with suppress(OSError):  # fsync(2) and the close(2) of FLUSH have already reported errors
@@ -352,7 +352,7 @@ class Loop:
             row = self._rows[opcode]
             row[NANOSECONDS] += latency
             row[(latency // 1000).bit_length()] += 1
-        if self._closing and self._closes:
+        if self._closing and self._may_close:
             self._close()
 
     def _refuse_all(self) -> None:

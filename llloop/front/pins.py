@@ -135,7 +135,7 @@ class Pins:
             fd = self._take(nodeid)
             if fd is None:  # another thread has closed it during the last call
                 continue
-            if self._leadership.uses(fd):
+            if self._leadership.is_in_use(fd):
                 self._closing.append(fd)
             else:
                 self._leadership.call(os.close, fd)

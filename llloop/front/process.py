@@ -17,7 +17,7 @@ from llloop.front.context import Context, build_context
 from llloop.front.llfuse.operations import Operations
 from llloop.front.loop import Loop
 from llloop.front.preflight import Preflight
-from llloop.front.recovery.takeover import recover
+from llloop.front.recovery.takeover import begin_takeover
 from llloop.front.router import Exchange
 from llloop.linux import syscalls
 from llloop.linux.credentials import FRONT_CAPABILITIES, drop_capabilities_except
@@ -75,10 +75,10 @@ def run_front(setup: FrontSetup, own: Collection[int], ready: Callable[[], None]
     )
     is_successor = slots.generation > 0
     if is_successor:
-        recover(context, setup.journal, own)
-    slots.new_front(os.getpid())  # from now on, descriptors have the same numbers as in the dead front
+        begin_takeover(context, setup.journal, own)
+    slots.set_front(os.getpid())  # from now on, descriptors have the same numbers as in the dead front
     if not is_successor:
-        slots.settle()
+        slots.note_resent_received()
     slots.touch()
     signal.signal(signal.SIGUSR1, lambda number, frame: _report(context))
     # The front creates no reference cycles, and a garbage collection with a million inodes would block all requests.
@@ -89,7 +89,7 @@ def run_front(setup: FrontSetup, own: Collection[int], ready: Callable[[], None]
         loop = Loop(context, setup.device, setup.journal, preflight)
         ready()
         if is_successor:
-            loop.take_up()
+            loop.serve_resent()
         loop.run()
     else:
         setup.operations.attach(context, Exchange(context.router, setup.answers), setup.device)

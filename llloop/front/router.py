@@ -400,10 +400,10 @@ class Router:
         self._send_resume(state - 1, unique)
         return True
 
-    def settle(self) -> None:
+    def finish_takeover(self) -> None:
         """Note that all requests sent again were received; make workers give back slots that were answered before."""
         slots = self.slots
-        slots.settle()
+        slots.note_resent_received()
         for slot in self._inherited.values():
             state = slots.states[slot]
             if state and slots.claims[slot] != slots.generation:

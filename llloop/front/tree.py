@@ -211,7 +211,7 @@ class Tree:
             except OSError as error:
                 if error.errno != errno.EXDEV or not self._link_on_mount(nodeid, parent, name, who):
                     raise
-            if self._leadership.leads:
+            if self._leadership.is_leader:
                 return fstatx(reached.fd)
         return statx(self.directory_fds.directory(parent), name)
 
@@ -417,7 +417,7 @@ class Tree:
             with self._reach_to_truncate(nodeid) if truncate else self._reach(nodeid) as reached:
                 while left & _CHANGES:
                     left &= ~self._apply(reached, left, changes, handle, who)
-                    if not self._leadership.leads:
+                    if not self._leadership.is_leader:
                         break
                 else:
                     return fstatx(reached.fd)
@@ -455,7 +455,7 @@ class Tree:
             with self.permissions.acting(who, fd, by_group=bool(mode & stat.S_ISGID)):
                 self._call(chmod, fd, mode)
         except PermissionError:
-            if not self._clears_setid or not self._leadership.leads:
+            if not self._clears_setid or not self._leadership.is_leader:
                 raise
             current = stat.S_IMODE(fstatx(fd).mode)
             if (

@@ -23,7 +23,7 @@ import struct
 from array import array
 from typing import NamedTuple
 
-from llloop.shared.leadership import MOST_THREADS
+from llloop.shared.leadership import MAX_THREADS
 
 RECORD_SIZE = 128  # bytes
 # Beyond so many, what comes is not recorded: the kernel has to look it up again when a front has died.
@@ -44,7 +44,7 @@ _KIND_MASK = 0xFF
 _LENGTH_SHIFT, _LENGTH_MASK = 8, 0xFFFF
 _AGE_SHIFT = 24
 
-_ATTEMPTS = MOST_THREADS
+_ATTEMPTS = MAX_THREADS
 
 # The first place takes what is said of things that found no room, and is never read. The cells of the second:
 _HIGH_WATER = _CELLS  # how many places have ever been used

@@ -17,8 +17,8 @@ Each process may die at any moment. These rules ensure that a request is done on
   is one, the front *claims* it: it notes the new `unique` (`numbers`), then notes the claim (`claims`), and sends the
   worker a reminder. The worker answers with the new `unique`. The front does not serve the request itself.
 * If the kernel refuses an answer, there are two possible reasons: a worker that died has answered it before but has not
-  given back the slot, or the kernel sends the request again. `settled` tells them apart: once the current front has
-  received all requests that were sent again, a slot that it has not claimed was answered before.
+  given back the slot, or the kernel sends the request again. `resent_received` tells them apart: once the current
+  front has received all requests that were sent again, a slot that it has not claimed was answered before.
 
 The memory is one anonymous shared ``mmap``. The supervisor creates it before the first fork. No lock is needed, because
 each byte has one writer at a time. The front marks a slot as lent after it has written everything else. The worker
@@ -94,7 +94,7 @@ class Slots:
         # How many bytes of payload the front receives directly in the slot; the rest goes to the landing area.
         self.touched = self.view[touched:front].cast("Q")
         self.metrics = Metrics(shards, count)
-        self._front = self.view[front : front + 32].cast("q")
+        self._front_cells = self.view[front : front + 32].cast("q")
         self.receive_buffers: list[list[memoryview]] = []
         self._receive_by_landing()
         self.pipes: PayloadPipes | None = None
@@ -114,36 +114,36 @@ class Slots:
     @property
     def front_pid(self) -> int:
         """The process id of the front, whose descriptors workers duplicate; 0 while there is no front."""
-        return self._front[0]
+        return self._front_cells[0]
 
     @property
     def generation(self) -> int:
         """The number of the current front, counted from 1. A worker must fetch descriptors again from a new front."""
-        return self._front[1]
+        return self._front_cells[1]
 
     @property
-    def settled(self) -> bool:
+    def resent_received(self) -> bool:
         """Whether the current front has received all requests that the kernel sends again."""
-        return self._front[3] == self._front[1]
+        return self._front_cells[3] == self._front_cells[1]
 
-    def settle(self) -> None:
+    def note_resent_received(self) -> None:
         """Note that the current front has received all requests that the kernel sends again."""
-        self._front[3] = self._front[1]
+        self._front_cells[3] = self._front_cells[1]
 
     @property
     def front_started(self) -> int:
         """The front's `pidfds.start_time`."""
-        return self._front[2]
+        return self._front_cells[2]
 
-    def no_front(self) -> None:
+    def clear_front(self) -> None:
         """Note that there is no front."""
-        self._front[0] = 0
+        self._front_cells[0] = 0
 
-    def new_front(self, pid: int) -> None:
+    def set_front(self, pid: int) -> None:
         """Note that process *pid* is the new front."""
-        self._front[2] = start_time(pid)
-        self._front[0] = pid
-        self._front[1] += 1
+        self._front_cells[2] = start_time(pid)
+        self._front_cells[0] = pid
+        self._front_cells[1] += 1
 
     def free_held(self) -> None:
         """Free the slots that the previous front held."""
@@ -260,7 +260,7 @@ class Slots:
         """Note that *slot* contains a request that the front still serves while it receives others."""
         self.states[slot] = _HELD
 
-    def let_go(self, slot: int) -> None:
+    def free_if_held(self, slot: int) -> None:
         """Mark *slot* as free if the front holds it."""
         if self.states[slot] == _HELD:
             self.states[slot] = 0

@@ -238,7 +238,7 @@ class Supervisor:
         code = child.gone()
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         if child is self._processes.front:
-            self._resources.slots.no_front()
+            self._resources.slots.clear_front()
             if code == 0:  # unmounted
                 self._finish(False)
                 return

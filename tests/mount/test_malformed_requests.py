@@ -47,7 +47,7 @@ def feed(source: Path, mountpoint: Path, seed: int) -> None:
     device, _ = connection.mount(operations, str(mountpoint), mount_options.for_libfuse(config))
     made = connection.initialise(device, config, str(source))
     slots, journal = Slots(4, MAX_WRITE, 1), Journal(1 << 16)
-    slots.new_front(os.getpid())
+    slots.set_front(os.getpid())
     reader, writer = os.pipe2(os.O_DIRECT | os.O_NONBLOCK)
     root = os.open(source, os.O_PATH | os.O_DIRECTORY)
     context = build_context(config, made.capabilities, slots, journal, [writer], root, device)

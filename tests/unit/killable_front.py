@@ -18,7 +18,7 @@ from llloop.front.context import Context, build_context
 from llloop.front.inodes import ROOT
 from llloop.front.loop import Loop
 from llloop.front.recovery import intents as intents_module
-from llloop.front.recovery.takeover import recover
+from llloop.front.recovery.takeover import begin_takeover
 from llloop.front.request import FuseRequest
 from llloop.linux import fuse, syscalls
 from llloop.linux.fuse import FUSE_UNIQUE_RESEND, Opcode
@@ -249,7 +249,7 @@ class Line:
                 self.collect()
         return self.answers.get(unique)
 
-    def take_up(self, life: Life | None = None) -> None:
+    def serve_resent(self, life: Life | None = None) -> None:
         """The front dies; start the next, send it again what has no answer, then ask something new."""
         self.drop_unread()
         for unique, request in self.unanswered.items():
@@ -261,7 +261,7 @@ class Line:
         try:
             self.next_front(life)
             with living(life):
-                self.front.loop.take_up()
+                self.front.loop.serve_resent()
                 self.front.serve()
         finally:
             self.collect()
@@ -358,10 +358,10 @@ class Front:
         self._packing = packing
         is_successor = line.slots.generation > 0
         if is_successor:
-            recover(context, self._journal, line.own)
-        line.slots.new_front(os.getpid())
+            begin_takeover(context, self._journal, line.own)
+        line.slots.set_front(os.getpid())
         if not is_successor:
-            line.slots.settle()
+            line.slots.note_resent_received()
         line.slots.touch()
         self.loop = Loop(context, line.device, self._journal)
         self._request = FuseRequest(line.slots.memory, context.intents.note(0))

@@ -177,16 +177,16 @@ def test_worker_closes_only_its_own_descriptors_after_death_of_front(
     slots = Slots(2, 4096, 1)
     descriptors = Descriptors(slots)
     with process() as first, process() as third:
-        slots.new_front(first)
+        slots.set_front(first)
         descriptors.get(HANDLES_PER_FRONT + 1, fd)
         with process() as second:
             pass
-        slots.new_front(second)
+        slots.set_front(second)
         with fails(errno.EIO):
             descriptors.get(2 * HANDLES_PER_FRONT + 2, fd)
         # They take the numbers that have become free.
         others = [os.open("/dev/null", os.O_RDONLY) for _ in range(4)]
-        slots.new_front(third)
+        slots.set_front(third)
         descriptors.get(3 * HANDLES_PER_FRONT + 3, fd)
         assert [os.readlink(f"/proc/self/fd/{other}") for other in others] == ["/dev/null"] * 4
     descriptors.release(3 * HANDLES_PER_FRONT + 3)

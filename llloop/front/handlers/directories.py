@@ -68,7 +68,7 @@ class DirectoryRequests(Responder):
             device = self._inodes.get(handle.nodeid).device
             inodes = self._inodes
             listing = self._listings[number] = Listing(
-                DirectoryBlocks(handle.descriptor, position, self._context.leadership.call_anyway),
+                DirectoryBlocks(handle.descriptor, position, self._context.leadership.call_even_in_last_thread),
                 lambda ino: inodes.shown(device, ino),
                 foreign=device != self._device_of_root,
                 first=first,

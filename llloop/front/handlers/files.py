@@ -246,7 +246,7 @@ class FileRequests(Responder):
         """
         write_flags = handle.write_flags
         assert write_flags is not None
-        if self._leadership.alone:  # even with RWF_NOWAIT, a write waits for a frozen file system
+        if self._leadership.in_last_thread:  # even with RWF_NOWAIT, a write waits for a frozen file system
             return False
         self._context.setid.clear(bool(flags & KILL_PRIVILEGES))
         watched = _is_watched(handle, flags) and os.fstat(handle.descriptor).st_mode & SETID_BITS

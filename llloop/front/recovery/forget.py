@@ -90,7 +90,7 @@ class Forgetting:
                     return False
         OPCODE.pack_into(memory, base, 0, 0)
         self._cells[FORGETTING] = 0
-        self._slots.let_go(self._slots.slot_of(base))
+        self._slots.free_if_held(self._slots.slot_of(base))
         return True
 
     def _forget(self, base: int, entries: list[tuple[int, int]], first: int) -> None:

@@ -20,7 +20,7 @@ from llloop.front.inodes import birth_of
 from llloop.linux.fuse import FUSE_UNIQUE_RESEND as RESENT
 from llloop.linux.syscalls import Attributes, fstatx
 from llloop.shared.journal import Journal
-from llloop.shared.leadership import MOST_THREADS
+from llloop.shared.leadership import MAX_THREADS
 
 _CLOCK_REALTIME_COARSE = 5  # <linux/time.h>; the clock of file system timestamps
 
@@ -160,7 +160,7 @@ class Intents:
         # A dead front's notes by the request's `unique`, and the thread of each note.
         self._left: dict[int, Intent] = {}
         self._threads: dict[int, int] = {}
-        for thread in range(MOST_THREADS):
+        for thread in range(MAX_THREADS):
             cells = self._cells[journal.attempt_of(thread) :]
             unique = cells[_UNIQUE] & ~RESENT
             if unique:
@@ -185,7 +185,7 @@ class Intents:
     def note_of(self, unique: int) -> Note:
         """Return the note for a request that is sent again: its own one, or one that is not needed."""
         noted = self._threads.values()
-        free = next((thread for thread in range(MOST_THREADS) if thread not in noted), 0)
+        free = next((thread for thread in range(MAX_THREADS) if thread not in noted), 0)
         return self.note(self._threads.get(unique & ~RESENT, free))
 
     def of(self, unique: int) -> Intent | None:
@@ -199,7 +199,7 @@ class Intents:
                 self._left[unique] = intent._replace(pin=-1)
 
     def adopt(self, left: set[int]) -> None:
-        """Keep descriptors that a dead front had opened without a record, until `settle`."""
+        """Keep descriptors that a dead front had opened without a record, until `finish_takeover`."""
         self._orphans = sorted(left - self.left_pins)
 
     def take_orphan(self, attributes: Attributes) -> int | None:
@@ -217,7 +217,7 @@ class Intents:
         """The descriptors that a dead front's notes still need."""
         return {intent.pin for intent in self._left.values() if intent.has_pin()}
 
-    def settle(self) -> list[int]:
+    def finish_takeover(self) -> list[int]:
         """Drop a dead front's notes, after all requests that the kernel sends again were received.
 
         Returns:

@@ -13,7 +13,7 @@ from llloop.shared.journal import HANDLE, Journal, Record
 _log = logging.getLogger(__name__)
 
 
-def recover(context: Context, journal: Journal, own: Collection[int]) -> None:
+def begin_takeover(context: Context, journal: Journal, own: Collection[int]) -> None:
     """Take over the state of the previous fronts, if there were any.
 
     Args:
@@ -22,7 +22,7 @@ def recover(context: Context, journal: Journal, own: Collection[int]) -> None:
         own: the descriptors that each front starts with. All other open ones belong to the previous fronts.
     """
     records = journal.recover()
-    # Each inherited descriptor belongs to one record at most. Note them before this front opens any: if the keeper has
+    # Each inherited descriptor belongs to one record at most. List them before this front opens any: if the keeper has
     # died as well, new descriptors get numbers that records contain.
     left = open_descriptors().difference(own)
     context.intents.find_pins(left)
@@ -66,7 +66,7 @@ def _take_over_handle(context: Context, journal: Journal, record: Record, left: 
         context.handles.take_over_snapshot(handle, snapshot - 1, left)
 
 
-def settle(context: Context, delivered: bool) -> None:
+def finish_takeover(context: Context, delivered: bool) -> None:
     """End the take-over, after all requests that the kernel sends again were received.
 
     Args:
@@ -79,7 +79,7 @@ def settle(context: Context, delivered: bool) -> None:
         context.tree.directory_fds.pins.descriptors(), context.handles.descriptors()
     ):
         context.closing.append(pin)
-    context.closing.extend(intents.settle())
-    context.router.settle()
+    context.closing.extend(intents.finish_takeover())
+    context.router.finish_takeover()
     for nodeid in context.inodes.settle(delivered):
         context.tree.directory_fds.drop(nodeid)

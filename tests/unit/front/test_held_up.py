@@ -15,7 +15,7 @@ import pytest
 from llloop.front.inodes import ROOT
 from llloop.linux import syscalls
 from llloop.linux.fuse import Opcode
-from llloop.shared.leadership import MOST_THREADS
+from llloop.shared.leadership import MAX_THREADS
 from tests.server_processes import wait_until
 from tests.unit.killable_front import PROBE, Life, Line, Request, line_of_fronts
 
@@ -73,7 +73,7 @@ class Served:
 
 @pytest.fixture
 def line(tmp_path: Path) -> Iterator[Line]:
-    with line_of_fronts(tmp_path, count=2 * MOST_THREADS) as own:
+    with line_of_fronts(tmp_path, count=2 * MAX_THREADS) as own:
         yield own
 
 
@@ -179,13 +179,13 @@ def test_last_thread_postpones_changes_and_serves_the_rest(line: Line, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(os, "mkdir", held)
         served = Served(line)
-        many = MOST_THREADS + 5
+        many = MAX_THREADS + 5
         waiting = []
         for number in range(many):
             waiting += served.send(mkdir(f"directory{number}"))
-            if number < MOST_THREADS - 1:
+            if number < MAX_THREADS - 1:
                 assert wait_until(lambda: held.waiting == number + 1)  # noqa: B023
-        assert wait_until(lambda: len(line.front.loop._postponed) == many - MOST_THREADS + 1)
+        assert wait_until(lambda: len(line.front.loop._postponed) == many - MAX_THREADS + 1)
         served.answers(PROBE, lookup("there"))
         held.release()
         assert wait_until(lambda: served.has_answered(*waiting))
@@ -218,7 +218,7 @@ def test_several_changes_of_a_dead_front_are_done_once(line: Line, monkeypatch: 
         assert waiting
     # Its threads wait for ever, as those of a killed process do nothing any more; one still reads from the device.
     line.replace_device()
-    line.take_up(Life(None))
+    line.serve_resent(Life(None))
     errors = [reply.error for unique, reply in line.answers.items()]
     assert errors.count(errno.EEXIST) == 0
     assert sorted(path.name for path in line.path.iterdir()) == ["directory0", "directory1", "directory2"]
@@ -302,7 +302,7 @@ def test_first_request_after_the_death_of_a_front_blocks_no_others(line: Line, m
         patch.setattr(os, "mkdir", blocked)
         line.next_front(Life(None))
         first = send(line, mkdir("first"))
-        line.front.loop.take_up()
+        line.front.loop.serve_resent()
         served = Served(line)
         assert wait_until(lambda: blocked.waiting == 1)
         served.answers(PROBE)
@@ -329,7 +329,7 @@ def test_closing_what_a_dead_front_left_open_blocks_no_others(line: Line, monkey
     monkeypatch.setattr(os, "close", blocked)
     line.next_front(Life(None))
     first = send(line, PROBE)
-    line.front.loop.take_up()
+    line.front.loop.serve_resent()
     served = Served(line)
     assert wait_until(lambda: closed == [orphan])
     served.answers(PROBE)

@@ -28,7 +28,7 @@ def deadly(*arguments: object) -> NoReturn:
 
 def test_only_a_successor_asks_for_resend(line: Line) -> None:
     assert line.notifications == []
-    line.take_up()
+    line.serve_resent()
     assert line.notifications == [fuse.FUSE_NOTIFY_RESEND]
 
 
@@ -44,9 +44,9 @@ def test_request_that_kills_fronts_gets_eio(
         for _ in range(FATAL_ATTEMPTS):
             assert unique not in line.answers
             with pytest.raises(Killed):
-                line.take_up()
+                line.serve_resent()
         with caplog.at_level(logging.ERROR):
-            line.take_up()
+            line.serve_resent()
     assert line.answers[unique].error == errno.EIO
     assert "it gets EIO" in caplog.text
     assert line.answer(request).error == 0, "the same words in another request are no reason to refuse it"
@@ -61,8 +61,8 @@ def test_attempts_are_counted_for_each_request(line: Line, monkeypatch: pytest.M
         unique = line.unique
         for _ in range(FATAL_ATTEMPTS):
             with pytest.raises(Killed):
-                line.take_up()
-        line.take_up()
+                line.serve_resent()
+        line.serve_resent()
         assert line.answers[unique].error == errno.EIO
 
 
@@ -73,7 +73,7 @@ def test_resent_requests_are_served_before_new_ones(line: Line) -> None:
     reads = [Request(Opcode.READ, nodeid, struct.pack("=QQIIQII", handle, at, 2, 0, 0, 0, 0)) for at in (0, 2, 4)]
     for number, request in enumerate(reads):
         line.unanswered[line.unique + 1000 + number] = request
-    line.take_up()
+    line.serve_resent()
     assert [line.answers[line.unique - 2 + 1000 + number].payload for number in range(3)] == [b"co", b"nt", b"en"]
 
 
@@ -99,7 +99,7 @@ def test_forget_does_not_end_the_resend_phase(line: Line, monkeypatch: pytest.Mo
     kernel = line.kernel
     line.kernel = Sending()  # type: ignore[assignment]
     try:
-        line.take_up()
+        line.serve_resent()
     finally:
         line.kernel = kernel
     assert line.answers[unique].error == 0
@@ -138,7 +138,7 @@ def test_without_resend_unanswered_requests_get_eio(line: Line, monkeypatch: pyt
 
         patch.setattr(os, "write", kernel_write)
         line.next_front(Life(None))
-        line.front.loop.take_up()
+        line.front.loop.serve_resent()
     assert refused == [errno.EIO]
     line.unanswered.clear()
     assert line.answer(request).error in (0, errno.EEXIST)
@@ -153,7 +153,7 @@ def test_without_resend_workers_answer_their_requests(line: Line) -> None:
     assert line.ask(read) is None, "it is the worker's"
     unique = line.unique
     line.next_front(Life(None))
-    line.front.loop.take_up()
+    line.front.loop.serve_resent()
     line.collect()
     assert unique in line.unanswered
     assert sum(map(bool, line.slots.states)) == 1
@@ -162,7 +162,7 @@ def test_without_resend_workers_answer_their_requests(line: Line) -> None:
 def test_unmount_ends_the_loop(line: Line) -> None:
     line.next_front(Life(None))
     line.unmount()
-    line.front.loop.take_up()
+    line.front.loop.serve_resent()
     line.front.loop.run()
     assert len(line.context.handles) == 0 and ROOT in line.context.inodes
 

@@ -216,7 +216,7 @@ def test_loop_serves_others_during_a_probe(front: Front) -> None:
 
 @pytest.fixture
 def probes(front: Front) -> Iterator[Probes]:
-    front.slots.new_front(os.getpid())
+    front.slots.set_front(os.getpid())
     yield Probes(front.source.root, Descriptors(front.slots), front.told)
 
 

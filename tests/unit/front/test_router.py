@@ -410,7 +410,7 @@ def lend(slots: Slots, slot: int, shard: int, unique: int, operation: Operation 
 
 
 def successor(slots: Slots, pipes: Pipes) -> Router:
-    slots.new_front(os.getpid())
+    slots.set_front(os.getpid())
     router = Router(slots, pipes.writers)
     router.take_over()
     return router
@@ -432,7 +432,7 @@ def test_resent_request_of_a_worker_is_claimed(pipes: Pipes, slots: Slots) -> No
     assert (slots.numbers[2], slots.claims[2]) == (100 | RESENT, slots.generation)
     assert reminded(pipes, 1) == [100 | RESENT]
     assert not router.claim(102 | RESENT), "that is nobody's"
-    router.settle()
+    router.finish_takeover()
     assert reminded(pipes, 1) == [], "it will be answered under the new number"
     assert slots.lent_to(1) != []
 
@@ -441,7 +441,7 @@ def test_request_resent_twice_is_claimed(pipes: Pipes, slots: Slots) -> None:
     lend(slots, 2, 1, 100)
     for _ in range(3):
         router = successor(slots, pipes)
-        assert not slots.settled
+        assert not slots.resent_received
         assert router.claim(100 | RESENT)
         assert slots.claims[2] == slots.generation
         assert reminded(pipes, 1) == [100 | RESENT]
@@ -453,8 +453,8 @@ def test_answered_request_only_gives_back_its_slot(pipes: Pipes, slots: Slots) -
     router = successor(slots, pipes)
     assert router.claim(100 | RESENT)
     reminded(pipes, 0)
-    router.settle()
-    assert slots.settled
+    router.finish_takeover()
+    assert slots.resent_received
     assert reminded(pipes, 1) == [102]
     assert reminded(pipes, 0) == []
 
@@ -463,7 +463,7 @@ def test_probe_is_not_claimed(pipes: Pipes, slots: Slots) -> None:
     lend(slots, 0, 0, 100, Operation.PROBE)
     router = successor(slots, pipes)
     assert not router.claim(100 | RESENT), "the request is asked about again, or served"
-    router.settle()
+    router.finish_takeover()
     assert reminded(pipes, 0) == [100]
 
 
@@ -472,7 +472,7 @@ def test_slot_given_back_is_not_claimed(pipes: Pipes, slots: Slots) -> None:
     router = successor(slots, pipes)
     slots.give_back(0)
     assert not router.claim(100 | RESENT)
-    router.settle()
+    router.finish_takeover()
     assert reminded(pipes, 0) == []
 
 
@@ -483,7 +483,7 @@ def test_resume_messages_are_split(pipes: Pipes) -> None:
     for slot, unique in enumerate(uniques):
         lend(slots, slot, 0, unique)
     router = successor(slots, Pipes([(pipes.readers[0], pipes.writers[0])]))
-    router.settle()
+    router.finish_takeover()
     found = reminded(pipes, 0)
     while router._waiting[0]:
         router._flush(0)
@@ -496,7 +496,7 @@ def test_resume_waits_for_a_full_pipe(pipes: Pipes, slots: Slots) -> None:
         lend(slots, shard, shard, 100 + shard)
     pipes.fill(0)
     router = successor(slots, pipes)
-    router.settle()
+    router.finish_takeover()
     router.release(7, handle(shard=0))
     assert {request.operation for request in pipes.take(0)} == {Operation.FSYNC}
     assert reminded(pipes, 1) == [101]

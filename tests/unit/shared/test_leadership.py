@@ -19,7 +19,7 @@ class Server:
 
     def __init__(self, most: int) -> None:
         self.leadership = Leadership(most)
-        self.leadership.set_aside = self._set_aside
+        self.leadership.on_new_leader = self._set_aside
         self.at_hand: int | None = None
         self.aside: list[int | None] = []
         self.finished: list[int] = []
@@ -51,9 +51,9 @@ class Server:
                 self.served.append(request)
             except Postponed:
                 self.postponed.append(request)
-            if self.leadership.stalled and not self.leadership.leads:
+            if self.leadership.stalled and not self.leadership.is_leader:
                 self.finished.append(request)
-                self.leadership.leave()
+                self.leadership.become_follower()
                 return False
 
     def _do(self, request: int) -> None:
@@ -126,19 +126,19 @@ def test_stalled_threads_serve_again(server: Server) -> None:
 @pytest.mark.parametrize("server", [3], indirect=True)
 def test_last_thread_makes_no_call(server: Server) -> None:
     server.hold(-1, -2)
-    assert wait_until(lambda: server.leadership.alone)
+    assert wait_until(lambda: server.leadership.in_last_thread)
     for number in (3, 4):
         server.requests.put(number)
     assert wait_until(lambda: server.postponed == [3, 4])
     assert server.served == []
     server.let_go(-1)
-    assert wait_until(lambda: not server.leadership.alone)
+    assert wait_until(lambda: not server.leadership.in_last_thread)
     server.serve(5)
 
 
 def test_followers_sleep_without_calls(server: Server) -> None:
     server.serve(1)
-    assert wait_until(lambda: server.leadership.resting)
+    assert wait_until(lambda: server.leadership.idle)
     server.hold(-1)
     server.serve(2)
 
@@ -167,7 +167,7 @@ def test_uses_knows_the_descriptors_of_calls_under_way(server: Server, monkeypat
     )
     server.requests.put(1)
     assert wait_until(lambda: leadership.stalled == 1)
-    assert [fd for fd in range(100) if leadership.uses(fd)] == [70, 71, 72]
+    assert [fd for fd in range(100) if leadership.is_in_use(fd)] == [70, 71, 72]
     gate.set()
     assert wait_until(lambda: leadership.stalled == 0)
-    assert not leadership.uses(70)
+    assert not leadership.is_in_use(70)

@@ -184,7 +184,7 @@ def test_slots_do_not_overlap(slots: Slots) -> None:
         buffer[:] = bytes([slot + 1]) * len(buffer)
         slots.results[slot] = -slot
         slots.stages[slot] = slot
-    slots.new_front(2**31 - 1)
+    slots.set_front(2**31 - 1)
     for slot, message in enumerate(messages):
         assert (slot, message) in slots.lent_to(slot % 2)
         assert bytes(slots.payload(slot, slots.payload_size)) == bytes([slot + 1]) * slots.payload_size
@@ -217,7 +217,7 @@ def test_any_number_of_slots(count: int) -> None:
     last = count - 1
     slots.lend(last, 2, b"last")
     slots.results[last] = 5
-    slots.new_front(7)
+    slots.set_front(7)
     buffer = slots.buffer(last)
     buffer[:] = b"\xff" * len(buffer)
     assert slots.lent_to(2) == [(last, b"last")]

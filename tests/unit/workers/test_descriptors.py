@@ -72,7 +72,7 @@ def front(paths: list[Path]) -> Iterator[Front]:
 
 @pytest.fixture
 def descriptors(slots: Slots, front: Front) -> Iterator[Descriptors]:
-    slots.new_front(front.pid)
+    slots.set_front(front.pid)
     held = Descriptors(slots)
     yield held
     for handle in range(1, 100):
@@ -146,7 +146,7 @@ def test_dead_front_without_successor_gives_eio(
     descriptors: Descriptors, front: Front, slots: Slots, short_absence: None
 ) -> None:
     ended = Child(os.getpid)
-    slots.new_front(ended.pid)
+    slots.set_front(ended.pid)
     ended.result()
     with fails(errno.EIO):
         descriptors.get(SECOND + 2, front.descriptors[1])
@@ -158,15 +158,15 @@ def test_dead_front_without_successor_gives_eio(
 def test_worker_waits_for_the_next_front(slots: Slots, paths: list[Path], asked_before: bool, noticed: bool) -> None:
     """The next front has the same descriptors. A worker may need one while there is no front."""
     first = Front(paths)
-    slots.new_front(first.pid)
+    slots.set_front(first.pid)
     descriptors = Descriptors(slots)
     if asked_before:
         descriptors.get(FIRST + 1, first.descriptors[0])
     first.end()
     if noticed:  # by the supervisor
-        slots.no_front()
+        slots.clear_front()
     second = Front(paths, numbers=first.descriptors)
-    timer = threading.Timer(0.1, slots.new_front, [second.pid])
+    timer = threading.Timer(0.1, slots.set_front, [second.pid])
     timer.start()
     try:
         assert name_behind(descriptors.get(FIRST + 2, first.descriptors[3])) == "file-3"
@@ -186,8 +186,8 @@ def test_worker_waits_for_next_front_when_pid_is_reused(descriptors: Descriptors
     if ended == 0:
         os._exit(0)
     os.waitid(os.P_PID, ended, os.WEXITED | os.WNOWAIT)
-    slots.new_front(ended)
-    timer = threading.Timer(0.1, slots.new_front, [front.pid])
+    slots.set_front(ended)
+    timer = threading.Timer(0.1, slots.set_front, [front.pid])
     timer.start()
     try:
         assert name_behind(descriptors.get(FIRST + 1, front.descriptors[4])) == "file-4"
@@ -204,7 +204,7 @@ def test_descriptors_of_a_previous_front_are_dropped(
     before = open_descriptors()
     successor = Front(list(reversed(paths)))
     try:
-        slots.new_front(successor.pid)
+        slots.set_front(successor.pid)
         assert name_behind(descriptors.get(SECOND + 1, successor.descriptors[0])) == "file-5"
         assert len(descriptors) == 1
         close_what_is_left(descriptors)
@@ -221,7 +221,7 @@ def test_request_of_a_previous_front_gets_its_file_from_the_next(
     successor = Front(paths, numbers=front.descriptors)
     try:
         descriptors.get(FIRST + 1, front.descriptors[0])
-        slots.new_front(successor.pid)
+        slots.set_front(successor.pid)
         found = [name_behind(descriptors.get(FIRST + 1 + i, front.descriptors[i])) for i in range(6)]
         assert found == [path.name for path in paths]
         # What the next one has not is nobody else's either.
@@ -246,7 +246,7 @@ def test_process_with_reused_pid_is_not_the_front(
     stranger = Front(paths[3:], numbers=front.descriptors[:3])
     try:
         monkeypatch.setattr("llloop.shared.slots.start_time", lambda pid: started)
-        slots.new_front(stranger.pid)
+        slots.set_front(stranger.pid)
         with fails(errno.EIO):
             descriptors.get(FIRST + 1, front.descriptors[0])
         assert len(descriptors) == 0
@@ -270,7 +270,7 @@ def test_process_with_reused_pid_is_not_reopened_from(
     descriptors.get(FIRST + 1, front.descriptors[0])
     # As if the front had ended: /proc shows a process with its id all the same.
     monkeypatch.setattr(descriptors_module, "is_readable", lambda fd, seconds=0.0: True)
-    slots.no_front()
+    slots.clear_front()
     with fails(errno.EIO):
         descriptors.get(FIRST + 2, front.descriptors[1])
 
@@ -278,7 +278,7 @@ def test_process_with_reused_pid_is_not_reopened_from(
 def test_fetching_without_a_front_gives_eio(
     descriptors: Descriptors, front: Front, slots: Slots, short_absence: None
 ) -> None:
-    slots.no_front()
+    slots.clear_front()
     with fails(errno.EIO):
         descriptors.get(FIRST + 1, front.descriptors[0])
 
@@ -326,7 +326,7 @@ def test_reopened_file_has_same_flags_and_content(
 ) -> None:
     front = Front(paths[:1], flags & ~os.O_TRUNC)
     try:
-        slots.new_front(front.pid)
+        slots.set_front(front.pid)
         monkeypatch.setattr(
             descriptors_module, "pidfd_getfd", lambda pidfd, fd: (_ for _ in ()).throw(OSError(errno.ENOSYS, ""))
         )
@@ -343,7 +343,7 @@ def test_reopened_file_has_same_flags_and_content(
 
 
 def test_worker_without_free_descriptors_drops_some(slots: Slots, front: Front) -> None:
-    slots.new_front(front.pid)
+    slots.set_front(front.pid)
 
     def pull_many() -> list[str]:
         descriptors = Descriptors(slots)

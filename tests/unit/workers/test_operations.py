@@ -612,7 +612,7 @@ class Deaf:
 def deaf(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Deaf:
     own = Deaf(bench.device.fd)
     monkeypatch.setattr(os, "write", own.write)
-    bench.slots.new_front(os.getpid())  # which has yet to hear all that is sent again
+    bench.slots.set_front(os.getpid())  # which has yet to hear all that is sent again
     return own
 
 
@@ -624,7 +624,7 @@ def test_resent_append_is_only_answered_if_answer_was_refused(bench: Bench, deaf
     assert bench.device.take() == []
     assert bench.slots.states[request.slot], "it was given back though nobody has had the answer"
     for _ in range(2):  # another front has died meanwhile
-        bench.slots.new_front(os.getpid())
+        bench.slots.set_front(os.getpid())
         deaf.unheard.add(request.unique | RESENT)
         bench.slots.claim(request.slot, request.unique | RESENT)
         bench.operations.resume(request)
@@ -664,13 +664,13 @@ def test_request_may_be_resent_with_the_same_unique(bench: Bench, deaf: Deaf) ->
     bench.slots.claim(request.slot, request.unique | RESENT)
     deaf.unheard |= {request.unique, request.unique | RESENT}
 
-    def next_front_claims_and_settles() -> None:
-        bench.slots.new_front(os.getpid())
+    def next_front_claims_and_finishes_takeover() -> None:
+        bench.slots.set_front(os.getpid())
         bench.slots.claim(request.slot, request.unique | RESENT)
-        bench.slots.settle()
+        bench.slots.note_resent_received()
         deaf.unheard.clear()
 
-    deaf.refusing = next_front_claims_and_settles
+    deaf.refusing = next_front_claims_and_finishes_takeover
     bench.operations.resume(request)
     assert bench.answered(request._replace(unique=request.unique | RESENT)).payload == b"content"
 
@@ -684,7 +684,7 @@ def test_slot_of_an_answered_request_is_given_back(bench: Bench, deaf: Deaf, ope
     path.write_bytes(b"newer data")
     bench.operations.resume(request)
     assert bench.slots.states[request.slot], "it may be sent again yet"
-    bench.slots.settle()
+    bench.slots.note_resent_received()
     bench.operations.resume(request)
     assert bench.slots.free_slot() == 0
     assert bench.device.take() == []

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llloop.linux.credentials import SetidGuard
-from llloop.shared.leadership import MOST_THREADS, Leadership
+from llloop.shared.leadership import MAX_THREADS, Leadership
 from llloop.shared.messages import BUFFERED, Operation, Request, encode
 from llloop.shared.metrics import ProcessCounters
 from llloop.shared.slots import Slots
@@ -42,7 +42,7 @@ class Running:
     """A worker that serves in a thread."""
 
     def __init__(self, device: Device, directory: Path) -> None:
-        self.slots = Slots(2 * MOST_THREADS, 1 << 16, 1)
+        self.slots = Slots(2 * MAX_THREADS, 1 << 16, 1)
         self.descriptors = Open(self.slots)
         self.device = device
         self.directory = directory
@@ -172,20 +172,20 @@ def test_last_thread_only_does_reads(running: Running, hold: Callable[[str], Blo
     pwrite = hold("pwrite")
     running.start()
     writes = []
-    for handle in range(1, MOST_THREADS + 5):
+    for handle in range(1, MAX_THREADS + 5):
         writes.append(running.ask(Operation.WRITE, handle, b"new"))
-        assert wait_until(lambda: pwrite.waiting == min(len(writes), MOST_THREADS - 1))
+        assert wait_until(lambda: pwrite.waiting == min(len(writes), MAX_THREADS - 1))
     running.answers(running.ask(Operation.READ, 40), running.ask(Operation.READ, 1))
-    assert pwrite.waiting == MOST_THREADS - 1
+    assert pwrite.waiting == MAX_THREADS - 1
     pwrite.release()
     running.answers(*writes)
-    assert all(running.content(handle) == b"new3456789" for handle in range(1, MOST_THREADS + 5))
+    assert all(running.content(handle) == b"new3456789" for handle in range(1, MAX_THREADS + 5))
 
 
 def test_reads_of_one_file_do_not_occupy_all_threads(running: Running, hold: Callable[[str], BlockedCall]) -> None:
     fsync = hold("fsync")
     running.start()
-    syncs = [running.ask(Operation.FSYNC, 1) for _ in range(MOST_THREADS + 5)]
+    syncs = [running.ask(Operation.FSYNC, 1) for _ in range(MAX_THREADS + 5)]
     assert wait_until(lambda: fsync.waiting > 0)
     running.answers(running.ask(Operation.WRITE, 2, b"new"), running.ask(Operation.READ, 1 + 1))
     fsync.release()

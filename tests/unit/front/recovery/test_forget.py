@@ -82,7 +82,7 @@ def test_a_batch_is_finished_wherever_the_front_dies(
             for further in range(1, deaths):
                 with suppress(Killed):
                     line.next_front(Life(steps // 2 + further))
-            line.take_up()
+            line.serve_resent()
             while line.context.forgetting.unfinished:
                 line.front.serve()
             assert known.left() == LEFT, f"after a death at step {steps}"
@@ -101,7 +101,7 @@ def test_a_single_one_is_finished(tmp_path: Path, pipe: tuple[int, int]) -> None
         known = Known(tmp_path / f"{steps}", pipe)
         try:
             lived = known.forget(Request(Opcode.FORGET, known.numbers["often"], struct.pack("=Q", 2)), Life(steps))
-            known.line.take_up()
+            known.line.serve_resent()
             assert known.left() == {**LOOKED_UP, "often": 1}, f"after a death at step {steps}"
         finally:
             known.line.close()

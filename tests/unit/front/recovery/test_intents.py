@@ -87,11 +87,11 @@ def test_new_note_does_not_contain_the_previous_one(journal: Journal) -> None:
     assert left is not None and left.handle == 0
 
 
-def test_settle_removes_notes_of_a_dead_front(journal: Journal) -> None:
+def test_finishing_the_takeover_removes_notes_of_a_dead_front(journal: Journal) -> None:
     begun(journal)
     intents = Intents(heir(journal))
     assert intents.of(42 | FUSE_UNIQUE_RESEND) is not None
-    intents.settle()
+    intents.finish_takeover()
     assert intents.of(42 | FUSE_UNIQUE_RESEND) is None
     assert again(journal, 42 | FUSE_UNIQUE_RESEND) is None
 
@@ -109,13 +109,13 @@ def test_new_note_does_not_overwrite_a_needed_one(journal: Journal) -> None:
     assert [intent and intent.number for intent in found] == [3, 2]
 
 
-def test_settle_keeps_own_notes(journal: Journal) -> None:
+def test_finishing_the_takeover_keeps_own_notes(journal: Journal) -> None:
     begun(journal)
     intents = Intents(heir(journal))
     note = intents.note(0)
     note.unique = 43
     note.begin(number=5)
-    intents.settle()
+    intents.finish_takeover()
     left = again(journal, 43 | FUSE_UNIQUE_RESEND)
     assert left is not None and left.number == 5
 
@@ -171,7 +171,7 @@ def test_only_orphans_open_for_io_are_taken(journal: Journal, tmp_path: Path) ->
     intents.adopt({path_only, other, file})
     assert intents.take_orphan(fstatx(file)) == file
     assert intents.take_orphan(fstatx(file)) is None, "it is another's now"
-    for fd in intents.settle():
+    for fd in intents.finish_takeover():
         os.close(fd)
     os.close(file)
     for fd in (path_only, other):

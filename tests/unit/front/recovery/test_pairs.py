@@ -132,7 +132,7 @@ class Mount:
     def replace_front(self) -> None:
         """The front dies, and the kernel sends again to the next what has no answer."""
         self.number = {unique: unique | FUSE_UNIQUE_RESEND for unique in self.number}
-        self.line.take_up()
+        self.line.serve_resent()
 
     def work(self, moment: Moment, *, successor: bool) -> None:
         """Be a worker until nothing is left in the pipe, or until it dies."""

@@ -673,7 +673,7 @@ class Lines:
                 while died:
                     answered = unique in line.answers
                     try:
-                        line.take_up(lives[died] if died < len(lives) else None)
+                        line.serve_resent(lives[died] if died < len(lives) else None)
                     except Killed:
                         died += 1
                     else:
@@ -767,7 +767,7 @@ def test_create_does_not_return_a_file_of_another_process(
                 else:
                     (line.path / "new").write_text("secret")
                     (line.path / "new").chmod(0o600)
-                line.take_up()
+                line.serve_resent()
                 assert line.answers[unique].error == errno.ESTALE, f"after a death at step {steps}"
             finally:
                 line.close()

@@ -84,7 +84,7 @@ def test_everything_is_as_it_was(line: Line) -> None:
         for number, handle in open_handles(line).items()
     }
     for _ in range(3):
-        line.take_up()
+        line.serve_resent()
         assert (view.of_table(), view.of_descriptors(), view.of_reachability()) == before
         assert handles == {
             number: (one.descriptor, one.nodeid, one.flags, one.shard, one.write_flags, one.read_flags)
@@ -106,7 +106,7 @@ def test_everything_is_as_it_was(line: Line) -> None:
 def test_new_handles_have_new_numbers(line: Line) -> None:
     nodeid = write(line, "file")
     first = line.open(nodeid)
-    line.take_up()
+    line.serve_resent()
     second = line.open(nodeid)
     assert first != second
     assert release(line, first) == release(line, second) == 0
@@ -117,7 +117,7 @@ def test_descriptors_that_nothing_is_known_of_are_closed_when_all_has_come(line:
     line.open(nodeid)
     before = line.extra_descriptors()
     stray = os.open(line.path / "file", os.O_RDONLY)
-    line.take_up()
+    line.serve_resent()
     with fails(errno.EBADF):
         os.fstat(stray)
     assert before <= line.extra_descriptors()
@@ -133,10 +133,10 @@ def test_a_listing_goes_on_where_it_was(line: Line) -> None:
     for name in found:
         if name not in (b".", b".."):
             (line.path / os.fsdecode(name)).unlink()
-    line.take_up()
+    line.serve_resent()
     while more := listing(line, handle, len(found)):
         found += more
-        line.take_up()
+        line.serve_resent()
     assert len(found) == len(set(found)) == 32
     rewound = listing(line, handle, 0, 4096)
     assert len(rewound) == len(os.listdir(line.path)) + 2
@@ -156,7 +156,7 @@ def test_a_large_directory_is_read_in_portions_by_several_fronts(line: Line) -> 
         for name in more[:10]:
             if name not in (b".", b".."):
                 (line.path / os.fsdecode(name)).unlink()
-        line.take_up()
+        line.serve_resent()
     assert len(found) == len(set(found))
     assert set(found) == names | {b".", b".."}
     release(line, handle)
@@ -175,7 +175,7 @@ def test_a_descriptor_that_is_lost_is_opened_again(line: Line, instead: str | No
         other = os.open(line.path / instead, os.O_RDONLY)
         os.dup2(other, lost, inheritable=False)
         os.close(other)
-    line.take_up()
+    line.serve_resent()
     assert os.pread(line.context.handles.get(handle).descriptor, 10, 0) == b"content"
     assert release(line, handle) == 0
 
@@ -191,13 +191,13 @@ def test_a_file_without_names_whose_descriptors_are_lost_is_lost_and_nothing_els
     assert pin is not None
     os.close(pin)
     with caplog.at_level(logging.WARNING):
-        line.take_up()
+        line.serve_resent()
     assert "cannot be opened again" in caplog.text
     assert handle not in line.context.handles
     assert line.answer(Request(Opcode.GETATTR, nodeid, bytes(16))).error == errno.ESTALE
     assert release(line, other) == 0
     caplog.clear()
-    line.take_up()
+    line.serve_resent()
     assert caplog.records == [], "it is told once"
 
 
@@ -222,7 +222,7 @@ def test_what_is_opened_to_find_lost_files_again_is_not_taken_for_the_dead_front
         (line.path / f"directory-{number}" / "file").write_text("content")
         line.open(line.lookup(b"file", directory))
     lose(line)
-    line.take_up()
+    line.serve_resent()
     expected = {nodeid: nodeid for nodeid in directories}
     assert places_of(line, directories) == expected
     for nodeid in directories:  # what is opened now may get numbers that were closed
@@ -236,12 +236,12 @@ def test_no_two_open_files_come_to_share_a_descriptor(line: Line, flags: tuple[i
     nodeid = write(line, "file")
     first, second = (line.open(nodeid, how) for how in flags)
     lose(line)
-    line.take_up()
+    line.serve_resent()
     handles = [line.context.handles.get(number) for number in (first, second)]
     assert handles[0].descriptor != handles[1].descriptor
     for handle, how in zip(handles, flags, strict=True):
         assert fcntl.fcntl(handle.descriptor, fcntl.F_GETFL) & os.O_ACCMODE == how
-    line.take_up()
+    line.serve_resent()
     assert [line.context.handles.get(number).descriptor for number in (first, second)] == [
         handle.descriptor for handle in handles
     ], "where it is now is not in the journal"
@@ -257,7 +257,7 @@ def test_a_descriptor_of_the_same_file_that_was_opened_otherwise_is_another(line
     other = os.open(line.path / "file", flags)
     os.dup2(other, lost, inheritable=False)
     os.close(other)
-    line.take_up()
+    line.serve_resent()
     assert os.pwrite(line.context.handles.get(handle).descriptor, b"C", 0) == 1
 
 
@@ -271,7 +271,7 @@ def test_a_lost_listing_is_read_afresh_and_nothing_else_is_taken_for_it(line: Li
     os.close(lost)
     (line.path / "another").write_text("another")
     assert os.open(line.path / "another", os.O_RDONLY) == lost
-    line.take_up()
+    line.serve_resent()
     assert line.context.handles.get(handle).snapshot == -1
     assert listing(line, handle, 0, 4096)
     assert release(line, handle) == 0
@@ -284,7 +284,7 @@ def test_a_lost_pin_is_not_looked_for_among_what_was_opened_since(line: Line, mo
     handle = line.open(nodeid)
     killed_in(line, monkeypatch, Request(Opcode.UNLINK, ROOT, b"file\0"), "unlink")
     lose(line)
-    line.take_up()
+    line.serve_resent()
     assert os.pread(line.context.handles.get(handle).descriptor, 10, 0) == b"content"
     assert release(line, handle) == 0
     assert line.answer(Request(Opcode.GETATTR, nodeid, bytes(16))).error == 0
@@ -319,10 +319,10 @@ def test_what_was_done_is_known_though_other_requests_are_served_before_it(
                 line.unanswered = {done - 1: other, **line.unanswered}
                 life = Life(steps)
                 with contextlib.suppress(Killed):
-                    line.take_up(life)
+                    line.serve_resent(life)
                 is_last = life.left is not None and life.taken < life.left
                 if not is_last:
-                    line.take_up()
+                    line.serve_resent()
                 assert [line.answers[unique].error for unique in (done - 1, done)] == [0, 0], steps
             finally:
                 line.close()
@@ -357,7 +357,7 @@ def test_what_was_there_before_was_not_made_by_the_request_though_it_has_changed
     time.sleep(0.02)
     (line.path / "there").chmod(0o700)
     (interrupted,) = line.unanswered
-    line.take_up()
+    line.serve_resent()
     assert line.answers[interrupted].error == errno.EEXIST
 
 
@@ -386,9 +386,9 @@ def test_others_get_their_errors_for_what_the_interrupted_one_has_done(
             line.front.serve()
             line.collect()
         else:
-            line.take_up()
+            line.serve_resent()
         assert line.answers[other].error == number, method
-        line.take_up()
+        line.serve_resent()
         line.unanswered.clear()
 
 
@@ -399,7 +399,7 @@ def test_without_its_answer_nobody_is_told_of_an_inode(line: Line) -> None:
     (line.path / "other").write_text("")
     line.unanswered[line.unique + 100] = Request(Opcode.LOOKUP, ROOT, b"other\0")  # what it had in hand is sent again
     line.unique += 200
-    line.take_up()
+    line.serve_resent()
     assert nodeid not in line.context.inodes
     assert line.context.inodes.get(os.stat(line.path / "other").st_ino).lookups == 1
 
@@ -407,9 +407,9 @@ def test_without_its_answer_nobody_is_told_of_an_inode(line: Line) -> None:
 def test_if_nothing_is_sent_again_the_answer_was_sent(line: Line) -> None:
     (line.path / "file").write_text("")
     nodeid = line.context.tree.lookup(ROOT, b"file")[0]
-    line.take_up()
+    line.serve_resent()
     assert line.context.inodes.get(nodeid).lookups == 1
-    line.take_up()
+    line.serve_resent()
     assert line.context.inodes.get(nodeid).lookups == 1
 
 
@@ -447,13 +447,13 @@ def test_registrations_with_the_kernel_go_along(tmp_path: Path, registrations: R
         line = Line(tmp_path / "source", [pipe], Feature.PASSTHROUGH)
         nodeid = write(line, "file")
         first = line.open(nodeid)
-        line.take_up()
+        line.serve_resent()
         second = line.open(nodeid)
         assert registrations.live == {1}, "all opens of an inode share one"
-        line.take_up()
+        line.serve_resent()
         release(line, first)
         assert registrations.live == {1}
-        line.take_up()
+        line.serve_resent()
         release(line, second)
         assert registrations.live == set()
         line.close()
@@ -472,7 +472,7 @@ def test_no_registration_is_left_wherever_the_front_is_killed(tmp_path: Path, re
                 line.ask(Request(Opcode.OPEN, nodeid, struct.pack("=II", os.O_RDWR, 0)), Life(steps))
             except Killed:
                 died = True
-                line.take_up()
+                line.serve_resent()
             used = {handle.backing for handle in open_handles(line).values()}
             assert len(used) == 1
             assert used <= registrations.live
