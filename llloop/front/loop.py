@@ -11,6 +11,7 @@ from contextlib import suppress
 
 from llloop.front.context import Context
 from llloop.front.handlers import Handler, Handlers
+from llloop.front.handlers.relayed import RelayedRequests
 from llloop.front.nowait import LONE_WRITE_LIMIT
 from llloop.front.preflight import Preflight
 from llloop.front.recovery.replay import Replay
@@ -25,6 +26,7 @@ from llloop.shared.journal import Journal
 from llloop.shared.leadership import CHECK_INTERVAL, MAX_THREADS, Postponed
 from llloop.shared.metrics import NANOSECONDS
 from llloop.shared.negotiation import Feature
+from llloop.shared.relay import RelayState
 
 _log = logging.getLogger(__name__)
 
@@ -68,9 +70,17 @@ class Loop:
         device: a descriptor of /dev/fuse.
         journal: the records that survive the front.
         preflight: makes workers access the source before a request is served; None without preflight checks.
+        relay: what the event relay does; None without one.
     """
 
-    def __init__(self, context: Context, device: int, journal: Journal, preflight: Preflight | None = None) -> None:
+    def __init__(
+        self,
+        context: Context,
+        device: int,
+        journal: Journal,
+        preflight: Preflight | None = None,
+        relay: RelayState | None = None,
+    ) -> None:
         self._journal = journal
         self._context = context
         self._router = context.router
@@ -88,6 +98,9 @@ class Loop:
         self._handlers = Handlers(context, device)
         for opcode, handler in self._handlers.table.items():
             self._table[opcode] = handler
+        if relay is not None:
+            relayed = RelayedRequests(relay, device, self._slots.memory, context.inodes, context.tree.getattr)
+            self._table = relayed.before(self._table)
         # The handlers for a request that was just received, and for one that was set aside before.
         self._table_for_new = self._table_for_set_aside = self._table
         self._preflight = preflight

@@ -10,7 +10,10 @@ from __future__ import annotations
 import errno
 import mmap
 from enum import IntEnum
+from operator import itemgetter
 from struct import Struct
+
+from llloop.linux.syscalls import Attributes
 
 IN_HEADER_SIZE = 40  # struct fuse_in_header
 OUT_HEADER_SIZE = 16  # struct fuse_out_header
@@ -106,7 +109,9 @@ FUSE_SETXATTR_ACL_KILL_SGID = 1 << 0  # struct fuse_setxattr_in.setxattr_flags
 # enum fuse_notify_code: stands in the error field of a notification
 FUSE_NOTIFY_INVAL_INODE = 2
 FUSE_NOTIFY_INVAL_ENTRY = 3
+FUSE_NOTIFY_DELETE = 6
 FUSE_NOTIFY_RESEND = 7
+FUSE_EXPIRE_ONLY = 1  # flag of INVAL_ENTRY since Linux 6.2; older kernels ignore it
 
 # What any request begins with, struct fuse_in_header
 IN_HEADER = Struct("=IIQQIII4x")  # length, opcode, unique, nodeid, uid, gid, pid
@@ -115,6 +120,7 @@ OPCODE = Struct("=II")  # length, opcode
 UNIQUE = Struct("=8xQ")
 CALLER = Struct("=24xIII")  # uid, gid, pid
 PID = Struct("=32xI")
+UID_OFFSET = 24
 
 # Requests, each unpacked from the start of its header. Offsets are signed, so that the source refuses offsets beyond
 # 2^63.
@@ -212,6 +218,7 @@ INIT_OUT = Struct("=IIIIHHIIHHII24x")
 ATTR = Struct("=QQQqqqIIIIIIIIII")
 ENTRY_HEAD = Struct("=QqQQII")  # nodeid, generation, entry_valid, attr_valid, their nanoseconds; then struct fuse_attr
 ENTRY = Struct("=QqQQIIQQQqqqIIIIIIIIII")  # struct fuse_entry_out: ENTRY_HEAD and ATTR
+ATTR_HEAD = Struct("=QI4x")  # attr_valid, attr_valid_nsec; then struct fuse_attr
 ENTRY_REPLY = Struct("=IiQQqQQIIQQQqqqIIIIIIIIII")  # header, struct fuse_entry_out
 ATTR_REPLY = Struct("=IiQQI4xQQQqqqIIIIIIIIII")  # header, attr_valid, attr_valid_nsec, struct fuse_attr
 OPEN_REPLY = Struct("=IiQQIi")  # header, fh, open_flags, backing_id
@@ -230,6 +237,7 @@ DIRENT = Struct("=QQII")  # struct fuse_dirent: ino, off, namelen, type; then th
 # Notifications, including struct fuse_out_header
 INVAL_INODE = Struct("=IiQQqq")  # header, ino, off, len
 INVAL_ENTRY = Struct("=IiQQII")  # header, parent, namelen, flags; then the name with its NUL
+DELETE = Struct("=IiQQQI4x")  # header, parent, child, namelen; then the name with its NUL
 
 
 def known_errno(number: int) -> int:
@@ -263,3 +271,33 @@ def decode_device(number: int) -> tuple[int, int]:
 def encode_device(major: int, minor: int) -> int:
     """Return a device number in FUSE's encoding (``new_encode_dev`` of <linux/kdev_t.h>)."""
     return (minor & 0xFF) | (major << 8) | ((minor & ~0xFF) << 12)
+
+
+# The fields of struct fuse_attr between ino and rdev, in order.
+_ATTR_FIELDS = itemgetter(
+    *map(
+        Attributes._fields.index,
+        (
+            "size",
+            "blocks",
+            "atime",
+            "mtime",
+            "ctime",
+            "atime_nsec",
+            "mtime_nsec",
+            "ctime_nsec",
+            "mode",
+            "nlink",
+            "uid",
+            "gid",
+        ),
+    )
+)
+
+
+def attribute_fields(number: int, attributes: Attributes) -> tuple[int, ...]:
+    """Return the fields of struct fuse_attr; *number* is the inode number in the mount."""
+    device = 0
+    if attributes.rdev_major or attributes.rdev_minor:
+        device = encode_device(attributes.rdev_major, attributes.rdev_minor)
+    return number, *_ATTR_FIELDS(attributes), device, attributes.blksize, 0

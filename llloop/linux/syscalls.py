@@ -20,6 +20,9 @@ from typing import NamedTuple
 AT_SYMLINK_NOFOLLOW = 0x100  # <linux/fcntl.h>
 AT_NO_AUTOMOUNT = 0x800
 AT_EMPTY_PATH = 0x1000
+AT_STATX_DONT_SYNC = 0x4000
+
+_AT_FDCWD = -100  # <linux/fcntl.h>
 
 UTIME_NOW = (1 << 30) - 1  # <linux/stat.h>
 UTIME_OMIT = (1 << 30) - 2
@@ -29,6 +32,7 @@ RENAME_EXCHANGE = 2
 
 # The variant with 32-bit ids; 159 in <asm-generic/unistd.h>.
 _SYS_SETGROUPS = {"x86_64": 116, "ppc64le": 81, "s390x": 206, "i686": 206, "armv7l": 206}.get(os.uname().machine, 159)
+_SYS_OPEN_TREE = 428
 _SYS_PIDFD_GETFD = 438  # the same numbers on every architecture, <asm-generic/unistd.h>
 _SYS_FACCESSAT2 = 439
 _SYS_FCHMODAT2 = 452
@@ -122,6 +126,13 @@ def fstatx(fd: int) -> Attributes:
     return _new(Attributes, _statx_unpack(_statx_buffer))
 
 
+def cached_attributes(fd: int) -> Attributes:
+    """Return the attributes of the open file *fd* as the kernel has them, without asking the file system."""
+    if _statx(fd, b"", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, _STATX_MASK, _statx_buffer):
+        raise _last_error()
+    return _new(Attributes, _statx_unpack(_statx_buffer))
+
+
 class StatxTable:
     """A buffer for the results of statx(2) for several names.
 
@@ -171,8 +182,6 @@ def fstatx_raw(fd: int, mask: int, flags: int) -> bytearray:
     return bytearray(_statx_buffer.raw)
 
 
-_AT_FDCWD = -100  # <linux/fcntl.h>
-_AT_STATX_DONT_SYNC = 0x4000
 _STATX_MNT_ID_UNIQUE = 0x4000  # <linux/stat.h>
 _STATX_MNT_ID_OFFSET = 144  # offsetof(struct statx, stx_mnt_id)
 _slow_statx = _libc.statx
@@ -193,7 +202,7 @@ def unique_mount_id(place: str | int) -> int | None:
     directory, name, flags = (
         (place, b"", AT_EMPTY_PATH) if isinstance(place, int) else (_AT_FDCWD, os.fsencode(place), _NAME_FLAGS)
     )
-    if _slow_statx(directory, name, flags | _AT_STATX_DONT_SYNC, _STATX_MNT_ID_UNIQUE, buffer):
+    if _slow_statx(directory, name, flags | AT_STATX_DONT_SYNC, _STATX_MNT_ID_UNIQUE, buffer):
         return None
     mask = int.from_bytes(buffer.raw[:4], sys.byteorder)
     end = _STATX_MNT_ID_OFFSET + 8
@@ -433,6 +442,44 @@ def unshare(flags: int) -> None:
     """Give the calling thread its own copy of what the CLONE_ *flags* name (unshare(2))."""
     if _unshare(flags):
         raise _last_error()
+
+
+_OPEN_TREE_CLONE = 1  # <linux/mount.h>
+
+
+def clone_mount(path: str) -> int:
+    """Return a descriptor of a copy of the mount at *path*, which is attached nowhere (open_tree(2)).
+
+    The mount is not busy because of the copy. The file system lives until the descriptor is closed.
+    """
+    encoded = ctypes.c_char_p(os.fsencode(path))
+    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC
+    fd: int = _libc.syscall(_SYS_OPEN_TREE, _AT_FDCWD, encoded, ctypes.c_uint(flags))
+    if fd < 0:
+        raise _last_error(os.fsencode(path))
+    return fd
+
+
+_FILE_HANDLE = struct.Struct("=Ii")  # struct file_handle: handle_bytes, handle_type; then the handle
+_open_by_handle_at = _libc.open_by_handle_at
+_open_by_handle_at.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int)
+
+
+def open_by_handle(kind: int, handle: bytes, flags: int) -> int:
+    """Open a file by its handle, on the file system of the current directory (open_by_handle_at(2)).
+
+    Args:
+        kind: the type of the handle.
+        handle: the handle.
+        flags: the open(2) flags.
+
+    Raises:
+        OSError: ESTALE, if the file system does not know the handle; EPERM without CAP_DAC_READ_SEARCH.
+    """
+    fd: int = _open_by_handle_at(_AT_FDCWD, _FILE_HANDLE.pack(len(handle), kind) + handle, flags | os.O_CLOEXEC)
+    if fd < 0:
+        raise _last_error()
+    return fd
 
 
 MNT_DETACH = 2

@@ -8,7 +8,8 @@ What a notification waits for (fs/fuse/inode.c, fs/fuse/dir.c):
 * `expire_attributes` only waits if the kernel is evicting the inode. While a request for the inode is unanswered, the
   kernel does not evict it.
 * `drop_pages` waits for pages that are being read or written back. This process may have to answer those requests.
-* `expire_entry` waits for the directory's lock. The kernel holds it while a request changes that directory.
+* `drop_entry` and `expire_entry` wait for the directory's lock. The kernel holds it while a request changes that
+  directory, or looks up a name in it that is not cached.
 """
 
 from __future__ import annotations
@@ -44,16 +45,35 @@ def drop_pages(device: int, nodeid: int, offset: int = 0, length: int = _TO_THE_
     _invalidate(device, nodeid, offset, length)
 
 
-def expire_entry(device: int, parent: int, name: bytes) -> None:
-    """Make the kernel look up a name again before it uses it.
+def drop_entry(device: int, parent: int, name: bytes) -> None:
+    """Make the kernel forget which file a name leads to. This detaches mounts below the name.
 
     Args:
         device: a descriptor of /dev/fuse.
         parent: the directory; if the kernel does not know it or the name, nothing happens.
         name: the name.
     """
+    _invalidate_entry(device, parent, name, 0)
+
+
+def expire_entry(device: int, parent: int, name: bytes) -> None:
+    """Make the kernel look up a name again before it uses it; for the arguments see `drop_entry`.
+
+    If the name is just being looked up again, the answer to that counts.
+    """
+    _invalidate_entry(device, parent, name, fuse.FUSE_EXPIRE_ONLY)
+
+
+def _invalidate_entry(device: int, parent: int, name: bytes, flags: int) -> None:
     size = fuse.INVAL_ENTRY.size + len(name) + 1
-    _tell(device, fuse.INVAL_ENTRY.pack(size, fuse.FUSE_NOTIFY_INVAL_ENTRY, 0, parent, len(name), 0) + name + b"\0")
+    head = fuse.INVAL_ENTRY.pack(size, fuse.FUSE_NOTIFY_INVAL_ENTRY, 0, parent, len(name), flags)
+    _tell(device, head + name + b"\0")
+
+
+def drop_entry_of(device: int, parent: int, name: bytes, nodeid: int) -> None:
+    """Like `drop_entry`, but only if the name leads to the inode *nodeid*."""
+    size = fuse.DELETE.size + len(name) + 1
+    _tell(device, fuse.DELETE.pack(size, fuse.FUSE_NOTIFY_DELETE, 0, parent, nodeid, len(name)) + name + b"\0")
 
 
 def resend(device: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-from operator import itemgetter
 
 from llloop.front.context import Context
 from llloop.linux import fuse
@@ -107,34 +106,7 @@ class Responder:
         return (bool(size) or Feature.WRITEBACK_CACHE in self._context.features) and self._handles.may_be_dirty(nodeid)
 
 
+_attr = fuse.attribute_fields
 _pack_entry = fuse.ENTRY.pack
 _pack_entry_reply = fuse.ENTRY_REPLY.pack
 _ENTRY_REPLY_SIZE = fuse.ENTRY_REPLY.size
-# The fields of struct fuse_attr between ino and rdev, in order.
-_ATTR_FIELDS = itemgetter(
-    *map(
-        Attributes._fields.index,
-        (
-            "size",
-            "blocks",
-            "atime",
-            "mtime",
-            "ctime",
-            "atime_nsec",
-            "mtime_nsec",
-            "ctime_nsec",
-            "mode",
-            "nlink",
-            "uid",
-            "gid",
-        ),
-    )
-)
-
-
-def _attr(number: int, attributes: Attributes) -> tuple[int, ...]:
-    """Return the fields of struct fuse_attr; *number* is the inode number in the mount."""
-    device = 0
-    if attributes.rdev_major or attributes.rdev_minor:
-        device = fuse.encode_device(attributes.rdev_major, attributes.rdev_minor)
-    return number, *_ATTR_FIELDS(attributes), device, attributes.blksize, 0
