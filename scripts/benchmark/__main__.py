@@ -31,9 +31,9 @@ from .sizes import FULL, QUICK
 from .tools import BUILD, TOP, Installer, Unavailable, compile_load
 from .workloads import ALL
 
-# Who takes part in --quick: two minutes are not enough for all.
+# The contenders in --quick. Two minutes are not enough for all of them.
 _QUICK = (NATIVE, *PATHS, REFERENCE, "bindfs", "go-fuse")
-# The two minutes, less the time for the workload that is under way then, for unmounting, tables and plot.
+# Two minutes, less the time for the last workload, for unmounting, for the tables and for the plot.
 _QUICK_SECONDS = 90.0
 _STARTED = time.monotonic()
 
@@ -56,7 +56,7 @@ def _pattern(_context: click.Context, _parameter: click.Parameter, value: str | 
 
 
 def _common(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that all commands have."""
+    """The options of all commands."""
     for option in reversed(
         [
             click.option("--quick", is_flag=True, help="Small amounts and few rounds: a rough picture, soon."),
@@ -89,9 +89,9 @@ def _common(command: Callable[..., None]) -> Callable[..., None]:
 def main(context: click.Context, /, **options: Any) -> None:
     """Measure llloop, its peers and the native directory under the same load, in one run.
 
-    Writes tables (text and Markdown), all numbers (JSON) and a plot (PNG). Needs root. Debian packages that are
-    missing are installed, and peers that come as source are compiled. With --quick a run ends within two minutes
-    (installing and compiling not counted).
+    Writes tables (text and Markdown), all numbers (JSON) and a plot (PNG). Needs root. Installs missing
+    Debian packages and compiles some peers. With --quick a run ends within two minutes, without the time for
+    installing and compiling.
     """
     if context.invoked_subcommand is None:
         _compare(**options)
@@ -162,7 +162,7 @@ def front(
     syscalls: bool,
     profile: bool,
 ) -> None:
-    """What each kind of request costs, in microseconds, with load and server on one CPU."""
+    """Measure the cost of each kind of request in microseconds, with load and server on one CPU."""
     progress, installer = Progress(), Installer(allowed=not no_install)
     load = _prepare(installer)
     operations = [name for name in front_module.operations(load) if only is None or only.search(name)]
@@ -217,9 +217,9 @@ def scaling(
     no_install: bool,
     path: str,
 ) -> None:
-    """Throughput against the number of workers and of clients (1, 2, 4, 8 of each).
+    """Measure the throughput with 1, 2, 4 and 8 workers and clients.
 
-    --contenders here are those to compare with, by default native and passthrough_ll.
+    --contenders names the peers to compare with; the default is native and passthrough_ll.
     """
     workloads = [workload for workload in scaling_module.workloads() if only is None or only.search(workload.name)]
     if list_only:
@@ -267,9 +267,9 @@ def inodes(
     no_install: bool,
     files: int | None,
 ) -> None:
-    """What a server keeps in memory for each inode that the kernel knows.
+    """Measure the memory of a server for each inode that the kernel knows.
 
-    --contenders are llloop's default data path if none are named; --rounds and --only have no meaning here.
+    Without --contenders, this measures the default data path of llloop. --rounds and --only have no effect.
     """
     if list_only:
         click.echo("inodes           bytes of memory for each inode that the kernel knows")
@@ -304,7 +304,7 @@ def inodes(
 @click.option("--quick", is_flag=True, help="Smaller loads.")
 @click.option("--only", metavar="REGEX", callback=_pattern, help="Only loads that match: see --list.")
 @click.option("--list", "list_only", is_flag=True, help="List the loads, and end.")
-@click.option("--native", is_flag=True, help="Without a server: what the source itself lets one wait.")
+@click.option("--native", is_flag=True, help="Measure the source itself, without a server.")
 @click.option("--llloop", default=str(TOP / ".venv/bin/llloop"), show_default=True, help="The command to serve with.")
 @click.option("--serve-option", "serve_options", multiple=True, help="An option for llloop serve; may be repeated.")
 @click.option(
@@ -312,7 +312,7 @@ def inodes(
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     default="/dev/shm",
     show_default=True,
-    help="Where the image of the source's file system (ext4) is made.",
+    help="The directory for the image of the source, an ext4 file system.",
 )
 @click.option("--no-install", is_flag=True, help="Install nothing.")
 def waiting(
@@ -325,7 +325,7 @@ def waiting(
     base: Path,
     no_install: bool,
 ) -> None:
-    """How long a user's stat, 4 KiB read and create wait while another does what takes long; in milliseconds."""
+    """Measure for how many milliseconds the calls of one user wait during the load of another."""
     loads = {name: load for name, load in waiting_module.LOADS.items() if only is None or only.search(name)}
     if list_only:
         click.echo("\n".join(f"{name:14} {load.title}" for name, load in loads.items()))
@@ -343,7 +343,7 @@ def waiting(
 
 
 def _prepare(installer: Installer) -> Path:
-    """Make sure of what every run needs, and return the load generator."""
+    """Check that the requirements of all runs are met, and return the path of the load generator."""
     if os.geteuid():
         raise click.ClickException("this needs root: to make caches cold, to use kernel passthrough, and to install")
     try:
@@ -386,7 +386,7 @@ def _folder(output: Path | None, kind: str) -> Path:
 
 
 def _file_system(base: Path) -> str:
-    """Return the type of the file system that a directory is on."""
+    """Return the type of the file system of a directory."""
     found = ("", "")
     with open("/proc/self/mounts") as mounts:
         for line in mounts:
@@ -397,7 +397,7 @@ def _file_system(base: Path) -> str:
 
 
 def _interrupted(number: int, _frame: object) -> None:
-    # One is enough: what was started is ended and unmounted on the way out, and a second must not cut that short.
+    # Ignore further signals: the first one ends the servers and unmounts, and a second one must not interrupt that.
     signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""The place a run happens in: a source in memory, all contenders mounted at once, and everything gone at the end."""
+"""The place of a run: a source in memory, and the mounts of all contenders. At the end, all of it is removed."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .tools import Unavailable
 
 @dataclass(slots=True)
 class Bench:
-    """What is mounted, on what.
+    """The source and the mounts of a run.
 
     Attributes:
-        source: the directory that all mirror.
-        sizes: how much work there is.
-        servers: by class of workloads and contender's name.
-        skipped: why a contender is not, or no longer, among the servers.
+        source: the source of all mounts.
+        sizes: the amounts of work.
+        servers: the servers by class of workloads and name of the contender.
+        skipped: for each contender without a server, the reason.
     """
 
     source: Path
@@ -33,11 +33,11 @@ class Bench:
     skipped: dict[str, str] = field(default_factory=dict)
 
     def serve(self, kind: str, contender: Contender) -> None:
-        """Mount a contender; where that fails, note why.
+        """Mount a contender; if this fails, note the reason.
 
         Args:
-            kind: for which class of workloads.
-            contender: who it is.
+            kind: the class of workloads.
+            contender: the contender.
         """
         beside = self.source.parent
         mountpoint = beside / "mounts" / kind / contender.name
@@ -51,7 +51,7 @@ class Bench:
             self.servers[kind][contender.name] = server
 
     def restart(self, kind: str, name: str) -> None:
-        """Serve a contender anew whose server has ended."""
+        """Start the server of a contender again after its end."""
         old = self.servers[kind].pop(name)
         old.stop()
         self.serve(kind, old.contender)
@@ -64,11 +64,11 @@ def bench(
     """Make the source and mount the contenders; unmount and remove all of it at the end.
 
     Args:
-        contenders: who takes part.
-        kinds: the classes of workloads that there will be.
-        wished: how much work there is, if there is room for it.
-        base: where the source is made, a file system in memory.
-        say: told what is going on.
+        contenders: the contenders.
+        kinds: the classes of workloads.
+        wished: the amounts of work if there is enough space.
+        base: a directory on a file system in memory, for the source.
+        say: prints a progress message.
     """
     sizes = fitted(wished, room_at(str(base)))
     top = Path(tempfile.mkdtemp(prefix="llloop-bench-", dir=base))
@@ -89,7 +89,7 @@ def bench(
 
 
 def _remove(top: Path) -> None:
-    # A mount that could not be undone shows the source: rmtree must not go through it.
+    # If unmounting failed, the mount still shows the source. rmtree must not delete the source through it.
     with open("/proc/self/mountinfo") as mounts:
         if any(str(top) in line for line in mounts):
             raise RuntimeError(f"something is still mounted below {top}; unmount it and remove the directory")

@@ -1,4 +1,4 @@
-"""Who takes part: the native directory, llloop on each of its data paths, and the peers."""
+"""The contenders: the native directory, llloop with each of its data paths, and the peers."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from . import peers
 from .tools import TOP, Installer, Unavailable, run
 
 NATIVE = "native"
-# What all ratios but those to native are to: a peer that everybody can get, with its defaults.
+# The reference of all ratios except those to the native directory: a peer that everybody can install.
 REFERENCE = "passthrough_ll"
 
-# From source and mount point to the command that serves it in the foreground.
+# Returns the command that serves a source at a mount point in the foreground.
 Command = Callable[[Path, Path], list[str]]
 
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """One that takes part.
+    """A file system that is measured.
 
     Attributes:
-        name: how the report calls it.
-        command: how to serve it; None if nothing is to be served: the native directory.
-        peer: whether it is one that llloop is compared with.
-        remark: what a reader has to know about it.
+        name: its name in the report.
+        command: the command that serves it; None for the native directory.
+        peer: whether it is a file system to compare llloop with.
+        remark: an explanation for readers of the report.
     """
 
     name: str
@@ -36,13 +36,13 @@ class Contender:
 
 @dataclass(slots=True)
 class Field:
-    """The contenders that can be had here, and why others cannot."""
+    """The contenders that are available here, and the reasons why others are not."""
 
     contenders: list[Contender] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
 
 
-# The options of `llloop serve` that each data path takes.
+# The options of `llloop serve` for each data path.
 _OPTIONS: dict[str, list[str]] = {
     "llloop": ["--io", "workers"],
     "llloop-writeback": ["--io", "workers", "--writeback"],
@@ -63,12 +63,12 @@ NAMES = (NATIVE, *PATHS, *_PEERS)
 
 
 def gather(names: Sequence[str], installer: Installer, say: Callable[[str], None]) -> Field:
-    """Make the contenders of these names ready to be mounted.
+    """Install or compile the contenders of these names.
 
     Args:
         names: some of `NAMES`.
-        installer: installs what they need.
-        say: told what is being made ready, since compiling takes a while.
+        installer: installs the packages that they need.
+        say: prints a progress message, because compiling takes some time.
     """
     found = Field()
     for name in names:
@@ -87,22 +87,22 @@ def gather(names: Sequence[str], installer: Installer, say: Callable[[str], None
 
 
 def llloop(name: str, path: str, further: Sequence[str] = ()) -> Contender:
-    """Return llloop on one of its data paths.
+    """Return llloop with one of its data paths.
 
     Args:
-        name: of the contender.
+        name: the name of the contender.
         path: one of `PATHS`.
-        further: options of `llloop serve`.
+        further: more options of `llloop serve`.
 
     Raises:
-        Unavailable: if this version does not have one of them.
+        Unavailable: this version lacks one of the options.
     """
     program = TOP / ".venv" / "bin" / "llloop"
     known = run([program, "serve", "--help"])
     options = _OPTIONS[path]
     missing = [option for option in options if option.startswith("--") and option not in known]
     if path == PATHS[0]:
-        # The default path is this one, whether or not it can be asked for by name.
+        # This is the default path, even in a version without an option for it.
         options = [] if missing else options
     elif missing:
         raise Unavailable(f"this version of llloop has no {' and no '.join(missing)}")

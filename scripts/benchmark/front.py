@@ -1,8 +1,8 @@
-"""What each kind of request costs: the microbenchmark of the front.
+"""The cost of each kind of request: the microbenchmark of the front.
 
-Load and server are pinned to one CPU, and the load does nothing but one system call over and over. Its time is then
-the whole cost of the request: the kernel's part, the switches, the server's own. The native directory's column is
-what the same call costs without FUSE.
+Load and server are pinned to one CPU, and the load repeats one system call. So the time of the call is the whole cost
+of the request: in the kernel, for the context switches, and in the server. The column of the native directory shows
+the cost of the same call without FUSE.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from .servers import Server
 from .site import Failed, Site
 from .tools import Unavailable, run
 
-# Made before what removes them or renames them can be measured.
+# Files to create before operations that remove or rename them.
 _BEFORE = {"unlink": "create", "rmdir": "mkdir"}
-# What the front does besides system calls.
+# Work of the front other than system calls.
 _INTERPRETER = "front outside the kernel"
 PY_SPY = Path(sys.executable).parent / "py-spy"
-# The requests that one operation consists of, as the kernel sends them where nothing is cached that it may use.
+# The requests of each operation, as the kernel sends them if it has cached nothing.
 REQUESTS_OF = {
     "lookup": "LOOKUP",
     "lookup-missing": "LOOKUP (no entry)",
@@ -64,12 +64,12 @@ REQUESTS_OF = {
 
 @dataclass(slots=True)
 class Cost:
-    """What one operation costs, in microseconds and in numbers per operation.
+    """The cost of one operation, in microseconds and in numbers per operation.
 
     Attributes:
-        elapsed: as the caller sees it.
-        cpu: the server's CPU time, by the role of its processes.
-        wakeups: how often a thread of the server had to be woken.
+        elapsed: the time of the call.
+        cpu: the CPU time of the server, by the role of its processes.
+        wakeups: how often a thread of the server was woken.
     """
 
     elapsed: float
@@ -79,11 +79,11 @@ class Cost:
 
 @dataclass(slots=True)
 class Detail:
-    """What else is seen of an operation, by watchers that slow it down.
+    """What strace and py-spy show of an operation. They slow it down, so they run separately.
 
     Attributes:
-        calls: the server's system calls for one operation.
-        profile: functions that the front was found in, with their share of the samples.
+        calls: the system calls of the server for one operation.
+        profile: the functions of the front, each with its share of the samples.
     """
 
     calls: dict[str, float] = field(default_factory=dict)
@@ -99,7 +99,7 @@ def install_py_spy() -> None:
     """Install the sampler into the virtual environment.
 
     Raises:
-        Unavailable: if it cannot be had.
+        Unavailable: it cannot be installed.
     """
     run([sys.executable, "-m", "pip", "install", "--quiet", "py-spy"])
 
@@ -111,11 +111,11 @@ class Front:
         """Prepare.
 
         Args:
-            bench: what is mounted, for class requests.
+            bench: the mounts, for class requests.
             load: the compiled load generator.
-            progress: told how far it is.
-            seconds: how long an operation is repeated.
-            names: how often an operation is repeated that needs a new name each time.
+            progress: shows the progress.
+            seconds: for how long to repeat an operation.
+            names: how often to repeat an operation that needs a new name each time.
         """
         self._bench = bench
         self._load = load
@@ -149,11 +149,11 @@ class Front:
         """Measure one operation on one server.
 
         Args:
-            server: whose cost it is.
-            operation: which.
+            server: the server.
+            operation: the name of the operation.
 
         Raises:
-            Failed: if the operation does not get through.
+            Failed: the operation failed.
         """
         self._runs += 1
         site = Site(server, self._bench.source, self._bench.sizes, self._load, self._runs)
@@ -173,8 +173,8 @@ class Front:
         """Return the server's system calls per operation.
 
         Raises:
-            Failed: if the operation does not get through.
-            Unavailable: if strace cannot be had or cannot attach.
+            Failed: the operation failed.
+            Unavailable: strace is not available or cannot attach.
         """
         self._runs += 1
         site = Site(server, self._bench.source, self._bench.sizes, self._load, self._runs)
@@ -187,11 +187,11 @@ class Front:
             site.close()
 
     def profile(self, server: Server, operation: str) -> list[tuple[str, float]]:
-        """Return the functions in which the front was found, and in which share of the samples.
+        """Return the functions of the front, each with its share of the samples.
 
         Raises:
-            Failed: if the operation does not get through.
-            Unavailable: if py-spy cannot be had or cannot attach.
+            Failed: the operation failed.
+            Unavailable: py-spy is not available or cannot attach.
         """
         self._runs += 1
         front = [pid for pid in server.pids if "front" in processes.title(pid)]
@@ -207,7 +207,7 @@ class Front:
 
     @property
     def watched(self) -> list[Server]:
-        """The servers whose inside is of interest: llloop's."""
+        """The servers of llloop, whose functions and system calls are examined."""
         return [s for name, s in self._bench.servers[REQUESTS].items() if name.startswith("llloop")]
 
     def _prepare(self, site: Site, operation: str) -> None:
@@ -229,7 +229,7 @@ class Front:
 
 
 def _role(pid: int) -> str:
-    # llloop's processes carry their role in the title; a peer is one process.
+    # The titles of llloop's processes contain their roles. A peer is one process.
     match = re.fullmatch(r"llloop-(\w+?)(-\d+)?", processes.title(pid))
     return match.group(1) if match else "server"
 
@@ -246,7 +246,7 @@ def _usage(pids: Sequence[int]) -> dict[str, float]:
 
 @contextmanager
 def _traced(pids: Sequence[int]) -> Iterator[Counter[str]]:
-    """Count the processes' system calls meanwhile."""
+    """Count the system calls of the processes while the body runs."""
     calls: Counter[str] = Counter()
     with tempfile.NamedTemporaryFile("r") as output:
         words = ["strace", "-f", "-c", "-U", "calls,name", "-o", output.name]
@@ -262,7 +262,7 @@ def _traced(pids: Sequence[int]) -> Iterator[Counter[str]]:
 
 @contextmanager
 def _sampled(pid: int) -> Iterator[Counter[str]]:
-    """Sample the functions that a Python process is in meanwhile."""
+    """Sample the functions of a Python process while the body runs."""
     functions: Counter[str] = Counter()
     with tempfile.NamedTemporaryFile("r") as output:
         words = [str(PY_SPY), "record", "--pid", str(pid), "--rate", "500", "--format", "raw", "--nonblocking"]
@@ -275,7 +275,7 @@ def _sampled(pid: int) -> Iterator[Counter[str]]:
 
 @contextmanager
 def _attached(words: list[str]) -> Iterator[None]:
-    """Run a program that watches others, from before the body until after it."""
+    """Run a program that watches other processes while the body runs."""
     watcher = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         time.sleep(1)
@@ -292,7 +292,7 @@ def _attached(words: list[str]) -> Iterator[None]:
 
 
 def table(costs: dict[str, dict[str, list[Cost]]], names: Sequence[str]) -> str:
-    """Return the costs as text: the elapsed times of all, then what those of llloop consist of."""
+    """Return the costs as text: the elapsed times of all contenders, then the parts of llloop's times."""
 
     def middle(operation: str, name: str, what: Callable[[Cost], float]) -> float | None:
         samples = costs[operation].get(name)
@@ -343,7 +343,7 @@ def details(
 
 
 def detail_tables(found: dict[str, dict[str, Detail]]) -> str:
-    """Return what was seen as text."""
+    """Return the observations as text."""
     parts = []
     for name, by_operation in found.items():
         if any(detail.calls for detail in by_operation.values()):

@@ -1,4 +1,4 @@
-"""What a server keeps in memory for each inode that the kernel knows."""
+"""The memory of a server for each inode that the kernel knows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .servers import Server
 from .site import Failed
 from .tools import Unavailable, run
 
-# Small enough that all of a directory comes with its attributes, and no server needs many directories at a time.
+# Few enough that one READDIRPLUS returns a whole directory, and that no server needs many directories at a time.
 PER_DIRECTORY = 800
 
 
@@ -21,11 +21,11 @@ class Memory:
     """The memory of a server's processes (PSS), in bytes.
 
     Attributes:
-        inodes: how many the kernel came to know.
-        before: before it knew them.
-        known: when it knew them all.
-        forgotten: when it had forgotten them.
-        seconds: how long the walk took that made them known.
+        inodes: how many inodes the kernel looked up.
+        before: the memory before the lookups.
+        known: the memory when the kernel knew all of them.
+        forgotten: the memory after the kernel had forgotten them.
+        seconds: how long the lookups took.
     """
 
     inodes: int
@@ -54,15 +54,15 @@ def make(top: Path, count: int, progress: Progress) -> int:
 
 
 def measure(server: Server, load: Path, directories: int) -> Memory:
-    """Have the kernel look up all files of the tree, and forget them, and see what that takes.
+    """Make the kernel look up all files of the tree and forget them, and measure the memory.
 
     Args:
-        server: who serves the tree, at the top of its mount's directory "inodes".
+        server: the server. The tree is the directory "inodes" of its mount.
         load: the compiled load generator.
-        directories: of the tree.
+        directories: the number of directories in the tree.
 
     Raises:
-        Failed: the walk did not get through.
+        Failed: walking the tree failed.
     """
     top = server.root / "inodes"
     try:
@@ -84,7 +84,7 @@ def _settled(server: Server) -> int:
 
 
 def table(found: dict[str, Memory]) -> str:
-    """Return what was found as text."""
+    """Return the results as text."""
     lines = [f"{'':16}{'inodes':>10}{'bytes each':>12}{'MiB before':>12}{'known':>8}{'forgotten':>11}{'seconds':>9}"]
     for name, memory in found.items():
         sizes = [size / 2**20 for size in (memory.before, memory.known, memory.forgotten)]

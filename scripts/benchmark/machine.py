@@ -1,4 +1,4 @@
-"""What a result depends on besides the contenders: the machine, its kernel and the date."""
+"""The machine, its kernel and the date, on which a result depends besides the contenders."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Where and when a result was measured."""
+    """The machine and the time of a measurement."""
 
     date: str
     kernel: str
@@ -22,7 +22,7 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """Describe the machine that this runs on."""
+    """Describe this machine."""
     return Machine(
         date=time.strftime("%Y-%m-%d %H:%M"),
         kernel=f"{platform.system()} {platform.release()}",
@@ -36,7 +36,7 @@ def this_machine() -> Machine:
 def _cpu_model() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         name, _, value = line.partition(":")
-        # Which of them is there depends on the architecture.
+        # The architecture decides which of these fields exist.
         if name.strip() in ("model name", "Model", "Processor", "cpu model"):
             return value.strip()
     return platform.machine()

@@ -1,4 +1,4 @@
-"""The rounds: every workload on every contender, again and again, in an order that gives nobody the better place."""
+"""The rounds: every workload on every contender, several times. The order changes, so it favours no contender."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .workloads import Workload
 
 @dataclass(slots=True)
 class Results:
-    """What was measured.
+    """The results of a measurement.
 
     Attributes:
-        samples: by workload and contender, one for each round.
-        failures: by workload and contender, why there is no sample, or fewer.
-        rounds: how many were begun.
+        samples: for each workload and contender, one sample for each round.
+        failures: for each workload and contender, why samples are missing.
+        rounds: how many rounds were begun.
     """
 
     samples: dict[str, dict[str, list[Sample]]] = field(default_factory=dict)
@@ -35,9 +35,9 @@ class Meter:
         """Prepare.
 
         Args:
-            bench: what is mounted.
+            bench: the mounts.
             load: the compiled load generator.
-            progress: told how far it is.
+            progress: shows the progress.
         """
         self._bench = bench
         self._load = load
@@ -45,12 +45,12 @@ class Meter:
         self._runs = 0
 
     def rounds(self, workloads: Sequence[Workload], count: int, deadline: float | None = None) -> Results:
-        """Measure all of them.
+        """Measure all workloads on all contenders.
 
         Args:
-            workloads: in the order in which they are to be run.
-            count: how many rounds.
-            deadline: the monotonic time by which to end; no round is begun that would probably not.
+            workloads: the workloads in their order.
+            count: the number of rounds.
+            deadline: when to end (monotonic clock, seconds). No round starts that would probably end later.
         """
         results = Results()
         start = time.monotonic()
@@ -73,7 +73,7 @@ class Meter:
                 return False
             servers = self._bench.servers[workload.kind]
             names = list(servers)
-            # Rotated by workload too, so that the one who follows a heavy contender is not always the same.
+            # Rotate the order by workload too, so that the contender after a heavy one changes.
             turn = (number + index) % max(1, len(names))
             for place, name in enumerate(names[turn:] + names[:turn]):
                 done = (number * len(workloads) + index) * len(names) + place
@@ -100,7 +100,7 @@ class Meter:
         """Run a workload once on a contender.
 
         Raises:
-            Failed: if it does not get through.
+            Failed: the workload failed.
         """
         self._runs += 1
         bench = self._bench

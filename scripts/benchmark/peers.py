@@ -1,7 +1,7 @@
-"""How each peer is had and run: installed, compiled, or taken out of a source package.
+"""The peers: how to install, compile and run each of them.
 
-Each function returns the command and a remark for the report, and raises `Unavailable` where it cannot be had.
-All run with their defaults, but for what makes them usable at all or what their own documentation recommends.
+Each function returns the command and a remark for the report. It raises `Unavailable` if the peer cannot be installed.
+All peers run with their defaults, and with the options that they require or that their documentation recommends.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _GO_SOURCES = Path("/usr/share/gocode/src")
 
 
 def passthrough_ll(installer: Installer) -> tuple[Command, str]:
-    """libfuse's low-level example, the reference."""
+    """libfuse's low-level example: the reference."""
     program, version = _libfuse_example(installer, "passthrough_ll.c")
     return lambda source, mountpoint: [program, "-f", "-o", f"source={source}", str(mountpoint)], version
 
 
 def passthrough_ll_permissions(installer: Installer) -> tuple[Command, str]:
-    """The reference again, checking who may do what, as every mirror must that serves more than its owner."""
+    """The reference with permission checks, which a mirror needs if it serves other users than its owner."""
     program, version = _libfuse_example(installer, "passthrough_ll.c")
     remark = f"{version}, with -o default_permissions"
     return lambda source, mount: [program, "-f", "-o", f"source={source},default_permissions", str(mount)], remark
@@ -38,12 +38,12 @@ def passthrough_ll_permissions(installer: Installer) -> tuple[Command, str]:
 def passthrough_fh(installer: Installer) -> tuple[Command, str]:
     """libfuse's high-level example."""
     program, version = _libfuse_example(installer, "passthrough_fh.c")
-    # It mirrors the root directory only: libfuse's module `subdir` puts the source's path before each name.
+    # It can only mirror the root directory. libfuse's module `subdir` puts the path of the source before each name.
     return lambda source, mountpoint: [program, "-f", "-o", f"modules=subdir,subdir={source}", str(mountpoint)], version
 
 
 def passthrough_hp(installer: Installer) -> tuple[Command, str]:
-    """libfuse's high-performance example: in its source package only, and in C++."""
+    """libfuse's high-performance example. It is written in C++, and only the source package contains it."""
     installer.need("libfuse3-dev", "g++", "pkg-config")
     source = _libfuse_source(installer)
     program = compiled(
@@ -60,7 +60,7 @@ def passthrough_hp(installer: Installer) -> tuple[Command, str]:
 
 
 def bindfs(installer: Installer) -> tuple[Command, str]:
-    """bindfs, as its manual page says for speed."""
+    """bindfs with the options that its manual page recommends for speed."""
     installer.need("bindfs")
     program = _program("bindfs")
     return (
@@ -90,7 +90,7 @@ def go_fuse(installer: Installer) -> tuple[Command, str]:
     library = _GO_SOURCES / "github.com" / "hanwen" / "go-fuse"
     if not library.is_dir():
         raise Unavailable(f"{library} is not there")
-    # Debian leaves out the v2 of the import path; a link beside the package stands in for it.
+    # Debian's package lacks the v2 of the import path. A link beside the package provides it.
     workspace = BUILD / "go"
     versioned = workspace / "src" / "github.com" / "hanwen" / "go-fuse" / "v2"
     versioned.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +117,7 @@ def go_fuse(installer: Installer) -> tuple[Command, str]:
 
 
 def llfuse_example(_installer: Installer) -> tuple[Command, str]:
-    """The example passthroughfs.py that llfuse's source distribution carries."""
+    """The example passthroughfs.py of llfuse's source distribution."""
     import llfuse
 
     version: str = llfuse.__version__
@@ -149,7 +149,7 @@ def _version(program: str, option: str) -> str:
 
 
 def _fuse3_flags() -> list[str]:
-    # What libfuse's own build finds on Linux and tells its examples; without, they cannot so much as set a time.
+    # libfuse's build defines these for its examples on Linux. Without them, the examples cannot even set a time.
     found = ("COPY_FILE_RANGE", "FALLOCATE", "FDATASYNC", "FSTATAT", "POSIX_FALLOCATE", "SETXATTR", "UTIMENSAT")
     return [
         *(f"-DHAVE_{name}" for name in found),
@@ -168,7 +168,7 @@ def _libfuse_example(installer: Installer, name: str) -> tuple[str, str]:
 
 
 def _libfuse_source(installer: Installer) -> Path:
-    """Return the path of passthrough_hp.cc, with the header it needs beside it."""
+    """Return the path of passthrough_hp.cc. The header that it includes is beside it."""
     folder = BUILD / "libfuse"
     source = folder / "passthrough_hp.cc"
     if source.exists():
@@ -178,7 +178,7 @@ def _libfuse_source(installer: Installer) -> Path:
         archive = _download_source(Path(scratch), "fuse3")
         folder.mkdir(parents=True, exist_ok=True)
         with tarfile.open(archive) as members:
-            # The program last: its presence says that all is there.
+            # Write the program last: if it exists, everything else does.
             for name in ("cxxopts.hpp", "passthrough_hp.cc"):
                 for member in members.getmembers():
                     if member.name.endswith(f"/example/{name}"):
@@ -193,8 +193,8 @@ def _libfuse_source(installer: Installer) -> Path:
 def _download_source(scratch: Path, package: str) -> Path:
     """Download a Debian source package and return its archive.
 
-    Most machines' apt has no sources of source packages; they are made from its sources of packages, in lists of
-    our own, so that the machine's settings stay as they are.
+    On most machines apt is not set up for source packages. So this derives their sources from those of the binary
+    packages, and uses its own lists. The settings of the machine do not change.
     """
     parts = scratch / "parts"
     parts.mkdir()

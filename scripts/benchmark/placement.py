@@ -1,8 +1,8 @@
-"""Where load and servers run: the two classes of workloads.
+"""The CPUs of load and servers: the two classes of workloads.
 
-Waking a sleeping CPU costs more than many a request does, so what is measured would be the scheduler's luck. Class
-*requests* has load and server on one CPU: the cost of a request. Class *bandwidth* lets them run where they like.
-A contender is served once for each class: a server decides by the CPUs it finds at its start how many threads it runs.
+Waking a sleeping CPU takes longer than many requests, so the results would depend on the scheduler. Class *requests*
+runs load and server on one CPU and measures the cost of a request. Class *bandwidth* lets them run on any CPU. Each
+class has its own servers, because a server chooses its number of threads by the CPUs that it may use at its start.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DESCRIPTION = {
 
 
 def cpus(kind: str) -> set[int]:
-    """Return the CPUs on which load and servers of a class run."""
+    """Return the CPUs for the load and the servers of a class."""
     usable = os.sched_getaffinity(0)
-    # The last one: the first takes most interrupts.
+    # Use the last CPU, because the first one gets most interrupts.
     return {max(usable)} if kind == REQUESTS else usable

@@ -10,7 +10,7 @@ from .contenders import NATIVE, REFERENCE
 from .placement import DESCRIPTION, KINDS
 from .report import Report
 
-# llloop's paths in one family of colours, the peers in muted ones that differ in lightness as well as in hue.
+# llloop's data paths have similar colours. The peers have muted ones that differ in lightness and hue.
 _COLOURS = {
     NATIVE: "#222222",
     "llloop": "#c1121f",
@@ -28,7 +28,7 @@ _COLOURS = {
 
 
 def draw(report: Report, path: Path) -> None:
-    """Draw the ratios to the reference, or to the native directory where the reference did not take part."""
+    """Draw the ratios to the reference, or to the native directory if the reference was not measured."""
     pyplot.switch_backend("agg")
     names = [contender.name for contender in report.contenders]
     to = REFERENCE if REFERENCE in names else NATIVE
@@ -48,7 +48,7 @@ def draw(report: Report, path: Path) -> None:
                 color=_COLOURS.get(name),
             )
         panel.set_yscale("log", base=2)
-        # One peer that is out of the race must not flatten all the others.
+        # Limit the axis, so that one very fast peer does not flatten all other bars.
         panel.set_ylim(bottom=max(panel.get_ylim()[0], 1 / 16))
         panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}x")
         panel.axhline(1, color="black", linewidth=0.8)

@@ -1,4 +1,4 @@
-"""A server's processes seen from outside: which they are, what they have used, where they may run."""
+"""The processes of a server: their ids, CPU time, memory and CPU affinity."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-# The clocks of another process (see clock_getcpuclockid(3)): nanoseconds, where /proc counts in 10 ms.
+# The CPU clock of another process (clock_getcpuclockid(3)). It counts in nanoseconds; /proc counts in units of 10 ms.
 _USER_CLOCK, _CPU_CLOCK = 1, 2
 
 
 def tree(pid: int) -> list[int]:
-    """Return the process and all its descendants, parents first."""
+    """Return the ids of the process and all its descendants, parents first."""
     found = [pid]
     for parent in found:
         with contextlib.suppress(OSError):
@@ -24,12 +24,12 @@ def tree(pid: int) -> list[int]:
 
 
 def cpu_seconds(pids: Iterable[int]) -> float:
-    """Return the CPU time that the processes have used so far, their ended threads included."""
+    """Return the CPU time of the processes in seconds, including that of ended threads."""
     return _seconds(pids, _CPU_CLOCK)
 
 
 def user_seconds(pids: Iterable[int]) -> float:
-    """Return how much of their CPU time the processes have used outside of the kernel, as its clock tick sees it."""
+    """Return the CPU time of the processes in user mode. The kernel samples it with its clock tick."""
     return _seconds(pids, _USER_CLOCK)
 
 
@@ -42,16 +42,16 @@ def _seconds(pids: Iterable[int], clock: int) -> float:
 
 
 def forget_peak_memory(pids: Iterable[int]) -> None:
-    """Let the peak of each process's memory start anew."""
+    """Reset the peak of the memory of each process."""
     for pid in pids:
         with contextlib.suppress(OSError):
             Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
 def peak_memory(pids: Iterable[int]) -> int:
-    """Return the bytes of memory that the processes have used at most since `forget_peak_memory`.
+    """Return the peak memory of the processes since `forget_peak_memory`, in bytes.
 
-    What processes share is counted once (PSS); what each had more at its peak than it has now is counted on top.
+    This is the present memory, shared pages counted once (PSS), plus what each process had more at its peak.
     """
     total = 0
     for pid in pids:
@@ -63,7 +63,7 @@ def peak_memory(pids: Iterable[int]) -> int:
 
 
 def memory(pids: Iterable[int]) -> int:
-    """Return the bytes of memory that the processes use now, what they share counted once (PSS)."""
+    """Return the present memory of the processes in bytes; shared pages are counted once (PSS)."""
     total = 0
     for pid in pids:
         with contextlib.suppress(OSError):
@@ -81,7 +81,7 @@ def _kilobytes(path: Path) -> dict[str, int]:
 
 
 def wakeups(pids: Iterable[int]) -> int:
-    """Return how often the processes' threads have gone to sleep so far: each time somebody had to wake them."""
+    """Return how often the threads of the processes have slept, and so had to be woken."""
     total = 0
     for pid in pids:
         with contextlib.suppress(OSError):
@@ -93,7 +93,7 @@ def wakeups(pids: Iterable[int]) -> int:
 
 
 def title(pid: int) -> str:
-    """Return the name by which ps shows the process."""
+    """Return the name of the process in ps(1)."""
     with contextlib.suppress(OSError):
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         return os.path.basename(os.fsdecode(words[0])).strip() or str(pid)
@@ -101,14 +101,14 @@ def title(pid: int) -> str:
 
 
 def kill(pids: Iterable[int]) -> None:
-    """End the processes at once."""
+    """Kill the processes."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
 
 def session(pid: int) -> int | None:
-    """Return the process's session, or None if it is gone."""
+    """Return the session of the process, or None if it has ended."""
     try:
         return os.getsid(pid)
     except ProcessLookupError:
@@ -116,13 +116,13 @@ def session(pid: int) -> int | None:
 
 
 def settle(pids: list[int], patience: float = 5.0) -> None:
-    """Wait until the processes rest: what they have still to do for the last load is not to slow the next."""
+    """Wait until the processes are idle, so that the end of one load does not slow the next."""
     end = time.monotonic() + patience
     before = cpu_seconds(pids)
     while time.monotonic() < end:
         time.sleep(0.01)
         now = cpu_seconds(pids)
-        # A garbage collector or a watchdog may tick over; a server at work uses far more than 2 % of a CPU.
+        # A garbage collector or a watchdog may use some CPU time. A server that works uses far more than 2 % of a CPU.
         if now - before < 0.0002:
             return
         before = now

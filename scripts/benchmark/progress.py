@@ -1,4 +1,4 @@
-"""What the benchmark is doing right now, on standard error."""
+"""Progress messages on standard error."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 
 
 class Progress:
-    """One line that is written over on a terminal; elsewhere a line now and then, so that a log stays readable."""
+    """A line that is overwritten on a terminal; in a log, a new line from time to time."""
 
     def __init__(self) -> None:
         """Start the clock."""
@@ -17,18 +17,18 @@ class Progress:
         self._width = 0
 
     def say(self, text: str) -> None:
-        """Write a message that stays."""
+        """Write a message that is not overwritten."""
         self.clear()
         print(text, file=sys.stderr, flush=True)
 
     def step(self, done: int, total: int, group: str, detail: str) -> None:
-        """Show how far it is.
+        """Show the progress.
 
         Args:
-            done: steps done.
-            total: steps in all.
-            group: what changes seldom, such as round and workload.
-            detail: what changes often, such as the contender.
+            done: the number of finished steps.
+            total: the number of all steps.
+            group: text that changes seldom, such as round and workload.
+            detail: text that changes often, such as the contender.
         """
         elapsed = time.monotonic() - self._start
         left = f", {_clock(elapsed / done * (total - done))} left" if done else ""
@@ -42,7 +42,7 @@ class Progress:
             self._last = group
 
     def clear(self) -> None:
-        """Take the current line away."""
+        """Remove the current line."""
         if self._terminal and self._width:
             print(f"\r{'':{self._width}}\r", end="", file=sys.stderr, flush=True)
             self._width = 0

@@ -1,4 +1,4 @@
-"""The results as text: tables of ratios, one class after the other."""
+"""The results as text: tables of ratios for each class."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .workloads import Workload
 
 @dataclass(slots=True)
 class Report:
-    """All that is to be told of a run."""
+    """The content of the report of a run."""
 
     machine: Machine
     workloads: Sequence[Workload]
@@ -32,7 +32,7 @@ class Report:
         return statistics.median(map(what, samples)) if samples else None
 
     def ratio(self, workload: str, contender: str, to: str) -> float | None:
-        """Return by how much one contender is faster than another."""
+        """Return the ratio of the speeds of two contenders."""
         mine, other = self.median(workload, contender), self.median(workload, to)
         return mine / other if mine and other else None
 
@@ -46,7 +46,7 @@ class Report:
         return max(rates, key=rates.__getitem__, default=None)
 
     def mean(self, kind: str, contender: str, to: str | None) -> float | None:
-        """Return the geometric mean of a class's ratios; `to` None means the best peer of each workload."""
+        """Return the geometric mean of the ratios of a class; `to` None means the best peer of each workload."""
         ratios = [
             ratio
             for workload in self.workloads
@@ -57,7 +57,7 @@ class Report:
         return math.exp(statistics.fmean(map(math.log, ratios))) if ratios else None
 
     def mean_cell(self, kind: str, contender: str, to: str | None) -> str:
-        """Return the mean for a table, marked if it is not one of all workloads."""
+        """Return the mean for a table, with a mark if a workload is missing."""
         missing = any(
             self.median(workload.name, contender) is None for workload in self.workloads if workload.kind == kind
         )
@@ -66,7 +66,7 @@ class Report:
 
 @dataclass(slots=True)
 class Table:
-    """Rows of cells, the first column to the left and all others to the right."""
+    """Rows of cells. The first column is aligned left, all others right."""
 
     heads: list[str]
     rows: list[list[str]] = field(default_factory=list)
@@ -119,7 +119,7 @@ def _best(report: Report, kind: str) -> Table:
 
 
 def _cost(report: Report, kind: str) -> Table:
-    """CPU time for the same amount of work, since a fast contender does more of it in its time."""
+    """Return the CPU time for the same amount of work, because a fast contender does more work in the same time."""
     names = [contender.name for contender in report.contenders if contender.command]
     table = Table(["workload", "CPU seconds per", *names])
     for workload in report.workloads:
@@ -188,7 +188,7 @@ def _list(head: str, items: Sequence[str], markdown: bool) -> str:
 
 
 def as_json(report: Report) -> dict[str, object]:
-    """Return everything that was measured, each round by itself."""
+    """Return all samples, separately for each round."""
     return {
         "machine": asdict(report.machine),
         "source": report.source,

@@ -1,4 +1,4 @@
-"""Throughput against the number of workers and of clients."""
+"""The throughput for different numbers of workers and clients."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ COUNTS = (1, 2, 4, 8)
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Something that any number of clients can do at once.
+    """A load that any number of clients can make at once.
 
     Attributes:
-        name: for tables.
+        name: its name in tables.
         title: what the clients do.
-        unit: of the throughput, and its scale.
-        run: does it with so many clients.
+        unit: the unit of the throughput.
+        scale: the throughput in operations or bytes per second is divided by this.
+        run: runs it with a number of clients.
     """
 
     name: str
@@ -76,7 +77,7 @@ LOADS = (
 
 
 def contenders(path: str, others: Sequence[Contender]) -> list[Contender]:
-    """Return llloop on a data path with each number of workers, and the others to compare with."""
+    """Return llloop with one data path and each number of workers, and the peers."""
     return [*(llloop(f"workers-{count}", path, ["--workers", str(count)]) for count in COUNTS), *others]
 
 
@@ -103,7 +104,7 @@ def rate(results: Results, load: Load, clients: int, name: str) -> float | None:
 
 
 def _measured(results: Results) -> list[Load]:
-    # --only may have left some out.
+    # Some may be missing because of --only.
     return [load for load in LOADS if any(f"{load.name}-{clients}" in results.samples for clients in COUNTS)]
 
 

@@ -1,4 +1,4 @@
-"""A contender served: mounted, watched, and taken away again whatever happens."""
+"""The server of a contender: it is mounted, watched, and always unmounted in the end."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from . import processes
 from .contenders import Contender
 from .tools import Unavailable
 
-# How long a server may take to start or to end.
+# The maximum time for the start or the end of a server, in seconds.
 _TIMEOUT = 20.0
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 
 
 class Server:
-    """A contender's mount and its processes; the native directory is one without either.
+    """The mount and the processes of a contender. The native directory has neither.
 
     Attributes:
-        contender: whose it is.
-        root: the directory that the load works in.
-        cpus: where it runs, and its load with it.
-        pids: its processes.
+        contender: the contender.
+        root: the directory for the load.
+        cpus: the CPUs for the server and the load.
+        pids: the process ids of the server.
     """
 
     def __init__(self, contender: Contender, source: Path, mountpoint: Path, log: Path, cpus: set[int]) -> None:
@@ -36,13 +36,13 @@ class Server:
 
         Args:
             contender: what to serve.
-            source: the directory to be mirrored.
+            source: the directory to mirror.
             mountpoint: an empty directory.
-            log: where the server's output goes.
-            cpus: where its processes run, from their start.
+            log: the file for the output of the server.
+            cpus: the CPUs for its processes.
 
         Raises:
-            Unavailable: if it does not come up.
+            Unavailable: the server did not start.
         """
         self.contender = contender
         self.cpus = cpus
@@ -58,7 +58,7 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                # Ctrl-C is for the benchmark, which then stops the servers in order.
+                # Ctrl-C must reach only the benchmark, which then stops the servers in the right order.
                 start_new_session=True,
                 preexec_fn=lambda: _prepare_server(cpus),
             )
@@ -70,11 +70,11 @@ class Server:
 
     @property
     def mounted(self) -> bool:
-        """Whether there is a mount at all, unlike in the native directory."""
+        """Whether there is a mount; the native directory has none."""
         return self._process is not None
 
     def alive(self) -> bool:
-        """Return whether the server is still there (the native directory always is)."""
+        """Return whether the server is running; always True for the native directory."""
         return self._process is None or self._process.poll() is None
 
     def _await_mount(self) -> None:
@@ -88,24 +88,24 @@ class Server:
         if self._patiently(["stat", str(self.root)]):
             raise Unavailable(f"the mount does not answer: {self.last_words()}")
         assert self._process is not None
-        # Some start their threads and workers after they have mounted.
+        # Some servers start threads and workers after the mount.
         time.sleep(0.3)
         self.pids = processes.tree(self._process.pid)
 
     def last_words(self) -> str:
-        """Return the last line that the server wrote, or how it ended."""
+        """Return the last line of output of the server, or how it ended."""
         lines = self._log.read_text(errors="replace").strip().splitlines()
         if lines:
             return lines[-1]
         return f"exit code {self._process.poll() if self._process else None}"
 
     def kill(self) -> None:
-        """End the processes at once: the way out of a mount that hangs."""
+        """Kill the processes; needed if the mount hangs."""
         if self._process is not None:
             processes.kill(processes.tree(self._process.pid))
 
     def stop(self) -> None:
-        """Unmount, and end the processes: asked first, then told."""
+        """Unmount, and end the processes: with SIGTERM first, then with SIGKILL."""
         process = self._process
         if process is None:
             return
@@ -121,18 +121,18 @@ class Server:
                 process.wait(5)
         process.kill()
         process.wait()
-        # A child that outlived its parent; its number may be somebody else's by now, its session is not.
+        # Kill a child that outlived its parent. Another process may have its id by now, but not its session.
         processes.kill(pid for pid in known if processes.session(pid) == process.pid)
 
     def _patiently(self, command: list[str]) -> int:
-        """Run a command that touches the mount and return its exit code; if it hangs, the server is ended first."""
+        """Run a command that uses the mount and return its exit code. If the command hangs, kill the server first."""
         toucher = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         try:
             return toucher.wait(_TIMEOUT)
         except subprocess.TimeoutExpired:
-            # Who waits for an answer of FUSE cannot be killed before the server is.
+            # A process that waits for an answer of FUSE ends only after the server.
             self.kill()
             toucher.kill()
             return toucher.wait()
@@ -140,10 +140,10 @@ class Server:
 
 def _prepare_server(cpus: set[int]) -> None:
     os.sched_setaffinity(0, cpus)
-    # Some peers keep a descriptor for each file that the kernel knows, and die when they run out of them.
+    # Some peers keep a descriptor for each file that the kernel knows, and end if they have no more descriptors.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    # Should the benchmark be killed, its servers end and unmount as on any SIGTERM.
+    # If the benchmark is killed, its servers get SIGTERM and unmount.
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

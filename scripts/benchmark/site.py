@@ -1,4 +1,4 @@
-"""Where a workload does its work: one contender's view of the source, with a clock and a meter on what is timed."""
+"""The directory of a workload in the mount of a contender, and the measurement of time, CPU time and memory."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from . import processes
 from .servers import Server
 from .sizes import Sizes
 
-# A single load that takes longer has met a server that hangs.
+# If a single load takes longer than this, in seconds, the server hangs.
 _TIMEOUT = 120.0
 
 
 class Failed(Exception):
-    """A load did not get through; the message says why."""
+    """A load failed; the message says why."""
 
 
 @dataclass(slots=True)
 class Sample:
-    """What one run of a workload came to.
+    """The result of one run of a workload.
 
     Attributes:
         work: bytes moved, or operations done.
-        seconds: how long that took.
-        cpu_seconds: what all of the server's processes used meanwhile.
-        peak_memory: bytes, of all of the server's processes.
+        seconds: how long this took.
+        cpu_seconds: the CPU time of all processes of the server.
+        peak_memory: the peak memory of all processes of the server, in bytes.
     """
 
     work: float = 0
@@ -46,17 +46,17 @@ class Sample:
 
 
 class Site:
-    """One contender's directory, for one run of one workload."""
+    """The directory of a contender for one run of one workload."""
 
     def __init__(self, server: Server, source: Path, sizes: Sizes, load: Path, number: int) -> None:
-        """Make a fresh directory for what the workload writes, and the caches cold.
+        """Create a directory for the files of the workload, and empty the caches.
 
         Args:
-            server: the contender's.
-            source: the directory that is mirrored.
+            server: the server of the contender.
+            source: the mirrored directory.
             sizes: how much work to do.
             load: the compiled load generator.
-            number: counts the runs, so that no name is ever used again.
+            number: the number of the run, so that no name is used twice.
         """
         self.sizes = sizes
         self.sample = Sample()
@@ -66,59 +66,59 @@ class Site:
         self.source = source
         own = Path("scratch") / f"{server.contender.name}-{number}"
         self.behind = source / own
-        # As the contender shows it: the directory is made in the source, and its name was never used before.
+        # The directory is created in the source. The contender has never seen its name.
         self.scratch = server.root / own
         self.behind.mkdir(parents=True)
         self.drop()
         processes.forget_peak_memory(server.pids)
 
     def close(self) -> None:
-        """Take away what was written; the mount forgets it first, so that no server keeps it alive."""
+        """Delete the files; make the kernel forget them first, so that no server holds them."""
         with contextlib.suppress(Failed):
             self.drop()
         shutil.rmtree(self.behind, ignore_errors=True)
 
     def drop(self) -> None:
-        """Make the mount's caches cold: names, attributes and pages of this mount only."""
+        """Empty the kernel's caches of names, attributes and pages of this mount."""
         if self._server.mounted:
             self._run([str(self._load), "drop", str(self.root)])
         self.settle()
 
     def settle(self) -> None:
-        """Wait until the server has done what it has still to do for the last load."""
+        """Wait until the server has finished its work for the last load."""
         processes.settle(self._server.pids)
 
     def fresh_directory(self) -> Path:
-        """Return another empty directory below `scratch`, which the contender has not seen yet."""
+        """Return another empty directory below `scratch` that the contender has not seen."""
         number = str(len(os.listdir(self.behind)))
         (self.behind / number).mkdir()
         return self.scratch / number
 
     def load(self, *arguments: object, timed: bool = True) -> None:
-        """Run the load generator with these arguments; it says itself how much it did in what time."""
+        """Run the load generator with these arguments. It prints the number of operations and the time."""
         with self._meter(timed):
             output = self._run([str(self._load), *map(str, arguments)])
         if timed:
             self._count(*map(float, output.split()))
 
     def fio(self, *options: str, work: str = "bytes", timed: bool = True) -> None:
-        """Run fio with these options; jobs are added up.
+        """Run fio with these options and add up the results of its jobs.
 
         Args:
-            options: without the leading dashes.
+            options: options of fio without the leading dashes.
             work: what to count, "bytes" or "operations".
-            timed: whether this is what the workload measures, or its preparation.
+            timed: whether to measure this; False for a preparation.
         """
         common = [
             "name=load",
             "ioengine=psync",
-            # Processes are what most programs are; with threads fio would share one table of descriptors.
+            # Use processes: threads of fio would share one table of descriptors, unlike most programs.
             "group_reporting",
-            # Cold or hot is decided here, not by fio.
+            # The benchmark empties the caches, not fio.
             "invalidate=0",
             "fallocate=none",
             "randrepeat=1",
-            # Without latencies and with the vDSO's clock, fio costs least of what is to be measured.
+            # Without latencies and with the clock of the vDSO, fio itself takes the least time.
             "gtod_reduce=1",
             "clocksource=clock_gettime",
             "disk_util=0",
@@ -127,15 +127,15 @@ class Site:
         with self._meter(timed):
             output = self._run(["fio", *(f"--{option}" for option in [*common, *options])])
         if timed:
-            # Notes may stand before the result.
+            # fio may print messages before the result.
             (job,) = json.loads(output[output.index("{") :])["jobs"]
             parts = [job["read"], job["write"]]
             amount = sum(part["io_bytes"] if work == "bytes" else part["total_ios"] for part in parts)
             self._count(amount, max(part["runtime"] for part in parts) / 1000)
 
     def program(self, *command: str, directory: Path, work: float = 1, timed: bool = True) -> None:
-        """Run a program in a directory of the mount, and count its time as the time of so much work."""
-        # env enters the directory, since a mount that hangs must not hang the benchmark.
+        """Run a program in a directory of the mount, and measure its time for this amount of work."""
+        # env(1) changes the directory, because a mount that hangs must not stop the benchmark.
         with self._meter(timed):
             output = self._run(["env", "--chdir", str(directory), str(self._load), "program", str(work), *command])
         if timed:
@@ -160,14 +160,14 @@ class Site:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            # Ctrl-C is for the benchmark, which then ends the load by itself.
+            # Ctrl-C must reach only the benchmark, which then ends the load.
             start_new_session=True,
             preexec_fn=lambda: os.sched_setaffinity(0, self._server.cpus),
         )
         try:
             output, errors = process.communicate(timeout=_TIMEOUT)
         except subprocess.TimeoutExpired:
-            # A process that waits for an answer of FUSE ends only after the server has.
+            # A process that waits for an answer of FUSE ends only after the server.
             self._server.kill()
             raise Failed(f"no end after {_TIMEOUT:.0f} s") from None
         finally:
@@ -179,7 +179,7 @@ class Site:
                     self._server.kill()
                     process.wait()
         if process.returncode:
-            # The first line says what went wrong, the others what came of it.
+            # The first line contains the cause, the others the consequences.
             lines = errors.strip().splitlines() or [f"{command[0]}: exit code {process.returncode}"]
             raise Failed(lines[0])
         return output

@@ -1,4 +1,4 @@
-"""How much work each workload does."""
+"""The amount of work of each workload."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ class Sizes:
     """The amounts; times are in seconds, data in bytes.
 
     Attributes:
-        data: the large file that is read and written.
-        share: each of the four files that are read or written at once.
-        duration: how long a workload goes on that repeats itself.
-        directories: of the tree that is walked.
-        files: in each of these directories, 4 KiB each.
-        listed: names in the large directory.
-        created: files that are created and unlinked.
-        archive: files in the archive, and in the git work tree.
-        compiled: C files of the program that is compiled.
-        repeats: how often what must start cold is done in one run.
+        data: the size of the large file that is read and written.
+        share: the size of each of the four files that are read or written at once.
+        duration: the duration of a workload that repeats an operation.
+        directories: the number of directories in the tree that is walked.
+        files: the number of files in each of these directories; each has 4 KiB.
+        listed: the number of names in the large directory.
+        created: the number of files that are created and unlinked.
+        archive: the number of files in the archive, and in the git work tree.
+        compiled: the number of C files of the program.
+        repeats: how often one run repeats an operation that needs empty caches.
     """
 
     data: int
@@ -65,16 +65,16 @@ QUICK = Sizes(
 
 
 def fitted(sizes: Sizes, room: int) -> Sizes:
-    """Return the sizes made smaller where the source's file system, or a peer, has no room for them.
+    """Return smaller sizes if the file system of the source, or a peer, has too little space.
 
     Args:
-        sizes: what is wished for.
-        room: bytes free where the source is to lie.
+        sizes: the desired sizes.
+        room: the free bytes in the place for the source.
 
     Raises:
-        ValueError: if there is too little for the smallest result that means something.
+        ValueError: there is too little space for a useful result.
     """
-    # The data file, the four shares, as much again that is written, and as much of page cache in the mounts.
+    # The data file, its four parts, the same amount of written data, and the same amount of page cache in the mounts.
     needed = 4 * sizes.data
     while needed > room:
         sizes = replace(sizes, data=sizes.data // 2, share=sizes.share // 2)
@@ -96,7 +96,7 @@ def fitted(sizes: Sizes, room: int) -> Sizes:
 
 
 def room_at(path: str) -> int:
-    """Return the bytes that the directory's file system has free, and no more than half of the free memory."""
+    """Return the free bytes of the directory's file system, but at most half of the free memory."""
     with open("/proc/meminfo") as lines:
         available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     free = os.statvfs(path)

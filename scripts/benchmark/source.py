@@ -1,4 +1,4 @@
-"""The tree that all contenders mirror: the same for each, and the same in each run."""
+"""The source tree of all contenders; it is the same in each run."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def make(source: Path, beside: Path, sizes: Sizes) -> None:
 
     Args:
         source: an empty directory.
-        beside: where what is not to be read through a mount goes: the archive.
-        sizes: how much there is of everything.
+        beside: the directory for the archive, which is not read through a mount.
+        sizes: the amounts.
     """
     (source / "scratch").mkdir()
     _data(source / "data", sizes.data)
@@ -61,7 +61,7 @@ def _tree(top: Path, sizes: Sizes) -> None:
 
 
 def _texts(count: int) -> list[tuple[str, bytes]]:
-    """Names and contents like those of a source tree: 30 files to a directory, 1 to 16 KiB, most of them small."""
+    """Create files like those of a source tree: 30 files in each directory, 1 to 16 KiB, most of them small."""
     dice = random.Random("texts")
     return [
         (f"part{number // 300:02}/module{number // 30:03}/file{number:04}.c", b"text line\n" * dice.choice(_LINES))
@@ -75,10 +75,10 @@ _LINES = (100, 100, 200, 200, 400, 400, 800, 1600)
 def _repository(work_tree: Path) -> None:
     """Commit the work tree.
 
-    Contenders may show other inode numbers and change times; git is told to look at sizes and modification times,
-    else it would read all files again for each of them.
+    Contenders may show other inode numbers and change times. So git compares only sizes and modification times.
+    Otherwise it would read all files again for each contender.
     """
-    # A file as young as the index has to be read by git to be sure that it has not changed since.
+    # git must read a file that is as new as the index, because it may have changed since.
     time.sleep(1.1)
     for words in (
         ["init", "--quiet"],
@@ -93,13 +93,13 @@ def _repository(work_tree: Path) -> None:
             check=True,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            # The user's own settings, such as hooks or a file system monitor, are not part of the workload.
+            # Ignore the user's settings, for example hooks or a file system monitor.
             env={**os.environ, "GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_SYSTEM": "/dev/null"},
         )
 
 
 def _program(top: Path, count: int) -> None:
-    """A C program whose files include many headers, since headers are what a compiler asks a file system for."""
+    """Create a C program whose files include many headers, because a compiler mostly looks up headers."""
     headers = [f"include/part{number % 8}/header{number:03}.h" for number in range(60)]
     for number, name in enumerate(headers):
         _write(

@@ -1,4 +1,4 @@
-"""Programs that the benchmark needs and may have to install or compile first."""
+"""Programs that the benchmark needs. It installs or compiles them if they are missing."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 TOP = HERE.parents[1]
-# Kept between runs; `build/` is ignored by git and can be removed at any time.
+# This directory is kept between runs. git ignores `build/`, and you can remove it at any time.
 BUILD = TOP / "build" / "bench"
 
 
-# From the file to write to the command that writes it.
+# Returns the command that writes a file.
 Compile = Callable[[Path], Sequence[str | Path]]
 
 
 class Unavailable(Exception):
-    """Something cannot be had here; the message says what and why."""
+    """A program is not available here; the message says which and why."""
 
 
 def run(command: Sequence[str | Path], *, cwd: Path | None = None, environment: Mapping[str, str] | None = None) -> str:
-    """Run a command to its end and return its output; if it fails, its last line is the reason."""
+    """Run a command and return its output. If it fails, the last line of the output is the reason."""
     words = [os.fspath(word) for word in command]
     try:
         done = subprocess.run(
@@ -47,25 +47,25 @@ def run(command: Sequence[str | Path], *, cwd: Path | None = None, environment: 
 
 
 class Installer:
-    """Installs Debian packages, where the caller allows it and is able to."""
+    """Installs Debian packages if the caller allows it and is root."""
 
     def __init__(self, allowed: bool) -> None:
-        """Prepare; nothing is asked or installed yet.
+        """Prepare, without installing anything.
 
         Args:
-            allowed: whether to install at all; if not, what is missing is unavailable.
+            allowed: whether to install packages. If not, a program of a missing package is unavailable.
         """
         self._allowed = allowed
         self._lists_are_fresh = False
 
     def need(self, *packages: str) -> None:
-        """Make sure that the Debian packages are installed.
+        """Install missing Debian packages.
 
         Raises:
-            Unavailable: if one is missing and cannot be installed.
+            Unavailable: a package is missing and cannot be installed.
         """
         if shutil.which("dpkg-query") is None:
-            # Elsewhere the packages have other names: whether the programs are there is seen when they are used.
+            # On other systems the packages have other names. The benchmark finds out later whether the programs exist.
             return
         missing = [package for package in packages if not self._installed(package)]
         if not missing:
@@ -97,18 +97,18 @@ def compile_load(installer: Installer) -> Path:
 
 
 def compiled(source: Path, name: str, command: Compile) -> Path:
-    """Return the program made from the source, compiling it unless that was done in the same way since the last change.
+    """Return the program that is compiled from the source. Compile it if the source or the command has changed.
 
     Args:
-        source: the file.
-        name: of the program.
-        command: the command to compile it with, from the path of the program to write.
+        source: the source file.
+        name: the name of the program.
+        command: returns the command that compiles it, for the path of the program.
     """
     manner = " ".join(str(word) for word in command(BUILD / name))
     program = BUILD / f"{name}-{zlib.crc32(manner.encode()):08x}"
     if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:
         BUILD.mkdir(parents=True, exist_ok=True)
-        # An interrupted compiler must not leave a program that looks finished.
+        # If the compiler is interrupted, it must not leave an incomplete program under the final name.
         unfinished = program.with_suffix(".unfinished")
         run(command(unfinished))
         unfinished.replace(program)

@@ -1,7 +1,7 @@
-"""How long one user waits while another does what takes long in the source.
+"""How long the calls of one user wait during a heavy load of another user.
 
-The other user stats, reads (open, 4 KiB, close) and makes files, each in a process of its own that goes from file to
-file, so that requests come to the server. What is told is how long each took while the load went on.
+One user makes three kinds of call: stat, read (open, 4 KiB, close) and create. A process for each kind goes from file
+to file, so that the kernel sends requests. The result is the latency of each call during the load of the other user.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from pathlib import Path
 from .tools import Installer, Unavailable, run
 
 _FIFREEZE, _FITHAW = 0xC0045877, 0xC0045878  # <linux/fs.h>
-_FILES = 2000  # of the other user
+_FILES = 2000  # number of files of the other user
 _TIMEOUT = 30.0  # seconds
 _PAUSE = 0.002  # seconds between two calls
-_SOURCE_SIZE = 4 << 30  # bytes of the ext4 in memory that is the source
-_LEAST = 1.0  # for how long is measured, in seconds, where the load ends sooner
-# The child processes are forked while no thread runs.
+_SOURCE_SIZE = 4 << 30  # size of the source, an ext4 file system in memory, in bytes
+_LEAST = 1.0  # minimum time of a measurement in seconds, if the load ends sooner
+# Fork the child processes while no thread runs.
 _fork = multiprocessing.get_context("fork")
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much each load does.
+    """The amount of work of each load.
 
     Attributes:
-        extents: of the file that is removed.
-        entries: of the directory that is listed.
-        threads: that write, read or make files at a time.
-        seconds: for how long they do, and for how long the source is frozen.
-        dirty: bytes that are written and then synced.
+        extents: the number of extents of the file that is removed.
+        entries: the number of entries of the directory that is listed.
+        threads: the number of threads that write, read or create files.
+        seconds: for how long they do so, and for how long the source is frozen.
+        dirty: how many bytes are written and then synced.
     """
 
     extents: int
@@ -56,12 +56,12 @@ QUICK = Sizes(50_000, 200_000, 300, 2.0, 256 << 20)
 
 @dataclass(frozen=True)
 class Latencies:
-    """Sorted latencies of one kind of call, in seconds."""
+    """The latencies of one kind of call in seconds, sorted."""
 
     values: Sequence[float]
 
     def at(self, share: float) -> float:
-        """Return the latency that this share of calls does not exceed."""
+        """Return the latency that this share of the calls does not exceed (a quantile)."""
         return self.values[min(len(self.values) - 1, int(len(self.values) * share))]
 
 
@@ -76,7 +76,7 @@ def _fragmented(path: Path, sizes: Sizes) -> None:
 def _many_entries(path: Path, sizes: Sizes) -> None:
     path.mkdir()
     directory = os.open(path, os.O_RDONLY)
-    for start in range(0, sizes.entries, 50_000):  # a file has no more than 65,000 links on ext4
+    for start in range(0, sizes.entries, 50_000):  # ext4 allows 65,000 links to a file
         os.close(os.open(f"file{start:08}", os.O_CREAT, dir_fd=directory))
         for number in range(start + 1, min(start + 50_000, sizes.entries)):
             os.link(f"file{start:08}", f"file{number:08}", src_dir_fd=directory, dst_dir_fd=directory)
@@ -84,7 +84,7 @@ def _many_entries(path: Path, sizes: Sizes) -> None:
 
 
 def _in_threads(sizes: Sizes, prepare: Callable[[int], int], action: Callable[[int, int], object]) -> None:
-    """Have each thread do something with what was prepared for it, again and again."""
+    """Make each thread repeat an operation on its own prepared files."""
     prepared = [prepare(number) for number in range(sizes.threads)]
     end = time.monotonic() + sizes.seconds
 
@@ -103,7 +103,7 @@ def _in_threads(sizes: Sizes, prepare: Callable[[int], int], action: Callable[[i
 
 
 def _transfer(top: Path, sizes: Sizes, direction: str) -> None:
-    """Have many threads read or write, each a file of its own; in Python they would wait for each other instead."""
+    """Make many threads of fio read or write their own files. Python threads would wait for each other."""
     amounts = [f"--numjobs={sizes.threads}", "--size=512k", "--bs=512k", "--time_based", f"--runtime={sizes.seconds}"]
     run(
         [
@@ -134,7 +134,7 @@ def _sync(top: Path, sizes: Sizes) -> None:
 
 
 def _frozen(top: Path, source: Path, sizes: Sizes) -> None:
-    """Freeze the source for a while, and have somebody make a file meanwhile, who waits."""
+    """Freeze the source for some time. Another process creates a file meanwhile and waits."""
     fd = os.open(source, os.O_RDONLY)
     fcntl.ioctl(fd, _FIFREEZE, 0)
     try:
@@ -149,13 +149,13 @@ def _frozen(top: Path, source: Path, sizes: Sizes) -> None:
 
 @dataclass(frozen=True)
 class Load:
-    """What somebody does.
+    """A load of the other user.
 
     Attributes:
-        title: what that is.
-        act: does it in a directory of a mount; gets the source, too.
-        prepare: makes what is needed in that directory of the source.
-        changes: whether the other user can make files meanwhile.
+        title: a description.
+        act: makes the load in a directory of a mount; gets the source, too.
+        prepare: creates the files for it in that directory of the source.
+        changes: whether the other processes can create files meanwhile.
     """
 
     title: str
@@ -273,7 +273,7 @@ def _source(base: Path) -> Iterator[Path]:
 
 
 def _unmount(where: Path) -> None:
-    """Unmount the source as soon as the server that has it open has ended."""
+    """Unmount the source after the server, which has it open, has ended."""
     end = time.monotonic() + _TIMEOUT
     while True:
         try:
@@ -301,11 +301,11 @@ def compare(
     """Return the other user's latencies by load and call.
 
     Args:
-        names: of the loads.
-        command: the llloop to serve with and its options, or None for the source itself.
-        sizes: how much each load does.
-        base: where the source's image is made.
-        installer: for what is missing.
+        names: the names of the loads.
+        command: the command that serves a mount, or None for the source itself.
+        sizes: the amount of work of each load.
+        base: the directory for the image of the source.
+        installer: installs missing packages.
     """
     installer.need("e2fsprogs", "fio")
     found = {}
@@ -321,7 +321,7 @@ def compare(
 
 
 def table(found: dict[str, dict[str, Latencies]]) -> str:
-    """Return what was found as text, in milliseconds."""
+    """Return the results as text, in milliseconds."""
     lines = [f"{'':14}" + "".join(f"{name + ' p50':>13}{'p99':>9}{'max':>9}" for name in CALLS)]
     for name, latencies in found.items():
         cells = ""

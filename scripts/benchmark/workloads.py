@@ -11,15 +11,15 @@ from .site import Site
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """One line of the report.
+    """A workload, which is one line of the report.
 
     Attributes:
-        name: short, for tables and --only.
+        name: a short name for tables and --only.
         kind: its class.
-        title: what is done, in a few words.
-        unit: what `rate` is in, once divided by `scale`.
+        title: a short description.
+        unit: the unit of `rate` divided by `scale`.
         scale: see `unit`.
-        run: does it once.
+        run: runs it once.
     """
 
     name: str
@@ -50,7 +50,7 @@ def _four(site: Site, pattern: str, directory: object, prefix: str) -> None:
 
 
 def _synced(pattern: str) -> list[str]:
-    # Data that only the kernel has are not written yet: with a writeback cache the time of that counts too.
+    # With a writeback cache, data may only be in the kernel. So the time of fsync counts too.
     return [] if "read" in pattern else ["end_fsync=1"]
 
 
@@ -157,7 +157,7 @@ def _(site: Site) -> None:
 @_workload("stat-hot", REQUESTS, "the same over and over: what was cached is renewed as it expires")
 def _(site: Site) -> None:
     _walk(site, timed=False)
-    # Longer than the second after which most contenders ask again.
+    # Longer than the cache timeout of one second that most contenders have.
     _walk(site, seconds=2 * site.sizes.duration)
 
 
@@ -204,7 +204,7 @@ def _(site: Site) -> None:
 def _(site: Site) -> None:
     for _ in range(site.sizes.repeats):
         site.drop()
-        # Without locks git does not rewrite the index, and the next contender finds it as this one did.
+        # Without locks git does not rewrite the index. So the index is the same for the next contender.
         command = ["git", "-c", "safe.directory=*", "--no-optional-locks", "status", "--short"]
         site.program(*command, directory=site.root / "work-tree", work=site.sizes.archive)
 
