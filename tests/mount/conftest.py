@@ -5,6 +5,6 @@ from __future__ import annotations
 import sys
 import threading
 
-# Coverage is measured in the servers that tests start. In the tests' own process it would take longer than these.
+# Measure coverage only in the servers that tests start. In the process of the tests it would take too long.
 sys.settrace(None)
 threading.settrace(None)

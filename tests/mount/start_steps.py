@@ -47,10 +47,10 @@ def step_of(frame: FrameType, event: str, argument: Any) -> Step | None:
 def start(source: str, mountpoint: str, at_step: Callable[[Step], None]) -> None:
     """Serve until the mount is ready, then stop."""
     supervisor_pid = os.getpid()
-    begun: list[bool] = []  # from the first step of Supervisor on; a with block undoes what comes before
+    begun: list[bool] = []  # from the first step of Supervisor on; a with block undoes earlier steps
 
     def profile(frame: FrameType, event: str, argument: Any) -> None:
-        if os.getpid() != supervisor_pid:  # what is forked is not this process's step
+        if os.getpid() != supervisor_pid:  # a step of a forked process does not count
             sys.setprofile(None)
         elif event in ("call", "c_call"):
             step = step_of(frame, event, argument)
@@ -109,7 +109,7 @@ def all_steps(source: str, mountpoint: str) -> list[Step]:
     noted: set[Step] = set()
 
     def note(step: Step) -> None:
-        # Nobody reads before the end, and a pipe does not hold every repetition.
+        # The parent reads only at the end, and a pipe has no room for every repetition.
         if step not in noted:
             noted.add(step)
             os.write(writer, json.dumps(step).encode() + b"\n")

@@ -34,10 +34,12 @@ def test_read_of_cached_pages_updates_the_access_time(serve: Serve, mode: str) -
     twins = server.mountpoint / "file", server.source / "native"
     for path in twins:
         path.write_bytes(b"data")
-        with opened(path, os.O_RDONLY) as descriptor:  # so that --writeback keeps no times of its own any more
+        with opened(
+            path, os.O_RDONLY
+        ) as descriptor:  # so that the kernel keeps no times of its own any more with --writeback
             os.fsync(descriptor)
         os.utime(path, ns=(LONG_AGO, LONG_AGO))
-    # The kernel keeps pages only of files whose last change lies a second back.
+    # The kernel may keep pages only if the last change is more than a second old.
     time.sleep(max(0.0, os.stat(server.source / "file").st_ctime + 1.1 - time.time()))
     for _ in range(3):
         for path in twins:

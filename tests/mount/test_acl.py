@@ -101,7 +101,7 @@ def test_acl_is_stored_and_changes_the_mode(tree: Tree) -> None:
     twins = Twins.of(tree)
     assert twins.both(set_it) == wanted
     assert ACCESS in os.listxattr(twins.mounted / "file")
-    # The mask stands in the group's place, whatever the owning group may do.
+    # The group bits of the mode are the mask, independent of the rights of the owning group.
     assert stat.S_IMODE(os.stat(twins.mounted / "file").st_mode) == 0o660
 
 
@@ -144,7 +144,7 @@ def test_mask_limits_entries(tree: Tree) -> None:
     for caller in (NAMED, IN_TEAM, IN_CLUB):
         found = run_as(caller, try_to_open, tree.mnt / "file")
         assert (found["read"], found["write"]) == (None, "EACCES")
-    # The mask is no concern of those outside.
+    # The mask does not apply to others.
     assert run_as(STRANGER, try_to_open, tree.mnt / "file")["both"] is None
 
 

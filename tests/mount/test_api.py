@@ -85,7 +85,7 @@ def test_open_file_does_not_prevent_the_unmount(place: Ground) -> None:
         assert not is_mounted(place)
         assert gone(pid)
     finally:
-        with suppress(OSError):  # the mount is gone, and with it whoever could take what is to be flushed
+        with suppress(OSError):  # without the mount, the data cannot be written
             held.close()
 
 
@@ -288,7 +288,7 @@ own = os.getpid()
 if os.fork() == 0:
     while not any(sys.argv[2] in line for line in open("/proc/self/mountinfo")):
         pass
-    os.statvfs(sys.argv[2])  # waits until it is served
+    os.statvfs(sys.argv[2])  # waits until the server answers
     os.kill(own, signal.SIGTERM)
     os._exit(0)
 assert llloop.serve(sys.argv[1], sys.argv[2], workers=1) == 0
@@ -334,13 +334,13 @@ def serve(**options):
     if child == 0:
         while not any(sys.argv[2] in line for line in open("/proc/self/mountinfo")):
             pass
-        os.statvfs(sys.argv[2])  # waits until it is served
+        os.statvfs(sys.argv[2])  # waits until the server answers
         os.execvp("fusermount", ["fusermount", "-u", "-z", sys.argv[2]])
     code = llloop.serve(sys.argv[1], sys.argv[2], workers=1, **options)
     os.waitpid(child, 0)
     return code
 
-gc.disable()  # what only the garbage collector would close is left behind
+gc.disable()  # objects that only the garbage collector would close stay open
 comm = state()["comm"]
 assert serve() == 0
 assert state()["comm"] == comm, "a program that has never set a title keeps its name"

@@ -19,9 +19,9 @@ from tests.syscalls import FALLOC_FL_KEEP_SIZE, RENAME_EXCHANGE, Statx, fallocat
 
 pytestmark = [pytest.mark.own_loop, pytest.mark.root]
 
-# <linux/stat.h>; without blocks, of which the kernel does not expect that extended attributes take any.
+# <linux/stat.h>; without blocks: the kernel does not expect that extended attributes occupy blocks.
 FIELDS = {"mode": 2, "nlink": 4, "uid": 8, "gid": 16, "atime": 32, "mtime": 64, "ctime": 128, "size": 512}
-# What the kernel keeps itself where it collects writes.
+# The attributes that the kernel itself keeps with --writeback.
 KEPT_BY_KERNEL = {"atime", "mtime", "ctime", "size"}
 LONG_AGO = (1_000_000, 1_000_000)
 GROUP = 4711
@@ -109,7 +109,7 @@ def stale(server: Server, name: str, action: Callable[[Path], object], fields: s
             relative = path.relative_to(source)
             actual = statx(path)
             cached = statx(mounted / relative, 0xFFF, NOFOLLOW | AS_CACHED)
-            # To look for what there is reads the directories in the source.
+            # Searching for files reads the directories in the source.
             for field in sorted(fields if stat.S_ISREG(actual.stx_mode) else fields - {"atime"}):
                 there = field_of(actual, field)
                 if field_of(cached, field) != there and (str(relative), field) not in asked:
@@ -117,7 +117,7 @@ def stale(server: Server, name: str, action: Callable[[Path], object], fields: s
                     if field_of(statx(mounted / relative, FIELDS[field]), field) != there:
                         wrong.add(f"{name}: {field} of {relative}")
                     is_done = False
-                    break  # the kernel may know all of it now
+                    break  # the kernel may know everything now
         if is_done:
             return wrong
     raise AssertionError(f"{name} never becomes known")
@@ -133,5 +133,5 @@ def test_changed_attributes_are_seen_immediately(serve: Serve, serve_options: li
         fields -= KEPT_BY_KERNEL
     actions = dict(ACTIONS)
     if "--io=kernel" in [*options, *serve_options]:
-        del actions["store"]  # it goes to the pages of the source, past FUSE
+        del actions["store"]  # it writes to the pages of the source without FUSE
     assert set().union(*(stale(server, name, action, fields) for name, action in actions.items())) == set()

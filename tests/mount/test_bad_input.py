@@ -148,7 +148,7 @@ def test_mount_point_with_an_llloop_mount(serve: Serve) -> None:
     server = serve()
     again = llloop("serve", server.source, server.mountpoint)
     check_complaint(again, MOUNTPOINT, "already")
-    # Not even where files may be hidden: it would be mounted over the other's mount.
+    # Not even with nonempty: the second mount would cover the first.
     check_complaint(llloop("serve", server.source, server.mountpoint, "--nonempty"), MOUNTPOINT, "already")
     assert server.alive()
 
@@ -276,7 +276,7 @@ def test_mount_point_inside_the_source_by_a_bind_mount(place: Ground) -> None:
 # The machine
 
 
-# The new namespace got a copy of every mount. Copies of other tests' mounts would keep their servers from ending.
+# The new namespace has a copy of every mount. Copies of other tests' mounts would prevent the end of their servers.
 LET_GO = """
 umount --lazy --all --types fuse.llloop || true
 """
@@ -288,7 +288,7 @@ def in_other_mounts(script: str, user: int | None = None) -> list[str]:
     return ["unshare", "--mount", "--propagation=slave", "sh", "-ec", f'{LET_GO}{script}\nexec {become} "$@"', "sh"]
 
 
-# A user who may not read this Python could not even start.
+# A user who cannot read this Python could not even start the program.
 NOBODY = 65534
 OPEN_FUSE = """
 mount -t tmpfs -o mode=755 llloop-test /mnt

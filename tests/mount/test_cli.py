@@ -90,7 +90,7 @@ def test_read_only(serve: Serve) -> None:
     assert (server.source / "file").read_text() == "content"
 
 
-@pytest.mark.parametrize("seed", ["0", "1", "2", "3"])  # of the hashes of strings, and so of the order of sets
+@pytest.mark.parametrize("seed", ["0", "1", "2", "3"])  # the seed of string hashes, which decides the order of sets
 def test_read_only_overrides_rw(serve: Serve, seed: str) -> None:
     server = serve("--read-only", "-o", "rw", env={"PYTHONHASHSEED": seed})
     assert os.statvfs(server.mountpoint).f_flag & os.ST_RDONLY
@@ -128,7 +128,7 @@ def test_fsname(serve: Serve, name: str) -> None:
     listed = subprocess.run(
         ["findmnt", "--noheadings", "--raw", "--output", "SOURCE", server.mountpoint], capture_output=True, check=True
     )
-    # findmnt --raw escapes blanks and the like as \x20.
+    # findmnt --raw escapes spaces and similar characters as \x20.
     assert listed.stdout.decode("unicode_escape").encode("latin-1").decode().rstrip("\n") == name
     assert (server.mountpoint / "..").exists()
 
@@ -207,7 +207,7 @@ class running:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            # A name that is not UTF-8 is in the ready line.
+            # The ready line contains a name that is not UTF-8.
             encoding="utf-8",
             errors="replace",
             start_new_session=True,
@@ -224,7 +224,7 @@ class running:
     def __exit__(self, *_: object) -> None:
         kill_session(self.process.pid)
         self.process.communicate()
-        # Unasked, since a name's escapes in mountinfo may hide it; where nothing is mounted this does nothing.
+        # Unmount without a check, because escapes in mountinfo may hide the name. Without a mount this does nothing.
         unmount_lazily(str(self.mountpoint))
 
 
@@ -298,7 +298,7 @@ def test_daemon_returns_when_ready_and_writes_pid_file(place: Ground) -> None:
     (place.source / "file").write_text("content")
     pid_file, log = place.state / "pid", place.state / "log"
     with daemon(place, pid_file):
-        # All its output is read to the end: a daemon, or a child of it, that kept it open would hang this.
+        # Read all of its output to the end. This would hang if the daemon or a child of it kept the output open.
         ended = place.serve("--daemon", "--pid-file", pid_file, "--log-file", log)
         assert ended.code == 0, ended.stderr
         assert (place.mountpoint / "file").read_text() == "content"
@@ -324,7 +324,7 @@ def test_daemon_with_relative_paths(place: Ground) -> None:
         assert ended.code == 0, ended.stderr
         session = os.getsid(int((place.state / "pid").read_text()))
         assert (place.state / "relative-log").exists()
-        # Shown by df and mount, where nobody knows what it was relative to.
+        # df and mount show the source, so it must be an absolute path.
         entry = mount_entry(str(place.mountpoint))
         assert entry and entry[entry.index("-") + 2] == str(place.source)
         ended = llloop("umount", "mnt", cwd=place.state)
@@ -403,7 +403,7 @@ def test_stop_detaches_a_busy_mount_and_logs_it(serve: Serve) -> None:
     server = serve()
     server.expect_log("(?i)busy.*lazi")
     server.expect_log("still in use", required=False)
-    # The server is gone when this is closed, which then may fail.
+    # The server has ended before this is closed, so the close may fail.
     with contextlib.suppress(OSError), open(server.mountpoint / "file", "w") as held:
         held.write("content")
         held.flush()
@@ -426,7 +426,7 @@ def test_stop_under_load_leaves_no_process_waiting(serve: Serve) -> None:
         except OSError as error:
             errors.append(error.errno)
 
-    # The mount point itself goes back to an empty directory: a directory below it cannot be written any more.
+    # The mount point is an empty directory again, so a directory below it cannot be written.
     (server.mountpoint / "busy").mkdir()
     threads = [threading.Thread(target=write_on, args=(server.mountpoint / "busy" / f"{n}",)) for n in range(4)]
     for thread in threads:
@@ -487,7 +487,7 @@ def test_umount_removes_a_dead_mount(serve: Serve) -> None:
     server.clean_up()
 
 
-# What needs no mount
+# Commands that need no mount
 
 
 def test_version() -> None:

@@ -21,13 +21,13 @@ from tests.server import Server, Tree
 from tests.syscalls import opened
 from tests.watchdog import Watchdog
 
-# `auto` with its timeouts cut down from 1 s, as nearly every test waits for them.
+# `auto` with shorter timeouts than 1 s, because nearly every test waits for them.
 SHORT_SECONDS = 0.2
 AUTO = ["--cache", "auto"]
 for _option in ("--attr-timeout", "--entry-timeout", "--negative-timeout"):
     AUTO += [_option, str(SHORT_SECONDS)]
 
-# A busy machine may let that long pass between the server's look at the source and the kernel's note of it.
+# On a busy machine, so much time may pass between the server's look at the source and the kernel's note of it.
 SLACK = 0.4
 
 OLD, NEW = b"old content", b"NEW CONTENT"
@@ -65,12 +65,12 @@ def patient(request: pytest.FixtureRequest, via: str, serve_options: list[str], 
 @pytest.fixture
 def view(patient: Server) -> Iterator[View]:
     if not patient.alive():
-        # Another test ended it, and has failed for that; this one is not to fail with it.
+        # Another test ended it and failed because of that. This test must not fail, too.
         patient.clean_up()
         patient.start()
     name = f"{next(_numbers)}"
     (patient.source / name).mkdir()
-    # A little more than the timeout, for the clock's ticks.
+    # A little more than the timeout, because of the clock's granularity.
     seconds = SHORT_SECONDS + 0.05 if "auto" in patient.arguments else 0.0
     yield View(patient.source / name, patient.mountpoint / name, seconds)
     assert patient.alive(), f"the server ended during the test\n{patient.all_output()}"
@@ -86,7 +86,7 @@ def overwrite(path: Path, content: bytes, offset: int = 0) -> None:
         os.close(fd)
 
 
-@pytest.mark.own_loop  # llfuse keeps the page cache at every open; what drops it may come a moment late
+@pytest.mark.own_loop  # llfuse keeps the page cache at every open, and an invalidation may come a moment late
 def test_overwrite_of_same_size_is_seen(view: View) -> None:
     (view.src / "file").write_bytes(OLD)
     assert (view.mnt / "file").read_bytes() == OLD
@@ -120,7 +120,7 @@ def test_overwrite_with_restored_mtime_is_seen(view: View) -> None:
     assert (view.mnt / "file").read_bytes() == NEW
 
 
-@pytest.mark.own_loop  # llfuse keeps the page cache at every open; what drops it may come a moment late
+@pytest.mark.own_loop  # llfuse keeps the page cache at every open, and an invalidation may come a moment late
 def test_overwrite_is_seen_by_new_open_beside_old_one(view: View) -> None:
     (view.src / "file").write_bytes(OLD)
     with open(view.mnt / "file", "rb", buffering=0) as lasting:
@@ -148,7 +148,7 @@ def test_data_is_never_older_than_attributes(view: View) -> None:
             os.close(fd)
 
 
-@pytest.mark.own_loop  # llfuse keeps the page cache at every open; what drops it may come a moment late
+@pytest.mark.own_loop  # llfuse keeps the page cache at every open, and an invalidation may come a moment late
 @pytest.mark.parametrize("patient", ["never"], indirect=True)
 def test_overwrites_within_one_clock_tick_are_seen(view: View) -> None:
     """The size stays the same, and on an old kernel the times do, too."""
@@ -394,7 +394,7 @@ def test_working_directory_survives_rename_in_the_source(view: View) -> None:
         os.rename(view.src / "before", view.src / "after")
         (view.src / "before").mkdir()
         view.settle()
-        # Within the directory that was opened, or refused: never in the namesake.
+        # The call uses the directory that was opened, or fails. It never uses the new directory of the same name.
         result = outcome(lambda: os.close(os.open("made", os.O_CREAT | os.O_WRONLY, 0o600, dir_fd=fd)))
     finally:
         os.close(fd)
@@ -470,7 +470,7 @@ def test_listing_is_up_to_date(view: View) -> None:
     view.settle()
     expected = sorted(os.listdir(view.src / "directory"))
     assert sorted(os.listdir(view.mnt / "directory")) == expected
-    # What a listing brings along of each file must be as fresh as the listing.
+    # The attributes in a listing must be as fresh as the listing.
     sizes = {entry.name: entry.stat().st_size for entry in os.scandir(view.mnt / "directory")}
     assert sizes == {name: (1 if name.startswith("new") else 0) for name in expected}
 
@@ -536,7 +536,7 @@ def test_timeouts_are_respected(serve: Serve) -> None:
     def seen(directory: Path) -> list[int | str]:
         return [outcome(lambda name=name: (directory / name).stat().st_size) for name in ("file", "gone", "missing")]
 
-    # More than once, as the kernel may drop its caches at any time, for whoever needs the memory.
+    # Try more than once, because the kernel may drop its caches at any time if memory is short.
     for intent in range(5):
         src, mnt = server.source / f"{intent}", server.mountpoint / f"{intent}"
         src.mkdir()
@@ -573,7 +573,7 @@ def test_reads_are_not_older_than_the_timeout(view: View) -> None:
             path = view.src / name
             how = choice.randrange(4)
             with lock:
-                # Held while it changes, so that every content has one moment at which it ended.
+                # Hold the lock during the change, so that each content ends at one known moment.
                 if how == 0 and path.exists():
                     overwrite(path, content)
                 elif how == 1:
@@ -604,9 +604,9 @@ def test_reads_are_not_older_than_the_timeout(view: View) -> None:
             content = outcome((view.mnt / name).read_bytes)
             reads += 1
             if content in ("ENOENT", "ESTALE", b""):
-                continue  # caught between unlink and creation, or between O_TRUNC and write
+                continue  # it was read between unlink and creation, or between O_TRUNC and write
             if expect.collecting and not any(content):
-                continue  # between O_TRUNC and write too: the kernel keeps to the size that it knows
+                continue  # it was read between O_TRUNC and write: the kernel uses the size that it knows
             with lock:
                 if not content.startswith(name.encode()):
                     problems.append(f"{name} gave {content!r}")
@@ -619,7 +619,7 @@ def test_reads_are_not_older_than_the_timeout(view: View) -> None:
     assert reads > 100
     time.sleep(view.seconds + SLACK)
     left = {name: (view.mnt / name).read_bytes() for name in names}
-    if expect.collecting:  # then also to a size of 0
+    if expect.collecting:  # with --writeback the kernel also uses a known size of 0
         left = {name: content or current[name] for name, content in left.items()}
     assert left == current
 
@@ -636,7 +636,7 @@ def test_swapped_directories_do_not_cause_a_hang(serve: Serve) -> None:
         assert outcome(os.stat, "nothing", dir_fd=inner) == "ENOENT"
         (src / "outer/inner").rename(src / "inner")
         (src / "outer").rename(src / "inner/outer")
-        # The kernel itself may refuse to put a directory below one that it believes to be inside.
+        # The kernel itself may refuse to move a directory into one that it believes to be inside.
         assert outcome(os.stat, "outer", dir_fd=inner) == "ELOOP" or (mnt / "inner/outer").is_dir()
         for number in range(40):
             (src / f"other{number}/below").mkdir(parents=True)
@@ -652,7 +652,7 @@ def test_cached_listing_is_dropped_after_a_change(serve: Serve) -> None:
     shown = server.mountpoint / "directory"
     for number in range(50):
         (directory / f"{number}").touch()
-    time.sleep(1.2)  # from then on the directory's time stamp is trusted
+    time.sleep(1.2)  # after this time, the server trusts the time stamp of the directory
     for _ in range(3):
         assert len(os.listdir(shown)) == 50
     (directory / "behind the mount").touch()

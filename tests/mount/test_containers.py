@@ -106,7 +106,7 @@ def test_users_serve_in_separate_user_namespaces(place: Path) -> None:
     )
     (place / "script").chmod(0o755)
     os.mknod(place / "fuse", stat.S_IFCHR | 0o666, os.makedev(10, 229))
-    (place / "fuse").chmod(0o666)  # where nothing has opened /dev/fuse to everybody
+    (place / "fuse").chmod(0o666)  # on machines where /dev/fuse is not open to everybody
     script = (
         f"mount --bind {place}/fuse /dev/fuse; exec setpriv --reuid=$0 --regid=$0 --clear-groups --inh-caps=-all "
         f"unshare --user --map-root-user --mount bash {place}/script {place}/$0"

@@ -255,7 +255,7 @@ def test_write_only_open_of_a_write_only_file(tree: Tree) -> None:
     (tree.mnt / "file").write_bytes(b"x" * 10_000)
     os.chmod(tree.mnt / "file", 0o200)
     with opened(tree.mnt / "file", os.O_WRONLY) as descriptor:
-        # Not whole pages, so that a cache would want to read the rest first.
+        # Not whole pages, so that a page cache would have to read the rest first.
         assert os.pwrite(descriptor, b"y" * 100, 5_000) == 100
     os.chmod(tree.src / "file", 0o600)
     assert (tree.src / "file").read_bytes() == b"x" * 5_000 + b"y" * 100 + b"x" * 4_900
@@ -330,7 +330,7 @@ def test_a_fifo_carries_data_between_processes(tree: Tree) -> None:
 
 
 def test_a_socket_in_the_mount(tree: Tree) -> None:
-    # A path of sun_path holds 107 bytes, so it is named from within.
+    # sun_path holds only 107 bytes, so use a relative path.
     with opened(tree.mnt, os.O_RDONLY) as directory, socket.socket(socket.AF_UNIX) as listener:
         address = f"/proc/self/fd/{directory}/s"
         listener.bind(address)

@@ -17,7 +17,7 @@ from tests.syscalls import opened
 from tests.watchdog import Watchdog
 
 KIB, MIB = 1 << 10, 1 << 20
-# Around every border on the way: page, slot, pipe, max_write, request buffer.
+# Sizes around each limit: page, slot, pipe, max_write, request buffer.
 SIZES = sorted(
     {0, 1, 511, 513}
     | {border + delta for border in (4 * KIB, 64 * KIB, 128 * KIB, 512 * KIB, MIB, 2 * MIB) for delta in (-1, 0, 1)}
@@ -41,7 +41,7 @@ def served(request: pytest.FixtureRequest, via: str, serve_options: list[str], w
 @pytest.fixture
 def place(served: Server, request: pytest.FixtureRequest) -> Iterator[Tree]:
     if not served.alive():
-        # Another test ended it, and has failed for that; this one is not to fail with it.
+        # Another test ended it and failed because of that. This test must not fail, too.
         served.clean_up()
         served.start()
     name = request.node.name.split("[")[0]
@@ -58,7 +58,7 @@ def noise(size: int, seed: int) -> bytes:
 
 
 def digest(path: Path) -> str:
-    # With a buffer of its own size, so that the kernel's read-ahead is not the only pattern that is tried.
+    # Use another buffer size, so that the test does not only see the pattern of the kernel's read-ahead.
     found = hashlib.sha256()
     with opened(path, os.O_RDONLY) as fd:
         while piece := os.read(fd, 777_777):
@@ -106,7 +106,7 @@ def write_and_compare(src: Path, mnt: Path, process: int) -> int:
 def test_many_processes_write_files_of_every_size(place: Tree) -> None:
     counts = run_together((write_and_compare, (place.src, place.mnt, process)) for process in range(PROCESSES))
     assert counts == [len(SIZES)] * PROCESSES
-    # Once more when all is done: nobody may have written into another's file.
+    # Check again at the end: no process may have written to the file of another.
     for process in range(PROCESSES):
         for number, size in enumerate(SIZES):
             assert (place.src / f"{process}-{size}").read_bytes() == noise(size, process * 1000 + number)

@@ -64,7 +64,7 @@ def test_aligned_io(tree: Tree, size: int) -> None:
     ("size", "offset"),
     [(1, 0), (511, 0), (512, 0), (513, 512), (4095, 0), (4096, 1), (4097, 4096), (100, 77), (10_000, 3)],
 )
-@pytest.mark.own_loop  # the fallback takes unaligned sizes everywhere: its source is not opened with O_DIRECT
+@pytest.mark.own_loop  # llfuse accepts unaligned sizes: it does not open the source with O_DIRECT
 def test_unaligned_io(tree: Tree, size: int, offset: int) -> None:
     """Some sources allow any size, some return EINVAL; the mount behaves like its source."""
     content = pattern(20_000)

@@ -139,7 +139,7 @@ def test_rewinding_an_open_descriptor(tree: Tree) -> None:
         assert os.listdir(descriptor) == []
         for number in range(5):
             (tree.mnt / f"{number}").touch()
-            # listdir rewinds the descriptor that it is given.
+            # listdir rewinds its descriptor.
             assert sorted(os.listdir(descriptor)) == [f"{known}" for known in range(number + 1)]
 
 
@@ -205,7 +205,7 @@ def test_listing_of_100000_changing_entries(tree: Tree, through: str) -> None:
     assert seen[b"."] == seen[b".."] == 1
     assert all(name.startswith((b"kept-", b"doomed-", b"new-")) for name in seen.keys() - {b".", b".."})
     if through == "src":
-        # What is done behind the mount's back is seen when the caches' time is over.
+        # A change in the source is visible after the cache timeout.
         time.sleep(1.2)
     again = set(os.listdir(tree.mnt / "large"))
     assert again == set(os.listdir(directory))
@@ -255,7 +255,7 @@ def test_removed_while_open(tree: Tree) -> None:
         ):
             with fails(errno.ENOENT):
                 action()
-        # Another one of the same name is none of its business.
+        # The descriptor does not refer to the new directory of the same name.
         os.mkdir(tree.mnt / "d")
         (tree.mnt / "d" / "file").touch()
         assert os.listdir(descriptor) == []
@@ -309,7 +309,7 @@ def test_directories_deeper_than_path_max(tree: Tree) -> None:
         with opened("file", os.O_CREAT | os.O_WRONLY, dir_fd=descriptors[-1]) as descriptor:
             os.write(descriptor, b"at the bottom")
         assert os.stat("file", dir_fd=descriptors[-1]).st_size == 13
-        # Renamed far above, it is still found far below.
+        # After a rename near the top, the deep directory is still found.
         os.rename(tree.mnt / name, tree.mnt / "short")
         os.chmod("file", 0o600, dir_fd=descriptors[-1])
         assert os.listdir(descriptors[-1]) == ["file"]

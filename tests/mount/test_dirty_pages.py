@@ -115,9 +115,9 @@ def test_lseek_finds_data_just_written(tree: Tree) -> None:
 
 @pytest.mark.mounted
 def test_copies_contain_stored_data(serve: Serve) -> None:
-    directory = serve("--cache", "always").mountpoint  # opening a file then does not write its dirty pages
+    directory = serve("--cache", "always").mountpoint  # opening a file does not write its dirty pages in this mode
     all_hole(directory / "file", 4 * MIB)
-    # Another process, for a command started from here would close descriptors of the file, which writes them, too.
+    # Use another process: a command started here would close descriptors of the file, and this writes dirty pages, too.
     storing = start_python(STORE, directory / "file")
     assert storing.stdin and storing.stdout
     for number, command in enumerate(
@@ -132,7 +132,7 @@ def test_copies_contain_stored_data(serve: Serve) -> None:
         storing.stdin.write(f"{where} {data}\n")
         storing.stdin.flush()
         assert storing.stdout.readline() == "done\n"
-        # tar is told of a newer mtime when dirty pages are written because of it, and then ends with 1.
+        # If tar causes the write of dirty pages, it sees a newer mtime and ends with exit code 1.
         run(*command, cwd=directory, check=command[0] != "tar")
         if command[0] == "tar":
             (directory / "out").mkdir()
@@ -215,7 +215,7 @@ def test_lseek_survives_death_of_processes(serve: Serve, victim: str) -> None:
         seeking = threading.Thread(target=lambda: found.append(data_of(reading)))
         seeking.start()
         try:
-            # The worker has asked when the invalidator has something to read, which only it sees: a moment is enough.
+            # Only the invalidator sees that the worker has sent its request. A short wait is enough.
             seeking.join(0.2)
             assert seeking.is_alive(), "it did not wait for the dirty pages"
             server.expect_log(f"{victim} was killed")
@@ -258,7 +258,7 @@ class SlowBuffer:
         self.front = titles(server)["llloop-front"]
         with opened(server.mountpoint / "slow", os.O_RDONLY) as descriptor:
             self.memory = mmap.mmap(descriptor, 2 * PAGE, mmap.MAP_PRIVATE, mmap.PROT_READ)
-        self.memory.madvise(mmap.MADV_RANDOM)  # no reading ahead
+        self.memory.madvise(mmap.MADV_RANDOM)  # no read-ahead
         assert self.memory[0] == content[0]
         self.workers = [pid for title, pid in titles(server).items() if title.startswith("llloop-worker")]
         for pid in (self.front, *self.workers):

@@ -36,9 +36,9 @@ PAGES = sorted([*CHECKOUT.glob("*.md"), *CHECKOUT.glob("docs/*.md")])
 TEXT = {page.name: page.read_text() for page in PAGES}
 BLOCK = re.compile(r"^<!-- test: ([\w-]+)((?:, [\w. -]+)*) -->\n```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SECONDS = 40.0
-# Between the outputs of two commands; no example prints it.
+# A separator between the outputs of two commands; no example prints it.
 MARK = "\x1e"
-# The next command of the example may ask for the status of the last.
+# The next command of the example may use the exit code of the last.
 KEEPING_STATUS = f"{{ status=$?; printf '{MARK}'; (exit $status); }}\n"
 
 
@@ -135,7 +135,7 @@ def run(example: Example, directory: Path) -> list[str]:
             **environment(),
             "PATH": f"{directory.parent}/bin:{os.environ['PATH']}",
             "LC_ALL": "C.UTF-8",
-            # What is told for information depends on the machine's limits, and on what else runs there.
+            # Ignore messages of level INFO: they depend on the machine's limits and on other programs.
             "LLLOOP_SERVE_LOG_LEVEL": "warning",
         },
         stdin=subprocess.DEVNULL,
@@ -264,7 +264,7 @@ def test_troubleshooting_quotes_messages_that_exist() -> None:
     messages = [message for heading in headings for message in re.findall(r"^`([^`]+)`", heading)]
     assert len(messages) > 8
     for message in messages:
-        # What stands in parentheses is an errno's text; a name of a constant stands for its value.
+        # Text in parentheses is the text of an errno. The name of a constant stands for its value.
         text = message.partition(" (")[0].replace("/dev/fuse ", "{_DEVICE} ").replace("/etc/fuse.conf", "{_FUSE_CONF}")
         assert message in known or text in sources, message
 

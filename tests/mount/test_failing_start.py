@@ -58,7 +58,7 @@ def test_start_fails_at_each_step(place: Ground) -> None:
         # Not every step is needed.
         assert one["code"] in (0, 5), one
         if one["code"] == 5:
-            # A message is lost if standard error itself cannot be put back.
+            # A message is lost if standard error itself cannot be restored.
             unheard = one["step"][2] in ("__exit__", "dup2") and one["said"] == ""
             assert unheard or (one["said"].count("\n") == 1 and "No room" in one["said"]), one
     assert sum(IN_THE_WAY in one["said"] for one in found) > len(found) // 3, "the file in the way is named"
@@ -72,7 +72,7 @@ def test_start_is_killed_at_each_step(place: Ground) -> None:
 @pytest.mark.parametrize(("signal", "unhandled"), [("SIGTERM", -15), ("SIGINT", 130)])
 def test_start_is_stopped_at_each_step(place: Ground, signal: str, unhandled: int) -> None:
     found = outcomes(place, signal, 8)
-    # Before the signal is taken over, and after the mount was told to be ready.
+    # Before the signal handler is set, and after the mount was reported as ready.
     others = [one for one in found if one["code"] not in (unhandled, 0)]
     assert len(others) > len(found) * 3 / 4, found
     for one in others:

@@ -45,7 +45,7 @@ def on_both(tree: Tree, action: Callable[[int], object], content: bytes = b"", f
     assert outcomes[1] == outcomes[0]
     reference, file = os.stat(tree.src / "reference"), os.stat(tree.mnt / "file")
     assert file.st_size == reference.st_size
-    # A copy on write or a delayed allocation may use a block more or less here than there.
+    # Copy-on-write or delayed allocation may make a difference of one block.
     assert abs(file.st_blocks - reference.st_blocks) <= 16
     same_status(tree.mnt / "file", tree.src / "file")
     if reference.st_size < 100 * MIB:
@@ -293,7 +293,7 @@ def test_copy_into_the_mount_and_out_of_it(tree: Tree) -> None:
     for source_path, target_path in ((tree.src / "outside", tree.mnt / "in"), (tree.mnt / "in", tree.src / "out")):
         with opened(source_path, os.O_RDONLY) as source, opened(target_path, os.O_CREAT | os.O_WRONLY) as target:
             result = outcome(copy_all, source, target, 300_000, 0, 0)
-        # Two kinds of file system: the kernel copies itself or says EXDEV; it never copies something else.
+        # With two kinds of file system, the kernel copies itself or returns EXDEV. It never copies other data.
         assert result in (300_000, "EXDEV")
         if result == "EXDEV":
             target_path.write_bytes(source_path.read_bytes())

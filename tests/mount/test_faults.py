@@ -24,7 +24,7 @@ from tests.watchdog import Watchdog
 pytestmark = pytest.mark.mounted
 
 LARGE = 3 * 1024 * 1024
-MUCH = 200_000  # bytes; more than the front writes by itself
+MUCH = 200_000  # bytes; the front gives a write of this size to a worker
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Faulty:
         finally:
             self.trigger.write_text("")
         assert self.server.alive()
-        # Nobody died and was replaced.
+        # No process died and was replaced.
         assert self.server.processes() == processes
         probe = self.mnt / "probe"
         probe.write_bytes(b"alive")
@@ -110,7 +110,7 @@ REQUESTS: dict[str, Callable[[Path], object]] = {
     "Files.entries": lambda mnt: os.listdir(mnt / "directory"),
 }
 
-# What the own loop calls in the place of another method.
+# The methods that the own loop calls instead of others.
 OF_OWN_LOOP = {"Files.entries": "DirectoryRequests._listing"}
 
 OWN_REQUESTS: dict[str, Callable[[Path], object]] = {
@@ -155,7 +155,7 @@ def test_exception_in_release(faulty: Faulty) -> None:
 
 @pytest.mark.root
 def test_exception_in_forget(faulty: Faulty) -> None:
-    # Open, or the kernel, which keeps no names here, may have forgotten all before there is a fault.
+    # Hold the file open. Otherwise the kernel, which caches no names here, may forget the inode before the fault.
     descriptors = [os.open(faulty.mnt / f"{number}", os.O_CREAT | os.O_RDONLY) for number in range(50)]
     with faulty.fault("Tree.forget"):
         for descriptor in descriptors:

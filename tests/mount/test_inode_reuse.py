@@ -42,7 +42,7 @@ class Place:
 def image() -> Iterator[Path]:
     directory = reachable_directory("llloop-ext4-")
     try:
-        # Blocks of 4 KiB make it one block group: the next inode is the lowest free one, whatever it is for.
+        # With blocks of 4 KiB there is one block group, so every new inode gets the lowest free number.
         with ext4(directory, 32 << 20, "-b", "4096") as mounted:
             yield mounted
     finally:
@@ -66,7 +66,7 @@ def patient(
 @pytest.fixture
 def place(patient: Server) -> Iterator[Place]:
     if not patient.alive():
-        # Another test ended it, and has failed for that; this one is not to fail with it.
+        # Another test ended it and failed because of that. This test must not fail, too.
         patient.clean_up()
         patient.start()
     name = f"{next(_numbers)}"
@@ -89,7 +89,7 @@ def remove(path: Path) -> int:
 def reuse(old: Path, new: Path, make: Callable[[Path], Any]) -> bool:
     """Removes old and makes new until it has old's number; False if the server holds on to old, which is safe too."""
     number = remove(old)
-    # The kernel sends RELEASE after close has returned: until then the old file is there.
+    # The kernel sends RELEASE after close has returned. Until then the old file exists.
     for _ in range(20):
         make(new)
         if os.lstat(new).st_ino == number:
@@ -147,7 +147,7 @@ def test_other_name_never_shows_old_data(place: Place) -> None:
     reuse(place.src / "old", place.src / "new", with_bytes(NEW))
     assert (place.mnt / "new").read_bytes() == NEW
     assert (place.mnt / "new").stat().st_ino == (place.src / "new").stat().st_ino
-    # The kernel itself refuses an inode that turned out to be another: EIO, not bytes.
+    # If an inode turns out to be another, the kernel itself returns EIO and no data.
     assert outcome((place.mnt / "old").read_bytes) in ("ENOENT", "ESTALE", "EIO")
     time.sleep(place.seconds)
     assert outcome((place.mnt / "old").read_bytes) == "ENOENT"
@@ -194,7 +194,7 @@ def test_old_name_never_reaches_the_new_file(place: Place, action: Callable[[Pat
         assert getattr(after, field) == getattr(before, field), field
     assert (place.src / "new").read_bytes() == NEW
     assert os.listdir(place.src) == ["new"]
-    # And the new file is reached by its own name.
+    # The new file is accessible by its own name.
     (place.mnt / "new").chmod(0o640)
     assert stat.S_IMODE((place.src / "new").stat().st_mode) == 0o640
 
@@ -256,7 +256,7 @@ def test_number_reused_for_another_file_type(place: Place, before: str, after: s
     reuse(place.src / "old", place.src / "new", makers[after])
     found, expected = os.lstat(place.mnt / "new"), os.lstat(place.src / "new")
     assert found.st_mode == expected.st_mode
-    # llfuse shows the number under which the kernel knows the inode, and one of its own is what a new directory gets.
+    # llfuse shows the node id, and a new directory gets a new one.
     assert found.st_ino == expected.st_ino or via == "llfuse"
     if after == "file":
         assert (place.mnt / "new").read_bytes() == NEW
@@ -298,7 +298,7 @@ def test_files_keep_their_own_data_under_stress(place: Place, via: str) -> None:
             content = outcome((place.mnt / name).read_bytes)
             if isinstance(content, bytes):
                 if via == "llfuse":
-                    # Its late invalidation keeps the kernel from noting at a read that the file became shorter.
+                    # Because of its late invalidation, the kernel does not note at a read that the file is shorter.
                     content = content.rstrip(b"\0")
                 assert content == name.encode() * (len(content) // 4), f"{name} gave {content!r}"
         else:
@@ -353,7 +353,7 @@ def test_equal_numbers_on_two_devices_are_two_files(serve: Serve) -> None:
                 assert outcome(lambda: os.rmdir(mnt / "one")) == "EBUSY"
                 assert (mnt / "one" / "file0").read_bytes() == b"changed"
             finally:
-                # Before the file systems below it go.
+                # Stop the server before the file systems below it are unmounted.
                 server.stop()
     finally:
         shutil.rmtree(holder)

@@ -170,7 +170,7 @@ def test_unlinked_file_cannot_be_linked(tree: Tree) -> None:
 @pytest.mark.parametrize("length", [1, 2, 100, 1000, 4000, 4094, 4095])
 def test_symlinks_of_any_length(tree: Tree, length: int) -> None:
     target = ("d/" * 4096)[: length - 1] + "x"
-    # Some sources keep the target in one block, together with more.
+    # Some file systems store the target in one block with other data.
     expected = outcome(os.symlink, target, tree.src / "reference")
     assert outcome(os.symlink, target, tree.mnt / "symlink") == expected
     if expected is None:

@@ -97,7 +97,7 @@ def test_waiting_for_a_lock(tree: Tree, how: str) -> None:
         lock(descriptor, fcntl.LOCK_EX)
         other.start(f"{how} ex wait")
         time.sleep(0.3)
-        # Whoever waits must not keep others from the file.
+        # A process that waits must not block other users of the file.
         os.pwrite(descriptor, b"meanwhile", 0)
         assert os.pread(descriptor, 100, 0) == b"meanwhile"
         before = time.monotonic()
@@ -161,7 +161,7 @@ def test_locks_of_the_open_file_description(tree: Tree) -> None:
             fcntl.fcntl(first, set_lock, asked)
             with fails(errno.EAGAIN):
                 fcntl.fcntl(second, set_lock, asked)
-        # Unlike a lock of the process, it is not lost by closing another descriptor.
+        # Unlike a process lock, closing another descriptor does not release it.
         with opened(tree.mnt / "file", os.O_RDWR) as third, fails(errno.EAGAIN):
             fcntl.fcntl(third, set_lock, asked)
 

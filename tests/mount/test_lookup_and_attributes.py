@@ -186,7 +186,7 @@ def test_access_as_the_owner(tree: Tree) -> None:
     os.chmod(tree.src / "plain", 0o600)
     assert os.access(tree.mnt / "script", os.R_OK | os.W_OK | os.X_OK)
     assert os.access(tree.mnt / "plain", os.F_OK | os.R_OK | os.W_OK)
-    # Not even root may execute a file that nobody may.
+    # Not even root may execute a file without any execute bit.
     assert not os.access(tree.mnt / "plain", os.X_OK)
     assert not os.access(tree.mnt / "missing", os.F_OK)
     assert os.access(tree.mnt, os.X_OK | os.W_OK)

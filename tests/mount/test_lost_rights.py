@@ -35,7 +35,7 @@ def acl(*entries: tuple[int, int, int]) -> bytes:
     return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
 
 
-# Everybody may read and write, but not Alice.
+# An ACL: everybody except Alice may read and write.
 NOT_ALICE = acl((1, 7, NOBODY), (2, 0, 4001), (4, 7, NOBODY), (16, 7, NOBODY), (32, 7, NOBODY))
 FOR_BOB = acl((1, 7, NOBODY), (2, 7, 4002), (4, 7, NOBODY), (16, 7, NOBODY), (32, 5, NOBODY))
 
@@ -119,7 +119,7 @@ def execute(path: Path) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-# What can be done with a file: by its path, and by a descriptor of it that was opened for reading and writing.
+# Calls on a file: by its path, and by a descriptor that is open for reading and writing.
 ON_PATHS: dict[str, Callable[[Path], Any]] = {
     "chmod": lambda path: os.chmod(path, 0o640),
     "chmod u+s": lambda path: os.chmod(path, 0o4755),
@@ -180,7 +180,7 @@ def closed_to_alice(path: Path) -> None:
     os.setxattr(path, "system.posix_acl_access", NOT_ALICE)
 
 
-# What becomes of a file of Alice's, mode 0755, or of a directory.
+# Changes of a file or directory of Alice, mode 0755.
 CHANGES: dict[str, Callable[[Path], Any]] = {
     "nothing": lambda path: None,
     "is root's": lambda path: os.chown(path, 0, 0),
@@ -238,7 +238,7 @@ def test_file_with_new_owner_or_mode(twins: Twins, via: str, name: str) -> None:
         assert {"chmod", "chmod u+s", "fchmod u+s", "set times", "futimens"} <= refused
 
 
-# What can be done in a directory, which holds files and directories of Alice's and of Bob's.
+# Calls in a directory that contains files and directories of Alice and Bob.
 IN_DIRECTORIES: dict[str, Callable[[Path], Any]] = {
     "create": lambda path: close(os.open(path / "new", os.O_CREAT | os.O_WRONLY)),
     "create with set-ID bits": lambda path: close(os.open(path / "new", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o6755)),
@@ -378,7 +378,7 @@ def put(uid: int, mode: int, is_directory: bool = False) -> Callable[[Path], Non
 def test_name_of_another_file(
     twins: Twins, via: str, mode: int, was_there: bool, replacement: Callable[[Path], None] | None
 ) -> None:
-    # As long as the kernel keeps that there is no such name, it does not ask for most of what could be done with it.
+    # While the kernel caches that a name is missing, it sends no request for most calls with this name.
     actions = ADDED | ({"rename over": HANDED_OVER["rename over"]} if not was_there else HANDED_OVER)
     if via != "llfuse":
         actions |= {name: do for name, do in EXCHANGE.items() if was_there or name != "exchange"}
@@ -441,7 +441,7 @@ def test_exchanged_names(twins: Twins) -> None:
     assert compare(twins, make, look, change, act) == ["EPERM", "EPERM", "EPERM"]
 
 
-# Root, and who has some of its rights
+# Root, and users with some of its capabilities
 
 
 def test_root_without_capabilities_has_no_privileges(twins: Twins) -> None:

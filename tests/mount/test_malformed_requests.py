@@ -63,12 +63,12 @@ def feed(source: Path, mountpoint: Path, seed: int) -> None:
         number = next(numbers, None)
         if number is None:
             raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
-        for slot in range(4):  # no worker takes them
+        for slot in range(4):  # no worker receives them
             slots.give_back(slot)
         with contextlib.suppress(BlockingIOError):
             while True:
                 os.read(reader, 4096)
-        # Above all numbers that the kernel gives out.
+        # Larger than all numbers that the kernel assigns.
         packet = hostile_request(Choices(choose.randbytes(200)), number << 40, nodeids, handles)[: len(buffers[0])]
         buffers[0][: len(packet)] = packet
         return len(packet)

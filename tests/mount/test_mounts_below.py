@@ -74,7 +74,7 @@ def test_directory_with_two_paths_is_at_both(serve: Serve, source: Path) -> None
                 assert (mnt / name / "inner" / "file").read_bytes() == b"content"
                 assert working_directory_of(pid) == str(mnt / "one" / "inner")
                 assert os.readlink(f"/proc/self/fd/{fd}") == str(mnt / "one" / "inner")
-        if server.via != "llfuse":  # there is no telling an inode's number from that which the kernel knows it by
+        if server.via != "llfuse":  # llfuse uses one number for the inode and the node id
             assert (mnt / "two" / "inner").stat().st_ino == (source / "one" / "inner").stat().st_ino
 
 
@@ -190,7 +190,7 @@ def test_mounts_and_unmounts_below_the_source_are_seen(serve: Serve, source: Pat
             with bound(source / "one", source / "two"):
                 assert shows("inner")
                 assert (mnt / "two" / "inner" / "file").read_bytes() == b"content"
-                # A directory of the server's own keeps the mount busy (see README).
+                # A directory that the server has open keeps the mount busy.
                 subprocess.run(["umount", "-l", source / "two"], check=True, timeout=30)
                 assert shows("below")
                 assert (mnt / "two" / "below").is_dir()

@@ -96,14 +96,14 @@ def test_linked_tmpfile_belongs_to_the_caller(tree: Tree) -> None:
         fd = os.open(directory, os.O_TMPFILE | os.O_RDWR, 0o666)
         try:
             os.write(fd, b"linked in")
-            # Python follows the symlink only where a directory descriptor is given, needed or not.
+            # Python follows the symlink only if it gets a directory descriptor, even an unnecessary one.
             os.link(f"/proc/self/fd/{fd}", directory / "name", src_dir_fd=fd, follow_symlinks=True)
         finally:
             os.close(fd)
 
     twins = Twins.of(tree)
     twins.prepare(as_directory(0o2777, 0, TEAM))
-    # The fallback cannot hand out O_TMPFILE at all; programs then take a named file.
+    # llfuse does not support O_TMPFILE; programs then use a named file.
     if tree.server.via == "llfuse":
         assert run_as(STRANGER, outcome_of, link_in, twins.mounted) in ("EOPNOTSUPP", "ENOTSUP")
     else:
@@ -111,7 +111,7 @@ def test_linked_tmpfile_belongs_to_the_caller(tree: Tree) -> None:
 
 
 ALL_MODES = [owner << 6 | group << 3 | other for owner, group, other in itertools.product(range(8), repeat=3)]
-# Directories take more calls each: every class in all its modes, the others open or closed.
+# A test of a directory makes more calls. So vary the mode of one class at a time; the others have all rights or none.
 CLASS_MODES = [
     bits << shift | others & ~(7 << shift) for bits in range(8) for shift in (6, 3, 0) for others in (0o777, 0)
 ]
@@ -206,7 +206,7 @@ def test_supplementary_group_gives_access(tree: Tree) -> None:
     (tree.src / "team").chmod(0o640)
     assert run_as(MEMBER, outcome_of, (tree.mnt / "team").read_bytes) == b"for the team"
     assert run_as(STRANGER, outcome_of, (tree.mnt / "team").read_bytes) == "EACCES"
-    # What one caller may see must not be what the next one may: the kernel's caches are shared between them.
+    # The rights of one caller must not depend on those of the last one, although both share the kernel's caches.
     assert run_as(MEMBER, outcome_of, (tree.mnt / "team").read_bytes) == b"for the team"
 
 

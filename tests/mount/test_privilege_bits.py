@@ -37,7 +37,7 @@ SIZE = 300_000
 ID = "/usr/bin/id"
 
 MODES = (0o4777, 0o2777, 0o6777, 0o2775, 0o4666, 0o1777, 0o777)
-# With set-group-ID and without group execution: the mark of the mandatory locks that Linux gave up.
+# Set-group-ID without group execution marked mandatory locks, which Linux has removed.
 MARKED = (0o2767, 0o6766, 0o2740)
 
 
@@ -295,7 +295,7 @@ def test_root_of_a_user_namespace_sets_capabilities(tree: Tree) -> None:
         os.chown(directory / "program", OWNER.uid, OWNER.gid)
 
     def set_capability(directory: Path) -> None:
-        prctl(PR_SET_DUMPABLE, 1)  # else its own files in proc are root's
+        prctl(PR_SET_DUMPABLE, 1)  # otherwise root owns its files in /proc
         unshare_user()
         Path("/proc/self/uid_map").write_text(f"0 {OWNER.uid} 1")
         Path("/proc/self/setgroups").write_text("deny")
@@ -358,7 +358,7 @@ def test_write_clears_set_id_set_while_open(serve: Serve, options: list[str], th
         path = server.mountpoint / name
         path.write_bytes(b"p" * size)
         path.chmod(0o777)
-        os.seteuid(STRANGER.uid)  # what the kernel collects counts as written by who opened the file
+        os.seteuid(STRANGER.uid)  # collected writes count as writes of the user who opened the file
         try:
             fd = os.open(path, os.O_WRONLY)
         finally:

@@ -74,7 +74,7 @@ def test_git_clone_fsck_and_gc(tree: Tree, git_origin: Path, git_env: dict[str, 
     run("git", "-C", clone, "repack", "-q", "-a", "-d", "-f", env=git_env)
     run("git", "-C", clone, "gc", "-q", "--prune=now", env=git_env)
     assert run("git", "-C", clone, "status", "--porcelain", env=git_env) == ""
-    # The back door: the very files, not what a cache of the mount believes.
+    # Compare with the files in the source, not with a cache of the mount.
     run("git", "-C", tree.src / "clone", "fsck", "--full", "--strict", env=git_env)
     assert run("git", "-C", tree.src / "clone", "status", "--porcelain", env=git_env) == ""
 
@@ -138,7 +138,7 @@ def test_sqlite_with_several_writers(tree: Tree, journal: str) -> None:
         for process in processes:
             process.kill()
             process.wait()
-    # All connections are closed: a write-ahead log is merged by now, so the file in the source is whole by itself.
+    # All connections are closed, so SQLite has merged the write-ahead log. The file in the source is complete.
     for side in (tree.mnt, tree.src):
         answers = run(
             "sqlite3",
@@ -156,7 +156,7 @@ def test_sqlite_rolls_back_after_a_killed_writer(tree: Tree) -> None:
     connection.executemany("INSERT INTO entries VALUES (?)", [("first" * 500,)] * 500)
     connection.commit()
     connection.close()
-    # A tiny page cache makes the unfinished transaction spill into the database, with its journal beside it.
+    # With a tiny page cache, SQLite writes the unfinished transaction to the database, and its journal beside it.
     killed = (
         "import os, signal, sqlite3, sys\n"
         "connection = sqlite3.connect(sys.argv[1])\n"
@@ -294,7 +294,7 @@ def make_wheel(directory: Path) -> None:
         archive.writestr(f"{info}/RECORD", "".join(f"{name},,\n" for name in [*members, f"{info}/RECORD"]))
 
 
-# A build backend within the sdist needs nothing that pip would have to fetch.
+# With a build backend inside the sdist, pip downloads nothing.
 BACKEND = """
 import zipfile
 
@@ -329,7 +329,7 @@ def test_pip_installs_into_a_venv(tree: Tree, tmp_path: Path) -> None:
     packages.mkdir()
     make_wheel(packages)
     make_sdist(packages, tmp_path)
-    # pip's scratch files go into the mount too.
+    # pip's temporary files are in the mount, too.
     (tree.mnt / "tmp").mkdir()
     env = {**quiet_environment(tmp_path), "PIP_CONFIG_FILE": "/dev/null", "TMPDIR": str(tree.mnt / "tmp")}
     venv = tree.mnt / "venv"
@@ -367,7 +367,7 @@ def test_postgresql_initdb_pgbench_and_recovery(tree: Tree, short_directory: Pat
         server.start()
         server.bench("-i", "-q", "-s", "2")
         server.bench("-c", str(clients), "-j", "2", "-t", str(transactions))
-        # What a crash leaves has to be enough to recover from: fsync came through, and nothing was torn.
+        # PostgreSQL recovers after the crash only if fsync worked and no page is torn.
         server.stop("immediate")
         server.start()
         assert server.query("SELECT count(*) FROM pgbench_history") == str(clients * transactions)
@@ -399,7 +399,7 @@ def test_fio_verifies_its_data(tree: Tree, tmp_path: Path, job: str) -> None:
     report = tmp_path / "report.json"
     arguments = ["--size=8m", "--numjobs=3", "--verify=crc32c", "--verify_fatal=1", "--do_verify=1", "--randrepeat=1"]
     output = ["--output-format=json", f"--output={report}"]
-    # In tmp_path: fio leaves files of its own where it is started.
+    # Run in tmp_path, because fio leaves files in its working directory.
     run("fio", f"--name={job}", f"--directory={tree.mnt}", *arguments, *FIO_JOBS[job], *output, cwd=tmp_path)
     results = json.loads(report.read_text())["jobs"]
     assert len(results) == 3

@@ -28,12 +28,12 @@ pytestmark = [pytest.mark.mounted, pytest.mark.user]
 
 SECONDS = 2.5
 INSIDE, OUTSIDE = b"inside" * 5, b"outside"
-# What a call may say whose names are changed under its hands.
+# The errors that a call may return while its names change.
 EXPECTED = {
     *(errno.ENOENT, errno.ESTALE, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY),
     *(errno.EINVAL, errno.ENODATA, errno.EBUSY, errno.EPERM, errno.EOPNOTSUPP),
 }
-# The kernel keeps times and sends them later; that the file was gone by then it tells whoever uses it next, as EIO.
+# The kernel keeps times and sends them later. If the file is missing by then, the next user of the file gets EIO.
 LATE = {errno.EIO}
 
 
@@ -47,7 +47,7 @@ def set_up(server: Server) -> Path:
     canary.mkdir()
     (canary / "file").write_bytes(OUTSIDE)
     for path in (canary / "file", canary):
-        os.utime(path, ns=(10**18, 10**18 + 1))  # read once, it would have another access time (mount(8), relatime)
+        os.utime(path, ns=(10**18, 10**18 + 1))  # otherwise a read would change the access time (mount(8), relatime)
     (top / "to-directory").symlink_to("../../canary")
     (top / "to-file").symlink_to("../../canary/file")
     return canary
@@ -68,7 +68,7 @@ def swap_behind(top: Path, until: float) -> int:
     count = 0
     while time.monotonic() < until:
         for name in (b"directory", b"file"):
-            with contextlib.suppress(FileNotFoundError):  # renamed through the mount just now
+            with contextlib.suppress(FileNotFoundError):  # the mount has renamed it meanwhile
                 syscalls.renameat2(directory, name, directory, b"to-" + name, syscalls.RENAME_EXCHANGE)
                 count += 1
         if count % 64 == 0:
@@ -200,7 +200,7 @@ def test_directory_moved_out_of_the_source_is_not_found(serve: Serve) -> None:
 
 USER = Caller(4001, 4001)
 NAMED = ("file", "directory")
-# An ACL that gives everybody everything, as `system.posix_acl_access` stores it (version, then tag, permissions, id).
+# An ACL that gives all rights to everybody, in the format of `system.posix_acl_access` (version; tag, permissions, id).
 OPEN_ACL = struct.pack("<I" + "HHI" * 3, 2, 1, 7, 0xFFFFFFFF, 4, 7, 0xFFFFFFFF, 0x20, 7, 0xFFFFFFFF)
 
 
@@ -305,7 +305,7 @@ def attack(top: Path, seed: int, until: float) -> int:
 
 @pytest.mark.root
 @pytest.mark.parametrize("attacker", ["a user", "root"])
-# llfuse knows no RENAME_EXCHANGE, by which names are swapped through the mount.
+# llfuse lacks RENAME_EXCHANGE, which swaps names through the mount.
 @pytest.mark.parametrize("side", ["behind", pytest.param("through", marks=pytest.mark.own_loop)])
 def test_only_the_named_file_is_changed(serve: Serve, side: str, attacker: str) -> None:
     """With root's permissions, root's files in the source may change, but nothing outside of it."""

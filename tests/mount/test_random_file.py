@@ -22,8 +22,8 @@ from tests.conftest import Serve
 from tests.syscalls import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, fallocate, opened
 
 PAGE = mmap.PAGESIZE
-LARGEST = 1 << 19  # bytes a file may have
-CALLS = 300  # with one seed
+LARGEST = 1 << 19  # the maximum size of a file in bytes
+CALLS = 300  # the number of calls for one seed
 SEEDS = (1, 2, 3)
 SECONDS = float(os.environ.get("LLLOOP_RANDOM_SECONDS", "0"))
 MODES = (
@@ -65,7 +65,7 @@ class File:
             ("direct", os.O_RDWR | os.O_DIRECT),
         ):
             if self.chance.random() < 0.7 or name == "both":
-                with contextlib.suppress(OSError):  # there are file systems without O_DIRECT
+                with contextlib.suppress(OSError):  # some file systems lack O_DIRECT
                     self.descriptors[name] = os.open(self.path, flags)
 
     def map_again(self) -> None:
@@ -80,7 +80,7 @@ class File:
 
     def close(self) -> None:
         if self.chance.random() < 0.5:
-            self.unmap()  # or it outlives the descriptors
+            self.unmap()  # otherwise it outlives the descriptors
         while self.descriptors:
             os.close(self.descriptors.popitem()[1])
 
@@ -117,7 +117,7 @@ class Comparison:
         self.files = [File(directory / name, self.chance) for name in ("one", "two")]
         for file in self.files:
             file.open_again()
-        # Aligned, as O_DIRECT demands.
+        # O_DIRECT requires alignment.
         self.buffer = mmap.mmap(-1, 1 << 18)
         self.done: list[str] = []
 
@@ -392,7 +392,7 @@ def neighbour() -> None:
     chance = random.Random(int(seed) * 2 + int(own))
     model = bytearray(PIECE * PIECES)
     stop = time.monotonic() + max(SECONDS, 1)
-    # Without a page cache a store and a write into one page race as they do with O_DIRECT.
+    # Without a page cache, a store and a write to one page race as with O_DIRECT.
     stores = mode != "--cache never"
     calls = 0
     while time.monotonic() < stop:

@@ -175,7 +175,7 @@ def test_beyond_four_gibibytes(tree: Tree, offset: int) -> None:
     assert os.stat(tree.mnt / "file").st_size == offset + 10_000
     with opened(tree.src / "file", os.O_RDONLY) as descriptor:
         assert os.pread(descriptor, 20_000, offset) == data
-        # An offset cut to 32 bits would land here.
+        # An offset that is cut to 32 bits would be here.
         assert os.pread(descriptor, 10, 0) == b"start" + bytes(5)
     same_status(tree.mnt / "file", tree.src / "file")
     os.truncate(tree.mnt / "file", 4 * GIB + 1)
@@ -251,7 +251,7 @@ def test_append(tree: Tree) -> None:
     assert (tree.src / "file").read_bytes() == b"st!"
 
 
-@pytest.mark.own_loop  # llfuse does not pass on the flags that a WRITE request carries
+@pytest.mark.own_loop  # llfuse does not pass on the flags of a WRITE request
 @pytest.mark.by_workers
 def test_append_switched_on_and_off_while_open(tree: Tree) -> None:
     with opened(tree.mnt / "file", os.O_CREAT | os.O_RDWR) as descriptor:
@@ -303,7 +303,7 @@ for number in range(1000):
 
 
 @pytest.mark.at_once("the kernel takes its own word for sizes and times of a file that it knows")
-@pytest.mark.own_loop  # llfuse does not tell its write handler that the file is open for appending
+@pytest.mark.own_loop  # the write handler of llfuse does not learn that the file is open for appending
 def test_append_in_mount_and_source(tree: Tree) -> None:
     with (
         opened(tree.mnt / "log", os.O_CREAT | os.O_WRONLY | os.O_APPEND) as through,

@@ -124,7 +124,7 @@ def test_of_a_directory(tree: Tree) -> None:
     assert (tree.src / "new" / "deep" / "er" / "second").read_bytes() == b"made after"
     with fails(errno.ENOENT):
         os.stat(tree.mnt / "old" / "deep" / "er" / "file")
-    # The old name may come back and is another directory then.
+    # A new directory may get the old name.
     (tree.mnt / "old" / "deep").mkdir(parents=True)
     assert os.listdir(tree.mnt / "old" / "deep") == []
     assert os.listdir(tree.mnt / "new" / "deep") == ["er"]

@@ -77,10 +77,10 @@ def test_large_tree_needs_few_descriptors_and_is_forgotten(serve: Serve, forest:
     forget_unused(server.mountpoint)
     settle(front)
     after_second = private_memory(front)
-    # The interpreter keeps freed memory for its next objects, so the second half must fit into what the first left.
+    # The interpreter keeps freed memory for its next objects, so the second half must fit into the memory of the first.
     told = f"start {start}, peak {peak}, after the first half {after_first}, after the second {after_second}"
     assert after_second - after_first < max((peak - start) / 4, 4 << 20), told
-    # What was let go can be had again.
+    # The closed files can be opened again.
     assert os.listdir(server.mountpoint / "first" / "directory0000")
     assert (server.mountpoint / "first" / "directory0000" / "file000").read_bytes() == b""
 
@@ -171,7 +171,7 @@ def test_limit_of_the_server_gives_emfile_to_the_caller(serve: Serve) -> None:
                 lambda: files.append(os.open(server.mountpoint / f"{number}", os.O_RDWR | os.O_CREAT))  # noqa: B023
             )
         assert result == "EMFILE"
-        # What is open goes on working, and so does what needs no further descriptor.
+        # Open files still work, and so do calls that need no new descriptor.
         for number, fd in enumerate(files):
             assert os.pwrite(fd, b"x" * 50_000, 0) == 50_000, number
             assert os.pread(fd, 4, 0) == b"xxxx"
@@ -206,7 +206,7 @@ def test_names_work_without_free_descriptors(serve: Serve) -> None:
             os.chmod(below / "new" / "moved", 0o600)
             os.symlink("moved", below / "new" / "symlink")
             os.unlink(below / "new" / "moved")
-        # Of an open file too; the server keeps a descriptor of each file that lost its last name.
+        # This applies to an open file, too: the server keeps a descriptor of each file without a name.
         for number in range(10):
             os.unlink(mnt / f"{number}")
             os.replace(mnt / f"{number + 10}", mnt / f"{number + 20}")

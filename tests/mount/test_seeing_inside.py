@@ -41,7 +41,7 @@ from tests.watchdog import kill_session, mount_entry, unmount_lazily
 pytestmark = [pytest.mark.mounted, pytest.mark.user]
 
 MIB = 1 << 20
-# More than the front does by itself.
+# The front gives a write of this size to a worker.
 LARGE = 200_000
 STRANGER = Caller(4001, 4001)
 
@@ -112,7 +112,7 @@ def test_bytes_and_workers(serve: Serve) -> None:
 
 
 def test_errors_are_counted(serve: Serve) -> None:
-    # The kernel is not to ask again whether the file is there.
+    # The kernel must not look up the file again.
     server = serve("--no-xattr" if os.geteuid() else "--xattr", "--negative-timeout", "1")
     with pytest.raises(OSError):
         os.readlink(server.mountpoint)
@@ -147,7 +147,7 @@ def test_inodes_and_handles_are_counted(serve: Serve) -> None:
 def test_cache_decisions_are_counted(serve: Serve) -> None:
     server = serve("--cache", "always")
     (server.source / "file").touch()
-    os.utime(server.source / "file", (time.time(), time.time() - 10))  # no read has to update the access time
+    os.utime(server.source / "file", (time.time(), time.time() - 10))  # so that no read updates the access time
     for _ in range(3):
         (server.mountpoint / "file").read_bytes()
     assert ask(server, "stats")["cache"]["kept"] == 3
@@ -239,7 +239,7 @@ def test_status_of_one_mount(serve: Serve, via: str) -> None:
 def test_status_of_all_mounts(serve: Serve) -> None:
     servers = [serve(), serve()]
     ended = llloop("status", "--json")
-    # Others may serve on this machine, and may be dead.
+    # There may be other mounts on this machine, and dead ones.
     assert ended.code in (0, 1), ended.stderr
     found = {one["mountpoint"]: one for one in json.loads(ended.stdout)}
     for server in servers:
@@ -252,7 +252,7 @@ def test_stopped_front_is_reported(serve: Serve) -> None:
     front = ask(server, "stats")["front"]["pid"]
     os.kill(front, signal.SIGSTOP)
     try:
-        # Only the command's own process may be hung, should it ask the mount.
+        # If the command asks the mount, only the process of the command may hang.
         ended = llloop("status", server.mountpoint, "--json")
         assert ended.code == 1
         (found,) = json.loads(ended.stdout)
@@ -323,7 +323,7 @@ def test_unmounted_source_is_reported(serve: Serve, tmp_path: Path) -> None:
         unmount_lazily(str(source))
         assert wait_until(lambda: "another directory" in problems(server))
         server.stop()
-        subprocess.run(["mount", "-t", "tmpfs", "none", source], check=True)  # for what unmounts it
+        subprocess.run(["mount", "-t", "tmpfs", "none", source], check=True)  # this test unmounts it
 
 
 @pytest.mark.root
@@ -334,7 +334,7 @@ def test_frozen_source_is_reported_without_waiting(serve: Serve, tmp_path: Path)
         subprocess.run(["fsfreeze", "--freeze", source], check=True)
         try:
             for _ in range(3):
-                time.sleep(0.6)  # an answer is given again within half a second
+                time.sleep(0.6)  # the server may repeat an answer for half a second
                 begun = time.monotonic()
                 assert "frozen" in problems(server)
                 assert time.monotonic() - begun < 3
@@ -350,7 +350,7 @@ def test_frozen_source_is_reported_without_waiting(serve: Serve, tmp_path: Path)
 def kill_all(server: Server) -> None:
     assert server.process
     for pid in server.processes():
-        os.kill(pid, signal.SIGSTOP)  # so that none tidies up after another
+        os.kill(pid, signal.SIGSTOP)  # so that no process cleans up after another
     for pid in server.processes():
         os.kill(pid, signal.SIGKILL)
     server.process.wait(30)
@@ -433,7 +433,7 @@ def test_watch_shows_each_interval(serve: Serve) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # Ctrl-C means nothing to what a script has started in the background, these tests perhaps.
+        # A script may have started these tests in the background, where SIGINT is ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
@@ -471,7 +471,7 @@ def test_tables_fit_a_terminal_of_80_columns(serve: Serve) -> None:
     assert "\N{HORIZONTAL ELLIPSIS}" not in text, "something was left out"
     lines = text.splitlines()
     assert sum(line.lstrip().startswith("copy_file_range ") for line in lines) == 1
-    # A row whose cells do not fit is continued in lines that begin with an empty cell.
+    # If the cells of a row do not fit, the row continues in lines that begin with an empty cell.
     rows = [line for line in lines if line.startswith(" ")]
     assert not [line for line in rows if line.strip() and line[1:8].isspace()], text
 
@@ -496,7 +496,7 @@ def test_everyday_use_counts_no_errors(serve: Serve) -> None:
     place = server.mountpoint
     (place / "directory").mkdir()
     for number in range(10):
-        (place / f"{number}").write_bytes(b"x")  # the kernel asks for security.capability at the first write
+        (place / f"{number}").write_bytes(b"x")  # the kernel requests security.capability at the first write
         with contextlib.suppress(OSError):
             os.getxattr(place / f"{number}", "user.missing")
     for call in (
@@ -545,7 +545,7 @@ def test_export_contains_all_mounts_and_dead_ones_are_down(serve: Serve, tmp_pat
             assert up[str(living.mountpoint)] == 1
             assert up[str(dead.mountpoint)] == 0
             assert samples["llloop_inodes", (("mountpoint", str(living.mountpoint)),)] >= 1
-        # Of one mount, too, what was written while it lived is replaced.
+        # A file of one mount is replaced, too.
         for _ in range(2):
             ended = llloop("stats", dead.mountpoint, "--textfile", file)
             assert ended.code in (1, 4)
@@ -736,7 +736,7 @@ def test_invalid_messages_to_the_socket_are_harmless(serve: Serve) -> None:
     (pid,) = workers(server).values()
     server.expect_log("llloop-worker-0 was killed by signal 9")
     os.kill(pid, signal.SIGKILL)
-    # The supervisor is not kept from its work by those who hold their connections.
+    # Clients that hold their connections do not block the supervisor.
     assert wait_until(lambda: set(workers(server).values()) not in (set(), {pid}))
     for connection in held:
         connection.close()
@@ -861,7 +861,7 @@ def test_watchdog_is_notified_only_while_the_front_answers(serve: Serve, tmp_pat
         manager.forget()
         time.sleep(0.8)  # twice as long as the service manager waits
         assert not manager.has_heard("WATCHDOG=1")
-        # The supervisor itself is at work all the while.
+        # The supervisor itself works during this time.
         assert ask(server, "status")["state"] == "not answering"
     finally:
         os.kill(front, signal.SIGCONT)
@@ -912,7 +912,7 @@ def test_idle_server_does_not_wake_up(serve: Serve) -> None:
         awake.append(switches(server).items() - before.items())
         return not awake[-1]
 
-    # Somebody else on the machine may ask for the status of all mounts.
+    # Another user of the machine may request the status of all mounts.
     assert wait_until(is_quiet, 40), awake
 
 

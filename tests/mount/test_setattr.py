@@ -170,7 +170,7 @@ def test_truncate_by_name_while_open_for_reading(tree: Tree) -> None:
 def test_ftruncate_of_a_write_only_descriptor(tree: Tree) -> None:
     (tree.mnt / "file").write_bytes(b"0123456789")
     with opened(tree.mnt / "file", os.O_WRONLY) as descriptor:
-        # The mode no longer lets anybody open it: only the handle can do it.
+        # With this mode nobody can open the file, so only the handle works.
         os.fchmod(descriptor, 0)
         os.ftruncate(descriptor, 4)
     assert os.stat(tree.src / "file").st_size == 4
@@ -227,7 +227,7 @@ def test_times_to_the_nanosecond(tree: Tree, value: tuple[int, int]) -> None:
     (tree.mnt / "file").touch()
     (tree.mnt / "directory").mkdir()
     other = (1_600_000_000, 7)
-    # Some file systems clamp what is too far away for them; a mirror clamps likewise.
+    # Some file systems clamp times out of their range. The mirror shows the same value.
     utimensat(tree.src / "reference", value, other)
     kept = os.stat(tree.src / "reference").st_atime_ns
     for name in ("file", "directory"):

@@ -16,7 +16,7 @@ from tests.syscalls import opened
 
 pytestmark = pytest.mark.mounted
 
-# Too large for the front to do in passing.
+# The front gives a write of this size to a worker.
 MIB = 1024 * 1024
 PIECE = b"x" * 300_000
 
@@ -29,7 +29,7 @@ def holders(server: Server, path: Path) -> set[str]:
 def test_processes_are_named_in_ps(serve: Serve) -> None:
     server = serve("--workers", "3")
     found = titles(server)
-    # Where llfuse runs the loop, no request waits for the kernel to drop pages.
+    # With --loop llfuse, no request waits until the kernel has dropped pages.
     assert set(found) | {"llloop-invalidator"} == {
         "llloop-invalidator",
         "llloop-supervisor",
@@ -44,7 +44,7 @@ def test_processes_are_named_in_ps(serve: Serve) -> None:
             line = subprocess.run(["ps", "-o", "args=", "-p", str(pid)], capture_output=True, text=True, check=True)
             assert line.stdout.startswith(title)
     for title, pid in found.items():
-        # The kernel cuts this one, which top shows, at 15 bytes.
+        # The kernel cuts the thread name, which top shows, at 15 bytes.
         assert Path(f"/proc/{pid}/comm").read_text().rstrip("\n") == title[:15]
 
 
@@ -62,7 +62,7 @@ def test_open_file_is_held_by_one_worker(serve: Serve) -> None:
             assert os.pread(fd, len(PIECE), 0) == PIECE
             os.fsync(fd)
             assert holders(server, server.source / name) == first
-            # Flags may differ, the file is the same.
+            # The flags may differ, but the file is the same.
             with opened(server.mountpoint / name, os.O_WRONLY | os.O_APPEND) as second:
                 os.write(second, PIECE)
                 os.fsync(second)
@@ -90,17 +90,17 @@ def test_io_of_many_files_is_distributed(serve: Serve) -> None:
         for fd in files:
             os.close(fd)
     assert len(held) == shards
-    # No file in two hands, and none in no hand.
+    # Exactly one worker has each file.
     assert sum(len(paths) for paths in held.values()) == len(set().union(*held.values())) == count
-    # 60 are expected of each; 30 are four and a half standard deviations away.
+    # The expected number is 60 for each worker; 30 is four and a half standard deviations less.
     assert min(len(paths) for paths in held.values()) >= 30, {title: len(paths) for title, paths in held.items()}
 
 
 def test_descriptors_are_closed_after_close(serve: Serve) -> None:
     server = serve("--workers", "2")
-    # The supervisor has nothing of files, and now and then something of its own.
+    # The supervisor has no file open, but sometimes a descriptor for itself.
     processes = {title: pid for title, pid in titles(server).items() if title != "llloop-supervisor"}
-    # Every worker's first file brings things that stay, such as its handle on the front.
+    # With its first file, each worker opens descriptors that stay, for example a pidfd of the front.
     for number in range(20):
         (server.mountpoint / f"first{number}").write_bytes(PIECE)
 
@@ -148,12 +148,12 @@ def test_sigusr1_logs_counters(serve: Serve) -> None:
     for number in range(16):
         with opened(server.mountpoint / f"file{number}", os.O_RDWR | os.O_CREAT | os.O_DIRECT) as fd:
             os.write(fd, mmap.mmap(-1, MIB))
-    # The releases come before it, and what is asked about next is over then.
+    # The workers get the RELEASE messages before this request, so they have finished them.
     os.statvfs(server.mountpoint)
     os.kill(server.pid, signal.SIGUSR1)
 
     def reported() -> bool:
-        # The fallback's front takes signals with its next request only.
+        # With --loop llfuse, the front handles a signal only with its next request.
         os.statvfs(server.mountpoint)
         return "slots in use" in server.log.read_text()
 
@@ -163,7 +163,7 @@ def test_sigusr1_logs_counters(serve: Serve) -> None:
     assert [title for title, *_ in found] == [f"llloop-worker-{number}" for number in range(4)]
     assert sum(int(written) for *_, written in found) == 16 * MIB
     for title, requests, errors, read, written in found:
-        # A file's bytes are counted where the file is held, whole files that is.
+        # The worker that holds a file counts all of its bytes.
         assert (int(errors), int(read), int(written) % MIB) == (0, 0, 0), title
         assert int(requests) >= int(written) // MIB
     assert re.search(r"llloop-front: 17 inodes, 0 open handles", server.log.read_text())

@@ -95,7 +95,7 @@ def hold_removed_files(directory: Path) -> Any:
 
 def _while_others_try(directory: Path, look: Callable[[], Any]) -> Any:
     """Wait until the others have tried what they want to try, and return what there is to be seen then."""
-    os.mkdir(directory / "holding")  # which opens nothing
+    os.mkdir(directory / "holding")  # which opens no file
     assert wait_until(lambda: (directory / "tried").exists(), 30)
     return look()
 

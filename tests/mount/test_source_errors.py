@@ -32,7 +32,7 @@ from tests.syscalls import FALLOC_FL_KEEP_SIZE, fallocate, opened, syncfs
 from tests.twins import outcomes
 
 MIB = 1 << 20
-# <linux/posix_acl_xattr.h>: rights of the owner, of 50 users, of the group, of all of these at most, of others.
+# <linux/posix_acl_xattr.h>: the rights of the owner, 50 users, the group, the mask, and others.
 ACL_OF_MANY = struct.pack("=I", 2) + b"".join(
     struct.pack("=HHI", tag, 7, who)
     for tag, who in (
@@ -104,7 +104,7 @@ def test_full_source_gives_enospc_and_keeps_written_data(
         for side in (path, source / "file"):
             assert side.stat().st_size == taken
             assert holds_pattern(side, piece, taken)
-        # Once there is room again it goes on where it stood.
+        # When there is space again, it continues at the same position.
         path.unlink()
         assert wait_until(lambda: os.statvfs(source).f_bavail * os.statvfs(source).f_bsize > MIB)
         assert write_until_it_fails(path, piece, limit=MIB)[1] is None
@@ -185,7 +185,7 @@ def test_loss_of_cached_data_is_reported(scratch: Path, serving: Callable[..., A
                 assert os.write(fd, content) == size
                 os.fsync(fd)
 
-    # With --cache never the kernel collects nothing.
+    # With --cache never the kernel collects no writes.
     options = ["--writeback", "--cache", "auto"] if how == "writeback" else []
     with tmpfs(scratch / "full", "size=1m") as source, serving(source, *options) as server:
         (source / "filler").write_bytes(bytes(MIB - room))
@@ -219,7 +219,7 @@ def test_loss_of_stored_data_is_reported_at_close(scratch: Path, serving: Callab
         with mmap.mmap(storing, MIB) as view:
             fill_up(source / "filler")
             view[:] = pattern(MIB)
-            if not mode and not expect.collecting:  # the kernel tells readers, too, where it collects writes
+            if not mode and not expect.collecting:  # with --writeback the kernel reports the error to readers, too
                 assert outcome(os.close, reading) is None
             else:
                 outcome(os.close, reading)
@@ -254,13 +254,13 @@ def test_source_without_free_inodes_gives_enospc(scratch: Path, serving: Callabl
         assert set(found.values()) == {"ENOSPC"}
         assert sorted(os.listdir(source)) == sorted([*(str(n) for n in range(1, number)), "f"])
         (server.mountpoint / "1").unlink()
-        # The server may hold on to what was removed until the kernel's FORGET, which comes a moment later.
+        # The server may hold the removed file until the kernel sends FORGET, a moment later.
         assert wait_until(lambda: outcome((server.mountpoint / "again").touch) is None)
 
 
 def fill_by_writing(fd: int, size: int, flags: int = 0) -> None:
     fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | flags)
-    piece = mmap.mmap(-1, 64 * 1024)  # on a page's boundary, as O_DIRECT wants it
+    piece = mmap.mmap(-1, 64 * 1024)  # aligned to a page, as O_DIRECT requires
     for offset in range(0, size, len(piece)):
         if os.pwrite(fd, piece, offset) < len(piece):
             break
@@ -312,13 +312,13 @@ def test_users_cannot_use_blocks_reserved_for_root(
         assert reserved > 2000
 
         def fill(path: Path, way: Callable[[int, int], None]) -> None:
-            faulthandler.disable()  # which would print a stack for SIGBUS
+            faulthandler.disable()  # because it would print a stack for SIGBUS
             with suppress(OSError), opened(path, os.O_RDWR | os.O_CREAT) as fd:
                 way(fd, 16 * MIB)
                 os.fsync(fd)
 
         for name, way in WAYS_TO_FILL.items():
-            # As one of several who have the file open, and the first of them is root.
+            # As one of several users who have the file open; the first of them is root.
             path = server.mountpoint / name
             path.touch()
             os.chown(path, user.uid, 0)
@@ -326,11 +326,11 @@ def test_users_cannot_use_blocks_reserved_for_root(
                 child = Child(fill, path, way, caller=user)
                 try:
                     child.result()
-                except AssertionError:  # killed by SIGBUS, as natively
+                except AssertionError:  # killed by SIGBUS, as in a plain directory
                     assert name == "mapping"
             syncfs_of(source)
             free = os.statvfs(source).f_bfree
-            # ext4 takes the blocks that describe a file's extents from what is reserved.
+            # ext4 uses its reserved blocks for the extents of a file.
             assert reserved - 20 <= free <= reserved + 300, f"{name}: {free} blocks are free, {reserved} are reserved"
             path.unlink()
             assert wait_until(lambda: os.statvfs(source).f_bfree > state.f_bfree - 100)
@@ -573,7 +573,7 @@ def test_unreadable_disk_gives_eio(scratch: Path, serving: Callable[..., Any]) -
         (source / "bad").write_bytes(b"b" * (32 * MIB))
         with opened(source / "bad", os.O_RDONLY) as fd:
             syncfs(fd)
-            # Only what is not in the page cache is read from the disk.
+            # Read from the disk, not from the page cache.
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         with open(image, "r+b") as file:
             file.truncate(9 * MIB)
@@ -585,7 +585,7 @@ def test_unreadable_disk_gives_eio(scratch: Path, serving: Callable[..., Any]) -
                 assert outcome(lambda: os.preadv(fd, [memory], 24 * MIB)) == "EIO"
             with opened(mnt / "bad", os.O_RDONLY) as fd:
                 assert outcome(lambda: os.pread(fd, 4096, 30 * MIB)) == "EIO"
-                # A small part that can be read can still be read, and so can other files.
+                # A readable part of the file, and other files, can still be read.
                 readable = outcome(lambda: os.pread(fd, 4096, 0))
                 assert readable == outcome(lambda: read_at(source / "bad", 4096, 0))
             assert (mnt / "good").stat().st_size == 100_000
@@ -677,7 +677,7 @@ def test_overlay_copy_up_keeps_open_files(scratch: Path, serving: Callable[..., 
     (below / "directory" / "file").write_bytes(b"content")
     home = os.open(".", os.O_RDONLY)
     with overlay(scratch, below) as source:
-        # A birth time is as coarse as the kernel's clock tick.
+        # A birth time has the granularity of the kernel's clock tick.
         time.sleep(0.02)
         with serving(source) as server:
             directory = server.mountpoint / "directory"
@@ -686,7 +686,7 @@ def test_overlay_copy_up_keeps_open_files(scratch: Path, serving: Callable[..., 
                     os.fchdir(descriptor)
                     (directory / "new").write_bytes(b"new")
                     os.chmod(directory / "file", 0o600)
-                    # The kernel's own knowledge of what it had looked up before must not answer.
+                    # The kernel must not answer from its cache of earlier lookups.
                     time.sleep(1.1)
                     found = outcomes(
                         {

@@ -110,7 +110,7 @@ def test_too_few_open_files(place: Ground, limit: int) -> None:
 def test_thread_limit_reached(place: Ground) -> None:
     if resource.getrlimit(resource.RLIMIT_STACK)[1] != resource.RLIM_INFINITY:
         pytest.skip("the stack's hard limit is too low")
-    # 8 TB for each, of which there are fewer than that in an address space with a limit.
+    # 8 TB for each worker, which is more than the limited address space.
     prefix = ["sh", "-c", 'ulimit -s 8000000000 && ulimit -v 100000000 && exec "$@"', "sh"]
     place.refused(HOST, "can't start new thread|serving failed", prefix=prefix)
 
@@ -229,7 +229,7 @@ def test_unmount_after_rename_of_a_parent_directory(place: Ground, end: signal.S
         unmount_lazily(str(moved))
 
 
-# Signals that whoever starts a server has ignored
+# Signals that the starting process ignores
 
 IGNORING = "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
 
@@ -273,7 +273,7 @@ def test_check_follows_symlinks(place: Ground, option: str) -> None:
     link, unwritable = place.state / "link", place.state / "unwritable"
     unwritable.mkdir(mode=0o555)
     prefix = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o ro none "$0"; exec "$@"', unwritable]
-    how = {"prefix": prefix} if os.geteuid() == 0 else {}  # a directory's mode is nothing to root
+    how = {"prefix": prefix} if os.geteuid() == 0 else {}  # the mode of a directory does not restrict root
     for target in ("missing/file", unwritable / "file"):
         link.symlink_to(target)
         refused = place.refused(HOST, "link: ", "--check", option, link, **how)

@@ -26,7 +26,7 @@ def test_statfs_equals_the_source(tree: Tree) -> None:
     for name in ("", "file"):
         mounted, native = os.statvfs(tree.mnt / name), os.statvfs(tree.src / name)
         assert constant(mounted) == constant(native)
-        # Others write to the same file system meanwhile.
+        # Other programs write to the same file system meanwhile.
         for field in ("f_bfree", "f_bavail"):
             assert abs(getattr(mounted, field) - getattr(native, field)) * native.f_frsize < 256 * MIB
         assert abs(mounted.f_ffree - native.f_ffree) < 100_000
@@ -44,7 +44,7 @@ def test_written_data_reduces_the_free_space(serve: Serve, tmp_path: Path) -> No
             (server.mountpoint / "file").write_bytes(os.urandom(8 * MIB))
             after = os.statvfs(server.mountpoint)
         finally:
-            # Before the file system below it goes.
+            # Stop the server before the file system below it is unmounted.
             server.stop()
     assert (before.f_bfree - after.f_bfree) * after.f_frsize == 8 * MIB
 

@@ -12,7 +12,7 @@ from tests.expect import agree, fails
 from tests.server import Tree
 from tests.syscalls import AT_SYMLINK_NOFOLLOW, STATX_BASIC_STATS, STATX_BTIME, opened, statx
 
-# FUSE passes statx on since Linux 6.6.
+# FUSE supports statx since Linux 6.6.
 RELEASE = tuple(int(part) for part in os.uname().release.split("-")[0].split(".")[:2])
 birth_times = pytest.mark.skipif(RELEASE < (6, 6), reason="this kernel's FUSE has no statx")
 

@@ -21,11 +21,11 @@ from tests.server_processes import wait_until, workers
 
 pytestmark = [pytest.mark.mounted, pytest.mark.own_loop, pytest.mark.by_workers, pytest.mark.user]
 
-LARGE = 200_000  # bytes; more than the front does by itself
-# Made once: out of memory that no page has been put to yet, the kernel sends a write in pieces that the front does.
+LARGE = 200_000  # bytes; the front gives a write of this size to a worker
+# Created once: the kernel splits a write from untouched memory into small pieces, which the front writes itself.
 CONTENT = b"x" * LARGE
 MANY = 300  # more than there are slots
-# The one that is stopped is to hold back data, and not names too.
+# The stopped worker must only block data, not names.
 WORKERS = ("--workers", "2", "--metadata", "front")
 
 
@@ -105,7 +105,7 @@ def test_stopped_worker_does_not_block_others(serve: Serve) -> None:
     (stopped, theirs), (_, others) = sorted(owners.items())
     stuck = []
     for number in range(MANY):
-        # Further names do not do: the kernel lets one writer at a time into each file.
+        # More names of one file do not help: the kernel allows one writer of a file at a time.
         path = server.mountpoint / f"more{number}"
         path.touch()
         stuck.append(path)
@@ -113,7 +113,7 @@ def test_stopped_worker_does_not_block_others(serve: Serve) -> None:
     try:
         with in_threads([*stuck, *theirs]) as threads:
             try:
-                # Those of the other worker are done, some 150 of them.
+                # The writes of the other worker, about 150, are done.
                 assert wait_until(lambda: sum(not thread.is_alive() for thread in threads) > MANY // 4)
                 assert sum(thread.is_alive() for thread in threads) > MANY // 4
                 for path in others[:3]:
@@ -171,7 +171,7 @@ def test_hanging_source_does_not_block_the_front(serve: Serve) -> None:
     try:
         with in_threads(paths) as threads:
             try:
-                # Each of the threads has opened its file and writes; how far that came cannot be seen.
+                # Each thread has opened its file and writes. The test cannot see its progress.
                 device = outer.mountpoint.stat().st_dev
                 assert wait_until(lambda: files_open_on(device) == MANY)
                 time.sleep(0.5)

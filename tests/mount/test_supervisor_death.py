@@ -20,8 +20,8 @@ from tests.server_processes import titles, wait_until
 pytestmark = [pytest.mark.mounted, pytest.mark.user]
 
 DETACHED = "the supervisor has died; the keeper has detached"
-LARGE = 200_000  # bytes; more than the front does by itself
-# What a program may be told that used the mount when its server went.
+LARGE = 200_000  # bytes; the front gives a write of this size to a worker
+# The errors that a program may get if the server ends during its call.
 GONE = (errno.ENOTCONN, errno.ECONNABORTED, errno.EIO)
 
 
@@ -63,7 +63,7 @@ def test_mount_in_use_is_detached(serve: Serve) -> None:
         kill_supervisor(server)
         check_nothing_is_left(server)
         if "--io=kernel" in server.arguments:
-            # No server is asked: the kernel writes to the file in the source itself for as long as it is open.
+            # The kernel itself writes to the file in the source while it is open, without the server.
             content = b"written later"
             assert os.pwrite(fd, content, 0) == len(content)
         else:
@@ -74,7 +74,7 @@ def test_mount_in_use_is_detached(serve: Serve) -> None:
     finally:
         worker.kill()
         worker.wait()
-        with contextlib.suppress(OSError):  # close(2) may ask the server, and fails then
+        with contextlib.suppress(OSError):  # close(2) may send a request, which fails without a server
             os.close(fd)
     server.check_log()
     server.clean_up()
@@ -90,10 +90,10 @@ def test_request_in_flight_gets_an_error(serve: Serve) -> None:
     fd = os.open(server.mountpoint / "file", os.O_RDWR | os.O_CREAT)
     os.kill(titles(server)["llloop-worker-0"], signal.SIGSTOP)
     writing = Child(outcome, os.pwrite, fd, bytes(LARGE), 0)
-    time.sleep(0.2)  # it has no way to say that it waits
+    time.sleep(0.2)  # nothing shows that it waits
     kill_supervisor(server)
     assert writing.result() in {errno.errorcode[number] for number in GONE}
-    with contextlib.suppress(OSError):  # close(2) may ask the server, and fails then
+    with contextlib.suppress(OSError):  # close(2) may send a request, which fails without a server
         os.close(fd)
     check_nothing_is_left(server)
     server.check_log()
@@ -122,7 +122,7 @@ def test_keeper_is_replaced_when_it_dies(serve: Serve) -> None:
     os.kill(first, signal.SIGKILL)
 
     def another_is_there() -> bool:
-        with contextlib.suppress(AssertionError, OSError):  # one that was just forked has no title yet
+        with contextlib.suppress(AssertionError, OSError):  # a new process has no title yet
             return titles(server).get("llloop-keeper", first) != first
         return False
 

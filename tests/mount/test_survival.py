@@ -30,7 +30,7 @@ from tests.syscalls import opened
 pytestmark = [pytest.mark.mounted, pytest.mark.user]
 
 STRANGER = Caller(4001, 4001)
-# More than the front does by itself.
+# The front gives a write of this size to a worker.
 LARGE = 200_000
 DEATH_OF_A_WORKER = r"llloop-worker-\d+ was killed by signal 9"
 DEATH_OF_THE_FRONT = "llloop-front was killed by signal 9"
@@ -80,7 +80,7 @@ def replace_front(server: Server) -> None:
 @pytest.mark.parametrize("deaths", [1, 5])
 def test_request_of_a_dead_front_reaches_its_file(resending: Callable[..., Server], fate: str, deaths: int) -> None:
     """A worker has the request and is stopped while more fronts die than one request may kill."""
-    # It is not to be asked about names, for nobody would be told any.
+    # Programs must not look up names meanwhile, because they would get no answer.
     server = resending("--workers", "1", "--metadata", "front")
     server.expect_log(DEATH_OF_THE_FRONT)
     if fate == "is killed":
@@ -98,7 +98,7 @@ def test_request_of_a_dead_front_reaches_its_file(resending: Callable[..., Serve
             assert wait_until(lambda: requests_with_workers(server) == 2)
             for _ in range(deaths):
                 replace_front(server)
-                # Served again, as far as that goes: the next front is not to die in its beginnings.
+                # Wait until the next front serves, so that it does not die during its start.
                 assert os.listdir(server.mountpoint)
             for name in others:
                 descriptors.append(os.open(server.mountpoint / name, os.O_RDWR | os.O_CREAT))
@@ -106,7 +106,7 @@ def test_request_of_a_dead_front_reaches_its_file(resending: Callable[..., Serve
         finally:
             os.kill(worker, signal.SIGCONT if fate == "goes on" else signal.SIGKILL)
         assert (writing.result(), appending.result()) == (LARGE, LARGE)
-        # The worker takes one request after the other: whatever it did of the old one is done when this is.
+        # The worker does one request after the other. When this one is done, the old one is done, too.
         (server.mountpoint / "late").write_bytes(b"B" * LARGE)
         assert (server.source / "late").read_bytes() == b"B" * LARGE
         assert {(server.source / name).read_bytes() for name in others} == {b"precious"}
@@ -218,7 +218,7 @@ def test_full_source_and_dying_processes(resending: Callable[..., Server], tmp_p
                 assert os.pwrite(fd, b"again", 0) == 5
                 os.ftruncate(fd, 0)
         os.unlink(path)
-        # Released a moment after close(2) has returned.
+        # The kernel sends RELEASE a moment after close(2) has returned.
         assert wait_until(lambda: os.statvfs(server.source / "small").f_bavail * 4096 > 3_900_000)
         forget_unused(server.mountpoint)
 
@@ -242,7 +242,7 @@ def test_file_system_below_the_source_is_unmounted_and_mounted(serve: Serve, tmp
             assert os.listdir(server.mountpoint / "disk") == []
         finally:
             os.close(fd)
-            # The last descriptors of the disk go when the server has been told.
+            # The server closes the last descriptors on the disk after RELEASE and FORGET.
             forget_unused(server.mountpoint)
         subprocess.run(["mount", "-o", "loop", image, server.source / "disk"], check=True)
         assert path.read_bytes() == b"ON the disk"
@@ -370,7 +370,7 @@ def test_killed_workers_lose_and_repeat_nothing(serve: Serve, tmp_path: Path, ho
     assert len(killed) >= 5
     for number, result in enumerate(results):
         assert isinstance(result, tuple), f"process {number} failed with {result}"
-        # Not compared by assert itself, which would print megabytes.
+        # Do not compare in the assert statement, which would print megabytes.
         same = [
             (server.source / name).read_bytes() == content
             for name, content in zip((f"random{number}", f"appended{number}"), result, strict=True)
@@ -392,7 +392,7 @@ def test_worker_killed_with_unanswered_requests(serve: Serve) -> None:
         descriptors.append(os.open(server.mountpoint / name, flags | os.O_CREAT))
         return descriptors[-1]
 
-    # Each of another file: the kernel would hold back a second write to the same one.
+    # Each writes to its own file: the kernel would delay a second write to the same file.
     requests: list[tuple[Callable[..., Any], tuple[Any, ...], Any]] = [
         (os.pwrite, (open_one("written", os.O_WRONLY), content, 5_000), LARGE),
         (os.write, (open_one("appended", os.O_WRONLY | os.O_APPEND), content), LARGE),
@@ -405,11 +405,11 @@ def test_worker_killed_with_unanswered_requests(serve: Serve) -> None:
         children = [Child(outcome, function, *arguments) for function, arguments, _ in requests]
         try:
             if server.via == "own":
-                # Where a user's pipes are small (pipe(7)), the front keeps some of them.
+                # If the pipes of a user are small (pipe(7)), the front keeps some requests.
                 small = "pipes hold fewer" in server.log.read_text()
                 assert wait_until(lambda: requests_with_workers(server) >= (1 if small else len(requests)))
             else:
-                time.sleep(0.5)  # through the fallback there is one at a time
+                time.sleep(0.5)  # with --loop llfuse there is one request at a time
         finally:
             kill(worker)
         assert [child.result() for child in children] == [expected for _, _, expected in requests]
@@ -443,5 +443,5 @@ def test_open_files_are_reopened_by_name_without_a_keeper(serve: Serve) -> None:
         with fails(errno.EBADF):
             os.pwrite(gone, LARGE * b"a", 6)
         with fails(errno.EBADF):
-            os.close(gone)  # what was written through a mapping may be lost, too
+            os.close(gone)  # data written through a mapping may be lost, too
     assert (server.source / "file").read_bytes() == b"before" + LARGE * b"a"

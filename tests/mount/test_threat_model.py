@@ -56,7 +56,7 @@ def test_processes_keep_only_needed_privileges(tree: Tree) -> None:
             continue
         kept = own & {"llloop-front": FRONT_CAPABILITIES, "llloop-invalidator": 0}.get(title, WORKER_CAPABILITIES)
         assert int(status["CapPrm"], 16) == kept, title
-        # CAP_FSETID is lowered and raised as the requests say.
+        # The server drops and regains CAP_FSETID, depending on the request.
         assert int(status["CapEff"], 16) | (kept & 1 << syscalls.CAP_FSETID) == kept, title
         assert int(status["CapInh"], 16) & ~kept == int(status["CapAmb"], 16) == 0, title
         if os.geteuid() == 0:

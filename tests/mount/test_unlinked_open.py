@@ -230,7 +230,7 @@ def test_no_process_holds_it_after_the_last_close(tree: Tree) -> None:
         os.unlink(tree.mnt / "file")
         pids = [os.getpid(), *tree.server.processes()]
         assert holders(pids, inode)
-    # The server is told of the last close a moment after it, and its workers by the server.
+    # The server gets RELEASE a moment after the last close, and then tells its workers.
     deadline = time.monotonic() + 30
     while left := holders(pids, inode):
         assert time.monotonic() < deadline, left

@@ -34,7 +34,7 @@ def server(request: pytest.FixtureRequest, serve: Serve, tmp_path: Path) -> Iter
             (source / f"file{number}").write_bytes(CONTENT)
         (source / "directory").mkdir()
         (source / "directory/entry").touch()
-        # The kernel itself keeps a directory locked while something is made in it, or removed.
+        # The kernel itself locks a directory while an entry is created or removed.
         (source / "changes").mkdir()
         (source / "changes/file0").write_bytes(CONTENT)
         (source / "changes/other").write_bytes(CONTENT)

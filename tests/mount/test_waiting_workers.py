@@ -25,10 +25,10 @@ from tests.syscalls import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
 pytestmark = [pytest.mark.mounted, pytest.mark.own_loop, pytest.mark.root, pytest.mark.by_workers]
 
 DEATH_OF_A_WORKER = "llloop-worker-0 was killed by signal 9"
-LARGE = 300_000  # bytes; more than the front does by itself
+LARGE = 300_000  # bytes; the front gives a write of this size to a worker
 MUCH = pattern(LARGE, 1)
 PAGE = 4096
-# In which a read that waits for nobody is over, also on a busy machine; one that waits for a frozen disk never is.
+# A read that does not block ends within this time, even on a busy machine. A read from a frozen disk never ends.
 TIMEOUT = 20.0
 
 
@@ -114,7 +114,7 @@ def test_blocked_call_of_the_only_worker_does_not_block_reads(server: Server, ca
         assert wait_until(lambda: in_calls(pid) > 0)
         check_reading(server, "file1", "file2")
         if "--writeback" not in server.arguments or call in ("write", "append"):
-            # Else the kernel locks the inode, and close(2) waits for that lock (fs/fuse/file.c, fuse_flush()).
+            # Otherwise the kernel locks the inode, and close(2) waits for that lock (fs/fuse/file.c, fuse_flush()).
             check_reading(server, "file0")
         assert threads[0].is_alive()
         filesystems.thaw(server.source)

@@ -114,7 +114,7 @@ def test_values_of_any_size(tree: Tree, size: int) -> None:
 
 def test_many_attributes(tree: Tree) -> None:
     (tree.mnt / "file").touch()
-    # 100 of them fit the single block that ext4 has for all.
+    # 100 of them fit into the single block that ext4 has for all extended attributes.
     for number in range(100):
         os.setxattr(tree.mnt / "file", f"user.{number}", b"%d" % number)
     names = [name for name in os.listxattr(tree.mnt / "file") if name.startswith("user.")]
