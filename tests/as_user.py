@@ -26,7 +26,7 @@ class Caller:
 
     def become(self) -> None:
         os.umask(self.umask)
-        # Groups first: after setuid the right to change them is gone.
+        # Set the groups first: after setuid this is not allowed.
         if self.gid != -1:
             os.setgroups(self.groups)
         os.setresgid(self.gid, self.gid, self.gid)
@@ -95,7 +95,7 @@ def run_together(calls: Iterable[tuple[Callable[..., T], tuple[Any, ...]]]) -> l
     children = [Child(function, *args) for function, args in calls]
     results: list[T] = []
     errors: list[Exception] = []
-    # Every child is waited for, whatever the others did, so that a failing test leaves no process behind.
+    # Wait for each child, even if another failed, so that a failing test leaves no process behind.
     for child in children:
         try:
             results.append(child.result())

@@ -97,7 +97,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_call(item: pytest.Item) -> None:
-    # Again, since the first test's setup has only just started the watchdog.
+    # Set it again, because the setup of the first test has just started the watchdog.
     if WATCHDOG in item.config.stash:
         item.config.stash[WATCHDOG].expect_within(timeout_of(item) + 2)
 
@@ -172,7 +172,7 @@ _numbers = itertools.count(1)
 @contextmanager
 def fresh_directory(server: Server, test: str) -> Iterator[Tree]:
     if not server.alive():
-        # Another test ended it, and has failed for that; this one is not to fail with it.
+        # Another test ended it and failed because of that. This test must not fail, too.
         server.clean_up()
         server.start()
     name = f"{re.sub('[^A-Za-z0-9_]+', '-', test)[:80]}-{next(_numbers)}"

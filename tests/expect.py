@@ -51,8 +51,8 @@ def fields_of(status: os.stat_result) -> dict[str, int]:
     return {name: getattr(status, name) for name in STAT_FIELDS}
 
 
-# Whether the kernel collects writes (--writeback). It then keeps the times of a file itself, which in the source are
-# those of the moment when the data got there; and it does not ask for the blocks that these have taken.
+# Whether the kernel collects writes (--writeback). Then it keeps the times of a file itself. The times in the source
+# are those of the arrival of the data. The kernel also does not request the number of blocks that the data occupies.
 collecting = False
 _COLLECTED_NS = 2_000_000_000
 
@@ -72,7 +72,7 @@ def same_fields(mounted: os.stat_result, native: os.stat_result) -> None:
 
 
 def same_status(mnt: Path, src: Path) -> None:
-    """Both sides must tell the same of a file.
+    """Both sides must show the same attributes of a file.
 
     To be asked before the file is read in the source: that moves its access time behind the mount's back.
     """

@@ -14,7 +14,7 @@ import pytest
 
 
 def _run(*command: str | Path) -> None:
-    # mkfs and losetup live in sbin, which is not on every PATH.
+    # mkfs and losetup are in sbin, which is not in every PATH.
     environment = os.environ | {"PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
     assert done.returncode == 0, f"{command}: {done.stderr or done.stdout}"
@@ -26,8 +26,8 @@ def _need(program: str) -> None:
 
 
 def _unmount(where: Path) -> None:
-    # The loop device of an image lets go of it a moment after its own unmount: later if somebody who looks for a
-    # free loop device has just opened it.
+    # The loop device releases its image a moment after the unmount. This takes longer if another program that searches
+    # for a free loop device has just opened it.
     deadline = time.monotonic() + 30
     while True:
         try:
@@ -35,7 +35,7 @@ def _unmount(where: Path) -> None:
             return
         except AssertionError:
             if time.monotonic() > deadline:
-                # A server that a failing test left behind may hold it; nothing may stay mounted all the same.
+                # A server that a failing test left behind may hold it. Unmount it anyway.
                 _run("umount", "-l", where)
                 raise
         time.sleep(0.1)
@@ -97,7 +97,7 @@ def overlay(directory: Path, lower: Path) -> Iterator[Path]:
 
 
 _FIFREEZE, _FITHAW = 0xC0045877, 0xC0045878  # <linux/fs.h>
-# A file system that stays frozen stops whoever writes to it, the test's own watchdog included.
+# A file system that stays frozen blocks every process that writes to it, also the watchdog of the tests.
 _LONGEST_FREEZE = 30.0
 
 
@@ -105,7 +105,7 @@ def thaw(directory: Path) -> None:
     """Thaw the file system before the block of `frozen` ends."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        with suppress(OSError):  # it is thawed already
+        with suppress(OSError):  # it is already thawed
             fcntl.ioctl(fd, _FITHAW, 0)
     finally:
         os.close(fd)

@@ -14,7 +14,7 @@ NAMES = (
     b"file", b"directory", b"out", b"new", b"other", b"", b".", b"..", b"../canary", b"out/canary", b"/etc/passwd",
     b"..\0", b"..\0file", b"x" * 255, b"y" * 5000, b"security.capability", b"user.x", b"trusted.x",
 )  # fmt: skip
-# No number between some megabytes and the end of all files: a fallocate of that much might succeed.
+# No number between some megabytes and the maximum file size: a fallocate of that size might succeed.
 NUMBERS = (0, 1, 2, 3, 7, 40, 255, 4095, 4096, 65536, 1 << 20, (1 << 31) - 1, 1 << 31, (1 << 32) - 1,
            (1 << 63) - 1, 1 << 63, (1 << 64) - 4096, (1 << 64) - 1)  # fmt: skip
 
@@ -67,7 +67,7 @@ BODIES: dict[int, str] = {
     Opcode.TMPFILE: "IIIIS",
     Opcode.STATX: "IIHII",
 }
-# DESTROY is left out: after it libfuse answers nothing any more.
+# No DESTROY: after it, libfuse answers no request.
 OPCODES = (*BODIES, 0, 7, Opcode.SETUPMAPPING, Opcode.REMOVEMAPPING, Opcode.COPY_FILE_RANGE_64, 54, 4096, 0xFFFFFFFF)
 
 
@@ -117,6 +117,6 @@ def hostile_request(choose: Choices, unique: int, nodeids: Sequence[int], handle
         packet += bytes([choose.byte()]) * choose.byte()
     elif fate < 64:
         packet = struct.pack("=I", choose.number() & 0xFFFFFFFF) + packet[4:]
-    if 32 <= fate < 44 or fate < 24:  # whoever cuts or stretches may also be so kind as to say so
+    if 32 <= fate < 44 or fate < 24:  # sometimes the header contains the changed length
         packet = struct.pack("=I", len(packet))[: len(packet)] + packet[4:]
     return packet

@@ -36,7 +36,7 @@ class Postgres:
     """A PostgreSQL server with its data in the mount, run as Debian's user for it, or as the tests' user."""
 
     def __init__(self, directory: Path, scratch: Path) -> None:
-        # Debian keeps the server's programs off the PATH, by version; the newest is as good as any.
+        # Debian has the server's programs in a directory for each version, outside of PATH. Use the newest version.
         self.programs = max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
         self.user = "postgres" if os.geteuid() == 0 else None
         self.data = directory / "data"

@@ -30,13 +30,13 @@ START_SECONDS = 30.0
 STOP_SECONDS = 30.0
 READY = "llloop: serving "
 
-# A record begins with a date or a level; what follows it without either (a traceback) belongs to it.
+# A record begins with a date or a level. Further lines without them, for example a traceback, belong to it.
 RECORD_START = re.compile(r"^(\[?\d{4}-\d\d-\d\d|\[?(DEBUG|INFO|WARNING|ERROR|CRITICAL)\b)")
 GRAVE = re.compile(r"\b(WARNING|ERROR|CRITICAL|FATAL|Traceback|Exception ignored|Segmentation fault)\b")
 
 
 def reachable_directory(prefix: str, parent: str | None = None) -> Path:
-    """Creates a temporary directory that other users can search, unlike mkdtemp's."""
+    """Creates a temporary directory that other users can search, unlike that of mkdtemp."""
     path = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
     path.chmod(0o755)
     return path
@@ -142,13 +142,13 @@ class Server:
         command += [str(self.source), str(self.mountpoint), "--log-file", str(self.log), *self.arguments]
         already = self.output.stat().st_size
         with self.output.open("ab") as output:
-            # A session of its own: all its processes can be found by it, whoever their parent has become.
+            # A new session identifies all processes of the server, even if their parent changes.
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                # A warning, such as that of a descriptor left open, gets into the output, which the tests check.
+                # Warnings, for example of an open descriptor, are printed. The tests check the output.
                 env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "error", **(self.environment or {})},
                 cwd="/",
                 start_new_session=True,
@@ -213,7 +213,7 @@ class Server:
 
     @staticmethod
     def _since(path: Path, offset: int) -> tuple[str, int]:
-        # Bytes, not characters: a name that is not UTF-8 may be logged.
+        # Compare bytes, because the log may contain a name that is not UTF-8.
         content = path.read_bytes()
         return content[offset:].decode(errors="replace"), len(content)
 
@@ -274,10 +274,10 @@ class Tree:
 
     @property
     def src(self) -> Path:
-        """The directory in the source, after what the kernel still keeps of its writes has been sent there."""
+        """The directory in the source, after the kernel has written its collected writes to it."""
         if "--writeback" in self.server.arguments:
             with opened(self.server.mountpoint, os.O_RDONLY) as directory:
                 syncfs(directory)
-            # Since Linux 6.16 syncfs(2) sends what a FUSE file system has collected, without waiting for the answers.
+            # Since Linux 6.16, syncfs(2) sends the collected writes of a FUSE file system, but waits for no answer.
             wait_for_requests(str(self.server.mountpoint))
         return self.behind

@@ -60,7 +60,7 @@ def workers(server: Server) -> dict[str, int]:
 
 
 class Report(NamedTuple):
-    """What the front says of itself when it is asked to."""
+    """The report that the front writes on SIGUSR1."""
 
     inodes: int
     handles: int
@@ -72,7 +72,7 @@ _REPORTS = re.compile(r"(\d+) inodes, (\d+) open handles, (\d+) directories kept
 
 
 def front_report(server: Server) -> Report:
-    """Ask the front for its report, and wait for that; a front that dies meanwhile is followed by one that is asked."""
+    """Request the report of the front and wait for it. If the front dies meanwhile, ask the next one."""
     last = server.log.stat().st_size
     found: list[tuple[str, ...]] = []
 

@@ -62,7 +62,7 @@ def linkat(old: Path | bytes | str, new: Path | bytes | str, flags: int = 0, old
 
 
 def link_descriptor(descriptor: int, new: Path) -> None:
-    """Gives a name to an open file, as man open(2) tells to do after O_TMPFILE."""
+    """Gives a name to an open file, as open(2) describes for O_TMPFILE."""
     linkat(f"/proc/self/fd/{descriptor}", new, AT_SYMLINK_FOLLOW)
 
 
@@ -71,12 +71,12 @@ def fallocate(descriptor: int, mode: int, offset: int, length: int) -> None:
 
 
 def unshare_user() -> None:
-    """Go into a user namespace of one's own."""
+    """Enter a new user namespace."""
     _check(_libc.unshare(CLONE_NEWUSER))
 
 
 def syncfs(descriptor: int) -> None:
-    # A signal may interrupt it, as it may any call that waits for a FUSE server.
+    # A signal may interrupt it, like every call that waits for a FUSE server.
     while True:
         with contextlib.suppress(InterruptedError):
             _check(_libc.syncfs(descriptor))
@@ -199,7 +199,7 @@ class DirectoryStream:
             yield entry
 
     def names(self) -> list[bytes]:
-        """All names from here on but . and .."""
+        """The names from the current position on, without . and .."""
         return [entry.name for entry in self if entry.name not in (b".", b"..")]
 
     def tell(self) -> int:

@@ -16,8 +16,8 @@ _WALL = 0x40000000  # <linux/wait.h>
 _SYSCALL_STOP = signal.SIGTRAP | 0x80
 _TIMEOUT = 30.0  # seconds
 _PAUSE = 0.0002
-# What a thread that serves waits in for its next request on x86-64: read, poll, readv, ppoll, splice. The others wait
-# in futex or sleep.
+# The system calls in which the serving thread waits for a request on x86-64: read, poll, readv, ppoll, splice. The
+# other threads wait in futex or sleep.
 _WAITS_FOR_REQUESTS = frozenset({"0", "7", "19", "271", "275"})
 
 _ptrace = ctypes.CDLL(None, use_errno=True).ptrace
@@ -82,7 +82,7 @@ class Traced:
             self.passed += os.WSTOPSIG(status) == _SYSCALL_STOP
             if self.passed == stop:
                 os.kill(self._pid, signal.SIGKILL)
-                # The first thread last: its parent hears of the end only after its tracer.
+                # Handle the first thread last: its parent gets SIGCHLD only after the tracer.
                 for tid in sorted({*self._others, self._tid}, key=lambda one: one == self._pid):
                     os.waitpid(tid, _WALL)
                 return True

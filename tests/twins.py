@@ -11,7 +11,7 @@ from typing import Any
 from tests.as_user import MYSELF, Caller, run_as
 from tests.server import Tree
 
-# Names outside these (security.selinux, system.nfs4_acl ...) depend on the machine, not on what the test did.
+# Other names (security.selinux, system.nfs4_acl ...) depend on the machine, not on the test.
 _XATTRS = ("user.", "system.posix_acl_", "security.capability")
 
 

@@ -24,7 +24,7 @@ def processes_of_session(session: int) -> list[int]:
         if not entry.isdigit():
             continue
         with contextlib.suppress(OSError):
-            # The command's name may hold blanks and parentheses; what follows its last ")" does not.
+            # The name of the command may contain spaces and parentheses. The fields after the last ")" do not.
             fields = Path("/proc", entry, "stat").read_text(errors="replace").rpartition(")")[2].split()
             if int(fields[3]) == session and fields[0] not in "ZX":
                 found.append(int(entry))
@@ -32,7 +32,7 @@ def processes_of_session(session: int) -> list[int]:
 
 
 def kill_session(session: int) -> None:
-    # All are stopped before the first dies: the keeper would see that and clean up behind it.
+    # Stop all before the first one dies. Otherwise the keeper notices its death and cleans up.
     for number in (signal.SIGSTOP, signal.SIGKILL):
         for pid in processes_of_session(session):
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -71,8 +71,8 @@ def wait_for_requests(mountpoint: str, seconds: float = 1.0) -> None:
         try:
             if waiting.read_text().strip() == "0":
                 return
-        except OSError:  # not mounted here, or not to be read by this user
-            # What was sent before this request is at least taken before it.
+        except OSError:  # not mounted here, or not readable for this user
+            # The server receives all earlier requests before this one.
             os.statvfs(mountpoint)
             time.sleep(0.002)
             return

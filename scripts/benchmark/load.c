@@ -1,8 +1,8 @@
 /*
- * Load on a directory, for scripts/bench: what fio has no word for, and in C because a client that is slow itself
- * hides what the server costs.
+ * Makes load on a directory for scripts/bench, with operations that fio lacks. It is written in C, because a slow
+ * client hides the cost of the server.
  *
- * Every command prints "OPERATIONS SECONDS". SECONDS on the command line is how long to go on; 0 means once.
+ * Every command prints "OPERATIONS SECONDS". SECONDS on the command line is the duration; 0 means one pass.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -42,10 +42,10 @@ static void report(double operations, double seconds)
     printf("%.0f %.9f\n", operations, seconds);
 }
 
-/* One pass of a job over what belongs to it; returns the number of operations. */
+/* Makes one pass of a job over its files; returns the number of operations. */
 typedef long pass(int directory, int job, int jobs);
 
-/* The jobs run as processes, as programs do: threads would fight for one table of descriptors. */
+/* The jobs are processes: threads would contend for one table of descriptors. */
 static void run_jobs(pass *one_pass, int directory, int jobs, double seconds)
 {
     struct shared {
@@ -102,7 +102,7 @@ static int is_dot(const char *name)
     return name[0] == '.' && (name[1] == 0 || (name[1] == '.' && name[2] == 0));
 }
 
-/* As find and ls -lR do it: each directory read, each entry's attributes asked for. */
+/* Reads each directory and the attributes of each entry, like find and ls -lR. */
 static long walk(int at, const char *name)
 {
     long operations = 0;
@@ -210,8 +210,8 @@ static long unlink_all(int directory, int job, int jobs)
 }
 
 /*
- * The operations of `single`: each is as close to one request of a kind as a system call can bring it.
- * `i` counts up from 0 and never repeats within a directory.
+ * The operations of `single`. Each causes, as far as possible, one request of a kind.
+ * `i` counts from 0 and never repeats within a directory.
  */
 static int top, file, direct_file;
 static char *block;
@@ -248,7 +248,7 @@ static void do_getattr(long i)
 {
     struct statx attributes;
     (void)i;
-    /* Whatever the kernel has cached, this asks the server. */
+    /* This sends a request even if the kernel has cached the attributes. */
     must(statx(file, "", AT_EMPTY_PATH | AT_STATX_FORCE_SYNC, STATX_BASIC_STATS, &attributes), "getattr");
 }
 
@@ -356,7 +356,7 @@ static void do_readdir(long i)
 static const struct operation {
     const char *name;
     void (*once)(long);
-    /* Limited to so many because each needs a name made beforehand, or leaves one behind. */
+    /* The number is limited, because each operation needs a prepared name or leaves one behind. */
     int names;
 } operations[] = {
     {"lookup", do_lookup, 1},        {"lookup-missing", do_lookup_missing, 0},
@@ -403,7 +403,7 @@ static void run_program(const char *work, char **command)
     if (pid < 0)
         err(1, "fork");
     if (pid == 0) {
-        /* Our own output is the result. */
+        /* Do not mix the command's output with the result. */
         int null = open("/dev/null", O_WRONLY);
         if (null < 0 || dup2(null, STDOUT_FILENO) < 0)
             err(1, "/dev/null");
@@ -436,7 +436,7 @@ int main(int argc, char **argv)
         struct stat attributes;
         must(stat(argv[2], &attributes), argv[2]);
     } else if (argc == 3 && !strcmp(command, "drop")) {
-        /* A remount makes the kernel forget all names of this mount, hence inodes and pages, and of no other. */
+        /* A remount makes the kernel forget all names of this mount, and so its inodes and pages. */
         must(mount(NULL, argv[2], NULL, MS_REMOUNT | MS_NOSUID | MS_NODEV, NULL), argv[2]);
     } else if (argc == 6 && !strcmp(command, "walk")) {
         subdirectories = atoi(argv[5]);

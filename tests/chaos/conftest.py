@@ -7,10 +7,10 @@ import random
 
 import pytest
 
-# A run by hand may take hours; pytest's timeout and the watchdog are told of it when tests are collected.
+# A manual run may take hours. So extend pytest's timeout and that of the watchdog when tests are collected.
 BY_HAND = "LLLOOP_CHAOS_SECONDS" in os.environ
 SECONDS = float(os.environ.get("LLLOOP_CHAOS_SECONDS", "3"))
-# What a round of the slowest programs may take beyond that, on a machine with other things to do.
+# The maximum additional time for a round of the slowest programs, on a busy machine.
 LAST_ROUND = 120.0
 
 
@@ -27,5 +27,5 @@ def seconds() -> float:
 
 @pytest.fixture
 def seed() -> int:
-    """The seed of all random choices; the machine's timing stays random."""
+    """The seed of all random choices. The timing of the machine remains random."""
     return int(os.environ.get("LLLOOP_CHAOS_SEED") or random.SystemRandom().randrange(1 << 32))

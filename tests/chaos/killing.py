@@ -114,7 +114,7 @@ class Killer:
         return True
 
     def wait_for_all(self) -> None:
-        """Wait until nobody is being replaced; who has died often is replaced after a pause of some seconds."""
+        """Wait until all processes run. A process that has died often is replaced after a pause of some seconds."""
         self._pair()
 
         def all_live() -> bool:

@@ -34,8 +34,8 @@ class Place:
     chance: random.Random
     more: Callable[[], bool]
     scratch: Path
-    direct: bool  # whether O_DIRECT can be had
-    size: int  # how many files a large tree has
+    direct: bool  # whether the file system supports O_DIRECT
+    size: int  # the number of files in a large tree
 
 
 Load = Callable[[Place], int]
@@ -70,7 +70,7 @@ def _one_of_each(place: Place, number: int) -> None:
     assert (base / "renamed").read_bytes() == b"other"
     assert (base / "other").read_bytes() == content
     _refused(FileExistsError, renameat2, base / "other", base / "renamed", RENAME_NOREPLACE)
-    os.rename(base / "other", base / "renamed")  # one name over another
+    os.rename(base / "other", base / "renamed")  # replaces another name
     assert (base / "renamed").read_bytes() == content
     assert sorted(os.listdir(base)) == ["directory", "fifo", "renamed", "symlink"]
     _refused(OSError, os.rmdir, directory)

@@ -24,7 +24,7 @@ from tests.syscalls import (
     renameat2,
 )
 
-LARGE = 200_000  # more than the front does by itself
+LARGE = 200_000  # bytes; the front gives a write of this size to a worker
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def _let_forget(directory: Path) -> object:
     for number, fd in enumerate(descriptors):
         os.unlink(directory / f"{number}")
         os.close(fd)
-    time.sleep(0.1)  # the kernel forgets them when all is over
+    time.sleep(0.1)  # the kernel forgets them at the end
     return os.listdir(directory)
 
 

@@ -91,7 +91,7 @@ def kill_while_working(
     if "has_resend" not in server.output.read_text():
         pytest.skip("this kernel does not send a dead front's requests again (Linux 6.9)")
     server.expect_log(r"llloop-(front|keeper|worker-\d+) was killed by signal 9")
-    if both:  # one that was closed and removed, of which the kernel had not told the front yet
+    if both:  # the kernel had not yet sent RELEASE for a closed and removed file
         server.expect_log("a file that was open when the front died cannot be opened again", required=False)
         server.expect_log("the keeper could not fetch the front's descriptors", required=False)
     children = {}

@@ -27,13 +27,13 @@ from tests.server_processes import Report, descriptors, front_report, process_id
 from tests.tracing import Traced
 
 pytestmark = [
-    pytest.mark.root,  # traces
+    pytest.mark.root,  # uses ptrace(2)
     pytest.mark.mounted,
     pytest.mark.own_loop,
     pytest.mark.by_workers,
 ]
 
-# A process that lived for less is, after some times, not replaced at once; in seconds.
+# After some processes that lived for less than this, in seconds, the next one starts after a pause.
 SHORT_LIFE = 0.27
 
 
@@ -88,7 +88,7 @@ class KillMatrix:
         return killed
 
     def count_stops(self, scenario: Scenario) -> int:
-        """Do it with nothing killed, and return at how many moments that might have been."""
+        """Run the scenario without a kill, and return the number of moments at which the process could be killed."""
         expected = self._done_natively(scenario)
         stops, _, got = self._do(scenario, 0)
         assert got == expected, scenario.name
@@ -119,7 +119,7 @@ class KillMatrix:
 
 
 def check_nothing_left(server: Server) -> None:
-    """Check that the front is as at the beginning once the kernel has forgotten everything."""
+    """Check that the front is as at the beginning after the kernel has forgotten everything."""
     front = process_of(server, "front", 0)
 
     def held() -> tuple[list[str], Report]:
@@ -173,7 +173,7 @@ if BY_HAND:
     ) -> None:
         server = begin(*arguments)
         moments = KillMatrix(server, role)
-        # The listing has too many moments, which are all alike.
+        # The listing has too many moments, and they are all similar.
         assert moments.kill_at(scenario, range(1, 1 << 30, 397 if scenario is LISTING else 1)) > 2
         check_nothing_left(server)
 
@@ -194,7 +194,7 @@ else:
         chance = random.Random(seed)
         for scenario in scenarios[part::3]:
             stops = moments.count_stops(scenario)
-            # The first are those of waiting for a request.
+            # The first moments are those of the wait for a request.
             chosen = sorted(chance.sample(range(3, stops), 2))
             try:
                 moments.kill_at(scenario, chosen)

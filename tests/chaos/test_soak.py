@@ -22,12 +22,12 @@ from tests.server_processes import descriptors, front_report, private_memory, ti
 pytestmark = [pytest.mark.root, pytest.mark.mounted, pytest.mark.own_loop, pytest.mark.by_workers]
 
 LOADS: list[Load] = [loads.names, loads.unlinked, loads.xattrs, loads.appends, loads.direct]
-# What the interpreter may keep of it for its next objects, in bytes.
+# The maximum memory that the interpreter keeps for its next objects, in bytes.
 TOLERANCE = 4 << 20
 
 
 def work(server: Server, scratch: Path, chance: random.Random, seconds: float) -> None:
-    """Runs all loads beside each other, and removes their files."""
+    """Runs all loads at the same time, and removes their files."""
     end = time.monotonic() + seconds
 
     def more() -> bool:
@@ -52,14 +52,14 @@ def state(server: Server) -> dict[str, list[str]]:
     found = {}
     for title, pid in pids.items():
         paths = [re.sub(r"\d+", "", path) for path in descriptors(pid)]
-        # What of the supervisor's a child has inherited depends on the moment of its fork.
+        # The descriptors that a child inherits from the supervisor depend on the moment of its fork.
         inherited = () if title == "llloop-supervisor" else ("anon_inode:[pidfd]", "pipe:[]")
         found[title] = sorted(path for path in paths if path not in inherited)
     return found
 
 
 def settled(server: Server) -> dict[str, list[str]]:
-    """The state, when the front knows that the kernel has forgotten all but the root: it is told a moment later."""
+    """Wait until the front has received FORGET for all inodes except the root, and return the state."""
 
     def is_forgotten() -> bool:
         forget_unused(server.mountpoint)

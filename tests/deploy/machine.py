@@ -19,7 +19,7 @@ from pathlib import Path
 SYSTEMD = "/lib/systemd/systemd"
 BOOT_SECONDS = 60.0
 
-# Runs as process 1 of the new namespaces. $1: a directory that is empty; the others: directories to show read-only.
+# Runs as process 1 of the new namespaces. $1: an empty directory. Other arguments: directories to show read-only.
 _INIT = r"""
 set -euo pipefail
 holder=$1; shift
@@ -28,16 +28,16 @@ mount -t tmpfs -o mode=755 llloop-machine "$holder"
 mkdir "$holder/upper" "$holder/work" "$holder/root"
 root=$holder/root
 mount -t overlay -o "lowerdir=/,upperdir=$holder/upper,workdir=$holder/work" overlay "$root"
-# systemd empties /tmp when it boots: through the overlay file by file, and nobody needs those of the real one.
+# Hide the real /tmp. systemd empties /tmp when it boots, and on the overlay this takes a call for each file.
 mount -t tmpfs -o mode=1777 tmpfs "$root/tmp"
-# An overlay shows no other mounts below /, and what changes below it later may not be seen.
+# An overlay shows no mounts below /, and may not show later changes of its lower directory.
 for shown; do
     mkdir -p "$root$shown"
     mount --bind "$shown" "$root$shown"
     mount -o remount,bind,ro "$root$shown"
 done
 mount -t proc proc "$root/proc"
-# What is written there reaches the kernel that all share.
+# Writes there would change the kernel, which all machines share.
 for shared in sys sysrq-trigger irq bus; do
     [[ ! -e $root/proc/$shared ]] || { mount --bind "$root/proc/$shared" "$root/proc/$shared"
                                        mount -o remount,bind,ro "$root/proc/$shared"; }
@@ -55,7 +55,7 @@ ln -s pts/ptmx "$root/dev/ptmx"
 ln -s /proc/self/fd "$root/dev/fd"
 for number in 0:stdin 1:stdout 2:stderr; do ln -s "/proc/self/fd/${number%:*}" "$root/dev/${number#*:}"; done
 mount -t tmpfs -o mode=755 tmpfs "$root/run"
-# Neither services nor file systems of the real machine are to be started a second time.
+# Do not start services or file systems of the real machine a second time.
 mount -t tmpfs -o mode=755 tmpfs "$root/etc/systemd/system"
 rm -rf "$root"/etc/rc[0-6S].d
 : >"$root/etc/fstab"; : >"$root/etc/crypttab"
@@ -71,19 +71,19 @@ exec setpriv --bounding-set -sys_module,-sys_time,-syslog,-sys_rawio env -i cont
 
 
 class NoMachine(Exception):
-    """systemd cannot be booted here; the text says why."""
+    """systemd cannot boot here; the text says why."""
 
 
 class Machine:
-    """A running one."""
+    """A running machine."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
-        # As seen from outside, so that files can be handed over and looked at.
+        # The path of its root directory on this machine, so that tests can write and read its files.
         self.root = Path(f"/proc/{pid}/root")
 
     def path(self, path: str | Path) -> Path:
-        """Where a path of the machine is found from outside it."""
+        """Return the path outside of the machine that leads to a path in the machine."""
         return self.root / str(path).lstrip("/")
 
     def run(
@@ -132,7 +132,7 @@ def _remove_cgroup(cgroup: Path) -> None:
             try:
                 os.rmdir(directory)
             except OSError:
-                # A killed process leaves its cgroup a moment later.
+                # A killed process leaves its cgroup only after a moment.
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.02)
@@ -165,7 +165,7 @@ def _await_boot(process: subprocess.Popen[bytes], log: Path) -> Machine:
         if pid and Path(f"/proc/{pid}/comm").read_text() == "systemd\n":
             machine = Machine(pid)
             state = machine.run("systemctl", "is-system-running", "--wait", check=False).stdout.strip()
-            # Before systemd listens, systemctl can only say that it cannot connect.
+            # Until systemd listens, systemctl fails because it cannot connect.
             if state in ("running", "degraded"):
                 return machine
         time.sleep(0.05)
@@ -191,7 +191,7 @@ def booted(shown: Sequence[Path] = ()) -> Iterator[Machine]:
         log = Path(holder, "log")
         Path(holder, "mount").mkdir()
         command = [
-            # The machine ends with the tests, however they end.
+            # The machine ends with the tests, even if they are killed.
             *("setpriv", "--pdeathsig", "KILL"),
             *("unshare", "--mount", "--pid", "--ipc", "--uts", "--cgroup", "--fork", "--kill-child=KILL"),
             *("bash", "-c", _INIT, "bash", f"{holder}/mount", *map(str, shown)),
@@ -200,7 +200,7 @@ def booted(shown: Sequence[Path] = ()) -> Iterator[Machine]:
         try:
             with log.open("wb") as output:
                 process = subprocess.Popen(
-                    # It has to be in its cgroup before the cgroup namespace is made.
+                    # The process must be in its cgroup before it creates the cgroup namespace.
                     ["bash", "-c", 'echo $$ >"$0/cgroup.procs" && exec "$@"', str(cgroup), *command],
                     env={**os.environ, "SYSTEMD": SYSTEMD},
                     stdin=subprocess.DEVNULL,

@@ -16,7 +16,7 @@ LLLOOP = str(Path(sys.executable).parent / "llloop")
 CHECKOUT = str(Path(__file__).parents[2])
 Run = Callable[..., "CompletedProcess[str]"]
 SERVE = f"mkdir /run/src /run/mnt; echo inside >/run/src/file; {LLLOOP} serve --workers 1 --daemon /run/src /run/mnt"
-# What the machine cannot give a container: controllers of its cgroups, and settings of the kernel that all share.
+# Switch off features that the machine cannot provide: controllers of cgroups, and settings of the shared kernel.
 HERE = ("--cgroups=disabled", "--pids-limit=-1", "--ulimit=nofile=4096:4096", "--ulimit=nproc=4096:4096")
 
 
@@ -31,7 +31,7 @@ def store(machine: Machine) -> Iterator[str]:
 
 @pytest.fixture
 def podman(machine: Machine, store: str) -> Run:
-    """Runs a shell command in a container whose root directory is the machine's, less what is mounted below it."""
+    """Runs a shell command in a container. Its root directory is that of the machine, without the mounts below it."""
 
     def run(script: str, *options: str) -> CompletedProcess[str]:
         places = (f"--root={store}/images", f"--runroot={store}/run", "--storage-driver=vfs")

@@ -29,7 +29,7 @@ class Place:
     mountpoint: str
 
     def mount(self, *arguments: str, code: int = 0) -> str:
-        """What mount(8) prints; it has to end with this code."""
+        """Return the output of mount(8), which must end with this exit code."""
         done = self.machine.run("mount", *arguments, check=False)
         assert done.returncode == code, f"mount {' '.join(arguments)}: {done.returncode}\n{done.stdout}"
         return done.stdout
@@ -96,7 +96,7 @@ def test_fstab_entry(place: Place) -> None:
     place.mount("-a")
     assert place.read() == "mirrored\n"
     assert "ro" not in place.options()
-    place.mount("-a")  # what is mounted already is left as it is
+    place.mount("-a")  # an existing mount does not change
     assert sum(line.startswith("llloop-supervisor") for line in servers(place)) == 1
     place.umount()
 
@@ -207,7 +207,7 @@ def test_ordinary_user_mounts_and_unmounts_by_fstab(place: Place) -> None:
     machine = place.machine
     if os.stat(CHECKOUT).st_mode & 5 != 5:
         pytest.skip("the checkout is closed to other users")
-    for directory in CHECKOUT.parents:  # the machine's own view of them
+    for directory in CHECKOUT.parents:  # as the machine sees them
         machine.run("chmod", "o+x", directory)
     place.fstab("llloop", "user,noauto,workers=1")
     machine.run("chown", "-R", str(USER), place.source, place.mountpoint)

@@ -37,10 +37,10 @@ pytestmark = [
     ),
 ]
 
-# sshfs's own caches would go on answering for a while when the server does not.
+# With its caches, sshfs would answer for some time without the server.
 UNCACHED = "dir_cache=no,attr_timeout=0,entry_timeout=0"
 LARGE = 3_000_000  # bytes
-# Until a hang is held to be one.
+# After this time, in seconds, a call counts as hanging.
 TIMEOUT = 1.0
 
 
@@ -70,7 +70,7 @@ class Remote:
         )
 
     def processes(self) -> list[int]:
-        """The server's processes, those that serve files among them."""
+        """The processes of the server, including those that serve files."""
         found, fresh = [], [self.sshd_pid]
         while fresh:
             found += fresh
@@ -78,7 +78,7 @@ class Remote:
         return found
 
     def hang(self) -> None:
-        """Stop the server as a broken network would: connections stay, and nothing is answered."""
+        """Stop the server. As with a broken network, the connections stay, but nothing answers."""
         for pid in self.processes():
             os.kill(pid, signal.SIGSTOP)
 
@@ -128,7 +128,7 @@ def remote() -> Iterator[Remote]:
             "PermitRootLogin prohibit-password\nSubsystem sftp internal-sftp\n"
         )
         if os.geteuid() == 0:
-            Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # the server insists on it, and only boots make it
+            Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # the server requires it, and it is only created at boot
         with (state / "sshd.log").open("wb") as log:
             process = subprocess.Popen([SSHD, "-D", "-e", "-f", str(state / "sshd_config")], stderr=log)
         assert wait_until(lambda: accepts(port)), (state / "sshd.log").read_text()
@@ -223,7 +223,7 @@ def test_changes_in_the_mount_reach_the_server(remote: Remote, far: Path, serve:
         (mnt / "directory").mkdir()
     with pytest.raises(OSError, match="directory") as refused:
         (mnt / "directory").rmdir()
-    # The protocol has no word for it.
+    # The protocol does not support this.
     assert refused.value.errno in (errno.ENOTEMPTY, errno.EPERM, errno.EIO)
     with (mnt / "open").open("w+b") as file:
         file.write(b"still there")
@@ -271,7 +271,7 @@ def test_hanging_directory_does_not_block_others(remote: Remote, serve: Serve) -
     try:
         stuck = BackgroundCall(lambda: os.listdir(mnt / "far"))
         assert not stuck.over(TIMEOUT)
-        # One worker hangs, and what it would have looked at or moved waits; that is an eighth of everything.
+        # One worker of eight hangs. The requests for its share of the inodes wait.
         calls = [BackgroundCall(partial(use, mnt / f"near{number}")) for number in range(32)]
         deadline = time.monotonic() + 5 * TIMEOUT
         done = [call.over(max(0.0, deadline - time.monotonic())) for call in calls]
@@ -341,7 +341,7 @@ def test_mount_of_a_hanging_server_can_be_detached(remote: Remote, far: Path, se
         assert not server.mounted()
     finally:
         remote.come_back()
-    # Who was in it may go on, and the mount ends after the last has left.
+    # Programs in it continue, and the mount ends after the last one has left.
     assert stuck.over(20)
     assert stuck.result == ["file"]
     assert server.process is not None
@@ -367,7 +367,7 @@ def test_mount_of_a_hanging_server_can_be_stopped(remote: Remote, far: Path, ser
         assert not server.mounted()
     finally:
         remote.come_back()
-    # A worker that waits for an answer cannot be killed before it comes, and with it the connection to the kernel ends.
+    # A worker that waits for an answer ends only when the answer comes. Then the connection to the kernel ends, too.
     assert stuck.over(20)
     assert stuck.error is not None
     assert stuck.error.errno in (errno.ENOTCONN, errno.ECONNABORTED)

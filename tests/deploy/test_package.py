@@ -20,7 +20,7 @@ from tests.conftest import Serve
 from tests.mount.command_line import environment
 
 CHECKOUT = Path(__file__).parents[2]
-# What belongs to llloop, whether or not this is a git checkout.
+# The files of llloop, also outside of a git checkout.
 PARTS = ("llloop", "workers", "tests", "scripts", "docs", ".ci", "setup.cfg", "pyproject.toml")
 TEXTS = (
     "README.md",
@@ -43,7 +43,7 @@ def run(*command: str | Path, cwd: Path | str = "/") -> str:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        env=environment({"PYTHONWARNINGS": "default"}),  # pip and setuptools warn of what is meant
+        env=environment({"PYTHONWARNINGS": "default"}),  # the warnings of pip and setuptools are expected
         cwd=cwd,
         timeout=200,
     )
@@ -108,7 +108,7 @@ class Installation:
         return self.prefix / "bin" / "python"
 
     def pip_install(self, *arguments: str | Path) -> None:
-        # Not to be satisfied with the llloop of the environment that lends pip and the dependencies.
+        # Do not use the llloop of the environment that provides pip and the dependencies.
         run(self.python, "-m", "pip", "install", "-q", "--no-deps", "--ignore-installed", *arguments)
 
 
@@ -116,7 +116,7 @@ def environment_in(prefix: Path) -> Installation:
     venv.create(prefix, symlinks=True)
     made = Installation(prefix)
     (site,) = prefix.glob("lib/python*/site-packages")
-    # A path in a .pth file is searched, but the .pth files there, by which this llloop is found, are not read.
+    # Python searches the paths in a .pth file, but reads no .pth files there. So it does not find this llloop.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return made
 
@@ -132,7 +132,7 @@ def test_sdist_contains_the_checkout(checkout: Path, unpacked: Path) -> None:
     generated = {"PKG-INFO", *(str(path.relative_to(unpacked)) for path in unpacked.glob("llloop.egg-info/*"))}
     everything = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()}
     assert everything - generated == files_of(checkout)
-    for name in files_of(checkout) - {"setup.cfg"}:  # which setuptools writes anew, without its comments
+    for name in files_of(checkout) - {"setup.cfg"}:  # setuptools writes it again, without its comments
         assert (unpacked / name).read_bytes() == (checkout / name).read_bytes(), name
         assert os.access(unpacked / name, os.X_OK) == os.access(checkout / name, os.X_OK), name
 

@@ -15,7 +15,7 @@ from tests.deploy.machine import Machine
 
 LLLOOP = Path(sys.executable).parent / "llloop"
 SECONDS = 20.0
-# capabilities(7): what the unit's bounding set leaves.
+# capabilities(7): the bounding set of the unit.
 BOUND = (
     "chown dac_override dac_read_search fowner fsetid linux_immutable setgid setuid setpcap sys_admin sys_resource "
     "mknod setfcap"
@@ -44,7 +44,7 @@ class Service:
         return f"llloop@{self.name}.service"
 
     def configure(self, **settings: str) -> None:
-        """Writes the environment file, each value quoted as systemd.exec(5) has it."""
+        """Writes the environment file; quotes each value according to systemd.exec(5)."""
         self.settings |= {"LLLOOP_SOURCE": self.source, "LLLOOP_MOUNTPOINT": self.mountpoint, **settings}
         quoted = {name: re.sub(r'(["\\$`])', r"\\\1", value) for name, value in self.settings.items()}
         text = "".join(f'{name}="{value}"\n' for name, value in quoted.items())
@@ -72,7 +72,7 @@ class Service:
 
     def processes(self) -> list[str]:
         group = f"/sys/fs/cgroup/system.slice/system-llloop.slice/{self.unit}/cgroup.procs"
-        # Read there, for a process has other numbers here.
+        # Read it in the machine, because a process has another id outside.
         done = self.machine.run("cat", group, check=False)
         return done.stdout.split() if done.returncode == 0 else []
 
@@ -144,14 +144,14 @@ def test_hardening_is_effective(service: Service) -> None:
     assert found["Seccomp"] == "2"
     names = service.machine.run("capsh", f"--decode={found['CapBnd']}").stdout
     bound = set(re.findall(r"cap_(\w+)", names))
-    # This machine may itself be without some.
+    # This machine itself may lack some.
     mine = service.machine.path("/proc/1/status").read_text()
     (possible,) = re.findall(r"^CapBnd:\s+(\w+)$", mine, re.MULTILINE)
     allowed = set(re.findall(r"cap_(\w+)", service.machine.run("capsh", f"--decode={possible}").stdout))
     assert bound == set(BOUND.split()) & allowed
 
 
-# What the hardening must not take away: each is done natively and through the mount, and must come out the same.
+# Calls that the hardening must allow: each gives the same result in a plain directory and in the mount.
 DEEDS = r"""
 set -e
 cd "$1"; mkdir place; chgrp 4000 place; chmod 2775 place; cd place
@@ -183,7 +183,7 @@ def test_hardening_does_not_restrict_the_mount(service: Service) -> None:
 def test_stop_leaves_no_mount_and_loses_no_data(service: Service) -> None:
     service.configure(LLLOOP_SERVE_WRITEBACK="1")
     service.systemctl("start")
-    # What the kernel still holds when the stop begins can only be written by workers that outlive the unmount's start.
+    # The kernel holds data when the stop begins. Workers can write it only if they run until the unmount is complete.
     script = f"dd if=/dev/urandom of='{service.source}/../sent' bs=1M count=32 status=none"
     service.machine.run("sh", "-c", script)
     with service.machine.path(f"{service.mountpoint}/data").open("wb") as file:
@@ -265,7 +265,7 @@ def test_drop_in_requires_the_file_system_of_the_source(service: Service) -> Non
     machine.run("systemctl", "daemon-reload")
     service.systemctl("start")
     assert service.read("file") == "on the disk\n"
-    # systemd makes a mount unit of the mirror too; the service must not come to depend on that.
+    # systemd also creates a mount unit for the mirror. The service must not depend on it.
     machine.run("systemctl", "daemon-reload")
     service.systemctl("restart")
     assert service.read("file") == "on the disk\n"

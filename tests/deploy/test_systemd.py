@@ -62,7 +62,7 @@ def test_unit_runs_the_command_that_printed_it(installed: Path) -> None:
 
 
 def test_systemd_accepts_the_unit(analyze: str, installed: Path) -> None:
-    # --man=no: the page is looked up where this machine's man would, not in the virtual environment.
+    # --man=no: systemd looks for the manual page on this machine, not in the virtual environment.
     command = [analyze, "--man=no", "verify", f"{installed.parent}/llloop@photos.service"]
     done = subprocess.run(command, capture_output=True, text=True)
     complaints = [line for line in done.stderr.splitlines() if "llloop" in line]
@@ -86,7 +86,7 @@ def test_systemd_accepts_the_drop_in(analyze: str, installed: Path, tmp_path: Pa
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "SYSTEMD_LOG_LEVEL": "debug"})
     assert done.returncode == 0, done.stderr
     assert not re.search(r"mounts\.conf:\d+:", done.stderr), done.stderr
-    # What the shell makes of the quotes is what systemd does; the percent sign is systemd's own.
+    # A shell interprets the quotes as systemd does. Only systemd interprets the percent sign.
     found = [shlex.split(value) for value in values(drop_in, "RequiresMountsFor")]
     assert found == [[source.replace("%", "%%")], ["/mnt/here"]]
 
@@ -110,7 +110,7 @@ def test_exposure_level(analyze: str, installed: Path) -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
 
 
-# What the unit relies on in the command
+# Features of the command that the unit needs
 
 
 @pytest.mark.mounted
@@ -144,7 +144,7 @@ def test_environment_must_contain_both_paths(tmp_path: Path) -> None:
 
 @pytest.mark.mounted
 def test_umount_if_dead_removes_a_dead_mount(serve: Serve) -> None:
-    # With --cache always the kernel goes on telling the attributes of a dead mount's root.
+    # With --cache always, the kernel still returns the attributes of a dead mount's root.
     server = serve("--cache", "always")
     os.stat(server.mountpoint)
     kill_session(server.pid)
