@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any
 
-from llloop import mount_options
+from llloop import id_ranges, mount_options
 from llloop.errors import MountpointError, SourceError, UsageError
+from llloop.linux.id_maps import SAME_IDS, IdMap
 from llloop.shared.slots import DEFAULT_SLOTS, MAX_SHARDS
 
 MAX_WORKERS = min(128, MAX_SHARDS)
@@ -148,6 +149,17 @@ class ServeConfig:
         "does not support them. This saves requests. Risk of --no-xattr: the mount does not enforce ACLs of the "
         "source. Default: on.",
     )
+    map_users: tuple[str, ...] = _option(
+        (),
+        "SRC:MNT:COUNT. Show the files of COUNT users from SRC on as those of the users from MNT on, and store what "
+        "these users create as that of the users from SRC on. SRC and MNT are user ids or names. Give it several "
+        "times, or separate values with commas. The files of all other users belong to nobody, and other users "
+        "cannot create anything. The kernel does this with an id-mapped mount. It needs root and Linux 6.12. Default: "
+        "all users are the same on both sides.",
+    )
+    map_groups: tuple[str, ...] = _option(
+        (), "SRC:MNT:COUNT. The same for groups. Default: all groups are the same on both sides."
+    )
     options: tuple[str, ...] = _option(
         (),
         "Further mount options, separated by commas, such as noexec. Root can give suid and dev, which allow "
@@ -169,14 +181,27 @@ class ServeConfig:
         LoopKind.OWN,
         "Which request loop serves the mount. own: the loop of llloop. llfuse: the loop of the library llfuse, for "
         f"comparison. Risk of llfuse: it is slower, and the mount lacks {WITHOUT_OWN_LOOP}. It excludes --io kernel, "
-        "--writeback and --metadata workers. Default: own.",
+        "--writeback, --metadata workers, --map-users and --map-groups. Default: own.",
     )
     slots: int = _option(DEFAULT_SLOTS, "How many requests the workers may have at the same time; for tests.")
+
+    @property
+    def id_maps(self) -> tuple[IdMap, IdMap] | None:
+        """The maps of users and groups, or None if no ids are mapped."""
+        if not self.map_users and not self.map_groups:
+            return None
+        users, groups = (
+            IdMap(tuple(map(id_ranges.parsed, texts))) if texts else SAME_IDS
+            for texts in (self.map_users, self.map_groups)
+        )
+        return users, groups
 
     def __post_init__(self) -> None:
         self._check_paths()
         options: Any = self.options
         object.__setattr__(self, "options", mount_options.checked((options,) if isinstance(options, str) else options))
+        object.__setattr__(self, "map_users", id_ranges.checked(self.map_users, "--map-users", id_ranges.user))
+        object.__setattr__(self, "map_groups", id_ranges.checked(self.map_groups, "--map-groups", id_ranges.group))
         for name, kind in (("cache", Cache), ("io", IoKind), ("metadata", MetadataKind), ("loop", LoopKind)):
             object.__setattr__(self, name, _member(kind, name, getattr(self, name)))
         defaults = {
@@ -218,6 +243,8 @@ class ServeConfig:
                 (self.io is IoKind.KERNEL, "--io kernel"),
                 (self.writeback, "--writeback"),
                 (self.metadata is MetadataKind.WORKERS, "--metadata workers"),
+                (bool(self.map_users), "--map-users"),
+                (bool(self.map_groups), "--map-groups"),
             ):
                 if unfit:
                     raise UsageError(

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from llloop.errors import HostError, UsageError
+from llloop.linux import mount_api
 
 if TYPE_CHECKING:
     from llloop.config import ServeConfig
@@ -28,6 +29,7 @@ WITHOUT_EFFECT = frozenset(option for group in _ATIME_GROUPS for option in group
 
 _MAX_READ = re.compile(r"max_read=([0-9]+)")
 _LARGEST_NUMBER = 2**32 - 1  # the kernel takes it as an unsigned int
+_LONGEST_PARAMETER = 255  # bytes, of fsconfig(2)
 # Options of libfuse that llloop sets itself or does not support, and what to do instead.
 _REFUSED = {
     "allow_other": "use --allow-other or --no-allow-other",
@@ -113,6 +115,28 @@ def check_user(config: ServeConfig) -> None:
         for option in config.options:
             if option in _ONLY_ROOT:
                 raise HostError(f"mount option {option}: only root may use it")
+
+
+def for_kernel(config: ServeConfig) -> tuple[dict[str, str | None], int]:
+    """Return the options of root's mount as parameters of fsconfig(2), and as MOUNT_ATTR_ flags of the mount."""
+    parameters: dict[str, str | None] = {"subtype": "llloop", "user_id": "0", "group_id": "0"}
+    parameters["source"] = os.fsdecode(os.fsencode(config.fsname)[:_LONGEST_PARAMETER])
+    for option in config.options:
+        if size := _MAX_READ.fullmatch(option):
+            parameters["max_read"] = size[1]
+    switches = {"default_permissions": True, "ro": config.read_only, "allow_other": config.allow_other}
+    switches |= {option: option in config.options for option in ("sync", "dirsync")}
+    parameters |= dict.fromkeys(name for name, on in switches.items() if on)
+    attributes = 0
+    for flag, on in (
+        (mount_api.MOUNT_ATTR_RDONLY, config.read_only),
+        (mount_api.MOUNT_ATTR_NOSUID, "suid" not in config.options),
+        (mount_api.MOUNT_ATTR_NODEV, "dev" not in config.options),
+        (mount_api.MOUNT_ATTR_NOEXEC, "noexec" in config.options),
+        (mount_api.MOUNT_ATTR_NOATIME, "noatime" in config.options),
+    ):
+        attributes |= flag if on else 0
+    return parameters, attributes
 
 
 def for_libfuse(config: ServeConfig) -> list[str]:

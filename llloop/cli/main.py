@@ -87,6 +87,8 @@ _mountpoint = click.argument("mountpoint", type=UntouchedPath(), envvar="LLLOOP_
 @_option("entry_timeout", "--entry-timeout", type=float, default=None, metavar="SECONDS")
 @_option("negative_timeout", "--negative-timeout", type=float, default=None, metavar="SECONDS")
 @_option("xattr", "--xattr/--no-xattr", default=True)
+@_option("map_users", "--map-users", multiple=True, metavar="SRC:MNT:COUNT")
+@_option("map_groups", "--map-groups", multiple=True, metavar="SRC:MNT:COUNT")
 @_option("options", "-o", "--options", multiple=True, metavar="OPTION[,OPTION...]")
 @_option("fsname", "--fsname", default=None, metavar="NAME")
 @_option("nonempty", "--nonempty", is_flag=True)

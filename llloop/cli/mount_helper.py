@@ -54,15 +54,19 @@ def _mount_option_parameters() -> list[click.Option]:
     return [one for one in serve.params if isinstance(one, click.Option) and one.name not in _NOT_MOUNT_OPTIONS]
 
 
-def _spellings() -> dict[str, tuple[str, str, bool]]:
-    """Return for each spelling of a mount option: parameter name, option of `llloop serve`, whether it has a value."""
+def _spellings() -> dict[str, tuple[str, str, bool, bool]]:
+    """Return for each spelling of a mount option what it stands for.
+
+    Returns:
+        The name of the parameter, the option of `llloop serve`, and whether it has a value, and may be repeated.
+    """
     table = {}
     for option in _mount_option_parameters():
         for spelling in (*option.opts, *option.secondary_opts):
             if spelling.startswith("--"):
                 name = spelling[2:].replace("-", "_")
                 for variant in (spelling[2:], name, re.sub("^no_", "no", name)):
-                    table[variant] = (str(option.name), spelling, not option.is_flag)
+                    table[variant] = (str(option.name), spelling, not option.is_flag, option.multiple)
     return table
 
 
@@ -91,8 +95,8 @@ def serve_arguments(options: Iterable[str], *, sloppy: bool = False) -> list[str
                 "mount option remount: llloop cannot change the options of a mount; unmount it, then mount it again"
             )
         if name in table:
-            parameter, spelling, wants_value = table[name]
-            if parameter != "options" and seen.setdefault(parameter, option) != option:
+            parameter, spelling, wants_value, repeatable = table[name]
+            if not repeatable and seen.setdefault(parameter, option) != option:
                 raise UsageError(f"mount options {seen[parameter]} and {option} exclude each other; give one of them")
             if wants_value != bool(assigned):
                 raise UsageError(

@@ -22,6 +22,7 @@ from llloop.front.recovery.intents import Intents
 from llloop.front.router import Router
 from llloop.front.tree import Tree
 from llloop.linux.credentials import Caller, SetidGuard
+from llloop.linux.process_credentials import Callers
 from llloop.linux.syscalls import CLOSE_CAN_FAIL, STACKED, file_system_type, fstatx
 from llloop.shared.journal import Journal
 from llloop.shared.leadership import Leadership
@@ -43,7 +44,8 @@ class Context:
     Attributes:
         config: the mount's options.
         features: the features negotiated with the kernel; none with `--loop llfuse`.
-        inodes, handles, intents, tree, forgetting, files, router, policy, passthrough, setid: see their modules.
+        inodes, handles, intents, tree, forgetting, files, router, policy, passthrough, setid,
+            callers: see their modules.
         close_can_fail: whether close(2) in the source can return an error of an earlier write.
         leadership: decides which thread serves.
         closing: descriptors to close after the current request is answered, because close(2) may take long.
@@ -61,6 +63,7 @@ class Context:
     policy: CachePolicy
     passthrough: Passthrough
     setid: SetidGuard
+    callers: Callers
     close_can_fail: bool
     leadership: Leadership
     closing: list[int]
@@ -110,7 +113,8 @@ def build_context(
     router = Router(slots, pipes, leadership)
     setid = SetidGuard()
     caller = Caller(setid)
-    permissions = Permissions(caller, root, acl=Feature.POSIX_ACL in features, suid="suid" in config.options)
+    callers = Callers(config.id_maps)
+    permissions = Permissions(caller, root, callers, acl=Feature.POSIX_ACL in features, suid="suid" in config.options)
     intents = Intents(journal)
     killpriv = KillPriv(setid, caller, handles, permissions, leadership, writeback=collecting)
     clears_setid = Feature.HANDLE_KILLPRIV_V2 not in features
@@ -139,6 +143,7 @@ def build_context(
         policy=CachePolicy(config, Feature.DIRECT_IO_ALLOW_MMAP in features),
         passthrough=passthrough,
         setid=setid,
+        callers=callers,
         close_can_fail=kind in CLOSE_CAN_FAIL,
         leadership=leadership,
         closing=closing,

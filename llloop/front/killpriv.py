@@ -22,7 +22,6 @@ from llloop.front.permissions import Permissions
 from llloop.front.requester import Requester
 from llloop.linux import fuse, syscalls
 from llloop.linux.credentials import Caller, SetidGuard, is_mandatory_lock_mode
-from llloop.linux.process_credentials import credentials_of
 from llloop.linux.syscalls import Attributes, fstatx
 from llloop.shared.leadership import Leadership
 
@@ -81,7 +80,7 @@ class KillPriv:
         if clear:
             attributes = fstatx(fd)
             if is_mandatory_lock_mode(attributes.mode):
-                gid = attributes.gid if _is_member(who, attributes.gid) else who.gid
+                gid = attributes.gid if self._permissions.is_member(who, attributes.gid) else who.gid
                 return self._caller(who.uid, gid)
         return _AS_IT_IS
 
@@ -107,7 +106,8 @@ class KillPriv:
             return
         bits = attributes.mode & stat.S_ISUID
         if attributes.mode & stat.S_ISGID and not (
-            is_mandatory_lock_mode(attributes.mode) and (who.uid == 0 or _is_member(who, attributes.gid))
+            is_mandatory_lock_mode(attributes.mode)
+            and (who.uid == 0 or self._permissions.is_member(who, attributes.gid))
         ):
             bits |= stat.S_ISGID
         writing = [] if valid & fuse.FATTR_CTIME else self._writing(nodeid)
@@ -163,10 +163,3 @@ def _have_writes_clear(writing: list[Handle]) -> None:
     """Make writes through these open files clear set-ID bits and notify the kernel."""
     for handle in writing:
         handle.uncached = True
-
-
-def _is_member(who: Requester, gid: int) -> bool:
-    if who.gid == gid:
-        return True
-    credentials = credentials_of(who.pid, who.uid, who.gid)
-    return credentials is not None and gid in credentials.groups

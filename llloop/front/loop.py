@@ -98,6 +98,8 @@ class Loop:
         self._handlers = Handlers(context, device)
         for opcode, handler in self._handlers.table.items():
             self._table[opcode] = handler
+        if relay is not None and context.callers.are_mapped:
+            raise ValueError("the event relay is recognised by the uid in each request, which an id-mapped mount lacks")
         if relay is not None:
             relayed = RelayedRequests(relay, device, self._slots.memory, context.inodes, context.tree.getattr)
             self._table = relayed.before(self._table)
@@ -116,7 +118,8 @@ class Loop:
         self._leadership.on_new_leader = self._hold_old_request
         # The request of each thread, and that of the leader.
         self._requests = [
-            FuseRequest(self._slots.memory, context.intents.note(thread)) for thread in range(MAX_THREADS)
+            FuseRequest(self._slots.memory, context.intents.note(thread), context.callers)
+            for thread in range(MAX_THREADS)
         ]
         self._leader_request = self._requests[0]
         if preflight is not None:

@@ -16,10 +16,11 @@ import os
 import stat
 from contextlib import AbstractContextManager, nullcontext
 
+from llloop.front.recovery.intents import NOWHERE
 from llloop.front.requester import Requester
 from llloop.linux import syscalls
 from llloop.linux.credentials import FILE_CAPABILITIES, Caller
-from llloop.linux.process_credentials import Credentials, credentials_of
+from llloop.linux.process_credentials import Callers, Credentials
 from llloop.linux.syscalls import Attributes, fstatx
 
 _FMODE_EXEC = 1 << 5  # <linux/fs.h>; the kernel adds it to the flags if it opens a file to execute it
@@ -39,13 +40,15 @@ class Permissions:
     Args:
         caller: sets the credentials.
         root: a descriptor of the source.
+        callers: tells the credentials of requesters.
         acl: whether files can have POSIX ACLs.
         suid: whether the mount has the option suid.
     """
 
-    def __init__(self, caller: Caller, root: int, *, acl: bool, suid: bool) -> None:
+    def __init__(self, caller: Caller, root: int, callers: Callers, *, acl: bool, suid: bool) -> None:
         self._caller = caller
         self._root = root
+        self._callers = callers
         self._acl = acl
         self._suid = suid
         _, permitted, _ = syscalls.get_capabilities()
@@ -57,6 +60,8 @@ class Permissions:
             return True
         if who.uid:
             return False
+        if self._callers.are_mapped:  # root of the source may be anybody; only the server itself has no thread
+            return not who.pid and who.note is NOWHERE
         if not who.pid:
             return True
         try:
@@ -64,7 +69,7 @@ class Permissions:
         except OSError:  # the thread is not visible here
             return True
         # Root without all capabilities is still trusted if, for example, overlayfs acts as root for another thread.
-        return effective & self._all == self._all or credentials_of(who.pid, who.uid, who.gid) is None
+        return effective & self._all == self._all or self._callers.credentials(who.pid, who.uid, who.gid) is None
 
     def acting(
         self, who: Requester, *fds: int, owned: tuple[Attributes, ...] = (), by_group: bool | None = None
@@ -84,12 +89,12 @@ class Permissions:
         # A capability counts for a file only if the requester's user namespace knows its owner and group. So those
         # files decide which capabilities there are for which one may be needed.
         needing = _protected(who, files, owned)
-        if by_group is None:
+        if by_group is None and not self._callers.are_mapped:
             needing += [one for fd, one in zip(fds, files, strict=True) if not self._may_plainly_change(who, fd, one)]
             exactly = bool(needing)
         else:
             needing += files
-            exactly = by_group or any(attributes.uid != who.uid for attributes in files)
+            exactly = by_group is not False or any(attributes.uid != who.uid for attributes in files)
         return self._exactly_as(who, *needing) if exactly else self._caller(who.uid, who.gid, (), 0)
 
     def setting_file_attributes(self, who: Requester, fd: int) -> AbstractContextManager[None]:
@@ -161,6 +166,16 @@ class Permissions:
             return True
         return bool(self._capabilities(self._credentials(who), attributes) >> syscalls.CAP_FOWNER & 1)
 
+    def is_member(self, who: Requester, gid: int) -> bool:
+        """Return whether the requester is a member of a group."""
+        return who.gid == gid or gid in self._credentials(who).groups
+
+    def may_see_trusted(self, who: Requester) -> bool:
+        """Return whether the requester may see attributes called trusted.* (xattr(7))."""
+        if not self._callers.are_mapped:
+            return who.uid == 0
+        return self._callers.is_administrator(who.pid)
+
     def _may_plainly(self, who: Requester, needed: int, fd: int, attributes: Attributes) -> bool:
         """Return whether a file's permissions allow an access regardless of supplementary groups and capabilities."""
         mode = attributes.mode
@@ -173,7 +188,7 @@ class Permissions:
         return self._may_plainly(who, needed, fd, attributes)
 
     def _credentials(self, who: Requester) -> Credentials:
-        return credentials_of(who.pid, who.uid, who.gid) or Credentials((), 0, who.pid)
+        return self._callers.credentials(who.pid, who.uid, who.gid) or Credentials((), 0, who.pid)
 
     def _exactly_as(self, who: Requester, *files: Attributes) -> Caller:
         """Return a context with the requester's groups, and those of its capabilities that apply to all *files*."""
@@ -183,11 +198,12 @@ class Permissions:
             capabilities &= self._capabilities(credentials, attributes)
         return self._caller(who.uid, who.gid, credentials.groups, capabilities)
 
-    @staticmethod
-    def _capabilities(credentials: Credentials, attributes: Attributes) -> int:
+    def _capabilities(self, credentials: Credentials, attributes: Attributes) -> int:
         """Return the capabilities that apply to a file."""
         capabilities = credentials.capabilities & FILE_CAPABILITIES
-        return capabilities if capabilities and credentials.covers(attributes.uid, attributes.gid) else 0
+        if capabilities and self._callers.are_capable(credentials.pid, attributes.uid, attributes.gid):
+            return capabilities
+        return 0
 
 
 def _protected(who: Requester, directories: list[Attributes], owned: tuple[Attributes, ...]) -> list[Attributes]:

@@ -9,9 +9,12 @@ import os
 from llloop.front.recovery.intents import Note
 from llloop.front.requester import Requester
 from llloop.linux import fuse
+from llloop.linux.process_credentials import ANY_IDS, Callers
 
 _unpack_head = fuse.REQUEST_HEAD.unpack_from
 _unpack_caller = fuse.CALLER.unpack_from
+# The uid and gid of a request that does not contain its caller's ids (FUSE_INVALID_UIDGID)
+NO_ID = 2**32 - 1
 
 
 def malformed() -> OSError:
@@ -38,9 +41,11 @@ class FuseRequest:
     Args:
         memory: the memory of the slots.
         note: the note of the thread.
+        callers: tells the ids of callers whose requests do not contain them.
     """
 
     __slots__ = (
+        "_callers",
         "_memory",
         "base",
         "entrusted",
@@ -56,8 +61,9 @@ class FuseRequest:
         "unique",
     )
 
-    def __init__(self, memory: mmap.mmap, note: Note) -> None:
+    def __init__(self, memory: mmap.mmap, note: Note, callers: Callers = ANY_IDS) -> None:
         self._memory = memory
+        self._callers = callers
         self.note = note
         self.slot = self.base = self.received = self.length = self.opcode = self.unique = self.nodeid = self.taken = 0
         self.held = -1
@@ -75,10 +81,26 @@ class FuseRequest:
         """Return a copy of the whole request, to set it aside while its slot is reused."""
         return self._memory[self.base : self.base + self.received]
 
-    def caller(self, umask: int = 0) -> Requester:
-        """Return the requester; *umask* is the umask in the request, if it contains one."""
+    def caller(self) -> Requester:
+        """Return the requester of a request that creates nothing."""
         uid, gid, pid = _unpack_caller(self._memory, self.base)
+        if uid == NO_ID:
+            uid, gid = self._callers.ids_of(pid)
         # Half the time of Requester(...), whose __new__ is a Python function.
+        return tuple.__new__(Requester, (uid, gid, 0, pid, self.note))
+
+    def creator(self, umask: int = 0) -> Requester:
+        """Return the requester of a request that creates an object, which then belongs to the requester.
+
+        Args:
+            umask: the umask in the request, if it contains one.
+
+        Raises:
+            OSError: EOVERFLOW if an id of the requester has none in the source that stands for it.
+        """
+        uid, gid, pid = _unpack_caller(self._memory, self.base)
+        if NO_ID in (uid, gid):
+            raise OSError(errno.EOVERFLOW, os.strerror(errno.EOVERFLOW))
         return tuple.__new__(Requester, (uid, gid, umask, pid, self.note))
 
     def pid(self) -> int:

@@ -539,7 +539,9 @@ class Tree:
         """Return the names of the extended attributes (listxattr(2)); trusted ones only for root, as in the source."""
         with self._reach(nodeid) as reached:
             names = [os.fsencode(name) for name in os.listxattr(reached.target)]
-        return names if who.uid == 0 else [name for name in names if not name.startswith(b"trusted.")]
+        if self.permissions.may_see_trusted(who):
+            return names
+        return [name for name in names if not name.startswith(b"trusted.")]
 
     def removexattr(self, nodeid: int, name: bytes, who: Requester) -> None:
         """Remove an extended attribute (removexattr(2)) for *who*."""

@@ -1,4 +1,7 @@
-"""The caller's supplementary groups and capabilities, read from proc(5) because a FUSE request does not contain them.
+"""The credentials of callers, read from proc(5) because a FUSE request does not contain them.
+
+A request contains the file system ids of its caller, unless its mount can be id-mapped (FUSE_ALLOW_IDMAP): then only
+requests that create something contain ids. Groups and capabilities are never in a request.
 
 The thread that a request names waits for the answer. So the kernel cannot give its id to another thread meanwhile.
 """
@@ -7,6 +10,9 @@ from __future__ import annotations
 
 import os
 from typing import NamedTuple
+
+from llloop.linux import syscalls
+from llloop.linux.id_maps import UNMAPPED, IdMap
 
 _PORTION = 4096  # bytes; only with hundreds of groups is a status file longer
 
@@ -24,34 +30,95 @@ class Credentials(NamedTuple):
     capabilities: int
     pid: int
 
-    def covers(self, uid: int, gid: int) -> bool:
-        """Return whether the thread's capabilities apply to a file with that owner and group.
 
-        In another user namespace, they apply only if both ids are mapped there (fs/inode.c, inode_owner_or_capable();
-        kernel/capability.c, privileged_wrt_inode_uidgid()).
-        """
-        return _is_mapped(self.pid, "uid_map", uid) and _is_mapped(self.pid, "gid_map", gid)
-
-
-def credentials_of(pid: int, uid: int, gid: int) -> Credentials | None:
-    """Return the credentials of a thread.
+class Callers:
+    """Tells who makes a request. All ids are those of the source.
 
     Args:
-        pid: the thread that the request names, or 0 if it has no id in this pid namespace.
-        uid, gid: the file system ids in the request.
-
-    Returns:
-        The credentials; None if proc(5) does not show the thread, or if the thread temporarily acts with other
-        credentials (nfsd, overlayfs), which proc(5) does not show.
+        maps: the map of the users and that of the groups, if every mount of the connection is id-mapped with these.
     """
-    status = _read(pid, "status") if pid else b""
-    fields = dict(line.split(b":", 1) for line in status.splitlines() if b":" in line)
-    try:
-        if int(fields[b"Uid"].split()[3]) != uid or int(fields[b"Gid"].split()[3]) != gid:
+
+    def __init__(self, maps: tuple[IdMap, IdMap] | None = None) -> None:
+        self._maps = maps
+
+    @property
+    def are_mapped(self) -> bool:
+        """Whether the mount is id-mapped."""
+        return self._maps is not None
+
+    def ids_of(self, pid: int) -> tuple[int, int]:
+        """Return the file system ids of a thread, for a request that does not contain them.
+
+        Args:
+            pid: the thread that the request names, or 0 if it has no id in this pid namespace.
+
+        Returns:
+            The ids; each is `UNMAPPED` if it has none in the source, or is not known.
+        """
+        fields = _status(pid)
+        try:
+            return self._to_source(int(fields[b"Uid"].split()[3]), int(fields[b"Gid"].split()[3]))
+        except (KeyError, IndexError):
+            return UNMAPPED, UNMAPPED
+
+    def credentials(self, pid: int, uid: int, gid: int) -> Credentials | None:
+        """Return the credentials of a thread.
+
+        Args:
+            pid: as for `ids_of`.
+            uid, gid: its file system ids, as in the request or from `ids_of`.
+
+        Returns:
+            The credentials; None if proc(5) does not show the thread, or if the thread temporarily acts with other
+            credentials (nfsd, overlayfs), which proc(5) does not show.
+        """
+        fields = _status(pid)
+        try:
+            if self._to_source(int(fields[b"Uid"].split()[3]), int(fields[b"Gid"].split()[3])) != (uid, gid):
+                return None
+            groups = tuple(map(int, fields[b"Groups"].split()))
+            if self._maps is not None:
+                groups = tuple(one for one in map(self._maps[1].to_source, groups) if one != UNMAPPED)
+            return Credentials(groups, int(fields[b"CapEff"], 16), pid)
+        except (KeyError, IndexError):
             return None
-        return Credentials(tuple(map(int, fields[b"Groups"].split())), int(fields[b"CapEff"], 16), pid)
-    except (KeyError, IndexError):
-        return None
+
+    def _to_source(self, uid: int, gid: int) -> tuple[int, int]:
+        if self._maps is None:
+            return uid, gid
+        users, groups = self._maps
+        return users.to_source(uid), groups.to_source(gid)
+
+    def are_capable(self, pid: int, uid: int, gid: int) -> bool:
+        """Return whether a thread's capabilities apply to a file with that owner and group.
+
+        They apply only if both ids are mapped by the mount, and in the thread's user namespace (fs/inode.c,
+        inode_owner_or_capable(); kernel/capability.c, privileged_wrt_inode_uidgid()).
+        """
+        shown: tuple[int | None, int | None] = uid, gid
+        if self._maps is not None:
+            users, groups = self._maps
+            shown = users.to_mount(uid), groups.to_mount(gid)
+        return all(
+            number is not None and _is_mapped(pid, which, number)
+            for which, number in zip(("uid_map", "gid_map"), shown, strict=True)
+        )
+
+    @staticmethod
+    def is_administrator(pid: int) -> bool:
+        """Return whether a thread has CAP_SYS_ADMIN in the user namespace of this process."""
+        is_ours = _read(pid, "uid_map") == _read(os.getpid(), "uid_map")
+        return is_ours and bool(int(_status(pid).get(b"CapEff", b"0"), 16) >> syscalls.CAP_SYS_ADMIN & 1)
+
+
+# For a mount whose ids are those of the source.
+ANY_IDS = Callers()
+
+
+def _status(pid: int) -> dict[bytes, bytes]:
+    """Return the fields of /proc/PID/status, none if it cannot be read."""
+    status = _read(pid, "status") if pid else b""
+    return dict(tuple(line.split(b":", 1)) for line in status.splitlines() if b":" in line)  # type: ignore[misc]
 
 
 def _is_mapped(pid: int, which: str, number: int) -> bool:

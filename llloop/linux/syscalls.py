@@ -29,6 +29,7 @@ UTIME_OMIT = (1 << 30) - 2
 
 RENAME_NOREPLACE = 1  # <linux/fs.h>
 RENAME_EXCHANGE = 2
+RENAME_WHITEOUT = 4
 
 # The variant with 32-bit ids; 159 in <asm-generic/unistd.h>.
 _SYS_SETGROUPS = {"x86_64": 116, "ppc64le": 81, "s390x": 206, "i686": 206, "armv7l": 206}.get(os.uname().machine, 159)

@@ -50,6 +50,7 @@ class Feature(IntFlag):
     DIRECT_IO_ALLOW_MMAP = 1 << 36
     PASSTHROUGH = 1 << 37
     HAS_RESEND = 1 << 39
+    ALLOW_IDMAP = 1 << 40
 
 
 _ALWAYS = (
@@ -109,6 +110,7 @@ def negotiate(
     passthrough: bool,
     stack_depth: int,
     readdirplus: bool = True,
+    id_maps: bool = False,
 ) -> tuple[bytes, Capabilities]:
     """Answer an INIT request.
 
@@ -119,6 +121,7 @@ def negotiate(
         passthrough: whether the kernel may do the I/O of files itself.
         stack_depth: max_stack_depth for passthrough: how many stacked file systems are allowed, including this one.
         readdirplus: whether READDIRPLUS returns attributes with directory entries.
+        id_maps: whether the mount may be id-mapped. Then only requests that create something contain the caller's ids.
 
     Returns:
         The reply to write to /dev/fuse, and the negotiated capabilities.
@@ -135,6 +138,7 @@ def negotiate(
         (Feature.POSIX_ACL, posix_acl),
         (Feature.WRITEBACK_CACHE, writeback),
         (Feature.PASSTHROUGH, passthrough),
+        (Feature.ALLOW_IDMAP, id_maps),
     ):
         wanted |= feature if asked else Feature(0)
     if not readdirplus:

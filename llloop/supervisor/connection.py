@@ -1,22 +1,16 @@
-"""The connection with the kernel: mounting, the INIT request, and its result."""
+"""The connection with the kernel: the INIT request and its result."""
 
 from __future__ import annotations
 
 import errno
 import logging
 import os
-from contextlib import suppress
 from dataclasses import dataclass
 
-import llfuse
-
 from llloop.config import WITHOUT_OWN_LOOP, Cache, IoKind, LoopKind, MetadataKind, ServeConfig
-from llloop.errors import HostError, LlloopError, UsageError
-from llloop.front.llfuse.operations import Operations
+from llloop.errors import HostError
 from llloop.front.passthrough import refusal
-from llloop.linux import mount_identity, syscalls
-from llloop.linux.mount_identity import MountIdentity
-from llloop.linux.stdio import CapturedStderr
+from llloop.linux import syscalls
 from llloop.shared import negotiation
 from llloop.shared.negotiation import Capabilities, Feature
 
@@ -58,45 +52,6 @@ class Connection:
         }
 
 
-def mount(operations: Operations, mountpoint: str, options: list[str]) -> tuple[int, MountIdentity]:
-    """Mount, and return the descriptor of /dev/fuse and the identity of the mount.
-
-    Args:
-        operations: the handlers that llfuse calls with `--loop llfuse`.
-        mountpoint: an absolute path without symlinks.
-        options: libfuse's mount options, in order.
-
-    Raises:
-        UsageError: libfuse does not know an option.
-        HostError: libfuse or fusermount failed for another reason.
-        LlloopError: the mount disappeared immediately.
-    """
-    before = fuse_devices()
-    complaints = CapturedStderr()
-    mounted = False
-    try:
-        with complaints:
-            llfuse.init(operations, mountpoint, options)
-            mounted = True
-        (device,) = fuse_devices() - before
-        identity = mount_identity.identify(mountpoint)
-        if identity is None:
-            raise LlloopError(f"mount point {mountpoint}: the mount disappeared right after it was made")
-        return device, identity
-    except RuntimeError as error:
-        # libfuse and fusermount write the reason to standard error.
-        reason = complaints.text or str(error)
-        if "fuse_lowlevel_new" in str(error) or "option" in reason:
-            raise UsageError(f"mount options {','.join(options)}: {reason}") from None
-        raise HostError(f"mount point {mountpoint}: mounting failed: {reason}") from None
-    except BaseException as error:
-        if mounted:
-            llfuse.close()
-        if isinstance(error, ValueError):
-            raise LlloopError("libfuse did not open exactly one descriptor of /dev/fuse") from None
-        raise
-
-
 def initialise(device: int, config: ServeConfig, source: str) -> Connection:
     """Answer INIT, except with `--loop llfuse`, where llfuse does it.
 
@@ -123,21 +78,12 @@ def initialise(device: int, config: ServeConfig, source: str) -> Connection:
             passthrough=config.io is not IoKind.WORKERS and not config.writeback,
             stack_depth=2 if _type_of(source) in syscalls.STACKED else 1,
             readdirplus=not preflight,  # READDIRPLUS makes the front access each entry
+            id_maps=config.id_maps is not None,
         )
     except negotiation.UnsupportedProtocol as error:
         raise HostError(str(error)) from None
     os.write(device, answer)
     return Connection(device, _check_passthrough(device, config, capabilities), preflight=preflight)
-
-
-def fuse_devices() -> frozenset[int]:
-    """Return this process's open descriptors of /dev/fuse (proc(5), /proc/self/fd)."""
-    found = set()
-    for name in os.listdir("/proc/self/fd"):
-        with suppress(FileNotFoundError):  # the descriptor of the listing itself
-            if os.readlink(f"/proc/self/fd/{name}") == "/dev/fuse":
-                found.add(int(name))
-    return frozenset(found)
 
 
 def _check_passthrough(device: int, config: ServeConfig, capabilities: Capabilities) -> Capabilities:

@@ -16,7 +16,7 @@ from pathlib import Path
 from llloop import mount_options
 from llloop.config import IoKind, ServeConfig
 from llloop.errors import DeadMountError, HostError, MountpointError, SourceError
-from llloop.linux import limits, mount_identity, mounts, syscalls
+from llloop.linux import limits, mount_identity, mounts, syscalls, user_namespaces
 from llloop.linux.timed_call import call_with_timeout
 
 _DEVICE = "/dev/fuse"
@@ -26,8 +26,9 @@ _NO_MOUNT = "/proc/self/fdinfo"
 _FUSE_CONF = Path("/etc/fuse.conf")
 # How long the source and the mount point may take to answer, in seconds.
 TIMEOUT = 20.0
-# The first kernel that does the I/O of FUSE files itself.
+# The first kernel that does the I/O of FUSE files itself, and the first that maps their owners.
 _PASSTHROUGH_SINCE = (6, 9)
+_ID_MAPS_SINCE = (6, 12)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +217,8 @@ def check_host(config: ServeConfig) -> None:
     Raises:
         HostError: they cannot; the message says what to do.
     """
+    if config.id_maps is not None:
+        _check_id_maps()
     try:
         device = os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -284,11 +287,32 @@ def _check_passthrough() -> None:
     Raises:
         HostError: it is certainly not possible.
     """
-    release = tuple(int(part) for part in re.findall("[0-9]+", platform.release())[:2])
     reason = None
     if os.geteuid() != 0:
         reason = "it needs root"
-    elif release < _PASSTHROUGH_SINCE:
+    elif _release() < _PASSTHROUGH_SINCE:
         reason = "it needs Linux 6.9"
     if reason is not None:
         raise HostError(f"--io kernel is not possible: {reason}; use --io auto or --io workers")
+
+
+def _check_id_maps() -> None:
+    """Check that --map-users and --map-groups may be possible; the kernel's INIT shows the rest later.
+
+    Raises:
+        HostError: they are certainly not possible.
+    """
+    reason = None
+    if os.geteuid() != 0:
+        reason = "they need root"
+    elif _release() < _ID_MAPS_SINCE:
+        reason = "they need Linux 6.12"
+    elif not user_namespaces.has_all_ids():
+        reason = "this container has a user namespace of its own; llloop needs to be root of the machine for them"
+    if reason is not None:
+        raise HostError(f"--map-users and --map-groups are not possible: {reason}")
+
+
+def _release() -> tuple[int, ...]:
+    """Return the first two numbers of the kernel's version."""
+    return tuple(int(part) for part in re.findall("[0-9]+", platform.release())[:2])

@@ -15,15 +15,12 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 
-import llfuse
-
-from llloop import mount_options
 from llloop.config import ServeConfig
 from llloop.errors import HostError, LlloopError
 from llloop.front.llfuse.operations import Operations
 from llloop.linux import limits, mounts, syscalls
 from llloop.logging import setup as log
-from llloop.supervisor import connection, control_server, start_checks, unmounting
+from llloop.supervisor import connection, control_server, mounting, start_checks
 from llloop.supervisor.child import LONGEST_PAUSE, Child, show_title
 from llloop.supervisor.control_commands import ControlCommands
 from llloop.supervisor.event_loop import EventLoop
@@ -124,19 +121,21 @@ class Supervisor:
         log.start_collecting()
         cleanup.callback(self._log_end)
 
-        operations, options = Operations(), mount_options.for_libfuse(config)
-        _log.debug("mounting %s at %s with %s", self.source, checked.mountpoint, options)
+        operations = Operations()
+        _log.debug("mounting %s at %s", self.source, checked.mountpoint)
         guard = StartGuard(checked.mountpoint)
         cleanup.callback(guard.dismiss)
-        device, self.mount = connection.mount(operations, checked.mountpoint, options)
-        cleanup.callback(llfuse.close, unmount=False)
+        made = mounting.mount(config, checked.mountpoint, operations)
+        device = made.device
+        cleanup.callback(made.close)
         # The keeper stays until the mount is gone, because the supervisor may be killed while it ends.
         after_unmounting = cleanup.enter_context(ExitStack())
-        cleanup.callback(unmounting.detach, self.mount, device)
+        cleanup.callback(made.detach)
+        self._connection = connection.initialise(device, config, self.source)
+        self.mount = made.attach(self._connection.capabilities)
         self._unmounting = Unmounting(loop, self.mount, device, self._finish)
         cleanup.callback(self._unmounting.close)
         cleanup.callback(resources.close)  # frees descriptors before the steps above, which need some
-        self._connection = connection.initialise(device, config, self.source)
         mounts.raise_read_ahead(self.mount.device)  # after INIT, whose reply may lower it
         workers = f"{config.workers} worker{'' if config.workers == 1 else 's'}"
         how = self._connection.describe()

@@ -19,7 +19,6 @@ from unittest import mock
 import llfuse
 import pytest
 
-from llloop import mount_options
 from llloop.config import ServeConfig
 from llloop.front.context import build_context
 from llloop.front.inodes import ROOT
@@ -30,7 +29,7 @@ from llloop.linux import mounts
 from llloop.shared.journal import Journal
 from llloop.shared.negotiation import MAX_WRITE
 from llloop.shared.slots import Slots
-from llloop.supervisor import connection
+from llloop.supervisor import connection, mounting
 from tests.hostile import Choices, hostile_request
 from tests.server import reachable_directory, remove_tree
 from tests.watchdog import unmount_lazily
@@ -43,8 +42,7 @@ REQUESTS = 4000
 def feed(source: Path, mountpoint: Path, seed: int) -> None:
     """Serve made-up requests until they are used up."""
     config = ServeConfig(source=str(source), mountpoint=str(mountpoint), workers=1)
-    operations = Operations()
-    device, _ = connection.mount(operations, str(mountpoint), mount_options.for_libfuse(config))
+    device = mounting.mount(config, str(mountpoint), Operations()).device
     made = connection.initialise(device, config, str(source))
     slots, journal = Slots(4, MAX_WRITE, 1), Journal(1 << 16)
     slots.set_front(os.getpid())

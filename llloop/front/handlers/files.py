@@ -11,7 +11,7 @@ from llloop.front.context import Context
 from llloop.front.handlers.base import Responder
 from llloop.front.nowait import LONE_WRITE_LIMIT, READ_LIMIT, WRITE_LIMIT
 from llloop.front.open_files import Handle
-from llloop.front.request import FuseRequest, malformed
+from llloop.front.request import NO_ID, FuseRequest, malformed
 from llloop.linux import fuse
 from llloop.linux.credentials import SETID_BITS
 from llloop.linux.fuse import Opcode
@@ -119,12 +119,12 @@ class FileRequests(Responder):
         """FUSE_CREATE: reply with an entry and a handle."""
         flags, mode, umask, _ = fuse.CREATE_REQUEST.unpack_from(self._memory, request.base)
         name = request.string(fuse.CREATE_REQUEST.size)
-        self.reply_created(request, *self._files.create(request.nodeid, name, mode, flags, request.caller(umask)))
+        self.reply_created(request, *self._files.create(request.nodeid, name, mode, flags, request.creator(umask)))
 
     def tmpfile(self, request: FuseRequest) -> None:
         """FUSE_TMPFILE: like CREATE, but llloop ignores the name."""
         flags, mode, umask, _ = fuse.CREATE_REQUEST.unpack_from(self._memory, request.base)
-        self.reply_created(request, *self._files.tmpfile(request.nodeid, mode, flags, request.caller(umask)))
+        self.reply_created(request, *self._files.tmpfile(request.nodeid, mode, flags, request.creator(umask)))
 
     def reply_created(self, request: FuseRequest, number: int, nodeid: int, attributes: Attributes) -> None:
         """Answer a FUSE_CREATE or FUSE_TMPFILE that has made the inode *nodeid* and the handle *number*."""
@@ -197,6 +197,8 @@ class FileRequests(Responder):
             raise malformed()
         flags = KILL_PRIVILEGES if write_flags & fuse.FUSE_WRITE_KILL_SUIDGID else 0
         handle = self._handles.get(number)
+        if uid == NO_ID:
+            uid, gid = handle.opener
         cached = write_flags & fuse.FUSE_WRITE_CACHE
         if cached:  # such a request does not contain the writer's ids
             flags |= CACHED
@@ -288,6 +290,8 @@ class FileRequests(Responder):
         """FUSE_FALLOCATE."""
         uid, gid, number, offset, size, mode = fuse.FALLOCATE_REQUEST.unpack_from(self._memory, request.base)
         handle = self._handles.get(number)
+        if uid == NO_ID:
+            uid, gid = handle.opener
         flags = self._kill_flag(request, handle)
         gid = _group(handle, gid)
         extra = (mode, *_watched(handle, flags))
@@ -327,6 +331,8 @@ class FileRequests(Responder):
         source_handle = self._handles.get(source)
         source_handle.shared = True
         handle = self._handles.get(number)
+        if uid == NO_ID:
+            uid, gid = handle.opener
         flags = self._kill_flag(request, handle)
         gid = _group(handle, gid)
         copied = (source, source_handle.descriptor, source_offset, source_handle.nodeid, source_handle.file)

@@ -6,7 +6,7 @@ import os
 
 from llloop.front.handlers.base import Responder
 from llloop.front.request import FuseRequest
-from llloop.linux import fuse
+from llloop.linux import fuse, syscalls
 from llloop.shared.negotiation import Feature
 
 
@@ -18,19 +18,19 @@ class MutationRequests(Responder):
         mode, device, umask = fuse.MKNOD_REQUEST.unpack_from(self._memory, request.base)
         name = request.string(fuse.MKNOD_REQUEST.size)
         number = os.makedev(*fuse.decode_device(device))
-        entry = self._tree.mknod(request.nodeid, name, mode, number, request.caller(umask))
+        entry = self._tree.mknod(request.nodeid, name, mode, number, request.creator(umask))
         self._reply_entry(request.unique, *entry)
 
     def mkdir(self, request: FuseRequest) -> None:
         """FUSE_MKDIR."""
         mode, umask = fuse.MKDIR_REQUEST.unpack_from(self._memory, request.base)
         name = request.string(fuse.MKDIR_REQUEST.size)
-        self._reply_entry(request.unique, *self._tree.mkdir(request.nodeid, name, mode, request.caller(umask)))
+        self._reply_entry(request.unique, *self._tree.mkdir(request.nodeid, name, mode, request.creator(umask)))
 
     def symlink(self, request: FuseRequest) -> None:
         """FUSE_SYMLINK."""
         name, target = request.strings(fuse.IN_HEADER_SIZE)
-        self._reply_entry(request.unique, *self._tree.symlink(request.nodeid, name, target, request.caller()))
+        self._reply_entry(request.unique, *self._tree.symlink(request.nodeid, name, target, request.creator()))
 
     def link(self, request: FuseRequest) -> None:
         """FUSE_LINK."""
@@ -59,7 +59,8 @@ class MutationRequests(Responder):
         """FUSE_RENAME2: rename with flags."""
         new_parent, flags = fuse.RENAME2_REQUEST.unpack_from(self._memory, request.base)
         name, new_name = request.strings(fuse.RENAME2_REQUEST.size)
-        self._tree.rename(request.nodeid, name, new_parent, new_name, flags, request.caller())
+        who = request.creator() if flags & syscalls.RENAME_WHITEOUT else request.caller()
+        self._tree.rename(request.nodeid, name, new_parent, new_name, flags, who)
         self._send(fuse.error_reply(request.unique, 0))
 
     def setxattr(self, request: FuseRequest) -> None:

@@ -88,6 +88,13 @@ OPTIONS: list[tuple[str, list[str], dict[str, str], Any]] = [
     ("negative_timeout", ["--negative-timeout=0"], {"NEGATIVE_TIMEOUT": "0"}, 0),
     ("xattr", ["--no-xattr"], {"XATTR": "0"}, False),
     ("options", ["-o", "noatime,suid", "-o", "dev"], {"OPTIONS": "noatime,suid dev"}, ("noatime", "suid", "dev")),
+    (
+        "map_users",
+        ["--map-users", "1:2:3,root:5:1", "--map-users=7:7:1"],
+        {"MAP_USERS": "1:2:3,0:5:1 7:7:1"},
+        ("1:2:3", "0:5:1", "7:7:1"),
+    ),
+    ("map_groups", ["--map-groups=1:2:3"], {"MAP_GROUPS": "1:2:3"}, ("1:2:3",)),
     ("fsname", ["--fsname", "name"], {"FSNAME": "name"}, "name"),
     ("nonempty", ["--nonempty"], {"NONEMPTY": "1"}, True),
     ("replace_dead", ["--replace-dead"], {"REPLACE_DEAD": "1"}, True),

@@ -113,3 +113,7 @@ def test_options_implied_by_user_can_be_overridden() -> None:
 def test_options_option_passes_kernel_options() -> None:
     """mount(8) of util-linux before 2.39 does not pass on suid, dev and the opposites of other flags."""
     assert serve_arguments(["rw", "options=suid", "options=dev"]) == ["-o", "rw", "--options=suid", "--options=dev"]
+
+
+def test_repeatable_option() -> None:
+    assert serve_arguments(["map_users=1:2:3", "map-users=4:5:6"]) == ["--map-users=1:2:3", "--map-users=4:5:6"]

@@ -303,6 +303,7 @@ def constants() -> list[tuple[str, int, int]]:
         "FUSE_DIRECT_IO_ALLOW_MMAP": 39,
         "FUSE_PASSTHROUGH": 40,
         "FUSE_HAS_RESEND": 40,
+        "FUSE_ALLOW_IDMAP": 41,
         "FUSE_UNIQUE_RESEND": 40,
         "FUSE_NOTIFY_RESEND": 40,
     }
