@@ -107,6 +107,14 @@ class ServeConfig:
         "everything for a day. Risk of always: if anybody changes the source directly, the mount shows old data. "
         "Default: auto.",
     )
+    watch: bool = _option(
+        False,
+        "Hear of changes that are made directly in the source, and show them in the mount at once. Until then, the "
+        "kernel caches names, attributes, data and listings without a time limit. This needs root and Linux 5.17 "
+        "(fanotify). Where changes cannot be heard, the timeouts of --cache apply, and `llloop status` says so. Risk: "
+        "the mount shows writes through a shared mapping in the source only after the writer has closed the file. "
+        "Excludes --loop llfuse. Default: off.",
+    )
     io: IoKind = _option(
         IoKind.WORKERS,
         "Which process reads and writes open files. workers: the worker processes. kernel: the kernel itself "
@@ -181,7 +189,7 @@ class ServeConfig:
         LoopKind.OWN,
         "Which request loop serves the mount. own: the loop of llloop. llfuse: the loop of the library llfuse, for "
         f"comparison. Risk of llfuse: it is slower, and the mount lacks {WITHOUT_OWN_LOOP}. It excludes --io kernel, "
-        "--writeback, --metadata workers, --map-users and --map-groups. Default: own.",
+        "--writeback, --watch, --metadata workers, --map-users and --map-groups. Default: own.",
     )
     slots: int = _option(DEFAULT_SLOTS, "How many requests the workers may have at the same time; for tests.")
 
@@ -204,18 +212,24 @@ class ServeConfig:
         object.__setattr__(self, "map_groups", id_ranges.checked(self.map_groups, "--map-groups", id_ranges.group))
         for name, kind in (("cache", Cache), ("io", IoKind), ("metadata", MetadataKind), ("loop", LoopKind)):
             object.__setattr__(self, name, _member(kind, name, getattr(self, name)))
+        timeout = _DAY if self.watch and self.cache is not Cache.NEVER else _TIMEOUTS[self.cache]
         defaults = {
             "workers": min(usable_cpus(), MAX_WORKERS),
             "allow_other": os.geteuid() == 0,
-            "attr_timeout": _TIMEOUTS[self.cache],
-            "entry_timeout": _TIMEOUTS[self.cache],
-            "negative_timeout": _TIMEOUTS[self.cache],
+            "attr_timeout": timeout,
+            "entry_timeout": timeout,
+            "negative_timeout": timeout,
             "fsname": _absolute(self.source),
         }
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         self._check()
+
+    def unheard_timeouts(self) -> tuple[float, float, float]:
+        """Return the longest timeouts of entries, attributes and missing names where `watch` does not hear changes."""
+        longest = _TIMEOUTS[self.cache]
+        return longest, longest, longest
 
     def _check_paths(self) -> None:
         """Refuse what cannot be a path; an empty one would mean the current directory, which nobody means."""
@@ -231,7 +245,7 @@ class ServeConfig:
             object.__setattr__(self, "read_only", True)
         if type(self.workers) is not int or not 1 <= self.workers <= MAX_WORKERS:
             raise UsageError(f"--workers must be a whole number from 1 to {MAX_WORKERS}, not {self.workers!r}")
-        for name in ("read_only", "allow_other", "xattr", "nonempty", "replace_dead", "writeback"):
+        for name in ("read_only", "allow_other", "xattr", "nonempty", "replace_dead", "writeback", "watch"):
             if type(getattr(self, name)) is not bool:
                 raise UsageError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if not isinstance(self.fsname, str) or not self.fsname or "\0" in self.fsname:
@@ -242,6 +256,7 @@ class ServeConfig:
             for unfit, option in (
                 (self.io is IoKind.KERNEL, "--io kernel"),
                 (self.writeback, "--writeback"),
+                (self.watch, "--watch"),
                 (self.metadata is MetadataKind.WORKERS, "--metadata workers"),
                 (bool(self.map_users), "--map-users"),
                 (bool(self.map_groups), "--map-groups"),

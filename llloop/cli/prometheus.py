@@ -81,6 +81,22 @@ class _Collector(Collector):
             for decision, count in one["cache"].items():
                 opens.add_metric([one["mountpoint"], decision], count)
         yield opens
+        yield from self._watch()
+
+    def _watch(self) -> Iterator[Metric]:
+        events = CounterMetricFamily(
+            "llloop_watch_events",
+            "Events in the source: heard, own (caused by llloop itself), ignored, told (passed on).",
+            labels=["mountpoint", "kind"],
+        )
+        dropped = CounterMetricFamily(
+            "llloop_watch_drops", "How often events were lost and all caches were dropped.", labels=["mountpoint"]
+        )
+        for one in self._answered:
+            for kind in ("heard", "own", "ignored", "told"):
+                events.add_metric([one["mountpoint"], kind], one["watch"][kind])
+            dropped.add_metric([one["mountpoint"]], one["watch"]["dropped"])
+        yield from (events, dropped)
 
     def _operations(self) -> Iterator[Metric]:
         labels = ["mountpoint", "operation"]

@@ -39,7 +39,8 @@ def rates_since(now: dict[str, Any], before: dict[str, Any] | None) -> dict[str,
     Returns:
         A copy of *now* in which each counter is replaced by its increase. In addition: ``seconds``, the length of the
         interval; for each operation ``per_second``, ``bytes_per_second``, ``mean_us``, ``p50_us`` and ``p99_us``; for
-        each process ``per_second``, ``bytes_per_second`` and ``cpu`` (1 means one CPU fully used).
+        each process ``per_second``, ``bytes_per_second`` and ``cpu`` (1 means one CPU fully used); for the watcher the
+        delays ``p50_us`` and ``p99_us``.
     """
     if before is not None and now["time"] - now["uptime"] > before["time"]:
         before = None  # it was another mount at the same mount point
@@ -75,6 +76,18 @@ def rates_since(now: dict[str, Any], before: dict[str, Any] | None) -> dict[str,
             _process(worker, then, seconds) for worker, then in zip(now["workers"], workers_then, strict=False)
         ],
         "cache": {key: value - (before["cache"][key] if before else 0) for key, value in now["cache"].items()},
+        "watch": _watch(now["watch"], before["watch"] if before else {}),
+    }
+
+
+def _watch(now: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+    pairs = zip_longest(now["histogram"], before.get("histogram", ()), fillvalue=0)
+    histogram = [one - another for one, another in pairs]
+    return {
+        **{key: value - before.get(key, 0) for key, value in now.items() if key != "histogram"},
+        "histogram": histogram,
+        "p50_us": percentile(histogram, 0.5),
+        "p99_us": percentile(histogram, 0.99),
     }
 
 

@@ -167,6 +167,13 @@ def _state(rates: dict[str, Any]) -> Text:
     if opens:
         named = ", ".join(f"{value} {key.replace('_', ' ')}" for key, value in cache.items() if value)
         text += f"; {_plural(opens, 'open')}, cached pages: {named}"
+    watch = rates["watch"]
+    if watch["heard"] or watch["own"] or watch["ignored"]:
+        text += (
+            f"\nsource: {watch['heard']} events heard, {watch['own']} of its own, {watch['ignored']} ignored, "
+            f"{watch['told']} told, {watch['notified']} notifications, everything dropped {watch['dropped']} times, "
+            f"delay p50 {latency_text(watch['p50_us'])}, p99 {latency_text(watch['p99_us'])}"
+        )
     return Text(text, style=_DIM)
 
 

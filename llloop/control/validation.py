@@ -46,7 +46,7 @@ STATUS: dict[Any, Any] = {
     **{"source": str, "mountpoint": str, "version": str, "state": _STATES, "pid": int},
     **{"began": float, "uptime": float, "loop": str, "protocol": (str, type(None)), "capabilities": [str]},
     "options": Map(str, (str, bool, float, [str])),
-    "in_force": {"cache": str, "io": str, "metadata": str},
+    "in_force": {"cache": str, "io": str, "metadata": str, "watch": str},
     "processes": [
         {**{"role": str, "pid": (int, type(None)), "state": str, "restarts": int}, "busy": (float, type(None))}
     ],
@@ -66,6 +66,10 @@ STATS: dict[Any, Any] = {
     "workers": [{"name": str, "queue": int, **_PROCESS}],
     "slots": {"used": int, "total": int},
     "cache": {"kept": int, "dropped": int, "bypassed": int, "passed_through": int},
+    "watch": {
+        **{"heard": int, "own": int, "ignored": int, "notified": int, "told": int, "dropped": int},
+        **{"nanoseconds": int, "histogram": [int]},
+    },
 }
 SOURCE: dict[Any, Any] = {"waiting": (float, type(None)), "problem": (str, type(None))}
 SHAPES = {"status": STATUS, "stats": STATS, "source": SOURCE}

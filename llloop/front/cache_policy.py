@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 from llloop.config import Cache, ServeConfig
 from llloop.front.inodes import Inode
@@ -21,20 +23,59 @@ def split(seconds: float) -> tuple[int, int]:
     return whole, int((seconds - whole) * 1_000_000_000)
 
 
+class Validity(NamedTuple):
+    """The timeouts in replies.
+
+    Attributes:
+        both: entry_valid, attr_valid, entry_valid_nsec, attr_valid_nsec of struct fuse_entry_out.
+        only_entry: the same with attributes that are not valid.
+        attributes: attr_valid, attr_valid_nsec of struct fuse_attr_out.
+        negative: struct fuse_entry_out for a missing name; empty if the kernel must not cache that.
+    """
+
+    both: tuple[int, int, int, int]
+    only_entry: tuple[int, int, int, int]
+    attributes: tuple[int, int]
+    negative: bytes
+
+
+def validity_of(entry: float, attributes: float, negative: float) -> Validity:
+    """Return timeouts, given in seconds, as replies contain them."""
+    (entry_s, entry_ns), (attr_s, attr_ns), (negative_s, negative_ns) = split(entry), split(attributes), split(negative)
+    missing = fuse.ENTRY_HEAD.pack(0, 0, negative_s, 0, negative_ns, 0) + bytes(fuse.ATTR.size)
+    return Validity(
+        (entry_s, attr_s, entry_ns, attr_ns),
+        (entry_s, 0, entry_ns, 0),
+        (attr_s, attr_ns),
+        missing if negative_s or negative_ns else b"",
+    )
+
+
 class CachePolicy:
     """Translates the cache options into timeouts and FOPEN_ flags.
+
+    Attributes:
+        validity: the timeouts.
+        unheard: with `--watch`, the timeouts for what cannot be heard.
 
     Args:
         config: the mount's options.
         direct_mmap: whether the kernel can map files that bypass its page cache (FUSE_DIRECT_IO_ALLOW_MMAP).
+        epochs: whether the kernel can drop all missing names at once (FUSE_NOTIFY_INC_EPOCH).
     """
 
-    def __init__(self, config: ServeConfig, direct_mmap: bool) -> None:
-        self.entry = split(config.entry_timeout)
-        self.attributes = split(config.attr_timeout)
-        self.negative = split(config.negative_timeout)
+    def __init__(self, config: ServeConfig, direct_mmap: bool, *, epochs: bool = True) -> None:
+        timeouts = config.entry_timeout, config.attr_timeout, config.negative_timeout
+        unheard = timeouts
+        if config.watch:
+            unheard = tuple(map(min, timeouts, config.unheard_timeouts()))  # type: ignore[assignment]
+        self.unheard = validity_of(*unheard)
+        # Without epochs, missing names could not be dropped after events were lost.
+        self.validity = validity_of(*timeouts[:2], timeouts[2] if epochs or not config.watch else unheard[2])
         # How long both the entry and its attributes stay valid, in nanoseconds.
-        self.both_ns = int(min(config.entry_timeout, config.attr_timeout) * 1_000_000_000)
+        self.both_ns = int(min(unheard[:2]) * 1_000_000_000)
+        # Returns what changes whenever others change a file in the source; None if such changes are not heard.
+        self.changes_of: Callable[[Attributes], tuple[int, int] | None] = _unheard
         self._always = config.cache is Cache.ALWAYS
         self._never = config.cache is Cache.NEVER
         self._direct = self._never and direct_mmap
@@ -43,7 +84,7 @@ class CachePolicy:
         """Return the FOPEN_ flags for an open of the file *inode* with its current *attributes*.
 
         The kernel keeps pages from earlier opens only if size and times equal the noted ones. Times are only noted if
-        no later write can leave the same ones.
+        no later write can leave the same ones, or if the watcher has heard of no change.
         """
         if self._always:
             return fuse.FOPEN_KEEP_CACHE
@@ -52,16 +93,19 @@ class CachePolicy:
             return fuse.FOPEN_DIRECT_IO
         if self._never:
             return 0
-        stamp = (
+        stamp: tuple[int, ...] = (
             attributes.size,
             attributes.mtime,
             attributes.mtime_nsec,
             attributes.ctime,
             attributes.ctime_nsec,
         )
+        changes = self.changes_of(attributes)
+        if changes is not None:
+            stamp += changes
         if inode.stamp == stamp:
             return fuse.FOPEN_KEEP_CACHE
-        inode.stamp = stamp if _is_settled(attributes) else None
+        inode.stamp = stamp if changes is not None or _is_settled(attributes) else None
         return 0
 
     def directory_flags(self, inode: Inode, attributes: Attributes) -> int:
@@ -75,10 +119,20 @@ class CachePolicy:
         now = time.monotonic_ns()
         stamp = inode.stamp
         times = (attributes.mtime, attributes.mtime_nsec, attributes.ctime, attributes.ctime_nsec)
+        changes = self.changes_of(attributes)
+        if changes is not None:
+            if stamp == (*times, *changes):
+                return fuse.FOPEN_CACHE_DIR | fuse.FOPEN_KEEP_CACHE
+            inode.stamp = (*times, *changes)
+            return fuse.FOPEN_CACHE_DIR
         if stamp is not None and stamp[1:] == times and now < stamp[0]:
             return fuse.FOPEN_CACHE_DIR | fuse.FOPEN_KEEP_CACHE
         inode.stamp = (now + self.both_ns, *times) if _is_settled(attributes) else None
         return fuse.FOPEN_CACHE_DIR
+
+
+def _unheard(attributes: Attributes) -> None:
+    """Nobody hears of changes."""
 
 
 def _is_settled(attributes: Attributes) -> bool:

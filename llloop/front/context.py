@@ -10,6 +10,7 @@ from llloop.config import ServeConfig
 from llloop.front.cache_policy import CachePolicy
 from llloop.front.descriptor_shares import Shares
 from llloop.front.directory_fds import DirectoryFds
+from llloop.front.heard import Heard
 from llloop.front.inodes import Inodes
 from llloop.front.killpriv import KillPriv
 from llloop.front.open_files import Handles
@@ -21,6 +22,7 @@ from llloop.front.recovery.forget import Forgetting
 from llloop.front.recovery.intents import Intents
 from llloop.front.router import Router
 from llloop.front.tree import Tree
+from llloop.linux import fuse
 from llloop.linux.credentials import Caller, SetidGuard
 from llloop.linux.process_credentials import Callers
 from llloop.linux.syscalls import CLOSE_CAN_FAIL, STACKED, file_system_type, fstatx
@@ -29,6 +31,7 @@ from llloop.shared.leadership import Leadership
 from llloop.shared.metrics import Gauge
 from llloop.shared.negotiation import Capabilities, Feature
 from llloop.shared.slots import Slots
+from llloop.shared.watch_state import WatchState
 
 # Descriptors for directories: this fraction (1/8) of the limit, with a maximum. Most descriptors are for open files.
 _DIRECTORIES_SHARE = 8
@@ -48,6 +51,7 @@ class Context:
             callers: see their modules.
         close_can_fail: whether close(2) in the source can return an error of an earlier write.
         leadership: decides which thread serves.
+        heard: decides what the kernel may cache for long; None without `--watch`.
         closing: descriptors to close after the current request is answered, because close(2) may take long.
     """
 
@@ -66,6 +70,7 @@ class Context:
     callers: Callers
     close_can_fail: bool
     leadership: Leadership
+    heard: Heard | None
     closing: list[int]
 
 
@@ -78,6 +83,7 @@ def build_context(
     root: int,
     device: int,
     closing: list[int] | None = None,
+    watch: WatchState | None = None,
 ) -> Context:
     """Create the objects that a front works with.
 
@@ -90,6 +96,7 @@ def build_context(
         root: an O_PATH descriptor of the source.
         device: a descriptor of /dev/fuse.
         closing: the list for descriptors to close after a request is answered; None for a new one.
+        watch: what the front and the watcher tell each other, or None.
     """
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     readable = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root)
@@ -129,6 +136,13 @@ def build_context(
         leadership,
         clears_setid=clears_setid,
     )
+    epochs = capabilities is not None and capabilities.minor >= fuse.EPOCH_SINCE
+    policy = CachePolicy(config, Feature.DIRECT_IO_ALLOW_MMAP in features, epochs=epochs)
+    heard = None
+    if watch is not None:
+        heard = Heard(watch, fstatx(root), inodes, leadership, policy.validity, policy.unheard)
+        policy.changes_of = heard.changes_of
+        tree.on_forgotten = heard.forgotten
     passthrough = Passthrough(device, handles, caller, setid, Feature.PASSTHROUGH in features)
     return Context(
         config=config,
@@ -140,11 +154,12 @@ def build_context(
         forgetting=Forgetting(router, journal, tree),
         files=Files(tree, handles, router, passthrough, killpriv, collecting, device, leadership, closing),
         router=router,
-        policy=CachePolicy(config, Feature.DIRECT_IO_ALLOW_MMAP in features),
+        policy=policy,
         passthrough=passthrough,
         setid=setid,
         callers=callers,
         close_can_fail=kind in CLOSE_CAN_FAIL,
         leadership=leadership,
+        heard=heard,
         closing=closing,
     )

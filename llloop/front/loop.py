@@ -47,19 +47,6 @@ _MAX_ATTEMPTS = 3
 _POSTPONED_PAUSE = 20
 # Requests that the kernel never sends again.
 _NOT_RESENT = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT})
-# Requests whose reply adds a lookup of an inode in the kernel.
-_ENTRIES = frozenset(
-    {
-        Opcode.LOOKUP,
-        Opcode.READDIRPLUS,
-        Opcode.CREATE,
-        Opcode.TMPFILE,
-        Opcode.MKNOD,
-        Opcode.MKDIR,
-        Opcode.SYMLINK,
-        Opcode.LINK,
-    }
-)
 
 
 class Loop:
@@ -193,7 +180,7 @@ class Loop:
                 self._postpone(request)  # until there are other threads: it may block
                 self._may_close = True
                 return
-            delivered = delivered and opcode not in _ENTRIES
+            delivered = delivered and opcode not in fuse.MAKES_ENTRIES
             if self._router.claim(unique):
                 pass
             elif opcode not in _NOT_RESENT and self._journal.serving_again(unique) > _MAX_ATTEMPTS:

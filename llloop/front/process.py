@@ -24,6 +24,7 @@ from llloop.linux.credentials import FRONT_CAPABILITIES, drop_capabilities_excep
 from llloop.shared.journal import Journal
 from llloop.shared.negotiation import Capabilities
 from llloop.shared.slots import Slots
+from llloop.shared.watch_state import WatchState
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class FrontSetup:
         capabilities: the result of the negotiation with the kernel, or None with `--loop llfuse`.
         answers: the read end of the pipe for workers' answers with `--loop llfuse`.
         probed: the read end of the pipe for workers' answers to PROBE, or None without preflight checks.
+        watch: what the front and the watcher tell each other; None without `--watch`.
     """
 
     config: ServeConfig
@@ -55,6 +57,7 @@ class FrontSetup:
     capabilities: Capabilities | None
     answers: int
     probed: int | None
+    watch: WatchState | None
 
 
 def run_front(setup: FrontSetup, own: Collection[int], ready: Callable[[], None]) -> None:
@@ -71,7 +74,14 @@ def run_front(setup: FrontSetup, own: Collection[int], ready: Callable[[], None]
     drop_capabilities_except(FRONT_CAPABILITIES)
     slots.empty_pipes()
     context = build_context(
-        setup.config, setup.capabilities, slots, setup.journal, setup.pipes, setup.root, setup.device
+        setup.config,
+        setup.capabilities,
+        slots,
+        setup.journal,
+        setup.pipes,
+        setup.root,
+        setup.device,
+        watch=setup.watch,
     )
     is_successor = slots.generation > 0
     if is_successor:

@@ -118,6 +118,8 @@ class Tree:
         self._setid = setid
         self._killpriv = killpriv
         self._clears_setid = clears_setid
+        # Called with the number of an inode (st_ino) that the kernel does not know any more.
+        self.on_forgotten: Callable[[int], None] | None = None
 
     # Names
 
@@ -139,8 +141,11 @@ class Tree:
 
     def forget(self, nodeid: int, lookups: int) -> None:
         """Subtract *lookups* from an inode's lookup count, and drop the inode at 0."""
+        number = self.inodes.get(nodeid).number if self.on_forgotten is not None and nodeid in self.inodes else 0
         if self.inodes.forget(nodeid, lookups):
             self.directory_fds.drop(nodeid)
+            if self.on_forgotten is not None:
+                self.on_forgotten(number)
 
     def mknod(self, parent: int, name: bytes, mode: int, device: int, who: Requester) -> tuple[int, Attributes]:
         """Create a file, FIFO, socket or device (mknod(2)); *device* is the result of makedev(3)."""

@@ -77,6 +77,20 @@ class Opcode(IntEnum):
     COPY_FILE_RANGE_64 = 53
 
 
+# Requests whose reply adds a lookup of an inode in the kernel.
+MAKES_ENTRIES = frozenset(
+    {
+        Opcode.LOOKUP,
+        Opcode.READDIRPLUS,
+        Opcode.CREATE,
+        Opcode.TMPFILE,
+        Opcode.MKNOD,
+        Opcode.MKDIR,
+        Opcode.SYMLINK,
+        Opcode.LINK,
+    }
+)
+
 # FOPEN_ flags of the OPEN and OPENDIR replies
 FOPEN_DIRECT_IO = 1 << 0
 FOPEN_KEEP_CACHE = 1 << 1
@@ -111,7 +125,9 @@ FUSE_NOTIFY_INVAL_INODE = 2
 FUSE_NOTIFY_INVAL_ENTRY = 3
 FUSE_NOTIFY_DELETE = 6
 FUSE_NOTIFY_RESEND = 7
+FUSE_NOTIFY_INC_EPOCH = 8
 FUSE_EXPIRE_ONLY = 1  # flag of INVAL_ENTRY since Linux 6.2; older kernels ignore it
+EPOCH_SINCE = 44  # the protocol's minor version
 
 # What any request begins with, struct fuse_in_header
 IN_HEADER = Struct("=IIQQIII4x")  # length, opcode, unique, nodeid, uid, gid, pid

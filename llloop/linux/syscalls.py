@@ -635,3 +635,20 @@ def open_descriptors() -> set[int]:
             os.fstat(int(entry))
             found.add(int(entry))
     return found
+
+
+_SYS_MEMBARRIER = {"x86_64": 324, "ppc64le": 365, "s390x": 356, "i686": 375, "armv7l": 389}.get(os.uname().machine, 283)
+_MEMBARRIER_GLOBAL_EXPEDITED, _MEMBARRIER_REGISTER_GLOBAL_EXPEDITED = 1 << 1, 1 << 2  # <linux/membarrier.h>
+
+
+def synchronise() -> None:
+    """Make every thread of the processes that called `be_synchronised` execute a memory barrier (membarrier(2)).
+
+    What this process has stored is then visible to them, and what they have stored before is visible to it.
+    """
+    _syscall(ctypes.c_long(_SYS_MEMBARRIER), ctypes.c_long(_MEMBARRIER_GLOBAL_EXPEDITED), ctypes.c_long(0))
+
+
+def be_synchronised() -> None:
+    """Let `synchronise` of other processes apply to this process."""
+    _syscall(ctypes.c_long(_SYS_MEMBARRIER), ctypes.c_long(_MEMBARRIER_REGISTER_GLOBAL_EXPEDITED), ctypes.c_long(0))

@@ -177,6 +177,24 @@ class Journal:
                 self._free.append(tail)
                 tail = following
 
+    def nodeids(self) -> list[int]:
+        """Return the nodeids of all inodes; for any process, at any time."""
+        used = self.cells[_HIGH_WATER] * _CELLS
+        heads = self.cells[:used:_CELLS].tolist()
+        nodeids = self.cells[1:used:_CELLS].tolist()
+        return [nodeid for head, nodeid in zip(heads, nodeids, strict=True) if head & _KIND_MASK == INODE]
+
+    def names(self) -> list[tuple[int, bytes]]:
+        """Return the latest name of each inode as (parent's nodeid, name), if it is short; for any process."""
+        heads = self.cells[: self.cells[_HIGH_WATER] * _CELLS : _CELLS].tolist()
+        found = []
+        for place, head in enumerate(heads):
+            length = head >> _LENGTH_SHIFT & _LENGTH_MASK
+            if head & _KIND_MASK in (INODE, LINK) and 0 < length <= _NAME:
+                _, parent, *_, name = _BODY.unpack_from(self.memory, place * RECORD_SIZE + _CELL)
+                found.append((parent, name[:length]))
+        return found
+
     def recover(self) -> list[Record]:
         """Return all records that a process before this one has left, the older first.
 

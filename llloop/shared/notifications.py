@@ -76,6 +76,11 @@ def drop_entry_of(device: int, parent: int, name: bytes, nodeid: int) -> None:
     _tell(device, fuse.DELETE.pack(size, fuse.FUSE_NOTIFY_DELETE, 0, parent, nodeid, len(name)) + name + b"\0")
 
 
+def increase_epoch(device: int) -> None:
+    """Make the kernel look up every name again before it uses it (Linux 6.16, FUSE 7.44). This never waits."""
+    os.write(device, fuse.OUT_HEADER.pack(fuse.OUT_HEADER_SIZE, fuse.FUSE_NOTIFY_INC_EPOCH, 0))
+
+
 def resend(device: int) -> None:
     """Make the kernel send every unanswered request again (Linux 6.9, FUSE_HAS_RESEND)."""
     os.write(device, fuse.OUT_HEADER.pack(fuse.OUT_HEADER_SIZE, fuse.FUSE_NOTIFY_RESEND, 0))

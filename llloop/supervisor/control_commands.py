@@ -15,6 +15,7 @@ from llloop.linux.mount_identity import MountIdentity
 from llloop.logging import setup as log
 from llloop.shared.metrics import Count, Gauge
 from llloop.shared.slots import Slots
+from llloop.shared.watch_state import NOTHING_HEARD, WatchState
 from llloop.supervisor.child import Child
 from llloop.supervisor.connection import Connection
 from llloop.supervisor.control_server import Command
@@ -37,6 +38,7 @@ class ControlCommands:
         processes: the supervisor's child processes.
         slots: the request slots, with the counters.
         source_check: checks the source.
+        watch: what the watcher has heard; None without `--watch`.
         phase: returns the supervisor's phase: "serving", "reloading" or "stopping".
         reload: starts a reload.
         stop: starts unmounting.
@@ -51,6 +53,7 @@ class ControlCommands:
         processes: Processes,
         slots: Slots,
         source_check: SourceCheck,
+        watch: WatchState | None,
         *,
         phase: Callable[[], str],
         reload: Callable[[], None],
@@ -60,6 +63,7 @@ class ControlCommands:
         self._processes = processes
         self._slots = slots
         self._source_check = source_check
+        self._watch = watch
         self._phase = phase
         self._ask_reload = reload
         self._ask_stop = stop
@@ -87,6 +91,7 @@ class ControlCommands:
             processes.append({**told, "busy": self._busy(child)})
         return {
             **self._facts,
+            "in_force": {**self._facts["in_force"], "watch": self._watch.describe() if self._watch else "off"},
             "version": __version__,
             "state": self._state(),
             "pid": os.getpid(),
@@ -137,6 +142,7 @@ class ControlCommands:
                 "bypassed": gauges[Gauge.BYPASSED],
                 "passed_through": gauges[Gauge.PASSED_THROUGH],
             },
+            "watch": (self._watch.counts() if self._watch else NOTHING_HEARD)._asdict(),
         }
 
     def _source(self, request: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from llloop.supervisor.connection import Connection
 from llloop.supervisor.descriptor_keeper import DescriptorKeeper
 from llloop.supervisor.invalidator import InvalidatorSetup, run_invalidator
 from llloop.supervisor.shared_resources import SharedResources
+from llloop.watch.process import WatcherSetup, run_watcher
 from llloop.workers.process import WorkerSetup, run_worker
 
 
@@ -28,11 +29,13 @@ class Processes:
     Args:
         config: the mount's options.
         resources: the memory and pipes that they share.
+        source: the absolute path of the source.
         connection: the mount's connection with the kernel.
         mountpoint: the path of the mount point, for process titles.
         operations: the object that was passed to ``llfuse.init()``.
         farewell: runs in the descriptor keeper after the supervisor has died.
         detached: whether the processes redirect their standard descriptors to /dev/null.
+        mount_device: st_dev of the mount, as (major, minor).
         cleanup: gets the steps that end the processes, the keeper last.
 
     Attributes:
@@ -40,6 +43,7 @@ class Processes:
         descriptor_keeper: the supervisor's interface to it.
         workers: the workers, by shard.
         invalidators: the invalidator process; empty with `--loop llfuse`.
+        watchers: the process that hears of changes in the source; empty without `--watch`.
         front: the front process.
         all: all of them in the order in which they are started.
     """
@@ -48,8 +52,10 @@ class Processes:
         self,
         config: ServeConfig,
         resources: SharedResources,
+        source: str,
         connection: Connection,
         mountpoint: str,
+        mount_device: tuple[int, int],
         operations: Operations,
         farewell: Callable[[], None],
         *,
@@ -72,6 +78,7 @@ class Processes:
             capabilities=connection.capabilities,
             answers=resources.answers[0],
             probed=resources.probed[0] if connection.preflight else None,
+            watch=resources.watch,
         )
         invalidator_setup = InvalidatorSetup(
             connection.device, [reader for reader, _ in resources.wanted], [writer for _, writer in resources.requests]
@@ -109,6 +116,19 @@ class Processes:
         def start_invalidator(stacks: Stacks) -> BaseProcess:
             return fork("llloop-invalidator", lambda: run_invalidator(invalidator_setup), stacks)
 
+        def start_watcher(stacks: Stacks) -> BaseProcess:
+            assert resources.watch is not None and connection.capabilities is not None
+            setup = WatcherSetup(
+                source=source,
+                root=resources.root,
+                device=connection.device,
+                mount_device=mount_device,
+                minor=connection.capabilities.minor,
+                state=resources.watch,
+                journal=resources.journal,
+            )
+            return fork("llloop-watcher", lambda: run_watcher(setup), stacks)
+
         def child(name: str, launch: Callable[[Stacks], BaseProcess | Cloned]) -> Child:
             one = Child(name, launch)
             cleanup.callback(one.close)
@@ -121,8 +141,9 @@ class Processes:
             child(f"llloop-worker-{shard}", partial(start_worker, shard)) for shard in range(config.workers)
         ]
         self.invalidators = [child("llloop-invalidator", start_invalidator)] if own_loop else []
+        self.watchers = [child("llloop-watcher", start_watcher)] if config.watch else []
         self.front = child("llloop-front", start_front)
-        self.all = [self.keeper, *self.workers, *self.invalidators, self.front]
+        self.all = [self.keeper, *self.workers, *self.invalidators, *self.watchers, self.front]
 
     def end_serving(self) -> None:
         """End all processes except the keeper."""

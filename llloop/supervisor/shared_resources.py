@@ -11,6 +11,7 @@ from llloop.linux import fuse
 from llloop.shared import negotiation
 from llloop.shared.journal import Journal
 from llloop.shared.slots import Slots
+from llloop.shared.watch_state import WatchState
 
 _log = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ class SharedResources:
         ready: the pipe to which a front writes when it serves.
         answers: the pipe for workers' answers to the front with `--loop llfuse`.
         probed: the pipe for workers' answers to PROBE.
+        watch: what the front and the watcher tell each other; None without `--watch`.
 
     Raises:
         OSError: a resource is exhausted. Everything that was created is closed.
@@ -49,6 +51,7 @@ class SharedResources:
             self.ready = self._pipe()
             self.answers = self._pipe(os.O_DIRECT)
             self.probed = self._pipe()
+            self.watch = WatchState() if config.watch else None
             self.journal = Journal()
         except BaseException:
             self._close_descriptors()

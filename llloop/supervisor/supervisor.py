@@ -12,14 +12,16 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 
 from llloop.config import ServeConfig
 from llloop.errors import HostError, LlloopError
 from llloop.front.llfuse.operations import Operations
-from llloop.linux import limits, mounts, syscalls
+from llloop.linux import fuse, limits, mounts, syscalls
 from llloop.logging import setup as log
+from llloop.shared import notifications
+from llloop.shared.watch_state import Method
 from llloop.supervisor import connection, control_server, mounting, start_checks
 from llloop.supervisor.child import LONGEST_PAUSE, Child, show_title
 from llloop.supervisor.control_commands import ControlCommands
@@ -149,8 +151,10 @@ class Supervisor:
         self._processes = processes = Processes(
             config,
             resources,
+            self.source,
             self._connection,
             self.mount.mountpoint,
+            self.mount.device,
             operations,
             farewell,
             detached=detached,
@@ -171,6 +175,7 @@ class Supervisor:
             processes,
             resources.slots,
             source_check,
+            resources.watch,
             phase=self._phase,
             reload=self._request_reload,
             stop=self._request_stop,
@@ -249,6 +254,8 @@ class Supervisor:
                 _log.error("%s %s; with --loop llfuse no other front can take over, so the mount ends", child.name, how)
                 self._finish(True)
                 return
+        if child in self._processes.watchers:
+            self._nothing_is_heard()
         asked = child.asked
         pause = child.schedule_restart()
         # Logged once, and again only if the cause is another one or some time has passed.
@@ -259,6 +266,15 @@ class Supervisor:
             text = "%s %s again and again; the supervisor now waits up to %g seconds before each restart"
             _log.error(text, child.name, how, LONGEST_PAUSE, extra=once)
         self._set_restart()
+
+    def _nothing_is_heard(self) -> None:
+        """Make the kernel ask again for what it has cached, because changes in the source are not heard any more."""
+        watch, capabilities = self._resources.watch, self._connection.capabilities
+        assert watch is not None and capabilities is not None
+        watch.publish(Method.STARTING, frozenset())
+        if capabilities.minor >= fuse.EPOCH_SINCE:
+            with suppress(OSError):  # unmounted
+                notifications.increase_epoch(self._connection.device)
 
     def _set_restart(self) -> None:
         due = min((child.due for child in self._processes.all if child.process is None), default=None)

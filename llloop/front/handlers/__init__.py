@@ -17,6 +17,7 @@ from llloop.front.handlers.names import NameRequests
 from llloop.front.handlers.recent_lookups import RecentLookups
 from llloop.front.handlers.xattrs import XattrRequests
 from llloop.front.request import FuseRequest
+from llloop.linux import fuse
 from llloop.linux.fuse import Opcode
 
 Handler = Callable[[FuseRequest], None]
@@ -81,3 +82,6 @@ class Handlers:
             Opcode.SYNCFS: self.files.syncfs,
             Opcode.IOCTL: self.file_attributes.ioctl,
         }
+        if context.heard is not None:
+            for opcode in fuse.MAKES_ENTRIES:
+                self.table[opcode] = context.heard.before(self.table[opcode])

@@ -27,11 +27,8 @@ class Responder:
         self._inodes = context.inodes
         self._handles = context.handles
         self._files = context.files
-        # entry_valid, attr_valid, entry_valid_nsec, attr_valid_nsec of struct fuse_entry_out
-        (entry, entry_nsec), (valid, valid_nsec) = context.policy.entry, context.policy.attributes
-        self._validity = (entry, valid, entry_nsec, valid_nsec)
-        self._entry_validity = (entry, 0, entry_nsec, 0)
-        self._attr_timeout = context.policy.attributes
+        self._validity = context.policy.validity
+        self._heard = context.heard
         self._written = context.handles.written
 
     def _send(self, reply: bytes | bytearray | memoryview) -> bool:
@@ -53,22 +50,27 @@ class Responder:
 
     def _entry(self, nodeid: int, attributes: Attributes) -> bytes:
         """Return ``struct fuse_entry_out``."""
+        heard = self._heard
+        validity = self._validity if heard is None else heard.of_entry(nodeid, attributes)
         return _pack_entry(
             nodeid,
             self._inodes.get(nodeid).birth,
-            *(self._validity if self._attributes_last(nodeid) else self._entry_validity),
+            *(validity.both if self._attributes_last(nodeid) else validity.only_entry),
             *_attr(self._inodes.shown(attributes.device, attributes.ino), self._with_dirty_pages(nodeid, attributes)),
         )
 
-    def _reply_entry(self, unique: int, nodeid: int, attributes: Attributes) -> None:
+    def _reply_entry(self, unique: int, nodeid: int, attributes: Attributes, *, lasting: bool = True) -> None:
+        """Answer with an entry; if not *lasting*, its attributes are not valid."""
         inodes = self._inodes
+        heard = self._heard
+        validity = self._validity if heard is None else heard.of_entry(nodeid, attributes)
         reply = _pack_entry_reply(
             _ENTRY_REPLY_SIZE,
             0,
             unique,
             nodeid,
             inodes.get(nodeid).birth,
-            *(self._entry_validity if nodeid in self._written else self._validity),
+            *(validity.both if lasting and nodeid not in self._written else validity.only_entry),
             *_attr(inodes.shown(attributes.device, attributes.ino), self._with_dirty_pages(nodeid, attributes)),
         )
         if self._send(reply):
@@ -76,14 +78,16 @@ class Responder:
         else:
             self._tree.forget(nodeid, 0)
 
-    def _attributes_reply(self, unique: int, nodeid: int, attributes: Attributes) -> bytes:
-        """Return the reply to GETATTR and SETATTR."""
+    def _attributes_reply(self, unique: int, nodeid: int, attributes: Attributes, *, lasting: bool = True) -> bytes:
+        """Return the reply to GETATTR and SETATTR; if not *lasting*, the attributes are not valid."""
         attr_reply = fuse.ATTR_REPLY
+        heard = self._heard
+        validity = self._validity if heard is None else heard.of_attributes(nodeid, attributes)
         return attr_reply.pack(
             attr_reply.size,
             0,
             unique,
-            *(self._attr_timeout if self._attributes_last(nodeid) else (0, 0)),
+            *(validity.attributes if lasting and self._attributes_last(nodeid) else (0, 0)),
             *_attr(self._inodes.shown(attributes.device, attributes.ino), self._with_dirty_pages(nodeid, attributes)),
         )
 

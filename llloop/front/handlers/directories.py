@@ -137,6 +137,7 @@ class DirectoryRequests(Responder):
             the kernel has to look up the entry itself.
         """
         parent, inodes, table, written = handle.nodeid, self._inodes, self._table, self._written
+        heard = self._heard
         names = [name_of(record) for record in records]
         wanted = [position for position, name in enumerate(names) if name not in _NOT_LOOKED_UP]
         if 2 * self._recent.count(parent, now) > among:
@@ -148,6 +149,7 @@ class DirectoryRequests(Responder):
             positions = wanted[first : first + len(table)]
             is_there = table.statx_names(handle.descriptor, [names[position] for position in positions])
             nodeids, births, numbers = [], [], []
+            validity = self._validity
             for row, position in enumerate(positions):
                 nodeid = birth = number = 0
                 if is_there[row]:  # otherwise removed or inaccessible; a later lookup reports that
@@ -158,13 +160,22 @@ class DirectoryRequests(Responder):
                         births.append(0)
                         numbers.append(0)
                         continue
+                    if heard is not None:
+                        its = heard.of_entry(nodeid, attributes)
+                        if its is heard.only_entry:  # all entries get the same timeouts
+                            self._tree.forget(nodeid, 0)
+                            nodeids.append(0)
+                            births.append(0)
+                            numbers.append(0)
+                            continue
+                        validity = min(validity, its)
                     number = inodes.shown(attributes.device, attributes.ino)
                     birth = inodes.get(nodeid).birth
                     looked_up.append(nodeid)
                 nodeids.append(nodeid)
                 births.append(birth)
                 numbers.append(number)
-            found = entries(table, nodeids, births, numbers, self._validity)
+            found = entries(table, nodeids, births, numbers, validity.both)
             for position, nodeid, entry in zip(positions, nodeids, found, strict=True):
                 if nodeid:
                     result[position] = entry

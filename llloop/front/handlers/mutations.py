@@ -36,7 +36,9 @@ class MutationRequests(Responder):
         """FUSE_LINK."""
         (nodeid,) = fuse.LINK_REQUEST.unpack_from(self._memory, request.base)
         name = request.string(fuse.LINK_REQUEST.size)
-        self._reply_entry(request.unique, *self._tree.link(nodeid, request.nodeid, name, request.caller()))
+        linked, attributes = self._tree.link(nodeid, request.nodeid, name, request.caller())
+        # As in the reply to SETATTR.
+        self._reply_entry(request.unique, linked, attributes, lasting=self._heard is None)
 
     def unlink(self, request: FuseRequest) -> None:
         """FUSE_UNLINK."""

@@ -25,11 +25,6 @@ class NameRequests(Responder):
         self._recent = recent
         self._router = context.router
         self._forgetting = context.forgetting
-        seconds, nanoseconds = context.policy.negative
-        # struct fuse_entry_out for a missing name; empty if the kernel must not cache that.
-        self._negative = fuse.ENTRY_HEAD.pack(0, 0, seconds, 0, nanoseconds, 0) + bytes(fuse.ATTR.size)
-        if not seconds and not nanoseconds:
-            self._negative = b""
 
     def lookup(self, request: FuseRequest) -> None:
         """FUSE_LOOKUP."""
@@ -37,10 +32,12 @@ class NameRequests(Responder):
         if found is not None:
             self._reply_entry(request.unique, *found)
             self._recent.note(request.nodeid, request.taken)
-        elif self._negative:
-            self._send(fuse.reply(request.unique, self._negative))
         else:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+            heard = self._heard
+            negative = (self._validity if heard is None else heard.of_missing(request.nodeid)).negative
+            if not negative:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+            self._send(fuse.reply(request.unique, negative))
 
     def forget(self, request: FuseRequest) -> None:
         """FUSE_FORGET and FUSE_BATCH_FORGET: without reply."""
@@ -55,9 +52,9 @@ class NameRequests(Responder):
             attributes = self._tree.getattr(request.nodeid)
         self._reply_attributes(request, attributes)
 
-    def _reply_attributes(self, request: FuseRequest, attributes: Attributes) -> None:
+    def _reply_attributes(self, request: FuseRequest, attributes: Attributes, *, lasting: bool = True) -> None:
         nodeid = request.nodeid
-        reply = self._attributes_reply(request.unique, nodeid, attributes)
+        reply = self._attributes_reply(request.unique, nodeid, attributes, lasting=lasting)
         pages = self._written.get(nodeid)
         if pages is not None and self._router.is_unanswered(pages.invalidation):
             # New attributes make the kernel read pages again. It must not find pages that are still to be dropped, so
@@ -74,7 +71,8 @@ class NameRequests(Responder):
         changes = Changes(valid, mode, uid, gid, size, atime, mtime, ctime)
         handle = number if valid & fuse.FATTR_FH else None
         attributes = self._tree.setattr(request.nodeid, changes, handle, request.caller())
-        self._reply_attributes(request, attributes)
+        # The kernel takes the attributes in a reply to SETATTR even if it was told meanwhile that they have changed.
+        self._reply_attributes(request, attributes, lasting=self._heard is None)
 
     def statx(self, request: FuseRequest) -> None:
         """FUSE_STATX: the kernel sends it if a program asks for the birth time."""
@@ -82,9 +80,11 @@ class NameRequests(Responder):
         nodeid = request.nodeid
         handle = self._handles.get(number) if getattr_flags & fuse.FUSE_GETATTR_FH else None
         raw = self._tree.statx_raw(nodeid, mask, flags, handle)
-        valid = self._attr_timeout
-        if nodeid in self._written:
-            valid = 0, 0
+        valid = 0, 0
+        heard = self._heard
+        if nodeid not in self._written:
+            valid = (self._validity if heard is None else heard.of_statx(nodeid)).attributes
+        else:
             size, blocks = fuse.STATX_SIZE_AND_BLOCKS.unpack_from(raw)
             if not blocks and self._can_get_blocks(nodeid, size):
                 raw[fuse.STATX_BLOCKS_OFFSET : fuse.STATX_BLOCKS_OFFSET + 8] = (1).to_bytes(8, sys.byteorder)

@@ -79,6 +79,7 @@ OPTIONS: list[tuple[str, list[str], dict[str, str], Any]] = [
     ("read_only", ["--ro"], {"READ_ONLY": "true"}, True),
     ("allow_other", ["--allow-other"], {"ALLOW_OTHER": "1"}, True),
     ("allow_other", ["--no-allow-other"], {"ALLOW_OTHER": "0"}, False),
+    ("watch", ["--watch"], {"WATCH": "1"}, True),
     ("cache", ["--cache", "always"], {"CACHE": "always"}, Cache.ALWAYS),
     ("io", ["--io", "auto"], {"IO": "auto"}, IoKind.AUTO),
     ("metadata", ["--metadata", "workers"], {"METADATA": "workers"}, MetadataKind.WORKERS),

@@ -42,6 +42,10 @@ def answer(time: float, requests: int, moved: int, histogram: list[int], pid: in
         "handles": 3,
         "slots": {"used": 2, "total": 256},
         "cache": {"kept": requests, "dropped": 0, "bypassed": 0, "passed_through": 0},
+        "watch": {
+            **{"heard": requests, "own": 0, "ignored": 0, "notified": 0, "told": 0, "dropped": 0},
+            **{"nanoseconds": 0, "histogram": histogram},
+        },
     }
 
 
@@ -57,6 +61,7 @@ def test_rates_are_computed_from_the_difference() -> None:
     assert found["workers"][0]["cpu"] == 0.5
     assert found["workers"][0]["queue"] == 2
     assert found["cache"]["kept"] == 200
+    assert (found["watch"]["heard"], found["watch"]["histogram"], found["watch"]["p50_us"]) == (200, [0, 0, 200], 3)
 
 
 def test_rates_without_earlier_answer_cover_the_uptime() -> None:

@@ -107,9 +107,12 @@ def test_cache_always_keeps_pages() -> None:
 
 def test_timeouts_equal_the_options() -> None:
     own = policy(attr_timeout=1.5, entry_timeout=0.25, negative_timeout=3)
-    assert (own.attributes, own.entry, own.negative) == ((1, 500_000_000), (0, 250_000_000), (3, 0))
+    assert own.validity.attributes == (1, 500_000_000)
+    assert own.validity.both == (0, 1, 250_000_000, 500_000_000)
+    assert own.validity.only_entry == (0, 0, 250_000_000, 0)
+    assert own.validity.negative == fuse.ENTRY_HEAD.pack(0, 0, 3, 0, 0, 0) + bytes(fuse.ATTR.size)
     never = policy(Cache.NEVER)
-    assert never.attributes == never.entry == never.negative == (0, 0)
+    assert never.validity == ((0, 0, 0, 0), (0, 0, 0, 0), (0, 0), b"")
 
 
 @given(st.floats(0, 2**31))

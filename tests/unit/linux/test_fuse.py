@@ -167,10 +167,12 @@ LAYOUTS = [
         "st.blocks st.bfree st.bavail st.files st.ffree st.bsize st.namelen st.frsize",
     ),
     plain("STATX_OUT", "fuse_statx_out", "attr_valid attr_valid_nsec flags", since=39, longer=True),
+    plain("ATTR_HEAD", "fuse_attr_out", "attr_valid attr_valid_nsec", longer=True),
     plain("STATX_SIZE_AND_BLOCKS", "fuse_statx", "size blocks", since=39, longer=True),
     plain("DIRENT", "fuse_dirent", "ino off namelen type", longer=True),
     reply("INVAL_INODE", "fuse_notify_inval_inode_out", "ino off len"),
     reply("INVAL_ENTRY", "fuse_notify_inval_entry_out", "parent namelen flags", since=38),
+    reply("DELETE", "fuse_notify_delete_out", "parent child namelen"),
 ]
 
 
@@ -306,6 +308,8 @@ def constants() -> list[tuple[str, int, int]]:
         "FUSE_ALLOW_IDMAP": 41,
         "FUSE_UNIQUE_RESEND": 40,
         "FUSE_NOTIFY_RESEND": 40,
+        "FUSE_NOTIFY_INC_EPOCH": 44,
+        "FUSE_EXPIRE_ONLY": 38,
     }
     named = [(f"FUSE_{opcode.name}", int(opcode)) for opcode in Opcode]
     named += [(f"FUSE_{feature.name}", int(feature)) for feature in Feature]

@@ -28,10 +28,17 @@ def test_drop_pages_of_a_range_or_to_the_end(device: Device) -> None:
     ]
 
 
-def test_expire_entry_accepts_any_bytes(device: Device) -> None:
+def test_names_are_any_bytes(device: Device) -> None:
+    notifications.drop_entry(device.fd, 1, b"\xff name")
     notifications.expire_entry(device.fd, 1, b"\xff name")
-    payload = struct.pack("=QII", 1, 6, 0) + b"\xff name\0"
-    assert device.take() == [Reply(0, -fuse.FUSE_NOTIFY_INVAL_ENTRY, payload)]
+    assert device.take() == [
+        Reply(0, -fuse.FUSE_NOTIFY_INVAL_ENTRY, struct.pack("=QII", 1, 6, flags) + b"\xff name\0") for flags in (0, 1)
+    ]
+
+
+def test_epoch_has_no_arguments(device: Device) -> None:
+    notifications.increase_epoch(device.fd)
+    assert device.take() == [Reply(0, -fuse.FUSE_NOTIFY_INC_EPOCH, b"")]
 
 
 def test_unknown_inode_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:

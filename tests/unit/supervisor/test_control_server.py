@@ -453,7 +453,7 @@ def test_client_refuses_invalid_replies(tmp_path: Path, reply: bytes, reason: st
 STATUS = {
     **{"source": "/src", "mountpoint": "/mnt", "version": "1", "state": "serving", "pid": 1, "began": 1.5, "uptime": 2},
     **{"loop": "own", "protocol": "7.45", "capabilities": ["async_read"], "options": {"workers": 2, "options": ["ro"]}},
-    "in_force": {"cache": "none", "io": "workers", "metadata": "front"},
+    "in_force": {"cache": "none", "io": "workers", "metadata": "front", "watch": "off"},
     "processes": [{"role": "front", "pid": 7, "state": "S", "restarts": 0, "busy": None}],
 }
 COUNTS = {"requests": 1, "errors": 0, "bytes": 0}
@@ -465,6 +465,10 @@ STATS = {
     "workers": [{**PROCESS, "name": "worker-0", "queue": 0}],
     "slots": {"used": 0, "total": 2},
     "cache": {"kept": 0, "dropped": 0, "bypassed": 0, "passed_through": 0},
+    "watch": {
+        **{"heard": 1, "own": 0, "ignored": 0, "notified": 1, "told": 0, "dropped": 0},
+        **{"nanoseconds": 5, "histogram": [0, 1]},
+    },
 }
 ANSWERS = {"status": STATUS, "stats": STATS}
 PROBLEM = "the source has been deleted"
