@@ -1,7 +1,7 @@
 """A replicated GlusterFS volume of two bricks on this machine, with a client for each of two hosts.
 
-The bricks and clients are started from volume files, without glusterd: this needs no state outside the test's directory.
-The translators are those of a volume that `gluster volume create NAME replica 2` makes with its defaults.
+The bricks and clients are started from volume files, without glusterd: this needs no state outside the test's
+directory. The translators are those of a volume that `gluster volume create NAME replica 2` makes with its defaults.
 """
 
 from __future__ import annotations
