@@ -251,8 +251,8 @@ def _options(options: dict[str, Any]) -> list[str]:
         option = name.replace("_", "-")
         if isinstance(value, bool):
             found += [option] if value else [f"no-{option}"] if name in ("allow_other", "xattr") else []
-        elif name == "options":
-            found += [f"-o {','.join(value)}"] if value else []
+        elif isinstance(value, list):
+            found += [f"{'-o' if name == 'options' else option} {','.join(value)}"] if value else []
         else:
             found.append(f"{option} {value:g}" if isinstance(value, float) else f"{option} {value}")
     return found

@@ -328,6 +328,8 @@ def test_mount_options(serve: Serve) -> None:
     assert (kind, name) == ("fuse.llloop", r"a\040name,\040with\040a\040comma")
     assert {"ro", "sync", "max_read=65536", "default_permissions"} <= set(options.split(","))
     assert "allow_other" not in options
+    shown = " ".join(run_llloop("status", server.mountpoint).stdout.split())
+    assert "map-users 4001:7001:10, map-groups 4001:7001:10" in shown
 
 
 def test_python() -> None:
