@@ -91,5 +91,6 @@ def _invalidate(device: int, nodeid: int, offset: int, length: int) -> None:
 
 
 def _tell(device: int, message: bytes) -> None:
-    with suppress(FileNotFoundError):  # the kernel knows no such inode, or no such name
+    # The kernel knows no such inode, or no such name; or a number of a directory is that of another file now.
+    with suppress(FileNotFoundError, NotADirectoryError):
         os.write(device, message)

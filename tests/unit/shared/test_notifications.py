@@ -50,6 +50,8 @@ def test_unknown_inode_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     notifications.expire_attributes(3, 5)
     notifications.drop_pages(3, 5)
     notifications.expire_entry(3, 5, b"name")
+    number = errno.ENOTDIR
+    notifications.drop_entry(3, 5, b"name")
     number = errno.ENODEV
     with pytest.raises(OSError, match=os.strerror(errno.ENODEV)):
         notifications.expire_attributes(3, 5)
