@@ -120,6 +120,7 @@ class Operations:
         invalidations: the requests that wait until the kernel has dropped pages.
         probe: does PROBE.
         leadership: decides which thread serves.
+        trace: returns *replies*, or while somebody reads the trace an object that writes it, too.
     """
 
     def __init__(
@@ -133,11 +134,13 @@ class Operations:
         invalidations: Invalidations,
         probe: Callable[[Request], None] | None = None,
         leadership: Leadership | None = None,
+        trace: Callable[[], Replies] | None = None,
     ) -> None:
         self._call = (leadership or Leadership()).call
         self._slots = slots
         self._descriptors = descriptors
-        self._replies = replies
+        self._replies = replies if trace is None else trace()
+        self._choose_replies = trace
         self._setid = setid
         self._writer = writer
         self._counters = counters
@@ -153,6 +156,7 @@ class Operations:
             Operation.COPY_FILE_RANGE: self._copy_file_range,
             Operation.SYNCFS: self._syncfs,
             Operation.GETATTR: self._getattr,
+            Operation.TRACE: self._trace,
         }
         if probe is not None:
             self._table[Operation.PROBE] = probe
@@ -516,3 +520,7 @@ class Operations:
     def _syncfs(self, request: Request) -> None:
         self._call(syscalls.syncfs, self._fd(request))
         self._replies.error(request, 0)
+
+    def _trace(self, request: Request) -> None:
+        if self._choose_replies is not None:
+            self._replies = self._choose_replies()

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from llloop.linux.credentials import SetidGuard, Writer, drop_capabilities_except, worker_capabilities
 from llloop.shared.leadership import Leadership
 from llloop.shared.slots import Slots
+from llloop.shared.trace import Trace
 from llloop.workers.descriptors import Descriptors
 from llloop.workers.invalidations import Invalidations
 from llloop.workers.loop import Worker
 from llloop.workers.operations import Operations
 from llloop.workers.preflight import Probes
-from llloop.workers.replies import FrontReplies, KernelReplies, Replies
+from llloop.workers.replies import FrontReplies, KernelReplies, Replies, TracedReplies
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,7 @@ class WorkerSetup:
         root: an O_PATH descriptor of the source.
         probed: the write end of the pipe for results of PROBE requests to the front.
         wanted: the write end of the pipe to the invalidator.
+        trace: the trace of requests.
     """
 
     shard: int
@@ -39,6 +41,7 @@ class WorkerSetup:
     root: int
     probed: int
     wanted: int
+    trace: Trace
 
 
 def run_worker(setup: WorkerSetup) -> None:
@@ -55,8 +58,22 @@ def run_worker(setup: WorkerSetup) -> None:
     descriptors = Descriptors(slots)
     probes = Probes(setup.root, descriptors, setup.probed, leadership)
     invalidations = Invalidations(setup.wanted)
+    traced = TracedReplies(replies, setup.trace.worker(setup.shard))
+
+    def choose_replies() -> Replies:
+        return traced if setup.trace.wanted else replies
+
     operations = Operations(
-        slots, descriptors, replies, SetidGuard(), Writer(), counters, invalidations, probes.probe, leadership
+        slots,
+        descriptors,
+        replies,
+        SetidGuard(),
+        Writer(),
+        counters,
+        invalidations,
+        probes.probe,
+        leadership,
+        choose_replies,
     )
     worker = Worker(setup.shard, slots, setup.pipe, operations, counters, descriptors, leadership, invalidations)
     worker.recover()

@@ -6,7 +6,9 @@ import errno
 import fcntl
 import mmap
 import os
+import sys
 import threading
+import time
 from typing import Protocol
 
 from llloop.linux import fuse
@@ -14,19 +16,18 @@ from llloop.shared import notifications
 from llloop.shared.leadership import Leadership
 from llloop.shared.messages import SINGLE_CALL, Request, encode
 from llloop.shared.slots import Slots
+from llloop.shared.trace import Ring
 
 # Up to this size, in bytes, copying through a buffer costs less than the system calls of a splice.
 COPY_LIMIT = 32 * 1024
 
 
 class Replies(Protocol):
-    """Answers requests.
+    """Answers requests."""
 
-    Attributes:
-        accepted: whether the kernel (or the front) has accepted the last answer.
-    """
-
-    accepted: bool
+    @property
+    def accepted(self) -> bool:
+        """Whether the kernel (or the front) has accepted the last answer."""
 
     def expire(self, nodeid: int) -> None:
         """Make the kernel drop an inode's cached attributes, which the next answer does not contain."""
@@ -239,3 +240,48 @@ class FrontReplies:
 
     def _send(self, request: Request, result: int) -> None:
         os.write(self._pipe, encode((request.unique, result)))
+
+
+class TracedReplies:
+    """Answers requests as *replies* does, and writes each answer into the trace.
+
+    Args:
+        replies: sends the answers.
+        ring: the worker's ring.
+    """
+
+    def __init__(self, replies: Replies, ring: Ring) -> None:
+        self._replies = replies
+        self._ring = ring
+
+    @property
+    def accepted(self) -> bool:
+        return self._replies.accepted
+
+    def expire(self, nodeid: int) -> None:
+        self._replies.expire(nodeid)
+
+    def error(self, request: Request, number: int) -> None:
+        self._replies.error(request, number)
+        self._trace(request.unique, error=fuse.known_errno(number))
+
+    def count(self, request: Request, count: int) -> None:
+        self._replies.count(request, count)
+        self._trace(request.unique, value=count)
+
+    def position(self, request: Request, offset: int) -> None:
+        self._replies.position(request, offset)
+        self._trace(request.unique)
+
+    def data(self, request: Request, fd: int) -> int:
+        size = self._replies.data(request, fd)
+        self._trace(request.unique, size=size)
+        return size
+
+    def ready(self, reply: bytes) -> None:
+        self._replies.ready(reply)
+        self._trace(int.from_bytes(reply[8:16], sys.byteorder))
+
+    def _trace(self, unique: int, error: int = 0, size: int = 0, value: int = 0) -> None:
+        if self.accepted:
+            self._ring.answered(unique, error, size, value, time.monotonic_ns())

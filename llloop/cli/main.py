@@ -16,6 +16,7 @@ from llloop.cli.control import control
 from llloop.cli.daemon import Daemon
 from llloop.cli.stats import stats
 from llloop.cli.status import status
+from llloop.cli.trace import trace
 from llloop.config import MAX_WORKERS, Cache, IoKind, LoopKind, MetadataKind, ServeConfig, help_text
 from llloop.errors import HostError, MountpointError, UsageError
 from llloop.linux import mount_identity, mounts
@@ -235,6 +236,7 @@ def print_systemd_unit(paths: tuple[str, ...]) -> None:
 main.add_command(status)
 main.add_command(stats)
 main.add_command(control)
+main.add_command(trace)
 
 
 if __name__ == "__main__":

@@ -39,33 +39,78 @@ def ask(path: str, command: str, *, owner: int | None = None, deadline: float | 
         NotReachable: no server answers, it refuses this user, or its answer is invalid.
         LlloopError: the server answered with an error.
     """
+    with open_stream(path, command, owner=owner, deadline=deadline, **arguments) as stream:
+        return stream.result
+
+
+class Stream:
+    """A result, with the descriptors that came with it and the connection, which stays open until `close`.
+
+    Attributes:
+        result: the result.
+        descriptors: the descriptors.
+        connection: the connection; it becomes readable when the server has ended the stream.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.result: Any = None
+        self.descriptors: list[int] = []
+        self.connection = connection
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection and the descriptors."""
+        self.connection.close()
+        while self.descriptors:
+            os.close(self.descriptors.pop())
+
+
+def open_stream(
+    path: str, command: str, *, owner: int | None = None, deadline: float | None = None, **arguments: Any
+) -> Stream:
+    """Send a command to a control socket; return its result and the open connection; otherwise as `ask`."""
     if deadline is None:
         deadline = time.monotonic() + TIMEOUT
     timeout = max(0.0, deadline - time.monotonic())
+    stream = Stream(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC))
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as connection:
-            connection.settimeout(timeout + 0.001)
-            connection.connect(path)
-            _check_peer(connection, {0, os.geteuid()} if owner is None else {owner})
-            connection.sendall(protocol.encode({"command": command, **arguments}))
-            (length,) = HEADER.unpack(_receive(connection, HEADER.size, deadline))
-            if length > MAX_REPLY:
-                raise BadMessage(f"a reply of {length} bytes")
-            reply = protocol.decode(_receive(connection, length, deadline))
-        if "error" in reply:
-            raise LlloopError(validation.validated(reply["error"], str, "the error"))
-        result = reply.get("result")
-        return validation.validated(result, validation.SHAPES[command]) if command in validation.SHAPES else result
-    except (FileNotFoundError, ConnectionRefusedError):
-        raise NotReachable("its server is gone") from None
-    except PermissionError:
-        raise NotReachable("it belongs to another user; only that user and root may ask its server") from None
-    except TimeoutError:
-        raise NotReachable(f"its server has not answered within {timeout:.2g} seconds") from None
-    except ShapeMismatch as error:
-        raise NotReachable(f"its server is another version of llloop, or not llloop: {error}") from None
-    except (OSError, BadMessage) as error:
-        raise NotReachable(f"its server gave an invalid answer: {error}") from None
+        _exchange(stream, path, {"command": command, **arguments}, owner, deadline)
+    except BaseException as error:
+        stream.close()
+        if isinstance(error, (FileNotFoundError, ConnectionRefusedError)):
+            raise NotReachable("its server is gone") from None
+        if isinstance(error, PermissionError):
+            raise NotReachable("it belongs to another user; only that user and root may ask its server") from None
+        if isinstance(error, TimeoutError):
+            raise NotReachable(f"its server has not answered within {timeout:.2g} seconds") from None
+        if isinstance(error, ShapeMismatch):
+            raise NotReachable(f"its server is another version of llloop, or not llloop: {error}") from None
+        if isinstance(error, (OSError, BadMessage)):
+            raise NotReachable(f"its server gave an invalid answer: {error}") from None
+        raise
+    return stream
+
+
+def _exchange(stream: Stream, path: str, request: dict[str, Any], owner: int | None, deadline: float) -> None:
+    """Send a request to the socket at *path*, and put what comes back into *stream*."""
+    connection = stream.connection
+    connection.settimeout(max(0.0, deadline - time.monotonic()) + 0.001)
+    connection.connect(path)
+    _check_peer(connection, {0, os.geteuid()} if owner is None else {owner})
+    connection.sendall(protocol.encode(request))
+    (length,) = HEADER.unpack(_receive(stream, HEADER.size, deadline))
+    if length > MAX_REPLY:
+        raise BadMessage(f"a reply of {length} bytes")
+    reply = protocol.decode(_receive(stream, length, deadline))
+    if "error" in reply:
+        raise LlloopError(validation.validated(reply["error"], str, "the error"))
+    shape = validation.SHAPES.get(request["command"])
+    stream.result = reply.get("result") if shape is None else validation.validated(reply.get("result"), shape)
 
 
 def _check_peer(connection: socket.socket, users: set[int]) -> None:
@@ -79,11 +124,12 @@ def _check_peer(connection: socket.socket, users: set[int]) -> None:
         raise BadMessage(f"it runs as user {uid}")
 
 
-def _receive(connection: socket.socket, length: int, deadline: float) -> bytes:
+def _receive(stream: Stream, length: int, deadline: float) -> bytes:
     data = bytearray()
     while len(data) < length:
-        connection.settimeout(max(0.001, deadline - time.monotonic()))
-        part = connection.recv(min(length - len(data), 1 << 20))
+        stream.connection.settimeout(max(0.001, deadline - time.monotonic()))
+        part, descriptors, *_ = socket.recv_fds(stream.connection, min(length - len(data), 1 << 20), 1)
+        stream.descriptors += descriptors
         if not part:
             raise BadMessage("the answer is cut short")
         data += part
@@ -109,7 +155,13 @@ def socket_candidates(entry: MountEntry) -> Iterator[tuple[str, int | None]]:
 
 
 def ask_entry(entry: MountEntry, command: str, *, deadline: float | None = None, **arguments: Any) -> Any:
-    """Send a command to the server of a mount, and return its result; arguments as for `ask`.
+    """Send a command to the server of a mount, and return its result; arguments and errors as for `stream_of_entry`."""
+    with stream_of_entry(entry, command, deadline=deadline, **arguments) as stream:
+        return stream.result
+
+
+def stream_of_entry(entry: MountEntry, command: str, *, deadline: float | None = None, **arguments: Any) -> Stream:
+    """Send a command to the server of a mount; return its result and the open connection; arguments as for `ask`.
 
     All sockets that can be the mount's share the time until *deadline*: a user can make any number of them.
 
@@ -121,20 +173,25 @@ def ask_entry(entry: MountEntry, command: str, *, deadline: float | None = None,
         deadline = time.monotonic() + TIMEOUT
     for path, owner in socket_candidates(entry):
         try:
-            found = ask(path, command, owner=owner, deadline=deadline, **arguments)
+            stream = open_stream(path, command, owner=owner, deadline=deadline, **arguments)
         except LlloopError as error:
             # Report the first error: the first socket is the most likely one, others may be left from dead servers.
             problem = problem or error
             continue
-        # Do not trust the server's own statement of its mount point.
-        return (
-            {**found, "mountpoint": entry.mountpoint} if "mountpoint" in validation.SHAPES.get(command, ()) else found
-        )
+        if "mountpoint" in validation.SHAPES.get(command, ()):
+            stream.result["mountpoint"] = entry.mountpoint  # do not trust the server's own statement
+        return stream
     raise problem or NotReachable("it has no control socket; its server is gone, or belongs to another user")
 
 
 def ask_mount(mountpoint: str, command: str, **arguments: Any) -> Any:
-    """Send a command to the server of the mount at *mountpoint*, and return its result; arguments as for `ask`.
+    """Send a command to the server of the mount at *mountpoint*, and return its result; otherwise as `stream_of`."""
+    with stream_of(mountpoint, command, **arguments) as stream:
+        return stream.result
+
+
+def stream_of(mountpoint: str, command: str, **arguments: Any) -> Stream:
+    """Send a command to the server of the mount at *mountpoint*; return its result and the open connection.
 
     Raises:
         MountpointError: there is no llloop mount.
@@ -142,6 +199,6 @@ def ask_mount(mountpoint: str, command: str, **arguments: Any) -> Any:
     """
     entry = mounts.find_llloop(mounts.resolve_mountpoint(mountpoint), mountpoint)
     try:
-        return ask_entry(entry, command, **arguments)
+        return stream_of_entry(entry, command, **arguments)
     except LlloopError as error:
         raise type(error)(f"{mountpoint}: {error}") from None

@@ -72,7 +72,8 @@ STATS: dict[Any, Any] = {
     },
 }
 SOURCE: dict[Any, Any] = {"waiting": (float, type(None)), "problem": (str, type(None))}
-SHAPES = {"status": STATUS, "stats": STATS, "source": SOURCE}
+TRACE: dict[Any, Any] = {"shards": int, "io_by_kernel": bool}
+SHAPES = {"status": STATUS, "stats": STATS, "source": SOURCE, "trace": TRACE}
 
 
 class ShapeMismatch(Exception):

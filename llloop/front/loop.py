@@ -17,6 +17,7 @@ from llloop.front.preflight import Preflight
 from llloop.front.recovery.replay import Replay
 from llloop.front.recovery.takeover import finish_takeover
 from llloop.front.request import FuseRequest
+from llloop.front.tracing import Tracer
 from llloop.linux import fuse
 from llloop.linux.credentials import restore_process_attributes
 from llloop.linux.fuse import Opcode
@@ -90,9 +91,12 @@ class Loop:
         if relay is not None:
             relayed = RelayedRequests(relay, device, self._slots.memory, context.inodes, context.tree.getattr)
             self._table = relayed.before(self._table)
-        # The handlers for a request that was just received, and for one that was set aside before.
-        self._table_for_new = self._table_for_set_aside = self._table
         self._preflight = preflight
+        # The handlers for a request that was just received, and for one that was set aside before.
+        self._table_for_set_aside = self._table
+        self._table_for_new = self._table = self._table if preflight is None else self._with_preflight(preflight)
+        # The tables without a tracer, while there is one.
+        self._untraced: list[tuple[list[Handler], list[Handler]]] = []
         # Requests whose PROBE is done, and requests that were postponed because no thread was left, each with the time
         # of its reception.
         self._answered: deque[tuple[bytes, int]] = deque()
@@ -116,9 +120,23 @@ class Loop:
 
     def run(self) -> None:
         """Serve until the file system is unmounted."""
-        if self._preflight is not None:
-            self._table_for_new = self._table = self._with_preflight()
         self._leadership.run(self._lead)
+
+    def trace(self, tracer: Tracer | None) -> None:
+        """Trace requests from the next one on, or with None no more. Another thread may call this."""
+        for responder in self._handlers.responders:
+            responder.trace(None if tracer is None else tracer.replied)
+        # Change the tables in place, because the leader may be switching from one to another.
+        for table, untraced in self._untraced:
+            table[:] = untraced
+        self._untraced = []
+        if tracer is not None:
+            tables = [self._table_for_set_aside]
+            if self._table_for_new is not self._table_for_set_aside:
+                tables.append(self._table_for_new)
+            self._untraced = [(table, list(table)) for table in tables]
+            for table, untraced in self._untraced:
+                table[:] = [tracer.traced(opcode, handler) for opcode, handler in enumerate(untraced)]
 
     def _lead(self, thread: int) -> bool:
         """Serve as the leader; return True after the unmount, False if another thread has become the leader."""
@@ -165,10 +183,10 @@ class Loop:
         notifications.resend(self._device)
         self._may_close = False
         delivered = True
-        served = self._table
+        new, set_aside = self._table_for_new, self._table_for_set_aside
         self._table_for_new = self._table_for_set_aside = self._table = Replay(
             context, self._device, self._handlers
-        ).before(served)
+        ).before(set_aside)
         request = self._leader_request
         request.slot = self._free_slot()
         while self.receive(request):
@@ -176,7 +194,8 @@ class Loop:
             opcode, unique = request.opcode, request.unique
             if opcode not in _NOT_RESENT and not unique & fuse.FUSE_UNIQUE_RESEND:
                 finish_takeover(context, delivered)
-                self._table_for_new = self._table_for_set_aside = self._table = served
+                self._table_for_new = self._table = new
+                self._table_for_set_aside = set_aside
                 self._postpone(request)  # until there are other threads: it may block
                 self._may_close = True
                 return
@@ -228,10 +247,8 @@ class Loop:
                 self._streaming = length > _LARGE
                 return True
 
-    def _with_preflight(self) -> list[Handler]:
+    def _with_preflight(self, preflight: Preflight) -> list[Handler]:
         """Return a table of handlers that send a PROBE first for requests that access the source."""
-        preflight = self._preflight
-        assert preflight is not None
         table = list(self._table_for_set_aside)
         for opcode in preflight.opcodes:
             table[opcode] = self._ask

@@ -19,11 +19,13 @@ from llloop.front.loop import Loop
 from llloop.front.preflight import Preflight
 from llloop.front.recovery.takeover import begin_takeover
 from llloop.front.router import Exchange
+from llloop.front.tracing import Tracer, TraceSwitch
 from llloop.linux import syscalls
 from llloop.linux.credentials import FRONT_CAPABILITIES, drop_capabilities_except
 from llloop.shared.journal import Journal
 from llloop.shared.negotiation import Capabilities
 from llloop.shared.slots import Slots
+from llloop.shared.trace import Trace
 from llloop.shared.watch_state import WatchState
 
 _log = logging.getLogger(__name__)
@@ -45,6 +47,8 @@ class FrontSetup:
         answers: the read end of the pipe for workers' answers with `--loop llfuse`.
         probed: the read end of the pipe for workers' answers to PROBE, or None without preflight checks.
         watch: what the front and the watcher tell each other; None without `--watch`.
+        trace: the trace of requests.
+        trace_switch: the read end of the pipe that tells when readers of the trace come and leave.
     """
 
     config: ServeConfig
@@ -58,6 +62,8 @@ class FrontSetup:
     answers: int
     probed: int | None
     watch: WatchState | None
+    trace: Trace
+    trace_switch: int
 
 
 def run_front(setup: FrontSetup, own: Collection[int], ready: Callable[[], None]) -> None:
@@ -97,9 +103,12 @@ def run_front(setup: FrontSetup, own: Collection[int], ready: Callable[[], None]
     if setup.capabilities is not None:
         preflight = Preflight(context, setup.probed) if setup.probed is not None else None
         loop = Loop(context, setup.device, setup.journal, preflight)
+        tracer = Tracer(setup.trace, slots.memory, context.inodes)
+        trace_switch = TraceSwitch(setup.trace, setup.trace_switch, tracer, loop.trace)
         ready()
         if is_successor:
             loop.serve_resent()
+        trace_switch.start()
         loop.run()
     else:
         setup.operations.attach(context, Exchange(context.router, setup.answers), setup.device)

@@ -19,6 +19,7 @@ IN_HEADER_SIZE = 40  # struct fuse_in_header
 OUT_HEADER_SIZE = 16  # struct fuse_out_header
 WRITE_HEADER_SIZE = IN_HEADER_SIZE + 40  # with struct fuse_write_in; the payload follows
 PAGE_SIZE = mmap.PAGESIZE
+NO_ID = 0xFFFFFFFF  # uid or gid of a request that contains none (FUSE_ALLOW_IDMAP)
 
 
 class Opcode(IntEnum):

@@ -121,6 +121,23 @@ def _status(pid: int) -> dict[bytes, bytes]:
     return dict(tuple(line.split(b":", 1)) for line in status.splitlines() if b":" in line)  # type: ignore[misc]
 
 
+def program_of(thread: int) -> tuple[int, bytes]:
+    """Return the process of a thread, and the thread's name (proc(5), "Tgid" and "Name" of status).
+
+    Args:
+        thread: the id of the thread that a request names, or 0 if it has none in this PID namespace.
+
+    Returns:
+        The process id, or *thread* if proc(5) does not show the thread; and the name, or b"".
+    """
+    status = _read(thread, "status") if thread else b""
+    fields = dict(line.split(b":", 1) for line in status.splitlines()[:8] if b":" in line)
+    try:
+        return int(fields[b"Tgid"]), fields[b"Name"].strip()
+    except (KeyError, ValueError):
+        return thread, b""
+
+
 def _is_mapped(pid: int, which: str, number: int) -> bool:
     """Return whether an id of this user namespace is mapped in the one of thread *pid* (user_namespaces(7)).
 

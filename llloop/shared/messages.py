@@ -35,6 +35,7 @@ class Operation(IntEnum):
     PROBE = 11
     INVALIDATED = 12
     GETATTR = 13
+    TRACE = 14
 
 
 # Flags of a request.
@@ -98,6 +99,7 @@ class Request(NamedTuple):
             * FLUSH: how many writes had failed when the file was opened.
             * INVALIDATED: the `unique` of the request for which the kernel dropped pages.
             * RELEASE: the handles to close.
+            * TRACE: nothing; a reader of the trace has come, or the last one has left.
             * RESUME: the `unique` of each request that the worker may still have.
             * PROBE: the places to check, each a descriptor of the front, or -1 for the source, and a path from there.
         file: the identity of the file, see `identity_of`.

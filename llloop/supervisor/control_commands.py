@@ -1,4 +1,4 @@
-"""The commands of a mount's control socket: status, stats, source, log-level, reload, stop."""
+"""The commands of a mount's control socket: status, stats, source, log-level, reload, stop, trace."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from llloop.shared.slots import Slots
 from llloop.shared.watch_state import NOTHING_HEARD, WatchState
 from llloop.supervisor.child import Child
 from llloop.supervisor.connection import Connection
-from llloop.supervisor.control_server import Command
+from llloop.supervisor.control_server import Command, Stream
 from llloop.supervisor.process_info import SILENT, cpu_seconds, open_files, process_state
 from llloop.supervisor.processes import Processes
 from llloop.supervisor.source_check import SourceCheck
+from llloop.supervisor.tracing import Tracing
 from llloop.version import __version__
 
 _log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class ControlCommands:
         slots: the request slots, with the counters.
         source_check: checks the source.
         watch: what the watcher has heard; None without `--watch`.
+        tracing: the readers of the trace.
         phase: returns the supervisor's phase: "serving", "reloading" or "stopping".
         reload: starts a reload.
         stop: starts unmounting.
@@ -54,6 +56,7 @@ class ControlCommands:
         slots: Slots,
         source_check: SourceCheck,
         watch: WatchState | None,
+        tracing: Tracing,
         *,
         phase: Callable[[], str],
         reload: Callable[[], None],
@@ -64,6 +67,7 @@ class ControlCommands:
         self._slots = slots
         self._source_check = source_check
         self._watch = watch
+        self._tracing = tracing
         self._phase = phase
         self._ask_reload = reload
         self._ask_stop = stop
@@ -79,6 +83,7 @@ class ControlCommands:
             "log-level": self._set_log_level,
             "reload": self._reload,
             "stop": self._stop,
+            "trace": self._trace,
         }
 
     def _status(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -162,6 +167,9 @@ class ControlCommands:
     def _reload(self, request: dict[str, Any]) -> str:
         self._ask_reload()
         return "reloading"
+
+    def _trace(self, request: dict[str, Any]) -> Stream:
+        return self._tracing.open()
 
     def _stop(self, request: dict[str, Any]) -> str:
         self._ask_stop()

@@ -1,7 +1,7 @@
 """The server of a mount's control socket. It never waits for clients.
 
 A client that sends an invalid message gets an error and is disconnected. A slow client is disconnected after `TIMEOUT`
-seconds. If there are more than `MAX_CLIENTS`, the oldest one is disconnected.
+seconds. If there are more than `MAX_CLIENTS`, the oldest one is disconnected that does not read a stream.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import struct
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from llloop.control import protocol
 from llloop.control.protocol import HEADER, MAX_REQUEST, BadMessage
@@ -24,8 +24,23 @@ from llloop.supervisor.event_loop import EventLoop
 
 _log = logging.getLogger(__name__)
 
-# Takes the request and returns the reply's result; an LlloopError becomes the reply's error.
+# Takes the request and returns the reply's result, which may be a Stream; an LlloopError becomes the reply's error.
 Command = Callable[[dict[str, Any]], Any]
+
+
+class Stream(NamedTuple):
+    """A result that comes with a descriptor (unix(7), SCM_RIGHTS), and a connection that stays open.
+
+    Attributes:
+        result: the result.
+        descriptor: the descriptor.
+        ended: called when the client has closed the connection or is disconnected.
+    """
+
+    result: Any
+    descriptor: int
+    ended: Callable[[], None]
+
 
 # How long a client may take to send a request or to read the reply, in seconds.
 TIMEOUT = 5.0
@@ -42,7 +57,9 @@ class _Client:
         self._connection = connection
         self._received = bytearray()
         self._unsent = memoryview(b"")
+        self._begun = False
         self._last = False
+        self.stream: Stream | None = None
         self._deadline = loop.deadline(self.drop)
         self._deadline.set_in(TIMEOUT)
         loop.watch(connection.fileno(), self._ready)
@@ -51,6 +68,8 @@ class _Client:
         try:
             if self._unsent:
                 self._send()
+            elif self.stream is not None:  # the client has closed the connection
+                self.drop()
             else:
                 self._receive()
         except BlockingIOError:
@@ -81,10 +100,16 @@ class _Client:
             except BadMessage as error:
                 self._answer({"error": str(error)}, last=True)
             else:
-                self._answer(self._server.reply(message))
+                reply = self._server.reply(message)
+                result = reply.get("result")
+                if isinstance(result, Stream):
+                    self.stream = result
+                    reply = {"result": result.result}
+                self._answer(reply)
 
     def _answer(self, message: dict[str, Any], last: bool = False) -> None:
         self._unsent = memoryview(protocol.encode(message))
+        self._begun = False
         self._last = last
         self._deadline.set_in(TIMEOUT)
         # Watch before the first attempt, which may raise BlockingIOError.
@@ -92,9 +117,13 @@ class _Client:
         self._send()
 
     def _send(self) -> None:
-        self._unsent = self._unsent[self._connection.send(self._unsent, socket.MSG_NOSIGNAL) :]
+        fds = [] if self.stream is None or self._begun else [self.stream.descriptor]
+        self._unsent = self._unsent[socket.send_fds(self._connection, [self._unsent], fds, socket.MSG_NOSIGNAL) :]
+        self._begun = True
         if self._unsent:
             return
+        if self.stream is not None:
+            self._deadline.cancel()
         if self._last:
             self.drop()
         else:
@@ -109,6 +138,8 @@ class _Client:
             self._connection.shutdown(socket.SHUT_RDWR)
         self.abandon()
         self._server.dropped(self)
+        if self.stream is not None:
+            self.stream.ended()
 
     def abandon(self) -> None:
         """Close this process's copy of the connection, in a forked child."""
@@ -171,7 +202,7 @@ class ControlServer:
             return
         self._clients[_Client(self, self._loop, connection)] = None
         if len(self._clients) > MAX_CLIENTS:
-            next(iter(self._clients)).drop()
+            next((one for one in self._clients if one.stream is None), next(iter(self._clients))).drop()
 
     def dropped(self, client: _Client) -> None:
         """Note that a client is disconnected, so that a descriptor is free for another."""

@@ -79,6 +79,8 @@ class Processes:
             answers=resources.answers[0],
             probed=resources.probed[0] if connection.preflight else None,
             watch=resources.watch,
+            trace=resources.trace,
+            trace_switch=resources.trace_switch[0],
         )
         invalidator_setup = InvalidatorSetup(
             connection.device, [reader for reader, _ in resources.wanted], [writer for _, writer in resources.requests]
@@ -110,6 +112,7 @@ class Processes:
                 root=resources.root,
                 probed=resources.probed[1],
                 wanted=resources.wanted[shard][1],
+                trace=resources.trace,
             )
             return fork(f"llloop-worker-{shard}", lambda: run_worker(setup), stacks)
 

@@ -11,6 +11,7 @@ from llloop.linux import fuse
 from llloop.shared import negotiation
 from llloop.shared.journal import Journal
 from llloop.shared.slots import Slots
+from llloop.shared.trace import Trace
 from llloop.shared.watch_state import WatchState
 
 _log = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ class SharedResources:
         answers: the pipe for workers' answers to the front with `--loop llfuse`.
         probed: the pipe for workers' answers to PROBE.
         watch: what the front and the watcher tell each other; None without `--watch`.
+        trace: the trace of requests.
+        trace_switch: the pipe that tells the front when readers of the trace come and leave.
 
     Raises:
         OSError: a resource is exhausted. Everything that was created is closed.
@@ -52,7 +55,9 @@ class SharedResources:
             self.answers = self._pipe(os.O_DIRECT)
             self.probed = self._pipe()
             self.watch = WatchState() if config.watch else None
+            self.trace_switch = self._pipe()
             self.journal = Journal()
+            self.trace = Trace(config.workers)
         except BaseException:
             self._close_descriptors()
             raise
@@ -81,6 +86,7 @@ class SharedResources:
         if self._descriptors:
             self._close_descriptors()
             self.journal.close()
+            self.trace.close()
 
     def _close_descriptors(self) -> None:
         while self._descriptors:

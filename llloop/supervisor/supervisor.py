@@ -36,6 +36,7 @@ from llloop.supervisor.shared_resources import SharedResources
 from llloop.supervisor.signals import SIGNALS, Signals
 from llloop.supervisor.source_check import SourceCheck
 from llloop.supervisor.start_guard import StartGuard
+from llloop.supervisor.tracing import Tracing
 from llloop.supervisor.unmounting import Unmounting
 from llloop.supervisor.watchdog import Watchdog
 
@@ -176,6 +177,7 @@ class Supervisor:
             resources.slots,
             source_check,
             resources.watch,
+            Tracing(loop, self._connection.capabilities, resources),
             phase=self._phase,
             reload=self._request_reload,
             stop=self._request_stop,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from llloop.front.context import Context
+from llloop.front.handlers.base import Responder
 from llloop.front.handlers.directories import DirectoryRequests
 from llloop.front.handlers.file_attributes import FileAttributeRequests
 from llloop.front.handlers.files import FileRequests
@@ -32,6 +33,7 @@ class Handlers:
 
     Attributes:
         table: the handlers by opcode.
+        responders: the objects whose methods they are.
     """
 
     def __init__(self, context: Context, device: int) -> None:
@@ -42,6 +44,14 @@ class Handlers:
         self.files = FileRequests(context, device)
         self.xattrs = XattrRequests(context, device)
         self.file_attributes = FileAttributeRequests(context, device)
+        self.responders: tuple[Responder, ...] = (
+            self.names,
+            self.mutations,
+            self.directories,
+            self.files,
+            self.xattrs,
+            self.file_attributes,
+        )
         self.table: dict[Opcode, Handler] = {
             Opcode.LOOKUP: self.names.lookup,
             Opcode.FORGET: self.names.forget,

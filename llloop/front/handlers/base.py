@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 
 from llloop.front.context import Context
 from llloop.linux import fuse
@@ -30,8 +31,20 @@ class Responder:
         self._validity = context.policy.validity
         self._heard = context.heard
         self._written = context.handles.written
+        self._send: Callable[[bytes | bytearray | memoryview], bool] = self._write
 
-    def _send(self, reply: bytes | bytearray | memoryview) -> bool:
+    def trace(self, replied: Callable[[bytes | bytearray | memoryview], None] | None) -> None:
+        """Call *replied* with each reply that the kernel has accepted; None ends that."""
+
+        def send(reply: bytes | bytearray | memoryview) -> bool:
+            accepted = self._write(reply)
+            if accepted and replied is not None:
+                replied(reply)
+            return accepted
+
+        self._send = self._write if replied is None else send
+
+    def _write(self, reply: bytes | bytearray | memoryview) -> bool:
         """Write a reply; return False if the kernel does not wait for it any more."""
         try:
             os.write(self._device, reply)
