@@ -175,7 +175,7 @@ def test_removed_files(serve: Serve) -> None:
 @pytest.mark.parametrize("title", ["llloop-front", "llloop-worker-0"])
 def test_trace_continues_after_a_death(serve: Serve, title: str) -> None:
     server = serve("--workers", "1")
-    server.expect("takes over")
+    server.expect_log("takes over")
     with tracing(server, "--json") as trace:
         os.kill(titles(server)[title], signal.SIGKILL)
         os.mkdir(server.mountpoint / "directory")
