@@ -119,17 +119,24 @@ class Ring:
 
 
 class _Follower:
-    """A reader's place in a ring; for the arguments see `Ring`."""
+    """A reader's place in a ring; for the arguments see `Ring`.
+
+    Attributes:
+        overrun: whether records were overwritten before they were read.
+        count: how many `Begun` records the ring had had at the last call, or a few less.
+    """
 
     def __init__(self, cells: memoryview, data: memoryview) -> None:
         self._cells = cells
         self._data = data
         self._place = cells[_END]
         self.overrun = False
+        self.count = cells[_COUNT]
 
     def read(self) -> list[bytes]:
         """Return the records since the last call. If some were overwritten, return none and set `overrun`."""
         cells, data, size = self._cells, self._data, len(self._data)
+        self.count = cells[_COUNT]  # before the end, so that it counts nothing that comes after the end
         start, end = self._place, cells[_END]
         self._place = end
         if not 0 <= end - start <= size:
@@ -251,7 +258,7 @@ class TraceReader:
             _Follower(_ring_cells(self._cells, number), view[start : start + length])
             for number, (start, length) in enumerate(places)
         ]
-        self._last = 0
+        self._last = self._rings[0].count
         self._open: dict[int, Begun] = {}
         self.missed = 0
 
@@ -269,11 +276,15 @@ class TraceReader:
         # The front comes last: what a worker has answered, the front has begun before.
         *of_workers, of_front = [ring.read() for ring in reversed(self._rings)]
         found = self._pair(of_front)
+        front = self._rings[0]
+        if front.overrun:
+            self.missed += max(0, front.count - self._last)
+            self._last = max(self._last, front.count)
+        if any(ring.overrun for ring in self._rings):
+            self.missed += len(self._open)  # their answers may be among what is lost
+            self._open.clear()
         for ring in self._rings:
-            if ring.overrun:
-                ring.overrun = False
-                self.missed += len(self._open)  # their answers may be among what is lost
-                self._open.clear()
+            ring.overrun = False
         for records in of_workers:
             found += self._pair(records)
         return sorted(found, key=lambda pair: pair[1].time)
@@ -292,8 +303,7 @@ class TraceReader:
         return found
 
     def _begin(self, begun: Begun) -> None:
-        if self._last:
-            self.missed += max(0, begun.number - self._last - 1)
+        self.missed += max(0, begun.number - self._last - 1)
         self._last = begun.number
         self._open[begun.unique] = begun
 
