@@ -144,9 +144,10 @@ class _Shown:
     def answered(self, pairs: Iterable[tuple[Begun, Answered]]) -> Iterator[dict[str, Any]]:
         """Yield the fields of answered requests."""
         for begun, answered in pairs:
-            if (answered.error or not self._errors) and self._matches(begun):
+            error = _error_of(begun, answered)
+            if (error or not self._errors) and self._matches(begun):
                 size = _bytes_of(begun, answered)
-                result = errno.errorcode.get(answered.error, str(answered.error)) if answered.error else "OK"
+                result = errno.errorcode.get(error, str(error)) if error else "OK"
                 yield self._fields(begun, result, size, answered.time)
 
     def unanswered(self, requests: Iterable[Begun]) -> Iterator[dict[str, Any]]:
@@ -181,6 +182,16 @@ class _Shown:
         if size is not None:
             fields["bytes"] = size
         return fields
+
+
+def _error_of(begun: Begun, answered: Answered) -> int:
+    """Return the errno that the program gets, or 0.
+
+    A successful LOOKUP with nodeid 0 says that there is no such name, and that the kernel may keep that.
+    """
+    if begun.opcode == Opcode.LOOKUP and not answered.error and not answered.value:
+        return errno.ENOENT
+    return answered.error
 
 
 def _bytes_of(begun: Begun, answered: Answered) -> int | None:

@@ -66,7 +66,7 @@ class Tracer:
         """Trace a reply that the kernel has accepted."""
         length, error, unique = fuse.OUT_HEADER.unpack_from(reply)
         size = length - fuse.OUT_HEADER_SIZE
-        value = int.from_bytes(reply[fuse.OUT_HEADER_SIZE : fuse.OUT_HEADER_SIZE + 4], "little") if size >= 4 else 0
+        (value,) = fuse.FIRST_NUMBER.unpack_from(reply) if size >= 8 else (0,)
         self._ring.answered(unique, -error, size, value, time.monotonic_ns())
 
     def _begin(self, request: FuseRequest) -> None:

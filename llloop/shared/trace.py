@@ -70,7 +70,7 @@ class Answered(NamedTuple):
         unique: the request's `unique`.
         error: an errno, or 0.
         size: the number of bytes after the header of the answer.
-        value: the first four of these bytes as a number.
+        value: the first eight of these bytes as a number, or 0.
         time: when it was sent (monotonic clock, nanoseconds).
     """
 

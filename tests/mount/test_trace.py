@@ -197,7 +197,7 @@ def test_slow_reader_delays_nobody(serve: Serve) -> None:
         assert trace.end() == 0
         missing = int(trace.stderr.splitlines()[-1].split()[1])
         shown = sum(len(one["path"]) == 101 for one in trace.requests())
-        assert missing + shown == 20_000
+        assert 20_000 <= missing + shown < 21_000  # the kernel requests the attributes of the root now and then
 
 
 def test_killed_readers_are_noticed(serve: Serve) -> None:

@@ -31,20 +31,22 @@ class Responder:
         self._validity = context.policy.validity
         self._heard = context.heard
         self._written = context.handles.written
-        self._send: Callable[[bytes | bytearray | memoryview], bool] = self._write
 
     def trace(self, replied: Callable[[bytes | bytearray | memoryview], None] | None) -> None:
         """Call *replied* with each reply that the kernel has accepted; None ends that."""
 
         def send(reply: bytes | bytearray | memoryview) -> bool:
-            accepted = self._write(reply)
+            accepted = Responder._send(self, reply)
             if accepted and replied is not None:
                 replied(reply)
             return accepted
 
-        self._send = self._write if replied is None else send
+        # The attribute of the object hides the method, so that tracing costs nothing while nobody traces.
+        vars(self).pop("_send", None)
+        if replied is not None:
+            vars(self)["_send"] = send
 
-    def _write(self, reply: bytes | bytearray | memoryview) -> bool:
+    def _send(self, reply: bytes | bytearray | memoryview) -> bool:
         """Write a reply; return False if the kernel does not wait for it any more."""
         try:
             os.write(self._device, reply)
