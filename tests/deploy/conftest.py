@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.deploy.machine import Machine, NoMachine, booted
+from tests.server import reachable_directory, remove_tree
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -25,3 +26,11 @@ def machine() -> Iterator[Machine]:
         except NoMachine as reason:
             pytest.skip(f"no systemd to deploy to: {reason}")
         yield started
+
+
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """A directory for Ansible's files."""
+    place = reachable_directory("llloop-ansible-")
+    yield place
+    remove_tree(place)

@@ -19,7 +19,7 @@ from tests.deploy.playbook import (
 from tests.server_processes import wait_until
 
 # A play takes some 50 processes, most of them Pythons that start.
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 
 @pytest.fixture(scope="module")
