@@ -24,6 +24,8 @@ _INIT = r"""
 set -euo pipefail
 holder=$1; shift
 mount --make-rprivate /
+# Copies of mounts that tests beside this have made would keep their servers from ending.
+umount --lazy --all --types fuse.llloop || true
 mount -t tmpfs -o mode=755 llloop-machine "$holder"
 mkdir "$holder/upper" "$holder/work" "$holder/root"
 root=$holder/root

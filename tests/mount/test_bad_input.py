@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Serve
-from tests.mount.command_line import Ground, check_complaint, ground, llloop, wait_until
+from tests.mount.command_line import Ground, check_complaint, ground, in_other_mounts, llloop, wait_until
 from tests.server import Server
 from tests.server_processes import kill_all_at_once
 from tests.watchdog import Watchdog, kill_session, mount_entry, unmount_lazily
@@ -274,18 +274,6 @@ def test_mount_point_inside_the_source_by_a_bind_mount(place: Ground) -> None:
 
 
 # The machine
-
-
-# The new namespace has a copy of every mount. Copies of other tests' mounts would prevent the end of their servers.
-LET_GO = """
-umount --lazy --all --types fuse.llloop || true
-"""
-
-
-def in_other_mounts(script: str, user: int | None = None) -> list[str]:
-    """A command's prefix: it runs where this shell script has mounted things, out of everybody else's sight."""
-    become = f"setpriv --reuid={user} --regid={user} --clear-groups" if user else ""
-    return ["unshare", "--mount", "--propagation=slave", "sh", "-ec", f'{LET_GO}{script}\nexec {become} "$@"', "sh"]
 
 
 # A user who cannot read this Python could not even start the program.

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Serve
-from tests.mount.command_line import Ground, check_complaint, environment, ground, llloop, wait_until
+from tests.mount.command_line import Ground, check_complaint, environment, ground, in_other_mounts, llloop, wait_until
 from tests.server import Server
 from tests.server_processes import kill_all_at_once
 from tests.watchdog import Watchdog, kill_session, mount_entry, unmount_lazily
@@ -67,20 +67,17 @@ def test_exit_codes_without_standard_descriptors(place: Ground) -> None:
 
 @pytest.mark.root
 def test_dev_shm_is_not_needed(place: Ground) -> None:
-    hide = 'mount --bind /mnt /dev/shm && mount -o remount,bind,ro /dev/shm && exec "$@"'
+    hidden = in_other_mounts("mount --bind /mnt /dev/shm && mount -o remount,bind,ro /dev/shm")
     source = place.state / "source"
     source.mkdir()
-    ended = llloop(
-        *("serve", "--check", source, place.mountpoint),
-        prefix=["unshare", "--mount", "--propagation=slave", "sh", "-ec", hide, "sh"],
-    )
+    ended = llloop("serve", "--check", source, place.mountpoint, prefix=hidden)
     assert ended.code == 0, ended.stderr
     script = (
         f"{sys.executable} -m llloop serve --daemon --workers=1 {source} {place.mountpoint}; "
         f"echo content > {place.mountpoint}/file; {sys.executable} -m llloop umount {place.mountpoint}"
     )
-    shell = ["unshare", "--mount", "--propagation=slave", "sh", "-ec", hide, "sh", "sh", "-ec", script]
-    done = subprocess.run(shell, env=environment(), cwd="/", capture_output=True, text=True, timeout=50)
+    shell = ["sh", "-ec", script]
+    done = subprocess.run([*hidden, *shell], env=environment(), cwd="/", capture_output=True, text=True, timeout=50)
     assert done.returncode == 0, done.stderr
     assert (source / "file").read_text() == "content\n"
 
@@ -272,7 +269,7 @@ def test_check_refuses_what_serve_refuses(place: Ground) -> None:
 def test_check_follows_symlinks(place: Ground, option: str) -> None:
     link, unwritable = place.state / "link", place.state / "unwritable"
     unwritable.mkdir(mode=0o555)
-    prefix = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o ro none "$0"; exec "$@"', unwritable]
+    prefix = in_other_mounts(f"mount -t tmpfs -o ro none '{unwritable}'")
     how = {"prefix": prefix} if os.geteuid() == 0 else {}  # the mode of a directory does not restrict root
     for target in ("missing/file", unwritable / "file"):
         link.symlink_to(target)
