@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -148,11 +148,31 @@ def running(server: Server) -> Iterator[Server]:
         server.forget_files()
 
 
+def skip_contradiction(arguments: Iterable[str]) -> None:
+    if {"--io=kernel", "--writeback"} <= {*arguments}:
+        pytest.skip("--writeback and --io=kernel exclude each other")
+
+
 @pytest.fixture(scope="session")
-def server(via: str, serve_options: list[str], watchdog: Watchdog) -> Iterator[Server]:
+def servers(via: str, serve_options: list[str], watchdog: Watchdog) -> Iterator[Callable[..., Server]]:
+    """The mounts that tests share: one for each set of options."""
+    started: dict[tuple[str, ...], Server] = {}
+    with ExitStack() as stack:
+
+        def with_options(*arguments: str) -> Server:
+            skip_contradiction([*serve_options, *arguments])
+            if arguments not in started:
+                own = Server.prepare(via, watchdog, [*serve_options, *arguments])
+                started[arguments] = stack.enter_context(running(own))
+            return started[arguments]
+
+        yield with_options
+
+
+@pytest.fixture(scope="session")
+def server(servers: Callable[..., Server]) -> Server:
     """The mount that most tests share."""
-    with running(Server.prepare(via, watchdog, serve_options)) as shared:
-        yield shared
+    return servers()
 
 
 @pytest.fixture(scope="session")
@@ -191,6 +211,13 @@ def tree(server: Server, request: pytest.FixtureRequest) -> Iterator[Tree]:
         yield own
 
 
+@pytest.fixture
+def tree_with(servers: Callable[..., Server], request: pytest.FixtureRequest) -> Iterator[Callable[..., Tree]]:
+    """Makes new directories in mounts with the options given, which tests with the same options share."""
+    with ExitStack() as stack:
+        yield lambda *options: stack.enter_context(fresh_directory(servers(*options), request.node.name))
+
+
 @pytest.fixture(params=["server", "disk_server"], ids=["shared", "disk"])
 def tree_of_each(request: pytest.FixtureRequest) -> Iterator[Tree]:
     """A new directory in the shared mount, and in a second run in the one whose source is on a disk."""
@@ -209,8 +236,7 @@ def serve(via: str, serve_options: list[str], watchdog: Watchdog) -> Iterator[Se
         env: Mapping[str, str] | None = None,
         command: list[str] | None = None,
     ) -> Server:
-        if {"--io=kernel", "--writeback"} <= {*serve_options, *arguments}:
-            pytest.skip("--writeback and --io=kernel exclude each other")
+        skip_contradiction([*serve_options, *arguments])
         own = Server.prepare(via, watchdog, [*serve_options, *arguments], source, command, env)
         started.append(own)
         own.start()

@@ -192,10 +192,12 @@ def make_with_both(path: Path) -> None:
 @DATA_PATHS
 @pytest.mark.own_loop
 @pytest.mark.parametrize("by", ["stranger", "root without capabilities"])
-def test_open_file_of_another_user_does_not_allow_clearing(serve: Serve, options: list[str], by: str) -> None:
+def test_open_file_of_another_user_does_not_allow_clearing(
+    tree_with: Callable[..., Tree], options: list[str], by: str
+) -> None:
     """With a chown(2) that names neither owner nor group, which the kernel hardly tells from a write."""
-    server = serve(*options)
-    path, behind = server.mountpoint / "program", server.source / "program"
+    tree = tree_with(*options)
+    path, behind = tree.mnt / "program", tree.behind / "program"
     path.write_bytes(b"program")
     os.chown(path, OWNER.uid, TEAM)
     path.chmod(0o4755)
@@ -221,10 +223,10 @@ def test_open_file_of_another_user_does_not_allow_clearing(serve: Serve, options
 @pytest.mark.parametrize("way", ["write", "allocate", "copy", "shorten"])
 @pytest.mark.parametrize("by", ["stranger", "root without capabilities"])
 def test_write_through_anothers_descriptor_clears_privileges(
-    serve: Serve, options: list[str], way: str, by: str
+    tree_with: Callable[..., Tree], options: list[str], way: str, by: str
 ) -> None:
-    server = serve(*options)
-    path, behind = server.mountpoint / "program", server.source / "program"
+    tree = tree_with(*options)
+    path, behind = tree.mnt / "program", tree.behind / "program"
     make_with_both(path)
     os.chown(path, OWNER.uid, TEAM)
     make_with_both(path)
@@ -308,11 +310,11 @@ def test_root_of_a_user_namespace_sets_capabilities(tree: Tree) -> None:
 
 @pytest.mark.parametrize("options", [["--io=kernel"], ["--writeback"], ["--cache=never"], ["--cache=always"]], ids=str)
 @pytest.mark.own_loop
-def test_program_written_by_a_user_runs_without_set_id(serve: Serve, options: list[str]) -> None:
+def test_program_written_by_a_user_runs_without_set_id(tree_with: Callable[..., Tree], options: list[str]) -> None:
     """Whatever way the kernel writes: it executes with the mode in its cache."""
-    server = serve("-o", "suid", *options)
-    shutil.copy(ID, server.mountpoint / "pristine")
-    content = (server.mountpoint / "pristine").read_bytes()
+    tree = tree_with("-o", "suid", *options)
+    shutil.copy(ID, tree.mnt / "pristine")
+    content = (tree.mnt / "pristine").read_bytes()
 
     def effective(path: Path) -> int:
         return int(subprocess.run([path, "-u"], capture_output=True, check=True, timeout=30).stdout)
@@ -326,7 +328,7 @@ def test_program_written_by_a_user_runs_without_set_id(serve: Serve, options: li
         return before & 0o7000, seen & 0o7000, effective(path)
 
     def copy_from_pristine(fd: int) -> None:
-        with opened_file(server.mountpoint / "pristine", os.O_RDONLY) as source:
+        with opened_file(tree.mnt / "pristine", os.O_RDONLY) as source:
             os.copy_file_range(source, fd, 1000, 0, 0)
 
     ways: dict[str, tuple[Callable[[int], Any], int]] = {
@@ -340,7 +342,7 @@ def test_program_written_by_a_user_runs_without_set_id(serve: Serve, options: li
         "copy": (copy_from_pristine, 0),
     }
     for name, (write, flags) in ways.items():
-        path = server.mountpoint / name
+        path = tree.mnt / name
         shutil.copy(ID, path)
         path.chmod(0o4777)
         assert run_as(STRANGER, effective, path) == 0, f"{name}: set-ID programs do not run at all"
@@ -351,11 +353,11 @@ def test_program_written_by_a_user_runs_without_set_id(serve: Serve, options: li
 @pytest.mark.parametrize("options", [["--io=kernel"], ["--writeback"], ["--cache=never"], []], ids=str)
 @pytest.mark.parametrize("through", ["mount", "source"])
 @pytest.mark.own_loop
-def test_write_clears_set_id_set_while_open(serve: Serve, options: list[str], through: str) -> None:
-    server = serve(*options)
+def test_write_clears_set_id_set_while_open(tree_with: Callable[..., Tree], options: list[str], through: str) -> None:
+    tree = tree_with(*options)
     for size in (10, 300_000):
         name = f"program of {size}"
-        path = server.mountpoint / name
+        path = tree.mnt / name
         path.write_bytes(b"p" * size)
         path.chmod(0o777)
         os.seteuid(STRANGER.uid)  # collected writes count as writes of the user who opened the file
@@ -363,7 +365,7 @@ def test_write_clears_set_id_set_while_open(serve: Serve, options: list[str], th
             fd = os.open(path, os.O_WRONLY)
         finally:
             os.seteuid(0)
-        ((server.mountpoint if through == "mount" else server.source) / name).chmod(0o6777)
+        ((tree.mnt if through == "mount" else tree.behind) / name).chmod(0o6777)
 
         def write_and_look(fd: int = fd, size: int = size, path: Path = path) -> int:
             os.write(fd, b"e" * size)
@@ -372,7 +374,7 @@ def test_write_clears_set_id_set_while_open(serve: Serve, options: list[str], th
 
         assert mode_of(path) == 0o6777 or through == "source"
         assert run_as(STRANGER, write_and_look) == 0o777
-        assert stat.S_IMODE((server.source / name).stat().st_mode) == 0o777
+        assert stat.S_IMODE((tree.behind / name).stat().st_mode) == 0o777
         os.close(fd)
 
 
