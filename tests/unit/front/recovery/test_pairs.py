@@ -10,9 +10,10 @@ import os
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -143,7 +144,7 @@ class Mount:
             watched, FrontsFiles(), Answers(self, moment), SetidGuard(), OwnIdentity(), ProcessCounters(), invalidations
         )
         worker = Worker(
-            0, watched, -1, operations, ProcessCounters(), Descriptors(watched), Leadership(), invalidations
+            0, watched, self._pipe, operations, ProcessCounters(), Descriptors(watched), Leadership(), invalidations
         )
         with pytest.MonkeyPatch.context() as patch:
             for name in ("pwritev", "pwrite", "lseek"):
@@ -151,7 +152,6 @@ class Mount:
             if successor:
                 worker.recover()
                 assert worker.do_waiting()
-            patch.setattr(worker, "_pipe", self._pipe)
             patch.setattr(os, "read", _until_empty(moment))
             worker.run()
 
@@ -196,7 +196,7 @@ def write_request(mount: Mount, flags: int) -> Request:
     return Request(Opcode.WRITE, ROOT, body)
 
 
-def die() -> None:
+def die(*_: object) -> None:
     raise Killed
 
 
@@ -255,71 +255,71 @@ def test_death_of_worker_and_front(mounts: Callable[[], Mount], flags: int, orde
     raise AssertionError("it has no end")
 
 
-@FLAGS
-@pytest.mark.parametrize("between", [0, 1, 2], ids=["", "front", "front twice"])
-def test_death_of_worker_and_successor(mounts: Callable[[], Mount], flags: int, between: int) -> None:
-    # Every other pair, in turns: so it is quick.
+class Pair(NamedTuple):
+    """A request in a new mount, and the moments of two workers that do it one after the other."""
+
+    mount: Mount
+    unique: int
+    moments: tuple[Moment, Moment]
+    what: str
+
+
+def each_pair(
+    mounts: Callable[[], Mount], flags: int, second: Callable[[Mount], None], phase: int | None = None
+) -> Iterator[Pair]:
+    """Yield a pair for all steps of a worker, at each of which it dies, and of its successor.
+
+    Args:
+        second: what happens at the step of the successor.
+        phase: 0 or 1: for every other pair only, in turns, so that it is quick. None: for all.
+    """
     for first in range(_MOST_STEPS):
-        second, both = (first + between) % 2, True
-        while both:
+        for step in count() if phase is None else count((first + phase) % 2, 2):
             mount = mounts()
             unique = mount.ask(write_request(mount, flags))
-            moments = [Moment(first, die), Moment(second, die)]
-            for number, moment in enumerate(moments):
-                with suppress(Killed):
-                    mount.work(moment, successor=bool(number))
-                if not number:
-                    for _ in range(between):
-                        mount.replace_front()
-            check(mount, unique, f"at steps {first} and {second}, front replaced {between} times between")
-            both = moments[1].came
-            second += 2
+            moments = Moment(first, die), Moment(step, partial(second, mount))
+            yield Pair(mount, unique, moments, f"a worker at step {first}, then at step {step} of the next")
+            if not moments[1].came:
+                break
         if not moments[0].came:
             return
     raise AssertionError("it has no end")
+
+
+@FLAGS
+@pytest.mark.parametrize("between", [0, 1, 2], ids=["", "front", "front twice"])
+def test_death_of_worker_and_successor(mounts: Callable[[], Mount], flags: int, between: int) -> None:
+    for mount, unique, (first, second), what in each_pair(mounts, flags, die, phase=between % 2):
+        with suppress(Killed):
+            mount.work(first, successor=False)
+        for _ in range(between):
+            mount.replace_front()
+        with suppress(Killed):
+            mount.work(second, successor=True)
+        check(mount, unique, f"{what}, front replaced {between} times between")
 
 
 @FLAGS
 def test_death_of_front_during_a_successor(mounts: Callable[[], Mount], flags: int) -> None:
-    for first in range(_MOST_STEPS):
-        second, both = 0, True
-        while both:
-            mount = mounts()
-            unique = mount.ask(write_request(mount, flags))
-            moments = [Moment(first, die), Moment(second, mount.replace_front)]
-            for number, moment in enumerate(moments):
-                with suppress(Killed):
-                    mount.work(moment, successor=bool(number))
-            check(mount, unique, f"a worker at step {first}, the front at step {second} of the next")
-            both = moments[1].came
-            second += 1
-        if not moments[0].came:
-            return
-    raise AssertionError("it has no end")
+    for mount, unique, moments, what in each_pair(mounts, flags, Mount.replace_front):
+        for number, moment in enumerate(moments):
+            with suppress(Killed):
+                mount.work(moment, successor=bool(number))
+        check(mount, unique, what)
 
 
 @FLAGS
 def test_answered_write_does_not_overwrite_newer_data(mounts: Callable[[], Mount], flags: int) -> None:
     """After the answer, the program writes again; no process may do the first write after that."""
     newer = b"newer data, as long as the data before it was"
-    for first in range(_MOST_STEPS):
-        second, both = first % 2, True
-        while both:
-            mount = mounts()
-            unique = mount.ask(write_request(mount, flags))
-            moments = [Moment(first, die), Moment(second, die), Moment(-1, die), Moment(-1, die)]
-            for number, moment in enumerate(moments):
-                answered = unique in mount.line.answers
-                with suppress(Killed):
-                    mount.work(moment, successor=bool(number))
-                if answered:
-                    assert mount.path.read_bytes() == newer, f"at steps {first} and {second}"
-                elif unique in mount.line.answers:
-                    mount.path.write_bytes(newer)
-                if number == 2:
-                    mount.replace_front()
-            both = moments[1].came
-            second += 2
-        if not moments[0].came:
-            return
-    raise AssertionError("it has no end")
+    for mount, unique, moments, what in each_pair(mounts, flags, die, phase=0):
+        for number, moment in enumerate([*moments, Moment(-1, die), Moment(-1, die)]):
+            answered = unique in mount.line.answers
+            with suppress(Killed):
+                mount.work(moment, successor=bool(number))
+            if answered:
+                assert mount.path.read_bytes() == newer, what
+            elif unique in mount.line.answers:
+                mount.path.write_bytes(newer)
+            if number == 2:
+                mount.replace_front()
