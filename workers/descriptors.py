@@ -14,7 +14,7 @@ from llloop.shared.messages import identity_of
 from llloop.shared.slots import Slots
 
 # How long to wait for a new front, in seconds, and between two checks.
-_FRONT_TIMEOUT = 30.0
+FRONT_TIMEOUT = 30.0
 _FRONT_PAUSE = 0.002
 
 # A killed process loses its descriptors some time before it ends. Since Linux 6.9, pidfd_getfd(2) then fails with
@@ -92,7 +92,7 @@ class Descriptors:
             try:
                 return self._duplicate(descriptor)
             except OSError as error:
-                dying = _FRONT_TIMEOUT if error.errno == errno.ESRCH else _DEATH_TIMEOUT
+                dying = FRONT_TIMEOUT if error.errno == errno.ESRCH else _DEATH_TIMEOUT
                 if error.errno in _GONE_ERRNOS and is_readable(self._pidfd, dying):
                     self._follow_new_front()  # the next front has the same descriptors, from the descriptor keeper
                 elif error.errno in _FULL_ERRNOS and self._held:
@@ -136,14 +136,14 @@ class Descriptors:
         They are released because RELEASE messages of the previous front may have been lost.
 
         Raises:
-            OSError: EIO, if there is no front after `_FRONT_TIMEOUT` seconds.
+            OSError: EIO, if there is no front after `FRONT_TIMEOUT` seconds.
         """
         for handle in list(self._held):
             self.release(handle)
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
-        deadline = time.monotonic() + _FRONT_TIMEOUT
+        deadline = time.monotonic() + FRONT_TIMEOUT
         while True:
             self._generation = self._slots.generation
             self._front = self._slots.front_pid

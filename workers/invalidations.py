@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from llloop.shared.messages import Operation, Request, encode
 
 # After so many seconds without an answer, the worker asks the invalidator again, which may have been killed.
-_ANSWER_TIMEOUT = 1.0
+ANSWER_TIMEOUT = 1.0
 
 
 @dataclass
@@ -104,7 +104,7 @@ class Invalidations:
 
     def ask_again(self) -> None:
         """Repeat all unanswered orders to the invalidator."""
-        self._deadline = time.monotonic() + _ANSWER_TIMEOUT
+        self._deadline = time.monotonic() + ANSWER_TIMEOUT
         for held in self.held.values():
             if held.is_asked:
                 self._ask(held)
@@ -120,7 +120,7 @@ class Invalidations:
 
     def _ask(self, held: Held) -> None:
         held.is_asked = True
-        self._deadline = time.monotonic() + _ANSWER_TIMEOUT
+        self._deadline = time.monotonic() + ANSWER_TIMEOUT
         with suppress(BlockingIOError):  # the pipe is full; `ask_again` repeats it
             os.write(self._pipe, encode((held.request.unique, held.nodeid, held.offset, held.length)))
 

@@ -25,8 +25,8 @@ HEADER = struct.Struct("!I")
 MAX_REQUEST = 4096
 MAX_REPLY = 1 << 20
 
-_ROOT_DIRECTORY = "/run/llloop"
-_TMP = "/tmp"
+ROOT_DIRECTORY = "/run/llloop"
+TMP = "/tmp"
 
 
 class BadMessage(Exception):
@@ -39,7 +39,7 @@ def own_directories() -> list[str]:
     Some may not exist, or belong to another user.
     """
     uid = os.geteuid()
-    found = [_ROOT_DIRECTORY] if uid == 0 else []
+    found = [ROOT_DIRECTORY] if uid == 0 else []
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     if os.path.isabs(runtime):
         found.append(os.path.join(runtime, "llloop"))
@@ -52,15 +52,15 @@ def shared_directories(uid: int) -> list[str]:
 
     Users with the same id in different user namespaces share /tmp. The first gets the short name, others a longer one.
     """
-    first = os.path.join(_TMP, f"llloop-{uid}")
-    return [first, *(str(path) for path in sorted(Path(_TMP).glob(f"llloop-{uid}-*")))]
+    first = os.path.join(TMP, f"llloop-{uid}")
+    return [first, *(str(path) for path in sorted(Path(TMP).glob(f"llloop-{uid}-*")))]
 
 
 def all_directories() -> list[str]:
     """Return the existing socket directories that this user trusts: its own and root's."""
     found = own_directories()
     if os.geteuid() != 0:
-        found.append(_ROOT_DIRECTORY)
+        found.append(ROOT_DIRECTORY)
     return [path for path in dict.fromkeys(found) if _owner(path) in (0, os.geteuid()) and is_trusted_directory(path)]
 
 
@@ -91,7 +91,7 @@ def make_directory() -> str:
         try:
             if is_trusted_directory(os.path.dirname(path), sticky=True):
                 os.mkdir(path, 0o700)
-                os.chmod(path, 0o755 if path == _ROOT_DIRECTORY else 0o700)  # whatever the umask is
+                os.chmod(path, 0o755 if path == ROOT_DIRECTORY else 0o700)  # whatever the umask is
         except FileExistsError:
             pass
         except OSError as error:
@@ -101,7 +101,7 @@ def make_directory() -> str:
         if own and os.access(path, os.W_OK | os.X_OK):
             return path
     try:
-        return tempfile.mkdtemp(prefix=f"llloop-{os.geteuid()}-", dir=_TMP)
+        return tempfile.mkdtemp(prefix=f"llloop-{os.geteuid()}-", dir=TMP)
     except OSError as error:
         raise problem or error from None
 

@@ -27,7 +27,7 @@ _NUMBERS_AT_ONCE = MAX_MESSAGE // 10
 _FIRST_PAUSE = 1
 _LONGEST_PAUSE = 50
 # How many bytes of payload may be parked. Further writes get ENOMEM.
-_MAX_PARKED = 256 * 1024 * 1024
+MAX_PARKED = 256 * 1024 * 1024
 
 
 # Identifies a request that was given to a worker or is parked: its slot (-1 if parked), and the time of its reception.
@@ -38,7 +38,7 @@ _KEPT_SHARE = 4
 # A request up to this length in bytes is small: it overtakes larger ones that are parked.
 _SMALL = 64 * 1024
 # If a worker has so many slots, further large requests of the same kind are parked.
-_LARGE_AT_ONCE = 16
+LARGE_AT_ONCE = 16
 # A worker with fewer requests than this gets parked payloads also without a pipe. Other workers may have all pipes.
 _BUSY = 4
 
@@ -242,7 +242,7 @@ class Router:
         if message.flags & PIPED:
             return self._may_lend_piped(shard)
         kind = _kind_of(message)
-        return not kind or slot < _LARGE_AT_ONCE or self._may_have_large(shard, kind)
+        return not kind or slot < LARGE_AT_ONCE or self._may_have_large(shard, kind)
 
     def _send(self, taken: int, shard: int, message: Request) -> int:
         """Lend the slot of a message and send it; return another free slot, or -1 if the pipe is full."""
@@ -289,7 +289,7 @@ class Router:
             spare = self.slots.pipes.set_aside(slot, length)
             if spare is not None:
                 return _Parked(message, taken, spare=spare)
-        if self._parked_bytes + length > _MAX_PARKED:
+        if self._parked_bytes + length > MAX_PARKED:
             if flags & PIPED:
                 self.slots.discard(slot)
             raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
@@ -352,10 +352,10 @@ class Router:
 
     def _may_have_large(self, shard: int, kind: int) -> bool:
         states = bytes(self.slots.states)
-        if states.count(shard + 1) < _LARGE_AT_ONCE:
+        if states.count(shard + 1) < LARGE_AT_ONCE:
             return True
         same = (other == kind and state == shard + 1 for state, other in zip(states, self._kinds, strict=True))
-        return sum(same) < _LARGE_AT_ONCE
+        return sum(same) < LARGE_AT_ONCE
 
     def is_unanswered(self, request: Entrusted | None) -> bool:
         """Return whether a request that was given to a worker is unanswered or still parked."""

@@ -36,8 +36,8 @@ _FIELDS = 9
 _NAME = RECORD_SIZE - (1 + _FIELDS) * _CELL
 _MORE = RECORD_SIZE - 2 * _CELL
 # A record's cells behind the first: the fields, then the name.
-_BODY = struct.Struct(f"={_FIELDS}Q{_NAME}s")
-_TAIL = struct.Struct(f"=Q{_MORE}s")
+RECORD_BODY = struct.Struct(f"={_FIELDS}Q{_NAME}s")
+TAIL_BODY = struct.Struct(f"=Q{_MORE}s")
 
 # The first cell: what it is, the length of its name, and a number that rises with each record.
 _KIND_MASK = 0xFF
@@ -119,7 +119,7 @@ class Journal:
             tail = self._add_tail(name[_NAME:])
         place = self._free.pop() if self._free else self._take_new_place()
         if place:
-            _BODY.pack_into(self.memory, place * RECORD_SIZE + _CELL, *fields, tail, name)
+            RECORD_BODY.pack_into(self.memory, place * RECORD_SIZE + _CELL, *fields, tail, name)
             self._age = age = self._age + 1
             self.cells[place * _CELLS] = kind | length << _LENGTH_SHIFT | age << _AGE_SHIFT
         return place
@@ -128,7 +128,7 @@ class Journal:
         following = self._add_tail(rest[_MORE:]) if len(rest) > _MORE else 0
         place = self._free.pop() if self._free else self._take_new_place()
         if place:
-            _TAIL.pack_into(self.memory, place * RECORD_SIZE + _CELL, following, rest)
+            TAIL_BODY.pack_into(self.memory, place * RECORD_SIZE + _CELL, following, rest)
             self.cells[place * _CELLS] = TAIL
         return place
 
@@ -191,7 +191,7 @@ class Journal:
         for place, head in enumerate(heads):
             length = head >> _LENGTH_SHIFT & _LENGTH_MASK
             if head & _KIND_MASK in (INODE, LINK) and 0 < length <= _NAME:
-                _, parent, *_, name = _BODY.unpack_from(self.memory, place * RECORD_SIZE + _CELL)
+                _, parent, *_, name = RECORD_BODY.unpack_from(self.memory, place * RECORD_SIZE + _CELL)
                 found.append((parent, name[:length]))
         return found
 
@@ -209,11 +209,11 @@ class Journal:
             self._age = heads[places[-1]] >> _AGE_SHIFT
         records = []
         for place in places:
-            *fields, tail, name = _BODY.unpack_from(self.memory, place * RECORD_SIZE + _CELL)
+            *fields, tail, name = RECORD_BODY.unpack_from(self.memory, place * RECORD_SIZE + _CELL)
             length = heads[place] >> _LENGTH_SHIFT & _LENGTH_MASK
             while tail:
                 in_use.add(tail)
-                tail, more = _TAIL.unpack_from(self.memory, tail * RECORD_SIZE + _CELL)
+                tail, more = TAIL_BODY.unpack_from(self.memory, tail * RECORD_SIZE + _CELL)
                 name += more
             records.append(Record(place, heads[place] & _KIND_MASK, tuple(fields), name[:length]))
         self._free = array("Q", (place for place in range(used - 1, _FIRST - 1, -1) if place not in in_use))

@@ -12,6 +12,7 @@ import fcntl
 import os
 import resource
 import termios
+from itertools import chain
 from struct import Struct
 
 from llloop.linux import fuse, syscalls
@@ -35,6 +36,9 @@ class PayloadPipes:
     Args:
         slots: the number of slots.
         payload: the largest payload of a WRITE request in bytes.
+
+    Attributes:
+        lent: the number of spare pipes with payloads.
     """
 
     def __init__(self, slots: int, payload: int) -> None:
@@ -44,7 +48,7 @@ class PayloadPipes:
         self._pipes: list[tuple[int, int]] = []
         self._needed = needed
         self._spare: list[tuple[int, int]] = []
-        self._lent = 0
+        self.lent = 0
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         effective, _, _ = syscalls.get_capabilities()
         self._most_spare = min(_MOST_SPARE, descriptors // _SHARE) if effective & 1 << syscalls.CAP_SYS_ADMIN else 0
@@ -66,6 +70,11 @@ class PayloadPipes:
     def descriptors(self) -> list[int]:
         """The descriptors of both ends of all pipes."""
         return [end for pipe in self._pipes for end in pipe]
+
+    def close(self) -> None:
+        """Close all pipes, also the spare ones that contain no payload."""
+        for end in chain(*self._pipes, *self._spare):
+            os.close(end)
 
     def receive(self, slot: int, device: int) -> int:
         """Splice the next request from *device* into the pipe of *slot*; return its length in bytes.
@@ -100,7 +109,7 @@ class PayloadPipes:
         """
         spare = self._spare.pop() if self._spare else self._make_spare()
         if spare is not None:
-            self._lent += 1
+            self.lent += 1
             _move_all(self._pipes[slot][0], spare[1], length)
         return spare
 
@@ -115,7 +124,7 @@ class PayloadPipes:
         self._free(spare)
 
     def _free(self, spare: tuple[int, int]) -> None:
-        self._lent -= 1
+        self.lent -= 1
         if len(self._spare) < _KEPT_SPARE:
             self._spare.append(spare)
         else:
@@ -123,7 +132,7 @@ class PayloadPipes:
             os.close(spare[1])
 
     def _make_spare(self) -> tuple[int, int] | None:
-        if self._lent >= self._most_spare:
+        if self.lent >= self._most_spare:
             return None
         try:
             reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)

@@ -29,7 +29,7 @@ from llloop.supervisor.child import Cloned, fork
 
 _CLONE_FILES = 0x00000400  # <linux/sched.h>
 _CLONE_PARENT = 0x00008000
-_SYS_CLONE = {"x86_64": 56, "aarch64": 220, "riscv64": 220, "loongarch64": 220, "ppc64le": 120}.get(platform.machine())
+SYS_CLONE = {"x86_64": 56, "aarch64": 220, "riscv64": 220, "loongarch64": 220, "ppc64le": 120}.get(platform.machine())
 
 # The command, its number, and for FETCH the front's process id and start time.
 _COMMAND = struct.Struct("=cIiQ")
@@ -37,7 +37,7 @@ _COMMAND = struct.Struct("=cIiQ")
 _ANSWER = struct.Struct("=Ii")
 _START, _FETCH = b"s", b"f"
 # How long the supervisor waits for the keeper's answer, in seconds.
-_TIMEOUT = 10.0
+TIMEOUT = 10.0
 _NOBODY = -1
 _PAUSE = 0.001  # seconds between two checks
 
@@ -49,7 +49,7 @@ def _clone(flags: int) -> int:
     zero = ctypes.c_long(0)
     python.PyOS_BeforeFork()
     pid: int = libc.syscall(
-        ctypes.c_long(_SYS_CLONE or 0), ctypes.c_ulong(flags | signal.SIGCHLD), zero, zero, zero, zero
+        ctypes.c_long(SYS_CLONE or 0), ctypes.c_ulong(flags | signal.SIGCHLD), zero, zero, zero, zero
     )
     if pid == 0:
         python.PyOS_AfterFork_Child()
@@ -137,7 +137,7 @@ class DescriptorKeeper:
 
     def _start(self, own: Collection[int]) -> int:
         try:
-            pid = _clone(_CLONE_FILES | _CLONE_PARENT) if _SYS_CLONE else -1
+            pid = _clone(_CLONE_FILES | _CLONE_PARENT) if SYS_CLONE else -1
         except OSError as error:
             return -(error.errno or 1)
         if pid == 0:
@@ -150,11 +150,11 @@ class DescriptorKeeper:
     @property
     def can_share(self) -> bool:
         """Whether fronts can be cloned on this architecture. Otherwise they are forked and share no descriptors."""
-        return _SYS_CLONE is not None
+        return SYS_CLONE is not None
 
     def _wait_for_admission(self) -> None:
         pid = os.getpid()
-        deadline = time.monotonic() + _TIMEOUT
+        deadline = time.monotonic() + TIMEOUT
         while self._admitted[0] != pid:
             if time.monotonic() > deadline or self._admitted[0] == _NOBODY or os.getppid() != self._supervisor:
                 os._exit(1)
@@ -188,7 +188,7 @@ class DescriptorKeeper:
             poll.register(sentinel, select.POLLIN)
         self._told += 1
         os.write(self._command_writer, _COMMAND.pack(what, self._told, pid, started))
-        deadline = time.monotonic() + _TIMEOUT
+        deadline = time.monotonic() + TIMEOUT
         while True:
             ready = [fd for fd, _ in poll.poll(max(0.0, deadline - time.monotonic()) * 1000)]
             if not ready:

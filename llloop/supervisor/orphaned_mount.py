@@ -19,7 +19,7 @@ from llloop.logging import setup as log
 _log = logging.getLogger(__name__)
 
 # fusectl: one directory for each connection, named after the minor number of the mount's device.
-_CONNECTIONS = Path("/sys/fs/fuse/connections")
+CONNECTIONS = Path("/sys/fs/fuse/connections")
 
 
 def detach_dead_mount(mount: MountIdentity, device: int) -> bool:
@@ -43,7 +43,7 @@ def detach_dead_mount(mount: MountIdentity, device: int) -> bool:
         return False
     # A worker that hangs in a dead source cannot be killed and would keep the connection alive, and requests waiting.
     with suppress(OSError):  # some containers do not mount fusectl
-        (_CONNECTIONS / str(mount.device[1]) / "abort").write_text("1")
+        (CONNECTIONS / str(mount.device[1]) / "abort").write_text("1")
     try:
         mount.unmount(lazy=True)
     except (OSError, LlloopError) as error:

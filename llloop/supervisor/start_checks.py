@@ -19,11 +19,11 @@ from llloop.errors import DeadMountError, HostError, MountpointError, SourceErro
 from llloop.linux import limits, mount_identity, mounts, syscalls, user_namespaces
 from llloop.linux.timed_call import call_with_timeout
 
-_DEVICE = "/dev/fuse"
-_DEVICE_NUMBER = os.makedev(10, 229)  # FUSE_MINOR of MISC_MAJOR, Documentation/admin-guide/devices.txt
+DEVICE = "/dev/fuse"
+DEVICE_NUMBER = os.makedev(10, 229)  # FUSE_MINOR of MISC_MAJOR, Documentation/admin-guide/devices.txt
 # A directory that can never be a mount point.
 _NO_MOUNT = "/proc/self/fdinfo"
-_FUSE_CONF = Path("/etc/fuse.conf")
+FUSE_CONF = Path("/etc/fuse.conf")
 # How long the source and the mount point may take to answer, in seconds.
 TIMEOUT = 20.0
 # The first kernel that does the I/O of FUSE files itself, and the first that maps their owners.
@@ -220,20 +220,20 @@ def check_host(config: ServeConfig) -> None:
     if config.id_maps is not None:
         _check_id_maps()
     try:
-        device = os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC)
+        device = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         raise HostError(
-            f"{_DEVICE} is missing; load the kernel module (modprobe fuse), or give the device to this container"
+            f"{DEVICE} is missing; load the kernel module (modprobe fuse), or give the device to this container"
         ) from None
     except OSError as error:
         raise HostError(
-            f"{_DEVICE} cannot be opened ({error.strerror}): this user or container may not use FUSE"
+            f"{DEVICE} cannot be opened ({error.strerror}): this user or container may not use FUSE"
         ) from None
     kind = os.fstat(device)
     os.close(device)
-    if not stat.S_ISCHR(kind.st_mode) or kind.st_rdev != _DEVICE_NUMBER:
+    if not stat.S_ISCHR(kind.st_mode) or kind.st_rdev != DEVICE_NUMBER:
         raise HostError(
-            f"{_DEVICE} is not the FUSE device (character device 10, 229); create it with: mknod {_DEVICE} c 10 229"
+            f"{DEVICE} is not the FUSE device (character device 10, 229); create it with: mknod {DEVICE} c 10 229"
         )
     mount_options.check_user(config)
     if config.io is IoKind.KERNEL:
@@ -248,7 +248,7 @@ def check_host(config: ServeConfig) -> None:
         )
     if config.allow_other and not _user_allow_other():
         raise HostError(
-            f"--allow-other needs the line user_allow_other in {_FUSE_CONF}; ask root to add it, or serve with "
+            f"--allow-other needs the line user_allow_other in {FUSE_CONF}; ask root to add it, or serve with "
             "--no-allow-other"
         )
 
@@ -275,7 +275,7 @@ def _check_may_mount() -> None:
 
 def _user_allow_other() -> bool:
     try:
-        lines = _FUSE_CONF.read_text(errors="replace").splitlines()
+        lines = FUSE_CONF.read_text(errors="replace").splitlines()
     except OSError:
         return False
     return any(line.strip() == "user_allow_other" for line in lines)

@@ -12,7 +12,7 @@ from llloop.supervisor.process_info import SILENT, process_state
 from llloop.supervisor.sd_notify import Notifier
 
 # fusectl: one directory for each connection, named after the minor number of the mount's device.
-_CONNECTIONS = Path("/sys/fs/fuse/connections")
+CONNECTIONS = Path("/sys/fs/fuse/connections")
 
 
 class Watchdog:
@@ -32,7 +32,7 @@ class Watchdog:
         self._notifier = notifier
         self._front = front
         self._slots = slots
-        self._waiting_file = _CONNECTIONS / str(device[1]) / "waiting"
+        self._waiting_file = CONNECTIONS / str(device[1]) / "waiting"
         self._next = loop.deadline(self.look)
         self._progress: tuple[int, int] | None = None
 

@@ -52,7 +52,7 @@ class Recording(ast.NodeTransformer):
     def _store(self, line: int) -> ast.stmt:
         (store,) = ast.parse(f"lines_run[{self._start + line}] = 1").body
         for node in ast.walk(store):
-            if "lineno" in node._attributes:
+            if hasattr(node, "lineno"):
                 vars(node).update(lineno=line, end_lineno=line)
         return store
 

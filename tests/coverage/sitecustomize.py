@@ -54,7 +54,7 @@ def _begin(directory: str) -> None:
             code: CodeType = marshal.loads(file.read())  # load(file) calls read for each object
             return code
 
-    SourceFileLoader.get_code = get_code  # type: ignore[method-assign]
+    SourceFileLoader.get_code = get_code  # type: ignore[assignment,method-assign]
 
 
 if "LINES_RUN" in os.environ:

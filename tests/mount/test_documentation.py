@@ -265,7 +265,7 @@ def test_troubleshooting_quotes_messages_that_exist() -> None:
     assert len(messages) > 8
     for message in messages:
         # Text in parentheses is the text of an errno. The name of a constant stands for its value.
-        text = message.partition(" (")[0].replace("/dev/fuse ", "{_DEVICE} ").replace("/etc/fuse.conf", "{_FUSE_CONF}")
+        text = message.partition(" (")[0].replace("/dev/fuse ", "{DEVICE} ").replace("/etc/fuse.conf", "{FUSE_CONF}")
         assert message in known or text in sources, message
 
 

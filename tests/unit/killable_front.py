@@ -26,7 +26,7 @@ from llloop.shared import journal as journal_module
 from llloop.shared.journal import Journal
 from llloop.shared.negotiation import Capabilities, Feature
 from llloop.shared.slots import Slots
-from tests.unit.support import Reply, close_journal, heir, packet_pipe
+from tests.unit.support import Heir, Reply, close_journal, packet_pipe
 
 ME = (os.geteuid(), os.getegid())
 
@@ -133,9 +133,9 @@ class _Packing:
         return getattr(self._packing, name)
 
 
-def killable_journal(journal: Journal, life: Life) -> Journal:
+def killable_journal(journal: Journal, life: Life, *, knowing: bool = False) -> Heir:
     """Returns the journal's memory for a process with this life."""
-    own = heir(journal)
+    own = Heir(journal, knowing=knowing)
     own.cells = _Cells(own.cells, life)  # type: ignore[assignment]
     return own
 
@@ -160,7 +160,9 @@ def living(life: Life) -> Iterator[None]:
     """A process with this life does everything in the block, which may end with `Killed`."""
     patches = [
         mock.patch.multiple(
-            journal_module, _BODY=_Packing(journal_module._BODY, life), _TAIL=_Packing(journal_module._TAIL, life)
+            journal_module,
+            RECORD_BODY=_Packing(journal_module.RECORD_BODY, life),
+            TAIL_BODY=_Packing(journal_module.TAIL_BODY, life),
         ),
         *(mock.patch.object(place, name, life.around(getattr(place, name))) for place, name in _PLACES),
     ]
@@ -349,8 +351,8 @@ class Front:
 
     def __init__(self, line: Line, life: Life) -> None:
         self._journal = killable_journal(line.journal, life)
-        packing = _Packing(intents_module._NOTE, life)
-        with mock.patch.object(intents_module, "_NOTE", packing):
+        packing = _Packing(intents_module.NOTE, life)
+        with mock.patch.object(intents_module, "NOTE", packing):
             writers = [writer for _, writer in line.pipes]
             context = self.context = build_context(
                 line.config, line.capabilities, line.slots, self._journal, writers, line.root, line.device

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import fcntl
 import gc
 import os
@@ -123,12 +122,23 @@ def packets(reader: int) -> list[bytes]:
             return found
 
 
-def heir(journal: Journal) -> Journal:
-    """Returns a journal as another process sees it that was forked before anything was recorded."""
-    own = copy.copy(journal)
-    own._free = array("Q")
-    own._age = 0
-    return own
+class Heir(Journal):
+    """A journal as another process sees it.
+
+    Args:
+        knowing: whether the process knows what this one knows; otherwise it was forked before anything was recorded.
+    """
+
+    def __init__(self, journal: Journal, *, knowing: bool = False) -> None:
+        vars(self).update(vars(journal))
+        if not knowing:
+            self._free = array("Q")
+            self._age = 0
+
+    @property
+    def free_places(self) -> int:
+        """How many places behind no record are known to be free."""
+        return len(self._free)
 
 
 def close_journal(journal: Journal) -> None:

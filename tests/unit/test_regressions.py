@@ -172,7 +172,7 @@ def process() -> Iterator[int]:
 def test_worker_closes_only_its_own_descriptors_after_death_of_front(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(descriptors_module, "_FRONT_TIMEOUT", 0.05)
+    monkeypatch.setattr(descriptors_module, "FRONT_TIMEOUT", 0.05)
     fd = os.open(tmp_path, os.O_RDONLY)
     slots = Slots(2, 4096, 1)
     descriptors = Descriptors(slots)

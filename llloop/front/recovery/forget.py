@@ -27,7 +27,7 @@ PORTION = 256
 _LOOKUPS_BITS, _PLACE_BITS = 34, 18
 _LOOKUPS_MASK = (1 << _LOOKUPS_BITS) - 1
 
-_COUNT = Struct("=I")  # the number of entries, after the header of a BATCH_FORGET
+ENTRY_COUNT = Struct("=I")  # the number of entries, after the header of a BATCH_FORGET
 
 
 class Forgetting:
@@ -81,7 +81,7 @@ class Forgetting:
                 portion = memory[start + left * FORGET_ONE.size : start + count * FORGET_ONE.size]
                 self._forget(base, list(FORGET_ONE.iter_unpack(portion)), left)
                 # One store, which also invalidates the note.
-                _COUNT.pack_into(memory, base + IN_HEADER_SIZE, left)
+                ENTRY_COUNT.pack_into(memory, base + IN_HEADER_SIZE, left)
                 count = left
                 if count and bytes(self._slots.states).count(0) > self._slots.count // 2:
                     self._slots.hold(self._slots.slot_of(base))
@@ -133,4 +133,4 @@ class Forgetting:
         elif place < BATCH_FORGET_REQUEST.unpack_from(memory, base)[0]:
             nodeid, _ = FORGET_ONE.unpack_from(memory, base + BATCH_FORGET_REQUEST.size + place * FORGET_ONE.size)
             self._tree.inodes.restore_lookups(nodeid, lookups)
-            _COUNT.pack_into(memory, base + IN_HEADER_SIZE, place + 1)
+            ENTRY_COUNT.pack_into(memory, base + IN_HEADER_SIZE, place + 1)

@@ -28,7 +28,7 @@ _UNIQUE, _DONE, _STARTED, _NUMBER, _NODEID, _TARGET, _PIN, _VICTIM, _HANDLE, _BA
 
 
 # The fields of a note except the request's `unique`, which is stored last, and the backing id.
-_NOTE = Struct("=8Q")
+NOTE = Struct("=8Q")
 
 
 class Intent(NamedTuple):
@@ -78,7 +78,7 @@ class Note:
 
     Args:
         cells, memory: the journal's memory.
-        pack: `_NOTE.pack_into`.
+        pack: `NOTE.pack_into`.
         place: the index of the note's first cell.
     """
 
@@ -137,7 +137,7 @@ class Note:
 
 def _nowhere() -> Note:
     memory = bytearray(8 * (_BACKING + 1))
-    return Note(memoryview(memory).cast("Q"), memory, _NOTE.pack_into, 0)
+    return Note(memoryview(memory).cast("Q"), memory, NOTE.pack_into, 0)
 
 
 # The note of requests that the kernel never sends again, which no front reads.
@@ -154,7 +154,7 @@ class Intents:
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
         self._cells = journal.cells
-        self._pack = _NOTE.pack_into
+        self._pack = NOTE.pack_into
         # Descriptors that a dead front had opened, but not noted.
         self._orphans: list[int] = []
         # A dead front's notes by the request's `unique`, and the thread of each note.

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from llloop.front.inodes import ROOT
 from llloop.front.loop import Loop
+from llloop.front.request import FuseRequest
 from llloop.linux import fuse
 from llloop.linux.credentials import SetidGuard
 from llloop.linux.fuse import Opcode
@@ -74,7 +75,10 @@ class Front:
             return len(packet)
 
         with mock.patch("os.readv", readv):
-            self.loop._lead(0)
+            request = FuseRequest(self.source.context.router.slots.memory, self.source.context.intents.note(0))
+            request.slot = self.source.context.router.slots.free_slot()
+            while self.loop.receive(request):
+                self.loop.serve(request)
         return self.device.take()
 
     def close(self) -> None:

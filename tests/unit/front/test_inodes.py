@@ -15,7 +15,7 @@ from llloop.front.inodes import ROOT, Inodes, mix
 from llloop.linux.syscalls import Attributes
 from llloop.shared.journal import Journal
 from tests.expect import fails
-from tests.unit.support import attributes, close_journal, heir
+from tests.unit.support import Heir, attributes, close_journal
 
 ROOT_DEVICE, OTHER_DEVICE, THIRD_DEVICE = 0x801, 0x2A, 0x100005
 ROOT_NUMBER = 2
@@ -171,7 +171,7 @@ class TableMachine(RuleBasedStateMachine):
     @rule()
     def a_new_front(self) -> None:
         """The front is killed, and the next one makes the table again from what is left of it."""
-        successor = heir(self.journal)
+        successor = Heir(self.journal)
         records = successor.recover()
         table = new_table(successor)
         assert table.recover(records) == {}
@@ -186,7 +186,7 @@ class TableMachine(RuleBasedStateMachine):
         """What keeps an inode without names goes along, whatever happens to its names."""
         nodeid = data.draw(st.sampled_from(sorted(self.known)))
         self.table.note_pin(nodeid, fd)
-        successor = heir(self.journal)
+        successor = Heir(self.journal)
         pins = new_table(successor).recover(successor.recover())
         assert pins.get(nodeid, -1) == fd
         self.table.note_pin(nodeid, -1)
@@ -221,7 +221,7 @@ class TableMachine(RuleBasedStateMachine):
             assert self.table.other_names(nodeid) == []
         assert len(self.table) == 1
         assert not self.table._links and not self.table._renumbered
-        assert heir(self.journal).recover() == [], "a record outlives what it stands for"
+        assert Heir(self.journal).recover() == [], "a record outlives what it stands for"
         close_journal(self.journal)
 
 
@@ -337,12 +337,12 @@ def test_what_finds_no_room_in_the_ledger_works_and_is_looked_up_again_afterward
     table.note_pin(second, 5)
     table.renamed(second, (ROOT, b"200"), (ROOT, b"new"))
     assert table.get(second).name == b"new"
-    successor = heir(journal)
+    successor = Heir(journal)
     recovered = new_table(successor)
     assert recovered.recover(successor.recover()) == {}
     assert first in recovered and second not in recovered
     assert table.forget(second, 1) and table.forget(first, 1)
-    assert heir(journal).recover() == []
+    assert Heir(journal).recover() == []
 
 
 # Mounts below the source: the root's is 50
@@ -414,7 +414,7 @@ def test_mounts_are_known_to_the_next_front(mounts: tuple[Inodes, Journal]) -> N
         (b"file", on_mount(53, 100, stat.S_IFREG)),
     ]
     nodeids = [table.remember(ROOT, name, one) for name, one in found]
-    successor = Inodes(on_mount(50, ROOT_NUMBER), heir(journal))
+    successor = Inodes(on_mount(50, ROOT_NUMBER), Heir(journal))
     successor.is_alike = table.is_alike
     successor.recover(successor._journal.recover())
     assert [successor.remember(ROOT, name, one) for name, one in found] == nodeids

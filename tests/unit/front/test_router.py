@@ -377,7 +377,7 @@ def test_parked_request_is_not_overtaken(router: Router, pipes: Pipes) -> None:
 
 
 def test_parked_payload_is_limited(router: Router, pipes: Pipes, monkeypatch: pytest.MonkeyPatch, idle: int) -> None:
-    monkeypatch.setattr("llloop.front.router._MAX_PARKED", 10_000)
+    monkeypatch.setattr("llloop.front.router.MAX_PARKED", 10_000)
     pipes.fill(0)
     arguments = (router, handle(), 5, Operation.WRITE, 4096)
     park(*arguments)
@@ -476,7 +476,7 @@ def test_slot_given_back_is_not_claimed(pipes: Pipes, slots: Slots) -> None:
     assert reminded(pipes, 0) == []
 
 
-def test_resume_messages_are_split(pipes: Pipes) -> None:
+def test_resume_messages_are_split(pipes: Pipes, idle: int) -> None:
     """A message longer than a packet would be torn apart."""
     uniques = [1 << 63 | number for number in range(1000)]
     slots = Slots(len(uniques), 4096, 1)
@@ -485,8 +485,8 @@ def test_resume_messages_are_split(pipes: Pipes) -> None:
     router = successor(slots, Pipes([(pipes.readers[0], pipes.writers[0])]))
     router.finish_takeover()
     found = reminded(pipes, 0)
-    while router._waiting[0]:
-        router._flush(0)
+    while router.backlog:
+        router.wait(idle, timeout=0)
         found += reminded(pipes, 0)
     assert sorted(found) == uniques
 
@@ -503,9 +503,7 @@ def test_resume_waits_for_a_full_pipe(pipes: Pipes, slots: Slots) -> None:
     assert router.backlog
     device, tell = os.pipe()
     os.write(tell, b"!")
-    while router._waiting[0]:
-        router.wait(device)
-        router._flush(0)
+    router.wait(device)
     assert [(request.operation, request.extra) for request in pipes.take(0)] == [
         (Operation.RESUME, (100,)),
         (Operation.RELEASE, (7,)),
@@ -570,7 +568,7 @@ def test_no_payload_is_copied_before_there_is_room(
     assert copied == [], "the pipe is still full"
     pipes.take(0)
     monkeypatch.setattr(router, "_may_have_large", lambda shard, kind: False)
-    monkeypatch.setattr("llloop.front.router._LARGE_AT_ONCE", 0)
+    monkeypatch.setattr("llloop.front.router.LARGE_AT_ONCE", 0)
     router.wait(idle, timeout=0)
     assert copied == [4], "there may be no more large ones"
     monkeypatch.undo()
@@ -578,21 +576,21 @@ def test_no_payload_is_copied_before_there_is_room(
     assert [request.unique for request in pipes.take(0)] == [1, 2]
 
 
-def test_parked_large_payloads_are_not_copied(pipes: Pipes, idle: int) -> None:
+@pytest.mark.root  # an ordinary user has no more pipes
+def test_parked_large_payloads_are_not_copied(pipes: Pipes, idle: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """They stay in pipes, in their order, and are moved back into the pipe of a slot."""
     slots = Slots(8, 32 * fuse.PAGE_SIZE, 2)
     payload_pipes = slots.open_pipes()
-    if not payload_pipes._most_spare:
-        pytest.skip("an ordinary user has no more pipes")
+    # A payload that is copied would not be parked.
+    monkeypatch.setattr("llloop.front.router.MAX_PARKED", 0)
     router = Router(slots, pipes.writers)
     size = 100_000
     try:
         for unique in range(6):
             content = bytes([unique]) * size
-            assert os.write(payload_pipes._pipes[slots.free_slot()][1], content) == size
+            assert os.write(payload_pipes.descriptors[2 * slots.free_slot() + 1], content) == size
             router.entrust(at_hand(router, unique), handle(), 7, Operation.WRITE, 0, size, PIPED)
         assert router.backlog
-        assert router._parked_bytes == 0
         done: list[int] = []
         while len(done) < 6:
             for request in pipes.take(0):
@@ -606,13 +604,9 @@ def test_parked_large_payloads_are_not_copied(pipes: Pipes, idle: int) -> None:
                 slots.give_back(request.slot)
             router.wait(idle)
         assert done == list(range(6))
-        assert payload_pipes._lent == 0
+        assert payload_pipes.lent == 0
     finally:
-        for fd in payload_pipes.descriptors:
-            os.close(fd)
-        for pair in payload_pipes._spare:
-            for fd in pair:
-                os.close(fd)
+        payload_pipes.close()
 
 
 def test_worker_gets_parked_payloads_when_another_one_has_all_pipes(pipes: Pipes, idle: int) -> None:
@@ -643,5 +637,4 @@ def test_worker_gets_parked_payloads_when_another_one_has_all_pipes(pipes: Pipes
             router.wait(idle, timeout=10)
         assert done == list(range(20, 26))
     finally:
-        for fd in payload_pipes.descriptors:
-            os.close(fd)
+        payload_pipes.close()

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from llloop.shared.journal import HANDLE, INODE, LINK, RECORD_SIZE, Journal
 from tests.unit.killable_front import Killed, Life, killable_journal, living
-from tests.unit.support import close_journal, heir
+from tests.unit.support import Heir, close_journal
 
 FIELDS = 8
 MOST = 2**64 - 1
@@ -29,7 +29,7 @@ class Content(NamedTuple):
 
 def content(journal: Journal) -> dict[int, Content]:
     """What the next process finds, by place, in its order."""
-    return {record.place: Content(*record[1:]) for record in heir(journal).recover()}
+    return {record.place: Content(*record[1:]) for record in Heir(journal).recover()}
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_places_are_used_again(journal: Journal) -> None:
         places.append(journal.add(HANDLE, (0,) * FIELDS))
         assert all(places)
         if number % 50 == 0:
-            journal = heir(journal)
+            journal = Heir(journal)
             assert [record.place for record in journal.recover()] == places
         for place in places:
             journal.remove(place)
@@ -86,7 +86,7 @@ def test_the_older_come_first_though_their_places_do_not(journal: Journal) -> No
     for number in range(5, 8):
         journal.add(INODE, (number,) * FIELDS)
     assert [one.fields[0] for one in content(journal).values()] == [3, 4, 5, 6, 7]
-    successor = heir(journal)
+    successor = Heir(journal)
     successor.recover()
     successor.add(INODE, (8,) * FIELDS)
     assert [one.fields[0] for one in content(journal).values()] == [3, 4, 5, 6, 7, 8]
@@ -131,9 +131,9 @@ def test_no_room_that_names_have_lost_is_lost() -> None:
 
 
 def test_of_a_request_sent_again_its_tries_are_counted(journal: Journal) -> None:
-    assert [heir(journal).serving_again(9) for _ in range(3)] == [1, 2, 3]
-    assert heir(journal).serving_again(10) == 1
-    assert heir(journal).serving_again(9) == 1
+    assert [Heir(journal).serving_again(9) for _ in range(3)] == [1, 2, 3]
+    assert Heir(journal).serving_again(10) == 1
+    assert Heir(journal).serving_again(9) == 1
 
 
 # Killed
@@ -199,7 +199,7 @@ class JournalMachine(RuleBasedStateMachine):
     @initialize()
     def start(self) -> None:
         self.memory = Journal(160)
-        self.journal = heir(self.memory)
+        self.journal = Heir(self.memory)
         self.model: dict[int, Content] = {}
 
     def do(
@@ -207,8 +207,7 @@ class JournalMachine(RuleBasedStateMachine):
     ) -> None:
         """Do something; *then* says what is at a place afterwards, with None for the place that the action returns."""
         life = Life(steps)
-        own = killable_journal(self.journal, life)
-        own._free, own._age = self.journal._free, self.journal._age
+        own = killable_journal(self.journal, life, knowing=True)
         place: int | None = None
         killed = False
         try:
@@ -227,12 +226,13 @@ class JournalMachine(RuleBasedStateMachine):
             expected = [sorted(self.model.values()), sorted([*after.values(), *self.missing(then)])]
             assert sorted(found.values()) in expected
             self.model = found
-            self.journal = heir(self.memory)
+            self.journal = Heir(self.memory)
             self.journal.recover()
         else:
             assert list(found.items()) == list(after.items()) or found == after
             self.model = after
-            self.journal._age = own._age
+            self.journal = Heir(own, knowing=True)
+            self.journal.cells = self.memory.cells
 
     @staticmethod
     def missing(then: dict[int | None, Content | None]) -> list[Content]:
@@ -263,14 +263,14 @@ class JournalMachine(RuleBasedStateMachine):
 
     @rule()
     def die_idle(self) -> None:
-        self.journal = heir(self.memory)
+        self.journal = Heir(self.memory)
         self.journal.recover()
 
     @invariant()
     def no_place_is_lost(self) -> None:
         used = self.memory.cells[16] - 2
         taken = sum(1 + max(0, -(-(len(one.name) - 48) // 112)) for one in self.model.values())
-        assert used == taken + len(self.journal._free)
+        assert used == taken + self.journal.free_places
 
     def teardown(self) -> None:
         if hasattr(self, "memory"):
@@ -289,7 +289,7 @@ def test_a_process_that_is_really_killed() -> None:
         pid = os.fork()
         if pid == 0:
             try:
-                own = heir(journal)
+                own = Heir(journal)
                 places: dict[int, int] = {}
                 for record in own.recover():
                     own.remove(places.get(record.fields[0], 0))
@@ -307,7 +307,7 @@ def test_a_process_that_is_really_killed() -> None:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         found: dict[int, int] = {}
-        for record in heir(journal).recover():
+        for record in Heir(journal).recover():
             number = record.fields[0]
             assert record.name == names[number]
             assert record.fields[1:-1] == (len(record.name),) * (FIELDS - 2)

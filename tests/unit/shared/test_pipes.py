@@ -28,8 +28,7 @@ def bench(slots: Slots, device: Device, tmp_path: Path) -> Iterator[Bench]:
     own = Bench(slots, device, tmp_path)
     yield own
     own.close()
-    for fd in pipes.descriptors:
-        os.close(fd)
+    pipes.close()
 
 
 def pipes_of(bench: Bench) -> PayloadPipes:

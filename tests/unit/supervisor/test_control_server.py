@@ -671,7 +671,7 @@ def test_directory_below_another_users_is_not_used(monkeypatch: pytest.MonkeyPat
     theirs = shared / "theirs"
     theirs.mkdir()
     os.chown(theirs, 4001, 4001)
-    monkeypatch.setattr(protocol, "_ROOT_DIRECTORY", str(shared / "missing" / "llloop"))
+    monkeypatch.setattr(protocol, "ROOT_DIRECTORY", str(shared / "missing" / "llloop"))
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(theirs))
     found = Path(protocol.make_directory())
     assert found.parent != theirs
@@ -696,7 +696,7 @@ def test_users_with_the_same_id_use_different_directories(monkeypatch: pytest.Mo
 def shared(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     path = reachable_directory("llloop-control-")
     path.chmod(0o1777)
-    monkeypatch.setattr(protocol, "_TMP", str(path))
+    monkeypatch.setattr(protocol, "TMP", str(path))
     yield path
     remove_tree(path)
 

@@ -259,13 +259,13 @@ def test_failed_fetch_is_reported(tmp_path: Path, pipe: Pipe) -> None:
 
 
 def test_stopped_keeper_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keeper_module, "_TIMEOUT", 0.05)
+    monkeypatch.setattr(keeper_module, "TIMEOUT", 0.05)
     with household(lambda own: None) as own, pytest.raises(TimeoutError):
         own.keeper.start_front()
 
 
 def test_missing_clone_system_call_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keeper_module, "_SYS_CLONE", None)
+    monkeypatch.setattr(keeper_module, "SYS_CLONE", None)
     with household(lambda own: None) as own:
         own.start_keeper()
         with pytest.raises(OSError):

@@ -127,7 +127,7 @@ def test_late_answer_is_ignored(processes: Processes, monkeypatch: pytest.Monkey
     keeper = processes.start_keeper()
     os.kill(keeper, signal.SIGSTOP)
     with monkeypatch.context() as patch:
-        patch.setattr(keeper_module, "_TIMEOUT", 0.05)
+        patch.setattr(keeper_module, "TIMEOUT", 0.05)
         with fails(errno.ETIMEDOUT):
             processes.start_front()
     os.kill(keeper, signal.SIGCONT)

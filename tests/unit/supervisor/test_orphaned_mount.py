@@ -48,7 +48,7 @@ class Kernel:
 @pytest.fixture
 def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kernel:
     own = Kernel(tmp_path)
-    monkeypatch.setattr(orphaned_mount, "_CONNECTIONS", tmp_path)
+    monkeypatch.setattr(orphaned_mount, "CONNECTIONS", tmp_path)
     monkeypatch.setattr(mounts, "mounts", own.mounts)
     monkeypatch.setattr(syscalls, "unique_mount_id", lambda place: own.unique)
     monkeypatch.setattr(MountIdentity, "unmount", lambda mount, *, lazy: own.unmount(mount, lazy=lazy))

@@ -160,8 +160,8 @@ def test_dead_mount_is_reported_with_a_remedy(source: Path, mountpoint: Path, de
 def test_replace_dead_detaches_a_dead_mount(
     source: Path, mountpoint: Path, dead: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(start_checks, "_DEVICE", "/dev/null")
-    monkeypatch.setattr(start_checks, "_DEVICE_NUMBER", os.stat("/dev/null").st_rdev)
+    monkeypatch.setattr(start_checks, "DEVICE", "/dev/null")
+    monkeypatch.setattr(start_checks, "DEVICE_NUMBER", os.stat("/dev/null").st_rdev)
     wanted = config(mountpoint, source=str(source), replace_dead=True, allow_other=False)
     assert start_checks.check(wanted).mountpoint == os.path.realpath(mountpoint)
     assert dead == [], "a check changes nothing"
@@ -172,8 +172,8 @@ def test_replace_dead_detaches_a_dead_mount(
 def test_directory_under_a_dead_mount_is_checked(
     source: Path, mountpoint: Path, dead: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(start_checks, "_DEVICE", "/dev/null")
-    monkeypatch.setattr(start_checks, "_DEVICE_NUMBER", os.stat("/dev/null").st_rdev)
+    monkeypatch.setattr(start_checks, "DEVICE", "/dev/null")
+    monkeypatch.setattr(start_checks, "DEVICE_NUMBER", os.stat("/dev/null").st_rdev)
     (mountpoint / "file").touch()
     with pytest.raises(MountpointError, match="--nonempty"):
         start_checks.make_way(config(mountpoint, source=str(source), replace_dead=True, allow_other=False))
@@ -200,15 +200,15 @@ def test_check_restart_accepts_only_llloop_mounts(
 
 
 def test_missing_fuse_device_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(start_checks, "_DEVICE", str(tmp_path / "missing"))
+    monkeypatch.setattr(start_checks, "DEVICE", str(tmp_path / "missing"))
     with pytest.raises(HostError, match="modprobe fuse"):
         start_checks.check_host(config())
-    monkeypatch.setattr(start_checks, "_DEVICE", str(tmp_path))
+    monkeypatch.setattr(start_checks, "DEVICE", str(tmp_path))
     with pytest.raises(HostError, match="cannot be opened"):
         start_checks.check_host(config())
     for other in ("/dev/null", str(tmp_path / "file")):
         (tmp_path / "file").touch()
-        monkeypatch.setattr(start_checks, "_DEVICE", other)
+        monkeypatch.setattr(start_checks, "DEVICE", other)
         with pytest.raises(HostError, match="is not the FUSE device"):
             start_checks.check_host(config())
 
@@ -243,9 +243,9 @@ def test_missing_null_device_is_reported(
 @pytest.fixture
 def ordinary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """As an ordinary user sees it, with a /etc/fuse.conf of the test's own."""
-    monkeypatch.setattr(start_checks, "_DEVICE", "/dev/null")
-    monkeypatch.setattr(start_checks, "_DEVICE_NUMBER", os.stat("/dev/null").st_rdev)
-    monkeypatch.setattr(start_checks, "_FUSE_CONF", tmp_path / "fuse.conf")
+    monkeypatch.setattr(start_checks, "DEVICE", "/dev/null")
+    monkeypatch.setattr(start_checks, "DEVICE_NUMBER", os.stat("/dev/null").st_rdev)
+    monkeypatch.setattr(start_checks, "FUSE_CONF", tmp_path / "fuse.conf")
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setattr(shutil, "which", lambda name, path: f"/usr/bin/{name}")
     return tmp_path / "fuse.conf"

@@ -59,7 +59,7 @@ class Bench:
 
 @pytest.fixture
 def bench(slots: Slots, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
-    monkeypatch.setattr(watchdog, "_CONNECTIONS", tmp_path)
+    monkeypatch.setattr(watchdog, "CONNECTIONS", tmp_path)
     own = Bench(slots, tmp_path)
     yield own
     own.close()

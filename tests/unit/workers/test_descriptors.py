@@ -139,7 +139,7 @@ def test_closed_descriptor_of_the_front_gives_ebadf(descriptors: Descriptors) ->
 @pytest.fixture
 def short_absence(monkeypatch: pytest.MonkeyPatch) -> None:
     """There is no next front, and it is not long until that is clear."""
-    monkeypatch.setattr(descriptors_module, "_FRONT_TIMEOUT", 0.05)
+    monkeypatch.setattr(descriptors_module, "FRONT_TIMEOUT", 0.05)
 
 
 def test_dead_front_without_successor_gives_eio(

@@ -118,7 +118,7 @@ def test_at_most_two_writes_of_an_inode_are_held(bench: Bench) -> None:
 
 def test_invalidator_is_asked_again_after_timeout(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     """The invalidator may have been killed."""
-    monkeypatch.setattr(invalidations, "_ANSWER_TIMEOUT", 0.01)
+    monkeypatch.setattr(invalidations, "ANSWER_TIMEOUT", 0.01)
     bench.open(1)
     reader, writer = os.pipe2(os.O_DIRECT)
     descriptors = Descriptors(bench.slots)

@@ -39,7 +39,7 @@ class Known:
     def forget(self, request: Request, life: Life) -> bool:
         """Return whether the front lived through it."""
         try:
-            with mock.patch.object(forget, "_COUNT", _Packing(forget._COUNT, life)):
+            with mock.patch.object(forget, "ENTRY_COUNT", _Packing(forget.ENTRY_COUNT, life)):
                 self.line.ask(request, life)
                 while self.line.context.forgetting.unfinished:
                     with living(life):

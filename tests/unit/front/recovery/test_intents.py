@@ -13,7 +13,7 @@ from llloop.front.recovery.intents import Intent, Intents, Note
 from llloop.linux.fuse import FUSE_UNIQUE_RESEND
 from llloop.linux.syscalls import fstatx
 from llloop.shared.journal import Journal
-from tests.unit.support import attributes, close_journal, heir
+from tests.unit.support import Heir, attributes, close_journal
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def begun(journal: Journal, unique: int = 42, **noted: int) -> Note:
 
 def again(journal: Journal, unique: int) -> Intent | None:
     """What the next front finds of a request."""
-    return Intents(heir(journal)).of(unique)
+    return Intents(Heir(journal)).of(unique)
 
 
 def test_note_is_found_by_its_request(journal: Journal) -> None:
@@ -65,7 +65,7 @@ def test_without_note_nothing_is_found(journal: Journal) -> None:
 def test_request_interrupted_twice_is_found(journal: Journal) -> None:
     begun(journal, number=7)
     assert again(journal, 42 | FUSE_UNIQUE_RESEND) is not None
-    begun(heir(journal), 44 | FUSE_UNIQUE_RESEND, number=8)  # now by one that was itself sent again
+    begun(Heir(journal), 44 | FUSE_UNIQUE_RESEND, number=8)  # now by one that was itself sent again
     left = again(journal, 44 | FUSE_UNIQUE_RESEND)
     assert left is not None and left.number == 8
 
@@ -89,7 +89,7 @@ def test_new_note_does_not_contain_the_previous_one(journal: Journal) -> None:
 
 def test_finishing_the_takeover_removes_notes_of_a_dead_front(journal: Journal) -> None:
     begun(journal)
-    intents = Intents(heir(journal))
+    intents = Intents(Heir(journal))
     assert intents.of(42 | FUSE_UNIQUE_RESEND) is not None
     intents.finish_takeover()
     assert intents.of(42 | FUSE_UNIQUE_RESEND) is None
@@ -98,7 +98,7 @@ def test_finishing_the_takeover_removes_notes_of_a_dead_front(journal: Journal) 
 
 def test_new_note_does_not_overwrite_a_needed_one(journal: Journal) -> None:
     begun(journal, number=1)
-    intents = Intents(heir(journal))
+    intents = Intents(Heir(journal))
     other = intents.note_of(44 | FUSE_UNIQUE_RESEND)
     other.unique = 44 | FUSE_UNIQUE_RESEND
     other.begin(number=2)
@@ -111,7 +111,7 @@ def test_new_note_does_not_overwrite_a_needed_one(journal: Journal) -> None:
 
 def test_finishing_the_takeover_keeps_own_notes(journal: Journal) -> None:
     begun(journal)
-    intents = Intents(heir(journal))
+    intents = Intents(Heir(journal))
     note = intents.note(0)
     note.unique = 43
     note.begin(number=5)
@@ -150,13 +150,13 @@ def test_pin_must_be_of_its_file(journal: Journal, tmp_path: Path) -> None:
         (tmp_path / name).write_text(name)
     pin = os.open(tmp_path / "file", os.O_PATH)
     begun(journal, pin=pin, victim=os.fstat(pin).st_ino)
-    assert Intents(heir(journal)).left_pins == {pin}
+    assert Intents(Heir(journal)).left_pins == {pin}
     other = os.open(tmp_path / "other", os.O_PATH)
     os.dup2(other, pin)
-    assert Intents(heir(journal)).left_pins == set()
+    assert Intents(Heir(journal)).left_pins == set()
     os.close(pin)
     os.close(other)
-    assert Intents(heir(journal)).left_pins == set()
+    assert Intents(Heir(journal)).left_pins == set()
 
 
 def test_only_orphans_open_for_io_are_taken(journal: Journal, tmp_path: Path) -> None:
