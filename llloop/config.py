@@ -115,6 +115,12 @@ class ServeConfig:
         "the mount shows writes through a shared mapping in the source only after the writer has closed the file. "
         "Excludes --loop llfuse. Default: off.",
     )
+    events: bool = _option(
+        True,
+        "With --watch, tell programs that watch the mount (inotify, fanotify) of changes that are made directly in the "
+        "source, too. This does not work with --read-only, --map-users and --map-groups, and not for writes with --io "
+        "kernel. With --no-events, programs only hear of changes that are made through the mount. Default: on.",
+    )
     io: IoKind = _option(
         IoKind.WORKERS,
         "Which process reads and writes open files. workers: the worker processes. kernel: the kernel itself "
@@ -245,7 +251,7 @@ class ServeConfig:
             object.__setattr__(self, "read_only", True)
         if type(self.workers) is not int or not 1 <= self.workers <= MAX_WORKERS:
             raise UsageError(f"--workers must be a whole number from 1 to {MAX_WORKERS}, not {self.workers!r}")
-        for name in ("read_only", "allow_other", "xattr", "nonempty", "replace_dead", "writeback", "watch"):
+        for name in ("read_only", "allow_other", "xattr", "nonempty", "replace_dead", "writeback", "watch", "events"):
             if type(getattr(self, name)) is not bool:
                 raise UsageError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if not isinstance(self.fsname, str) or not self.fsname or "\0" in self.fsname:

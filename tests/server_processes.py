@@ -29,7 +29,7 @@ def _titles(server: Server) -> dict[str, int]:
     found: dict[str, int] = {}
     for pid in server.processes():
         title = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0].decode()
-        match = re.match(r"llloop-(supervisor|keeper|front|invalidator|watcher|worker-\d+)\b", title)
+        match = re.match(r"llloop-(supervisor|keeper|front|invalidator|relay|watcher|worker-\d+)\b", title)
         assert match, f"process {pid} of the server is called {title!r}"
         assert match[0] not in found, f"two processes are called {match[0]}"
         found[match[0]] = pid

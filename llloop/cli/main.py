@@ -76,6 +76,7 @@ _mountpoint = click.argument("mountpoint", type=UntouchedPath(), envvar="LLLOOP_
 @_option("read_only", "--read-only", "--ro", is_flag=True)
 @_option("allow_other", "--allow-other/--no-allow-other", default=None)
 @_option("watch", "--watch", is_flag=True)
+@_option("events", "--events/--no-events", default=True)
 @_option("cache", "--cache", type=click.Choice([cache.value for cache in Cache]), default=Cache.AUTO.value)
 @_option("io", "--io", type=click.Choice([kind.value for kind in IoKind]), default=IoKind.WORKERS.value)
 @_option("writeback", "--writeback", is_flag=True)

@@ -90,6 +90,7 @@ class Loop:
             raise ValueError("the event relay is recognised by the uid in each request, which an id-mapped mount lacks")
         if relay is not None:
             relayed = RelayedRequests(relay, device, self._slots.memory, context.inodes, context.tree.getattr)
+            self._handlers.responders += (relayed,)
             self._table = relayed.before(self._table)
         self._preflight = preflight
         # The handlers for a request that was just received, and for one that was set aside before.

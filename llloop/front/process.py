@@ -24,6 +24,7 @@ from llloop.linux import syscalls
 from llloop.linux.credentials import FRONT_CAPABILITIES, drop_capabilities_except
 from llloop.shared.journal import Journal
 from llloop.shared.negotiation import Capabilities
+from llloop.shared.relay import RelayState
 from llloop.shared.slots import Slots
 from llloop.shared.trace import Trace
 from llloop.shared.watch_state import WatchState
@@ -49,6 +50,7 @@ class FrontSetup:
         watch: what the front and the watcher tell each other; None without `--watch`.
         trace: the trace of requests.
         trace_switch: the read end of the pipe that tells when readers of the trace come and leave.
+        relay: what the event relay does; None without one.
     """
 
     config: ServeConfig
@@ -64,6 +66,7 @@ class FrontSetup:
     watch: WatchState | None
     trace: Trace
     trace_switch: int
+    relay: RelayState | None
 
 
 def run_front(setup: FrontSetup, own: Collection[int], ready: Callable[[], None]) -> None:
@@ -102,7 +105,7 @@ def run_front(setup: FrontSetup, own: Collection[int], ready: Callable[[], None]
     gc.disable()
     if setup.capabilities is not None:
         preflight = Preflight(context, setup.probed) if setup.probed is not None else None
-        loop = Loop(context, setup.device, setup.journal, preflight)
+        loop = Loop(context, setup.device, setup.journal, preflight, setup.relay)
         tracer = Tracer(setup.trace, slots.memory, context.inodes)
         trace_switch = TraceSwitch(setup.trace, setup.trace_switch, tracer, loop.trace)
         ready()

@@ -23,8 +23,8 @@ from llloop.linux import fuse
 # mount with a relay does an operation for this uid.
 RELAY_UID = 0xFFFFFFF0
 
-# The relay looks up this name in the root to learn the generation of an inode.
-GENERATION_NAME = b".llloop generation"
+# The relay looks up this name in the root to learn the generation and the name of an inode.
+INODE_QUESTION = b".llloop inode"
 
 # Nodeids from here on are of phantoms: inodes that only the relay's requests see.
 _PHANTOMS = 1 << 63
@@ -135,9 +135,10 @@ class Answer(NamedTuple):
     attributes: bytes = b""
 
 
-_PID, _PHANTOM, _DIRECTORY, _COUNT, _ASKED, _GENERATION, _TOLD, _FAILED, _DROPPED = range(9)
+_PID, _PHANTOM, _DIRECTORY, _COUNT, _ASKED, _GENERATION, _ANSWERED_PARENT, _ANSWERED_LENGTH = range(8)
 _PARENT, _NODEID, _LOOKED_UP, _LENGTH = range(4)
-_FIRST = 128  # the offset of the first answer, in bytes
+_FIRST = 64  # the offset of the first answer, in bytes
+_ANSWERED_NAME = 2048  # in bytes
 _STEP = 512  # from one answer to the next
 _ATTRIBUTES = 32  # the offset of the attributes in an answer
 _NAME = _ATTRIBUTES + fuse.ATTR.size
@@ -156,10 +157,12 @@ class RelayState:
 
     # For the relay
 
-    def started(self) -> None:
-        """Note that this process is the relay."""
+    def started(self) -> bool:
+        """Note that this process is the relay; return whether there was one before."""
+        is_successor = bool(self._cells[_PID])
         self._cells[_COUNT] = 0
         self._cells[_PID] = os.getpid()
+        return is_successor
 
     def new_phantom(self) -> int:
         """Return the nodeid of a new phantom."""
@@ -188,20 +191,21 @@ class RelayState:
         cells[_COUNT] = len(answers)
 
     def ask(self, nodeid: int) -> None:
-        """Ask the front for the generation of an inode; it answers at the next LOOKUP of `GENERATION_NAME`."""
+        """Ask the front about an inode. It answers at the next LOOKUP of `INODE_QUESTION`."""
         self._cells[_ASKED] = nodeid
         self._cells[_GENERATION] = 0
 
     @property
-    def generation(self) -> int | None:
-        """The generation of the inode, the lowest 32 bits; None if the front does not know the inode."""
-        found = self._cells[_GENERATION]
-        return found & 0xFFFFFFFF if found else None
+    def answered(self) -> tuple[int, Place] | None:
+        """The generation of the inode (the lowest 32 bits) and its place; None if the front does not know the inode."""
+        generation, parent, length = self._cells[_GENERATION : _ANSWERED_LENGTH + 1]
+        if not generation:
+            return None
+        return generation & 0xFFFFFFFF, Place(parent, self._memory[_ANSWERED_NAME : _ANSWERED_NAME + length])
 
-    def end(self, done: bool) -> None:
-        """Note that the system call is over, and whether the event was told."""
+    def end(self) -> None:
+        """Note that the system call is over."""
         self._cells[_COUNT] = 0
-        self._cells[_TOLD if done else _FAILED] += 1
 
     # For the front
 
@@ -212,12 +216,16 @@ class RelayState:
 
     @property
     def asked(self) -> int:
-        """The nodeid of the inode whose generation the relay wants to know."""
+        """The nodeid of the inode about which the relay asks."""
         return self._cells[_ASKED]
 
-    def answer(self, generation: int) -> None:
-        """Tell the relay the generation of the inode."""
-        self._cells[_GENERATION] = 1 << 32 | generation & 0xFFFFFFFF
+    def answer(self, generation: int, place: Place) -> None:
+        """Tell the relay the generation and the place of the inode."""
+        cells = self._cells
+        cells[_ANSWERED_PARENT] = place.parent
+        cells[_ANSWERED_LENGTH] = len(place.name)
+        self._memory[_ANSWERED_NAME : _ANSWERED_NAME + len(place.name)] = place.name
+        cells[_GENERATION] = 1 << 32 | generation & 0xFFFFFFFF
 
     @property
     def phantom(self) -> int:
@@ -259,24 +267,3 @@ class RelayState:
         """Return the nodeid with which the LOOKUP of a name was answered, None if it was not looked up."""
         start = _FIRST + index * _STEP
         return self._cells[start // 8 + _NODEID] if self._cells[start // 8 + _LOOKED_UP] else None
-
-    # For statistics
-
-    @property
-    def told(self) -> int:
-        """The number of events that the relay has told."""
-        return self._cells[_TOLD]
-
-    @property
-    def failed(self) -> int:
-        """The number of events that it could not tell."""
-        return self._cells[_FAILED]
-
-    @property
-    def dropped(self) -> int:
-        """The number of events for which the pipe had no room."""
-        return self._cells[_DROPPED]
-
-    def drop(self) -> None:
-        """Count an event for which the pipe has no room; for the process that writes to the pipe."""
-        self._cells[_DROPPED] += 1

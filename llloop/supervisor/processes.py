@@ -13,13 +13,18 @@ from llloop.config import ServeConfig
 from llloop.front.llfuse.operations import Operations
 from llloop.front.process import FrontSetup, run_front
 from llloop.linux import syscalls
+from llloop.linux.mount_identity import MountIdentity
 from llloop.logging.stacks import Stacks
+from llloop.shared.negotiation import Feature
 from llloop.supervisor.child import Child, Cloned, child_main, forked
 from llloop.supervisor.connection import Connection
 from llloop.supervisor.descriptor_keeper import DescriptorKeeper
 from llloop.supervisor.invalidator import InvalidatorSetup, run_invalidator
 from llloop.supervisor.shared_resources import SharedResources
-from llloop.watch.process import WatcherSetup, run_watcher
+from llloop.watch.known import Known
+from llloop.watch.process import Relay, Silent, WatcherSetup, run_watcher
+from llloop.watch.relay import RelaySetup, run_relay
+from llloop.watch.telling import Telling
 from llloop.workers.process import WorkerSetup, run_worker
 
 
@@ -31,11 +36,10 @@ class Processes:
         resources: the memory and pipes that they share.
         source: the absolute path of the source.
         connection: the mount's connection with the kernel.
-        mountpoint: the path of the mount point, for process titles.
+        mount: the mount.
         operations: the object that was passed to ``llfuse.init()``.
         farewell: runs in the descriptor keeper after the supervisor has died.
         detached: whether the processes redirect their standard descriptors to /dev/null.
-        mount_device: st_dev of the mount, as (major, minor).
         cleanup: gets the steps that end the processes, the keeper last.
 
     Attributes:
@@ -44,6 +48,7 @@ class Processes:
         workers: the workers, by shard.
         invalidators: the invalidator process; empty with `--loop llfuse`.
         watchers: the process that hears of changes in the source; empty without `--watch`.
+        relays: the event relay; empty without one.
         front: the front process.
         all: all of them in the order in which they are started.
     """
@@ -54,14 +59,14 @@ class Processes:
         resources: SharedResources,
         source: str,
         connection: Connection,
-        mountpoint: str,
-        mount_device: tuple[int, int],
+        mount: MountIdentity,
         operations: Operations,
         farewell: Callable[[], None],
         *,
         detached: bool,
         cleanup: ExitStack,
     ) -> None:
+        mountpoint = mount.mountpoint
         own_loop = connection.capabilities is not None
         if own_loop:
             resources.open_payload_pipes()
@@ -81,6 +86,7 @@ class Processes:
             watch=resources.watch,
             trace=resources.trace,
             trace_switch=resources.trace_switch[0],
+            relay=resources.relay,
         )
         invalidator_setup = InvalidatorSetup(
             connection.device, [reader for reader, _ in resources.wanted], [writer for _, writer in resources.requests]
@@ -119,16 +125,30 @@ class Processes:
         def start_invalidator(stacks: Stacks) -> BaseProcess:
             return fork("llloop-invalidator", lambda: run_invalidator(invalidator_setup), stacks)
 
+        def passes_on() -> Relay:
+            if resources.events is None or resources.relay is None:
+                return Silent()
+            assert resources.watch is not None and connection.capabilities is not None
+            known = Known(syscalls.fstatx(resources.root), resources.watch, resources.journal)
+            data = Feature.PASSTHROUGH not in connection.capabilities.features
+            return Telling(resources.events, resources.watch, known, data=data)
+
+        def start_relay(stacks: Stacks) -> BaseProcess:
+            assert resources.events is not None and resources.relay is not None
+            setup = RelaySetup(resources.events, resources.relay, connection.device, mount, config.writeback)
+            return fork("llloop-relay", lambda: run_relay(setup), stacks)
+
         def start_watcher(stacks: Stacks) -> BaseProcess:
             assert resources.watch is not None and connection.capabilities is not None
             setup = WatcherSetup(
                 source=source,
                 root=resources.root,
                 device=connection.device,
-                mount_device=mount_device,
+                mount_device=mount.device,
                 minor=connection.capabilities.minor,
                 state=resources.watch,
                 journal=resources.journal,
+                relay=passes_on,
             )
             return fork("llloop-watcher", lambda: run_watcher(setup), stacks)
 
@@ -145,8 +165,9 @@ class Processes:
         ]
         self.invalidators = [child("llloop-invalidator", start_invalidator)] if own_loop else []
         self.watchers = [child("llloop-watcher", start_watcher)] if config.watch else []
+        self.relays = [child("llloop-relay", start_relay)] if resources.relay is not None else []
         self.front = child("llloop-front", start_front)
-        self.all = [self.keeper, *self.workers, *self.invalidators, *self.watchers, self.front]
+        self.all = [self.keeper, *self.workers, *self.invalidators, *self.watchers, *self.relays, self.front]
 
     def end_serving(self) -> None:
         """End all processes except the keeper."""

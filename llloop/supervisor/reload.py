@@ -26,7 +26,7 @@ class Reload:
 
     def __init__(self, processes: Processes, connection: Connection, notifier: Notifier, description: str) -> None:
         self._all = processes.all
-        self._replaceable = [*processes.workers, *processes.invalidators]
+        self._replaceable = [*processes.workers, *processes.invalidators, *processes.relays]
         # If the kernel does not send requests again, those of the front would fail.
         if connection.capabilities is not None and Feature.HAS_RESEND in connection.capabilities.features:
             self._replaceable.append(processes.keeper)  # a new keeper also replaces the front

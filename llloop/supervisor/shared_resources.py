@@ -10,6 +10,7 @@ from llloop.config import ServeConfig
 from llloop.linux import fuse
 from llloop.shared import negotiation
 from llloop.shared.journal import Journal
+from llloop.shared.relay import RelayPipe, RelayState
 from llloop.shared.slots import Slots
 from llloop.shared.trace import Trace
 from llloop.shared.watch_state import WatchState
@@ -38,6 +39,8 @@ class SharedResources:
         watch: what the front and the watcher tell each other; None without `--watch`.
         trace: the trace of requests.
         trace_switch: the pipe that tells the front when readers of the trace come and leave.
+        events: the pipe to the event relay; None without one.
+        relay: what the event relay tells the front; None without one.
 
     Raises:
         OSError: a resource is exhausted. Everything that was created is closed.
@@ -56,6 +59,9 @@ class SharedResources:
             self.probed = self._pipe()
             self.watch = WatchState() if config.watch else None
             self.trace_switch = self._pipe()
+            relays = _relays_events(config)
+            self.events = RelayPipe(self._pipe()) if relays else None
+            self.relay = RelayState() if relays else None
             self.journal = Journal()
             self.trace = Trace(config.workers)
         except BaseException:
@@ -91,3 +97,12 @@ class SharedResources:
     def _close_descriptors(self) -> None:
         while self._descriptors:
             os.close(self._descriptors.pop())
+
+
+def _relays_events(config: ServeConfig) -> bool:
+    """Return whether a mount has an event relay.
+
+    The kernel refuses the relay's system calls on a read-only mount. With id maps, requests do not contain the uid by
+    which the front recognises the relay.
+    """
+    return config.watch and config.events and not config.read_only and config.id_maps is None

@@ -39,7 +39,7 @@ from llloop.linux import fuse, syscalls
 from llloop.linux.credentials import drop_capabilities_except, restore_process_attributes
 from llloop.linux.mount_identity import MountIdentity
 from llloop.shared import notifications
-from llloop.shared.relay import GENERATION_NAME, RELAY_UID, Answer, Kind, Place, RelayEvent, RelayPipe, RelayState
+from llloop.shared.relay import INODE_QUESTION, RELAY_UID, Answer, Kind, Place, RelayEvent, RelayPipe, RelayState
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +58,7 @@ _IDLE = 100
 _ATTEMPTS = 3
 
 _MOST_GENERATIONS = 1024
+_DEEPEST = 100  # directories above each other that have lost their names
 
 _ROOT = 1  # FUSE_ROOT_ID
 # The handle of a FUSE inode (fs/fuse/inode.c, fuse_encode_fh): nodeid, upper half first, and generation.
@@ -102,8 +103,8 @@ def run_relay(setup: RelaySetup) -> None:
         _log.warning("programs that watch the mount are not told of changes in the source: the user id cannot be taken")
         while True:
             signal.pause()
-    setup.state.started()
-    setup.pipe.empty()
+    if setup.state.started():
+        setup.pipe.empty()
     relay = EventRelay(setup)
     while relay.wait():
         for event in setup.pipe.received():
@@ -188,17 +189,17 @@ class EventRelay:
         self._tree = self._mounts = -1
 
     def tell(self, event: RelayEvent) -> None:
-        """Make the system call for an event. If it fails, the event is lost, and counted."""
-        done = False
+        """Make the system call for an event. If it fails, the event is lost."""
         try:
             self._enter()
             known = bool(event.target) and not self._setup.only_phantoms
-            done = (known and self._tried(event, True)) or self._tried(event, False)
+            if not (known and self._tried(event, True)):
+                self._tried(event, False)
         except OSError as error:
             if error.errno not in _ENDED:
                 _log.warning("cannot tell the mount of a change in the source: %s", error, extra={"once": "relay"})
         finally:
-            self._state.end(done)
+            self._state.end()
 
     def _tried(self, event: RelayEvent, known: bool) -> bool:
         """Make the system call, with the inode that the kernel knows or with a phantom; return whether it succeeded."""
@@ -223,7 +224,7 @@ class EventRelay:
                 os.mkdir(place.name, dir_fd=directory)
             else:
                 os.mknod(place.name, stat.S_IFREG, dir_fd=directory)
-        notifications.drop_entry_of(self._device, place.parent, place.name, phantom)
+        self._drop_phantom(place, phantom)
 
     def _delete(self, event: RelayEvent, known: bool) -> None:
         with self._directory(event.place) as directory:
@@ -242,7 +243,7 @@ class EventRelay:
             self._begin(event, moved, replaced)
             os.rename(old.name, new.name, src_dir_fd=old_directory, dst_dir_fd=new_directory)
         if not known:
-            notifications.drop_entry_of(self._device, new.parent, new.name, moved.nodeid)
+            self._drop_phantom(new, moved.nodeid)
 
     def _modify(self, event: RelayEvent, known: bool) -> None:
         with self._object(event, known) as fd:
@@ -262,6 +263,11 @@ class EventRelay:
             os.close(os.open(place.name, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory))
 
     # What they need
+
+    def _drop_phantom(self, place: Place, phantom: int) -> None:
+        """Make the kernel drop a phantom. If it does not, the next lookup of the name does."""
+        with suppress(OSError):
+            notifications.drop_entry_of(self._device, place.parent, place.name, phantom)
 
     def _begin(self, event: RelayEvent, *answers: Answer) -> None:
         """Tell the front what comes, and make the kernel look the names up."""
@@ -296,27 +302,51 @@ class EventRelay:
         finally:
             os.close(fd)
 
-    def _open(self, nodeid: int) -> int:
-        """Open an inode that the kernel knows, without a request for its name.
+    def _open(self, nodeid: int, depth: int = 0) -> int:
+        """Open an inode that the kernel knows.
+
+        Args:
+            nodeid: the inode.
+            depth: how many directories below it have lost their names.
 
         Raises:
             OSError: ESTALE if the kernel does not know it.
         """
         if nodeid == _ROOT:
             return os.open(".", _PATH | os.O_DIRECTORY)
-        known = self._generations.pop(nodeid, None)
-        if known is not None:
-            with suppress(OSError):  # the number was given to another file
-                return self._remembered(nodeid, known)
+        generation = self._generations.pop(nodeid, None)
+        if generation is not None:
+            with suppress(OSError):  # the number was given to another file, or the directory has no name
+                return self._open_handle(nodeid, generation)
+        generation, place = self._ask(nodeid)
+        try:
+            return self._open_handle(nodeid, generation)
+        except OSError as error:
+            if error.errno != errno.ESTALE or not place.name or depth > _DEEPEST:
+                raise
+        # The kernel opens no directory that has lost its name in its cache. A lookup gives it one.
+        parent = self._open(place.parent, depth + 1)
+        try:
+            os.close(os.open(place.name, _PATH, dir_fd=parent))
+        finally:
+            os.close(parent)
+        return self._open_handle(nodeid, generation)
+
+    def _ask(self, nodeid: int) -> tuple[int, Place]:
+        """Return generation and place of an inode.
+
+        Raises:
+            OSError: ESTALE if the front does not know it.
+        """
         self._state.ask(nodeid)
         with suppress(FileNotFoundError):
-            os.lstat(GENERATION_NAME)
-        generation = self._state.generation
-        if generation is None:
+            os.lstat(INODE_QUESTION)
+        answer = self._state.answered
+        if answer is None:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        return self._remembered(nodeid, generation)
+        return answer
 
-    def _remembered(self, nodeid: int, generation: int) -> int:
+    def _open_handle(self, nodeid: int, generation: int) -> int:
         handle = _FUSE_HANDLE.pack(nodeid >> 32, nodeid & 0xFFFFFFFF, generation)
         fd = syscalls.open_by_handle(_FILEID_INO64_GEN, handle, _PATH)
         if len(self._generations) >= _MOST_GENERATIONS:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from llloop.front.context import Context
-from llloop.front.handlers.base import Responder
+from llloop.front.handlers.base import Replies
 from llloop.front.handlers.directories import DirectoryRequests
 from llloop.front.handlers.file_attributes import FileAttributeRequests
 from llloop.front.handlers.files import FileRequests
@@ -44,7 +44,7 @@ class Handlers:
         self.files = FileRequests(context, device)
         self.xattrs = XattrRequests(context, device)
         self.file_attributes = FileAttributeRequests(context, device)
-        self.responders: tuple[Responder, ...] = (
+        self.responders: tuple[Replies, ...] = (
             self.names,
             self.mutations,
             self.directories,

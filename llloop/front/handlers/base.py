@@ -1,4 +1,4 @@
-"""The base class of the request handlers: access to requests, and replies."""
+"""The base classes of the request handlers: access to requests, and replies."""
 
 from __future__ import annotations
 
@@ -12,31 +12,21 @@ from llloop.linux.syscalls import Attributes
 from llloop.shared.negotiation import Feature
 
 
-class Responder:
-    """The base of the handlers. Each gets a request, and unpacks the fields after the header from `_memory`.
+class Replies:
+    """Writes replies.
 
     Args:
-        context: the objects that handlers work on.
         device: a descriptor of /dev/fuse.
     """
 
-    def __init__(self, context: Context, device: int) -> None:
-        self._context = context
+    def __init__(self, device: int) -> None:
         self._device = device
-        self._memory = context.router.slots.memory
-        self._tree = context.tree
-        self._inodes = context.inodes
-        self._handles = context.handles
-        self._files = context.files
-        self._validity = context.policy.validity
-        self._heard = context.heard
-        self._written = context.handles.written
 
     def trace(self, replied: Callable[[bytes | bytearray | memoryview], None] | None) -> None:
         """Call *replied* with each reply that the kernel has accepted; None ends that."""
 
         def send(reply: bytes | bytearray | memoryview) -> bool:
-            accepted = Responder._send(self, reply)
+            accepted = Replies._send(self, reply)
             if accepted and replied is not None:
                 replied(reply)
             return accepted
@@ -53,6 +43,27 @@ class Responder:
         except FileNotFoundError:
             return False
         return True
+
+
+class Responder(Replies):
+    """The base of the handlers. Each gets a request, and unpacks the fields after the header from `_memory`.
+
+    Args:
+        context: the objects that handlers work on.
+        device: a descriptor of /dev/fuse.
+    """
+
+    def __init__(self, context: Context, device: int) -> None:
+        super().__init__(device)
+        self._context = context
+        self._memory = context.router.slots.memory
+        self._tree = context.tree
+        self._inodes = context.inodes
+        self._handles = context.handles
+        self._files = context.files
+        self._validity = context.policy.validity
+        self._heard = context.heard
+        self._written = context.handles.written
 
     def _check_xattr(self) -> None:
         """Check that the mount supports extended attributes (`--xattr`).

@@ -8,6 +8,7 @@ killed:
 * The relay's file system uid is `RELAY_UID`, and the kernel puts it into the header of each request. This uid is the
   same for every relay, and every front of the mount knows it from its start. So no handshake is needed, and there is no
   moment at which a front does not know the relay. A request that a dead front has left is recognised in the same way.
+  (With id maps, requests that create nothing contain no uid. So such a mount has no relay.)
 * A request with this uid that changes something comes here and never to an ordinary handler, even if it is not the
   relay's or does not belong to the relay's current system call. It then gets EPERM or ESTALE.
 * Nothing here can change the source: no object with access to it is used, apart from a function that reads attributes.
@@ -28,12 +29,13 @@ import stat
 import sys
 from collections.abc import Callable, Sequence
 
+from llloop.front.handlers.base import Replies
 from llloop.front.inodes import ROOT, Inodes, stale
 from llloop.front.request import FuseRequest
 from llloop.linux import fuse
 from llloop.linux.fuse import Opcode
 from llloop.linux.syscalls import Attributes
-from llloop.shared.relay import GENERATION_NAME, RELAY_UID, RelayState
+from llloop.shared.relay import INODE_QUESTION, RELAY_UID, Place, RelayState
 
 _Handler = Callable[[FuseRequest], None]
 
@@ -58,7 +60,7 @@ _GUARDED = (
 _UID = RELAY_UID.to_bytes(4, sys.byteorder)
 
 
-class RelayedRequests:
+class RelayedRequests(Replies):
     """The handlers of the relay's requests.
 
     Args:
@@ -77,8 +79,8 @@ class RelayedRequests:
         inodes: Inodes,
         attributes_of: Callable[[int], Attributes],
     ) -> None:
+        super().__init__(device)
         self._state = state
-        self._device = device
         self._memory = memory
         self._inodes = inodes
         self._attributes_of = attributes_of
@@ -101,7 +103,8 @@ class RelayedRequests:
         guarded = list(table)
         for opcode in _GUARDED:
             guarded[opcode] = self._guard(own.get(opcode, _refuse), table[opcode])
-        guarded[Opcode.RELEASE] = self._release(table[Opcode.RELEASE])
+        for opcode in (Opcode.FLUSH, Opcode.RELEASE):
+            guarded[opcode] = self._close(table[opcode])
         return guarded
 
     def _guard(self, relayed: _Handler, ordinary: _Handler) -> _Handler:
@@ -118,8 +121,8 @@ class RelayedRequests:
 
         return handler
 
-    def _release(self, ordinary: _Handler) -> _Handler:
-        """Return a handler of RELEASE, which brings no uid."""
+    def _close(self, ordinary: _Handler) -> _Handler:
+        """Return a handler of RELEASE, which brings no uid, and of FLUSH, which comes with a writeback cache."""
         memory = self._memory
 
         def handler(request: FuseRequest) -> None:
@@ -135,13 +138,14 @@ class RelayedRequests:
 
         def handler(request: FuseRequest) -> None:
             name = request.name()
-            if request.nodeid == ROOT and name == GENERATION_NAME:
+            if request.nodeid == ROOT and name == INODE_QUESTION:
                 if state.asked in self._inodes:
-                    state.answer(self._inodes.get(state.asked).birth)
+                    inode = self._inodes.get(state.asked)
+                    state.answer(inode.birth, Place(inode.parent, inode.name))
                 raise _missing()
             index = state.find(request.nodeid, name)
             if index is None:
-                ordinary(request)
+                ordinary(request)  # a directory that has lost its name in the kernel's cache
                 return
             nodeid, attributes = state.look_up(index)
             is_victim = index > 0
@@ -265,14 +269,6 @@ class RelayedRequests:
         """
         if request.nodeid != self._state.target:
             raise stale()
-
-    def _send(self, reply: bytes) -> bool:
-        """Write a reply; return False if the kernel does not wait for it any more."""
-        try:
-            os.write(self._device, reply)
-        except FileNotFoundError:
-            return False
-        return True
 
 
 def _missing() -> OSError:

@@ -18,7 +18,7 @@ from llloop.front.inodes import ROOT
 from llloop.front.request import FuseRequest
 from llloop.linux import fuse
 from llloop.linux.fuse import Opcode
-from llloop.shared.relay import GENERATION_NAME, RELAY_UID, Answer, Place, RelayState
+from llloop.shared.relay import INODE_QUESTION, RELAY_UID, Answer, Place, RelayState
 from tests.unit.source import Source
 from tests.unit.support import Device, Reply
 
@@ -212,17 +212,18 @@ def test_a_file_that_the_relay_opens_is_not_opened_in_the_source(relay: Relay, s
     reply = relay.ask(Opcode.OPEN, file, struct.pack("=II", os.O_WRONLY, 0))
     handle, _, _ = fuse.OPEN_OUT.unpack(reply.payload)
     assert len(source.context.handles) == handles
+    assert relay.ask(Opcode.FLUSH, file, struct.pack("=QQQ", handle, 0, 0)).error == 0
     # The kernel sends RELEASE without a uid.
     assert relay.ask(Opcode.RELEASE, file, struct.pack("=QQQ", handle, 0, 0), uid=0, pid=0).error == 0
 
 
-def test_the_generation_of_a_known_inode_is_told(relay: Relay, source: Source, file: int) -> None:
+def test_generation_and_place_of_a_known_inode_are_told(relay: Relay, source: Source, file: int) -> None:
     relay.state.ask(file)
-    relay.looked_up(GENERATION_NAME)
-    assert relay.state.generation == source.context.inodes.get(file).birth & 0xFFFFFFFF
+    relay.looked_up(INODE_QUESTION)
+    assert relay.state.answered == (source.context.inodes.get(file).birth & 0xFFFFFFFF, Place(ROOT, b"file"))
     relay.state.ask(1 << 60)
-    relay.looked_up(GENERATION_NAME)
-    assert relay.state.generation is None
+    relay.looked_up(INODE_QUESTION)
+    assert relay.state.answered is None
 
 
 def test_requests_of_others_are_served_as_usual(relay: Relay, source: Source, file: int) -> None:
