@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from struct import Struct
 
 from llloop.front.handlers import Handler
 from llloop.front.inodes import ROOT, Inodes
@@ -25,6 +26,7 @@ from llloop.shared.trace import Trace
 
 # Requests that no program waits for.
 _UNTRACED = frozenset({Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT})
+_FIRST_NUMBER = Struct("=16xQ")  # the first field of several replies, behind their header: a nodeid, or a size
 _MAX_PATH = 4096  # bytes; of a longer one, the end is shown
 
 
@@ -66,7 +68,7 @@ class Tracer:
         """Trace a reply that the kernel has accepted."""
         length, error, unique = fuse.OUT_HEADER.unpack_from(reply)
         size = length - fuse.OUT_HEADER_SIZE
-        (value,) = fuse.FIRST_NUMBER.unpack_from(reply) if size >= 8 else (0,)
+        (value,) = _FIRST_NUMBER.unpack_from(reply) if size >= 8 else (0,)
         self._ring.answered(unique, -error, size, value, time.monotonic_ns())
 
     def _begin(self, request: FuseRequest) -> None:

@@ -229,7 +229,6 @@ MIN_REQUEST_SIZES = [_SHORTEST.get(number, IN_HEADER_SIZE) for number in range(m
 
 # Replies, including struct fuse_out_header
 OUT_HEADER = Struct("=IiQ")  # length, error (negative errno), unique
-FIRST_NUMBER = Struct("=16xQ")  # the first field of several replies: a nodeid, or a size and padding
 INIT_OUT = Struct("=IIIIHHIIHHII24x")
 # struct fuse_attr: ino, size, blocks, atime, mtime, ctime, their nanoseconds, mode, nlink, uid, gid, rdev, blksize,
 # flags

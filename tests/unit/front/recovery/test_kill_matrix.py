@@ -44,6 +44,8 @@ CHANGES_NOTHING = {
     "llfuse.main",
     # How much fits into a pipe, which is said when it is made and by nobody else.
     "fcntl.F_SETPIPE_SZ",
+    # It orders memory accesses.
+    "syscall.membarrier",
     # The supervisor makes the memory of the trace, and readers check it.
     *("fcntl.F_ADD_SEALS", "fcntl.F_GET_SEALS", "fcntl.F_SEAL_GROW", "fcntl.F_SEAL_SHRINK"),
 }
