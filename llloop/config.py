@@ -50,6 +50,14 @@ class MetadataKind(str, Enum):
     AUTO = "auto"
 
 
+class WakeLatency(str, Enum):
+    """When llloop keeps idle CPUs awake."""
+
+    AUTO = "auto"
+    HOLD = "hold"
+    NEVER = "never"
+
+
 # What a mount lacks if llfuse runs its loop.
 WITHOUT_OWN_LOOP = (
     "POSIX ACLs, fallocate, SEEK_HOLE, flags of renameat2, O_TMPFILE, birth times, and recovery (a worker that hangs "
@@ -191,6 +199,15 @@ class ServeConfig:
         'If the mount point is a dead FUSE mount ("Transport endpoint is not connected"), detach that mount first. '
         "Default: off.",
     )
+    wake_latency: WakeLatency = _option(
+        WakeLatency.NEVER,
+        "When to keep idle CPUs awake (/dev/cpu_dma_latency). Waking a halted CPU takes longer than most requests. "
+        "never: llloop leaves it to the kernel when CPUs halt. auto: no CPU halts while programs make more than 4,000 "
+        "requests per second, and until some milliseconds after that, if llloop runs as root, the machine has at most "
+        "4 CPUs, and its kernel has a cpuidle driver. hold: the same on any machine; if this user may not do it, "
+        "llloop does not mount. Risk of auto and hold: meanwhile all idle CPUs of the machine use as much energy as "
+        "busy ones. In a virtual machine, they take this time from the host. Default: never.",
+    )
     loop: LoopKind = _option(
         LoopKind.OWN,
         "Which request loop serves the mount. own: the loop of llloop. llfuse: the loop of the library llfuse, for "
@@ -216,7 +233,7 @@ class ServeConfig:
         object.__setattr__(self, "options", mount_options.checked((options,) if isinstance(options, str) else options))
         object.__setattr__(self, "map_users", id_ranges.checked(self.map_users, "--map-users", id_ranges.user))
         object.__setattr__(self, "map_groups", id_ranges.checked(self.map_groups, "--map-groups", id_ranges.group))
-        for name, kind in (("cache", Cache), ("io", IoKind), ("metadata", MetadataKind), ("loop", LoopKind)):
+        for name, kind in _ENUMS.items():
             object.__setattr__(self, name, _member(kind, name, getattr(self, name)))
         timeout = _DAY if self.watch and self.cache is not Cache.NEVER else _TIMEOUTS[self.cache]
         defaults = {
@@ -278,6 +295,15 @@ class ServeConfig:
             if type(seconds) not in (int, float) or not (math.isfinite(seconds) and 0 <= seconds <= 2**31):
                 option = "--" + name.replace("_", "-")
                 raise UsageError(f"{option} must be a number of seconds from 0 to {2**31}, not {seconds!r}")
+
+
+_ENUMS: dict[str, type[Enum]] = {
+    "cache": Cache,
+    "io": IoKind,
+    "metadata": MetadataKind,
+    "wake_latency": WakeLatency,
+    "loop": LoopKind,
+}
 
 
 def _absolute(path: str) -> str:

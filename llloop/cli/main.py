@@ -17,7 +17,7 @@ from llloop.cli.daemon import Daemon
 from llloop.cli.stats import stats
 from llloop.cli.status import status
 from llloop.cli.trace import trace
-from llloop.config import MAX_WORKERS, Cache, IoKind, LoopKind, MetadataKind, ServeConfig, help_text
+from llloop.config import MAX_WORKERS, Cache, IoKind, LoopKind, MetadataKind, ServeConfig, WakeLatency, help_text
 from llloop.errors import HostError, MountpointError, UsageError
 from llloop.linux import mount_identity, mounts
 from llloop.linux.stdio import open_missing_standard_descriptors
@@ -85,6 +85,12 @@ _mountpoint = click.argument("mountpoint", type=UntouchedPath(), envvar="LLLOOP_
     "--metadata",
     type=click.Choice([kind.value for kind in MetadataKind]),
     default=MetadataKind.AUTO.value,
+)
+@_option(
+    "wake_latency",
+    "--wake-latency",
+    type=click.Choice([kind.value for kind in WakeLatency]),
+    default=WakeLatency.NEVER.value,
 )
 @_option("attr_timeout", "--attr-timeout", type=float, default=None, metavar="SECONDS")
 @_option("entry_timeout", "--entry-timeout", type=float, default=None, metavar="SECONDS")
@@ -154,6 +160,7 @@ def serve(
     options["cache"] = Cache(options["cache"])
     options["io"] = IoKind(options["io"])
     options["metadata"] = MetadataKind(options["metadata"])
+    options["wake_latency"] = WakeLatency(options["wake_latency"])
     options["loop"] = LoopKind(options["loop"])
     config = ServeConfig(source=source, mountpoint=mountpoint, **options)
     for option, file in (("--log-file", log_file), ("--pid-file", pid_file)):

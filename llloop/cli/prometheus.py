@@ -81,6 +81,12 @@ class _Collector(Collector):
             for decision, count in one["cache"].items():
                 opens.add_metric([one["mountpoint"], decision], count)
         yield opens
+        awake = CounterMetricFamily(
+            "llloop_awake_seconds", "For how long llloop has kept idle CPUs awake.", labels=["mountpoint"]
+        )
+        for one in self._answered:
+            awake.add_metric([one["mountpoint"]], one["awake_seconds"])
+        yield awake
         yield from self._watch()
 
     def _watch(self) -> Iterator[Metric]:

@@ -38,9 +38,10 @@ def rates_since(now: dict[str, Any], before: dict[str, Any] | None) -> dict[str,
 
     Returns:
         A copy of *now* in which each counter is replaced by its increase. In addition: ``seconds``, the length of the
-        interval; for each operation ``per_second``, ``bytes_per_second``, ``mean_us``, ``p50_us`` and ``p99_us``; for
-        each process ``per_second``, ``bytes_per_second`` and ``cpu`` (1 means one CPU fully used); for the watcher the
-        delays ``p50_us`` and ``p99_us``.
+        interval; ``awake``, the share of it in which idle CPUs were kept awake; for each operation ``per_second``,
+        ``bytes_per_second``, ``mean_us``, ``p50_us`` and ``p99_us``; for each process ``per_second``,
+        ``bytes_per_second`` and ``cpu`` (1 means one CPU fully used); for the watcher the delays ``p50_us`` and
+        ``p99_us``.
     """
     if before is not None and now["time"] - now["uptime"] > before["time"]:
         before = None  # it was another mount at the same mount point
@@ -66,6 +67,7 @@ def rates_since(now: dict[str, Any], before: dict[str, Any] | None) -> dict[str,
             "p50_us": percentile(histogram, 0.5),
             "p99_us": percentile(histogram, 0.99),
         }
+    awake = now["awake_seconds"] - (before["awake_seconds"] if before else 0)
     workers_then = chain(before["workers"] if before else (), repeat(None))
     return {
         **now,
@@ -75,6 +77,8 @@ def rates_since(now: dict[str, Any], before: dict[str, Any] | None) -> dict[str,
         "workers": [
             _process(worker, then, seconds) for worker, then in zip(now["workers"], workers_then, strict=False)
         ],
+        "awake_seconds": awake,
+        "awake": min(1.0, awake / seconds),
         "cache": {key: value - (before["cache"][key] if before else 0) for key, value in now["cache"].items()},
         "watch": _watch(now["watch"], before["watch"] if before else {}),
     }

@@ -163,6 +163,8 @@ def _processes(rates: dict[str, Any]) -> Table:
 def _state(rates: dict[str, Any]) -> Text:
     cache, slots = rates["cache"], rates["slots"]
     text = f"{rates['inodes']} inodes, {rates['handles']} open, {slots['used']} of {slots['total']} slots in use"
+    if rates["awake"]:
+        text += f"; idle CPUs kept awake for {rates['awake']:.0%} of the time"
     opens = sum(cache.values())
     if opens:
         named = ", ".join(f"{value} {key.replace('_', ' ')}" for key, value in cache.items() if value)

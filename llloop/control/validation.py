@@ -64,6 +64,7 @@ STATS: dict[Any, Any] = {
     "operations": Map({UNKNOWN, *(opcode.name for opcode in Opcode)}, _OPERATION),
     "front": _PROCESS,
     "workers": [{"name": str, "queue": int, **_PROCESS}],
+    "awake_seconds": float,
     "slots": {"used": int, "total": int},
     "cache": {"kept": int, "dropped": int, "bypassed": int, "passed_through": int},
     "watch": {

@@ -18,6 +18,7 @@ from llloop.front.recovery.replay import Replay
 from llloop.front.recovery.takeover import finish_takeover
 from llloop.front.request import FuseRequest
 from llloop.front.tracing import Tracer
+from llloop.front.waiting import Waiting
 from llloop.linux import fuse
 from llloop.linux.credentials import restore_process_attributes
 from llloop.linux.fuse import Opcode
@@ -59,6 +60,7 @@ class Loop:
         journal: the records that survive the front.
         preflight: makes workers access the source before a request is served; None without preflight checks.
         relay: what the event relay does; None without one.
+        awake: the write end of the pipe for asking the supervisor to keep idle CPUs awake, or None.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Loop:
         journal: Journal,
         preflight: Preflight | None = None,
         relay: RelayState | None = None,
+        awake: int | None = None,
     ) -> None:
         self._journal = journal
         self._context = context
@@ -79,6 +82,7 @@ class Loop:
         self._piped_slots = len(pipes) if pipes is not None else 0
         self._streaming = False
         self._device = device
+        self._waiting = Waiting(device, context.router.slots.metrics, awake)
         self._known = max(Opcode) + 1
         self._rows = self._slots.metrics.front.rows
         self._complained = False
@@ -218,6 +222,7 @@ class Loop:
         """Receive the next request in its slot; return False if the file system is unmounted."""
         router = self._router
         leadership = self._leadership
+        waiting = self._waiting
         while True:
             if router.backlog:
                 if self._wait(request):
@@ -233,6 +238,8 @@ class Loop:
                     if leadership.stalled:
                         length = leadership.wait(os.readv, self._device, self._buffers[slot])
                     else:
+                        if waiting.polls:
+                            waiting.poll()
                         length = os.readv(self._device, self._buffers[slot])
                     if length > _SHORT:
                         self._slots.complete(slot, length)
@@ -244,7 +251,11 @@ class Loop:
             else:
                 if not length:
                     return False
-                request.is_received(self._bases[slot], length, time.monotonic_ns())
+                now = time.monotonic_ns()
+                request.is_received(self._bases[slot], length, now)
+                waiting.left -= 1
+                if not waiting.left:
+                    waiting.review(now)
                 self._streaming = length > _LARGE
                 return True
 

@@ -45,6 +45,7 @@ class FrontSetup:
         device: a descriptor of /dev/fuse.
         operations: the object that was passed to ``llfuse.init()``.
         capabilities: the result of the negotiation with the kernel, or None with `--loop llfuse`.
+        awake: the write end of the pipe for asking the supervisor to keep idle CPUs awake.
         answers: the read end of the pipe for workers' answers with `--loop llfuse`.
         probed: the read end of the pipe for workers' answers to PROBE, or None without preflight checks.
         watch: what the front and the watcher tell each other; None without `--watch`.
@@ -61,6 +62,7 @@ class FrontSetup:
     device: int
     operations: Operations
     capabilities: Capabilities | None
+    awake: int
     answers: int
     probed: int | None
     watch: WatchState | None
@@ -105,7 +107,7 @@ def run_front(setup: FrontSetup, own: Collection[int], ready: Callable[[], None]
     gc.disable()
     if setup.capabilities is not None:
         preflight = Preflight(context, setup.probed) if setup.probed is not None else None
-        loop = Loop(context, setup.device, setup.journal, preflight, setup.relay)
+        loop = Loop(context, setup.device, setup.journal, preflight, setup.relay, setup.awake)
         tracer = Tracer(setup.trace, slots.memory, context.inodes)
         trace_switch = TraceSwitch(setup.trace, setup.trace_switch, tracer, loop.trace)
         ready()

@@ -43,6 +43,12 @@ EXPECTED_ERRNOS = frozenset(
 )
 
 
+# For so long after a number of requests in close succession, idle CPUs should be awake, in nanoseconds.
+AWAKE = 8_000_000
+# A time that does not come.
+NEVER = (1 << 64) - 1
+
+
 def own_cell() -> memoryview:
     """Return a cell that belongs to no mount, for objects that are used outside a mount."""
     return memoryview(bytearray(8)).cast("Q")
@@ -53,7 +59,9 @@ class Gauge(IntEnum):
 
     INODES and HANDLES are current numbers. The others count opens of files since the start of the mount, by what
     happens to the file's cached pages in the kernel: KEPT, DROPPED, BYPASSED (`--cache never`: the kernel caches
-    nothing), PASSED_THROUGH (the kernel does the I/O itself).
+    nothing), PASSED_THROUGH (the kernel does the I/O itself). AWAKE_UNTIL and HALT_UNTIL are times (monotonic clock,
+    nanoseconds): until when idle CPUs should be awake, and until when the front need not ask for that. The supervisor
+    writes HALT_UNTIL.
     """
 
     INODES = 0
@@ -62,6 +70,8 @@ class Gauge(IntEnum):
     DROPPED = 3
     BYPASSED = 4
     PASSED_THROUGH = 5
+    AWAKE_UNTIL = 6
+    HALT_UNTIL = 7
 
 
 class Count(NamedTuple):

@@ -19,6 +19,7 @@ from llloop.shared.watch_state import NOTHING_HEARD, WatchState
 from llloop.supervisor.child import Child
 from llloop.supervisor.connection import Connection
 from llloop.supervisor.control_server import Command, Stream
+from llloop.supervisor.cpu_latency import CpuLatency
 from llloop.supervisor.process_info import SILENT, cpu_seconds, open_files, process_state
 from llloop.supervisor.processes import Processes
 from llloop.supervisor.source_check import SourceCheck
@@ -38,6 +39,7 @@ class ControlCommands:
         connection: the connection with the kernel.
         processes: the supervisor's child processes.
         slots: the request slots, with the counters.
+        cpu_latency: keeps idle CPUs awake.
         source_check: checks the source.
         watch: what the watcher has heard; None without `--watch`.
         tracing: the readers of the trace.
@@ -54,6 +56,7 @@ class ControlCommands:
         connection: Connection,
         processes: Processes,
         slots: Slots,
+        cpu_latency: CpuLatency,
         source_check: SourceCheck,
         watch: WatchState | None,
         tracing: Tracing,
@@ -65,6 +68,7 @@ class ControlCommands:
         self._facts = _facts(config, source, mount, connection)
         self._processes = processes
         self._slots = slots
+        self._cpu_latency = cpu_latency
         self._source_check = source_check
         self._watch = watch
         self._tracing = tracing
@@ -140,6 +144,7 @@ class ControlCommands:
             ],
             "inodes": gauges[Gauge.INODES],
             "handles": gauges[Gauge.HANDLES],
+            "awake_seconds": self._cpu_latency.seconds,
             "slots": {"used": len(states) - states.count(0), "total": len(states)},
             "cache": {
                 "kept": gauges[Gauge.KEPT],

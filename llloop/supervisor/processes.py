@@ -81,6 +81,7 @@ class Processes:
             device=connection.device,
             operations=operations,
             capabilities=connection.capabilities,
+            awake=resources.awake[1],
             answers=resources.answers[0],
             probed=resources.probed[0] if connection.preflight else None,
             watch=resources.watch,

@@ -34,6 +34,7 @@ class SharedResources:
         requests: a request pipe to each worker.
         wanted: a pipe from each worker to the invalidator.
         ready: the pipe to which a front writes when it serves.
+        awake: the pipe to which a front writes when it wants idle CPUs to be awake.
         answers: the pipe for workers' answers to the front with `--loop llfuse`.
         probed: the pipe for workers' answers to PROBE.
         watch: what the front and the watcher tell each other; None without `--watch`.
@@ -55,6 +56,7 @@ class SharedResources:
             self.requests = [self._message_pipe(config.slots) for _ in range(config.workers)]
             self.wanted = [self._message_pipe(config.slots) for _ in range(config.workers)]
             self.ready = self._pipe()
+            self.awake = self._pipe(os.O_NONBLOCK)
             self.answers = self._pipe(os.O_DIRECT)
             self.probed = self._pipe()
             self.watch = WatchState() if config.watch else None

@@ -18,6 +18,7 @@ from llloop.config import IoKind, ServeConfig
 from llloop.errors import DeadMountError, HostError, MountpointError, SourceError
 from llloop.linux import limits, mount_identity, mounts, syscalls, user_namespaces
 from llloop.linux.timed_call import call_with_timeout
+from llloop.supervisor import cpu_latency
 
 DEVICE = "/dev/fuse"
 DEVICE_NUMBER = os.makedev(10, 229)  # FUSE_MINOR of MISC_MAJOR, Documentation/admin-guide/devices.txt
@@ -238,6 +239,7 @@ def check_host(config: ServeConfig) -> None:
     mount_options.check_user(config)
     if config.io is IoKind.KERNEL:
         _check_passthrough()
+    cpu_latency.check(config.wake_latency)
     if os.geteuid() == 0:
         _check_may_mount()
         return

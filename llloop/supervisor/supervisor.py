@@ -25,6 +25,7 @@ from llloop.shared.watch_state import Method
 from llloop.supervisor import connection, control_server, mounting, start_checks
 from llloop.supervisor.child import LONGEST_PAUSE, Child, show_title
 from llloop.supervisor.control_commands import ControlCommands
+from llloop.supervisor.cpu_latency import CpuLatency
 from llloop.supervisor.event_loop import EventLoop
 from llloop.supervisor.orphaned_mount import detach_dead_mount
 from llloop.supervisor.process_state import ProcessState
@@ -120,6 +121,9 @@ class Supervisor:
         # Allocate everything that may run out before mounting.
         self._resources = resources = SharedResources(config, self.source)
         cleanup.callback(resources.close)
+        cpu_latency = CpuLatency(loop, resources.awake[0], resources.slots.metrics, config.wake_latency)
+        self._cpu_latency = cpu_latency
+        cleanup.callback(cpu_latency.end)
         cleanup.callback(log.stop_collecting)
         log.start_collecting()
         cleanup.callback(self._log_end)
@@ -174,6 +178,7 @@ class Supervisor:
             self._connection,
             processes,
             resources.slots,
+            cpu_latency,
             source_check,
             resources.watch,
             Tracing(loop, self._connection.capabilities, resources),
@@ -235,6 +240,7 @@ class Supervisor:
     # The processes
 
     def _start(self, child: Child) -> None:
+        self._cpu_latency.end()  # the child must not have a copy of its descriptor
         child.start()
         self._loop.watch(child.sentinel, partial(self._child_ended, child))
 

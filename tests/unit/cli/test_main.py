@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 
 from llloop import errors
 from llloop.cli import main
-from llloop.config import Cache, IoKind, LoopKind, MetadataKind, ServeConfig
+from llloop.config import Cache, IoKind, LoopKind, MetadataKind, ServeConfig, WakeLatency
 from llloop.linux import mounts
 from llloop.linux.mount_identity import MountIdentity
 from llloop.logging import setup as log
@@ -83,6 +83,7 @@ OPTIONS: list[tuple[str, list[str], dict[str, str], Any]] = [
     ("cache", ["--cache", "always"], {"CACHE": "always"}, Cache.ALWAYS),
     ("io", ["--io", "auto"], {"IO": "auto"}, IoKind.AUTO),
     ("metadata", ["--metadata", "workers"], {"METADATA": "workers"}, MetadataKind.WORKERS),
+    ("wake_latency", ["--wake-latency", "hold"], {"WAKE_LATENCY": "hold"}, WakeLatency.HOLD),
     ("writeback", ["--writeback"], {"WRITEBACK": "1"}, True),
     ("attr_timeout", ["--attr-timeout=2.5"], {"ATTR_TIMEOUT": "2.5"}, 2.5),
     ("entry_timeout", ["--entry-timeout=2.5"], {"ENTRY_TIMEOUT": "2.5"}, 2.5),

@@ -40,6 +40,7 @@ def answer(time: float, requests: int, moved: int, histogram: list[int], pid: in
         "workers": [{**process, "name": "worker-0", "queue": 2}],
         "inodes": 5,
         "handles": 3,
+        "awake_seconds": cpu,
         "slots": {"used": 2, "total": 256},
         "cache": {"kept": requests, "dropped": 0, "bypassed": 0, "passed_through": 0},
         "watch": {
@@ -62,6 +63,7 @@ def test_rates_are_computed_from_the_difference() -> None:
     assert found["workers"][0]["queue"] == 2
     assert found["cache"]["kept"] == 200
     assert (found["watch"]["heard"], found["watch"]["histogram"], found["watch"]["p50_us"]) == (200, [0, 0, 200], 3)
+    assert (found["awake_seconds"], found["awake"]) == (1.0, 0.5)
 
 
 def test_rates_without_earlier_answer_cover_the_uptime() -> None:

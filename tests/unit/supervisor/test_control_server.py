@@ -463,6 +463,7 @@ STATS = {
     "operations": {"READ": {**COUNTS, "nanoseconds": 5, "histogram": [0, 1], "errnos": {"EIO": 1}}},
     "front": PROCESS,
     "workers": [{**PROCESS, "name": "worker-0", "queue": 0}],
+    "awake_seconds": 0.5,
     "slots": {"used": 0, "total": 2},
     "cache": {"kept": 0, "dropped": 0, "bypassed": 0, "passed_through": 0},
     "watch": {
