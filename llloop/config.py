@@ -51,7 +51,7 @@ class MetadataKind(str, Enum):
 
 
 class WakeLatency(str, Enum):
-    """When llloop keeps idle CPUs awake."""
+    """What llloop does about the time that waking a halted CPU takes."""
 
     AUTO = "auto"
     HOLD = "hold"
@@ -201,12 +201,13 @@ class ServeConfig:
     )
     wake_latency: WakeLatency = _option(
         WakeLatency.NEVER,
-        "When to keep idle CPUs awake (/dev/cpu_dma_latency). Waking a halted CPU takes longer than most requests. "
-        "never: llloop leaves it to the kernel when CPUs halt. auto: no CPU halts while programs make more than 4,000 "
-        "requests per second, and until some milliseconds after that, if llloop runs as root, the machine has at most "
-        "4 CPUs, and its kernel has a cpuidle driver. hold: the same on any machine; if this user may not do it, "
-        "llloop does not mount. Risk of auto and hold: meanwhile all idle CPUs of the machine use as much energy as "
-        "busy ones. In a virtual machine, they take this time from the host. Default: never.",
+        "What to do about halted CPUs, because waking one takes longer than most requests. never: nothing. auto: while "
+        "programs make more than 4,000 requests per second, the front polls for the next one, as long as it measures "
+        "that this saves time. If llloop runs as root, the machine has at most 4 CPUs, and its kernel has a cpuidle "
+        "driver, no CPU halts meanwhile and for some milliseconds after that (/dev/cpu_dma_latency). hold: like auto, "
+        "but on any machine; if this user may not keep CPUs from halting, llloop does not mount. Risk of auto and "
+        "hold: CPUs that are kept awake use as much energy as busy ones. In a virtual machine, they take this time "
+        "from the host. Default: never.",
     )
     loop: LoopKind = _option(
         LoopKind.OWN,

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from contextlib import suppress
 
+from llloop.config import WakeLatency, usable_cpus
 from llloop.front.context import Context
 from llloop.front.handlers import Handler, Handlers
 from llloop.front.handlers.relayed import RelayedRequests
@@ -82,7 +83,12 @@ class Loop:
         self._piped_slots = len(pipes) if pipes is not None else 0
         self._streaming = False
         self._device = device
-        self._waiting = Waiting(device, context.router.slots.metrics, awake)
+        self._waiting = Waiting(
+            device,
+            context.router.slots.metrics,
+            context.config.wake_latency is not WakeLatency.NEVER and usable_cpus() > 1,
+            awake,
+        )
         self._known = max(Opcode) + 1
         self._rows = self._slots.metrics.front.rows
         self._complained = False

@@ -1,8 +1,8 @@
-"""How the front waits for the next request: it polls while that pays, and has idle CPUs kept awake.
+"""How the front waits for the next request: with `--wake-latency`, it polls while that pays.
 
 While a program makes one request after the other, the CPU of the front is idle during the program's part of the time,
 and the CPU of the program during the front's part. Waking a halted CPU takes longer than the front's work for most
-requests (docs/performance.md). There are two remedies, both only while many requests arrive:
+requests (docs/performance.md). `--wake-latency` allows two remedies, both only while many requests arrive:
 
 * The front polls the device for some microseconds before it sleeps, so that its own CPU does not halt.
 * If the supervisor can do it, it keeps all idle CPUs awake (`llloop.supervisor.cpu_latency`).
@@ -46,9 +46,9 @@ class Waiting:
     Args:
         device: the descriptor of /dev/fuse.
         metrics: the counters of the mount.
+        can_poll: whether polling is allowed and may help.
         awake: the write end of the non-blocking pipe for asking the supervisor to keep idle CPUs awake, or None.
         clock: returns the time (monotonic clock, nanoseconds).
-        cpus: the number of CPUs that the front may use.
 
     Attributes:
         polls: whether to call `poll` before the next request is received.
@@ -59,14 +59,14 @@ class Waiting:
         self,
         device: int,
         metrics: Metrics,
+        can_poll: bool,
         awake: int | None = None,
         clock: Callable[[], int] = time.monotonic_ns,
-        cpus: int | None = None,
     ) -> None:
         self.polls = False
         self.left = ROUND
         self._clock = clock
-        self._can_poll = (len(os.sched_getaffinity(0)) if cpus is None else cpus) > 1
+        self._can_poll = can_poll
         self._poller = select.poll()
         self._poller.register(device, select.POLLIN)
         self._began = 0

@@ -30,12 +30,12 @@ class Clock:
 class Front:
     """A `Waiting` with a device and a supervisor's pipe that are pipes of the test."""
 
-    def __init__(self, cpus: int = 2) -> None:
+    def __init__(self, can_poll: bool = True) -> None:
         self.clock = Clock()
         self.device, self.requests = os.pipe()
         self.asked, awake = os.pipe2(os.O_NONBLOCK)
         self.metrics = Metrics(1, 1)
-        self.waiting = Waiting(self.device, self.metrics, awake, self.clock, cpus)
+        self.waiting = Waiting(self.device, self.metrics, can_poll, awake, self.clock)
         self.descriptors = [self.device, self.requests, self.asked, awake]
 
     def rounds(self, count: int, sleeping: int, polling: int) -> list[bool]:
@@ -106,8 +106,8 @@ def test_after_few_requests_the_front_sleeps(front: Front) -> None:
     assert not any(front.rounds(10, sleeping=SLOW + 1, polling=SLOW + 1))
 
 
-def test_with_one_cpu_the_front_never_polls() -> None:
-    front = Front(cpus=1)
+def test_without_permission_the_front_never_polls() -> None:
+    front = Front(can_poll=False)
     assert not any(front.rounds(3 * INTERVAL, sleeping=LONG, polling=SHORT))
     for fd in front.descriptors:
         os.close(fd)
