@@ -7,9 +7,8 @@ kernel's source). This concerns all CPUs of the machine and costs energy, so the
 gets many requests.
 
 The front notes in shared memory until when CPUs should be awake, and extends this time with every few requests
-(`llloop/front/waiting.py`). It writes to a pipe if the noted time had passed. Until then the supervisor sleeps. The
-descriptor is closed before a process is started, so that no other process has a copy of it. If the supervisor dies, the
-kernel closes it.
+(`llloop/front/waiting.py`). It writes to a pipe if the noted time had passed. Until then the supervisor sleeps. Only the
+supervisor has the descriptor, so the kernel closes it if the supervisor dies.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,6 +66,7 @@ class CpuLatency:
         self._halt_until = metrics.gauge(Gauge.HALT_UNTIL)
         self._descriptor: int | None = None
         self._since = self._total = self._paid = 0
+        _all.add(self)
         self._end = loop.deadline(self._end_if_due)
         if is_possible(wanted, device):
             loop.watch(asked, self._begin)
@@ -115,6 +116,24 @@ class CpuLatency:
         self._total += now - self._since
         self._paid = max(self._paid, now - _ALLOWANCE) + _SHARE * AWAKE
         self._halt_until[0] = max(self._paid, now)
+
+    def abandon(self) -> None:
+        """Close the copy of the descriptor in a forked child, which may live longer than the supervisor."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+_all: weakref.WeakSet[CpuLatency] = weakref.WeakSet()
+
+
+def _abandon_all() -> None:
+    for one in list(_all):
+        one.abandon()
+    _all.clear()
+
+
+os.register_at_fork(after_in_child=_abandon_all)
 
 
 def is_possible(wanted: WakeLatency, device: str = DEVICE) -> bool:

@@ -122,7 +122,6 @@ class Supervisor:
         self._resources = resources = SharedResources(config, self.source)
         cleanup.callback(resources.close)
         cpu_latency = CpuLatency(loop, resources.awake[0], resources.slots.metrics, config.wake_latency)
-        self._cpu_latency = cpu_latency
         cleanup.callback(cpu_latency.end)
         cleanup.callback(log.stop_collecting)
         log.start_collecting()
@@ -240,7 +239,6 @@ class Supervisor:
     # The processes
 
     def _start(self, child: Child) -> None:
-        self._cpu_latency.end()  # the child must not have a copy of its descriptor
         child.start()
         self._loop.watch(child.sentinel, partial(self._child_ended, child))
 

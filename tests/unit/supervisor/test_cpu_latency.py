@@ -16,6 +16,8 @@ from llloop.supervisor import cpu_latency
 from llloop.supervisor.cpu_latency import CpuLatency
 from llloop.supervisor.event_loop import EventLoop
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
 SECOND = 10**9
 
 
@@ -121,6 +123,21 @@ def test_after_a_long_time_without_requests_some_bursts_are_allowed(supervisor: 
         assert supervisor.now >= supervisor.gauges[Gauge.HALT_UNTIL]
         supervisor.ask()
         supervisor.let_pass(AWAKE)
+
+
+def test_a_forked_child_does_not_keep_the_device(supervisor: Supervisor) -> None:
+    supervisor.ask()
+    assert supervisor.holds()
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writer, b"yes" if supervisor.holds() else b"no")
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert os.read(reader, 9) == b"no"
+    assert supervisor.holds()
+    os.close(reader)
+    os.close(writer)
 
 
 def test_never_ignores_the_front(device: Path) -> None:
