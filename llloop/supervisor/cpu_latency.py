@@ -7,8 +7,8 @@ kernel's source). This concerns all CPUs of the machine and costs energy, so the
 gets many requests.
 
 The front notes in shared memory until when CPUs should be awake, and extends this time with every few requests
-(`llloop/front/waiting.py`). It writes to a pipe if the noted time had passed. Until then the supervisor sleeps. Only the
-supervisor has the descriptor, so the kernel closes it if the supervisor dies.
+(`llloop/front/waiting.py`). It writes to a pipe if the noted time had passed. Until then the supervisor sleeps. Only
+the supervisor has the descriptor, so the kernel closes it if the supervisor dies.
 """
 
 from __future__ import annotations
