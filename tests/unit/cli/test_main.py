@@ -80,6 +80,7 @@ OPTIONS: list[tuple[str, list[str], dict[str, str], Any]] = [
     ("allow_other", ["--allow-other"], {"ALLOW_OTHER": "1"}, True),
     ("allow_other", ["--no-allow-other"], {"ALLOW_OTHER": "0"}, False),
     ("watch", ["--watch"], {"WATCH": "1"}, True),
+    ("events", ["--no-events"], {"EVENTS": "0"}, False),
     ("cache", ["--cache", "always"], {"CACHE": "always"}, Cache.ALWAYS),
     ("io", ["--io", "auto"], {"IO": "auto"}, IoKind.AUTO),
     ("metadata", ["--metadata", "workers"], {"METADATA": "workers"}, MetadataKind.WORKERS),
