@@ -10,27 +10,34 @@ from __future__ import annotations
 import os
 import time
 
-from llloop.front.inodes import Inode
+from llloop.front.inodes import Inodes
 from llloop.front.open_files import Handle
 from llloop.linux.syscalls import Attributes
 
 _DAY = 24 * 60 * 60  # seconds
+_MASK = (1 << 64) - 1
 
 
 class AccessTimes:
-    """Decides for each file; knows which mounts of the source have access times."""
+    """Decides for each file; knows which mounts of the source have access times.
 
-    def __init__(self) -> None:
+    Args:
+        inodes: where it is kept what was said of each file.
+        front: as for `llloop.front.cache_policy.CachePolicy`.
+    """
+
+    def __init__(self, inodes: Inodes, front: int) -> None:
+        self._inodes = inodes
+        self._front = front
         self._kept: dict[int, bool] = {}
 
-    def must_update(self, handle: Handle, inode: Inode, attributes: Attributes) -> bool:
+    def must_update(self, handle: Handle, attributes: Attributes) -> bool:
         """Return whether the next read through a handle must update the access time.
 
         It returns True only once for each access time, because a file may never update it (chattr +A).
 
         Args:
             handle: the file that was just opened.
-            inode: its inode.
             attributes: its attributes.
         """
         flags = handle.flags
@@ -43,9 +50,10 @@ class AccessTimes:
             and time.time() - attributes.atime < _DAY
         ):
             return False
-        if inode.accessed == accessed or not self._are_kept(handle):
+        said = hash((self._front, *accessed)) & _MASK
+        if self._inodes.accessed(handle.nodeid) == said or not self._are_kept(handle):
             return False
-        inode.accessed = accessed
+        self._inodes.set_accessed(handle.nodeid, said)
         return True
 
     def _are_kept(self, handle: Handle) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from llloop.config import Cache, ServeConfig
-from llloop.front.inodes import Inode
+from llloop.front.inodes import Inodes
 from llloop.linux import fuse
 from llloop.linux.credentials import SETID_BITS
 from llloop.linux.syscalls import Attributes
@@ -15,6 +15,9 @@ from llloop.linux.syscalls import Attributes
 # Timestamps have a granularity (4 ms on ext4): two writes within one tick leave the same timestamp. So a timestamp is
 # only trusted if it was older than this, in seconds, when it was read. Clocks of file servers may differ.
 _SETTLE_TIME = 1.0
+
+
+_MASK = (1 << 64) - 1
 
 
 def split(seconds: float) -> tuple[int, int]:
@@ -61,10 +64,13 @@ class CachePolicy:
     Args:
         config: the mount's options.
         direct_mmap: whether the kernel can map files that bypass its page cache (FUSE_DIRECT_IO_ALLOW_MMAP).
+        front: how many fronts there have been before this one. A stamp of a dead front means nothing, because the
+            kernel may not have got the reply that went with it.
         epochs: whether the kernel can drop all missing names at once (FUSE_NOTIFY_INC_EPOCH).
     """
 
-    def __init__(self, config: ServeConfig, direct_mmap: bool, *, epochs: bool = True) -> None:
+    def __init__(self, config: ServeConfig, direct_mmap: bool, front: int, *, epochs: bool = True) -> None:
+        self._front = front
         timeouts = config.entry_timeout, config.attr_timeout, config.negative_timeout
         unheard = timeouts
         if config.watch:
@@ -80,8 +86,8 @@ class CachePolicy:
         self._never = config.cache is Cache.NEVER
         self._direct = self._never and direct_mmap
 
-    def open_flags(self, inode: Inode, attributes: Attributes) -> int:
-        """Return the FOPEN_ flags for an open of the file *inode* with its current *attributes*.
+    def open_flags(self, inodes: Inodes, nodeid: int, attributes: Attributes) -> int:
+        """Return the FOPEN_ flags for an open of the file *nodeid* with its current *attributes*.
 
         The kernel keeps pages from earlier opens only if size and times equal the noted ones. Times are only noted if
         no later write can leave the same ones, or if the watcher has heard of no change.
@@ -93,23 +99,15 @@ class CachePolicy:
             return fuse.FOPEN_DIRECT_IO
         if self._never:
             return 0
-        stamp: tuple[int, ...] = (
-            attributes.size,
-            attributes.mtime,
-            attributes.mtime_nsec,
-            attributes.ctime,
-            attributes.ctime_nsec,
-        )
         changes = self.changes_of(attributes)
-        if changes is not None:
-            stamp += changes
-        if inode.stamp == stamp:
+        stamp = self._stamp(attributes, attributes.size, changes)
+        if inodes.stamp(nodeid) == stamp:
             return fuse.FOPEN_KEEP_CACHE
-        inode.stamp = stamp if changes is not None or _is_settled(attributes) else None
+        inodes.set_stamp(nodeid, stamp if changes is not None or _is_settled(attributes) else 0)
         return 0
 
-    def directory_flags(self, inode: Inode, attributes: Attributes) -> int:
-        """Return the FOPEN_ flags for an open of the directory *inode* with its current *attributes*.
+    def directory_flags(self, inodes: Inodes, nodeid: int, attributes: Attributes) -> int:
+        """Return the FOPEN_ flags for an open of the directory *nodeid* with its current *attributes*.
 
         The kernel caches a listing, and uses it again while the directory has not changed. But it would request
         expired attributes of entries one by one. So a listing is only kept as long as attributes are valid.
@@ -117,18 +115,22 @@ class CachePolicy:
         if self._never:
             return 0
         now = time.monotonic_ns()
-        stamp = inode.stamp
-        times = (attributes.mtime, attributes.mtime_nsec, attributes.ctime, attributes.ctime_nsec)
         changes = self.changes_of(attributes)
+        stamp = self._stamp(attributes, 0, changes)
+        is_known = inodes.stamp(nodeid) == stamp
         if changes is not None:
-            if stamp == (*times, *changes):
-                return fuse.FOPEN_CACHE_DIR | fuse.FOPEN_KEEP_CACHE
-            inode.stamp = (*times, *changes)
-            return fuse.FOPEN_CACHE_DIR
-        if stamp is not None and stamp[1:] == times and now < stamp[0]:
+            inodes.set_stamp(nodeid, stamp)
+            return fuse.FOPEN_CACHE_DIR | fuse.FOPEN_KEEP_CACHE if is_known else fuse.FOPEN_CACHE_DIR
+        if is_known and now < inodes.valid_until(nodeid):
             return fuse.FOPEN_CACHE_DIR | fuse.FOPEN_KEEP_CACHE
-        inode.stamp = (now + self.both_ns, *times) if _is_settled(attributes) else None
+        inodes.set_valid_until(nodeid, now + self.both_ns)
+        inodes.set_stamp(nodeid, stamp if _is_settled(attributes) else 0)
         return fuse.FOPEN_CACHE_DIR
+
+    def _stamp(self, attributes: Attributes, size: int, changes: tuple[int, int] | None) -> int:
+        """Return 64 bits, not all 0, that stand for a size, the times of *attributes*, and *changes*."""
+        times = attributes.mtime, attributes.mtime_nsec, attributes.ctime, attributes.ctime_nsec
+        return hash((self._front, size, *times, *(changes or ()))) & _MASK or 1
 
 
 def _unheard(attributes: Attributes) -> None:

@@ -31,6 +31,7 @@ from llloop.shared.leadership import Leadership
 from llloop.shared.metrics import Gauge
 from llloop.shared.negotiation import Capabilities, Feature
 from llloop.shared.slots import Slots
+from llloop.shared.table import Table
 from llloop.shared.watch_state import WatchState
 
 # Descriptors for directories: this fraction (1/8) of the limit, with a maximum. Most descriptors are for open files.
@@ -79,6 +80,7 @@ def build_context(
     capabilities: Capabilities | None,
     slots: Slots,
     journal: Journal,
+    table: Table,
     pipes: list[int],
     root: int,
     device: int,
@@ -91,7 +93,7 @@ def build_context(
         config: the mount's options.
         capabilities: the result of the negotiation with the kernel, or None.
         slots: the request slots in shared memory.
-        journal: the records that survive the front.
+        journal, table: the records and the inodes that survive the front.
         pipes: the write ends of the workers' request pipes.
         root: an O_PATH descriptor of the source.
         device: a descriptor of /dev/fuse.
@@ -105,14 +107,14 @@ def build_context(
     finally:
         os.close(readable)
     metrics = slots.metrics
-    inodes = Inodes(fstatx(root), journal, births=kind not in STACKED, count=metrics.gauge(Gauge.INODES))
+    inodes = Inodes(fstatx(root), table, births=kind not in STACKED, count=metrics.gauge(Gauge.INODES))
     directories = min(_DIRECTORIES_MOST, limit // _DIRECTORIES_SHARE)
     leadership = Leadership()
     if closing is None:
         closing = []
     payload_pipes = slots.pipes.descriptors if slots.pipes is not None else []
     shares = Shares(limit - directories - _RESERVE - len(pipes) - len(payload_pipes), (0, os.geteuid()))
-    pins = Pins(inodes, shares, leadership, closing)
+    pins = Pins(inodes, journal, shares, leadership, closing)
     directory_fds = DirectoryFds(inodes, root, directories, pins, leadership, closing)
     features = capabilities.features if capabilities is not None else Feature(0)
     collecting = Feature.WRITEBACK_CACHE in features
@@ -137,7 +139,7 @@ def build_context(
         clears_setid=clears_setid,
     )
     epochs = capabilities is not None and capabilities.minor >= fuse.EPOCH_SINCE
-    policy = CachePolicy(config, Feature.DIRECT_IO_ALLOW_MMAP in features, epochs=epochs)
+    policy = CachePolicy(config, Feature.DIRECT_IO_ALLOW_MMAP in features, slots.generation, epochs=epochs)
     heard = None
     if watch is not None:
         heard = Heard(watch, fstatx(root), inodes, leadership, policy.validity, policy.unheard)

@@ -75,7 +75,6 @@ class DirectoryFds:
         self._directories: OrderedDict[int, int] = OrderedDict()
         self._returned = ROOT  # the directory that `directory` returned last
         self.pins = pins
-        inodes.on_reuse = self.drop
         inodes.is_alike = self._is_alike
 
     @property
@@ -174,9 +173,7 @@ class DirectoryFds:
 
     def places(self, nodeid: int) -> list[tuple[int, bytes]]:
         """Return each known (parent, name) of *nodeid*, the latest first."""
-        inode = self._inodes.get(nodeid)
-        others = self._inodes.other_names(nodeid)
-        return [(inode.parent, inode.name), *others] if inode.parent else others
+        return self._inodes.names(self._inodes.get(nodeid))
 
     def attributes(self, nodeid: int) -> Attributes:
         """Return the attributes of *nodeid*.
@@ -188,7 +185,7 @@ class DirectoryFds:
         if fd is not None:
             return fstatx(fd)
         inode = self._inodes.get(nodeid)
-        for parent, name in self.places(nodeid):
+        for parent, name in self._inodes.names(inode):
             try:
                 attributes = statx(self.directory(parent), name)
             except OSError as error:
@@ -238,7 +235,7 @@ class DirectoryFds:
         # Opening a device can have effects, and opening a FIFO wakes a process that waits for it. So the name is only
         # opened for I/O once it is known to lead to the inode.
         is_harmless = flags & (os.O_PATH | os.O_DIRECTORY)
-        for parent, name in self.places(nodeid):
+        for parent, name in self._inodes.names(inode):
             try:
                 fd = os.open(name, flags if is_harmless else _ANY, dir_fd=self.directory(parent))
             except OSError as error:
@@ -265,7 +262,7 @@ class DirectoryFds:
         return self._leadership.call(os.open, path, flags)
 
     def drop(self, nodeid: int) -> None:
-        """Close the descriptors of *nodeid*, because the kernel has forgotten it or its number was reused."""
+        """Close the descriptors of *nodeid*, because the kernel has forgotten it."""
         self.pins.drop(nodeid)
         directory = self._directories.pop(nodeid, None)
         if directory is not None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from llloop.front.cache_policy import Validity
-from llloop.front.inodes import ROOT, Inodes, mix
+from llloop.front.inodes import Inodes
 from llloop.front.request import FuseRequest
 from llloop.linux import syscalls
 from llloop.linux.syscalls import Attributes
@@ -47,7 +47,6 @@ class Heard:
         short: Validity,
     ) -> None:
         self._state = state
-        self._root = root
         self._inodes = inodes
         self._leadership = leadership
         self._long = long
@@ -93,16 +92,11 @@ class Heard:
 
     def of_attributes(self, nodeid: int, attributes: Attributes) -> Validity:
         """Return the timeouts for attributes of an inode that the kernel knows."""
-        # An inode with another nodeid cannot be found by the watcher.
-        if self.is_heard(attributes.device) and usual_nodeid(self._root, attributes.device, attributes.ino) == nodeid:
-            return self._long
-        return self._short
+        return self._long if self.is_heard(attributes.device) else self._short
 
     def of_statx(self, nodeid: int) -> Validity:
         """Return the timeouts for a reply to STATX."""
-        inode = self._inodes.get(nodeid)
-        is_usual = usual_nodeid(self._root, inode.device, inode.number) == nodeid
-        return self._long if is_usual and self.is_heard(inode.device) else self._short
+        return self._long if self.is_heard(self._inodes.get(nodeid).device) else self._short
 
     def of_missing(self, directory: int) -> Validity:
         """Return the timeouts for the reply that there is no such name in a directory."""
@@ -121,16 +115,3 @@ class Heard:
         if not self.is_heard(attributes.device):
             return None
         return self._generation, self._changes[attributes.ino & NUMBER_MASK]
-
-
-def usual_nodeid(root: Attributes, device: int, number: int) -> int:
-    """Return the nodeid that an inode mostly gets, as `llloop.front.inodes.Inodes.nodeid` gives it.
-
-    Args:
-        root: the attributes of the source directory.
-        device: st_dev, as in `Attributes.device`.
-        number: st_ino.
-    """
-    if device == root.device:
-        return ROOT if number == root.ino else number
-    return mix(number ^ mix(device))

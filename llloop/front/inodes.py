@@ -1,9 +1,7 @@
-"""The inode table: what the kernel knows, by number, and under which names it can be found again.
+"""The inodes that the kernel knows: the file of each, and its known names.
 
-An inode costs no descriptor. It is one small object holding its parent's number, its name, how
-often the kernel has looked it up and what tells it from another file that gets the same number
-later. It goes when the kernel has forgotten it exactly as often as it was looked up. All this
-stands in the journal, too, for the next front.
+An inode costs no descriptor. It is a row of the table in `llloop.shared.table`, which the next front takes over. It is
+removed when the kernel has forgotten it as often as it was looked up.
 """
 
 from __future__ import annotations
@@ -11,21 +9,43 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from llloop.linux.syscalls import Attributes, DirectoryEntry
-from llloop.shared.journal import INODE, LINK, Journal, Record
 from llloop.shared.metrics import own_cell
+from llloop.shared.table import (
+    ACCESSED,
+    BIRTH,
+    CELLS_SHIFT,
+    HASH,
+    INODE_ROW,
+    LOOKUPS,
+    NAMES,
+    OWN_NAME,
+    PARENT,
+    ROOT,
+    ROW_SHIFT,
+    SETTLED,
+    STAMP,
+    Table,
+    hash_of,
+)
 
-ROOT = 1  # FUSE_ROOT_ID of <linux/fuse.h>
+__all__ = ["GENERATION", "ROOT", "Inode", "Inodes", "birth_of", "mix", "stale"]
+
+# The generation in struct fuse_entry_out of every inode, since no nodeid is used twice.
+GENERATION = 0
+
 _MASK = (1 << 64) - 1
-
-# The numbers of an inode's record: nodeid, parent, number, device, birth, lookups, pinned descriptor + 1, mount.
-_PARENT, _LOOKUPS, _PIN = 1, 5, 6
-
 _TYPE, _DIRECTORY = 0o170000, 0o040000  # of st_mode
-# For so long, in seconds, it is taken for granted that a mount is or is not as the root's.
+# For this time, in seconds, it is assumed that the flags of a mount below the source do not change.
 _MOUNTS_STAY = 1.0
+
+_new = tuple.__new__
+_unpack_row, _unpack_name = INODE_ROW.unpack_from, OWN_NAME.unpack_from
+# The number of inodes that are cached as objects, because reading a row takes longer than a lookup in a dict.
+_READ_MOST = 1 << 14
 
 
 def mix(number: int) -> int:
@@ -36,67 +56,56 @@ def mix(number: int) -> int:
 
 
 def stale() -> OSError:
-    """Return the error for an inode that is no longer where its names say; the kernel then looks it up afresh."""
+    """Return the error for an inode that none of its names leads to any more; the kernel then looks it up again."""
     return OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
 
 def birth_of(attributes: Attributes) -> int:
-    """Return a file's birth time in nanoseconds, 0 where its file system keeps none."""
-    return attributes.btime * 1_000_000_000 + attributes.btime_nsec
+    """Return a file's birth time in nanoseconds modulo 2**64, 0 where its file system keeps none."""
+    return attributes.btime * 1_000_000_000 + attributes.btime_nsec & _MASK
 
 
-class Inode:
-    """What is known of one inode.
+class Inode(NamedTuple):
+    """A copy of an inode's row.
 
     Attributes:
-        parent: the number of the directory it was last found in; 0 if it has no name any more.
-        name: its name there.
-        lookups: how often the kernel has looked it up and not yet forgotten it.
-        device, number: st_dev and st_ino in the source.
-        birth: its birth time in nanoseconds, 0 where unknown; the generation told to the kernel.
+        nodeid: its number in the kernel.
+        number, device: st_ino and st_dev in the source.
         mount: the mount that it belongs to, as in `llloop.linux.syscalls.Attributes`, or 0 if it may be reached through
             several: see `Inodes`.
-        place: where its record is in the journal.
-        stamp: the size and times at which the kernel's page cache was last known to be right, or None.
-        accessed: the access time for which it was last dropped: see `llloop.front.access_times`.
+        birth: its birth time as `birth_of` gives it, 0 where unknown.
+        first: the place of its latest name in the table.
+        parent: the nodeid of the directory in which it was last found; 0 if it has no name any more.
+        name: its name there.
     """
 
-    __slots__ = ("accessed", "birth", "device", "lookups", "mount", "name", "number", "parent", "place", "stamp")
-
-    def __init__(self, parent: int, name: bytes, number: int, device: int, birth: int = 0, mount: int = 0) -> None:
-        self.parent = parent
-        self.name = name
-        self.lookups = 0
-        self.device = device
-        self.number = number
-        self.birth = birth
-        self.mount = mount
-        self.place = 0
-        self.stamp: tuple[int, ...] | None = None
-        self.accessed: tuple[int, int] | None = None
+    nodeid: int
+    number: int
+    device: int
+    mount: int
+    birth: int
+    first: int
+    parent: int
+    name: bytes
 
     def is_same(self, attributes: Attributes) -> bool:
-        """Whether *attributes* are those of this very file, not of one that got its number after it."""
+        """Return whether *attributes* belong to this file, not to a later file with its number."""
         return (
             attributes.ino == self.number
             and attributes.device == self.device
             # birth_of(attributes), whose call would cost as much as all of this
-            and (self.birth == 0 or attributes.btime * 1_000_000_000 + attributes.btime_nsec == self.birth)
+            and (self.birth == 0 or attributes.btime * 1_000_000_000 + attributes.btime_nsec & _MASK == self.birth)
             and (self.mount == 0 or attributes.mount == self.mount)
         )
 
 
-def _nothing(nodeid: int) -> None:
-    """Nobody keeps anything."""
-
-
 def _alike(directory: int, name: bytes) -> bool:
-    """Nobody looks: all mounts allow the same."""
+    """Assume that all mounts below the source have the same flags."""
     return True
 
 
 class Inodes:
-    """The table.
+    """All inodes by nodeid.
 
     One directory of the source can be reached through several mounts below it (bind mounts, a device mounted twice).
     The kernel moves a directory that it knows to wherever it is found, so a directory is an inode for each mount.
@@ -104,62 +113,93 @@ class Inodes:
     other; through a mount that allows less (read-only, noexec) it is another inode, since the kernel does not say by
     which path it opens one.
 
+    A new file that gets the inode number of a removed one is another inode.
+
     Args:
         root: the attributes of the source directory.
-        journal: where the next front finds the table.
-        births: whether a file's birth time tells it from another with its number. On stacked file systems it changes
-            when a file is copied up, while the file stays the same.
-        count: a cell for how many there are.
+        table: the table, as the previous front has left it.
+        births: whether birth times tell files with the same number apart. On stacked file systems, a file's birth time
+            changes when it is copied up.
+        count: a cell for the number of inodes.
     """
 
-    def __init__(
-        self, root: Attributes, journal: Journal, *, births: bool = True, count: memoryview | None = None
-    ) -> None:
-        self._journal = journal
+    def __init__(self, root: Attributes, table: Table, *, births: bool = True, count: memoryview | None = None) -> None:
+        self._table = table
+        self._cells = table.cells
+        self._memory = table.memory
+        self._mask = table.mask
+        self._find = table.find
+        self._add = table.add
         self._root_device = root.device
-        self._root_number = root.ino
-        self._reserved = frozenset({0, ROOT, root.ino})
-        self.births = births
         self._root_mount = root.mount
-        inode = Inode(0, b"", root.ino, root.device, mount=root.mount)
-        inode.lookups = 1  # the kernel never forgets the root
-        self._table: dict[int, Inode] = {ROOT: inode}
-        self._count = own_cell() if count is None else count
-        self._count[0] = 1
-        # The numbers of inodes whose own could not be used; they stay as long as the kernel knows the inode.
-        self._renumbered: dict[tuple[int, int, int], int] = {}
-        # Called with a number that was given to another file, so that nothing kept for the old one is used for it.
-        self.on_reuse: Callable[[int], None] = _nothing
-        # Says whether the mount that holds a name in a directory allows what the root's does.
+        self.births = births
+        # Returns whether the mount of a name in a directory has the flags of the source's mount.
         self.is_alike: Callable[[int, bytes], bool] = _alike
-        # What it said of a mount, and until when that counts (monotonic clock, seconds).
+        # Its last result for each mount, and how long that is valid (monotonic clock, seconds).
         self._mounts: dict[int, tuple[bool, float]] = {}
-        # Further names of hard-linked inodes that the kernel has seen, each with the place of its record.
-        self._links: dict[int, dict[tuple[int, bytes], int]] = {}
+        # Inodes that were read from the table, by nodeid and by st_ino (None: looked up, but not read). Every change of
+        # a row removes its inode from both.
+        self._read: dict[int, Inode] = {}
+        self._read_by_number: dict[int, Inode | None] = {}
+        table.recover(own_cell() if count is None else count)
+        table.add_root(root.ino, root.device, root.mount)
 
     def __len__(self) -> int:
         return len(self._table)
 
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._table)
+
     def __contains__(self, nodeid: int) -> bool:
-        return nodeid in self._table
+        return self._cells[(nodeid & self._mask) << CELLS_SHIFT] == nodeid
 
     def get(self, nodeid: int) -> Inode:
-        """Return the inode numbered *nodeid*.
+        """Return the inode that the kernel knows by *nodeid*.
 
         Raises:
-            OSError: ESTALE, if the kernel should not know it.
+            OSError: ESTALE if there is none.
         """
-        inode = self._table.get(nodeid)
-        if inode is None:
+        inode = self._read.get(nodeid)
+        if inode is not None:
+            return inode
+        place = nodeid & self._mask
+        inode = _new(Inode, _unpack_row(self._memory, place << ROW_SHIFT))
+        if inode[0] != nodeid:
             raise stale()
+        if inode[5] != place:
+            parent, name = self._table.first_name(place)
+            inode = inode._replace(parent=parent, name=name)
+        if len(self._read_by_number) >= _READ_MOST:
+            self._read.clear()
+            self._read_by_number.clear()
+        self._read[nodeid] = self._read_by_number[inode.number] = inode
         return inode
 
+    def _note_lookup(self, nodeid: int, number: int) -> None:
+        """Note the first lookup of a known inode that is not cached. The second one caches it."""
+        if number in self._read_by_number:
+            self.get(nodeid)
+            return
+        if len(self._read_by_number) >= _READ_MOST:
+            self._read.clear()
+            self._read_by_number.clear()
+        self._read_by_number[number] = None
+
+    def _changes(self, nodeid: int) -> None:
+        """Drop an inode from the cache, because its row changes."""
+        inode = self._read.pop(nodeid, None)
+        if inode is not None:
+            self._read_by_number.pop(inode.number, None)
+
+    def knows(self, number: int, device: int) -> bool:
+        """Return whether the kernel knows an inode with these st_ino and st_dev, on any mount below the source."""
+        return self._table.knows(number, device)
+
     def with_shown_numbers(self, device: int, entries: list[DirectoryEntry]) -> list[DirectoryEntry]:
-        """Return a directory's entries with the numbers that the mount shows for them where llfuse runs the loop."""
-        if device != self._root_device:
-            return [(self.shown(device, number), kind, name) for number, kind, name in entries]
-        root = self._root_number
-        return [(ROOT, entry[1], entry[2]) if entry[0] == root else entry for entry in entries]
+        """Return a directory's entries with the numbers that the mount shows for them."""
+        if device == self._root_device:
+            return entries
+        return [(self.shown(device, number), kind, name) for number, kind, name in entries]
 
     def shown(self, device: int, number: int) -> int:
         """Return the inode number that the mount shows: the source's own, so that tools see the same in both.
@@ -187,264 +227,186 @@ class Inodes:
             self._mounts[mount] = (is_alike, now + _MOUNTS_STAY)
         return 0 if is_alike else mount
 
-    def nodeid(self, device: int, number: int, mount: int = 0) -> int:
-        """Return the number under which the kernel knows, or is to know, an inode of the source.
-
-        It is the inode's own number if that is free, which makes it quickly found.
-
-        Args:
-            device: st_dev in the source.
-            number: st_ino in the source.
-            mount: see `Inode`.
-        """
-        if number == self._root_number and device == self._root_device and mount == self._root_mount:
-            return ROOT
-        nodeid = self._renumbered.get((device, number, mount))
-        if nodeid is not None:
-            return nodeid
-        nodeid = self.shown(device, number)
-        while True:
-            if nodeid > ROOT:
-                taken = self._table.get(nodeid)
-                if taken is None or (taken.number == number and taken.device == device and taken.mount == mount):
-                    return nodeid
-            nodeid = mix(nodeid + 0x9E3779B97F4A7C15 & _MASK)
-
     def known(self, parent: int, name: bytes, attributes: Attributes) -> int | None:
-        """Return the number under which the kernel knows this very file, found under a name, or None."""
-        nodeid = self.nodeid(attributes.device, attributes.ino, self._mount_of(parent, name, attributes))
-        inode = self._table.get(nodeid)
-        return nodeid if inode is not None and inode.is_same(attributes) else None
+        """Return the nodeid by which the kernel knows this very file, found under a name, or None."""
+        number, device = attributes.ino, attributes.device
+        if attributes.mount == self._root_mount:
+            inode = self._read_by_number.get(number)
+            if inode is not None and inode.is_same(attributes):
+                return inode.nodeid
+        mount = self._mount_of(parent, name, attributes)
+        place = self._table.find(hash_of(number, device), number, device, mount)
+        if place:
+            inode = self.get(self._cells[place << CELLS_SHIFT])
+            if inode.is_same(attributes):
+                return inode.nodeid
+        return None
 
     def remember(self, parent: int, name: bytes, attributes: Attributes, directory: int = 0) -> int:
-        """Note an inode that the kernel is about to be told of, and return the number to tell it.
+        """Note an inode that the kernel is about to be told of, and return the nodeid to tell it.
 
         Only `count` says that the kernel has been told.
 
         Args:
-            parent: the number of the directory it was found in, 0 if it has no name.
+            parent: the nodeid of the directory it was found in, 0 if it has no name.
             name: its name there.
             attributes: what statx(2) says of it.
-            directory: the number of the directory in which it was made without a name.
+            directory: the nodeid of the directory in which it was made without a name.
+
+        Raises:
+            OSError: ENOMEM, if there is no room for one more.
         """
-        table = self._table
-        nodeid = number = attributes.ino
-        device = attributes.device
-        inode = table.get(nodeid)
-        # Mostly the file is where it was, or its own number is free; what takes a number is looked at more closely.
+        number = attributes.ino
+        inode = self._read_by_number.get(number)
+        # Mostly the file is where it was.
         if inode is not None and inode.name == name and inode.parent == parent and inode.is_same(attributes):
-            return nodeid
-        mount = self._mount_of(parent or directory, name, attributes)
-        if inode is not None or device != self._root_device or self._renumbered or nodeid in self._reserved:
-            nodeid = self.nodeid(device, number, mount)
-            inode = table.get(nodeid)
-        if inode is None:
-            birth = birth_of(attributes) if self.births else 0
-            inode = Inode(parent, name, number, self._shared(device), birth, self._shared_mount(mount))
-            # The record comes first: what the kernel is told of, the next front must find.
-            inode.place = self._journal.add(INODE, (nodeid, parent, number, device, birth & _MASK, 0, 0, mount), name)
-            table[nodeid] = inode
-            self._count[0] = len(table)
-            if nodeid != number:
-                self._renumbered[device, number, mount] = nodeid
-        elif inode.name != name or inode.parent != parent or not inode.is_same(attributes):
-            self._found_elsewhere(nodeid, inode, parent, name, attributes)
-        return nodeid
-
-    def _shared(self, device: int) -> int:
-        """Return *device*, mostly as the one object that all inodes share: a number for each would cost 32 bytes."""
-        return self._root_device if device == self._root_device else device
-
-    def _shared_mount(self, mount: int) -> int:
-        """Return *mount* in the same way."""
-        return self._root_mount if mount == self._root_mount else mount
+            return inode.nodeid
+        device, mount = attributes.device, attributes.mount
+        if attributes.mode & _TYPE != _DIRECTORY:
+            mount = 0 if mount == self._root_mount else self._mount_of(parent or directory, name, attributes)
+        hashed = hash((number, device)) & HASH  # hash_of(number, device)
+        birth = attributes.btime * 1_000_000_000 + attributes.btime_nsec & _MASK if self.births else 0
+        place = self._find(hashed, number, device, mount)
+        if place:
+            cells = self._cells
+            row = place << CELLS_SHIFT
+            known = cells[row + BIRTH]
+            if known == birth or not known:
+                nodeid = cells[row]
+                if cells[row + NAMES] != place or _unpack_name(self._memory, 8 * (row + PARENT)) != (parent, name):
+                    self._found_elsewhere(nodeid, parent, name, attributes)
+                else:
+                    self._note_lookup(nodeid, number)
+                return nodeid
+            self._table.leave_index(place)
+        return self._add(hashed, number, device, mount, birth, parent, name)
 
     def count(self, nodeid: int) -> None:
-        """Note that the kernel has been told of an inode once more."""
-        inode = self._table[nodeid]
-        lookups = inode.lookups = inode.lookups + 1
-        self._journal.set(inode.place, _LOOKUPS, lookups)
+        """Note that the kernel has been told of an inode (one lookup more)."""
+        place = nodeid & self._mask
+        row = place << CELLS_SHIFT
+        cells = self._cells
+        if cells[row] != nodeid:  # forgotten meanwhile: the row may be another inode's
+            return
+        lookups = cells[row + LOOKUPS]
+        cells[row + LOOKUPS] = lookups + 1
+        if not lookups:
+            self._table.states[place] = SETTLED
 
-    def _found_elsewhere(self, nodeid: int, inode: Inode, parent: int, name: bytes, attributes: Attributes) -> None:
-        if not inode.is_same(attributes):  # the number was given to another file
-            self._drop_links(nodeid)
-            inode.birth = birth_of(attributes)
-            inode.stamp = None
-            self.on_reuse(nodeid)
-        elif attributes.nlink == 1 and self._are_on_one_mount(inode.parent, parent):
-            self._drop_links(nodeid)
-        elif inode.parent and attributes.mode & _TYPE != _DIRECTORY:
-            self._add_link(nodeid, (inode.parent, inode.name))
-            self._drop_link(nodeid, (parent, name))
-        if nodeid != ROOT:
-            inode.parent, inode.name = parent, name
-            self._record_again(nodeid, inode)
+    def _found_elsewhere(self, nodeid: int, parent: int, name: bytes, attributes: Attributes) -> None:
+        inode = self.get(nodeid)
+        if nodeid == ROOT or (inode.name == name and inode.parent == parent):
+            return
+        self._changes(nodeid)
+        place = nodeid & self._mask
+        is_directory = attributes.mode & _TYPE == _DIRECTORY
+        if is_directory or (attributes.nlink == 1 and self._are_on_one_mount(inode.parent, parent)):
+            self._table.set_name(place, parent, name)
+        else:
+            self._table.add_name(place, parent, name)
 
     def _are_on_one_mount(self, *directories: int) -> bool:
-        """Whether some directories are; then a file with one link has only one name in all of them."""
-        return len({self._table[nodeid].mount for nodeid in directories if nodeid in self._table}) < 2
+        """Return whether all *directories* are on one mount. Then a file with one link has one name in all of them."""
+        return len({self.get(nodeid).mount for nodeid in directories if nodeid in self}) < 2
 
     def lookups(self, nodeid: int) -> int:
         """Return how often the kernel has looked up an inode and not forgotten it."""
-        inode = self._table.get(nodeid)
-        return 0 if inode is None else inode.lookups
+        row = (nodeid & self._mask) << CELLS_SHIFT
+        return self._cells[row + LOOKUPS] if self._cells[row] == nodeid else 0
 
     def restore_lookups(self, nodeid: int, lookups: int) -> None:
         """Set how often the kernel has looked up an inode, if it is still in the table."""
-        inode = self._table.get(nodeid)
-        if inode is not None:
-            inode.lookups = lookups
-            self._journal.set(inode.place, _LOOKUPS, lookups)
+        if nodeid in self:
+            self._cells[((nodeid & self._mask) << CELLS_SHIFT) + LOOKUPS] = lookups
 
     def forget(self, nodeid: int, lookups: int) -> bool:
-        """Take back *lookups* of an inode; return whether it is gone from the table."""
-        inode = self._table.get(nodeid)
-        if inode is None or nodeid == ROOT:
+        """Subtract *lookups* from an inode's lookup count; return whether it was removed."""
+        place = nodeid & self._mask
+        row = place << CELLS_SHIFT
+        cells = self._cells
+        if cells[row] != nodeid or nodeid == ROOT:
             return False
-        left = inode.lookups = inode.lookups - lookups
-        journal = self._journal
+        left = cells[row + LOOKUPS] - lookups
         if left > 0:
-            journal.set(inode.place, _LOOKUPS, left)
+            cells[row + LOOKUPS] = left
             return False
-        journal.remove(inode.place)
-        del self._table[nodeid]
-        self._count[0] = len(self._table)
-        if inode.number != nodeid:
-            del self._renumbered[inode.device, inode.number, inode.mount]
-        self._drop_links(nodeid)
+        inode = self._read.pop(nodeid, None)  # self._changes(nodeid)
+        if inode is not None:
+            self._read_by_number.pop(inode.number, None)
+        self._table.remove(place)
         return True
 
-    def other_names(self, nodeid: int) -> list[tuple[int, bytes]]:
-        """Return the further names of a hard-linked inode that the kernel has seen, as (parent, name)."""
-        return list(self._links.get(nodeid, ()))
+    def names(self, inode: Inode) -> list[tuple[int, bytes]]:
+        """Return the names of an inode that the kernel has seen, as (parent, name), the latest first."""
+        place = inode.nodeid & self._mask
+        return [(inode.parent, inode.name)] if inode.first == place else self._table.names(place)
 
     def has_name(self, nodeid: int, parent: int, name: bytes) -> bool:
-        """Whether the kernel has been told that *name* in *parent* leads to an inode."""
+        """Return whether the kernel has been told that *name* in *parent* leads to an inode."""
         inode = self.get(nodeid)
-        return (inode.name == name and inode.parent == parent) or (parent, name) in self._links.get(nodeid, ())
+        return (inode.name == name and inode.parent == parent) or (parent, name) in self.names(inode)
 
     def renamed(self, nodeid: int, old: tuple[int, bytes], new: tuple[int, bytes]) -> None:
-        """Note that the inode known as *old*, a (parent, name), is now known as *new*."""
-        inode = self._table.get(nodeid)
-        if inode is None:
+        """Note that an inode was renamed from *old* to *new*, each a (parent, name)."""
+        if nodeid not in self or old == new:
             return
-        if (inode.parent, inode.name) == old or not inode.parent:
-            inode.parent, inode.name = new
-            self._record_again(nodeid, inode)
-            self._drop_link(nodeid, new)
+        place = nodeid & self._mask
+        inode = self.get(nodeid)
+        self._changes(nodeid)
+        if inode.first == place and (inode.parent, inode.name) == old:
+            self._table.set_name(place, *new)
         else:
-            self._drop_link(nodeid, old)
-            if (inode.parent, inode.name) != new:
-                self._add_link(nodeid, new)
+            self._table.add_name(place, *new)
+            self._table.drop_name(place, *old)
 
     def unlinked(self, nodeid: int, parent: int, name: bytes) -> bool:
-        """Note that a name of an inode is gone; return whether another is known."""
-        inode = self._table.get(nodeid)
-        if inode is None:
-            return False
-        if (inode.parent, inode.name) != (parent, name):
-            self._drop_link(nodeid, (parent, name))
-            return bool(inode.parent)
-        links = self._links.get(nodeid)
-        if links:
-            inode.parent, inode.name = link = next(iter(links))
-            self._record_again(nodeid, inode)
-            self._drop_link(nodeid, link)
-            return True
-        inode.parent, inode.name = 0, b""
-        self._journal.set(inode.place, _PARENT, 0)
-        return False
-
-    # The journal
-
-    def _record(self, nodeid: int, inode: Inode, pin: int) -> int:
-        return self._journal.add(
-            INODE,
-            (nodeid, inode.parent, inode.number, inode.device, inode.birth & _MASK, inode.lookups, pin, inode.mount),
-            inode.name,
-        )
-
-    def _record_again(self, nodeid: int, inode: Inode) -> None:
-        """Bring an inode's record up to date."""
-        old = inode.place
-        journal = self._journal
-        inode.place = self._record(nodeid, inode, journal.get(old, _PIN) if old else 0)
-        journal.remove(old)
-
-    def note_pin(self, nodeid: int, fd: int) -> None:
-        """Note the descriptor that keeps an inode without names, or -1."""
-        inode = self._table.get(nodeid)
+        """Note that a name of an inode was removed; return whether another one is known."""
+        inode = self._read.pop(nodeid, None)
+        place = nodeid & self._mask
         if inode is not None:
-            self._journal.set(inode.place, _PIN, fd + 1)
+            self._read_by_number.pop(inode.number, None)
+            if inode.first == place and inode.name == name and inode.parent == parent:  # as most: it is the only one
+                self._cells[(place << CELLS_SHIFT) + NAMES] = 0
+                return False
+        return nodeid in self and self._table.drop_name(place, parent, name)
 
-    def _add_link(self, nodeid: int, link: tuple[int, bytes]) -> None:
-        links = self._links.setdefault(nodeid, {})
-        if link not in links:
-            links[link] = self._journal.add(LINK, (nodeid, link[0], 0, 0, 0, 0, 0, 0), link[1])
+    # Cells for other modules
 
-    def _drop_link(self, nodeid: int, link: tuple[int, bytes]) -> None:
-        links = self._links.get(nodeid)
-        if links is not None and link in links:
-            self._journal.remove(links.pop(link))
+    def stamp(self, nodeid: int) -> int:
+        """Return what `set_stamp` was given last for an inode, 0 for nothing."""
+        return self._cells[((nodeid & self._mask) << CELLS_SHIFT) + STAMP]
 
-    def _drop_links(self, nodeid: int) -> None:
-        for place in self._links.pop(nodeid, {}).values():
-            self._journal.remove(place)
+    def set_stamp(self, nodeid: int, stamp: int) -> None:
+        """Keep 64 bits that stand for the size and times at which the kernel's cache was valid."""
+        self._cells[((nodeid & self._mask) << CELLS_SHIFT) + STAMP] = stamp
 
-    def recover(self, records: list[Record]) -> dict[int, int]:
-        """Take over the table of a front that is gone.
+    def accessed(self, nodeid: int) -> int:
+        """Return what `set_accessed` was given last for an inode, 0 for nothing."""
+        return self._cells[((nodeid & self._mask) << CELLS_SHIFT) + ACCESSED]
 
-        Args:
-            records: all that it has left, the older first.
+    def set_accessed(self, nodeid: int, accessed: int) -> None:
+        """Keep 64 bits that stand for the access time for which a file's pages were last dropped."""
+        self._cells[((nodeid & self._mask) << CELLS_SHIFT) + ACCESSED] = accessed
 
-        Returns:
-            The descriptors of inodes without names, by number.
-        """
-        pins: dict[int, int] = {}
-        for record in records:
-            if record.kind == INODE:
-                nodeid, parent, number, device, birth, lookups, pin, mount = record.fields
-                # A birth before 1970 is negative.
-                name = record.name if parent else b""
-                shared = self._shared(device), birth - (birth >> 63 << 64), self._shared_mount(mount)
-                inode = Inode(parent, name, number, *shared)
-                inode.lookups = lookups
-                inode.place = record.place
-                superseded = self._table.get(nodeid)
-                if superseded is not None:
-                    self._journal.remove(superseded.place)
-                    pins.pop(nodeid, None)
-                self._table[nodeid] = inode
-                if nodeid != number:
-                    self._renumbered[device, number, mount] = nodeid
-                if pin:
-                    pins[nodeid] = pin - 1
-        for record in records:
-            if record.kind == LINK:
-                nodeid, parent = record.fields[:2]
-                links = self._links.setdefault(nodeid, {})
-                inode_of = self._table.get(nodeid)
-                link = (parent, record.name)
-                if inode_of is None or link in links or link == (inode_of.parent, inode_of.name):
-                    self._journal.remove(record.place)
-                else:
-                    links[link] = record.place
-        self._count[0] = len(self._table)
-        return pins
+    # Directories have no such pages, and use the cell for the time until which the kernel's listing is valid.
+    valid_until, set_valid_until = accessed, set_accessed
 
     def settle(self, delivered: bool) -> list[int]:
-        """Decide about the inodes of which a dead front had not noted whether the kernel was told.
+        """Keep or remove the inodes of which a dead front had not noted that the kernel was told.
 
         Args:
-            delivered: whether it was: then none of what the front had in hand was sent again.
+            delivered: whether the kernel was told: then it has not sent the dead front's request again.
 
         Returns:
-            Those of which it was not, which are forgotten.
+            The inodes that were removed, because the kernel does not know them.
         """
-        doubtful = [nodeid for nodeid, inode in self._table.items() if not inode.lookups]
-        for nodeid in doubtful:
-            if delivered:
+        forgotten = []
+        for nodeid in self._table.unsettled():
+            if self.lookups(nodeid):
+                self._table.settle(nodeid & self._mask)
+            elif delivered:
                 self.count(nodeid)
             else:
                 self.forget(nodeid, 0)
-        return [] if delivered else doubtful
+                forgotten.append(nodeid)
+        return forgotten

@@ -175,8 +175,10 @@ class Handles:
         number = self._next
         self._next = number + 1
         uid, gid = handle.opener
-        fields = (number, handle.nodeid, handle.descriptor, handle.flags, 0, 0, uid << 32 | gid, 0)
-        handle.place = self._journal.add(HANDLE, fields)
+        opener = uid << 32 | gid
+        handle.place = self._journal.add(
+            HANDLE, number, handle.nodeid, handle.descriptor, handle.flags, 0, 0, opener, 0
+        )
         self._enter(number, handle)
         return number
 

@@ -247,10 +247,10 @@ class Files:
         """Take in the *descriptor* of a file that was made; for the rest see `create`."""
         try:
             attributes = fstatx(descriptor)
+            nodeid = self._inodes.remember(parent, name, attributes)
         except BaseException:
             os.close(descriptor)
             raise
-        nodeid = self._inodes.remember(parent, name, attributes)
         return self._add(descriptor, nodeid, flags, attributes, who, is_new=True), nodeid, attributes
 
     def tmpfile(self, parent: int, mode: int, flags: int, who: Requester) -> tuple[int, int, Attributes]:
@@ -272,10 +272,14 @@ class Files:
         try:
             attributes = fstatx(descriptor)
             pin = os.open(f"/proc/self/fd/{descriptor}", os.O_PATH | os.O_CLOEXEC)
+            try:
+                nodeid = self._inodes.remember(0, b"", attributes, parent)
+            except BaseException:
+                os.close(pin)
+                raise
         except BaseException:
             os.close(descriptor)
             raise
-        nodeid = self._inodes.remember(0, b"", attributes, parent)
         self._directory_fds.pins.add(nodeid, pin, attributes.uid)
         return self._add(descriptor, nodeid, flags, attributes, who, is_new=True), nodeid, attributes
 

@@ -26,6 +26,7 @@ from llloop.shared.journal import Journal
 from llloop.shared.negotiation import Capabilities
 from llloop.shared.relay import RelayState
 from llloop.shared.slots import Slots
+from llloop.shared.table import Table
 from llloop.shared.trace import Trace
 from llloop.shared.watch_state import WatchState
 
@@ -39,7 +40,7 @@ class FrontSetup:
     Attributes:
         config: the mount's options.
         slots: the request slots in shared memory.
-        journal: the records that survive the front.
+        journal, table: the records and the inodes, which survive the front.
         pipes: the write ends of the workers' request pipes.
         root: an O_PATH descriptor of the source.
         device: a descriptor of /dev/fuse.
@@ -57,6 +58,7 @@ class FrontSetup:
     config: ServeConfig
     slots: Slots
     journal: Journal
+    table: Table
     pipes: list[int]
     root: int
     device: int
@@ -89,6 +91,7 @@ def run_front(setup: FrontSetup, own: Collection[int], ready: Callable[[], None]
         setup.capabilities,
         slots,
         setup.journal,
+        setup.table,
         setup.pipes,
         setup.root,
         setup.device,
@@ -102,7 +105,7 @@ def run_front(setup: FrontSetup, own: Collection[int], ready: Callable[[], None]
         slots.note_resent_received()
     slots.touch()
     signal.signal(signal.SIGUSR1, lambda number, frame: _report(context))
-    # The front creates no reference cycles, and a garbage collection with a million inodes would block all requests.
+    # The front creates no reference cycles, and a garbage collection would block all requests.
     gc.freeze()
     gc.disable()
     if setup.capabilities is not None:

@@ -76,6 +76,7 @@ class Processes:
             config=config,
             slots=resources.slots,
             journal=resources.journal,
+            table=resources.table,
             pipes=[writer for _, writer in resources.requests],
             root=resources.root,
             device=connection.device,
@@ -130,7 +131,7 @@ class Processes:
             if resources.events is None or resources.relay is None:
                 return Silent()
             assert resources.watch is not None and connection.capabilities is not None
-            known = Known(syscalls.fstatx(resources.root), resources.watch, resources.journal)
+            known = Known(resources.watch, resources.table)
             data = Feature.PASSTHROUGH not in connection.capabilities.features
             return Telling(resources.events, resources.watch, known, data=data)
 
@@ -148,7 +149,7 @@ class Processes:
                 mount_device=mount.device,
                 minor=connection.capabilities.minor,
                 state=resources.watch,
-                journal=resources.journal,
+                table=resources.table,
                 relay=passes_on,
             )
             return fork("llloop-watcher", lambda: run_watcher(setup), stacks)

@@ -12,6 +12,7 @@ from llloop.shared import negotiation
 from llloop.shared.journal import Journal
 from llloop.shared.relay import RelayPipe, RelayState
 from llloop.shared.slots import Slots
+from llloop.shared.table import Table
 from llloop.shared.trace import Trace
 from llloop.shared.watch_state import WatchState
 
@@ -30,7 +31,7 @@ class SharedResources:
     Attributes:
         root: an O_PATH descriptor of the source.
         slots: the request slots in shared memory.
-        journal: the records that survive the front.
+        journal, table: the records and the inodes, which survive the front.
         requests: a request pipe to each worker.
         wanted: a pipe from each worker to the invalidator.
         ready: the pipe to which a front writes when it serves.
@@ -65,6 +66,7 @@ class SharedResources:
             self.events = RelayPipe(self._pipe()) if relays else None
             self.relay = RelayState() if relays else None
             self.journal = Journal()
+            self.table = Table()
             self.trace = Trace(config.workers)
         except BaseException:
             self._close_descriptors()
@@ -90,10 +92,11 @@ class SharedResources:
         self._descriptors += self.slots.open_pipes().descriptors
 
     def close(self) -> None:
-        """Close the descriptors and the journal."""
+        """Close the descriptors and the memory."""
         if self._descriptors:
             self._close_descriptors()
             self.journal.close()
+            self.table.close()
             self.trace.close()
 
     def _close_descriptors(self) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from llloop.front.heard import usual_nodeid
-from llloop.front.inodes import ROOT
-from llloop.linux.syscalls import Attributes
-from llloop.shared.journal import Journal
+from llloop.shared.table import Table
 from llloop.shared.watch_state import NUMBER_MASK, WatchState
 
 
@@ -13,33 +10,27 @@ class Known:
     """Answers from memory that all processes share.
 
     Args:
-        root: the attributes of the source directory.
         state: counts the inodes that the kernel knows.
-        journal: the front's records.
+        table: the inode table.
     """
 
-    def __init__(self, root: Attributes, state: WatchState, journal: Journal) -> None:
-        self._root = root
+    def __init__(self, state: WatchState, table: Table) -> None:
         self._known = state.known
-        self._journal = journal
+        self._table = table
 
     def nodeids(self, device: int, number: int) -> tuple[int, ...]:
-        """Return the nodeids by which the kernel may know an inode; none if it certainly does not know it.
-
-        Inodes with another nodeid than this keep short timeouts, see `llloop.front.heard`.
+        """Return the nodeids by which the kernel knows an inode; there is one for each mount below the source.
 
         Args:
             device: st_dev, as in `Attributes.device`.
             number: st_ino.
         """
-        if not self._known[number & NUMBER_MASK]:
-            return ()
-        return (usual_nodeid(self._root, device, number),)
+        return tuple(self._table.nodeids_of(number, device)) if self._known[number & NUMBER_MASK] else ()
 
     def all(self) -> list[int]:
         """Return the nodeids of all inodes that the kernel knows."""
-        return [ROOT, *self._journal.nodeids()]
+        return list(self._table)
 
     def names(self) -> list[tuple[int, bytes]]:
-        """Return the latest known name of each inode, as (nodeid of the directory, name)."""
-        return self._journal.names()
+        """Return the known names of all inodes, as (nodeid of the directory, name)."""
+        return self._table.all_names()

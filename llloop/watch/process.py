@@ -18,8 +18,8 @@ from typing import Protocol
 
 from llloop.linux import fanotify, fuse, syscalls
 from llloop.linux.credentials import drop_capabilities_except
-from llloop.shared.journal import Journal
 from llloop.shared.leadership import Leadership, Postponed
+from llloop.shared.table import Table
 from llloop.shared.watch_state import Method, WatchState
 from llloop.watch.coherence import Coherence
 from llloop.watch.events import Event
@@ -80,7 +80,7 @@ class WatcherSetup:
         mount_device: st_dev of the mount, as (major, minor).
         minor: the minor version of the FUSE protocol.
         state: what front and watcher tell each other.
-        journal: the front's records.
+        table: the inode table.
         relay: makes the object that passes events on.
     """
 
@@ -90,7 +90,7 @@ class WatcherSetup:
     mount_device: tuple[int, int]
     minor: int
     state: WatchState
-    journal: Journal
+    table: Table
     relay: Callable[[], Relay] = Silent
 
 
@@ -136,7 +136,7 @@ class Watcher:
         self._file_systems = FileSystems(self._group, setup.source, setup.mount_device)
         self._file_systems.add_source()
         self._mounts = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
-        known = Known(syscalls.fstatx(setup.root), setup.state, setup.journal)
+        known = Known(setup.state, setup.table)
         self._relay = setup.relay()
         self._coherence = Coherence(
             setup.device,

@@ -29,6 +29,7 @@ from llloop.linux import mounts
 from llloop.shared.journal import Journal
 from llloop.shared.negotiation import MAX_WRITE
 from llloop.shared.slots import Slots
+from llloop.shared.table import Table
 from llloop.supervisor import connection, mounting
 from tests.hostile import Choices, hostile_request
 from tests.server import reachable_directory, remove_tree
@@ -44,11 +45,11 @@ def feed(source: Path, mountpoint: Path, seed: int) -> None:
     config = ServeConfig(source=str(source), mountpoint=str(mountpoint), workers=1)
     device = mounting.mount(config, str(mountpoint), Operations()).device
     made = connection.initialise(device, config, str(source))
-    slots, journal = Slots(4, MAX_WRITE, 1), Journal(1 << 16)
+    slots, journal, table = Slots(4, MAX_WRITE, 1), Journal(1 << 16), Table(1 << 16)
     slots.set_front(os.getpid())
     reader, writer = os.pipe2(os.O_DIRECT | os.O_NONBLOCK)
     root = os.open(source, os.O_PATH | os.O_DIRECTORY)
-    context = build_context(config, made.capabilities, slots, journal, [writer], root, device)
+    context = build_context(config, made.capabilities, slots, journal, table, [writer], root, device)
     nodeids = [ROOT, *(context.tree.lookup(ROOT, name)[0] for name in (b"file", b"directory", b"out"))]
     handles = [context.files.open(nodeids[1], os.O_RDWR, False, Requester(0, 0))[0]]
     choose = random.Random(seed)

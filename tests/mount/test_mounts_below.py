@@ -74,8 +74,7 @@ def test_directory_with_two_paths_is_at_both(serve: Serve, source: Path) -> None
                 assert (mnt / name / "inner" / "file").read_bytes() == b"content"
                 assert working_directory_of(pid) == str(mnt / "one" / "inner")
                 assert os.readlink(f"/proc/self/fd/{fd}") == str(mnt / "one" / "inner")
-        if server.via != "llfuse":  # llfuse uses one number for the inode and the node id
-            assert (mnt / "two" / "inner").stat().st_ino == (source / "one" / "inner").stat().st_ino
+        assert (mnt / "two" / "inner").stat().st_ino == (source / "one" / "inner").stat().st_ino
 
 
 @pytest.mark.mounted
@@ -96,13 +95,12 @@ def test_source_bound_into_itself(serve: Serve, source: Path) -> None:
             assert (mnt / "two" / "one" / "inner" / "file").read_bytes() == b"content"
             assert os.listdir(mnt / "two" / "two") == []
             assert working_directory_of(pid) == str(mnt / "one")
-        if server.via != "llfuse":
-            native, mirrored = (
-                subprocess.run(["find", "."], cwd=side, capture_output=True, text=True, timeout=20)
-                for side in (source, mnt)
-            )
-            assert sorted(mirrored.stdout.splitlines()) == sorted(native.stdout.splitlines())
-            assert mirrored.stderr == native.stderr
+        native, mirrored = (
+            subprocess.run(["find", "."], cwd=side, capture_output=True, text=True, timeout=20)
+            for side in (source, mnt)
+        )
+        assert sorted(mirrored.stdout.splitlines()) == sorted(native.stdout.splitlines())
+        assert mirrored.stderr == native.stderr
 
 
 def test_one_device_mounted_twice(serve: Serve, source: Path, tmp_path: Path) -> None:

@@ -23,10 +23,12 @@ from llloop.front.request import FuseRequest
 from llloop.linux import fuse, syscalls
 from llloop.linux.fuse import FUSE_UNIQUE_RESEND, Opcode
 from llloop.shared import journal as journal_module
+from llloop.shared import table as table_module
 from llloop.shared.journal import Journal
 from llloop.shared.negotiation import Capabilities, Feature
 from llloop.shared.slots import Slots
-from tests.unit.support import Heir, Reply, close_journal, packet_pipe
+from llloop.shared.table import Table
+from tests.unit.support import Heir, Reply, close_journal, heir_of_table, packet_pipe
 
 ME = (os.geteuid(), os.getegid())
 
@@ -73,7 +75,7 @@ class Killed(BaseException):
 
 
 class Life:
-    """How many steps a process takes until it is killed; a step is a store to the journal, or one side of a call.
+    """How many steps a process takes until it is killed. A step is a store to shared memory, or one side of a call.
 
     Args:
         steps: the number of the step at which it is killed, or None to let it live.
@@ -99,7 +101,7 @@ class Life:
 
 
 class _Cells:
-    """The journal's cells; each store is a step."""
+    """Cells of shared memory; each store is a step."""
 
     def __init__(self, cells: memoryview, life: Life) -> None:
         self._cells = cells
@@ -133,10 +135,18 @@ class _Packing:
         return getattr(self._packing, name)
 
 
-def killable_journal(journal: Journal, life: Life, *, knowing: bool = False) -> Heir:
+def killable_journal(journal: Journal, life: Life) -> Heir:
     """Returns the journal's memory for a process with this life."""
-    own = Heir(journal, knowing=knowing)
+    own = Heir(journal)
     own.cells = _Cells(own.cells, life)  # type: ignore[assignment]
+    return own
+
+
+def killable_table(table: Table, life: Life) -> Table:
+    """Returns the table's memory for a process with this life."""
+    own = heir_of_table(table)
+    for cells in ("cells", "heads", "states"):
+        setattr(own, cells, _Cells(getattr(own, cells), life))
     return own
 
 
@@ -159,10 +169,13 @@ _PLACES = {place for step in STEPS for place in _places(step)}
 def living(life: Life) -> Iterator[None]:
     """A process with this life does everything in the block, which may end with `Killed`."""
     patches = [
+        mock.patch.object(journal_module, "RECORD_BODY", _Packing(journal_module.RECORD_BODY, life)),
         mock.patch.multiple(
-            journal_module,
-            RECORD_BODY=_Packing(journal_module.RECORD_BODY, life),
-            TAIL_BODY=_Packing(journal_module.TAIL_BODY, life),
+            table_module,
+            _write_row=_Packing(table_module.WHOLE_ROW, life).pack_into,
+            _write_name_row=_Packing(table_module.NAME_ROW, life).pack_into,
+            _write_own_name=_Packing(table_module.OWN_NAME, life).pack_into,
+            MORE_ROW=_Packing(table_module.MORE_ROW, life),
         ),
         *(mock.patch.object(place, name, life.around(getattr(place, name))) for place, name in _PLACES),
     ]
@@ -210,7 +223,7 @@ class Line:
         self.config = ServeConfig(source=str(path), mountpoint="/nowhere", workers=len(pipes), **options)
         self.capabilities = Capabilities(42, Feature.SETXATTR_EXT | Feature.HAS_RESEND | Feature(features))
         self.slots = Slots(count, 32 * fuse.PAGE_SIZE, len(pipes))
-        self.journal = Journal(1 << 10)
+        self.journal, self.table = Journal(1 << 10), Table(1 << 10)
         self.pipes = pipes
         self.kernel, self._device = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.kernel.setblocking(False)
@@ -333,6 +346,7 @@ class Line:
         self._device.close()
         os.close(self.root)
         close_journal(self.journal)
+        self.table.close()
 
 
 @contextmanager
@@ -350,12 +364,19 @@ class Front:
     """The objects of one front process; nothing is closed when it is dropped."""
 
     def __init__(self, line: Line, life: Life) -> None:
-        self._journal = killable_journal(line.journal, life)
+        self._journal, self._table = killable_journal(line.journal, life), killable_table(line.table, life)
         packing = _Packing(intents_module.NOTE, life)
         with mock.patch.object(intents_module, "NOTE", packing):
             writers = [writer for _, writer in line.pipes]
             context = self.context = build_context(
-                line.config, line.capabilities, line.slots, self._journal, writers, line.root, line.device
+                line.config,
+                line.capabilities,
+                line.slots,
+                self._journal,
+                self._table,
+                writers,
+                line.root,
+                line.device,
             )
         self._packing = packing
         is_successor = line.slots.generation > 0
@@ -371,7 +392,10 @@ class Front:
 
     def is_of(self, life: Life) -> None:
         """Go on with another life."""
-        self._journal.cells.life = self._packing.life = life  # type: ignore[attr-defined]
+        table = self._table
+        mortals: tuple[Any, ...] = (self._journal.cells, self._packing, table.cells, table.heads, table.states)
+        for mortal in mortals:
+            mortal.life = life
 
     def serve(self) -> None:
         assert self.loop.receive(self._request)

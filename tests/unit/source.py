@@ -13,6 +13,7 @@ from llloop.linux import fuse
 from llloop.shared.journal import Journal
 from llloop.shared.negotiation import Capabilities, Feature
 from llloop.shared.slots import Slots
+from llloop.shared.table import Table
 from tests.unit.support import ClosedAtOnce, close_journal
 
 MYSELF = Requester(os.geteuid(), os.getegid(), 0o022)
@@ -26,14 +27,14 @@ class Source:
         self.readers = [reader for reader, _ in pipes]
         self.root = os.open(path, os.O_PATH | os.O_DIRECTORY)
         config = ServeConfig(source=str(path), mountpoint="/nowhere", workers=len(pipes), **options)
-        self.journal = Journal(1 << 16)
+        self.journal, self.table = Journal(1 << 16), Table(1 << 16)
         slots = Slots(4, 8 * fuse.PAGE_SIZE, len(pipes))
         capabilities = Capabilities(38, Feature.SETXATTR_EXT)
         self.writers = [writer for _, writer in pipes]
         # No device: nothing is registered with the kernel, since passthrough is not among the capabilities.
         # Descriptors are closed at once, because there is no loop that does it after an answer.
         self.context: Context = build_context(
-            config, capabilities, slots, self.journal, self.writers, self.root, -1, ClosedAtOnce()
+            config, capabilities, slots, self.journal, self.table, self.writers, self.root, -1, ClosedAtOnce()
         )
         self.tree = self.context.tree
         self.files = self.context.files
@@ -46,3 +47,4 @@ class Source:
             self.tree.directory_fds.drop(nodeid)
         os.close(self.root)
         close_journal(self.journal)
+        self.table.close()

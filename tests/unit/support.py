@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import gc
 import os
@@ -9,12 +10,15 @@ import stat
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
+from llloop.front.inodes import Inodes
 from llloop.linux import fuse
 from llloop.linux.credentials import Writer
 from llloop.linux.syscalls import Attributes
 from llloop.shared.journal import Journal
+from llloop.shared.table import Table
 
 F_SETPIPE_SZ = 1031  # <linux/fcntl.h>
 
@@ -123,22 +127,27 @@ def packets(reader: int) -> list[bytes]:
 
 
 class Heir(Journal):
-    """A journal as another process sees it.
+    """A journal as another process sees it that was forked before anything was recorded."""
 
-    Args:
-        knowing: whether the process knows what this one knows; otherwise it was forked before anything was recorded.
-    """
-
-    def __init__(self, journal: Journal, *, knowing: bool = False) -> None:
+    def __init__(self, journal: Journal) -> None:
         vars(self).update(vars(journal))
-        if not knowing:
-            self._free = array("Q")
-            self._age = 0
+        self._free = array("Q")
 
-    @property
-    def free_places(self) -> int:
-        """How many places behind no record are known to be free."""
-        return len(self._free)
+
+def heir_of_table(table: Table) -> Table:
+    """Returns the table as another process sees it that has not called `recover` yet."""
+    return copy.copy(table)
+
+
+def some_inodes() -> Inodes:
+    """Returns a table that contains only the root."""
+    return Inodes(attributes(2), Table(64))
+
+
+def nodeid_of(inodes: Inodes, path: Path) -> int:
+    """Returns the nodeid of a file in the source, 0 if the kernel does not know it."""
+    number = os.lstat(path).st_ino
+    return next((nodeid for nodeid in inodes if inodes.get(nodeid).number == number), 0)
 
 
 def close_journal(journal: Journal) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -19,19 +18,19 @@ import pytest
 from llloop.config import Cache, IoKind, LoopKind, ServeConfig
 from llloop.errors import UsageError
 from llloop.front.cache_policy import CachePolicy
-from llloop.front.inodes import ROOT, Inode, Inodes
+from llloop.front.inodes import ROOT
 from llloop.front.open_files import Handle
 from llloop.front.router import Router
 from llloop.linux import mounts
 from llloop.linux.fuse import FOPEN_KEEP_CACHE
-from llloop.shared.journal import Journal
+from llloop.linux.syscalls import statx
 from llloop.shared.messages import HANDLES_PER_FRONT, Operation, encode
 from llloop.shared.slots import Slots
 from llloop.workers import descriptors as descriptors_module
 from llloop.workers.descriptors import Descriptors
 from tests.expect import fails
 from tests.unit.source import MYSELF, Source
-from tests.unit.support import attributes, packet_pipe, packets
+from tests.unit.support import attributes, packet_pipe, packets, some_inodes
 
 NOW = 1_000_000.001  # seconds
 
@@ -94,8 +93,9 @@ def test_open_file_survives_unlink_after_rename_to_removed_name(source: Source) 
 
 def test_removed_file_is_not_mistaken_for_one_with_its_old_number(source: Source) -> None:
     (source.path / "file").write_text("new file")
-    nodeid, _ = source.tree.lookup(ROOT, b"file")
-    source.context.inodes.get(nodeid).birth -= 1  # as if the kernel had been told of an older file with this number
+    found = statx(source.root, b"file")
+    # As if the kernel had been told of an older file with this number.
+    nodeid = source.context.inodes.remember(ROOT, b"file", found._replace(btime=found.btime - 1))
     with fails(errno.ESTALE):
         source.tree.unlink(ROOT, b"file", MYSELF)
     assert (source.path / "file").exists()
@@ -103,21 +103,11 @@ def test_removed_file_is_not_mistaken_for_one_with_its_old_number(source: Source
         source.tree.getattr(nodeid)
 
 
-def test_inode_keeps_its_number_after_forget_of_another() -> None:
-    table = Inodes(attributes(2, device=0x801, mode=stat.S_IFDIR | 0o755), Journal(64))
-    first = table.remember(ROOT, b"a", attributes(100, device=0x2A))
-    homeless = attributes(first, device=0x801)
-    second = table.remember(ROOT, b"b", homeless)
-    assert second != first
-    table.forget(first, 1)
-    assert table.remember(ROOT, b"b", homeless) == second
-
-
 # What the kernel may keep
 
 
 def policy(**options: Any) -> CachePolicy:
-    return CachePolicy(ServeConfig(source="/s", mountpoint="/m", **options), True)
+    return CachePolicy(ServeConfig(source="/s", mountpoint="/m", **options), True, 0)
 
 
 @pytest.mark.parametrize(("changed", "trusted"), [((999_999, 998_000_000), False), ((999_998, 998_000_000), True)])
@@ -126,17 +116,17 @@ def test_timestamps_are_trusted_after_one_second(
 ) -> None:
     monkeypatch.setattr(time, "time", lambda: NOW)
     seen = attributes(size=5, mtime=changed, ctime=changed)
-    inode = Inode(ROOT, b"file", seen.ino, seen.device)
-    policy().open_flags(inode, seen)
-    assert (policy().open_flags(inode, seen) == FOPEN_KEEP_CACHE) is trusted
+    inodes = some_inodes()
+    policy().open_flags(inodes, ROOT, seen)
+    assert (policy().open_flags(inodes, ROOT, seen) == FOPEN_KEEP_CACHE) is trusted
 
 
 def test_cache_mode_can_be_given_by_name() -> None:
     old = attributes(size=5, mtime=(5, 0), ctime=(5, 0))
-    inode = Inode(ROOT, b"file", old.ino, old.device)
+    inodes = some_inodes()
     never = policy(cache="never")
-    never.open_flags(inode, old)
-    assert never.open_flags(inode, old) != FOPEN_KEEP_CACHE
+    never.open_flags(inodes, ROOT, old)
+    assert never.open_flags(inodes, ROOT, old) != FOPEN_KEEP_CACHE
 
 
 def test_each_choice_can_be_given_by_name() -> None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 
 from llloop.front.context import Context
+from llloop.front.inodes import GENERATION
 from llloop.linux import fuse
 from llloop.linux.syscalls import Attributes
 from llloop.shared.negotiation import Feature
@@ -80,7 +81,7 @@ class Responder(Replies):
         validity = self._validity if heard is None else heard.of_entry(nodeid, attributes)
         return _pack_entry(
             nodeid,
-            self._inodes.get(nodeid).birth,
+            GENERATION,
             *(validity.both if self._attributes_last(nodeid) else validity.only_entry),
             *_attr(self._inodes.shown(attributes.device, attributes.ino), self._with_dirty_pages(nodeid, attributes)),
         )
@@ -95,7 +96,7 @@ class Responder(Replies):
             0,
             unique,
             nodeid,
-            inodes.get(nodeid).birth,
+            GENERATION,
             *(validity.both if lasting and nodeid not in self._written else validity.only_entry),
             *_attr(inodes.shown(attributes.device, attributes.ino), self._with_dirty_pages(nodeid, attributes)),
         )

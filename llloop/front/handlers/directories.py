@@ -43,7 +43,7 @@ class DirectoryRequests(Responder):
 
     def reply_open(self, request: FuseRequest, number: int, attributes: Attributes) -> None:
         """Answer a FUSE_OPENDIR that has made the handle *number*."""
-        flags = self._context.policy.directory_flags(self._inodes.get(request.nodeid), attributes)
+        flags = self._context.policy.directory_flags(self._inodes, request.nodeid, attributes)
         if not self._send(fuse.OPEN_REPLY.pack(fuse.OPEN_REPLY.size, 0, request.unique, number, flags, 0)):
             self._files.release(number)
 
@@ -142,22 +142,22 @@ class DirectoryRequests(Responder):
         wanted = [position for position, name in enumerate(names) if name not in _NOT_LOOKED_UP]
         if 2 * self._recent.count(parent, now) > among:
             # The kernel has just looked up most entries one by one, and only needs the names of those that it knows.
-            wanted = [position for position in wanted if number_of(records[position]) not in inodes]
+            device = inodes.get(parent).device
+            wanted = [position for position in wanted if not inodes.knows(number_of(records[position]), device)]
         looked_up = []
         result = [_NO_ENTRY] * len(records)
         for first in range(0, len(wanted), len(table)):
             positions = wanted[first : first + len(table)]
             is_there = table.statx_names(handle.descriptor, [names[position] for position in positions])
-            nodeids, births, numbers = [], [], []
+            nodeids, numbers = [], []
             validity = self._validity
             for row, position in enumerate(positions):
-                nodeid = birth = number = 0
+                nodeid = number = 0
                 if is_there[row]:  # otherwise removed or inaccessible; a later lookup reports that
                     attributes = table.attributes(row)
                     nodeid = inodes.remember(parent, names[position], attributes)
                     if nodeid in written:  # open for writing: its attributes may change at any time
                         nodeids.append(0)
-                        births.append(0)
                         numbers.append(0)
                         continue
                     if heard is not None:
@@ -165,17 +165,14 @@ class DirectoryRequests(Responder):
                         if its is heard.only_entry:  # all entries get the same timeouts
                             self._tree.forget(nodeid, 0)
                             nodeids.append(0)
-                            births.append(0)
                             numbers.append(0)
                             continue
                         validity = min(validity, its)
                     number = inodes.shown(attributes.device, attributes.ino)
-                    birth = inodes.get(nodeid).birth
                     looked_up.append(nodeid)
                 nodeids.append(nodeid)
-                births.append(birth)
                 numbers.append(number)
-            found = entries(table, nodeids, births, numbers, validity.both)
+            found = entries(table, nodeids, numbers, validity.both)
             for position, nodeid, entry in zip(positions, nodeids, found, strict=True):
                 if nodeid:
                     result[position] = entry

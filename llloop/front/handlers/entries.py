@@ -31,7 +31,7 @@ _SHORT = (
     (4, 120),  # blksize
 )
 _STATX_MODE, _STATX_MAJOR, _STATX_MINOR = 28, 128, 132
-_NODEID, _GENERATION, _INO, _MODE, _RDEV = 0, 8, 40, 100, 116
+_NODEID, _INO, _MODE, _RDEV = 0, 40, 100, 116
 
 
 def _column(rows: memoryview, size: int, position: int) -> memoryview:
@@ -45,7 +45,6 @@ def _column(rows: memoryview, size: int, position: int) -> memoryview:
 def entries(
     table: StatxTable,
     nodeids: Sequence[int],
-    births: Iterable[int],
     shown: Iterable[int],
     validity: tuple[int, int, int, int],
 ) -> list[bytes]:
@@ -54,7 +53,6 @@ def entries(
     Args:
         table: the results of statx(2).
         nodeids: the nodeid of each.
-        births: the generation of each.
         shown: the inode number in the mount of each.
         validity: entry_valid, attr_valid, entry_valid_nsec, attr_valid_nsec.
     """
@@ -62,7 +60,7 @@ def entries(
     given = table.memory[: count * STATX_SIZE]
     data = bytearray((fuse.ENTRY_HEAD.pack(0, 0, *validity) + bytes(fuse.ATTR.size)) * count)
     made = memoryview(data)
-    given_long, made_long, made_signed = given.cast("Q"), made.cast("Q"), made.cast("q")
+    given_long, made_long = given.cast("Q"), made.cast("Q")
     given_short, made_short = given.cast("I"), made.cast("I")
     for source, target in _LONG:
         _column(made_long, _SIZE, target)[:] = _column(given_long, STATX_SIZE, source)
@@ -70,7 +68,6 @@ def entries(
         _column(made_short, _SIZE, target)[:] = _column(given_short, STATX_SIZE, source)
     _column(made_long, _SIZE, _NODEID)[:] = memoryview(array("Q", nodeids))
     _column(made_long, _SIZE, _INO)[:] = memoryview(array("Q", shown))
-    _column(made_signed, _SIZE, _GENERATION)[:] = memoryview(array("q", births))
     _column(made_short, _SIZE, _MODE)[:] = memoryview(array("I", _column(given.cast("H"), STATX_SIZE, _STATX_MODE)))
     majors, minors = (_column(given_short, STATX_SIZE, field).tolist() for field in (_STATX_MAJOR, _STATX_MINOR))
     if any(majors) or any(minors):

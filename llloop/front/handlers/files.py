@@ -53,7 +53,7 @@ class FileRequests(Responder):
         self._sheet = slots.metrics.front
         self._gauges = slots.metrics.gauges
         self._failed_writes = [sheet.rows[Opcode.WRITE] for sheet in slots.metrics.workers]
-        self._access_times = AccessTimes()
+        self._access_times = AccessTimes(context.inodes, slots.generation)
         self._scratch = memoryview(bytearray(fuse.OUT_HEADER_SIZE + READ_LIMIT))
 
     def open(self, request: FuseRequest) -> None:
@@ -94,9 +94,8 @@ class FileRequests(Responder):
             # An append-only file (chattr +a): writeback of whole pages would append them.
             flags = fuse.FOPEN_DIRECT_IO
         else:
-            inode = self._inodes.get(nodeid)
-            flags = self._context.policy.open_flags(inode, attributes)
-            if flags == fuse.FOPEN_KEEP_CACHE and self._access_times.must_update(handle, inode, attributes):
+            flags = self._context.policy.open_flags(self._inodes, nodeid, attributes)
+            if flags == fuse.FOPEN_KEEP_CACHE and self._access_times.must_update(handle, attributes):
                 flags = 0
         handle.uncached = flags == fuse.FOPEN_DIRECT_IO
         self._gauges[_DECISIONS[flags]] += 1

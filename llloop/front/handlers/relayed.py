@@ -30,7 +30,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from llloop.front.handlers.base import Replies
-from llloop.front.inodes import ROOT, Inodes, stale
+from llloop.front.inodes import GENERATION, ROOT, Inodes, stale
 from llloop.front.request import FuseRequest
 from llloop.linux import fuse
 from llloop.linux.fuse import Opcode
@@ -141,7 +141,7 @@ class RelayedRequests(Replies):
             if request.nodeid == ROOT and name == INODE_QUESTION:
                 if state.asked in self._inodes:
                     inode = self._inodes.get(state.asked)
-                    state.answer(inode.birth, Place(inode.parent, inode.name))
+                    state.answer(GENERATION, Place(inode.parent, inode.name))
                 raise _missing()
             index = state.find(request.nodeid, name)
             if index is None:
@@ -173,7 +173,7 @@ class RelayedRequests(Replies):
 
     def _reply_known(self, request: FuseRequest, nodeid: int, attributes: bytes) -> None:
         """Answer with the entry of an inode that the kernel knows."""
-        entry = fuse.ENTRY_HEAD.pack(nodeid, self._inodes.get(nodeid).birth, 0, 0, 0, 0)
+        entry = fuse.ENTRY_HEAD.pack(nodeid, GENERATION, 0, 0, 0, 0)
         if self._send(fuse.reply(request.unique, entry + self._attributes(nodeid, attributes))):
             self._inodes.count(nodeid)
 

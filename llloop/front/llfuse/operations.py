@@ -113,15 +113,18 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
         """Do nothing, because the supervisor ends the processes."""
 
     def _entry(self, nodeid: int, attributes: Attributes) -> EntryAttributes:
-        entry = self._attributes(nodeid, attributes)
-        entry.generation = self._context.inodes.get(nodeid).birth & 0xFFFFFFFFFFFFFFFF
+        entry = self._attributes(attributes)
+        # llfuse has one field for the nodeid and the shown inode number. So these attributes expire at once, and the
+        # kernel asks for others (GETATTR) before it shows them. A reply to GETATTR has no nodeid.
+        entry.st_ino = nodeid
+        entry.attr_timeout = 0
         self._context.inodes.count(nodeid)
         entry.entry_timeout = self._context.config.entry_timeout
         return entry
 
-    def _attributes(self, nodeid: int, attributes: Attributes) -> EntryAttributes:
+    def _attributes(self, attributes: Attributes) -> EntryAttributes:
         entry = EntryAttributes()
-        entry.st_ino = nodeid
+        entry.st_ino = self._context.inodes.shown(attributes.device, attributes.ino)
         entry.attr_timeout = self._context.config.attr_timeout
         entry.st_mode = attributes.mode
         entry.st_nlink = attributes.nlink
@@ -197,7 +200,7 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
 
     @_answered
     def getattr(self, nodeid: int, context: RequestContext) -> EntryAttributes:
-        return self._attributes(nodeid, self._context.tree.getattr(nodeid))
+        return self._attributes(self._context.tree.getattr(nodeid))
 
     @_answered
     def setattr(
@@ -226,7 +229,7 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
             atime=divmod(values.st_atime_ns, _NS),
             mtime=divmod(values.st_mtime_ns, _NS),
         )
-        return self._attributes(nodeid, self._context.tree.setattr(nodeid, changes, handle, _requester(context)))
+        return self._attributes(self._context.tree.setattr(nodeid, changes, handle, _requester(context)))
 
     @_answered
     def access(self, nodeid: int, mode: int, context: RequestContext) -> bool:
@@ -307,8 +310,7 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
     def open(self, nodeid: int, flags: int, context: RequestContext) -> int:
         handle, attributes = self._context.files.open(nodeid, flags & ~_DIRECT, False, _requester(context))
         self._note_append(handle, flags)
-        inode = self._context.inodes.get(nodeid)
-        if not self._context.policy.open_flags(inode, attributes) & fuse.FOPEN_KEEP_CACHE:
+        if not self._context.policy.open_flags(self._context.inodes, nodeid, attributes) & fuse.FOPEN_KEEP_CACHE:
             self._invalidator.drop_pages(nodeid)  # llfuse makes the kernel keep them at every open
         return handle
 

@@ -161,7 +161,7 @@ class Intents:
         self._left: dict[int, Intent] = {}
         self._threads: dict[int, int] = {}
         for thread in range(MAX_THREADS):
-            cells = self._cells[journal.attempt_of(thread) :]
+            cells = self._cells[journal.note_of(thread) :]
             unique = cells[_UNIQUE] & ~RESENT
             if unique:
                 self._threads[unique] = thread
@@ -180,7 +180,7 @@ class Intents:
     def note(self, thread: int) -> Note:
         """Return the note of a thread; threads are counted from 0."""
         journal = self._journal
-        return Note(self._cells, journal.memory, self._pack, journal.attempt_of(thread))
+        return Note(self._cells, journal.memory, self._pack, journal.note_of(thread))
 
     def note_of(self, unique: int) -> Note:
         """Return the note for a request that is sent again: its own one, or one that is not needed."""
@@ -225,7 +225,7 @@ class Intents:
         """
         orphans, self._orphans = self._orphans, []
         for unique, thread in self._threads.items():
-            place = self._journal.attempt_of(thread) + _UNIQUE
+            place = self._journal.note_of(thread) + _UNIQUE
             if self._cells[place] & ~RESENT == unique:
                 self._cells[place] = 0
         self._left = {}

@@ -1,4 +1,4 @@
-"""Taking over from a dead front: its inodes, its open files, and its unanswered requests."""
+"""Taking over from a dead front: its open files, and its unanswered requests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Collection
 
 from llloop.front.context import Context
 from llloop.linux.syscalls import open_descriptors
-from llloop.shared.journal import HANDLE, Journal, Record
+from llloop.shared.journal import HANDLE, PIN, Journal, Record
 
 _log = logging.getLogger(__name__)
 
@@ -26,7 +26,9 @@ def begin_takeover(context: Context, journal: Journal, own: Collection[int]) -> 
     # died as well, new descriptors get numbers that records contain.
     left = open_descriptors().difference(own)
     context.intents.find_pins(left)
-    context.tree.directory_fds.pins.take_over(context.inodes.recover(records), left)
+    for record in records:
+        if record.kind == PIN:
+            context.tree.directory_fds.pins.take_over(record, left)
     _reserve({record.fields[2] for record in records if record.kind == HANDLE} - left)
     for record in records:
         if record.kind == HANDLE:

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 
 from llloop.front.access_times import AccessTimes
-from llloop.front.inodes import ROOT, Inode
+from llloop.front.inodes import ROOT
 from llloop.front.open_files import Handle
-from tests.unit.support import attributes
+from tests.unit.support import attributes, some_inodes
 
 NOW = 1_000_000.5
 FRESH, OLD = (999_999, 5), (900_000, 5)
@@ -56,27 +56,23 @@ def test_relatime(
 ) -> None:
     mounted_with(monkeypatch, os.ST_RELATIME)
     found = attributes(mtime=mtime, ctime=ctime)._replace(atime=atime[0], atime_nsec=atime[1])
-    inode, own = Inode(ROOT, b"file", found.ino, found.device), AccessTimes()
-    handle = Handle(descriptor, 2, 0, os.O_RDONLY)
-    assert own.must_update(handle, inode, found) is due
-    assert not own.must_update(handle, inode, found), "once for each access time"
+    own = AccessTimes(some_inodes(), 0)
+    handle = Handle(descriptor, ROOT, 0, os.O_RDONLY)
+    assert own.must_update(handle, found) is due
+    assert not own.must_update(handle, found), "once for each access time"
     later = found._replace(atime=found.atime - 1, atime_nsec=0)
-    assert own.must_update(handle, inode, later) is (due or (atime[0] - 1, 0) <= max(mtime, ctime))
+    assert own.must_update(handle, later) is (due or (atime[0] - 1, 0) <= max(mtime, ctime))
 
 
 @pytest.mark.parametrize("flags", [os.O_WRONLY, os.O_RDONLY | os.O_NOATIME])
 def test_opens_that_do_not_update_the_access_time(monkeypatch: pytest.MonkeyPatch, descriptor: int, flags: int) -> None:
     mounted_with(monkeypatch, 0)
     found = attributes(mtime=FRESH, ctime=FRESH)
-    assert not AccessTimes().must_update(
-        Handle(descriptor, 2, 0, flags), Inode(ROOT, b"file", found.ino, found.device), found
-    )
+    assert not AccessTimes(some_inodes(), 0).must_update(Handle(descriptor, ROOT, 0, flags), found)
 
 
 @pytest.mark.parametrize("flag", [os.ST_NOATIME, os.ST_RDONLY])
 def test_mounts_without_access_times(monkeypatch: pytest.MonkeyPatch, descriptor: int, flag: int) -> None:
     mounted_with(monkeypatch, flag)
     found = attributes(mtime=FRESH, ctime=FRESH)
-    assert not AccessTimes().must_update(
-        Handle(descriptor, 2, 0, os.O_RDONLY), Inode(ROOT, b"file", found.ino, found.device), found
-    )
+    assert not AccessTimes(some_inodes(), 0).must_update(Handle(descriptor, ROOT, 0, os.O_RDONLY), found)

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from llloop.config import Cache, ServeConfig
 from llloop.front.cache_policy import CachePolicy, split
-from llloop.front.inodes import ROOT, Inode
+from llloop.front.inodes import ROOT
 from llloop.linux import fuse
 from llloop.linux.syscalls import Attributes
-from tests.unit.support import attributes
+from tests.unit.support import attributes, some_inodes
 
 NOW = 1_000_000.5
 
@@ -25,22 +25,18 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def policy(cache: Cache = Cache.AUTO, direct_mmap: bool = True, **options: float) -> CachePolicy:
     config = ServeConfig(source="/src", mountpoint="/mnt", cache=cache, **options)  # type: ignore[arg-type]
-    return CachePolicy(config, direct_mmap)
+    return CachePolicy(config, direct_mmap, 0)
 
 
 def settled(size: int = 10, mtime: tuple[int, int] = (900_000, 1), ctime: tuple[int, int] = (900_000, 2)) -> Attributes:
     return attributes(size=size, mtime=mtime, ctime=ctime)
 
 
-def inode_of(found: Attributes) -> Inode:
-    return Inode(ROOT, b"file", found.ino, found.device)
-
-
 def test_pages_of_an_unchanged_file_are_kept() -> None:
-    inode, own = inode_of(settled()), policy()
-    assert own.open_flags(inode, settled()) == 0, "nothing is known of what the kernel has cached before"
-    assert own.open_flags(inode, settled()) == fuse.FOPEN_KEEP_CACHE
-    assert own.open_flags(inode, settled()) == fuse.FOPEN_KEEP_CACHE
+    inodes, own = some_inodes(), policy()
+    assert own.open_flags(inodes, ROOT, settled()) == 0, "nothing is known of what the kernel has cached before"
+    assert own.open_flags(inodes, ROOT, settled()) == fuse.FOPEN_KEEP_CACHE
+    assert own.open_flags(inodes, ROOT, settled()) == fuse.FOPEN_KEEP_CACHE
 
 
 @pytest.mark.parametrize(
@@ -54,55 +50,65 @@ def test_pages_of_an_unchanged_file_are_kept() -> None:
     ],
 )
 def test_pages_of_a_changed_file_are_dropped(changed: Attributes) -> None:
-    inode, own = inode_of(settled()), policy()
-    own.open_flags(inode, settled())
-    assert own.open_flags(inode, changed) == 0
-    assert own.open_flags(inode, changed) == fuse.FOPEN_KEEP_CACHE
-    assert own.open_flags(inode, settled()) == 0
+    inodes, own = some_inodes(), policy()
+    own.open_flags(inodes, ROOT, settled())
+    assert own.open_flags(inodes, ROOT, changed) == 0
+    assert own.open_flags(inodes, ROOT, changed) == fuse.FOPEN_KEEP_CACHE
+    assert own.open_flags(inodes, ROOT, settled()) == 0
+
+
+def test_stamp_of_a_dead_front_is_not_trusted() -> None:
+    """Its reply, with which the kernel was to drop what it had, may not have been sent."""
+    inodes = some_inodes()
+    config = ServeConfig(source="/src", mountpoint="/mnt")
+    for front in range(2):
+        own = CachePolicy(config, True, front)
+        assert own.open_flags(inodes, ROOT, settled()) == 0
+        assert own.open_flags(inodes, ROOT, settled()) == fuse.FOPEN_KEEP_CACHE
 
 
 @pytest.mark.parametrize("age", [0, 1])
 def test_recent_timestamp_is_not_trusted(age: int) -> None:
     """A write in the same tick would leave the same timestamp."""
     fresh = settled(ctime=(int(NOW) - age + 1, 0))
-    inode, own = inode_of(fresh), policy()
+    inodes, own = some_inodes(), policy()
     for _ in range(3):
-        assert own.open_flags(inode, fresh) == 0
+        assert own.open_flags(inodes, ROOT, fresh) == 0
 
 
 def test_future_timestamp_is_not_trusted() -> None:
     future = settled(ctime=(int(NOW) + 86400, 0))
-    inode, own = inode_of(future), policy()
+    inodes, own = some_inodes(), policy()
     for _ in range(3):
-        assert own.open_flags(inode, future) == 0
+        assert own.open_flags(inodes, ROOT, future) == 0
 
 
 def test_old_mtime_with_recent_ctime_is_not_trusted() -> None:
     """utimensat(2) sets it to anything; only the change time cannot be set."""
     forged = settled(mtime=(1, 0), ctime=(int(NOW) + 1, 0))
-    inode, own = inode_of(forged), policy()
-    own.open_flags(inode, forged)
-    assert own.open_flags(inode, forged) == 0
+    inodes, own = some_inodes(), policy()
+    own.open_flags(inodes, ROOT, forged)
+    assert own.open_flags(inodes, ROOT, forged) == 0
 
 
 def test_recent_change_drops_the_noted_timestamps() -> None:
-    inode, own = inode_of(settled()), policy()
-    own.open_flags(inode, settled())
-    own.open_flags(inode, settled(ctime=(int(NOW) + 1, 0)))
-    assert own.open_flags(inode, settled()) == 0
+    inodes, own = some_inodes(), policy()
+    own.open_flags(inodes, ROOT, settled())
+    own.open_flags(inodes, ROOT, settled(ctime=(int(NOW) + 1, 0)))
+    assert own.open_flags(inodes, ROOT, settled()) == 0
 
 
 def test_cache_never_uses_direct_io_if_mmap_is_possible() -> None:
-    assert policy(Cache.NEVER).open_flags(inode_of(settled()), settled()) == fuse.FOPEN_DIRECT_IO
-    own, inode = policy(Cache.NEVER, direct_mmap=False), inode_of(settled())
+    assert policy(Cache.NEVER).open_flags(some_inodes(), ROOT, settled()) == fuse.FOPEN_DIRECT_IO
+    own, inodes = policy(Cache.NEVER, direct_mmap=False), some_inodes()
     for _ in range(3):
-        assert own.open_flags(inode, settled()) == 0
+        assert own.open_flags(inodes, ROOT, settled()) == 0
 
 
-def test_cache_always_keeps_pages() -> None:
-    inode, own = inode_of(settled()), policy(Cache.ALWAYS)
-    assert own.open_flags(inode, settled()) == fuse.FOPEN_KEEP_CACHE
-    assert own.open_flags(inode, settled(size=99)) == fuse.FOPEN_KEEP_CACHE
+def test_always_keeps_whatever_happens() -> None:
+    inodes, own = some_inodes(), policy(Cache.ALWAYS)
+    assert own.open_flags(inodes, ROOT, settled()) == fuse.FOPEN_KEEP_CACHE
+    assert own.open_flags(inodes, ROOT, settled(size=99)) == fuse.FOPEN_KEEP_CACHE
 
 
 def test_timeouts_equal_the_options() -> None:
@@ -134,30 +140,30 @@ def stopwatch(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_listing_is_kept_while_attributes_are_valid(stopwatch: list[int]) -> None:
-    inode, own = inode_of(settled()), policy(attr_timeout=3.0, entry_timeout=2.0)
-    assert own.directory_flags(inode, settled()) == fuse.FOPEN_CACHE_DIR
+    inodes, own = some_inodes(), policy(attr_timeout=3.0, entry_timeout=2.0)
+    assert own.directory_flags(inodes, ROOT, settled()) == fuse.FOPEN_CACHE_DIR
     stopwatch[0] += 1_999_999_999
-    assert own.directory_flags(inode, settled()) == KEPT
+    assert own.directory_flags(inodes, ROOT, settled()) == KEPT
     stopwatch[0] += 1
-    assert own.directory_flags(inode, settled()) == fuse.FOPEN_CACHE_DIR, "it is listed anew, with attributes"
-    assert own.directory_flags(inode, settled()) == KEPT
+    assert own.directory_flags(inodes, ROOT, settled()) == fuse.FOPEN_CACHE_DIR, "it is listed anew, with attributes"
+    assert own.directory_flags(inodes, ROOT, settled()) == KEPT
 
 
 @pytest.mark.parametrize("changed", [settled(mtime=(900_000, 9)), settled(ctime=(900_000, 9))])
 @pytest.mark.parametrize("cache", [Cache.AUTO, Cache.ALWAYS])
 def test_listing_of_a_changed_directory_is_dropped(cache: Cache, changed: Attributes, stopwatch: list[int]) -> None:
-    inode, own = inode_of(settled()), policy(cache)
-    own.directory_flags(inode, settled())
-    assert own.directory_flags(inode, changed) == fuse.FOPEN_CACHE_DIR
-    assert own.directory_flags(inode, changed) == KEPT
+    inodes, own = some_inodes(), policy(cache)
+    own.directory_flags(inodes, ROOT, settled())
+    assert own.directory_flags(inodes, ROOT, changed) == fuse.FOPEN_CACHE_DIR
+    assert own.directory_flags(inodes, ROOT, changed) == KEPT
 
 
 def test_listing_with_recent_timestamp_is_not_kept(stopwatch: list[int]) -> None:
     fresh = settled(ctime=(1_000_000, 0))
-    inode, own = inode_of(fresh), policy()
-    assert own.directory_flags(inode, fresh) == own.directory_flags(inode, fresh) == fuse.FOPEN_CACHE_DIR
+    inodes, own = some_inodes(), policy()
+    assert own.directory_flags(inodes, ROOT, fresh) == own.directory_flags(inodes, ROOT, fresh) == fuse.FOPEN_CACHE_DIR
 
 
-def test_cache_never_keeps_no_listing(stopwatch: list[int]) -> None:
-    inode, own = inode_of(settled()), policy(Cache.NEVER)
-    assert own.directory_flags(inode, settled()) == own.directory_flags(inode, settled()) == 0
+def test_no_listing_is_kept_where_nothing_is(stopwatch: list[int]) -> None:
+    inodes, own = some_inodes(), policy(Cache.NEVER)
+    assert own.directory_flags(inodes, ROOT, settled()) == own.directory_flags(inodes, ROOT, settled()) == 0

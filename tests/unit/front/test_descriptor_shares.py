@@ -12,8 +12,9 @@ from llloop.front.descriptor_shares import DIRECTORY_WEIGHT, Shares
 from llloop.front.inodes import ROOT, Inodes
 from llloop.front.pins import Pins
 from llloop.linux.syscalls import fstatx
-from llloop.shared.journal import Journal
+from llloop.shared.journal import PIN, Journal, Record
 from llloop.shared.leadership import Leadership
+from llloop.shared.table import Table
 from tests.expect import fails
 from tests.unit.support import attributes, open_descriptors
 
@@ -55,16 +56,21 @@ class Place:
     """The pins of a front, and what they work with."""
 
     def __init__(self) -> None:
-        self.inodes = Inodes(attributes(2), Journal(1 << 10))
+        self.inodes = Inodes(attributes(2), Table(1 << 10))
         self.shares = Shares(32)
         self.closing: list[int] = []
-        self.pins = Pins(self.inodes, self.shares, Leadership(), self.closing)
+        self.pins = Pins(self.inodes, Journal(64), self.shares, Leadership(), self.closing)
 
-    def add(self, path: Path, nodeids: range, uid: int) -> None:
+    def add(self, path: Path, how_many: int, uid: int) -> list[int]:
+        """Pin so many new inodes of a user, and return their nodeids."""
         path.touch()
-        for nodeid in nodeids:
-            self.inodes.remember(ROOT, b"%d" % nodeid, attributes(nodeid))
+        nodeids = []
+        for _ in range(how_many):
+            number = 100 + len(self.inodes)
+            nodeid = self.inodes.remember(ROOT, b"%d" % number, attributes(number))
             self.pins.add(nodeid, os.open(path, os.O_PATH), uid)
+            nodeids.append(nodeid)
+        return nodeids
 
     def close(self) -> None:
         for nodeid in list(self.pins):
@@ -80,12 +86,12 @@ def place() -> Place:
 
 def test_oldest_removed_files_are_closed(place: Place, tmp_path: Path) -> None:
     before = open_descriptors()
-    place.add(tmp_path / "file", range(100, 102), TWO)
-    place.add(tmp_path / "file", range(200, 260), ONE)
-    kept = [nodeid for nodeid in range(200, 260) if place.pins.get(nodeid) is not None]
-    assert kept == list(range(260 - len(kept), 260))
+    others = place.add(tmp_path / "file", 2, TWO)
+    own = place.add(tmp_path / "file", 60, ONE)
+    kept = [nodeid for nodeid in own if place.pins.get(nodeid) is not None]
+    assert kept == own[-len(kept) :]
     assert 10 < len(kept) < 16
-    assert None not in (place.pins.get(100), place.pins.get(101)), "another's are left alone"
+    assert None not in map(place.pins.get, others), "another's are left alone"
     # To open a file he gives up another one.
     place.shares.ensure_room(ONE)
     place.shares.take(ONE)
@@ -97,7 +103,7 @@ def test_oldest_removed_files_are_closed(place: Place, tmp_path: Path) -> None:
 def test_removed_files_are_closed_if_open_files_use_the_share(place: Place, tmp_path: Path) -> None:
     before = open_descriptors()
     take_all(place.shares, ONE)
-    place.add(tmp_path / "file", range(100, 103), ONE)
+    place.add(tmp_path / "file", 3, ONE)
     assert len(place.pins) == 0
     place.close()
     assert open_descriptors() == before
@@ -108,7 +114,7 @@ def test_next_front_counts_inherited_descriptors(place: Place, tmp_path: Path) -
     fd = os.open(tmp_path / "file", os.O_PATH)
     nodeid = place.inodes.remember(ROOT, b"file", fstatx(fd))
     left = {fd}
-    place.pins.take_over({nodeid: fd}, left)
+    place.pins.take_over(Record(5, PIN, (nodeid, fd, 0, 0, 0, 0, 0, 0)), left)
     assert left == set()
     assert place.shares.held(os.geteuid()) == 1
     assert place.pins.drop(nodeid)

@@ -16,6 +16,7 @@ from llloop.front.pins import Pins
 from llloop.linux.syscalls import Attributes, fstatx, statx
 from llloop.shared.journal import Journal
 from llloop.shared.leadership import Leadership
+from llloop.shared.table import Table
 from tests.expect import fails
 from tests.unit.support import ClosedAtOnce, close_journal, open_descriptors
 
@@ -28,10 +29,10 @@ class Place:
     def __init__(self, path: Path, capacity: int = CAPACITY) -> None:
         self.path = path
         self.root = os.open(path, os.O_PATH | os.O_DIRECTORY)
-        self.journal = Journal(1 << 13)
-        self.inodes = Inodes(fstatx(self.root), self.journal)
+        self.journal, self.table = Journal(1 << 10), Table(1 << 12)
+        self.inodes = Inodes(fstatx(self.root), self.table)
         leadership, closing = Leadership(), ClosedAtOnce()
-        self.pins = Pins(self.inodes, Shares(1000), leadership, closing)
+        self.pins = Pins(self.inodes, self.journal, Shares(1000), leadership, closing)
         self.directory_fds = DirectoryFds(self.inodes, self.root, capacity, self.pins, leadership, closing)
 
     def look_up(self, parent: int, name: str) -> int:
@@ -53,6 +54,7 @@ class Place:
             self.directory_fds.drop(nodeid)
         os.close(self.root)
         close_journal(self.journal)
+        self.table.close()
 
 
 @pytest.fixture
@@ -222,8 +224,8 @@ def test_replaced_file_gives_estale(place: Place, replacement: str) -> None:
 def test_reused_inode_number_gives_estale(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only the birth time differs; this test changes it in the table."""
     (place.path / "file").write_text("old")
-    nodeid = place.look_up(ROOT, "file")
-    place.inodes.get(nodeid).birth += 1
+    found = statx(place.root, b"file")
+    nodeid = place.inodes.remember(ROOT, b"file", found._replace(btime=found.btime - 1))
     with fails(errno.ESTALE):
         place.directory_fds.attributes(nodeid)
     with fails(errno.ESTALE):
@@ -341,6 +343,7 @@ def test_attributes_of_a_pinned_directory(place: Place, many: list[int]) -> None
 def test_directory_with_reused_number_is_dropped(place: Place, many: list[int]) -> None:
     held = place.directory_fds.directory(many[0])
     attributes = statx(place.root, b"dir-0")
-    place.inodes.remember(ROOT, b"dir-0", attributes._replace(btime=attributes.btime + 1))
-    with fails(errno.EBADF):
-        os.fstat(held)
+    new = place.inodes.remember(ROOT, b"dir-0", attributes._replace(btime=attributes.btime + 1))
+    assert new not in many
+    assert place.directory_fds.held(new) is None
+    assert place.directory_fds.directory(many[0]) == held

@@ -22,7 +22,7 @@ from llloop.linux.fuse import Opcode
 from llloop.shared.messages import APPEND, BUFFERED, INVALIDATE, KILL_PRIVILEGES, Operation, Request, decode
 from tests.expect import fails
 from tests.unit.source import MYSELF, Source
-from tests.unit.support import Device, Reply, open_descriptors, packet_pipe, packets
+from tests.unit.support import Device, Reply, nodeid_of, open_descriptors, packet_pipe, packets
 
 ME = (os.geteuid(), os.getegid())
 
@@ -139,9 +139,9 @@ def deaf(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "write", refuse)
 
 
-def check_attr(attr: Attr, path: Path, nodeid: int) -> None:
+def check_attr(attr: Attr, path: Path) -> None:
     status = os.lstat(path)
-    assert attr.ino == nodeid
+    assert attr.ino == status.st_ino
     assert (attr.size, attr.blocks, attr.mode) == (status.st_size, status.st_blocks, status.st_mode)
     assert (attr.nlink, attr.uid, attr.gid) == (status.st_nlink, status.st_uid, status.st_gid)
     assert (attr.rdev, attr.blksize) == (status.st_rdev, status.st_blksize)
@@ -154,10 +154,10 @@ def check_attr(attr: Attr, path: Path, nodeid: int) -> None:
 
 def test_lookup(source: Source, kernel: Kernel, file: int) -> None:
     entry = kernel.lookup(b"file")
-    assert entry.nodeid == file == os.stat(source.path / "file").st_ino
+    assert entry.nodeid == file
     assert (entry.entry_valid, entry.entry_valid_nsec, entry.attr_valid, entry.attr_valid_nsec) == (1, 0, 1, 0)
-    check_attr(entry.attr, source.path / "file", file)
-    assert source.context.inodes.get(file).lookups == 2
+    check_attr(entry.attr, source.path / "file")
+    assert source.context.inodes.lookups(file) == 2
     assert kernel.lookup(b"file").generation == entry.generation
 
 
@@ -218,9 +218,9 @@ def test_batch_forget(source: Source, kernel: Kernel) -> None:
 def test_getattr(source: Source, kernel: Kernel, file: int) -> None:
     reply = kernel.payload(Opcode.GETATTR, file, bytes(16))
     assert struct.unpack_from("=QII", reply) == (1, 0, 0)
-    check_attr(parse_attr(reply[16:]), source.path / "file", file)
+    check_attr(parse_attr(reply[16:]), source.path / "file")
     root = parse_attr(kernel.payload(Opcode.GETATTR, ROOT, bytes(16))[16:])
-    check_attr(root, source.path, source.path.stat().st_ino)
+    check_attr(root, source.path)
 
 
 def test_getattr_of_an_open_file(source: Source, kernel: Kernel, file: int) -> None:
@@ -252,7 +252,7 @@ def test_setattr(source: Source, kernel: Kernel, file: int) -> None:
 def test_statx(source: Source, kernel: Kernel, file: int) -> None:
     reply = kernel.payload(Opcode.STATX, file, struct.pack("=IIQII", 0, 0, 0, 0, 0xFFF))
     assert len(reply) == 32 + 256
-    assert int.from_bytes(reply[32 + 32 : 32 + 40], "little") == file
+    assert int.from_bytes(reply[32 + 32 : 32 + 40], "little") == (source.path / "file").stat().st_ino
     assert int.from_bytes(reply[32 + 40 : 32 + 48], "little") == 7
 
 
@@ -404,9 +404,9 @@ def test_directory_is_listed_completely(source: Source, kernel: Kernel, plus: bo
             assert entry.nodeid == 0, "the kernel does not count a lookup of these"
         else:
             path = source.path / os.fsdecode(listed.name)
-            assert entry.nodeid == listed.ino
-            check_attr(entry.attr, path, entry.nodeid)
-            assert source.context.inodes.get(entry.nodeid).lookups == 1
+            assert entry.attr.ino == listed.ino
+            check_attr(entry.attr, path)
+            assert source.context.inodes.lookups(entry.nodeid) == 1
     if not plus:
         assert len(source.context.inodes) == 1, "a listing alone looks nothing up"
 
@@ -433,13 +433,10 @@ def test_readdirplus_omits_attributes_after_lookups(source: Source, kernel: Kern
     for number in range(7):
         kernel.lookup(b"file%d" % number)
     (source.path / "new").write_text("")
-    before = {
-        name: source.context.inodes.lookups(os.stat(source.path / os.fsdecode(name)).st_ino) for name in everything
-    }
+    inodes = source.context.inodes
+    before = {name: inodes.lookups(nodeid_of(inodes, source.path / os.fsdecode(name))) for name in everything}
     assert listed().keys() == everything | {b"new", b".", b".."}
-    after = {
-        name: source.context.inodes.lookups(os.stat(source.path / os.fsdecode(name)).st_ino) for name in everything
-    }
+    after = {name: inodes.lookups(nodeid_of(inodes, source.path / os.fsdecode(name))) for name in everything}
     assert before == after, "what the kernel was not told of is not counted"
     assert told() == set(), "the kernel has them all"
     kernel.now += 1_100_000_000

@@ -52,7 +52,7 @@ class Known:
 
     def left(self) -> dict[str, int]:
         inodes = self.line.context.inodes
-        return {name: inodes.get(number).lookups for name, number in self.numbers.items() if number in inodes}
+        return {name: inodes.lookups(nodeid) for name, nodeid in self.numbers.items() if nodeid in inodes}
 
     def batch(self) -> Request:
         body = struct.pack("=II", len(FORGOTTEN), 0)

@@ -24,7 +24,21 @@ PACKAGES = ("llloop.front", "llloop.linux", "llloop.shared")
 HARMLESS_MODULES = {
     *("__future__", "array", "bisect", "collections", "collections.abc", "concurrent.futures", "contextlib"),
     *("copy", "ctypes", "dataclasses", "enum", "errno", "functools", "gc", "heapq", "itertools", "logging"),
-    *("math", "mmap", "msgpack", "operator", "re", "select", "signal", "stat", "string", "struct", "sys", "termios"),
+    *(
+        "math",
+        "mmap",
+        "msgpack",
+        "operator",
+        "random",
+        "re",
+        "select",
+        "signal",
+        "stat",
+        "string",
+        "struct",
+        "sys",
+        "termios",
+    ),
     *("threading", "time", "types", "typing", "zlib"),
 }
 # Modules of which each function that is used must be in one of the lists.

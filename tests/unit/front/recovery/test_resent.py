@@ -531,7 +531,7 @@ class View:
 
     def __init__(self, line: Line) -> None:
         self.line = line
-        self.names: dict[int, str] = {0: "", ROOT: "/"}
+        self.names: dict[int, str] = {os.fstat(line.root).st_ino: "/"}
         self.learn()
 
     def learn(self) -> None:
@@ -540,6 +540,12 @@ class View:
             for name in sorted(directories + files):
                 path = f"{directory}/{name}"
                 self.names.setdefault(os.lstat(path).st_ino, path[len(root) :])
+
+    def label(self, nodeid: int) -> str:
+        inodes = self.line.context.inodes
+        if not nodeid:
+            return ""
+        return self.names.get(inodes.get(nodeid).number, "unnamed") if nodeid in inodes else "gone"
 
     def of_answer(self, request: Request, reply: Reply) -> Any:
         if reply.error:
@@ -554,7 +560,6 @@ class View:
         if len(reply.payload) < 128:
             return reply.payload
         nodeid = int.from_bytes(reply.payload[:8], "little")
-        inode = self.line.context.inodes.get(nodeid)
         size, mode, nlink = (
             *struct.unpack_from("=Q", reply.payload, 48),
             *struct.unpack_from("=II", reply.payload, 100),
@@ -562,17 +567,16 @@ class View:
         handle = ""
         if len(reply.payload) > 128:
             handle = self.of_handle(int.from_bytes(reply.payload[128:136], "little"))
-        assert int.from_bytes(reply.payload[8:16], "little") == inode.birth
-        return self.names.get(nodeid, "unnamed"), size, oct(mode), nlink, handle
+        return self.label(nodeid), size, oct(mode), nlink, handle
 
     def of_handle(self, number: int) -> Any:
         """The file behind it must be its inode's, and open as asked for."""
         handle = self.line.context.handles.get(number)
         status = os.fstat(handle.descriptor)
-        assert handle.nodeid in (status.st_ino, ROOT)
+        assert self.line.context.inodes.get(handle.nodeid).number == status.st_ino
         with open(f"/proc/self/fdinfo/{handle.descriptor}") as info:
             flags = next(one.split()[1] for one in info if one.startswith("flags:"))
-        return self.names.get(handle.nodeid, "unnamed"), oct(handle.flags), flags, stat.S_IFMT(status.st_mode)
+        return self.label(handle.nodeid), oct(handle.flags), flags, stat.S_IFMT(status.st_mode)
 
     def of_source(self) -> Any:
         found = {}
@@ -598,25 +602,16 @@ class View:
 
     def of_table(self) -> Any:
         context = self.line.context
-
-        def label(nodeid: int) -> str:
-            return self.names.get(nodeid, "unnamed")
-
-        inodes = {
-            label(nodeid): (label(inode.parent), inode.name, inode.lookups)
-            for nodeid, inode in context.inodes._table.items()
-        }
-        for nodeid, inode in context.inodes._table.items():
-            assert os.fstat(self.line.root).st_ino == inode.number if nodeid == ROOT else inode.number == nodeid
-        links = {
-            label(nodeid): sorted((label(parent), name) for parent, name in found)
-            for nodeid, found in context.inodes._links.items()
-            if found
-        }
+        label, known = self.label, context.inodes
+        inodes = {}
+        for nodeid in known:
+            names = [(label(parent), name) for parent, name in known.names(known.get(nodeid))]
+            assert len(names) == len(set(names))
+            inodes[label(nodeid)] = (names[:1], set(names), known.lookups(nodeid))
         pins = sorted(label(nodeid) for nodeid in context.tree.directory_fds.pins)
         handles = sorted(str(self.of_handle(number)) for number in context.handles)
         snapshots = sum(handle.snapshot >= 0 for handle in map(context.handles.get, context.handles))
-        return {"inodes": inodes, "links": links, "pins": pins, "handles": handles, "snapshots": snapshots}
+        return {"inodes": inodes, "pins": pins, "handles": handles, "snapshots": snapshots}
 
     def of_descriptors(self) -> int:
         self.line.context.tree.directory_fds.shrink()
@@ -625,9 +620,9 @@ class View:
     def of_reachability(self) -> Any:
         """What the kernel can still do with all that it knows."""
         found = {}
-        for nodeid in list(self.line.context.inodes._table):
+        for nodeid in list(self.line.context.inodes):
             reply = self.line.answer(Request(Opcode.GETATTR, nodeid, bytes(16)))
-            found[self.names.get(nodeid, "unnamed")] = reply.error, reply.payload[16 + 60 : 16 + 68]  # mode and nlink
+            found[self.label(nodeid)] = reply.error, reply.payload[16 + 60 : 16 + 68]  # mode and nlink
         return found
 
     def of_everything(self, request: Request, reply: Reply) -> dict[str, Any]:
