@@ -322,7 +322,7 @@ class Loop:
         """Set a request aside that could block the last thread."""
         self._postponed.append((request.data(), request.taken))
         request.note.finished()
-        request.entrusted = True
+        request.dispatched = True
         self._router.attentive = self._router.backlog = True
 
     def _close(self) -> None:
@@ -382,8 +382,8 @@ class Loop:
         if request.piped:  # the handler has not used the payload
             request.piped = False
             self._slots.discard(slot)
-        if request.entrusted:  # the worker counts it
-            request.entrusted = False
+        if request.dispatched:  # the worker counts it
+            request.dispatched = False
         else:
             # Inlined ProcessCounters.finished(), because a call costs more than this.
             latency = time.monotonic_ns() - request.taken

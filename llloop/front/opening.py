@@ -157,11 +157,11 @@ class Files:
         *,
         is_new: bool = False,
     ) -> int:
-        handle = self._handle(descriptor, nodeid, flags, attributes, (who.uid, who.gid), is_new=is_new)
-        who.note.made_handle(self._handles.next_number)  # noted first, because an unknown handle is never released
+        handle = self._new_handle(descriptor, nodeid, flags, attributes, (who.uid, who.gid), is_new=is_new)
+        who.note.note_handle(self._handles.next_number)  # noted first, because an unknown handle is never released
         return self._handles.add(handle)
 
-    def _handle(
+    def _new_handle(
         self,
         descriptor: int,
         nodeid: int,
@@ -196,7 +196,7 @@ class Files:
             OSError: the descriptor is lost, and the file cannot be reopened.
         """
         wanted = self.source_flags(flags) if flags != _DIRECTORY_FLAGS else _OPEN_DIRECTORY
-        if descriptor in left and self._is_open(descriptor, nodeid, wanted):
+        if descriptor in left and self._is_usable(descriptor, nodeid, wanted):
             left.discard(descriptor)
             attributes = fstatx(descriptor)
         else:
@@ -205,13 +205,13 @@ class Files:
             os.dup2(found, descriptor, inheritable=False)
             left.discard(descriptor)
             os.close(found)
-        handle = self._handle(descriptor, nodeid, flags, attributes, divmod(opener, 1 << 32))
+        handle = self._new_handle(descriptor, nodeid, flags, attributes, divmod(opener, 1 << 32))
         handle.uncached = True
         self._handles.take_over(number, handle, place)
         return handle
 
-    def _is_open(self, descriptor: int, nodeid: int, flags: int) -> bool:
-        """Return whether a descriptor is of that inode, opened with those flags or with those that `_open` falls to."""
+    def _is_usable(self, descriptor: int, nodeid: int, flags: int) -> bool:
+        """Return whether a descriptor is one that `_open` would return for this inode and these flags."""
         inode = self._inodes.get(nodeid)
         attributes = fstatx(descriptor)
         opened = fcntl.fcntl(descriptor, fcntl.F_GETFL)
@@ -233,18 +233,18 @@ class Files:
         self._shares.ensure_room(who.uid)
         who.note.begin()
         try:
-            descriptor = self._tree.as_requester(
+            descriptor = self._tree.create_as_requester(
                 parent, who, lambda at: self._call(os.open, name, source_flags, mode_bits, dir_fd=at), mode_bits
             )
         except FileExistsError:
             number = errno.EEXIST if flags & os.O_EXCL else errno.ESTALE
             raise OSError(number, os.strerror(number)) from None
-        return self.created(descriptor, parent, name, flags, who)
+        return self.add_created(descriptor, parent, name, flags, who)
 
-    def created(
+    def add_created(
         self, descriptor: int, parent: int, name: bytes, flags: int, who: Requester
     ) -> tuple[int, int, Attributes]:
-        """Take in the *descriptor* of a file that was made; for the rest see `create`."""
+        """Add the file that *descriptor* has created. For the other arguments and the result see `create`."""
         try:
             attributes = fstatx(descriptor)
             nodeid = self._inodes.remember(parent, name, attributes)
@@ -263,7 +263,7 @@ class Files:
         self._shares.ensure_room(who.uid)
         source_flags = self.source_flags(flags) & ~os.O_NOFOLLOW | flags & os.O_EXCL | os.O_TMPFILE
         mode_bits = stat.S_IMODE(mode)
-        descriptor = self._tree.as_requester(
+        descriptor = self._tree.create_as_requester(
             parent,
             who,
             lambda at: self._call(os.open, f"/proc/self/fd/{at}", source_flags, mode_bits),

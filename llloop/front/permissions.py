@@ -106,7 +106,7 @@ class Permissions:
         """
         return self._exactly_as(who, fstatx(fd))
 
-    def making(self, who: Requester, directory: int, *, by_group: bool | None = None) -> AbstractContextManager[None]:
+    def creating(self, who: Requester, directory: int, *, by_group: bool | None = None) -> AbstractContextManager[None]:
         """Act as `acting` does, for a call that creates an object, which then belongs to the requester."""
         self._caller.set_umask(who.umask)
         if self.is_trusted(who):

@@ -109,7 +109,7 @@ class Preflight:
         # its neighbours do not.
         descriptor, path = places[0]
         probe_handle = self._probe_handles[router.shard_of(crc32(path) if descriptor < 0 else request.nodeid)]
-        router.entrust(request, probe_handle, -1, Operation.PROBE, flags=flags, extra=tuple(places))
+        router.dispatch(request, probe_handle, -1, Operation.PROBE, flags=flags, extra=tuple(places))
         return True
 
     def answered(self) -> Iterator[tuple[bytes, int]]:

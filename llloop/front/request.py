@@ -34,7 +34,7 @@ class FuseRequest:
         length, opcode, unique, nodeid: the fields of its header (struct fuse_in_header).
         taken: when it was received (monotonic clock, nanoseconds).
         piped: whether its payload is still in the pipe of the slot.
-        entrusted: whether it was given to a worker or is parked for one. Then the worker answers and counts it.
+        dispatched: whether it was given to a worker or is parked for one. Then the worker answers and counts it.
         note: notes what the next front must know of it.
         held: the slot that this thread kept when another thread became the leader.
 
@@ -48,7 +48,7 @@ class FuseRequest:
         "_callers",
         "_memory",
         "base",
-        "entrusted",
+        "dispatched",
         "held",
         "length",
         "nodeid",
@@ -67,7 +67,7 @@ class FuseRequest:
         self.note = note
         self.slot = self.base = self.received = self.length = self.opcode = self.unique = self.nodeid = self.taken = 0
         self.held = -1
-        self.piped = self.entrusted = False
+        self.piped = self.dispatched = False
 
     def is_received(self, base: int, received: int, taken: int) -> None:
         """Read the header of a request that was received in `slot`; for the arguments see the attributes."""

@@ -31,7 +31,7 @@ MAX_PARKED = 256 * 1024 * 1024
 
 
 # Identifies a request that was given to a worker or is parked: its slot (-1 if parked), and the time of its reception.
-Entrusted = tuple[int, int]
+Dispatched = tuple[int, int]
 
 # This fraction (1/4) of the slots with pipes is kept free, so that the next request is received into a pipe.
 _KEPT_SHARE = 4
@@ -155,7 +155,7 @@ class Router:
         """Return the shard of an inode. Consecutive nodeids are distributed evenly."""
         return mix(nodeid) % self._shards
 
-    def entrust(
+    def dispatch(
         self,
         request: FuseRequest,
         handle: Handle,
@@ -169,7 +169,7 @@ class Router:
         extra: tuple[Any, ...] = (),
         *,
         in_order: bool = False,
-    ) -> Entrusted:
+    ) -> Dispatched:
         """Give a request to the worker of a file, which answers it; park it if that is not possible now.
 
         Args:
@@ -206,11 +206,11 @@ class Router:
         if in_order and self._parked_large[shard]:
             self._park(request, shard, message, self._parked_large)
         elif self.submit(request, shard, message):
-            request.entrusted = True
+            request.dispatched = True
             return slot, request.taken
         else:
             self.park(request, shard, message)
-        request.entrusted = True
+        request.dispatched = True
         return -1, request.taken
 
     def submit(self, request: FuseRequest, shard: int, message: Request) -> bool:
@@ -357,7 +357,7 @@ class Router:
         same = (other == kind and state == shard + 1 for state, other in zip(states, self._kinds, strict=True))
         return sum(same) < LARGE_AT_ONCE
 
-    def is_unanswered(self, request: Entrusted | None) -> bool:
+    def is_unanswered(self, request: Dispatched | None) -> bool:
         """Return whether a request that was given to a worker is unanswered or still parked."""
         if request is None:
             return False

@@ -37,7 +37,7 @@ _CHANGES = fuse.FATTR_MODE | fuse.FATTR_UID | fuse.FATTR_GID | fuse.FATTR_SIZE |
 _MAX_CACHED_TIME = 100
 
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
-_Made = TypeVar("_Made")
+_Result = TypeVar("_Result")
 
 
 class _Remove(Protocol):
@@ -149,44 +149,46 @@ class Tree:
 
     def mknod(self, parent: int, name: bytes, mode: int, device: int, who: Requester) -> tuple[int, Attributes]:
         """Create a file, FIFO, socket or device (mknod(2)); *device* is the result of makedev(3)."""
-        return self._make(parent, name, who, lambda at: self._call(os.mknod, name, mode, device, dir_fd=at), mode)
+        return self._create(parent, name, who, lambda at: self._call(os.mknod, name, mode, device, dir_fd=at), mode)
 
     def mkdir(self, parent: int, name: bytes, mode: int, who: Requester) -> tuple[int, Attributes]:
         """Create a directory (mkdir(2))."""
-        return self._make(parent, name, who, lambda at: self._call(os.mkdir, name, stat.S_IMODE(mode), dir_fd=at))
+        return self._create(parent, name, who, lambda at: self._call(os.mkdir, name, stat.S_IMODE(mode), dir_fd=at))
 
     def symlink(self, parent: int, name: bytes, target: bytes, who: Requester) -> tuple[int, Attributes]:
         """Create a symlink (symlink(2))."""
-        return self._make(parent, name, who, lambda at: self._call(os.symlink, target, name, dir_fd=at))
+        return self._create(parent, name, who, lambda at: self._call(os.symlink, target, name, dir_fd=at))
 
-    def _make(
-        self, parent: int, name: bytes, who: Requester, make: Callable[[int], None], mode: int = 0
+    def _create(
+        self, parent: int, name: bytes, who: Requester, create: Callable[[int], None], mode: int = 0
     ) -> tuple[int, Attributes]:
         check_name(name)
         with who.note.begin():
-            self.as_requester(parent, who, make, mode)
+            self.create_as_requester(parent, who, create, mode)
         return self.lookup(parent, name)
 
-    def as_requester(self, parent: int, who: Requester, make: Callable[[int], _Made], mode: int) -> _Made:
+    def create_as_requester(self, parent: int, who: Requester, create: Callable[[int], _Result], mode: int) -> _Result:
         """Create an object in a directory with the requester's credentials.
 
         Args:
             parent: the directory.
             who: the requester.
-            make: creates the object; gets the directory's descriptor.
+            create: creates the object; gets the directory's descriptor.
             mode: the permissions of the object. If its group comes from the directory, only members of that group can
                 create it with the set-group-ID bit.
         """
         by_group = True if mode & stat.S_ISGID else None
-        return self._retry_without_pins(lambda: self._make_as(who, parent, make, by_group))
+        return self._retry_without_pins(lambda: self._create_as(who, parent, create, by_group))
 
-    def _make_as(self, who: Requester, parent: int, make: Callable[[int], _Made], by_group: bool | None) -> _Made:
+    def _create_as(
+        self, who: Requester, parent: int, create: Callable[[int], _Result], by_group: bool | None
+    ) -> _Result:
         directory = self.directory_fds.directory(parent)
         self._setid.clear(False)  # root can create a set-group-ID file for any group
-        with self.permissions.making(who, directory, by_group=by_group):
-            return make(directory)
+        with self.permissions.creating(who, directory, by_group=by_group):
+            return create(directory)
 
-    def _retry_without_pins(self, act: Callable[[], _Made], nodeid: int = 0) -> _Made:
+    def _retry_without_pins(self, act: Callable[[], _Result], nodeid: int = 0) -> _Result:
         """Call *act*. If there is no space, unpin removed files that are not open, and try again.
 
         Args:
@@ -261,7 +263,7 @@ class Tree:
         except BaseException:
             os.close(pin)
             raise
-        self.lost_name(nodeid, parent, name, pin, attributes.uid)
+        self.note_removed_name(nodeid, parent, name, pin, attributes.uid)
 
     def _known_nodeid(self, parent: int, name: bytes, attributes: Attributes) -> int:
         """Return the nodeid of the file of a name, after checking that it is the one in the kernel's cache.
@@ -276,7 +278,7 @@ class Tree:
             raise stale()
         return nodeid
 
-    def lost_name(self, nodeid: int, parent: int, name: bytes, pin: int, uid: int) -> None:
+    def note_removed_name(self, nodeid: int, parent: int, name: bytes, pin: int, uid: int) -> None:
         """Note that *name* was removed; pin the inode with *pin* if no other name leads to it, else close *pin*."""
         if self.inodes.unlinked(nodeid, parent, name) and self.directory_fds.is_reachable(nodeid):
             os.close(pin)
@@ -313,9 +315,9 @@ class Tree:
             if victim is not None:
                 os.close(victim)
             raise
-        self.renamed(moved, (parent, name), (new_parent, new_name), flags, target, victim, owned[-1].uid)
+        self.note_renamed(moved, (parent, name), (new_parent, new_name), flags, target, victim, owned[-1].uid)
 
-    def renamed(
+    def note_renamed(
         self,
         moved: int,
         old: tuple[int, bytes],
@@ -339,7 +341,7 @@ class Tree:
         if victim is not None and (exchanged or target == moved):
             os.close(victim)
         elif victim is not None:
-            self.lost_name(target, *new, victim, uid)
+            self.note_removed_name(target, *new, victim, uid)
         if target == moved:  # two names of one file: rename(2) leaves both
             return
         if exchanged:

@@ -37,7 +37,7 @@ LONGEST_PAUSE = 5.0
 _JOIN_PAUSE = 0.005  # seconds between two checks
 
 
-class Cloned:
+class ClonedProcess:
     """A child that was not forked by `multiprocessing`, with a part of the interface of its processes."""
 
     def __init__(self, pid: int) -> None:
@@ -75,19 +75,19 @@ class Child:
         due: when to start the next one (monotonic clock, seconds).
         short_lives: how many successive processes had a short life.
         restarts: how many processes were started after the first.
-        asked: whether this process is being ended on purpose, to be replaced.
+        ending_on_purpose: whether this process is being ended on purpose, to be replaced.
         stacks: its stack dumps.
     """
 
     name: str
-    launch: Callable[[Stacks], BaseProcess | Cloned]
-    process: BaseProcess | Cloned | None = None
+    launch: Callable[[Stacks], BaseProcess | ClonedProcess]
+    process: BaseProcess | ClonedProcess | None = None
     sentinel: int = -1
     started: float = 0.0
     due: float = 0.0
     short_lives: int = 0
     restarts: int = 0
-    asked: bool = False
+    ending_on_purpose: bool = False
     stacks: Stacks = field(init=False)
 
     def __post_init__(self) -> None:
@@ -123,10 +123,10 @@ class Child:
     def replace(self) -> None:
         """Kill the process on purpose; `schedule_restart` does not count this as a short life."""
         if self.process is not None:
-            self.asked = True
+            self.ending_on_purpose = True
             self.signal(signal.SIGKILL)
 
-    def gone(self) -> int:
+    def reap(self) -> int:
         """Clean up after a process that has ended, and return its exit code."""
         assert self.process is not None
         self.process.join()
@@ -151,17 +151,17 @@ class Child:
     def schedule_restart(self) -> float:
         """Set when to start the next process; return the pause until then in seconds."""
         now = time.monotonic()
-        young = now - self.started < _SHORT_LIFE and not self.asked
+        young = now - self.started < _SHORT_LIFE and not self.ending_on_purpose
         self.short_lives = self.short_lives + 1 if young else 0
         excess = self.short_lives - _SHORT_LIVES
         pause = min(_FIRST_PAUSE * 2 ** min(excess, 10), LONGEST_PAUSE) if excess >= 0 else 0.0
         self.due = now + pause
         self.restarts += 1
-        self.asked = False
+        self.ending_on_purpose = False
         return pause
 
 
-def end(process: BaseProcess | Cloned) -> bool:
+def end(process: BaseProcess | ClonedProcess) -> bool:
     """Kill a process; return whether it has ended. If the source hangs, the process ends when the source answers."""
     process.kill()
     process.join(TIMEOUT)
@@ -170,7 +170,7 @@ def end(process: BaseProcess | Cloned) -> bool:
     return process.exitcode is not None
 
 
-def do_not_wait_for(process: BaseProcess | Cloned) -> None:
+def do_not_wait_for(process: BaseProcess | ClonedProcess) -> None:
     """Prevent that this process waits for *process* when it exits; multiprocessing has no public way to do so."""
     multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]  # noqa: SLF001
 

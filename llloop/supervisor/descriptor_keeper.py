@@ -25,7 +25,7 @@ from contextlib import suppress
 
 from llloop.linux import syscalls
 from llloop.linux.pidfds import open_process, start_time
-from llloop.supervisor.child import Cloned, fork
+from llloop.supervisor.child import ClonedProcess, fork
 
 _CLONE_FILES = 0x00000400  # <linux/sched.h>
 _CLONE_PARENT = 0x00008000
@@ -38,7 +38,7 @@ _ANSWER = struct.Struct("=Ii")
 _START, _FETCH = b"s", b"f"
 # How long the supervisor waits for the keeper's answer, in seconds.
 TIMEOUT = 10.0
-_NOBODY = -1
+_NO_FRONT = -1
 _PAUSE = 0.001  # seconds between two checks
 
 
@@ -87,7 +87,7 @@ class DescriptorKeeper:
 
     Args:
         front: runs in each front; takes the descriptors that every front starts with; does not return.
-        farewell: runs in the keeper after the supervisor has died.
+        on_supervisor_death: runs in the keeper after the supervisor has died.
         sentinel: returns a pidfd of the keeper, or -1 if there is none. Without it, the supervisor does not notice that
             the keeper dies during a command.
     """
@@ -95,26 +95,26 @@ class DescriptorKeeper:
     def __init__(
         self,
         front: Callable[[Collection[int]], None],
-        farewell: Callable[[], None],
+        on_supervisor_death: Callable[[], None],
         sentinel: Callable[[], int] | None = None,
     ) -> None:
         self._supervisor = os.getpid()
         self._front = front
-        self._farewell = farewell
+        self._on_supervisor_death = on_supervisor_death
         self._command_reader, self._command_writer = os.pipe2(os.O_CLOEXEC)
         self._answer_reader, self._answer_writer = os.pipe2(os.O_CLOEXEC)
-        self._told = 0  # the number of the last command
+        self._last_command = 0  # the number of the last command
         self.descriptors = (self._command_reader, self._command_writer, self._answer_reader, self._answer_writer)
         self.sentinel = sentinel
         # The descriptors that every front starts with. A later keeper inherits more, but their numbers may be those of
         # the front's files by then.
-        self.own: Collection[int] = ()
+        self.initial_descriptors: Collection[int] = ()
         # The process id of the front that may serve. A front whose keeper died before it reported the front must not.
         self._admitted = memoryview(mmap.mmap(-1, mmap.PAGESIZE)).cast("q")
 
     def close(self) -> None:
         """Close the keeper's pipes after it has ended; a front that still waits for admission ends."""
-        self._admitted[0] = _NOBODY
+        self._admitted[0] = _NO_FRONT
         for fd in self.descriptors:
             os.close(fd)
 
@@ -123,8 +123,8 @@ class DescriptorKeeper:
         os.close(self._command_writer)  # so that the pipe ends with the supervisor
         os.close(self._answer_reader)
         own = syscalls.open_descriptors()  # a child closes some of the inherited descriptors
-        if self.own:
-            own &= set(self.own)
+        if self.initial_descriptors:
+            own &= set(self.initial_descriptors)
         while True:
             command = os.read(self._command_reader, _COMMAND.size)
             if not command:
@@ -133,7 +133,7 @@ class DescriptorKeeper:
             answer = self._start(own) if what == _START else _fetch(pid, started)
             with suppress(BrokenPipeError):  # the supervisor has ended; the next read shows that
                 os.write(self._answer_writer, _ANSWER.pack(number, answer))
-        self._farewell()
+        self._on_supervisor_death()
 
     def _start(self, own: Collection[int]) -> int:
         try:
@@ -156,17 +156,17 @@ class DescriptorKeeper:
         pid = os.getpid()
         deadline = time.monotonic() + TIMEOUT
         while self._admitted[0] != pid:
-            if time.monotonic() > deadline or self._admitted[0] == _NOBODY or os.getppid() != self._supervisor:
+            if time.monotonic() > deadline or self._admitted[0] == _NO_FRONT or os.getppid() != self._supervisor:
                 os._exit(1)
             time.sleep(_PAUSE)
 
-    def start_front(self) -> Cloned:
+    def start_front(self) -> ClonedProcess:
         """Make the keeper start a front, which is a child of this process.
 
         Raises:
             OSError: the keeper failed, has died, or does not answer.
         """
-        front = Cloned(self._tell(_START))
+        front = ClonedProcess(self._send_command(_START))
         self._admitted[0] = front.pid
         return front
 
@@ -176,9 +176,9 @@ class DescriptorKeeper:
         Raises:
             OSError: the keeper failed, has died, or does not answer.
         """
-        self._tell(_FETCH, front, start_time(front))
+        self._send_command(_FETCH, front, start_time(front))
 
-    def _tell(self, what: bytes, pid: int = 0, started: int = 0) -> int:
+    def _send_command(self, what: bytes, pid: int = 0, started: int = 0) -> int:
         poll = select.poll()
         poll.register(self._answer_reader, select.POLLIN)
         if self.sentinel is not None:
@@ -186,8 +186,8 @@ class DescriptorKeeper:
             if sentinel < 0:
                 raise ProcessLookupError(errno.ESRCH, "there is no keeper")
             poll.register(sentinel, select.POLLIN)
-        self._told += 1
-        os.write(self._command_writer, _COMMAND.pack(what, self._told, pid, started))
+        self._last_command += 1
+        os.write(self._command_writer, _COMMAND.pack(what, self._last_command, pid, started))
         deadline = time.monotonic() + TIMEOUT
         while True:
             ready = [fd for fd, _ in poll.poll(max(0.0, deadline - time.monotonic()) * 1000)]
@@ -198,7 +198,7 @@ class DescriptorKeeper:
                     os.read(self._command_reader, _COMMAND.size)
                 raise ProcessLookupError(errno.ESRCH, "the keeper has died")
             number, answer = _ANSWER.unpack(os.read(self._answer_reader, _ANSWER.size))
-            if number == self._told:  # otherwise it is a late answer to an earlier command
+            if number == self._last_command:  # otherwise it is a late answer to an earlier command
                 break
         if answer < 0:
             raise OSError(-answer, os.strerror(-answer))

@@ -16,7 +16,7 @@ from llloop.linux import syscalls
 from llloop.linux.mount_identity import MountIdentity
 from llloop.logging.stacks import Stacks
 from llloop.shared.negotiation import Feature
-from llloop.supervisor.child import Child, Cloned, child_main, forked
+from llloop.supervisor.child import Child, ClonedProcess, child_main, forked
 from llloop.supervisor.connection import Connection
 from llloop.supervisor.descriptor_keeper import DescriptorKeeper
 from llloop.supervisor.invalidator import InvalidatorSetup, run_invalidator
@@ -38,7 +38,7 @@ class Processes:
         connection: the mount's connection with the kernel.
         mount: the mount.
         operations: the object that was passed to ``llfuse.init()``.
-        farewell: runs in the descriptor keeper after the supervisor has died.
+        on_supervisor_death: runs in the descriptor keeper after the supervisor has died.
         detached: whether the processes redirect their standard descriptors to /dev/null.
         cleanup: gets the steps that end the processes, the keeper last.
 
@@ -61,7 +61,7 @@ class Processes:
         connection: Connection,
         mount: MountIdentity,
         operations: Operations,
-        farewell: Callable[[], None],
+        on_supervisor_death: Callable[[], None],
         *,
         detached: bool,
         cleanup: ExitStack,
@@ -104,7 +104,7 @@ class Processes:
         def start_keeper(stacks: Stacks) -> BaseProcess:
             return fork("llloop-keeper", self.descriptor_keeper.run, stacks, outlives=True)
 
-        def start_front(stacks: Stacks) -> BaseProcess | Cloned:
+        def start_front(stacks: Stacks) -> BaseProcess | ClonedProcess:
             if self.descriptor_keeper.can_share:
                 return self.descriptor_keeper.start_front()
             own = syscalls.open_descriptors()
@@ -154,12 +154,12 @@ class Processes:
             )
             return fork("llloop-watcher", lambda: run_watcher(setup), stacks)
 
-        def child(name: str, launch: Callable[[Stacks], BaseProcess | Cloned]) -> Child:
+        def child(name: str, launch: Callable[[Stacks], BaseProcess | ClonedProcess]) -> Child:
             one = Child(name, launch)
             cleanup.callback(one.close)
             return one
 
-        self.descriptor_keeper = DescriptorKeeper(front_of_keeper, farewell, lambda: self.keeper.sentinel)
+        self.descriptor_keeper = DescriptorKeeper(front_of_keeper, on_supervisor_death, lambda: self.keeper.sentinel)
         cleanup.callback(self.descriptor_keeper.close)
         self.keeper = child("llloop-keeper", start_keeper)
         self.workers = [

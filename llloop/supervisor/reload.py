@@ -47,7 +47,7 @@ class Reload:
 
     def go_on(self) -> None:
         """Replace the next process if all are running."""
-        if not self.running or any(child.asked or child.process is None for child in self._all):
+        if not self.running or any(child.ending_on_purpose or child.process is None for child in self._all):
             return
         if self._left:
             self._left.pop(0).replace()

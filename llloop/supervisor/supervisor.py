@@ -147,7 +147,7 @@ class Supervisor:
         how = self._connection.describe()
         self.description = f"serving {self.source} at {self.mount.mountpoint} with {workers}: {how}"
 
-        def farewell() -> None:
+        def on_supervisor_death() -> None:
             detach_dead_mount(self.mount, device)
             if control is not None:
                 control.remove()
@@ -159,7 +159,7 @@ class Supervisor:
             self._connection,
             self.mount,
             operations,
-            farewell,
+            on_supervisor_death,
             detached=detached,
             cleanup=after_unmounting,
         )
@@ -197,7 +197,7 @@ class Supervisor:
         loop.watch(resources.ready[0], self._front_is_ready)
         for fd in lifelines:
             loop.watch(fd, self._lifeline_ended)
-        processes.descriptor_keeper.own = syscalls.open_descriptors()
+        processes.descriptor_keeper.initial_descriptors = syscalls.open_descriptors()
         for child in processes.all:
             self._start(child)
         guard.dismiss()
@@ -244,7 +244,7 @@ class Supervisor:
 
     def _child_ended(self, child: Child) -> None:
         self._loop.forget(child.sentinel)
-        code = child.gone()
+        code = child.reap()
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         if child is self._processes.front:
             self._resources.slots.clear_front()
@@ -261,7 +261,7 @@ class Supervisor:
                 return
         if child in self._processes.watchers:
             self._nothing_is_heard()
-        asked = child.asked
+        asked = child.ending_on_purpose
         pause = child.schedule_restart()
         # Logged once, and again only if the cause is another one or some time has passed.
         once = {"once": child.name}

@@ -65,10 +65,10 @@ class FileRequests(Responder):
     def reply_open(self, request: FuseRequest, number: int, attributes: Attributes) -> None:
         """Answer a FUSE_OPEN that has made the handle *number*."""
         nodeid = request.nodeid
-        how = self._how(request, number, nodeid, attributes, is_new=False)
+        fields = self._open_reply_fields(request, number, nodeid, attributes, is_new=False)
         if self._handles.get(number).flags & os.O_ACCMODE and self._may_change_unasked(nodeid, attributes):
             expire_attributes(self._device, nodeid)
-        if not self._send(fuse.OPEN_REPLY.pack(fuse.OPEN_REPLY.size, 0, request.unique, number, *how)):
+        if not self._send(fuse.OPEN_REPLY.pack(fuse.OPEN_REPLY.size, 0, request.unique, number, *fields)):
             self._files.release(number)
 
     def _may_change_unasked(self, nodeid: int, attributes: Attributes) -> bool:
@@ -78,7 +78,7 @@ class FileRequests(Responder):
             return pages is not None
         return not attributes.blocks and self._can_get_blocks(nodeid, attributes.size)
 
-    def _how(
+    def _open_reply_fields(
         self, request: FuseRequest, number: int, nodeid: int, attributes: Attributes, *, is_new: bool
     ) -> tuple[int, int]:
         """Return open_flags and backing_id for a file that was just opened."""
@@ -127,8 +127,8 @@ class FileRequests(Responder):
 
     def reply_created(self, request: FuseRequest, number: int, nodeid: int, attributes: Attributes) -> None:
         """Answer a FUSE_CREATE or FUSE_TMPFILE that has made the inode *nodeid* and the handle *number*."""
-        how = self._how(request, number, nodeid, attributes, is_new=True)
-        payload = self._entry(nodeid, attributes) + fuse.OPEN_OUT.pack(number, *how)
+        fields = self._open_reply_fields(request, number, nodeid, attributes, is_new=True)
+        payload = self._entry(nodeid, attributes) + fuse.OPEN_OUT.pack(number, *fields)
         if self._send(fuse.reply(request.unique, payload)):
             self._inodes.count(nodeid)
         else:
@@ -162,7 +162,7 @@ class FileRequests(Responder):
         flags = BUFFERED if handle.direct and not open_flags & os.O_DIRECT else 0
         if handle.unsized:
             flags |= SINGLE_CALL
-        self._router.entrust(request, handle, number, Operation.READ, offset, size, flags, in_order=not may_overtake)
+        self._router.dispatch(request, handle, number, Operation.READ, offset, size, flags, in_order=not may_overtake)
 
     def _read_in_place(self, handle: Handle, unique: int, offset: int, size: int) -> bool:
         """Answer a READ if the data is in memory; return whether it was.
@@ -234,11 +234,11 @@ class FileRequests(Responder):
         if flags & KILL_PRIVILEGES:
             gid = _group(handle, gid)
         extra = (handle.nodeid,) if flags & INVALIDATE else _watched(handle, flags)
-        given = self._router.entrust(request, handle, number, Operation.WRITE, offset, size, flags, uid, gid, extra)
+        sent = self._router.dispatch(request, handle, number, Operation.WRITE, offset, size, flags, uid, gid, extra)
         if pages is not None:
-            pages.write = given
+            pages.write = sent
             if flags & INVALIDATE:
-                pages.invalidation = given
+                pages.invalidation = sent
 
     def _write_in_place(self, request: FuseRequest, handle: Handle, offset: int, size: int, flags: int) -> bool:
         """Do a WRITE if it does not block; return whether it was done.
@@ -275,7 +275,7 @@ class FileRequests(Responder):
         late = handle.writeback_errors
         has_failed = handle.is_writable and self._failed_writes[handle.shard][ERRORS] > late
         if has_failed or self._context.close_can_fail:
-            self._router.entrust(request, handle, number, Operation.FLUSH, extra=(late,))
+            self._router.dispatch(request, handle, number, Operation.FLUSH, extra=(late,))
         else:
             self._send(fuse.error_reply(request.unique, 0))
 
@@ -283,7 +283,7 @@ class FileRequests(Responder):
         """FUSE_FSYNC and FUSE_FSYNCDIR."""
         number, fsync_flags = fuse.FSYNC_REQUEST.unpack_from(self._memory, request.base)
         flags = DATA_ONLY if fsync_flags & fuse.FUSE_FSYNC_FDATASYNC else 0
-        self._router.entrust(request, self._handles.get(number), number, Operation.FSYNC, flags=flags)
+        self._router.dispatch(request, self._handles.get(number), number, Operation.FSYNC, flags=flags)
 
     def fallocate(self, request: FuseRequest) -> None:
         """FUSE_FALLOCATE."""
@@ -294,7 +294,7 @@ class FileRequests(Responder):
         flags = self._kill_flag(request, handle)
         gid = _group(handle, gid)
         extra = (mode, *_watched(handle, flags))
-        self._router.entrust(request, handle, number, Operation.FALLOCATE, offset, size, flags, uid, gid, extra)
+        self._router.dispatch(request, handle, number, Operation.FALLOCATE, offset, size, flags, uid, gid, extra)
 
     def _kill_flag(self, request: FuseRequest, handle: Handle) -> int:
         """Return KILL_PRIVILEGES if the caller lacks CAP_FSETID, which FALLOCATE and COPY_FILE_RANGE do not contain.
@@ -317,10 +317,10 @@ class FileRequests(Responder):
             if self._writeback or not pages.is_clean or self._router.is_unanswered(pages.invalidation):
                 flags = INVALIDATE
         extra = (whence, nodeid)
-        given = self._router.entrust(request, handle, number, Operation.LSEEK, offset, flags=flags, extra=extra)
+        sent = self._router.dispatch(request, handle, number, Operation.LSEEK, offset, flags=flags, extra=extra)
         if flags:
             pages.is_clean = True
-            pages.invalidation = given
+            pages.invalidation = sent
 
     def copy_file_range(self, request: FuseRequest) -> None:
         """FUSE_COPY_FILE_RANGE: the worker of the target file does it."""
@@ -336,12 +336,12 @@ class FileRequests(Responder):
         gid = _group(handle, gid)
         copied = (source, source_handle.descriptor, source_offset, source_handle.nodeid, source_handle.file)
         extra = (*copied, *_watched(handle, flags))
-        self._router.entrust(request, handle, number, Operation.COPY_FILE_RANGE, offset, size, flags, uid, gid, extra)
+        self._router.dispatch(request, handle, number, Operation.COPY_FILE_RANGE, offset, size, flags, uid, gid, extra)
 
     def syncfs(self, request: FuseRequest) -> None:
         """FUSE_SYNCFS: a worker does it with a descriptor of the root."""
         number = self._files.root_handle()
-        self._router.entrust(request, self._handles.get(number), number, Operation.SYNCFS)
+        self._router.dispatch(request, self._handles.get(number), number, Operation.SYNCFS)
 
 
 def _kill_flag(uid: int) -> int:

@@ -60,7 +60,7 @@ class NameRequests(Responder):
             # New attributes make the kernel read pages again. It must not find pages that are still to be dropped, so
             # a worker sends the reply after they are.
             target = Handle(-1, nodeid, self._router.shard_of(nodeid), 0)
-            self._router.entrust(request, target, 0, Operation.GETATTR, extra=(nodeid, reply))
+            self._router.dispatch(request, target, 0, Operation.GETATTR, extra=(nodeid, reply))
         else:
             self._send(reply)
 

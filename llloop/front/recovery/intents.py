@@ -122,7 +122,7 @@ class Note:
         cells[place + _HANDLE] = 0
         cells[place + _UNIQUE] = self.unique
 
-    def made_handle(self, number: int) -> None:
+    def note_handle(self, number: int) -> None:
         """Note the number of the handle that the request creates."""
         self._cells[self._place + _HANDLE] = number
 

@@ -102,7 +102,7 @@ class Replay(Responder):
         if not self._is_gone(request.nodeid, name, intent):
             return False
         if intent.has_pin():
-            self._tree.lost_name(intent.nodeid, request.nodeid, name, intent.pin, fstatx(intent.pin).uid)
+            self._tree.note_removed_name(intent.nodeid, request.nodeid, name, intent.pin, fstatx(intent.pin).uid)
         self._send(fuse.error_reply(request.unique, 0))
         return True
 
@@ -121,7 +121,7 @@ class Replay(Responder):
                 return False
         victim, uid = (intent.pin, fstatx(intent.pin).uid) if intent.has_pin() else (None, 0)
         old, new = (request.nodeid, name), (new_parent, new_name)
-        self._tree.renamed(intent.nodeid, old, new, flags, intent.target, victim, uid)
+        self._tree.note_renamed(intent.nodeid, old, new, flags, intent.target, victim, uid)
         self._send(fuse.error_reply(request.unique, 0))
         return True
 
@@ -181,7 +181,7 @@ class Replay(Responder):
         descriptor = self._made_file(request, name, flags, intent)
         if descriptor is None:
             return False
-        created = self._files.created(descriptor, request.nodeid, name, flags, request.caller())
+        created = self._files.add_created(descriptor, request.nodeid, name, flags, request.caller())
         self._opens.reply_created(request, *created)
         return True
 

@@ -85,14 +85,14 @@ def park(router: Router, opened: Handle, unique: int, operation: Operation = Ope
 def test_request_reaches_the_worker_of_its_handle(router: Router, pipes: Pipes, slots: Slots) -> None:
     opened = handle(shard=1)
     request = at_hand(router, 2**63)
-    given = router.entrust(request, opened, 7, Operation.COPY_FILE_RANGE, 5, 6, 1, 1000, 1001, (8, 9, 10))
+    given = router.dispatch(request, opened, 7, Operation.COPY_FILE_RANGE, 5, 6, 1, 1000, 1001, (8, 9, 10))
     expected = Request(Operation.COPY_FILE_RANGE, 2**63, 0, 7, 33, 5, 6, 1, 1000, 1001, (8, 9, 10), 0, 100)
     assert pipes.take(1) == [expected]
     assert pipes.take(0) == []
     assert slots.lent_to(1) == [(0, encode(expected))]
     assert opened.lent, "else the worker would not be told of the release"
     assert given == (0, request.taken)
-    assert request.entrusted and request.slot == 1
+    assert request.dispatched and request.slot == 1
 
 
 def test_submit_declines_without_free_slot(router: Router, pipes: Pipes, slots: Slots) -> None:
@@ -589,7 +589,7 @@ def test_parked_large_payloads_are_not_copied(pipes: Pipes, idle: int, monkeypat
         for unique in range(6):
             content = bytes([unique]) * size
             assert os.write(payload_pipes.descriptors[2 * slots.free_slot() + 1], content) == size
-            router.entrust(at_hand(router, unique), handle(), 7, Operation.WRITE, 0, size, PIPED)
+            router.dispatch(at_hand(router, unique), handle(), 7, Operation.WRITE, 0, size, PIPED)
         assert router.backlog
         done: list[int] = []
         while len(done) < 6:
@@ -620,13 +620,13 @@ def test_worker_gets_parked_payloads_when_another_one_has_all_pipes(pipes: Pipes
     try:
         given: set[int] = set()
         for unique in range(14):
-            router.entrust(at_hand(router, unique), handle(), 7, Operation.READ, 0, size)
+            router.dispatch(at_hand(router, unique), handle(), 7, Operation.READ, 0, size)
             given.update(request.slot for request in pipes.take(0))
         assert given == set(range(14))
         for unique in range(20, 26):
             writer = payload_pipes.descriptors[2 * slots.free_slot() + 1]
             assert os.write(writer, bytes([unique]) * size) == size
-            router.entrust(at_hand(router, unique), handle(shard=1), 7, Operation.WRITE, 0, size, PIPED)
+            router.dispatch(at_hand(router, unique), handle(shard=1), 7, Operation.WRITE, 0, size, PIPED)
         done: list[int] = []
         while len(done) < 6:
             for request in pipes.take(1):

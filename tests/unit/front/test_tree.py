@@ -407,7 +407,7 @@ def test_release_is_sent_only_if_the_file_was_lent(source: Source, file: int) ->
     number, _ = source.files.open(file, os.O_RDONLY, False, MYSELF)
     handle = source.context.handles.get(number)
     request = FuseRequest(source.context.router.slots.memory, MYSELF.note)
-    source.context.router.entrust(request, handle, number, Operation.READ)
+    source.context.router.dispatch(request, handle, number, Operation.READ)
     source.files.release(number)
     told = [decode(message) for message in packets(source.readers[handle.shard])]
     assert [request.operation for request in told] == [Operation.READ, Operation.RELEASE]

@@ -65,6 +65,6 @@ def test_a_process_that_ends_at_once_is_restarted_with_growing_pauses(child: Chi
 def test_a_process_that_is_replaced_does_not_count_as_one_that_died(child: Child) -> None:
     for _ in range(30):
         child.started = time.monotonic()
-        child.asked = True
+        child.ending_on_purpose = True
         assert child.schedule_restart() == 0.0
     assert child.restarts == 30

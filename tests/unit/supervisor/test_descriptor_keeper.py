@@ -18,7 +18,7 @@ import pytest
 from llloop.linux.syscalls import open_descriptors
 from llloop.logging.stacks import Stacks
 from llloop.supervisor import descriptor_keeper as keeper_module
-from llloop.supervisor.child import Child, Cloned, forked
+from llloop.supervisor.child import Child, ClonedProcess, forked
 from llloop.supervisor.descriptor_keeper import DescriptorKeeper
 from tests.as_user import MYSELF, run_as
 
@@ -61,21 +61,21 @@ def pipe() -> Iterator[Pipe]:
 class Processes:
     """A descriptor keeper and fronts, which end with the test."""
 
-    def __init__(self, front: Callable[[Collection[int]], None], farewell: Callable[[], None]) -> None:
-        self.keeper = DescriptorKeeper(front, farewell)
-        self.processes: list[BaseProcess | Cloned] = []
+    def __init__(self, front: Callable[[Collection[int]], None], on_supervisor_death: Callable[[], None]) -> None:
+        self.keeper = DescriptorKeeper(front, on_supervisor_death)
+        self.processes: list[BaseProcess | ClonedProcess] = []
 
     def start_keeper(self) -> BaseProcess:
         process = forked("llloop-keeper", self.keeper.run, Stacks("llloop-keeper"), detached=False, outlives=True)
         self.processes.append(process)
         return process
 
-    def start_front(self) -> Cloned:
+    def start_front(self) -> ClonedProcess:
         front = self.keeper.start_front()
         self.processes.append(front)
         return front
 
-    def end(self, process: BaseProcess | Cloned) -> None:
+    def end(self, process: BaseProcess | ClonedProcess) -> None:
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
@@ -285,7 +285,7 @@ def test_front_can_be_watched_by_pidfd(tmp_path: Path, pipe: Pipe) -> None:
         assert front.process is not None
         front.process.kill()
         assert poll.poll(TIMEOUT * 1000)
-        assert front.gone() == -signal.SIGKILL
+        assert front.reap() == -signal.SIGKILL
         assert front.pid is None
         front.start()
         assert pipe.hear()[3:] == ["content-0"]
@@ -294,9 +294,9 @@ def test_front_can_be_watched_by_pidfd(tmp_path: Path, pipe: Pipe) -> None:
 
 
 @pytest.mark.parametrize("how", ["killed", "ended"])
-def test_keeper_calls_farewell_after_death_of_supervisor(pipe: Pipe, how: str) -> None:
+def test_keeper_runs_its_callback_after_death_of_supervisor(pipe: Pipe, how: str) -> None:
     def supervisor() -> None:
-        keeper = DescriptorKeeper(lambda own: rest(), lambda: pipe.tell("farewell", os.getpid()))
+        keeper = DescriptorKeeper(lambda own: rest(), lambda: pipe.tell("on_supervisor_death", os.getpid()))
         process = forked("llloop-keeper", keeper.run, Stacks("llloop-keeper"), detached=False, outlives=True)
         front = keeper.start_front()
         pipe.tell("started", process.pid, front.pid)
@@ -324,7 +324,7 @@ def test_keeper_calls_farewell_after_death_of_supervisor(pipe: Pipe, how: str) -
             os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         try:
-            assert pipe.hear() == ["farewell", keeper]
+            assert pipe.hear() == ["on_supervisor_death", keeper]
         finally:
             for fd in (front_fd, keeper_fd):
                 with suppress(ProcessLookupError):
@@ -335,8 +335,8 @@ def test_keeper_calls_farewell_after_death_of_supervisor(pipe: Pipe, how: str) -
             assert poll.poll(TIMEOUT * 1000)
 
 
-def test_keeper_does_not_call_farewell_while_supervisor_lives(pipe: Pipe) -> None:
-    own = Processes(lambda descriptors: None, lambda: pipe.tell("farewell"))
+def test_keeper_does_not_run_its_callback_while_supervisor_lives(pipe: Pipe) -> None:
+    own = Processes(lambda descriptors: None, lambda: pipe.tell("on_supervisor_death"))
     keeper = own.start_keeper()
     own.end(keeper)
     own.close()

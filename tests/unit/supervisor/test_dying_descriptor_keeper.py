@@ -14,7 +14,7 @@ import pytest
 
 from llloop.linux.pidfds import start_time
 from llloop.supervisor import descriptor_keeper as keeper_module
-from llloop.supervisor.child import Cloned
+from llloop.supervisor.child import ClonedProcess
 from llloop.supervisor.descriptor_keeper import _ANSWER, _COMMAND, _START, DescriptorKeeper
 from tests.expect import fails
 
@@ -44,7 +44,7 @@ class Processes:
         self.sentinel = os.pidfd_open(pid)
         return pid
 
-    def start_front(self) -> Cloned:
+    def start_front(self) -> ClonedProcess:
         front = self.keeper.start_front()
         self.pids.append(front.pid)
         return front

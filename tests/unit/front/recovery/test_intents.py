@@ -42,7 +42,7 @@ def test_note_is_found_by_its_request(journal: Journal) -> None:
     assert left is not None
     assert (left.done, left.number, left.nodeid, left.target, left.pin, left.victim) == (False, 1, 2**64 - 1, 3, 0, 5)
     assert (left.handle, left.backing) == (0, 0)
-    before.made_handle(2**41)
+    before.note_handle(2**41)
     before.made_backing(9)
     with before:
         pass
@@ -72,7 +72,7 @@ def test_request_interrupted_twice_is_found(journal: Journal) -> None:
 
 def test_new_note_does_not_contain_the_previous_one(journal: Journal) -> None:
     note = begun(journal, number=1, nodeid=2, target=3, pin=4, victim=5)
-    note.made_handle(6)
+    note.note_handle(6)
     with note:
         pass
     note.unique = 43
@@ -80,7 +80,7 @@ def test_new_note_does_not_contain_the_previous_one(journal: Journal) -> None:
     left = again(journal, 43 | FUSE_UNIQUE_RESEND)
     assert left is not None
     assert (left.done, *left[2:8]) == (False, 0, 0, 0, -1, 0, 0)
-    note.made_handle(6)
+    note.note_handle(6)
     note.unique = 44
     note.begin_open()
     left = again(journal, 44 | FUSE_UNIQUE_RESEND)
