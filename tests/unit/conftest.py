@@ -12,7 +12,7 @@ from llloop.shared.slots import Slots
 from tests.unit.source import Source
 from tests.unit.support import Device, packet_pipe
 
-# As large as in a mount, so that what is spliced is; only what is touched takes memory.
+# As large as in a mount, so that large payloads are spliced. Only touched pages take memory.
 PAYLOAD = 128 * 4096
 
 

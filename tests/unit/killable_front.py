@@ -32,7 +32,7 @@ from tests.unit.support import Heir, Reply, close_journal, heir_of_table, packet
 
 ME = (os.geteuid(), os.getegid())
 
-# What a front does to the source, to pipes and devices, and to its table of descriptors, which the keeper shares:
+# The calls by which a front changes the source, pipes, devices, and the descriptor table shared with the keeper:
 # functions of os and fcntl, C functions that llloop/linux/syscalls.py has (libc), and its numbers of system calls.
 STEPS = (
     "fcntl.ioctl",

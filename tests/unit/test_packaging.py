@@ -31,7 +31,7 @@ def modules_of_checkout() -> set[str]:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # A copy: setuptools builds in the tree that it is given, and what an older build left there would be packed too.
+    # Use a copy: setuptools builds in the source tree and would also pack files of older builds.
     copy = tmp_path_factory.mktemp("checkout")
     for name in ("llloop", "workers", "tests", "scripts"):
         shutil.copytree(CHECKOUT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -98,7 +98,7 @@ def test_unpacked_wheel_runs_without_checkout(wheel: Path, tmp_path: Path) -> No
         archive.extractall(tmp_path)
     code = (
         "import sys\n"
-        # The editable installation that runs the tests would lend what the wheel lacks.
+        # The editable installation of the tests would provide files that the wheel lacks.
         "sys.meta_path = [finder for finder in sys.meta_path if '__editable__' not in str(finder)]\n"
         "import importlib, pkgutil, llloop\n"
         "for module in pkgutil.walk_packages(llloop.__path__, 'llloop.'):\n"

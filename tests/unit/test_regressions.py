@@ -174,7 +174,7 @@ def test_worker_closes_only_its_own_descriptors_after_death_of_front(
         slots.set_front(second)
         with fails(errno.EIO):
             descriptors.get(2 * HANDLES_PER_FRONT + 2, fd)
-        # They take the numbers that have become free.
+        # They get the free numbers.
         others = [os.open("/dev/null", os.O_RDONLY) for _ in range(4)]
         slots.set_front(third)
         descriptors.get(3 * HANDLES_PER_FRONT + 3, fd)
@@ -193,7 +193,7 @@ def test_releases_reach_a_slow_worker_without_further_requests() -> None:
                     pass
             router.release(shard, Handle(5, 100, shard, os.O_RDWR))
         device, request = os.pipe()
-        # The second worker has room only after the first, and the request that would end the waiting comes last.
+        # The second worker has room only after the first. The request that would end the wait comes last.
         timers = [
             threading.Timer(0.1, packets, [first[0]]),
             threading.Timer(0.3, packets, [second[0]]),
@@ -211,7 +211,7 @@ def test_releases_reach_a_slow_worker_without_further_requests() -> None:
             os.close(request)
 
 
-# What others have made of this machine
+# Unusual states of the machine
 
 
 def test_mount_point_may_contain_carriage_return(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

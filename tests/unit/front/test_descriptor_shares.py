@@ -92,7 +92,7 @@ def test_oldest_removed_files_are_closed(place: Place, tmp_path: Path) -> None:
     assert kept == own[-len(kept) :]
     assert 10 < len(kept) < 16
     assert None not in map(place.pins.get, others), "another's are left alone"
-    # To open a file he gives up another one.
+    # The oldest removed file of the user is closed for the new one.
     place.shares.ensure_room(ONE)
     place.shares.take(ONE)
     assert len([nodeid for nodeid in kept if place.pins.get(nodeid) is not None]) == len(kept) - 1

@@ -140,7 +140,7 @@ def test_thread_that_hands_its_request_to_a_worker_frees_no_slot_of_another_thre
     (line.path / "file").touch()
     nodeid = line.lookup(b"file")
     line.open(nodeid)
-    monkeypatch.setattr(line.context.router, "is_unanswered", lambda given: True)  # so a worker answers SETATTR
+    monkeypatch.setattr(line.context.router, "is_unanswered", lambda given: True)  # so that a worker answers SETATTR
     chmod, mkdir_call = BlockedCall(os.fchmod), BlockedCall(os.mkdir)
     reader, writer = os.pipe()
     close, closing, gate = os.close, threading.Event(), threading.Event()
@@ -217,7 +217,7 @@ def test_several_changes_of_a_dead_front_are_done_once(line: Line, monkeypatch: 
             assert wait_until(lambda: len(made) == number + 1)  # noqa: B023
         served.answers(PROBE)
         assert waiting
-    # Its threads wait for ever, as those of a killed process do nothing any more; one still reads from the device.
+    # Its threads wait forever, like those of a killed process. One still reads from the device.
     line.replace_device()
     line.serve_resent(Life(None))
     errors = [reply.error for unique, reply in line.answers.items()]

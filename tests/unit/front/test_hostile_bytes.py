@@ -122,7 +122,7 @@ def test_front_answers_any_request(data: bytes) -> None:
         assert len(numbers) == len(set(numbers)), "a request was answered twice"
         assert set(numbers) <= {2 * number for number in range(1, 9)}
         assert all(0 <= reply.error < 512 for reply in replies)
-        # It goes on serving, unless the kernel itself has said that the file is to go.
+        # It continues to serve, unless the kernel itself has requested the removal of the file.
         (alive,) = own.feed([request(Opcode.GETATTR, bytes(16), unique=100)])
         assert (alive.unique, alive.error) == (100, 0)
         assert own.outside.read_text() == "untouched"
@@ -166,7 +166,7 @@ def test_names_that_leave_the_directory_are_refused(name: bytes) -> None:
 )
 def test_malformed_requests_are_refused(packet: bytes, answers: list[int]) -> None:
     with front() as own:
-        # What an earlier request has left in the slot must not complete this one.
+        # Bytes of an earlier request in the slot must not complete this one.
         own.feed([request(Opcode.LOOKUP, b"file\0" * 100)])
         assert [reply.error for reply in own.feed([packet])] == answers
 
@@ -220,7 +220,7 @@ def worker() -> Iterator[tuple[Worker, Slots, int, Device]]:
         device.close()
 
 
-# Small, or such as no file can have: a fallocate of anything between might succeed.
+# Small sizes, or sizes that no file can have: a fallocate of a size between them might succeed.
 FIELDS = st.one_of(st.integers(-3, 70_000), st.sampled_from([1 << 63, -(1 << 63), (1 << 64) - 1]), VALUES)
 # Some that look like requests.
 MESSAGES = st.one_of(

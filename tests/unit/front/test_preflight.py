@@ -201,13 +201,13 @@ def test_loop_serves_others_during_a_probe(front: Front) -> None:
         assert wait_until(lambda: len(front.preflight) == 2)
         os.write(front.told, PROBED.pack(2))
         assert fuse.UNIQUE.unpack_from(kernel.recv(4096))[0] == 2
-        # What is to be served at once still is.
+        # Requests that need no probe are still served at once.
         forget = request(Opcode.FORGET, front.file, (1).to_bytes(8, "little"), 3)
         kernel.send(forget)
         assert wait_until(lambda: front.file not in front.context.inodes)
         assert len(front.preflight) == 1
     finally:
-        kernel.close()  # as an unmount with a request that waits
+        kernel.close()  # like an unmount while a request waits
         thread.join(30)
         device.close()
         close_journal(journal)

@@ -212,7 +212,7 @@ def test_wait_sends_waiting_releases(router: Router, pipes: Pipes) -> None:
     taker = threading.Timer(0.05, lambda: taken.extend(pipes.take(1)))
     taker.start()
     try:
-        router.wait(device)  # no request ever comes: without the room that the worker makes this would not end
+        router.wait(device)  # without the room that the worker makes, this never ends
         assert not router.backlog
     finally:
         taker.join()
@@ -234,7 +234,7 @@ def test_wait_ends_with_a_request(router: Router, pipes: Pipes) -> None:
         os.close(request)
 
 
-# Where llfuse runs the loop
+# With --loop llfuse
 
 
 @pytest.fixture
@@ -253,7 +253,7 @@ def answer(pipes: Pipes, slots: Slots, writer: int, result: int, data: bytes = b
         while time.monotonic() < deadline:
             for request in pipes.take(0):
                 slots.payload(request.slot, len(data))[:] = data
-                os.write(writer, encode((request.unique + 1000, -errno.EIO)))  # another's, to be passed over
+                os.write(writer, encode((request.unique + 1000, -errno.EIO)))  # for another request: ignored
                 os.write(writer, encode((request.unique, result)))
                 slots.give_back(request.slot)
                 return
@@ -327,7 +327,7 @@ def test_hanging_workers_do_not_use_all_slots(stuck: int) -> None:
         free = bytes(slots.states).count(0)
         assert free >= 64 // (stuck + 1) - 1
         assert all(len(slots.lent_to(shard)) <= free + 2 for shard in range(stuck))
-        # One that works gets all it can have in hand at a time.
+        # A worker that works gets as many requests as it may have at a time.
         for unique in range(10_000, 10_000 + free // 2):
             assert submit(router, handle(shard=3), unique)
 
@@ -348,7 +348,7 @@ def test_parked_requests_are_sent_in_order(router: Router, pipes: Pipes, slots: 
     worker = threading.Thread(target=work)
     worker.start()
     try:
-        router.wait(idle)  # nobody tells that a slot is free
+        router.wait(idle)  # nothing reports that a slot is free
     finally:
         worker.join()
     assert done == list(range(8))
@@ -360,7 +360,7 @@ def test_parked_payload_arrives_unchanged(router: Router, pipes: Pipes, slots: S
     slots.payload(slots.free_slot(), 4)[:] = b"mine"
     assert not submit(router, handle(), 5, Operation.WRITE, 4)
     park(router, handle(), 5, Operation.WRITE, 4)
-    slots.payload(slots.free_slot(), 4)[:] = b"next"  # the slot is another request's now
+    slots.payload(slots.free_slot(), 4)[:] = b"next"  # another request uses the slot now
     pipes.take(0)
     router.wait(idle)
     (request,) = pipes.take(0)

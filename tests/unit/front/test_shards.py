@@ -15,7 +15,7 @@ from llloop.shared.slots import Slots
 NUMBERS = st.integers(0, 2**64 - 1)
 PER_WORKER = 32
 
-# A statistic can fail by chance, if rarely: the examples are the same in each run, so that none ever does.
+# A statistical test can fail by chance. So the examples are the same in each run.
 fixed = settings(derandomize=True, deadline=None, max_examples=30)
 
 

@@ -504,7 +504,7 @@ def test_root_handle_is_opened_once(source: Source) -> None:
     assert source.files.root_handle() == source.files.root_handle()
 
 
-# Each takes space of the source, for a directory's block, an attribute's, or as another user's share.
+# Each needs space in the source: a block of a directory or of an attribute, or another user's quota.
 TAKING_SPACE: dict[str, tuple[object, str, Callable[[Source, int], object]]] = {
     "mkdir": (os, "mkdir", lambda source, _: source.tree.mkdir(ROOT, b"dir", 0o755, MYSELF)),
     "mknod": (os, "mknod", lambda source, _: source.tree.mknod(ROOT, b"node", 0o644, 0, MYSELF)),
@@ -557,7 +557,7 @@ def test_removed_files_are_released_without_space(
     monkeypatch.setattr(module, name, full_while_pinned)
     act(source, other)
     assert refused == 1
-    # What stays full says so.
+    # If the source stays full, the error is ENOSPC.
     monkeypatch.setattr(os, "mkdir", lambda *arguments, **options: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
     with fails(errno.ENOSPC):
         source.tree.mkdir(ROOT, b"another", 0o755, MYSELF)

@@ -176,7 +176,7 @@ LAYOUTS = [
 ]
 
 
-# Fields that older headers had, at the same place, under another name: (since, what to set, what to print).
+# Fields that had another name in older headers, at the same place: (since, what to set, what to print).
 OLDER_NAMES = {
     "fuse_open_out.backing_id": (40, "fuse_open_out.padding", "(int32_t)it.fuse_open_out.padding"),
     "fuse_init_out.max_stack_depth": (40, "fuse_init_out.unused[0]", "it.fuse_init_out.unused[0]"),
@@ -223,7 +223,7 @@ def c_program(layouts: list[Layout], minor: int) -> str:
 def packed(minor: int, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[bytes, list[int]]]:
     known = [layout for layout in LAYOUTS if layout.since <= minor]
     source = c_program(known, minor)
-    # The values are cut to the width of their fields on purpose.
+    # The values are intentionally cut to the width of their fields.
     source = '#pragma GCC diagnostic ignored "-Woverflow"\n' + source
     output = compile_and_run(source, tmp_path_factory.mktemp("wire"))
     found = {}
@@ -265,7 +265,7 @@ SIZES = {
     "fuse_init_out": (fuse.INIT_OUT.size, 0),
     "fuse_entry_out": (fuse.ENTRY.size, 0),
     "fuse_attr_out": (fuse.ATTR_REPLY.size - fuse.OUT_HEADER_SIZE, 0),
-    # What follows these requests, names mostly, begins where they end.
+    # Data after these structs, mostly names, begins at their end.
     "fuse_create_in": (fuse.CREATE_REQUEST.size - fuse.IN_HEADER_SIZE, 0),
     "fuse_mknod_in": (fuse.MKNOD_REQUEST.size - fuse.IN_HEADER_SIZE, 0),
     "fuse_mkdir_in": (fuse.MKDIR_REQUEST.size - fuse.IN_HEADER_SIZE, 0),

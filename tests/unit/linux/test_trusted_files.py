@@ -81,7 +81,7 @@ def test_files_of_another_user_are_refused(
 ) -> None:
     path, victim = place / where / "planted", place / "victim"
     victim.chmod(0o600)
-    if plant is hard_link:  # the kernel forbids it to others where fs.protected_hardlinks is on
+    if plant is hard_link:  # with fs.protected_hardlinks, the kernel forbids this to other users
         plant(path, victim)
     else:
         run_as(STRANGER, plant, path, victim)

@@ -26,7 +26,7 @@ child.join()
 log.stop_collecting()
 left = multiprocessing.get_start_method(allow_none=True)
 assert left == (None if given == "unset" else given), left
-# The queue of another start method would have started a resource tracker.
+# The queue of another start method would start a resource tracker.
 assert multiprocessing.resource_tracker._resource_tracker._fd is None
 """
 

@@ -31,7 +31,7 @@ REQUESTS = st.builds(
     nodeid=U64,
 )
 
-# Whatever msgpack can say.
+# Anything that msgpack can encode.
 VALUES = st.recursive(
     st.none() | st.booleans() | I64 | st.floats() | st.binary(max_size=20) | st.text(max_size=20),
     lambda children: st.lists(children, max_size=12) | st.dictionaries(st.text(max_size=4) | I64, children, max_size=3),
@@ -76,13 +76,13 @@ def check_refused_or_decoded(data: bytes) -> None:
 
 @given(st.binary(max_size=MAX_MESSAGE))
 @example(b"")
-@example(b"\xdd\xff\xff\xff\xff")  # an array of four milliards
+@example(b"\xdd\xff\xff\xff\xff")  # an array of four billion items
 @example(b"\xdf\xff\xff\xff\xff")
 @example(b"\xc6\xff\xff\xff\xff")
 @example(b"\x91" * MAX_MESSAGE)  # nested deeper than any stack
 @example(b"\x81\x80\x80")  # a map as the key of a map
 @example(b"\xd6\xff\x00\x00\x00\x00")  # a time stamp
-@example(b"\xc7\x0c\xff" + b"\xff" * 12)  # one that is none
+@example(b"\xc7\x0c\xff" + b"\xff" * 12)  # an invalid time stamp
 @example(b"\xc7\x00\xff")
 @example(b"\xa1\xff")  # text that is not UTF-8
 @example(b"\xc1")

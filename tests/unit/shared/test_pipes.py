@@ -55,7 +55,7 @@ def lend(bench: Bench, payload: bytes, flags: int = 0, **more: Any) -> Request:
 def test_payload_is_spliced_into_the_file(bench: Bench) -> None:
     path = bench.open(1, b"before")
     request = lend(bench, pattern(SIZE), offset=3)
-    bench.slots.payload(0, SIZE)[:] = b"\xff" * SIZE  # the slot has no part in it
+    bench.slots.payload(0, SIZE)[:] = b"\xff" * SIZE  # the slot is not used
     bench.operations.execute(request)
     assert count_of(bench.answered(request)) == SIZE
     assert path.read_bytes() == b"bef" + pattern(SIZE)

@@ -44,7 +44,7 @@ def test_a_full_pipe_drops_events_and_does_not_block(pipe: RelayPipe) -> None:
 def test_the_next_reader_begins_with_a_whole_event(pipe: RelayPipe) -> None:
     while pipe.tell(EVENTS[1]):
         pass
-    os.read(pipe.reader, 100)  # a dead reader has taken a part
+    os.read(pipe.reader, 100)  # a dead reader has read a part
     pipe.empty()
     assert pipe.tell(EVENTS[0])
     assert list(pipe.received()) == EVENTS[:1]

@@ -89,7 +89,7 @@ class Bench:
             except BlockingIOError:
                 idle += 1
                 continue
-            except ConnectionResetError:  # cut off with something of it unread
+            except ConnectionResetError:  # closed before all of it was read
                 return data
             if not part:
                 return data
@@ -303,7 +303,7 @@ def test_unfinished_requests_keep_nobody_waiting(bench: Bench, sent: bytes) -> N
 
 
 def test_disconnected_clients_leave_no_state(bench: Bench) -> None:
-    gc.collect()  # what other tests have left is not to go meanwhile
+    gc.collect()  # objects of other tests must not be collected meanwhile
     descriptors = len(os.listdir("/proc/self/fd"))
     for message in (b"", b"\0", protocol.encode({"command": "large"})):
         for _ in range(30):
@@ -345,7 +345,7 @@ def test_only_stale_sockets_are_removed(bench: Bench, tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(stale))
     (tmp_path / "something else").touch()
-    # One that another server has bound a moment ago, and one whose server was killed in that moment.
+    # A socket that another server is creating, and one whose server was killed while it created it.
     making, killed = tmp_path / f".{os.getpid()}-name{protocol.SUFFIX}", tmp_path / f".4194305-name{protocol.SUFFIX}"
     for path in (making, killed):
         with socket.socket(socket.AF_UNIX) as bound:
@@ -684,7 +684,7 @@ def test_users_with_the_same_id_use_different_directories(monkeypatch: pytest.Mo
     monkeypatch.setattr(protocol, "own_directories", lambda: protocol.shared_directories(os.geteuid()))
     first = shared / f"llloop-{os.geteuid()}"
     first.mkdir()
-    first.chmod(0o777)  # somebody else's, as far as an ordinary user can make one such
+    first.chmod(0o777)  # like a directory of another user, as far as an ordinary user can create one
     made = protocol.make_directory()
     assert made.startswith(f"{first}-")
     assert stat.S_IMODE(os.stat(made).st_mode) == 0o700

@@ -83,7 +83,7 @@ def test_keeper_starts_fronts_that_share_its_descriptors(processes: Processes) -
 def test_next_keeper_ignores_orders_to_the_dead_one(processes: Processes) -> None:
     deaf = processes.start_keeper(signal.pause)
     threading.Timer(0.2, os.kill, (deaf, signal.SIGKILL)).start()
-    with fails(errno.ESRCH):  # not ETIMEDOUT: it does not wait for an answer until it is tired of that
+    with fails(errno.ESRCH):  # not ETIMEDOUT: it does not wait until the timeout
         processes.start_front()
     processes.start_keeper()
     processes.start_front()

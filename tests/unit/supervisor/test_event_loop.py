@@ -15,7 +15,7 @@ from llloop.supervisor.event_loop import EventLoop
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
-SECONDS = 10.0  # as long as a loop waits at most for what must come
+SECONDS = 10.0  # the maximum wait for an event that must come
 
 
 @pytest.fixture

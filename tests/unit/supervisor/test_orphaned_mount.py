@@ -36,8 +36,8 @@ class Kernel:
         return [self.entry] if self.entry is not None else []
 
     def unmount(self, mount: MountIdentity, *, lazy: bool) -> None:
-        # In this order: a request that hangs would keep the unmount waiting for what is still to be written back.
-        # And who holds the device keeps the connection alive.
+        # In this order: otherwise a hanging request would delay the unmount, which waits for writeback.
+        # A process that holds the device keeps the connection alive.
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(self.device)
         self.calls.append(f"unmount {mount.mountpoint} lazy={lazy} aborted={self.abort.exists()}")
@@ -68,7 +68,7 @@ def test_mount_is_aborted_then_detached(kernel: Kernel, caplog: pytest.LogCaptur
         (None, None),
         (MountEntry(5, (0, 48), MNT, "fuse.llloop", "/srv"), 1001),
         (MountEntry(6, (0, 47), MNT, "fuse.llloop", "/srv"), 1001),
-        # The kernel has given both numbers again.
+        # The kernel has reused both numbers.
         (MountEntry(5, (0, 47), MNT, "fuse.llloop", "/srv"), 1002),
     ],
 )

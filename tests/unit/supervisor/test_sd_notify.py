@@ -66,7 +66,7 @@ def test_no_watchdog_without_manager() -> None:
 def test_notifier_does_not_wait_for_the_manager(tmp_path: Path) -> None:
     manager = Manager(str(tmp_path / "notify"))
     notifier = Notifier({"NOTIFY_SOCKET": manager.address})
-    for _ in range(5000):  # far more than a socket's queue takes
+    for _ in range(5000):  # more than the queue of a socket holds
         notifier.alive()
     assert 0 < len(manager.heard()) < 5000
     manager.socket.close()

@@ -52,7 +52,7 @@ def test_invalid_sources_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", [0o000, 0o444, 0o111])
 def test_unreadable_source_is_refused(mode: int) -> None:
-    # Not below pytest's directory, into which other users may not look.
+    # Not below pytest's directory, which other users cannot search.
     with tempfile.TemporaryDirectory() as name:
         top = Path(name)
         top.chmod(0o755)
@@ -294,7 +294,7 @@ def test_kernel_io_is_refused_if_unsupported(ordinary: Path, monkeypatch: pytest
     start_checks.check_host(config(io="kernel"))
 
 
-# What may take for ever
+# Checks that may hang
 
 
 def test_timed_call_returns_results_and_errors() -> None:

@@ -31,13 +31,13 @@ class Front:
     """A process that has files open, as a front does."""
 
     def __init__(self, paths: list[Path], flags: int = os.O_RDWR, numbers: list[int] | None = None) -> None:
-        # Opened here, so that their numbers are known; the child keeps them, this process does not.
+        # Opened here, so that their numbers are known. The child keeps them; this process closes them.
         self.descriptors = [os.open(path, flags) for path in paths]
         ready, tell = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
             if numbers is not None:
-                # All out of the way first, since one's new number may be another's old one.
+                # Move all of them first, because the new number of one may be the old number of another.
                 above = [fcntl.fcntl(fd, fcntl.F_DUPFD, max(numbers) + 50) for fd in (tell, *self.descriptors)]
                 tell = above[0]
                 for fd, number in zip(above[1:], numbers, strict=True):
@@ -224,7 +224,7 @@ def test_request_of_a_previous_front_gets_its_file_from_the_next(
         slots.set_front(successor.pid)
         found = [name_behind(descriptors.get(FIRST + 1 + i, front.descriptors[i])) for i in range(6)]
         assert found == [path.name for path in paths]
-        # What the next one has not is nobody else's either.
+        # A descriptor that the next front lacks is not fetched from any other process.
         with fails(errno.EBADF):
             descriptors.get(FIRST + 50, max(front.descriptors) + 1000)
     finally:
@@ -240,7 +240,7 @@ def test_process_with_reused_pid_is_not_the_front(
     short_absence: None,
 ) -> None:
     """The supervisor notes a front's end only after the kernel may have given its id to another process."""
-    # In clock ticks: the stranger may start in the same one as the front of this test.
+    # The start time counts in clock ticks. Both processes may start in the same tick.
     started = slots.front_started - 1
     front.end()
     stranger = Front(paths[3:], numbers=front.descriptors[:3])
@@ -268,7 +268,7 @@ def test_process_with_reused_pid_is_not_reopened_from(
 
     monkeypatch.setattr(descriptors_module, "pidfd_getfd", refused)
     descriptors.get(FIRST + 1, front.descriptors[0])
-    # As if the front had ended: /proc shows a process with its id all the same.
+    # As if the front had ended, although /proc shows a process with its id.
     monkeypatch.setattr(descriptors_module, "is_readable", lambda fd, seconds=0.0: True)
     slots.clear_front()
     with fails(errno.EIO):

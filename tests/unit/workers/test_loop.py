@@ -230,7 +230,7 @@ def test_second_successor_does_not_repeat_requests(
     assert recorder.resumed == [10, 11, 12]
     third = new_worker(slots, pipe[0], recorder, counters)
     do_waiting(third)
-    lend(slots, 1, 20)  # a slot has been given back and lent again
+    lend(slots, 1, 20)  # the slot was given back and lent again
     os.write(pipe[1], message(20, 1))
     os.close(pipe[1])
     third.run()

@@ -311,7 +311,7 @@ def test_set_id_bits_are_cleared_only_if_requested(bench: Bench) -> None:
         bench.do(Operation.WRITE, payload=b"x", flags=flags)
         return stat.S_IMODE(path.stat().st_mode)
 
-    # In a child: what is done to the capabilities of this process would go on in other tests.
+    # In a child, because a change of this process's capabilities would affect other tests.
     flags = (0, KILL_PRIVILEGES, KILL_PRIVILEGES | APPEND, 0)
     assert Child(lambda: [mode_after_write(one) for one in flags]).result() == [0o6755, 0o755, 0o755, 0o6755]
 
@@ -612,7 +612,7 @@ class Deaf:
 def deaf(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> Deaf:
     own = Deaf(bench.device.fd)
     monkeypatch.setattr(os, "write", own.write)
-    bench.slots.set_front(os.getpid())  # which has yet to hear all that is sent again
+    bench.slots.set_front(os.getpid())  # which has not yet received all requests that are sent again
     return own
 
 

@@ -66,7 +66,7 @@ def test_count_and_offset_replies(replies: KernelReplies, device: Device) -> Non
 @example(offset=0, length=LARGEST)
 @example(offset=1, length=LARGEST)  # a page more than its length has
 @example(offset=4095, length=LARGEST)
-@example(offset=5001, length=LARGEST)  # one byte short of all that is asked for
+@example(offset=5001, length=LARGEST)  # one byte less than requested
 @example(offset=SIZE - COPY_LIMIT - 1, length=COPY_LIMIT + 2)
 @example(offset=SIZE, length=LARGEST)
 @example(offset=2**40, length=LARGEST)
@@ -287,7 +287,7 @@ def test_read_errors_are_not_mistaken_for_end_of_file(
         read_fully(-1, memoryview(bytearray(10)), 0)
 
 
-# To a front that waits
+# Answers to a front that waits
 
 
 @pytest.fixture

@@ -86,7 +86,7 @@ class Kernel:
         base = slots.request_offset(request.slot)
         length = 40 + len(body)
         header = struct.pack("=IIQQIIIHH", length, opcode, self.unique, nodeid, *who, 1, 0, 0)
-        # What an earlier request left behind must not be taken for part of this one.
+        # Bytes of an earlier request must not be read as part of this one.
         slots.memory[base : base + length + 64] = header + body + b"\xa5" * 64
         request.is_received(base, length, self.now or time.monotonic_ns())
         self.table[opcode](request)
@@ -295,7 +295,7 @@ def test_getxattr_and_listxattr(source: Source, kernel: Kernel, file: int) -> No
         pytest.skip("the temporary directory's file system has no user attributes")
     name = b"user.name\0"
     handle, _ = kernel.open(file)
-    for _ in range(2):  # by the open file, then by its name
+    for _ in range(2):  # first by the open file, then by its name
         assert kernel.payload(Opcode.GETXATTR, file, getxattr(6, name)) == b"\0value"
         assert kernel.payload(Opcode.GETXATTR, file, getxattr(0, name)) == struct.pack("=II", 6, 0)
         with fails(errno.ERANGE):
@@ -511,7 +511,7 @@ def test_create(source: Source, kernel: Kernel) -> None:
 def test_data_requests_are_sent_to_the_worker(source: Source, kernel: Kernel, file: int) -> None:
     handle, _ = kernel.open(file)
     opened = source.context.handles.get(handle)
-    opened.read_flags = opened.write_flags = None  # as where a disk would have to be waited for
+    opened.read_flags = opened.write_flags = None  # as on a file system on a disk, where calls can block
     router = source.context.router
 
     def sent(opcode: Opcode, body: bytes, who: tuple[int, int] = (1000, 1001)) -> Request:

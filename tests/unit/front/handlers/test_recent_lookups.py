@@ -23,7 +23,7 @@ def test_lookups_are_counted_by_directory(recent: RecentLookups) -> None:
 
 @pytest.mark.parametrize("begun", [START, START + SECOND // 3])
 def test_only_recent_lookups_count(recent: RecentLookups, begun: int) -> None:
-    recent.note(9, START)  # wherever in its half of the time the other falls
+    recent.note(9, START)  # the other lookup may be at any moment of its half of the time
     recent.note(5, begun)
     assert recent.count(5, begun + SECOND // 2 - 1) == 1
     recent.note(5, begun + SECOND // 2)

@@ -47,7 +47,7 @@ class Known:
         except Killed:
             return False
         finally:
-            self.line.unanswered.clear()  # nobody waits for an answer
+            self.line.unanswered.clear()  # no answer is expected
         return True
 
     def left(self) -> dict[str, int]:
@@ -73,7 +73,7 @@ def test_a_batch_is_finished_wherever_the_front_dies(
     tmp_path: Path, pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch, deaths: int, portion: int
 ) -> None:
     monkeypatch.setattr(forget, "PORTION", portion)
-    # At the first step it has not been received: it is the kernel's still.
+    # At the first step the front has not received it, so the kernel still has it.
     for steps in range(1, 200):
         known = Known(tmp_path / f"{steps}", pipe)
         line = known.line

@@ -65,7 +65,7 @@ def test_without_note_nothing_is_found(journal: Journal) -> None:
 def test_request_interrupted_twice_is_found(journal: Journal) -> None:
     begun(journal, number=7)
     assert again(journal, 42 | FUSE_UNIQUE_RESEND) is not None
-    begun(Heir(journal), 44 | FUSE_UNIQUE_RESEND, number=8)  # now by one that was itself sent again
+    begun(Heir(journal), 44 | FUSE_UNIQUE_RESEND, number=8)  # now by a request that was itself sent again
     left = again(journal, 44 | FUSE_UNIQUE_RESEND)
     assert left is not None and left.number == 8
 

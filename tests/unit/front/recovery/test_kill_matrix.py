@@ -17,7 +17,7 @@ from tests.unit.killable_front import STEPS
 
 PACKAGE = Path(llloop.__file__).parent
 SYSCALLS = "llloop.linux.syscalls"
-# What a front runs is front/, and what that imports of these. The rest that it imports is configuration.
+# A front runs the code in llloop.front and the modules of these packages that it imports. The rest is configuration.
 PACKAGES = ("llloop.front", "llloop.linux", "llloop.shared")
 
 # Modules of which no function calls the operating system in a way that outlives the process.
@@ -45,25 +45,25 @@ HARMLESS_MODULES = {
 CALLING_MODULES = {"builtins", "fcntl", "libc", "llfuse", "os", "resource", "syscall"}
 
 CHANGES_NOTHING = {
-    # They ask.
+    # They only read.
     *("builtins.open", "fcntl.F_GETFL", "libc.fstatfs", "libc.getdents64", "libc.statx", "os.fstat", "os.fstatvfs"),
     *("os.getegid", "os.geteuid", "os.getpid", "os.getppid", "os.getxattr", "os.listdir", "os.listxattr", "os.pread"),
     *("os.preadv", "os.readlink", "os.uname", "resource.getrlimit", "syscall.faccessat2"),
-    # They say what this process is and may do, and end with it.
+    # They change only this process, and the change ends with it.
     *("libc.capget", "libc.capset", "libc.mlock2", "libc.prctl", "libc.setfsgid", "libc.setfsuid", "libc.unshare"),
     *("os.setgroups", "os.umask", "syscall.setgroups"),
-    # The position from which a directory is read is set anew before each call that reads.
+    # The front sets the position of a directory before each call that reads it.
     "os.lseek",
-    # It serves: the requests that it hands over make the calls that are seen here.
+    # It serves requests, whose calls are searched here, too.
     "llfuse.main",
-    # How much fits into a pipe, which is said when it is made and by nobody else.
+    # The size of a pipe, which is only set when the pipe is created.
     "fcntl.F_SETPIPE_SZ",
     # It orders memory accesses.
     "syscall.membarrier",
     # The supervisor makes the memory of the trace, and readers check it.
     *("fcntl.F_ADD_SEALS", "fcntl.F_GET_SEALS", "fcntl.F_SEAL_GROW", "fcntl.F_SEAL_SHRINK"),
 }
-# What reads files that the kernel makes (/proc) with more than calls that are seen here.
+# Modules that read /proc with other calls than those listed here.
 READS_PROC = {("llloop.linux.pidfds", "pathlib")}
 # Functions that do not call the operating system; of fcntl(2), each command is in the lists.
 CALLS_NOTHING = {

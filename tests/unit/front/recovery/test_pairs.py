@@ -122,7 +122,7 @@ class Mount:
         nodeid = write(self.line, "file", BEFORE.decode())
         self.handle = self.line.open(nodeid)
         self.line.context.handles.get(self.handle).write_flags = None
-        # Under which number the kernel waits for an answer.
+        # The `unique` with which the kernel expects the answer.
         self.number: dict[int, int] = {}
 
     def ask(self, request: Request) -> int:

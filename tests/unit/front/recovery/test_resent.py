@@ -33,7 +33,7 @@ from tests.unit.killable_front import Killed, Life, Line, Request
 from tests.unit.support import Reply, packet_pipe
 
 _MOST_STEPS = 400
-# No file has such a time stamp that was not set to it, in seconds since 1970.
+# A time stamp that a file only has if a call has set it, in seconds since 1970.
 _LONG_AGO = 1_000_000_000
 
 
@@ -523,7 +523,7 @@ def readdir_in_parts(line: Line) -> Request:
     return Request(Opcode.READDIR, ROOT, struct.pack("=QQIIQII", handle, 0, 80, 0, 0, 0, 0))
 
 
-# What was done, as one can compare it between two sources
+# The effects of a request, in a form in which two sources can be compared
 
 
 class View:
@@ -647,13 +647,13 @@ class Lines:
 
     def run(self, one: Case, *lives: Life) -> tuple[dict[str, Any], bool]:
         """Ask and let the fronts die of *lives*, each when the one before has; say what is there, and if all died."""
-        os.umask(0o022)  # a front that was killed has left its caller's
+        os.umask(0o022)  # a killed front has left the umask of its caller
         with packet_pipe(8) as first, packet_pipe(8) as second:
             line = Line(self._directory / f"source-{next(_numbers)}", [first, second])
             try:
                 request = one.make(line)
                 view = View(line)
-                if one.error:  # what was there before must have an older time stamp than what the request makes
+                if one.error:  # existing files must have an older time stamp than those that the request creates
                     now = time.time_ns()
                     while time.clock_gettime_ns(_CLOCK_REALTIME_COARSE) <= now:
                         time.sleep(0.001)
@@ -684,7 +684,7 @@ class Lines:
 
 @pytest.fixture
 def lines(tmp_path: Path) -> Iterator[Lines]:
-    gc.collect()  # what earlier tests have left must not close descriptors while lines count theirs
+    gc.collect()  # objects of earlier tests must not close descriptors while this test counts them
     before = os.umask(0o022)
     yield Lines(tmp_path)
     os.umask(before)

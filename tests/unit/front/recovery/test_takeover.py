@@ -91,7 +91,7 @@ def test_everything_is_as_it_was(line: Line) -> None:
             for number, one in open_handles(line).items()
         }
         assert all(handle.lent for handle in open_handles(line).values()), "a worker may hold it"
-    # And it goes as it would have gone.
+    # The pin is removed as without the death of the front.
     for number in handles:
         assert release(line, number) == 0
     for nodeid in list(line.context.inodes):
@@ -226,7 +226,7 @@ def test_what_is_opened_to_find_lost_files_again_is_not_taken_for_the_dead_front
     line.serve_resent()
     expected = {nodeid: line.context.inodes.get(nodeid).number for nodeid in directories}
     assert places_of(line, directories) == expected
-    for nodeid in directories:  # what is opened now may get numbers that were closed
+    for nodeid in directories:  # new descriptors may get closed numbers
         line.open(nodeid, os.O_DIRECTORY)
     assert places_of(line, directories) == expected
 
@@ -346,7 +346,7 @@ def test_what_was_there_before_was_not_made_by_the_request_though_it_has_changed
 ) -> None:
     """Who makes a directory to lock something, and is told that he has, must be the only one."""
     makedir(line, "there")
-    time.sleep(0.02)  # the clock that file systems take their times from goes by ticks
+    time.sleep(0.02)  # time stamps have the granularity of the kernel's clock tick
 
     def die(*arguments: object, **options: object) -> int:
         raise Killed
@@ -374,10 +374,10 @@ def test_others_get_their_errors_for_what_the_interrupted_one_has_done(
         (Request(Opcode.UNLINK, ROOT, b"new\0"), "unlink", errno.ENOENT),
     ):
         if number == errno.ENOENT:
-            line.answer(Request(Opcode.LOOKUP, ROOT, b"new\0"))  # what is removed, the kernel knows
+            line.answer(Request(Opcode.LOOKUP, ROOT, b"new\0"))  # the kernel knows the removed file
         killed_in(line, monkeypatch, request, method)
         (interrupted,) = line.unanswered
-        # Another one of the same words, before it.
+        # An earlier request with the same content.
         other = interrupted + 1000
         del line.unanswered[interrupted]
         line.unanswered[other] = request
@@ -398,7 +398,7 @@ def test_without_its_answer_nobody_is_told_of_an_inode(line: Line) -> None:
     (line.path / "file").write_text("")
     nodeid = line.context.tree.lookup(ROOT, b"file")[0]
     (line.path / "other").write_text("")
-    line.unanswered[line.unique + 100] = Request(Opcode.LOOKUP, ROOT, b"other\0")  # what it had in hand is sent again
+    line.unanswered[line.unique + 100] = Request(Opcode.LOOKUP, ROOT, b"other\0")  # sent again
     line.unique += 200
     line.serve_resent()
     assert nodeid not in line.context.inodes
