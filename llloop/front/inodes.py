@@ -300,10 +300,14 @@ class Inodes:
         self._changes(nodeid)
         place = nodeid & self._mask
         is_directory = attributes.mode & _TYPE == _DIRECTORY
-        if is_directory or (attributes.nlink == 1 and self._are_on_one_mount(inode.parent, parent)):
+        names = self.names(inode)
+        if is_directory or (attributes.nlink == 1 and self._are_on_one_mount(parent, *(one for one, _ in names))):
             self._table.set_name(place, parent, name)
-        else:
-            self._table.add_name(place, parent, name)
+            return
+        self._table.add_name(place, parent, name)
+        for old_parent, old_name in names:
+            if old_parent not in self:  # the kernel has forgotten the directory
+                self._table.drop_name(place, old_parent, old_name)
 
     def _are_on_one_mount(self, *directories: int) -> bool:
         """Return whether all *directories* are on one mount. Then a file with one link has one name in all of them."""

@@ -65,6 +65,11 @@ class TableMachine(RuleBasedStateMachine):
     def start(self) -> None:
         self.memory = Table(CAPACITY)
         self.table = new_table(self.memory)
+        self.directories = [ROOT]
+        for number in range(1, 7):
+            found = attributes(1000 + number, device=ROOT_DEVICE, mode=stat.S_IFDIR | 0o755)
+            self.directories.append(self.table.remember(ROOT, b"directory-%d" % number, found))
+            self.table.count(self.directories[-1])
         self.source: dict[tuple[int, int], File] = {}
         self.known: dict[int, Known] = {}
         self.gone: set[int] = set()
@@ -74,7 +79,7 @@ class TableMachine(RuleBasedStateMachine):
     def new_name(self) -> tuple[int, bytes]:
         self.last_name += 1
         # Some lie in an inode's row, some need one or more of their own.
-        return self.last_name % 7 + 1, b"name-%d" % self.last_name + b"x" * (self.last_name * 37 % 240)
+        return self.directories[self.last_name % 7], b"name-%d" % self.last_name + b"x" * (self.last_name * 37 % 240)
 
     def look_up(self, key: tuple[int, int], name: tuple[int, bytes]) -> None:
         file = self.source[key]
@@ -180,7 +185,7 @@ class TableMachine(RuleBasedStateMachine):
     @invariant()
     def as_the_model(self) -> None:
         table = self.table
-        assert len(table) == 1 + len(self.known)
+        assert len(table) == len(self.directories) + len(self.known)
         assert ROOT in table
         for nodeid in self.gone:
             assert nodeid not in table
@@ -196,6 +201,8 @@ class TableMachine(RuleBasedStateMachine):
             return
         for nodeid, known in self.known.items():
             assert self.table.forget(nodeid, known.lookups)
+        for directory in self.directories[1:]:
+            assert self.table.forget(directory, 1)
         used = self.table._table
         assert list(used) == [ROOT] and not any(bytes(used.states[ROOT + 1 : used._used])), "a row is left"
         self.memory.close()
@@ -356,6 +363,21 @@ def test_a_file_is_one_inode_by_all_mounts_that_allow_the_same(mounts: tuple[Ino
     assert set(names) == {(directory, b"file") for directory in directories}, "one link, but a name on each mount"
     assert table.remember(ROOT, b"read-only", on_mount(52, 200, stat.S_IFREG)) != file
     assert table.known(ROOT, b"read-only", on_mount(52, 200, stat.S_IFREG)) not in (file, None)
+
+
+def test_names_in_other_directories_stay_when_a_directory_is_forgotten(mounts: tuple[Inodes, Table]) -> None:
+    """The kernel still has the name on the first mount when it looks up the directory on the second one again."""
+    table, _ = mounts
+    file = on_mount(50, 200, stat.S_IFREG)
+    one, two = (table.remember(ROOT, b"d%d" % mount, on_mount(mount, 100)) for mount in (50, 51))
+    nodeid = table.remember(one, b"file", file)
+    assert table.remember(two, b"file", file._replace(mount=51)) == nodeid
+    for _ in range(2 * MOST_NAMES):
+        assert table.forget(two, 1)
+        two = table.remember(ROOT, b"d51", on_mount(51, 100))
+        table.remember(two, b"file", file._replace(mount=51))
+        assert table.has_name(nodeid, one, b"file")
+    assert table.names(table.get(nodeid)) == [(two, b"file"), (one, b"file")]
 
 
 def test_a_mount_that_comes_to_forbid_more_is_noticed(
