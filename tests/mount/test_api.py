@@ -286,7 +286,7 @@ with llloop.mount(sys.argv[1], sys.argv[2], workers=1):
     os.listdir(sys.argv[2])
 own = os.getpid()
 if os.fork() == 0:
-    while not any(sys.argv[2] in line for line in open("/proc/self/mountinfo")):
+    while not os.path.ismount(sys.argv[2]):
         pass
     os.statvfs(sys.argv[2])  # waits until the server answers
     os.kill(own, signal.SIGTERM)
@@ -332,7 +332,7 @@ def serve(**options):
     thread.join()
     child = os.fork()
     if child == 0:
-        while not any(sys.argv[2] in line for line in open("/proc/self/mountinfo")):
+        while not os.path.ismount(sys.argv[2]):
             pass
         os.statvfs(sys.argv[2])  # waits until the server answers
         os.execvp("fusermount", ["fusermount", "-u", "-z", sys.argv[2]])

@@ -41,6 +41,8 @@ class Trace:
                 stderr=stderr,
                 env=environment(),
                 cwd="/",
+                # A script may have started these tests in the background, where SIGINT is ignored.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         wait_until(lambda: "tracing" in self.stderr, "the trace begins")
 
