@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
+from stat import S_ISSOCK
 from typing import Any, TypeVar
 
 import llfuse
@@ -113,7 +114,7 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
         """Do nothing, because the supervisor ends the processes."""
 
     def _entry(self, nodeid: int, attributes: Attributes) -> EntryAttributes:
-        entry = self._attributes(attributes)
+        entry = self._attributes(nodeid, attributes)
         # llfuse has one field for the nodeid and the shown inode number. So these attributes expire at once, and the
         # kernel asks for others (GETATTR) before it shows them. A reply to GETATTR has no nodeid.
         entry.st_ino = nodeid
@@ -122,9 +123,12 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
         entry.entry_timeout = self._context.config.entry_timeout
         return entry
 
-    def _attributes(self, attributes: Attributes) -> EntryAttributes:
+    def _attributes(self, nodeid: int, attributes: Attributes) -> EntryAttributes:
         entry = EntryAttributes()
-        entry.st_ino = self._context.inodes.shown(attributes.device, attributes.ino)
+        # The kernel finds a socket by the inode number that it had at bind(2) (net/unix/af_unix.c, unix_bsd_hash()).
+        # That is the number in an entry, the nodeid.
+        shown = self._context.inodes.shown
+        entry.st_ino = nodeid if S_ISSOCK(attributes.mode) else shown(attributes.device, attributes.ino)
         entry.attr_timeout = self._context.config.attr_timeout
         entry.st_mode = attributes.mode
         entry.st_nlink = attributes.nlink
@@ -200,7 +204,7 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
 
     @_answered
     def getattr(self, nodeid: int, context: RequestContext) -> EntryAttributes:
-        return self._attributes(self._context.tree.getattr(nodeid))
+        return self._attributes(nodeid, self._context.tree.getattr(nodeid))
 
     @_answered
     def setattr(
@@ -229,7 +233,7 @@ class Operations(llfuse.Operations):  # type: ignore[misc]
             atime=divmod(values.st_atime_ns, _NS),
             mtime=divmod(values.st_mtime_ns, _NS),
         )
-        return self._attributes(self._context.tree.setattr(nodeid, changes, handle, _requester(context)))
+        return self._attributes(nodeid, self._context.tree.setattr(nodeid, changes, handle, _requester(context)))
 
     @_answered
     def access(self, nodeid: int, mode: int, context: RequestContext) -> bool:
