@@ -112,6 +112,20 @@ def bytes_moved(pid: int) -> int:
     return sum(int(count) for count in re.findall(r"^[rw]char: (\d+)", text, re.MULTILINE))
 
 
+def stop_process(pid: int) -> None:
+    """Sends SIGSTOP and waits until each thread has stopped.
+
+    The kernel delivers the signal to one thread, which stops the others. Until it runs, they go on with their work.
+    """
+    os.kill(pid, signal.SIGSTOP)
+
+    def has_stopped() -> bool:
+        stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+        return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
+
+    assert wait_until(has_stopped)
+
+
 def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
     """Waits for a condition, e.g. for effects of RELEASE and FORGET, which arrive after the caller's system call."""
     deadline = time.monotonic() + seconds

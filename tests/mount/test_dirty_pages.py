@@ -17,7 +17,7 @@ import pytest
 from tests.conftest import Serve
 from tests.expect import outcome, start_python
 from tests.server import Server, Tree
-from tests.server_processes import titles, wait_until
+from tests.server_processes import stop_process, titles, wait_until
 from tests.syscalls import (
     FALLOC_FL_COLLAPSE_RANGE,
     FALLOC_FL_KEEP_SIZE,
@@ -211,7 +211,7 @@ def test_lseek_survives_death_of_processes(serve: Serve, victim: str) -> None:
     with opened(path, os.O_RDONLY) as reading, stored(path, 4 * MIB, (MIB, b"hello")):
         found: list[list[tuple[int, int]]] = []
         stopped = titles(server)["llloop-invalidator"]
-        os.kill(stopped, signal.SIGSTOP)
+        stop_process(stopped)
         seeking = threading.Thread(target=lambda: found.append(data_of(reading)))
         seeking.start()
         try:
@@ -236,7 +236,7 @@ def test_waiting_lseek_does_not_block_others(serve: Serve) -> None:
     (server.mountpoint / "other").write_bytes(b"x" * MIB)
     with opened(path, os.O_RDONLY) as reading, stored(path, 4 * MIB, (MIB, b"hello")):
         stopped = titles(server)["llloop-invalidator"]
-        os.kill(stopped, signal.SIGSTOP)
+        stop_process(stopped)
         try:
             seeking = threading.Thread(target=data_of, args=(reading,))
             seeking.start()
@@ -262,7 +262,7 @@ class SlowBuffer:
         assert self.memory[0] == content[0]
         self.workers = [pid for title, pid in titles(server).items() if title.startswith("llloop-worker")]
         for pid in (self.front, *self.workers):
-            os.kill(pid, signal.SIGSTOP)
+            stop_process(pid)
 
     def release(self) -> None:
         for pid in (self.front, *self.workers):
