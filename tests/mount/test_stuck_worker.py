@@ -17,7 +17,7 @@ from llloop.control import client
 from tests.conftest import Serve
 from tests.expect import pattern
 from tests.server import Server
-from tests.server_processes import wait_until, workers
+from tests.server_processes import stop_process, wait_until, workers
 
 pytestmark = [pytest.mark.mounted, pytest.mark.own_loop, pytest.mark.by_workers, pytest.mark.user]
 
@@ -109,7 +109,7 @@ def test_stopped_worker_does_not_block_others(serve: Serve) -> None:
         path = server.mountpoint / f"more{number}"
         path.touch()
         stuck.append(path)
-    os.kill(workers(server)[stopped], signal.SIGSTOP)
+    stop_process(workers(server)[stopped])
     try:
         with in_threads([*stuck, *theirs]) as threads:
             try:
@@ -139,7 +139,7 @@ def test_many_readers_of_a_stopped_worker_do_not_block_others(serve: Serve) -> N
     paths = [server.mountpoint / f"more{number}" for number in range(MANY)]
     for number in range(MANY):
         (server.source / f"more{number}").write_bytes(CONTENT)
-    os.kill(workers(server)[stopped], signal.SIGSTOP)
+    stop_process(workers(server)[stopped])
     try:
         with in_threads(paths, read_all) as threads:
             try:

@@ -19,7 +19,7 @@ import pytest
 from tests.conftest import Serve
 from tests.mount.command_line import environment, llloop, wait_until
 from tests.server import Server
-from tests.server_processes import titles
+from tests.server_processes import stop_process, titles
 from tests.syscalls import opened
 
 pytestmark = [pytest.mark.mounted, pytest.mark.own_loop, pytest.mark.user]
@@ -236,7 +236,7 @@ def test_unanswered_requests(serve: Serve) -> None:
     with opened(server.mountpoint / "file", os.O_RDWR | os.O_CREAT) as fd:
         worker = titles(server)["llloop-worker-0"]
         with tracing(server) as trace:
-            os.kill(worker, signal.SIGSTOP)
+            stop_process(worker)
             try:
                 caller = subprocess.Popen([sys.executable, "-c", f"import os; os.fsync({fd})"], pass_fds=[fd])
                 os.mkdir(server.mountpoint / "directory")

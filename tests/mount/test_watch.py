@@ -21,7 +21,7 @@ from tests import filesystems
 from tests.conftest import Serve
 from tests.expect import outcome, start_python
 from tests.server import Server, Tree, reachable_directory, remove_tree
-from tests.server_processes import process_ids, wait_until
+from tests.server_processes import process_ids, stop_process, wait_until
 from tests.syscalls import opened
 from tests.watchdog import Watchdog
 
@@ -354,7 +354,7 @@ def test_killed_watcher_is_replaced_and_everything_dropped(serve: Serve) -> None
     with opened(server.mountpoint / "file", os.O_RDONLY) as fd:
         for number in range(5):
             (watcher,) = process_ids(server, "watcher")
-            os.kill(watcher, signal.SIGSTOP)
+            stop_process(watcher)
             write(server.source / "file", f"{number}".encode())
             os.chmod(server.source / "sub", 0o700 + number)
             (server.source / f"new{number}").touch()
@@ -373,7 +373,7 @@ def test_overflow_drops_everything(serve: Serve) -> None:
     made(tree)
     assert is_seen(tree)
     (watcher,) = process_ids(server, "watcher")
-    os.kill(watcher, signal.SIGSTOP)
+    stop_process(watcher)
     (server.source / "many").mkdir()
     most = int(Path("/proc/sys/fs/fanotify/max_queued_events").read_text())
     for number in range(most + 100):
@@ -412,7 +412,7 @@ def test_request_that_hangs_holds_nothing_up(serve: Serve) -> None:
     assert (server.mountpoint / "free" / "file").read_bytes() == b"one"
     assert os.listdir(server.mountpoint / "stuck") == []
     (front,) = process_ids(server, "front")
-    os.kill(front, signal.SIGSTOP)
+    stop_process(front)
     looking = start_python("import os, sys; os.path.exists(sys.argv[1])", server.mountpoint / "stuck" / "name")
     time.sleep(0.5)  # until the request is there; if it is not yet, the test shows less
     (server.source / "stuck" / "name").touch()
