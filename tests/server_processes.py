@@ -134,3 +134,26 @@ def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
             return False
         time.sleep(0.02)
     return True
+
+
+def switches(server: Server) -> dict[str, int]:
+    """How often each thread of the server has gone to sleep or been interrupted (proc_pid_status(5))."""
+    found = {}
+    for pid in server.processes():
+        for status in Path(f"/proc/{pid}/task").glob("*/status"):
+            counts = re.findall(r"^(?:non)?voluntary_ctxt_switches:\s*(\d+)$", status.read_text(), re.MULTILINE)
+            found[str(status)] = sum(map(int, counts))
+    return found
+
+
+def wait_until_quiet(server: Server, seconds: float) -> None:
+    """Waits until no thread of the server runs for a second. Another user of the machine may request a status."""
+    awake = []
+
+    def is_quiet() -> bool:
+        before = switches(server)
+        time.sleep(1)
+        awake.append(switches(server).items() - before.items())
+        return not awake[-1]
+
+    assert wait_until(is_quiet, seconds), awake

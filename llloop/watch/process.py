@@ -53,9 +53,6 @@ class Relay(Protocol):
     def tell(self, events: Sequence[Event]) -> None:
         """Pass events on, after the kernel has dropped what they have changed. Does not wait."""
 
-    def overflow(self) -> None:
-        """Note that events were lost."""
-
 
 class Silent:
     """Passes nothing on."""
@@ -63,9 +60,6 @@ class Silent:
     active = False
 
     def tell(self, events: Sequence[Event]) -> None:
-        """Do nothing."""
-
-    def overflow(self) -> None:
         """Do nothing."""
 
 
@@ -209,7 +203,6 @@ class Watcher:
                     extra={"once": "overflow"},
                 )
                 self._drop_everything()
-                self._relay.overflow()
             if foreign:
                 self._coherence.note(foreign)
                 self._coherence.drop_again_later(foreign, began / 1e9)

@@ -51,9 +51,6 @@ class Telling:
                     told += self._pipe.tell(relayed)
         self._state.count_told(told)
 
-    def overflow(self) -> None:
-        """Do nothing: nobody knows which events were lost."""
-
     def _translated(self, event: Event, after: Event | None) -> Iterator[RelayEvent]:
         """Return what the relay is to do for an event; *after* is the following one."""
         target = self._target(event.device, event.number)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.deploy.ports import accepts, free_port
 from tests.server import reachable_directory, remove_tree
 from tests.server_processes import wait_until
 from tests.watchdog import abort_connection, unmount_lazily
@@ -178,17 +178,3 @@ def volume() -> Iterator[Volume]:
     finally:
         made.stop()
         remove_tree(state)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
-
-
-def accepts(port: int) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", port), 1).close()
-    except OSError:
-        return False
-    return True

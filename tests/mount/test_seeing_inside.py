@@ -34,7 +34,7 @@ from tests.as_user import Caller, Child, run_as
 from tests.conftest import Serve
 from tests.mount.command_line import llloop, stopped
 from tests.server import Server
-from tests.server_processes import wait_until, workers
+from tests.server_processes import wait_until, wait_until_quiet, workers
 from tests.syscalls import opened
 from tests.watchdog import kill_session, mount_entry, unmount_lazily
 
@@ -889,31 +889,11 @@ def test_library_mount_does_not_notify_the_service_manager(tmp_path: Path) -> No
     manager.socket.close()
 
 
-def switches(server: Server) -> dict[str, int]:
-    """How often each thread of the server has gone to sleep or been interrupted (proc_pid_status(5))."""
-    found = {}
-    for pid in server.processes():
-        for status in Path(f"/proc/{pid}/task").glob("*/status"):
-            counts = re.findall(r"^(?:non)?voluntary_ctxt_switches:\s*(\d+)$", status.read_text(), re.MULTILINE)
-            found[str(status)] = sum(map(int, counts))
-    return found
-
-
 @pytest.mark.mounted
 def test_idle_server_does_not_wake_up(serve: Serve) -> None:
     server = serve("--workers", "2")
     (server.mountpoint / "file").write_bytes(bytes(LARGE))
-
-    awake = []
-
-    def is_quiet() -> bool:
-        before = switches(server)
-        time.sleep(1)
-        awake.append(switches(server).items() - before.items())
-        return not awake[-1]
-
-    # Another user of the machine may request the status of all mounts.
-    assert wait_until(is_quiet, 40), awake
+    wait_until_quiet(server, 40)
 
 
 @pytest.mark.mounted

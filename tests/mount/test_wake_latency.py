@@ -17,9 +17,8 @@ import pytest
 from llloop.control import client
 from tests.conftest import Serve
 from tests.mount.command_line import llloop
-from tests.mount.test_seeing_inside import switches
 from tests.server import Server
-from tests.server_processes import process_ids, titles, wait_until
+from tests.server_processes import process_ids, titles, wait_until, wait_until_quiet
 
 DEVICE = "/dev/cpu_dma_latency"
 SECONDS = 60.0
@@ -141,14 +140,5 @@ def test_after_requests_nothing_wakes_up(serve: Serve) -> None:
     server = serve("--workers", "2", "--wake-latency", "hold")
     with many_requests(server):
         assert wait_until(lambda: lookups(server) > 5000, SECONDS)
-    awake = []
-
-    def is_quiet() -> bool:
-        before = switches(server)
-        time.sleep(1)
-        awake.append(switches(server).items() - before.items())
-        return not awake[-1]
-
-    # Somebody else on the machine may ask for the status of all mounts.
-    assert wait_until(is_quiet, SECONDS), awake
+    wait_until_quiet(server, SECONDS)
     assert not holders(server)

@@ -18,7 +18,7 @@ import pytest
 
 from llloop.control import client, discovery
 from tests import filesystems
-from tests.conftest import Serve
+from tests.conftest import Serve, running, skip_contradiction
 from tests.expect import outcome, start_python
 from tests.server import Server, Tree, reachable_directory, remove_tree
 from tests.server_processes import process_ids, stop_process, wait_until
@@ -63,16 +63,9 @@ def requests(server: Server) -> dict[str, int]:
 def watched(request: pytest.FixtureRequest, via: str, serve_options: list[str], watchdog: Watchdog) -> Iterator[Server]:
     """One mount with a source in RAM for all tests with the same options."""
     options = [*serve_options, *WAYS[request.param], "--watch"]
-    if {"--io=kernel", "--writeback"} <= {*options}:
-        pytest.skip("--writeback and --io=kernel exclude each other")
-    server = Server.prepare(via, watchdog, options)
-    try:
-        server.start()
+    skip_contradiction(options)
+    with running(Server.prepare(via, watchdog, options)) as server:
         yield heard(server)
-        server.stop()
-    finally:
-        server.clean_up()
-        server.forget_files()
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Serve
+from tests.conftest import Serve, running
 from tests.inotify import Inotify, Seen
 from tests.mount.test_watch import heard
 from tests.server import Server, Tree, remove_tree
@@ -36,14 +36,8 @@ def watched(request: pytest.FixtureRequest, via: str, serve_options: list[str], 
     options = [*serve_options, *WAYS[request.param], "--watch"]
     if "--io=kernel" in options or "--writeback" in options:
         pytest.skip("not everything is told with these options")
-    server = Server.prepare(via, watchdog, options)
-    try:
-        server.start()
+    with running(Server.prepare(via, watchdog, options)) as server:
         yield heard(server)
-        server.stop()
-    finally:
-        server.clean_up()
-        server.forget_files()
 
 
 def filled(server: Server) -> Tree:
