@@ -120,7 +120,10 @@ def stop_process(pid: int) -> None:
     os.kill(pid, signal.SIGSTOP)
 
     def has_stopped() -> bool:
-        stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+        stats = []
+        for path in Path(f"/proc/{pid}/task").glob("*/stat"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended
+                stats.append(path.read_text())
         return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
 
     assert wait_until(has_stopped)

@@ -34,7 +34,7 @@ from tests.as_user import Caller, Child, run_as
 from tests.conftest import Serve
 from tests.mount.command_line import llloop, stopped
 from tests.server import Server
-from tests.server_processes import wait_until, wait_until_quiet, workers
+from tests.server_processes import stop_process, wait_until, wait_until_quiet, workers
 from tests.syscalls import opened
 from tests.watchdog import kill_session, mount_entry, unmount_lazily
 
@@ -195,7 +195,7 @@ def test_queue_is_the_number_of_unanswered_requests(serve: Serve) -> None:
     (worker,) = workers(server).values()
     (server.source / "file").write_bytes(bytes(LARGE))
     with opened(server.mountpoint / "file", os.O_WRONLY) as fd:
-        os.kill(worker, signal.SIGSTOP)
+        stop_process(worker)
         try:
             syncing = Child(os.fsync, fd)
             assert wait_until(lambda: ask(server, "stats")["workers"][0]["queue"] == 1)
@@ -250,7 +250,7 @@ def test_status_of_all_mounts(serve: Serve) -> None:
 def test_stopped_front_is_reported(serve: Serve) -> None:
     server = serve()
     front = ask(server, "stats")["front"]["pid"]
-    os.kill(front, signal.SIGSTOP)
+    stop_process(front)
     try:
         # If the command asks the mount, only the process of the command may hang.
         ended = llloop("status", server.mountpoint, "--json")
@@ -268,7 +268,7 @@ def test_stopped_worker_is_reported(serve: Serve) -> None:
     server = serve("--workers", "2")
     assert status(server)["problems"] == []
     pid = workers(server)["llloop-worker-1"]
-    os.kill(pid, signal.SIGSTOP)
+    stop_process(pid)
     try:
         assert wait_until(lambda: status(server)["state"] == "degraded")
         ended = llloop("status", server.mountpoint)
@@ -350,7 +350,7 @@ def test_frozen_source_is_reported_without_waiting(serve: Serve, tmp_path: Path)
 def kill_all(server: Server) -> None:
     assert server.process
     for pid in server.processes():
-        os.kill(pid, signal.SIGSTOP)  # so that no process cleans up after another
+        stop_process(pid)  # so that no process cleans up after another
     for pid in server.processes():
         os.kill(pid, signal.SIGKILL)
     server.process.wait(30)
@@ -564,7 +564,7 @@ def test_stopped_front_is_exported_as_down(serve: Serve) -> None:
     server = serve("--workers", "1")
     front = ask(server, "stats")["front"]["pid"]
     itself = (("mountpoint", str(server.mountpoint)),)
-    os.kill(front, signal.SIGSTOP)
+    stop_process(front)
     try:
         samples = exported(server.mountpoint)
         assert samples["llloop_up", itself] == 0
@@ -793,7 +793,7 @@ def test_each_process_dumps_its_stacks(serve: Serve) -> None:
 def test_stopped_process_does_not_prevent_other_stack_dumps(serve: Serve) -> None:
     server = serve("--workers", "1")
     (pid,) = workers(server).values()
-    os.kill(pid, signal.SIGSTOP)
+    stop_process(pid)
     try:
         os.kill(server.pid, signal.SIGUSR2)
         server.wait_for_log(r"stacks of llloop-worker-0 \(process \d+\):\n  no answer; its state is T")
@@ -855,7 +855,7 @@ def test_watchdog_is_notified_only_while_the_front_answers(serve: Serve, tmp_pat
     assert manager.hears("WATCHDOG=1")
     manager.forget()
     assert manager.hears("WATCHDOG=1"), "an idle mount is a healthy one"
-    os.kill(front, signal.SIGSTOP)
+    stop_process(front)
     try:
         assert wait_until(lambda: ask(server, "status")["state"] == "not answering")
         manager.forget()

@@ -17,7 +17,7 @@ import pytest
 from tests.conftest import Serve
 from tests.mount.command_line import Ground, check_complaint, environment, ground, in_other_mounts, llloop, wait_until
 from tests.server import Server
-from tests.server_processes import kill_all_at_once
+from tests.server_processes import kill_all_at_once, stop_process
 from tests.watchdog import Watchdog, kill_session, mount_entry, unmount_lazily
 
 pytestmark = [pytest.mark.mounted]
@@ -161,7 +161,7 @@ def test_ending_server_does_not_unmount_its_successor(place: Ground) -> None:
     """It ends slowly, and the kernel has given its device number and mount ID to the next mount meanwhile."""
     assert in_background(place).returncode == 0
     old = int((place.state / "pid").read_text())
-    os.kill(old, signal.SIGSTOP)
+    stop_process(old)
     try:
         assert llloop("umount", place.mountpoint).code == 0
         assert in_background(place).returncode == 0

@@ -15,7 +15,7 @@ from tests.as_user import Child
 from tests.conftest import Serve
 from tests.expect import fails, outcome
 from tests.server import Server
-from tests.server_processes import titles, wait_until
+from tests.server_processes import stop_process, titles, wait_until
 
 pytestmark = [pytest.mark.mounted, pytest.mark.user]
 
@@ -88,7 +88,7 @@ def test_request_in_flight_gets_an_error(serve: Serve) -> None:
     server = serve("--workers", "1")
     server.expect_log(DETACHED)
     fd = os.open(server.mountpoint / "file", os.O_RDWR | os.O_CREAT)
-    os.kill(titles(server)["llloop-worker-0"], signal.SIGSTOP)
+    stop_process(titles(server)["llloop-worker-0"])
     writing = Child(outcome, os.pwrite, fd, bytes(LARGE), 0)
     time.sleep(0.2)  # nothing shows that it waits
     kill_supervisor(server)

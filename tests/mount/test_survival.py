@@ -24,7 +24,7 @@ from tests.filesystems import make_image, mounted, tmpfs
 from tests.kernel_caches import forget_unused
 from tests.server import Server
 from tests.server_processes import descriptors as descriptors_of
-from tests.server_processes import front_report, private_memory, process_ids, titles, wait_until
+from tests.server_processes import front_report, private_memory, process_ids, stop_process, titles, wait_until
 from tests.syscalls import opened
 
 pytestmark = [pytest.mark.mounted, pytest.mark.user]
@@ -91,7 +91,7 @@ def test_request_of_a_dead_front_reaches_its_file(resending: Callable[..., Serve
     log = os.open(server.mountpoint / "log", os.O_WRONLY | os.O_APPEND)
     descriptors.append(log)
     try:
-        os.kill(worker, signal.SIGSTOP)
+        stop_process(worker)
         writing = Child(outcome, os.pwrite, descriptors[0], b"A" * LARGE, 0)
         appending = Child(outcome, os.write, log, b"L" * LARGE)
         try:
@@ -176,7 +176,7 @@ def test_stopped_worker_does_not_block_other_shards(serve: Serve) -> None:
     files = [server.mountpoint / f"{number}" for number in range(24)]
     for path in files:
         path.touch()
-    os.kill(stopped, signal.SIGSTOP)
+    stop_process(stopped)
     try:
         children = [Child(outcome, path.write_bytes, b"x" * LARGE) for path in files]
         # The stopped worker has about a quarter of the files.
@@ -401,7 +401,7 @@ def test_worker_killed_with_unanswered_requests(serve: Serve) -> None:
         (os.fsync, (open_one("synced", os.O_WRONLY),), None),
     ]
     try:
-        os.kill(worker, signal.SIGSTOP)
+        stop_process(worker)
         children = [Child(outcome, function, *arguments) for function, arguments, _ in requests]
         try:
             if server.via == "own":

@@ -18,7 +18,7 @@ from llloop.control import client
 from tests.conftest import Serve
 from tests.mount.command_line import llloop
 from tests.server import Server
-from tests.server_processes import process_ids, titles, wait_until, wait_until_quiet
+from tests.server_processes import process_ids, stop_process, titles, wait_until, wait_until_quiet
 
 DEVICE = "/dev/cpu_dma_latency"
 SECONDS = 60.0
@@ -113,7 +113,7 @@ def test_the_death_of_the_supervisor_ends_it(serve: Serve) -> None:
     deadline = time.monotonic() + SECONDS
     with many_requests(server):
         while True:
-            os.kill(server.pid, signal.SIGSTOP)
+            stop_process(server.pid)
             if has_device(server.pid):
                 break
             os.kill(server.pid, signal.SIGCONT)
