@@ -7,8 +7,6 @@ and `llloop serve --check` make the same checks.
 from __future__ import annotations
 
 import os
-import platform
-import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,7 @@ from pathlib import Path
 from llloop import mount_options
 from llloop.config import IoKind, ServeConfig
 from llloop.errors import DeadMountError, HostError, MountpointError, SourceError
-from llloop.linux import limits, mount_identity, mounts, syscalls, user_namespaces
+from llloop.linux import kernel, limits, mount_identity, mounts, syscalls, user_namespaces
 from llloop.linux.timed_call import call_with_timeout
 from llloop.supervisor import cpu_latency
 
@@ -292,7 +290,7 @@ def _check_passthrough() -> None:
     reason = None
     if os.geteuid() != 0:
         reason = "it needs root"
-    elif _release() < _PASSTHROUGH_SINCE:
+    elif kernel.release() < _PASSTHROUGH_SINCE:
         reason = "it needs Linux 6.9"
     if reason is not None:
         raise HostError(f"--io kernel is not possible: {reason}; use --io auto or --io workers")
@@ -307,14 +305,9 @@ def _check_id_maps() -> None:
     reason = None
     if os.geteuid() != 0:
         reason = "they need root"
-    elif _release() < _ID_MAPS_SINCE:
+    elif kernel.release() < _ID_MAPS_SINCE:
         reason = "they need Linux 6.12"
     elif not user_namespaces.has_all_ids():
         reason = "this container has a user namespace of its own; llloop needs to be root of the machine for them"
     if reason is not None:
         raise HostError(f"--map-users and --map-groups are not possible: {reason}")
-
-
-def _release() -> tuple[int, ...]:
-    """Return the first two numbers of the kernel's version."""
-    return tuple(int(part) for part in re.findall("[0-9]+", platform.release())[:2])

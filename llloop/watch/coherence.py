@@ -30,11 +30,11 @@ then continues with the next events. The order of notifications does not matter,
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
+from llloop.linux import kernel
 from llloop.shared import notifications
 from llloop.shared.watch_state import WatchState
 from llloop.watch.events import Event, Operation
@@ -163,5 +163,4 @@ class Coherence:
 
 def _waits_for_lock() -> bool:
     """Return whether INVAL_ENTRY waits for the lock of the directory in any case (before Linux 6.19)."""
-    major, minor = os.uname().release.split(".")[:2]
-    return (int(major), int("".join(filter(str.isdigit, minor)) or 0)) < (6, 19)
+    return kernel.release() < (6, 19)
