@@ -16,9 +16,13 @@ _WALL = 0x40000000  # <linux/wait.h>
 _SYSCALL_STOP = signal.SIGTRAP | 0x80
 _TIMEOUT = 30.0  # seconds
 _PAUSE = 0.0002
-# The system calls in which the serving thread waits for a request on x86-64: read, poll, readv, ppoll, splice. The
-# other threads wait in futex or sleep.
-_WAITS_FOR_REQUESTS = frozenset({"0", "7", "19", "271", "275"})
+# The system calls in which the serving thread waits for a request, on x86-64. Another thread of the front waits in read
+# until somebody traces requests. All others wait in futex or sleep.
+_READ, _POLL, _READV, _PPOLL, _SPLICE = "0", "7", "19", "271", "275"
+_WAITS_FOR_REQUESTS = {
+    "front": frozenset({_POLL, _READV, _PPOLL, _SPLICE}),
+    "worker": frozenset({_READ, _POLL, _PPOLL}),
+}
 
 _ptrace = ctypes.CDLL(None, use_errno=True).ptrace
 _ptrace.argtypes = (ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)
@@ -38,8 +42,9 @@ class Traced:
     `passed` is how many of these stops there were.
     """
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, role: str) -> None:
         self._pid = pid
+        self._waits_for_requests = _WAITS_FOR_REQUESTS[role]
         self.passed = 0
         self._tid = self._serving()
         self._others = [tid for name in os.listdir(f"/proc/{pid}/task") if (tid := int(name)) != self._tid]
@@ -55,19 +60,22 @@ class Traced:
         while True:
             for name in os.listdir(f"/proc/{self._pid}/task"):
                 with suppress(OSError):  # it has ended
-                    if Path(f"/proc/{self._pid}/task/{name}/syscall").read_text().split()[0] in _WAITS_FOR_REQUESTS:
+                    if self._system_call(int(name)) in self._waits_for_requests:
                         return int(name)
             assert time.monotonic() < deadline, "no thread waits for requests"
             time.sleep(_PAUSE)
+
+    def _system_call(self, tid: int) -> str:
+        """Return the number of the system call that the thread waits in, otherwise "running" or "-1"."""
+        return Path(f"/proc/{self._pid}/task/{tid}/syscall").read_text().split()[0]
 
     def _freeze(self, tid: int) -> None:
         """Stop a thread while it waits in a system call: elsewhere it may hold the interpreter's lock."""
         _do(_SEIZE, tid)
         while True:
-            waits_in = Path(f"/proc/{self._pid}/task/{tid}/syscall").read_text().split()[0]
             _do(_INTERRUPT, tid)
             os.waitpid(tid, _WALL)
-            if waits_in.isdigit():
+            if self._system_call(tid).isdigit():
                 return
             _do(_CONTINUE, tid)
             time.sleep(_PAUSE)
