@@ -14,14 +14,14 @@ from llloop.errors import UsageError
 from llloop.linux.mount_identity import MountIdentity
 from llloop.logging import setup as log
 from llloop.shared.metrics import Count, Gauge
-from llloop.shared.slots import Slots
-from llloop.shared.watch_state import NOTHING_HEARD, WatchState
+from llloop.shared.watch_state import NOTHING_HEARD
 from llloop.supervisor.child import Child
 from llloop.supervisor.connection import Connection
 from llloop.supervisor.control_server import Command, Stream
 from llloop.supervisor.cpu_latency import CpuLatency
 from llloop.supervisor.process_info import SILENT, cpu_seconds, open_files, process_state
 from llloop.supervisor.processes import Processes
+from llloop.supervisor.shared_resources import SharedResources
 from llloop.supervisor.source_check import SourceCheck
 from llloop.supervisor.tracing import Tracing
 from llloop.version import __version__
@@ -38,10 +38,9 @@ class ControlCommands:
         mount: the mount.
         connection: the connection with the kernel.
         processes: the supervisor's child processes.
-        slots: the request slots, with the counters.
+        resources: the shared memory, with the counters and what the watcher has heard.
         cpu_latency: keeps idle CPUs awake.
         source_check: checks the source.
-        watch: what the watcher has heard; None without `--watch`.
         tracing: the readers of the trace.
         phase: returns the supervisor's phase: "serving", "reloading" or "stopping".
         reload: starts a reload.
@@ -55,10 +54,9 @@ class ControlCommands:
         mount: MountIdentity,
         connection: Connection,
         processes: Processes,
-        slots: Slots,
+        resources: SharedResources,
         cpu_latency: CpuLatency,
         source_check: SourceCheck,
-        watch: WatchState | None,
         tracing: Tracing,
         *,
         phase: Callable[[], str],
@@ -67,10 +65,10 @@ class ControlCommands:
     ) -> None:
         self._facts = _facts(config, source, mount, connection)
         self._processes = processes
-        self._slots = slots
+        self._slots = resources.slots
         self._cpu_latency = cpu_latency
         self._source_check = source_check
-        self._watch = watch
+        self._watch = resources.watch
         self._tracing = tracing
         self._phase = phase
         self._ask_reload = reload

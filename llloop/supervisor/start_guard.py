@@ -33,7 +33,7 @@ class StartGuard:
     """
 
     def __init__(self, mountpoint: str) -> None:
-        self._dismissed = False
+        self._closed = False
         reader, self._writer = os.pipe2(os.O_CLOEXEC)
         self._process = fork.Process(
             target=_guard, args=(mountpoint, reader, self._writer), name="llloop-start-guard", daemon=True
@@ -46,11 +46,11 @@ class StartGuard:
         finally:
             os.close(reader)
 
-    def dismiss(self) -> None:
+    def close(self) -> None:
         """End the guard, because it is not needed any more. Further calls do nothing."""
-        if self._dismissed:
+        if self._closed:
             return
-        self._dismissed = True
+        self._closed = True
         with suppress(BrokenPipeError):  # it was killed
             os.write(self._writer, b"!")
         os.close(self._writer)

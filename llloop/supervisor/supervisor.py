@@ -10,21 +10,18 @@ import logging
 import multiprocessing
 import os
 import signal
-import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
-from functools import partial
+from contextlib import ExitStack, closing
 
 from llloop.config import ServeConfig
 from llloop.errors import HostError, LlloopError
 from llloop.front.llfuse.operations import Operations
-from llloop.linux import fuse, limits, mounts, syscalls
+from llloop.linux import limits, mounts
 from llloop.logging import setup as log
-from llloop.shared import notifications
-from llloop.shared.watch_state import Method
 from llloop.supervisor import connection, control_server, mounting, start_checks
-from llloop.supervisor.child import LONGEST_PAUSE, Child, show_title
+from llloop.supervisor.child import show_title
 from llloop.supervisor.control_commands import ControlCommands
+from llloop.supervisor.control_server import ControlServer
 from llloop.supervisor.cpu_latency import CpuLatency
 from llloop.supervisor.event_loop import EventLoop
 from llloop.supervisor.orphaned_mount import detach_dead_mount
@@ -32,6 +29,7 @@ from llloop.supervisor.process_state import ProcessState
 from llloop.supervisor.processes import Processes
 from llloop.supervisor.reload import Reload
 from llloop.supervisor.reports import Reports
+from llloop.supervisor.restarts import Restarts
 from llloop.supervisor.sd_notify import Notifier
 from llloop.supervisor.shared_resources import SharedResources
 from llloop.supervisor.signals import SIGNALS, Signals
@@ -114,43 +112,30 @@ class Supervisor:
         self._notifier = notifier
         self._announced = False
         self._failed = False
+        self._control: ControlServer | None = None
         self._loop = loop = EventLoop()
-        self._restart = loop.deadline(self._start_due_children)
-        self._signals = Signals(loop)
-        cleanup.callback(self._signals.close)
+        self._signals = cleanup.enter_context(closing(Signals(loop)))
         # Allocate everything that may run out before mounting.
-        self._resources = resources = SharedResources(config, self.source)
-        cleanup.callback(resources.close)
-        cpu_latency = CpuLatency(loop, resources.awake[0], resources.slots.metrics, config.wake_latency)
-        cleanup.callback(cpu_latency.end)
+        self._resources = resources = cleanup.enter_context(closing(SharedResources(config, self.source)))
+        self._cpu_latency = CpuLatency(loop, resources.awake[0], resources.slots.metrics, config.wake_latency)
+        cleanup.callback(self._cpu_latency.end)
         cleanup.callback(log.stop_collecting)
         log.start_collecting()
         cleanup.callback(self._log_end)
 
         operations = Operations()
+        guard = cleanup.enter_context(closing(StartGuard(checked.mountpoint)))
         _log.debug("mounting %s at %s", self.source, checked.mountpoint)
-        guard = StartGuard(checked.mountpoint)
-        cleanup.callback(guard.dismiss)
-        made = mounting.mount(config, checked.mountpoint, operations)
-        device = made.device
-        cleanup.callback(made.close)
+        made = cleanup.enter_context(closing(mounting.mount(config, checked.mountpoint, operations)))
         # The keeper stays until the mount is gone, because the supervisor may be killed while it ends.
         after_unmounting = cleanup.enter_context(ExitStack())
         cleanup.callback(made.detach)
-        self._connection = connection.initialise(device, config, self.source)
+        self._connection = connection.initialise(made.device, config, self.source)
         self.mount = made.attach(self._connection.capabilities)
-        self._unmounting = Unmounting(loop, self.mount, device, self._finish)
-        cleanup.callback(self._unmounting.close)
-        cleanup.callback(resources.close)  # frees descriptors before the steps above, which need some
         mounts.raise_read_ahead(self.mount.device)  # after INIT, whose reply may lower it
-        workers = f"{config.workers} worker{'' if config.workers == 1 else 's'}"
-        how = self._connection.describe()
-        self.description = f"serving {self.source} at {self.mount.mountpoint} with {workers}: {how}"
-
-        def on_supervisor_death() -> None:
-            detach_dead_mount(self.mount, device)
-            if control is not None:
-                control.remove()
+        self.description = self._describe(config.workers)
+        self._unmounting = cleanup.enter_context(closing(Unmounting(loop, self.mount, made.device, self._finish)))
+        cleanup.callback(resources.close)  # frees descriptors before the steps above, which need some
 
         self._processes = processes = Processes(
             config,
@@ -159,48 +144,55 @@ class Supervisor:
             self._connection,
             self.mount,
             operations,
-            on_supervisor_death,
+            self._supervisor_died,
             detached=detached,
             cleanup=after_unmounting,
         )
         cleanup.callback(processes.end_serving)
         self._reload = Reload(processes, self._connection, notifier, self.description)
+        restarts = Restarts(loop, processes, resources, self._connection, self._ends_with_front, self._reload.go_on)
         self._watchdog = Watchdog(loop, notifier, processes.front, resources.slots, self.mount.device)
-        reports = Reports(loop, processes, resources.slots)
-        cleanup.callback(reports.close)
-        source_check = SourceCheck(loop, self.source, resources.root, changes=not config.read_only)
+        self._control = self._open_control(config, cleanup)
+        cleanup.callback(notifier.stopping)
+        self._register_callbacks(cleanup.enter_context(closing(Reports(loop, processes, resources.slots))))
+        restarts.start_all()
+        guard.close()
+
+    def _open_control(self, config: ServeConfig, cleanup: ExitStack) -> ControlServer | None:
+        resources = self._resources
+        source_check = SourceCheck(self._loop, self.source, resources.root, changes=not config.read_only)
         cleanup.callback(source_check.close)
         commands = ControlCommands(
             config,
             self.source,
             self.mount,
             self._connection,
-            processes,
-            resources.slots,
-            cpu_latency,
+            self._processes,
+            resources,
+            self._cpu_latency,
             source_check,
-            resources.watch,
-            Tracing(loop, self._connection.capabilities, resources),
+            Tracing(self._loop, self._connection.capabilities, resources),
             phase=self._phase,
             reload=self._request_reload,
             stop=self._request_stop,
         )
-        control = control_server.open_for(self.mount, loop, commands.table())
+        control = control_server.open_for(self.mount, self._loop, commands.table())
         if control is not None:
             cleanup.callback(control.close)
-        cleanup.callback(notifier.stopping)
+        return control
 
+    def _register_callbacks(self, reports: Reports) -> None:
         self._signals.on({signal.SIGUSR1}, reports.log_counters)
         self._signals.on({signal.SIGUSR2}, reports.dump_stacks)
         self._signals.on({signal.SIGHUP}, self._hang_up)
         self._signals.on({signal.SIGTERM, signal.SIGINT}, self._request_stop)
-        loop.watch(resources.ready[0], self._front_is_ready)
-        for fd in lifelines:
-            loop.watch(fd, self._lifeline_ended)
-        processes.descriptor_keeper.initial_descriptors = syscalls.open_descriptors()
-        for child in processes.all:
-            self._start(child)
-        guard.dismiss()
+        self._loop.watch(self._resources.ready[0], self._front_is_ready)
+        for fd in self._lifelines:
+            self._loop.watch(fd, self._lifeline_ended)
+
+    def _describe(self, workers: int) -> str:
+        number = f"{workers} worker{'' if workers == 1 else 's'}"
+        return f"serving {self.source} at {self.mount.mountpoint} with {number}: {self._connection.describe()}"
 
     def run(self) -> int:
         """Serve until unmounted or told to stop.
@@ -236,92 +228,25 @@ class Supervisor:
         if self._announced:
             _log.info("stopped serving %s at %s", self.source, self.mount.mountpoint)
 
-    # The processes
-
-    def _start(self, child: Child) -> None:
-        child.start()
-        self._loop.watch(child.sentinel, partial(self._child_ended, child))
-
-    def _child_ended(self, child: Child) -> None:
-        self._loop.forget(child.sentinel)
-        code = child.reap()
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        if child is self._processes.front:
-            self._resources.slots.clear_front()
-            if code == 0:  # unmounted
-                self._finish(False)
-                return
-            if not self._announced:
-                _log.error("%s %s before it served a request; the mount ends", child.name, how)
-                self._finish(True)
-                return
-            if self._connection.capabilities is None:
-                _log.error("%s %s; with --loop llfuse no other front can take over, so the mount ends", child.name, how)
-                self._finish(True)
-                return
-        if child in self._processes.watchers:
-            self._nothing_is_heard()
-        asked = child.ending_on_purpose
-        pause = child.schedule_restart()
-        # Logged once, and again only if the cause is another one or some time has passed.
-        once = {"once": child.name}
-        if pause < 1 and not asked:
-            _log.warning("%s %s; a new process takes over", child.name, how, extra=once)
-        elif not asked:
-            text = "%s %s again and again; the supervisor now waits up to %g seconds before each restart"
-            _log.error(text, child.name, how, LONGEST_PAUSE, extra=once)
-        self._set_restart()
-
-    def _nothing_is_heard(self) -> None:
-        """Make the kernel ask again for what it has cached, because changes in the source are not heard any more."""
-        watch, capabilities = self._resources.watch, self._connection.capabilities
-        assert watch is not None and capabilities is not None
-        watch.publish(Method.STARTING, frozenset())
-        if capabilities.minor >= fuse.EPOCH_SINCE:
-            with suppress(OSError):  # unmounted
-                notifications.increase_epoch(self._connection.device)
-
-    def _set_restart(self) -> None:
-        due = min((child.due for child in self._processes.all if child.process is None), default=None)
-        if due is not None:
-            self._restart.set_in(due - time.monotonic())
-
-    def _start_due_children(self) -> None:
-        for child in self._processes.all:  # the keeper first: it starts the front
-            if child.process is None and child.due <= time.monotonic():
-                try:
-                    self._start(child)
-                except OSError as error:
-                    pause = child.schedule_restart()
-                    if isinstance(error, ProcessLookupError):  # the keeper has died and must be started first
-                        continue
-                    _log.error("%s could not be started: %s; next attempt in %g seconds", child.name, error, pause)
-                    continue
-                if child is self._processes.keeper:
-                    self._hand_descriptors_over()
-        self._set_restart()
-        self._reload.go_on()
-
-    def _hand_descriptors_over(self) -> None:
-        """Make a new keeper fetch the front's descriptors, and replace the front by one that shares them with it."""
-        front, keeper = self._processes.front, self._processes.descriptor_keeper
-        if front.process is None or front.process.pid is None or not keeper.can_share:
-            return
-        if self._connection.capabilities is None:  # with --loop llfuse, another front cannot take over
-            return
-        try:
-            front.signal(signal.SIGSTOP)
-            keeper.fetch(front.process.pid)
-        except OSError as error:
-            front.signal(signal.SIGCONT)
-            if not syscalls.is_readable(front.sentinel):  # otherwise it has ended, and the loop handles that next
-                _log.warning(
-                    "the keeper could not fetch the front's descriptors: %s; "
-                    "if the front dies now, programs lose the deleted files that they have open",
-                    error,
-                )
+    def _ends_with_front(self, code: int, how: str) -> bool:
+        """Return whether the mount ends with a front that has ended, and if so make `run` return."""
+        if code == 0:  # unmounted
+            self._finish(False)
+            return True
+        if not self._announced:
+            _log.error("llloop-front %s before it served a request; the mount ends", how)
+        elif self._connection.capabilities is None:
+            _log.error("llloop-front %s; with --loop llfuse no other front can take over, so the mount ends", how)
         else:
-            front.replace()
+            return False
+        self._finish(True)
+        return True
+
+    def _supervisor_died(self) -> None:
+        """Clean up; this runs in the descriptor keeper."""
+        detach_dead_mount(self.mount, self._connection.device)
+        if self._control is not None:
+            self._control.remove()
 
     # Requests to reload or stop
 
