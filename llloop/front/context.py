@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from llloop.config import ServeConfig
 from llloop.front.cache_policy import CachePolicy
@@ -35,8 +36,8 @@ from llloop.shared.table import Table
 from llloop.shared.watch_state import WatchState
 
 # Descriptors for directories: this fraction (1/8) of the limit, with a maximum. Most descriptors are for open files.
-_DIRECTORIES_SHARE = 8
-_DIRECTORIES_MOST = 1024
+_DIRECTORIES_FRACTION = 8
+_MAX_DIRECTORIES = 1024
 # Descriptors that open files cannot use, so that lookups still work when many files are open.
 _RESERVE = 64
 
@@ -100,61 +101,48 @@ def build_context(
         closing: the list for descriptors to close after a request is answered; None for a new one.
         watch: what the front and the watcher tell each other, or None.
     """
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    readable = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root)
-    try:
-        kind = file_system_type(readable)
-    finally:
-        os.close(readable)
-    metrics = slots.metrics
-    inodes = Inodes(fstatx(root), table, births=kind not in STACKED, count=metrics.gauge(Gauge.INODES))
-    directories = min(_DIRECTORIES_MOST, limit // _DIRECTORIES_SHARE)
-    leadership = Leadership()
-    if closing is None:
-        closing = []
-    payload_pipes = slots.pipes.descriptors if slots.pipes is not None else []
-    shares = Shares(limit - directories - _RESERVE - len(pipes) - len(payload_pipes), (0, os.geteuid()))
-    pins = Pins(inodes, journal, shares, leadership, closing)
-    directory_fds = DirectoryFds(inodes, root, directories, pins, leadership, closing)
     features = capabilities.features if capabilities is not None else Feature(0)
-    collecting = Feature.WRITEBACK_CACHE in features
-    handles = Handles(journal, slots.generation + 1, shares, metrics.gauge(Gauge.HANDLES), writeback=collecting)
+    writeback = Feature.WRITEBACK_CACHE in features
+    kind = _file_system_type(root)
+    gauge = slots.metrics.gauge
+    closing = [] if closing is None else closing
+    leadership = Leadership()
+    limits = _descriptor_limits(slots, pipes)
+
+    inodes = Inodes(fstatx(root), table, births=kind not in STACKED, count=gauge(Gauge.INODES))
+    shares = Shares(limits.open_files, (0, os.geteuid()))
+    handles = Handles(journal, slots.generation + 1, shares, gauge(Gauge.HANDLES), writeback=writeback)
+    pins = Pins(inodes, journal, shares, leadership, closing)
+    directory_fds = DirectoryFds(inodes, root, limits.directories, pins, leadership, closing)
     router = Router(slots, pipes, leadership)
+
     setid = SetidGuard()
     caller = Caller(setid)
     callers = Callers(config.id_maps)
     permissions = Permissions(caller, root, callers, acl=Feature.POSIX_ACL in features, suid="suid" in config.options)
-    intents = Intents(journal)
-    killpriv = KillPriv(setid, caller, handles, permissions, leadership, writeback=collecting)
+    killpriv = KillPriv(setid, caller, handles, permissions, leadership, writeback=writeback)
     clears_setid = Feature.HANDLE_KILLPRIV_V2 not in features
     tree = Tree(
-        root,
-        inodes,
-        directory_fds,
-        handles,
-        permissions,
-        setid,
-        killpriv,
-        leadership,
-        clears_setid=clears_setid,
+        root, inodes, directory_fds, handles, permissions, setid, killpriv, leadership, clears_setid=clears_setid
     )
+    passthrough = Passthrough(device, handles, caller, setid, Feature.PASSTHROUGH in features)
+    files = Files(tree, handles, router, passthrough, killpriv, writeback, device, leadership, closing)
+
     epochs = capabilities is not None and capabilities.minor >= fuse.EPOCH_SINCE
     policy = CachePolicy(config, Feature.DIRECT_IO_ALLOW_MMAP in features, slots.generation, epochs=epochs)
-    heard = None
-    if watch is not None:
-        heard = Heard(watch, fstatx(root), inodes, leadership, policy.validity, policy.unheard)
+    heard = None if watch is None else Heard(watch, fstatx(root), inodes, leadership, policy.validity, policy.unheard)
+    if heard is not None:
         policy.changes_of = heard.changes_of
         tree.on_forgotten = heard.forgotten
-    passthrough = Passthrough(device, handles, caller, setid, Feature.PASSTHROUGH in features)
     return Context(
         config=config,
         features=features,
         inodes=inodes,
         handles=handles,
-        intents=intents,
+        intents=Intents(journal),
         tree=tree,
         forgetting=Forgetting(router, journal, tree),
-        files=Files(tree, handles, router, passthrough, killpriv, collecting, device, leadership, closing),
+        files=files,
         router=router,
         policy=policy,
         passthrough=passthrough,
@@ -165,3 +153,26 @@ def build_context(
         heard=heard,
         closing=closing,
     )
+
+
+class _DescriptorLimits(NamedTuple):
+    """How many descriptors the front keeps open at most, for directories and for open files."""
+
+    directories: int
+    open_files: int
+
+
+def _descriptor_limits(slots: Slots, pipes: list[int]) -> _DescriptorLimits:
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    directories = min(_MAX_DIRECTORIES, limit // _DIRECTORIES_FRACTION)
+    payload_pipes = slots.pipes.descriptors if slots.pipes is not None else []
+    return _DescriptorLimits(directories, limit - directories - _RESERVE - len(pipes) - len(payload_pipes))
+
+
+def _file_system_type(root: int) -> int:
+    """Return the magic number of the source's file system (statfs(2))."""
+    readable = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root)
+    try:
+        return file_system_type(readable)
+    finally:
+        os.close(readable)
