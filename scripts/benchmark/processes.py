@@ -93,10 +93,12 @@ def wakeups(pids: Iterable[int]) -> int:
 
 
 def title(pid: int) -> str:
-    """Return the name of the process in ps(1)."""
+    """Return the name of the process in ps(1), without what follows it."""
     with contextlib.suppress(OSError):
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        return os.path.basename(os.fsdecode(words[0])).strip() or str(pid)
+        # A process of llloop writes its mount point behind its name.
+        name, _, _ = words[0].partition(b" ")
+        return os.path.basename(os.fsdecode(name)) or str(pid)
     return str(pid)
 
 
