@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 from llloop import id_ranges, mount_options
 from llloop.errors import MountpointError, SourceError, UsageError
@@ -58,11 +59,32 @@ class WakeLatency(str, Enum):
     NEVER = "never"
 
 
+class Policy(str, Enum):
+    """What to do when a program changes owners or modes."""
+
+    IGNORE = "ignore"
+    DENY = "deny"
+    REAL = "real"
+
+
+class Denial(str, Enum):
+    """What nobody can do in a mount."""
+
+    CREATE = "create"
+    DELETE = "delete"
+    RENAME = "rename"
+    LINK = "link"
+    SYMLINK = "symlink"
+    XATTR = "xattr"
+
+
 # What a mount lacks if llfuse runs its loop.
 WITHOUT_OWN_LOOP = (
     "POSIX ACLs, fallocate, SEEK_HOLE, flags of renameat2, O_TMPFILE, birth times, and recovery (a worker that hangs "
     "stops the mount, and the death of the front ends it)"
 )
+
+_Kind = TypeVar("_Kind", bound=Enum)
 
 _TIMEOUTS = {Cache.NEVER: 0.0, Cache.AUTO: 1.0, Cache.ALWAYS: _DAY}
 
@@ -182,6 +204,23 @@ class ServeConfig:
     map_groups: tuple[str, ...] = _option(
         (), "SRC:MNT:COUNT. The same for groups. Default: all groups are the same on both sides."
     )
+    chown: Policy = _option(
+        Policy.REAL,
+        "What happens when a program changes the owner or the group of a file. real: they change in the source. "
+        "ignore: the call succeeds and changes nothing. deny: it fails with EPERM, also for root. Risk of ignore: a "
+        "program takes the change for done. Default: real.",
+    )
+    chmod: Policy = _option(
+        Policy.REAL,
+        "The same for changes of the mode and of the access ACL. Default: real.",
+    )
+    deny: tuple[Denial, ...] = _option(
+        (),
+        "What fails with EPERM for everybody, also for root; several values are separated by commas. create: new "
+        "files, directories, links and other names. delete: to remove a name, also by renaming another file over it. "
+        "rename: to rename or move anything. link: hard links. symlink: new symbolic links. xattr: to set or remove "
+        "extended attributes and ACLs. None of them protects the content of files. Default: nothing.",
+    )
     options: tuple[str, ...] = _option(
         (),
         "Further mount options, separated by commas, such as noexec. Root can give suid and dev, which allow "
@@ -213,7 +252,8 @@ class ServeConfig:
         LoopKind.OWN,
         "Which request loop serves the mount. own: the loop of llloop. llfuse: the loop of the library llfuse, for "
         f"comparison. Risk of llfuse: it is slower, and the mount lacks {WITHOUT_OWN_LOOP}. It excludes --io kernel, "
-        "--writeback, --watch, --metadata workers, --map-users and --map-groups. Default: own.",
+        "--writeback, --watch, --metadata workers, --map-users, --map-groups, --chown, --chmod and --deny. Default: "
+        "own.",
     )
     slots: int = _option(DEFAULT_SLOTS, "How many requests the workers may have at the same time; for tests.")
 
@@ -234,6 +274,7 @@ class ServeConfig:
         object.__setattr__(self, "options", mount_options.checked((options,) if isinstance(options, str) else options))
         object.__setattr__(self, "map_users", id_ranges.checked(self.map_users, "--map-users", id_ranges.user))
         object.__setattr__(self, "map_groups", id_ranges.checked(self.map_groups, "--map-groups", id_ranges.group))
+        object.__setattr__(self, "deny", _denials(self.deny))
         for name, kind in _ENUMS.items():
             object.__setattr__(self, name, _member(kind, name, getattr(self, name)))
         timeout = _DAY if self.watch and self.cache is not Cache.NEVER else _TIMEOUTS[self.cache]
@@ -284,6 +325,9 @@ class ServeConfig:
                 (self.metadata is MetadataKind.WORKERS, "--metadata workers"),
                 (bool(self.map_users), "--map-users"),
                 (bool(self.map_groups), "--map-groups"),
+                (self.chown is not Policy.REAL, "--chown"),
+                (self.chmod is not Policy.REAL, "--chmod"),
+                (bool(self.deny), "--deny"),
             ):
                 if unfit:
                     raise UsageError(
@@ -304,6 +348,8 @@ _ENUMS: dict[str, type[Enum]] = {
     "metadata": MetadataKind,
     "wake_latency": WakeLatency,
     "loop": LoopKind,
+    "chown": Policy,
+    "chmod": Policy,
 }
 
 
@@ -315,13 +361,20 @@ def _absolute(path: str) -> str:
         return path
 
 
-def _member(kind: type[Enum], option: str, value: Any) -> Enum:
+def _member(kind: type[_Kind], option: str, value: Any) -> _Kind:
     """Return the member of *kind* that *value* is or names."""
     try:
         return kind(value)
     except ValueError:
         known = ", ".join(str(member.value) for member in kind)
         raise UsageError(f"--{option} must be one of {known}, not {value!r}") from None
+
+
+def _denials(given: Iterable[str] | str) -> tuple[Denial, ...]:
+    """Return the members of *given*, texts with one or more names, separated by commas; or a single text."""
+    texts = [given] if isinstance(given, str) else given
+    names = [one for text in texts for one in (text.value if isinstance(text, Denial) else str(text)).split(",")]
+    return tuple(dict.fromkeys(_member(Denial, "deny", name) for name in names))
 
 
 def help_text(name: str) -> str:

@@ -17,7 +17,17 @@ from llloop.cli.daemon import Daemon
 from llloop.cli.stats import stats
 from llloop.cli.status import status
 from llloop.cli.trace import trace
-from llloop.config import MAX_WORKERS, Cache, IoKind, LoopKind, MetadataKind, ServeConfig, WakeLatency, help_text
+from llloop.config import (
+    MAX_WORKERS,
+    Cache,
+    IoKind,
+    LoopKind,
+    MetadataKind,
+    Policy,
+    ServeConfig,
+    WakeLatency,
+    help_text,
+)
 from llloop.errors import HostError, MountpointError, UsageError
 from llloop.linux import mount_identity, mounts
 from llloop.linux.stdio import open_missing_standard_descriptors
@@ -98,6 +108,9 @@ _mountpoint = click.argument("mountpoint", type=UntouchedPath(), envvar="LLLOOP_
 @_option("xattr", "--xattr/--no-xattr", default=True)
 @_option("map_users", "--map-users", multiple=True, metavar="SRC:MNT:COUNT")
 @_option("map_groups", "--map-groups", multiple=True, metavar="SRC:MNT:COUNT")
+@_option("chown", "--chown", type=click.Choice([policy.value for policy in Policy]), default=Policy.REAL.value)
+@_option("chmod", "--chmod", type=click.Choice([policy.value for policy in Policy]), default=Policy.REAL.value)
+@_option("deny", "--deny", multiple=True, metavar="WHAT[,WHAT...]")
 @_option("options", "-o", "--options", multiple=True, metavar="OPTION[,OPTION...]")
 @_option("fsname", "--fsname", default=None, metavar="NAME")
 @_option("nonempty", "--nonempty", is_flag=True)
@@ -162,6 +175,8 @@ def serve(
     options["metadata"] = MetadataKind(options["metadata"])
     options["wake_latency"] = WakeLatency(options["wake_latency"])
     options["loop"] = LoopKind(options["loop"])
+    options["chown"] = Policy(options["chown"])
+    options["chmod"] = Policy(options["chmod"])
     config = ServeConfig(source=source, mountpoint=mountpoint, **options)
     for option, file in (("--log-file", log_file), ("--pid-file", pid_file)):
         if file is not None and mounts.is_below(str(file), mountpoint):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import resource
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
-from llloop.config import ServeConfig
+from llloop.config import Policy, ServeConfig
 from llloop.front.cache_policy import CachePolicy
 from llloop.front.descriptor_shares import Shares
 from llloop.front.directory_fds import DirectoryFds
@@ -23,6 +25,7 @@ from llloop.front.recovery.forget import Forgetting
 from llloop.front.recovery.intents import Intents
 from llloop.front.router import Router
 from llloop.front.tree import Tree
+from llloop.front.views.tree import PolicyTree
 from llloop.linux import fuse
 from llloop.linux.credentials import Caller, SetidGuard
 from llloop.linux.process_credentials import Callers
@@ -122,7 +125,10 @@ def build_context(
     permissions = Permissions(caller, root, callers, acl=Feature.POSIX_ACL in features, suid="suid" in config.options)
     killpriv = KillPriv(setid, caller, handles, permissions, leadership, writeback=writeback)
     clears_setid = Feature.HANDLE_KILLPRIV_V2 not in features
-    tree = Tree(
+    make_tree: Callable[..., Tree] = Tree
+    if config.chown is not Policy.REAL or config.chmod is not Policy.REAL:
+        make_tree = partial(PolicyTree, chown=config.chown, chmod=config.chmod)
+    tree = make_tree(
         root, inodes, directory_fds, handles, permissions, setid, killpriv, leadership, clears_setid=clears_setid
     )
     passthrough = Passthrough(device, handles, caller, setid, Feature.PASSTHROUGH in features)

@@ -30,7 +30,7 @@ _PIN = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _TO_TRUNCATE = os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC
 _NO_NAMES = frozenset({b"", b".", b".."})
 _TIMES = fuse.FATTR_ATIME | fuse.FATTR_ATIME_NOW | fuse.FATTR_MTIME | fuse.FATTR_MTIME_NOW
-_CHANGES = fuse.FATTR_MODE | fuse.FATTR_UID | fuse.FATTR_GID | fuse.FATTR_SIZE | _TIMES
+CHANGES = fuse.FATTR_MODE | fuse.FATTR_UID | fuse.FATTR_GID | fuse.FATTR_SIZE | _TIMES
 
 
 # The longest time that the kernel caches written data, in seconds (more than twice vm.dirty_expire_centisecs).
@@ -407,7 +407,7 @@ class Tree:
             handle: an open file that is truncated, or whose times the kernel has cached; or None.
             who: the requester.
         """
-        if changes.valid & _CHANGES:
+        if changes.valid & CHANGES:
             attributes = self._retry_without_pins(lambda: self._set(nodeid, changes, handle, who), nodeid)
         else:
             with self._reach(nodeid) as reached:
@@ -422,7 +422,7 @@ class Tree:
         while True:
             truncate = left & fuse.FATTR_SIZE and handle is None
             with self._reach_to_truncate(nodeid) if truncate else self._reach(nodeid) as reached:
-                while left & _CHANGES:
+                while left & CHANGES:
                     left &= ~self._apply(reached, left, changes, handle, who)
                     if not self._leadership.is_leader:
                         break

@@ -18,6 +18,7 @@ from llloop.front.handlers.names import NameRequests
 from llloop.front.handlers.recent_lookups import RecentLookups
 from llloop.front.handlers.xattrs import XattrRequests
 from llloop.front.request import FuseRequest
+from llloop.front.views.denials import deny
 from llloop.linux import fuse
 from llloop.linux.fuse import Opcode
 
@@ -92,6 +93,8 @@ class Handlers:
             Opcode.SYNCFS: self.files.syncfs,
             Opcode.IOCTL: self.file_attributes.ioctl,
         }
+        if context.config.deny:
+            deny(self.table, context.config.deny, context.tree, context.router.slots.memory)
         if context.heard is not None:
             for opcode in fuse.MAKES_ENTRIES:
                 self.table[opcode] = context.heard.before(self.table[opcode])

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 
 from llloop import errors
 from llloop.cli import main
-from llloop.config import Cache, IoKind, LoopKind, MetadataKind, ServeConfig, WakeLatency
+from llloop.config import Cache, IoKind, LoopKind, MetadataKind, Policy, ServeConfig, WakeLatency
 from llloop.linux import mounts
 from llloop.linux.mount_identity import MountIdentity
 from llloop.logging import setup as log
@@ -98,6 +98,9 @@ OPTIONS: list[tuple[str, list[str], dict[str, str], Any]] = [
         ("1:2:3", "0:5:1", "7:7:1"),
     ),
     ("map_groups", ["--map-groups=1:2:3"], {"MAP_GROUPS": "1:2:3"}, ("1:2:3",)),
+    ("chown", ["--chown", "deny"], {"CHOWN": "deny"}, Policy.DENY),
+    ("chmod", ["--chmod=ignore"], {"CHMOD": "ignore"}, Policy.IGNORE),
+    ("deny", ["--deny", "rename,delete", "--deny=link"], {"DENY": "rename,delete link"}, ("rename", "delete", "link")),
     ("fsname", ["--fsname", "name"], {"FSNAME": "name"}, "name"),
     ("nonempty", ["--nonempty"], {"NONEMPTY": "1"}, True),
     ("replace_dead", ["--replace-dead"], {"REPLACE_DEAD": "1"}, True),
