@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 
+import llloop
 from tests.conftest import Serve
 from tests.expect import fails, outcome
+from tests.mount.command_line import llloop as run_llloop
 from tests.server import Server
 from tests.server_processes import process_ids, wait_until
 from tests.syscalls import renameat2
@@ -158,3 +160,28 @@ def test_policies_survive_the_front(serve: Serve) -> None:
     for change in (os.unlink, lambda file: file.chmod(0o600)):
         with fails(errno.EPERM):
             change(server.mountpoint / "file")
+
+
+def test_refusals(tmp_path: Path) -> None:
+    for name in ("src", "mnt"):
+        (tmp_path / name).mkdir()
+    for arguments, part in (
+        (["--deny=writing"], "--deny must be one of create, delete, rename, link, symlink, xattr, not 'writing'"),
+        (["--chown=never"], "Invalid value for '--chown'"),
+        (["--deny=delete", "--loop=llfuse"], "exclude each other"),
+        (["--chmod=deny", "--loop=llfuse"], "exclude each other"),
+        (["--chown=ignore", "--loop=llfuse"], "exclude each other"),
+    ):
+        ended = run_llloop("serve", tmp_path / "src", tmp_path / "mnt", *arguments)
+        assert (ended.code, part in ended.complaint()) == (2, True), ended
+
+
+def test_python(tmp_path: Path) -> None:
+    for name in ("src", "mnt"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "src/file").touch()
+    with llloop.mount(tmp_path / "src", tmp_path / "mnt", deny=["delete", "link"], chmod="deny"):
+        with fails(errno.EPERM):
+            (tmp_path / "mnt/file").unlink()
+        with fails(errno.EPERM):
+            (tmp_path / "mnt/file").chmod(0o600)
