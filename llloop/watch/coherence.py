@@ -42,7 +42,8 @@ from llloop.watch.known import Known
 
 # After how many seconds each notification is repeated where INVAL_ENTRY does not wait for requests in progress.
 AGAIN = 1.0
-_MOST_AGAIN = 1 << 16
+# The maximum number of events to be repeated; each takes some 200 bytes.
+_MOST_AGAIN = 1 << 18
 _NO_NAME = b"/"  # no directory entry has this name
 _CHANGED_DATA = frozenset({Operation.MODIFY, Operation.CLOSE_WRITE})
 _CHANGED_NAMES = frozenset({Operation.CREATE, Operation.DELETE, Operation.MOVED})
@@ -65,6 +66,7 @@ class Coherence:
         relays: whether events are passed on, by system calls on the names that have changed.
         epochs: whether the kernel knows FUSE_NOTIFY_INC_EPOCH (protocol 7.44).
         waits: whether INVAL_ENTRY waits for requests in progress although a name is not cached.
+        most_again: the maximum number of events to be repeated.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Coherence:
         relays: bool,
         epochs: bool,
         waits: bool | None = None,
+        most_again: int = _MOST_AGAIN,
     ) -> None:
         self._device = device
         self._known = known
@@ -85,7 +88,10 @@ class Coherence:
         self._relays = relays
         self._epochs = epochs
         self._waits = _waits_for_lock() if waits is None else waits
-        self._repeated: deque[tuple[float, list[Event]]] = deque()
+        # When to repeat what; None stands for everything.
+        self._repeated: deque[tuple[float, list[Event] | None]] = deque()
+        self._repeated_events = 0
+        self._most_again = most_again
 
     def note(self, events: Iterable[Event]) -> None:
         """Note the changes for the front: an open must not keep what was cached before. Does not block."""
@@ -128,11 +134,22 @@ class Coherence:
         is_gone = event.operation is Operation.DELETE or event.operation is Operation.MOVED
         return is_gone and (event.is_dir or self._relays)
 
-    def drop_again_later(self, events: Iterable[Event], now: float) -> None:
-        """Repeat the notifications for those of *events* that need it in `AGAIN` seconds."""
+    def drop_again_later(self, events: Iterable[Event], now: float) -> bool:
+        """Repeat the notifications for those of *events* that need it in `AGAIN` seconds.
+
+        Returns:
+            False if these are too many. Everything is then dropped in `AGAIN` seconds. The caller must do so now, too.
+        """
         wanted = [event for event in events if not (self._waits and event.directory) or self._may_expire(event)]
-        if wanted and len(self._repeated) < _MOST_AGAIN:
-            self._repeated.append((now + AGAIN, wanted))
+        if not wanted:
+            return True
+        fits = self._repeated_events + len(wanted) <= self._most_again
+        if not fits:
+            self._repeated.clear()
+            self._repeated_events = 0
+        self._repeated.append((now + AGAIN, wanted if fits else None))
+        self._repeated_events += len(wanted) if fits else 0
+        return fits
 
     def next_repetition(self) -> float | None:
         """Return when `repeat` has something to do (monotonic clock, seconds), or None."""
@@ -141,7 +158,12 @@ class Coherence:
     def repeat(self, now: float) -> None:
         """Repeat the notifications that are due."""
         while self._repeated and self._repeated[0][0] <= now:
-            self.drop(self._repeated.popleft()[1])
+            _, events = self._repeated.popleft()
+            if events is None:
+                self.drop_everything()
+            else:
+                self._repeated_events -= len(events)
+                self.drop(events)
 
     def drop_names(self) -> None:
         """Make the kernel look up every name again, without waiting for anything. Needs epochs."""

@@ -197,6 +197,9 @@ class Watcher:
         foreign = [event for event in events if not own.include(event.pid)]
         notified = 0
         try:
+            if foreign:
+                self._coherence.note(foreign)
+                overflow = not self._coherence.drop_again_later(foreign, began / 1e9) or overflow
             if overflow:
                 _log.warning(
                     "too much happened in the source at once; the kernel drops everything that it has cached of it",
@@ -204,8 +207,6 @@ class Watcher:
                 )
                 self._drop_everything()
             if foreign:
-                self._coherence.note(foreign)
-                self._coherence.drop_again_later(foreign, began / 1e9)
                 notified = self._coherence.drop(foreign)
         except Postponed:
             self._drop_names()

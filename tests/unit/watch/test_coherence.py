@@ -30,7 +30,9 @@ class EveryInode:
 Told = list[tuple[object, ...]]
 
 
-def coherence(*, relays: bool = False, epochs: bool = True, waits: bool = True) -> tuple[Coherence, Told, WatchState]:
+def coherence(
+    *, relays: bool = False, epochs: bool = True, waits: bool = True, most_again: int = 1000
+) -> tuple[Coherence, Told, WatchState]:
     told: Told = []
     state = WatchState()
 
@@ -45,6 +47,7 @@ def coherence(*, relays: bool = False, epochs: bool = True, waits: bool = True) 
         relays=relays,
         epochs=epochs,
         waits=waits,
+        most_again=most_again,
     )
     return made, told, state
 
@@ -112,6 +115,21 @@ def test_notifications_are_repeated_if_needed(waits: bool, directory: int, expec
     own.repeat(10.0 + AGAIN)
     assert len(told) == expected
     assert own.next_repetition() is None
+
+
+def test_everything_is_dropped_if_too_much_is_to_be_repeated() -> None:
+    own, told, state = coherence(waits=False, epochs=False, most_again=3)
+    assert own.drop_again_later([event(Operation.ATTRIB)] * 2, 10.0)
+    assert not own.drop_again_later([event(Operation.ATTRIB)] * 2, 10.1), "the caller must drop everything"
+    assert own.drop_again_later([event(Operation.ATTRIB)] * 3, 10.2), "there is room again"
+    own.repeat(10.15 + AGAIN)
+    assert state.counts().dropped == 1
+    assert ("drop_pages", 1) in told
+    del told[:]
+    own.repeat(10.2 + AGAIN)
+    assert told
+    assert own.next_repetition() is None
+    assert own.drop_again_later([event(Operation.ATTRIB)] * 3, 20.0), "what was repeated takes no room"
 
 
 def test_everything_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
