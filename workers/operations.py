@@ -60,6 +60,9 @@ _BEGUN, _APPENDING, _SHIFTING, _DONE, _COPYING = range(5)
 _FALLOC_FL_COLLAPSE_RANGE, _FALLOC_FL_INSERT_RANGE = 0x08, 0x20
 
 
+# The requests that change data of a file.
+_CHANGES = frozenset({Operation.WRITE, Operation.FALLOCATE, Operation.COPY_FILE_RANGE})
+
 _UNCHANGED = nullcontext()
 _Result = TypeVar("_Result")
 
@@ -98,6 +101,17 @@ def _buffered(fd: int) -> Iterator[None]:
 def _with_setid_bits(inodes: Sequence[int], fd: int) -> tuple[int, ...]:
     """Return *inodes*, which all belong to the file *fd*, if the file has set-ID bits, else nothing."""
     return tuple(inodes) if inodes and os.fstat(fd).st_mode & SETID_BITS else ()
+
+
+def _refused(request: Request) -> Request:
+    """Return a request whose answer the kernel has refused, so that pages of the file are dropped if it changed them.
+
+    If its caller was killed meanwhile, the kernel does not know that the file has changed.
+    """
+    if request.operation not in _CHANGES or request.flags & CACHED:
+        return request
+    extra = (request.nodeid,) if request.operation == Operation.WRITE else request.extra
+    return request._replace(flags=request.flags | INVALIDATE, extra=extra)
 
 
 class Descriptors(Protocol):
@@ -199,7 +213,7 @@ class Operations:
             A request that the caller must still resume, because it may take long; or None.
         """
         request = held.request
-        if request.operation == Operation.WRITE:
+        if request.operation in _CHANGES:
             self._give_back(request)
         for follower in held.followers:
             self._resume(follower)
@@ -219,10 +233,11 @@ class Operations:
 
         Such a WRITE is answered before, because the kernel may keep its last page locked until it has the answer.
         """
-        if request.operation == Operation.WRITE and request.flags & INVALIDATE:
+        if request.operation in _CHANGES and request.flags & INVALIDATE:
             # In the previous worker, this request may have waited for the ranges of other writes, too.
             offset, length = (0, 0) if all_pages else (request.offset, request.length)
-            replaced = self._invalidations.hold(request, request.extra[0], offset, length)
+            nodeid = request.extra[0] if request.operation == Operation.WRITE else request.nodeid
+            replaced = self._invalidations.hold(request, nodeid, offset, length)
             if replaced is not None:
                 self._give_back(replaced)
         else:
@@ -262,7 +277,7 @@ class Operations:
             all_received = slots.resent_received
             if (slots.claims[slot], slots.numbers[slot]) == (claim, number):
                 if all_received:
-                    self._conclude(request, all_pages=True)
+                    self._conclude(_refused(request), all_pages=True)
                 return
 
     def _redo(self, request: Request) -> None:

@@ -12,6 +12,7 @@ from contextlib import suppress
 from llloop.config import WakeLatency, usable_cpus
 from llloop.front.context import Context
 from llloop.front.handlers import Handler, Handlers
+from llloop.front.handlers.interrupts import INTERVAL
 from llloop.front.handlers.relayed import RelayedRequests
 from llloop.front.nowait import LONE_WRITE_LIMIT
 from llloop.front.preflight import Preflight
@@ -125,6 +126,7 @@ class Loop:
         ]
         self._leader_request = self._requests[0]
         if preflight is not None:
+            self._handlers.interrupts.withdraw = preflight.withdraw
             # A request may be withdrawn between poll(2) and read(2). The read must not wait for the next one then.
             os.set_blocking(device, False)
             context.router.attentive = context.router.backlog = True
@@ -286,7 +288,10 @@ class Loop:
         """
         preflight, router, device = self._preflight, self._router, self._device
         unfinished = self._context.forgetting.unfinished
+        interrupts = self._handlers.interrupts
         while True:
+            if interrupts.waiting:
+                interrupts.look()
             if self._postponed and not self._leadership.in_last_thread:
                 return self._take_set_aside(request, *self._postponed.popleft())
             if self._answered:
@@ -297,8 +302,12 @@ class Loop:
                 request.slot = self._slots.slot_of(base)
                 request.is_received(base, length, time.monotonic_ns())
                 return True
-            router.attentive = preflight is not None or bool(self._postponed) or bool(unfinished)
-            timeout = 0 if unfinished else _POSTPONED_PAUSE if self._postponed else None
+            router.attentive = preflight is not None or bool(self._postponed or unfinished) or interrupts.waiting
+            timeout = INTERVAL if interrupts.waiting else None
+            if self._postponed:
+                timeout = _POSTPONED_PAUSE
+            if unfinished:
+                timeout = 0
             if preflight is None:
                 ready = router.wait(device, timeout=timeout)
                 if not router.attentive or device in ready:
@@ -339,7 +348,7 @@ class Loop:
                 break  # many descriptors of one user must not delay the requests of others
             done += 1
             fd = closing.pop()
-            if leadership.is_in_use(fd):
+            if leadership.is_in_use(fd) or fd in self._handlers.interrupts.kept:
                 used.append(fd)
             else:
                 with suppress(OSError):  # fsync(2) and the close(2) of FLUSH have already reported errors

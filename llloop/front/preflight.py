@@ -119,6 +119,10 @@ class Preflight:
             if asked is not None:  # None for a request of a dead front, and for a second answer after a worker's death
                 yield asked
 
+    def withdraw(self, unique: int) -> None:
+        """Forget a request that waits for its PROBE, because it is answered."""
+        self._asked.pop(unique, None)
+
     # The places of each kind of request
 
     def _of_name(self, request: FuseRequest) -> list[_Place]:

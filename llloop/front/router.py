@@ -14,6 +14,7 @@ from llloop.front.inodes import mix
 from llloop.front.open_files import Handle
 from llloop.front.recovery.intents import NOWHERE
 from llloop.front.request import FuseRequest
+from llloop.linux import fuse
 from llloop.linux.fuse import FUSE_UNIQUE_RESEND
 from llloop.linux.syscalls import is_writable
 from llloop.shared.leadership import Leadership
@@ -66,6 +67,18 @@ class _Parked(NamedTuple):
     taken: int
     payload: bytes = b""
     spare: tuple[int, int] | None = None
+
+
+class Unanswered(NamedTuple):
+    """A request that is not answered yet.
+
+    Attributes:
+        caller: the id of the calling thread, 0 if it is outside of the server's PID namespace.
+        message: the message to the worker; None if a thread of the front serves the request.
+    """
+
+    caller: int
+    message: Request | None
 
 
 class _Queue:
@@ -140,6 +153,8 @@ class Router:
         self._kinds = bytearray(slots.count)
         self._piped_slots = 0 if slots.pipes is None else len(slots.pipes)
         self._parked_bytes = 0
+        # The calling thread of each parked request, by `unique`.
+        self._callers: dict[int, int] = {}
         # The slots that previous fronts have lent, by the `unique` of their requests.
         self._inherited: dict[int, int] = {}
         self._full = [False] * len(pipes)  # whether the last request was declined because the pipe was full
@@ -278,6 +293,7 @@ class Router:
         # The caller of a write from the page cache is the kernel.
         uid = message.uid if message.operation == Operation.WRITE else request.caller().uid
         parked[shard].append(uid, self._parked_request(request.taken, message))
+        self._callers[message.unique] = request.pid()
         self.backlog = True
 
     def _parked_request(self, taken: int, message: Request) -> _Parked:
@@ -330,12 +346,15 @@ class Router:
                         slots.pipes.bring_back(slot, spare, message.length)
                     else:
                         slots.pipes.copy_back(slots.payload(slot, message.length), spare)
+                caller = self._callers.get(message.unique, 0)
+                fuse.UNIQUE_AND_PID.pack_into(slots.memory, slots.request_offset(slot), message.unique, caller)
                 if self._send(taken, shard, message) < 0:
                     if spare is not None:
                         parked.first = self._copy_payload(taken, message)
                     return
                 self._parked_bytes -= len(payload)
                 parked.remove_first()
+                self._callers.pop(message.unique, None)
                 self._pause = _FIRST_PAUSE
 
     def _may_lend(self, shard: int) -> bool:
@@ -369,6 +388,20 @@ class Router:
             return True
         queues = (*self._parked, *self._parked_reads, *self._parked_large)
         return any(parked.taken == taken for queue in queues for parked in queue)
+
+    def find(self, unique: int) -> Unanswered | None:
+        """Return a request that is parked, that a worker has, or that another thread serves; None if there is none."""
+        if unique in self._callers:
+            queues = (*self._parked, *self._parked_reads, *self._parked_large)
+            message = next(one.message for queue in queues for one in queue if one.message.unique == unique)
+            return Unanswered(self._callers[unique], message)
+        slots = self.slots
+        for slot, state in enumerate(bytes(slots.states)):
+            if state:
+                found, caller = fuse.UNIQUE_AND_PID.unpack_from(slots.memory, slots.request_offset(slot))
+                if not (found ^ unique) & ~FUSE_UNIQUE_RESEND:
+                    return Unanswered(caller, decode(slots.message(slot)) if slots.is_lent(slot) else None)
+        return None
 
     def release(self, number: int, handle: Handle) -> None:
         """Make the worker of *handle*, or all workers if it is shared, close its descriptor."""

@@ -138,6 +138,7 @@ UNIQUE = Struct("=8xQ")
 CALLER = Struct("=24xIII")  # uid, gid, pid
 PID = Struct("=32xI")
 UID_OFFSET = 24
+UNIQUE_AND_PID = Struct("=8xQ16xI")
 
 # Requests, each unpacked from the start of its header. Offsets are signed, so that the source refuses offsets beyond
 # 2^63.
@@ -145,6 +146,7 @@ FORGET_REQUEST = Struct("=16xQ16xQ")  # nodeid, nlookup
 BATCH_FORGET_REQUEST = Struct("=40xI4x")  # count; then struct fuse_forget_one
 FORGET_ONE = Struct("=QQ")  # nodeid, nlookup
 GETATTR_REQUEST = Struct("=40xI4xQ")  # getattr_flags, fh
+INTERRUPT_REQUEST = Struct("=40xQ")  # unique of the interrupted request
 INIT_REQUEST = Struct("=8xQ24xIIIII")  # unique, major, minor, max_readahead, flags, flags2
 OPEN_REQUEST = Struct("=40xII")  # flags, open_flags
 CREATE_REQUEST = Struct("=40xIIII")  # flags, mode, umask, open_flags; then the name
@@ -223,6 +225,7 @@ _SHORTEST: dict[Opcode, int] = {
     Opcode.COPY_FILE_RANGE: COPY_FILE_RANGE_REQUEST.size,
     Opcode.STATX: STATX_REQUEST.size,
     Opcode.IOCTL: IOCTL_REQUEST.size,
+    Opcode.INTERRUPT: INTERRUPT_REQUEST.size,
 }
 # Indexed by opcode. Of an opcode without an entry above, llloop only reads the header.
 MIN_REQUEST_SIZES = [_SHORTEST.get(number, IN_HEADER_SIZE) for number in range(max(Opcode) + 1)]  # type: ignore[call-overload]

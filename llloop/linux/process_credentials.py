@@ -9,6 +9,7 @@ The thread that a request names waits for the answer. So the kernel cannot give 
 from __future__ import annotations
 
 import os
+import signal
 from typing import NamedTuple
 
 from llloop.linux import syscalls
@@ -136,6 +137,13 @@ def program_of(thread: int) -> tuple[int, bytes]:
         return int(fields[b"Tgid"]), fields[b"Name"].strip()
     except (KeyError, ValueError):
         return thread, b""
+
+
+def is_being_killed(thread: int) -> bool:
+    """Return whether a thread has a fatal signal pending. The kernel turns every fatal signal into SIGKILL."""
+    status = _read(thread, "status") if thread else b""
+    _, found, pending = status.partition(b"\nSigPnd:")
+    return bool(found) and bool(int(pending.split(None, 1)[0], 16) & 1 << signal.SIGKILL - 1)
 
 
 def _is_mapped(pid: int, which: str, number: int) -> bool:

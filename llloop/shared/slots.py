@@ -252,6 +252,10 @@ class Slots:
         self.numbers[slot] = unique
         self.claims[slot] = self.generation
 
+    def is_lent(self, slot: int) -> bool:
+        """Return whether a worker has *slot*."""
+        return 0 < self.states[slot] < _HELD
+
     def give_back(self, slot: int) -> None:
         """Mark *slot* as free."""
         self.states[slot] = 0

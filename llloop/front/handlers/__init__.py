@@ -1,7 +1,6 @@
 """The handlers of FUSE requests: one method for each opcode. An opcode without a handler gets ENOSYS.
 
 ENOSYS tells the kernel not to send a request of that kind again (fs/fuse, the ``no_`` flags of struct fuse_conn).
-INTERRUPT gets it too, because llloop cannot interrupt requests.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from llloop.front.handlers.base import Replies
 from llloop.front.handlers.directories import DirectoryRequests
 from llloop.front.handlers.file_attributes import FileAttributeRequests
 from llloop.front.handlers.files import FileRequests
+from llloop.front.handlers.interrupts import InterruptRequests
 from llloop.front.handlers.mutations import MutationRequests
 from llloop.front.handlers.names import NameRequests
 from llloop.front.handlers.recent_lookups import RecentLookups
@@ -45,6 +45,7 @@ class Handlers:
         self.files = FileRequests(context, device)
         self.xattrs = XattrRequests(context, device)
         self.file_attributes = FileAttributeRequests(context, device)
+        self.interrupts = InterruptRequests(context, device)
         self.responders: tuple[Replies, ...] = (
             self.names,
             self.mutations,
@@ -52,6 +53,7 @@ class Handlers:
             self.files,
             self.xattrs,
             self.file_attributes,
+            self.interrupts,
         )
         self.table: dict[Opcode, Handler] = {
             Opcode.LOOKUP: self.names.lookup,
@@ -92,6 +94,7 @@ class Handlers:
             Opcode.COPY_FILE_RANGE: self.files.copy_file_range,
             Opcode.SYNCFS: self.files.syncfs,
             Opcode.IOCTL: self.file_attributes.ioctl,
+            Opcode.INTERRUPT: self.interrupts.interrupt,
         }
         if context.config.deny:
             deny(self.table, context.config.deny, context.tree, context.router.slots.memory)
