@@ -5,6 +5,7 @@ A stopped worker and a frozen file system stand for sources that hang.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from llloop.control import client
 from tests import filesystems
 from tests.conftest import Serve
 from tests.server import Server
@@ -38,11 +40,17 @@ def stopped_worker(server: Server) -> Iterator[None]:
         os.kill(pid, signal.SIGCONT)
 
 
-def program(code: str, *fds: int) -> subprocess.Popen[bytes]:
-    """Runs Python code that makes one call, in which it waits when this returns; Ctrl-C ends it as it ends others."""
+def used_slots(server: Server) -> int:
+    """How many requests are with workers, or with threads of the front that do not lead."""
+    return int(client.ask_mount(str(server.mountpoint), "stats")["slots"]["used"])
+
+
+def program(server: Server, code: str, *fds: int) -> subprocess.Popen[bytes]:
+    """Runs Python code that makes a call in which it waits when this returns; Ctrl-C ends it as it ends others."""
+    before = used_slots(server)
     default = "import os, signal; signal.signal(signal.SIGINT, signal.SIG_DFL)"
     process = subprocess.Popen([sys.executable, "-c", f"{default}\n{code}"], pass_fds=fds)
-    assert wait_until(lambda: waits(process)), process.poll()
+    assert wait_until(lambda: waits(process) and used_slots(server) > before), process.poll()
     return process
 
 
@@ -53,8 +61,8 @@ def waits(process: subprocess.Popen[bytes]) -> bool:
 
 
 def is_idle(server: Server) -> bool:
-    """Whether no request occupies a slot, but the one that the front receives into."""
-    return front_report(server).slots == 0
+    """Whether no request occupies a slot."""
+    return used_slots(server) == 0
 
 
 @pytest.mark.parametrize("number", FATAL)
@@ -62,7 +70,7 @@ def test_killed_program_ends(serve: Serve, number: int) -> None:
     server = serve("--workers", "1", "--metadata", "front")
     with opened(server.mountpoint / "file", os.O_RDWR | os.O_CREAT) as fd:
         with stopped_worker(server):
-            waiting = program(f"os.fsync({fd})", fd)
+            waiting = program(server, f"os.fsync({fd})", fd)
             waiting.send_signal(number)
             assert waiting.wait(30) == -number
         os.fsync(fd)
@@ -72,9 +80,11 @@ def test_killed_program_ends(serve: Serve, number: int) -> None:
 def test_other_signals_end_nothing(serve: Serve) -> None:
     server = serve("--workers", "1", "--metadata", "front")
     code = "signal.signal(signal.SIGUSR1, lambda *_: None)\nos.fsync({0})\nos._exit(7)"
-    with opened(server.mountpoint / "file", os.O_RDWR | os.O_CREAT) as fd:
+    files = (opened(server.mountpoint / name, os.O_RDWR | os.O_CREAT) for name in ("first", "second"))
+    with contextlib.ExitStack() as stack:
+        fds = [stack.enter_context(file) for file in files]
         with stopped_worker(server):
-            first, second = (program(code.format(fd), fd) for _ in range(2))
+            first, second = (program(server, code.format(fd), fd) for fd in fds)
             for process in (first, second):
                 process.send_signal(signal.SIGUSR1)
                 process.send_signal(signal.SIGCHLD)
@@ -88,14 +98,21 @@ def test_other_signals_end_nothing(serve: Serve) -> None:
 
 def test_parked_requests_end_too(serve: Serve) -> None:
     server = serve("--workers", "1", "--metadata", "front", "--slots", "8")
-    with opened(server.mountpoint / "file", os.O_RDWR | os.O_CREAT) as fd:
+    with contextlib.ExitStack() as stack:
+        files = (opened(server.mountpoint / f"file{number}", os.O_RDWR | os.O_CREAT) for number in range(12))
+        fds = [stack.enter_context(file) for file in files]
         with stopped_worker(server):
-            waiting = [program(f"os.fsync({fd})", fd) for _ in range(16)]
+            # Half of the slots; further requests are parked.
+            waiting = [program(server, f"os.fsync({fd})", fd) for fd in fds[:4]]
+            for fd in fds[4:]:
+                waiting.append(subprocess.Popen([sys.executable, "-c", f"import os; os.fsync({fd})"], pass_fds=[fd]))
+            assert wait_until(lambda: all(waits(process) for process in waiting))
             for process in waiting:
                 process.kill()
             for process in waiting:
                 assert process.wait(30) == -signal.SIGKILL
-        os.fsync(fd)
+        for fd in fds:
+            os.fsync(fd)
         assert wait_until(lambda: is_idle(server))
 
 
@@ -107,7 +124,7 @@ def test_data_that_is_written_later_is_seen(serve: Serve) -> None:
     with opened(path, os.O_RDWR) as fd:
         assert os.pread(fd, 3, 0) == b"old"
         with stopped_worker(server):
-            writer = program(f"os.pwrite({fd}, b'new' * {LARGE}, 0)", fd)
+            writer = program(server, f"os.pwrite({fd}, b'new' * {LARGE}, 0)", fd)
             writer.kill()
             assert writer.wait(30) == -signal.SIGKILL
         # The kernel sends a large write in several requests; the first was with the worker.
@@ -126,7 +143,7 @@ def test_files_that_were_open_are_not_mixed_up(serve: Serve) -> None:
     with stopped_worker(server):
         code = f"fd = os.open({str(server.mountpoint / names[0])!r}, os.O_RDWR | os.O_DIRECT)\nimport mmap\n"
         code += f"os.pwritev(fd, [mmap.mmap(-1, {LARGE})], 0)"
-        writer = program(code)
+        writer = program(server, code)
         writer.kill()
         assert writer.wait(30) == -signal.SIGKILL
         # The descriptor's number must not become that of another file.
@@ -150,7 +167,7 @@ def test_names_wait_for_workers(serve: Serve) -> None:
     (server.mountpoint / "directory").mkdir()
     with stopped_worker(server):
         for code in ("os.mkdir({!r})", "os.stat({!r})", "os.open({!r}, os.O_CREAT)"):
-            waiting = program(code.format(str(server.mountpoint / "directory" / "new")))
+            waiting = program(server, code.format(str(server.mountpoint / "directory" / "new")))
             waiting.terminate()
             assert waiting.wait(30) == -signal.SIGTERM
     (server.mountpoint / "other").mkdir()
@@ -165,7 +182,7 @@ def test_frozen_source(serve: Serve, tmp_path: Path, made: str) -> None:
         server = serve("--workers", "1", "--metadata", "front", "--cache", "always", source=source)
         new = server.mountpoint / "new"
         with filesystems.frozen(source):
-            waiting = program(made.format(str(new)))
+            waiting = program(server, made.format(str(new)))
             waiting.kill()
             assert waiting.wait(30) == -signal.SIGKILL
         # The call of the front goes on, as that of a program in SRC would; the kernel has cached that there is no name.
