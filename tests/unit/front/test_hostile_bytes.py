@@ -160,7 +160,9 @@ def test_names_that_leave_the_directory_are_refused(name: bytes) -> None:
         (request(Opcode.MKDIR, bytes(200_000)), [errno.EINVAL]),
         (request(Opcode.IOCTL, bytes(31)), [errno.EINVAL]),
         (request(Opcode.IOCTL, bytes(32)), [errno.EBADF]),
-        (request(Opcode.INTERRUPT, bytes(8)), [errno.ENOSYS]),
+        (request(Opcode.INTERRUPT, bytes(7)), [errno.EINVAL]),
+        (request(Opcode.INTERRUPT, bytes(8)), []),
+        (request(Opcode.POLL, bytes(24)), [errno.ENOSYS]),
         (request(4096), [errno.ENOSYS]),
     ],
 )
