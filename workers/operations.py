@@ -103,17 +103,6 @@ def _with_setid_bits(inodes: Sequence[int], fd: int) -> tuple[int, ...]:
     return tuple(inodes) if inodes and os.fstat(fd).st_mode & SETID_BITS else ()
 
 
-def _refused(request: Request) -> Request:
-    """Return a request whose answer the kernel has refused, so that pages of the file are dropped if it changed them.
-
-    If its caller was killed meanwhile, the kernel does not know that the file has changed.
-    """
-    if request.operation not in _CHANGES or request.flags & CACHED:
-        return request
-    extra = (request.nodeid,) if request.operation == Operation.WRITE else request.extra
-    return request._replace(flags=request.flags | INVALIDATE, extra=extra)
-
-
 class Descriptors(Protocol):
     """Provides descriptors of open files, see `llloop.workers.descriptors`."""
 
@@ -277,14 +266,23 @@ class Operations:
             all_received = slots.resent_received
             if (slots.claims[slot], slots.numbers[slot]) == (claim, number):
                 if all_received:
-                    self._conclude(_refused(request), all_pages=True)
+                    self._conclude(self._refused(request), all_pages=True)
                 return
 
+    def _refused(self, request: Request) -> Request:
+        """Return a request whose answer the kernel has refused; if it has changed data, pages are dropped first.
+
+        If its caller was killed meanwhile, the kernel does not know that the file has changed.
+        """
+        has_changed = request.operation in _CHANGES and self._slots.is_done(request.slot)
+        if not has_changed or request.flags & CACHED:
+            return request
+        extra = (request.nodeid,) if request.operation == Operation.WRITE else request.extra
+        return request._replace(flags=request.flags | INVALIDATE, extra=extra)
+
     def _redo(self, request: Request) -> None:
-        stage = self._slots.stages[request.slot]
-        result = self._slots.results[request.slot]
-        if stage != _BEGUN and result < 0:
-            self._answer(request, ~result)
+        if self._slots.is_done(request.slot):
+            self._answer(request, ~self._slots.results[request.slot])
         else:
             self._do(request)
 

@@ -6,19 +6,19 @@ import errno
 import logging
 import os
 import time
-from collections import deque
 from contextlib import suppress
 
 from llloop.config import WakeLatency, usable_cpus
 from llloop.front.context import Context
 from llloop.front.handlers import Handler, Handlers
-from llloop.front.handlers.interrupts import INTERVAL
 from llloop.front.handlers.relayed import RelayedRequests
+from llloop.front.interrupts import CHANGES_DATA, INTERVAL, Interrupts
 from llloop.front.nowait import LONE_WRITE_LIMIT
 from llloop.front.preflight import Preflight
 from llloop.front.recovery.replay import Replay
 from llloop.front.recovery.takeover import finish_takeover
 from llloop.front.request import FuseRequest
+from llloop.front.set_aside import Received, SetAside
 from llloop.front.tracing import Tracer
 from llloop.front.waiting import Waiting
 from llloop.linux import fuse
@@ -97,6 +97,10 @@ class Loop:
         self._handlers = Handlers(context, device)
         for opcode, handler in self._handlers.table.items():
             self._table[opcode] = handler
+        self._set_aside = SetAside()
+        self._interrupts = Interrupts(context, device, self._set_aside, preflight)
+        self._handlers.responders += (self._interrupts,)
+        self._table[Opcode.INTERRUPT] = self._interrupts.interrupt
         if relay is not None and context.callers.are_mapped:
             raise ValueError("the event relay is recognised by the uid in each request, which an id-mapped mount lacks")
         if relay is not None:
@@ -107,12 +111,11 @@ class Loop:
         # The handlers for a request that was just received, and for one that was set aside before.
         self._table_for_set_aside = self._table
         self._table_for_new = self._table = self._table if preflight is None else self._with_preflight(preflight)
+        # The handlers of the current request, and what calls them while a left request changes inodes.
+        self._in_order: list[Handler] = [self._serve_in_order] * self._known
+        self._unordered = self._table
         # The tables without a tracer, while there is one.
         self._untraced: list[tuple[list[Handler], list[Handler]]] = []
-        # Requests whose PROBE is done, and requests that were postponed because no thread was left, each with the time
-        # of its reception.
-        self._answered: deque[tuple[bytes, int]] = deque()
-        self._postponed: deque[tuple[bytes, int]] = deque()
         # Whether the current request is a portion of a BATCH_FORGET. Then a request from the device is next.
         self._forgets = False
         self._closing = context.closing
@@ -126,7 +129,6 @@ class Loop:
         ]
         self._leader_request = self._requests[0]
         if preflight is not None:
-            self._handlers.interrupts.withdraw = preflight.withdraw
             # A request may be withdrawn between poll(2) and read(2). The read must not wait for the next one then.
             os.set_blocking(device, False)
             context.router.attentive = context.router.backlog = True
@@ -196,25 +198,34 @@ class Loop:
         notifications.resend(self._device)
         self._may_close = False
         delivered = True
-        new, set_aside = self._table_for_new, self._table_for_set_aside
+        new, set_aside, in_order = self._table_for_new, self._table_for_set_aside, self._in_order
         self._table_for_new = self._table_for_set_aside = self._table = Replay(
             context, self._device, self._handlers
         ).before(set_aside)
+        # What the dead front may have begun must be replayed now; none of that changes data of files.
+        self._in_order = [
+            self._serve_in_order if opcode in CHANGES_DATA else handler for opcode, handler in enumerate(self._table)
+        ]
+        self._interrupts.inherit()
         request = self._leader_request
         request.slot = self._free_slot()
         while self.receive(request):
             self._streaming = False  # copying these few requests is fast enough
             opcode, unique = request.opcode, request.unique
             if opcode not in _NOT_RESENT and not unique & fuse.FUSE_UNIQUE_RESEND:
+                if context.intents.unasked:
+                    # The dead front may have answered a killed program with EINTR, and have done the request then.
+                    notifications.expire_all_entries(self._device)
                 finish_takeover(context, delivered)
                 self._table_for_new = self._table = new
                 self._table_for_set_aside = set_aside
+                self._in_order = in_order
                 self._postpone(request)  # until there are other threads: it may block
                 self._may_close = True
                 return
             delivered = delivered and opcode not in fuse.MAKES_ENTRIES
             if self._router.claim(unique):
-                pass
+                self._interrupts.is_claimed(unique)
             elif opcode not in _NOT_RESENT and self._journal.serving_again(unique) > _MAX_ATTEMPTS:
                 _log.error("request %d (opcode %d) has killed %d fronts; it gets EIO", unique, opcode, _MAX_ATTEMPTS)
                 self._refuse(unique, opcode, errno.EIO)
@@ -233,11 +244,14 @@ class Loop:
         waiting = self._waiting
         while True:
             if router.backlog:
-                if self._wait(request):
-                    self._table = self._table_for_set_aside
+                self._unordered = self._table_for_set_aside
+                was_set_aside = self._wait(request)
+                if not was_set_aside:
+                    self._unordered = self._table_for_new
+                    request.slot = self._free_slot()
+                self._table = self._in_order if self._interrupts.changing else self._unordered
+                if was_set_aside:
                     return True
-                self._table = self._table_for_new
-                request.slot = self._free_slot()
             slot = request.slot
             try:
                 if self._streaming and slot < self._piped_slots:
@@ -288,23 +302,27 @@ class Loop:
         """
         preflight, router, device = self._preflight, self._router, self._device
         unfinished = self._context.forgetting.unfinished
-        interrupts = self._handlers.interrupts
+        interrupts = self._interrupts
+        set_aside = self._set_aside
         while True:
             if interrupts.waiting:
                 interrupts.look()
-            if self._postponed and not self._leadership.in_last_thread:
-                return self._take_set_aside(request, *self._postponed.popleft())
-            if self._answered:
-                return self._take_set_aside(request, *self._answered.popleft())
+            if (first := self._first_behind()) is not None:
+                self._unordered = self._table_for_new
+                return self._take_set_aside(request, first)
+            if set_aside.postponed and not self._leadership.in_last_thread:
+                return self._take_set_aside(request, set_aside.postponed.popleft())
+            if set_aside.answered:
+                return self._take_set_aside(request, set_aside.answered.popleft())
             self._forgets = bool(unfinished) and not self._forgets
             if self._forgets:
                 base, length = unfinished.popleft()
                 request.slot = self._slots.slot_of(base)
                 request.is_received(base, length, time.monotonic_ns())
                 return True
-            router.attentive = preflight is not None or bool(self._postponed or unfinished) or interrupts.waiting
+            router.attentive = preflight is not None or bool(set_aside.postponed or unfinished) or interrupts.waiting
             timeout = INTERVAL if interrupts.waiting else None
-            if self._postponed:
+            if set_aside.postponed:
                 timeout = _POSTPONED_PAUSE
             if unfinished:
                 timeout = 0
@@ -315,24 +333,50 @@ class Loop:
                 continue
             ready = router.wait(device, preflight.answers, timeout=timeout)
             if preflight.answers in ready:
-                self._answered += preflight.answered()
+                set_aside.answered += preflight.answered()
             elif device in ready:
                 return False
 
-    def _take_set_aside(self, request: FuseRequest, data: bytes, taken: int) -> bool:
+    def _take_set_aside(self, request: FuseRequest, waiting: Received) -> bool:
         """Copy a request that was set aside into a free slot, as if it was just received; return True."""
+        data = waiting.data
         request.slot = self._free_slot()
         base = self._bases[request.slot]
         self._slots.memory[base : base + len(data)] = data
-        request.is_received(base, len(data), taken)
+        request.is_received(base, len(data), waiting.taken)
         return True
 
     def _postpone(self, request: FuseRequest) -> None:
         """Set a request aside that could block the last thread."""
-        self._postponed.append((request.data(), request.taken))
+        self._set_aside.postponed.append(Received(request.data(), request.taken))
         request.note.finished()
         request.dispatched = True
         self._router.attentive = self._router.backlog = True
+
+    def _serve_in_order(self, request: FuseRequest) -> None:
+        """Serve a request, or set it aside if a left request is changing the same inode."""
+        opcode = request.opcode
+        if not self._interrupts.must_wait(self._slots.memory, request.base, opcode):
+            self._unordered[opcode if opcode < self._known else 0](request)
+            return
+        if request.piped:
+            request.piped = False
+            assert self._slots.pipes is not None
+            payload = self._slots.payload(request.slot, request.received - fuse.WRITE_HEADER_SIZE)
+            self._slots.pipes.take_all(request.slot, payload)
+        self._set_aside.behind.append(Received(request.data(), request.taken))
+        request.note.finished()
+        request.dispatched = True
+
+    def _first_behind(self) -> Received | None:
+        """Remove and return the first request in `SetAside.behind` that need not wait any longer, or None."""
+        behind = self._set_aside.behind
+        for waiting in behind:
+            _, opcode = fuse.OPCODE.unpack_from(waiting.data)
+            if not self._interrupts.must_wait(waiting.data, 0, opcode):
+                behind.remove(waiting)
+                return waiting
+        return None
 
     def _close(self) -> None:
         """Close released descriptors. The last close(2) of a large file that was removed takes long.
@@ -348,7 +392,7 @@ class Loop:
                 break  # many descriptors of one user must not delay the requests of others
             done += 1
             fd = closing.pop()
-            if leadership.is_in_use(fd) or fd in self._handlers.interrupts.kept:
+            if leadership.is_in_use(fd) or fd in self._interrupts.kept:
                 used.append(fd)
             else:
                 with suppress(OSError):  # fsync(2) and the close(2) of FLUSH have already reported errors

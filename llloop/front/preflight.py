@@ -16,6 +16,7 @@ from llloop.front.context import Context
 from llloop.front.inodes import ROOT, stale
 from llloop.front.open_files import Handle
 from llloop.front.request import FuseRequest
+from llloop.front.set_aside import Received
 from llloop.front.tree import check_name
 from llloop.linux import fuse
 from llloop.linux.fuse import Opcode
@@ -69,8 +70,7 @@ class Preflight:
         self._handles = context.handles
         self._router = context.router
         self._memory = context.router.slots.memory
-        # By `unique`: the request, and when the front took it.
-        self._asked: dict[int, tuple[bytes, int]] = {}
+        self._asked: dict[int, Received] = {}  # by `unique`
         self._probe_handles = [Handle(-1, 0, shard, 0) for shard in range(len(context.router.slots.metrics.workers))]
         finders: dict[Opcode, Callable[[FuseRequest], list[_Place]]] = dict.fromkeys(fuse.NAME_OFFSETS, self._of_name)
         finders |= dict.fromkeys(_RENAMES, self._of_rename)
@@ -104,7 +104,7 @@ class Preflight:
             return False
         flags = 0 if kind in _BY_CACHE else ASK_SERVER
         router = self._router
-        self._asked[request.unique] = (request.data(), request.taken)
+        self._asked[request.unique] = Received(request.data(), request.taken)
         # Choose the worker by path: if it hangs, all requests on one object wait for the same worker, and requests on
         # its neighbours do not.
         descriptor, path = places[0]
@@ -112,12 +112,16 @@ class Preflight:
         router.dispatch(request, probe_handle, -1, Operation.PROBE, flags=flags, extra=tuple(places))
         return True
 
-    def answered(self) -> Iterator[tuple[bytes, int]]:
-        """Yield each request whose PROBE is done, and when the front took it; `answers` must be readable."""
+    def answered(self) -> Iterator[Received]:
+        """Yield each request whose PROBE is done; `answers` must be readable."""
         for (unique,) in PROBED.iter_unpack(os.read(self.answers, PROBED.size * _ANSWERS_AT_ONCE)):
             asked = self._asked.pop(unique, None)
             if asked is not None:  # None for a request of a dead front, and for a second answer after a worker's death
                 yield asked
+
+    def waiting(self, unique: int) -> Received | None:
+        """Return the request with that `unique` if it waits for its PROBE, else None."""
+        return self._asked.get(unique)
 
     def withdraw(self, unique: int) -> None:
         """Forget a request that waits for its PROBE, because it is answered."""

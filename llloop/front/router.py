@@ -59,26 +59,35 @@ class _Parked(NamedTuple):
     Attributes:
         message: the message to the worker, whose slot is invalid.
         taken: when the request was received (monotonic clock, nanoseconds).
+        caller: the id of the calling thread, 0 if it is outside of the server's PID namespace.
         payload: the payload of a WRITE, unless it is in `spare`.
         spare: a spare pipe with the payload, or None.
     """
 
     message: Request
     taken: int
+    caller: int
     payload: bytes = b""
     spare: tuple[int, int] | None = None
 
 
-class Unanswered(NamedTuple):
-    """A request that is not answered yet.
+class Served(NamedTuple):
+    """A request that a worker or another thread of the front serves.
 
     Attributes:
+        unique: its `unique`.
         caller: the id of the calling thread, 0 if it is outside of the server's PID namespace.
-        message: the message to the worker; None if a thread of the front serves the request.
+        shard: the worker, -1 for a thread of the front.
+        message: the message to the worker; None if a thread of the front serves it.
+        base: the offset of its header in the memory of the slots. If a worker serves it, only `unique` and the calling
+            thread are valid there.
     """
 
+    unique: int
     caller: int
+    shard: int
     message: Request | None
+    base: int
 
 
 class _Queue:
@@ -114,13 +123,26 @@ class _Queue:
     def remove_first(self) -> None:
         """Take out the request whose turn it is; another user has the next turn."""
         uid, queue = next(iter(self._of_user.items()))
-        nodeid = queue.popleft().message.nodeid
-        _, count = self._inodes.pop(nodeid)
-        if count > 1:
-            self._inodes[nodeid] = uid, count - 1
+        self._discount(queue.popleft())
         del self._of_user[uid]
         if queue:
             self._of_user[uid] = queue
+
+    def remove(self, parked: _Parked) -> None:
+        """Take out any request; the turns of the users stay the same."""
+        for uid, queue in self._of_user.items():
+            if parked in queue:
+                queue.remove(parked)
+                self._discount(parked)
+                if not queue:
+                    del self._of_user[uid]
+                return
+
+    def _discount(self, parked: _Parked) -> None:
+        nodeid = parked.message.nodeid
+        uid, count = self._inodes.pop(nodeid)
+        if count > 1:
+            self._inodes[nodeid] = uid, count - 1
 
 
 class Router:
@@ -153,8 +175,6 @@ class Router:
         self._kinds = bytearray(slots.count)
         self._piped_slots = 0 if slots.pipes is None else len(slots.pipes)
         self._parked_bytes = 0
-        # The calling thread of each parked request, by `unique`.
-        self._callers: dict[int, int] = {}
         # The slots that previous fronts have lent, by the `unique` of their requests.
         self._inherited: dict[int, int] = {}
         self._full = [False] * len(pipes)  # whether the last request was declined because the pipe was full
@@ -292,26 +312,25 @@ class Router:
     def _park(self, request: FuseRequest, shard: int, message: Request, parked: list[_Queue]) -> None:
         # The caller of a write from the page cache is the kernel.
         uid = message.uid if message.operation == Operation.WRITE else request.caller().uid
-        parked[shard].append(uid, self._parked_request(request.taken, message))
-        self._callers[message.unique] = request.pid()
+        parked[shard].append(uid, self._parked_request(request.taken, request.pid(), message))
         self.backlog = True
 
-    def _parked_request(self, taken: int, message: Request) -> _Parked:
+    def _parked_request(self, taken: int, caller: int, message: Request) -> _Parked:
         if message.operation != Operation.WRITE:
-            return _Parked(message, taken)
+            return _Parked(message, taken, caller)
         slot, length, flags = message.slot, message.length, message.flags
         if flags & PIPED:
             assert self.slots.pipes is not None
             spare = self.slots.pipes.set_aside(slot, length)
             if spare is not None:
-                return _Parked(message, taken, spare=spare)
+                return _Parked(message, taken, caller, spare=spare)
         if self._parked_bytes + length > MAX_PARKED:
             if flags & PIPED:
                 self.slots.discard(slot)
             raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-        return self._copy_payload(taken, message)
+        return self._copy_payload(taken, caller, message)
 
-    def _copy_payload(self, taken: int, message: Request) -> _Parked:
+    def _copy_payload(self, taken: int, caller: int, message: Request) -> _Parked:
         slots = self.slots
         slot, length, flags = message.slot, message.length, message.flags
         payload = slots.payload(slot, length)
@@ -319,7 +338,7 @@ class Router:
             assert slots.pipes is not None
             slots.pipes.take_all(slot, payload)
         self._parked_bytes += length
-        return _Parked(message._replace(flags=flags & ~PIPED), taken, bytes(payload))
+        return _Parked(message._replace(flags=flags & ~PIPED), taken, caller, bytes(payload))
 
     def _deliver(self, shard: int) -> None:
         """Send parked requests to a worker as far as possible."""
@@ -329,7 +348,7 @@ class Router:
         slots = self.slots
         for parked in (self._parked[shard], self._parked_reads[shard], self._parked_large[shard]):
             while parked and self._may_lend(shard):
-                message, taken, payload, spare = parked.first
+                message, taken, caller, payload, spare = parked.first
                 slot = slots.free_slot()
                 message = message._replace(slot=slot)
                 if spare is not None and not (slot < self._piped_slots and self._may_lend_piped(shard)):
@@ -346,15 +365,13 @@ class Router:
                         slots.pipes.bring_back(slot, spare, message.length)
                     else:
                         slots.pipes.copy_back(slots.payload(slot, message.length), spare)
-                caller = self._callers.get(message.unique, 0)
                 fuse.UNIQUE_AND_PID.pack_into(slots.memory, slots.request_offset(slot), message.unique, caller)
                 if self._send(taken, shard, message) < 0:
                     if spare is not None:
-                        parked.first = self._copy_payload(taken, message)
+                        parked.first = self._copy_payload(taken, caller, message)
                     return
                 self._parked_bytes -= len(payload)
                 parked.remove_first()
-                self._callers.pop(message.unique, None)
                 self._pause = _FIRST_PAUSE
 
     def _may_lend(self, shard: int) -> bool:
@@ -386,22 +403,62 @@ class Router:
             return states[slot] != 0 and begun[slot] == taken
         if any(state and begun[slot] == taken for slot, state in enumerate(states)):
             return True
-        queues = (*self._parked, *self._parked_reads, *self._parked_large)
-        return any(parked.taken == taken for queue in queues for parked in queue)
+        return any(parked.taken == taken for queue in self._queues() for parked in queue)
 
-    def find(self, unique: int) -> Unanswered | None:
-        """Return a request that is parked, that a worker has, or that another thread serves; None if there is none."""
-        if unique in self._callers:
-            queues = (*self._parked, *self._parked_reads, *self._parked_large)
-            message = next(one.message for queue in queues for one in queue if one.message.unique == unique)
-            return Unanswered(self._callers[unique], message)
+    def _queues(self) -> tuple[_Queue, ...]:
+        return (*self._parked, *self._parked_reads, *self._parked_large)
+
+    def caller_of_parked(self, unique: int) -> int | None:
+        """Return the id of the calling thread of a parked request; None if it is not parked."""
+        return next((one.caller for queue in self._queues() for one in queue if one.message.unique == unique), None)
+
+    def unpark(self, unique: int) -> None:
+        """Forget a request if it is parked, because it is answered."""
+        for queue in self._queues():
+            for parked in queue:
+                if parked.message.unique == unique:
+                    queue.remove(parked)
+                    self._parked_bytes -= len(parked.payload)
+                    if parked.spare is not None:
+                        assert self.slots.pipes is not None
+                        self.slots.pipes.discard(parked.spare)
+                    return
+
+    def find(self, unique: int) -> Served | None:
+        """Return the request with that `unique`, sent again or not, if a worker or another thread serves it."""
+        return next((one for one in self._served() if not (one.unique ^ unique) & ~FUSE_UNIQUE_RESEND), None)
+
+    def inherited(self) -> list[Served]:
+        """Return the requests that workers have from previous fronts. Call it before any request is served."""
+        return [one for one in self._served() if one.message is not None]
+
+    def _served(self) -> Iterator[Served]:
+        """Yield the requests that occupy slots. A PROBE is not the request that it is for."""
         slots = self.slots
         for slot, state in enumerate(bytes(slots.states)):
-            if state:
-                found, caller = fuse.UNIQUE_AND_PID.unpack_from(slots.memory, slots.request_offset(slot))
-                if not (found ^ unique) & ~FUSE_UNIQUE_RESEND:
-                    return Unanswered(caller, decode(slots.message(slot)) if slots.is_lent(slot) else None)
-        return None
+            if not state:
+                continue
+            base = slots.request_offset(slot)
+            unique, caller = fuse.UNIQUE_AND_PID.unpack_from(slots.memory, base)
+            if not slots.is_lent(slot):
+                yield Served(unique, caller, -1, None, base)
+                continue
+            message = decode(slots.message(slot))
+            if message.operation != Operation.PROBE:
+                yield Served(slots.numbers[slot], caller, state - 1, message, base)
+
+    def is_done(self, served: Served) -> bool:
+        """Return whether a worker has changed what a request changes.
+
+        Its slot stays lent until the kernel has dropped pages of the file. For that, the kernel may need the answer to
+        another request on the file.
+        """
+        return served.message is not None and self.slots.is_done(served.message.slot)
+
+    def release_again(self, shard: int, number: int) -> None:
+        """Make a worker close its descriptor of a file that may have been released already."""
+        self._waiting[shard].append((Operation.RELEASE, number))
+        self._flush(shard)
 
     def release(self, number: int, handle: Handle) -> None:
         """Make the worker of *handle*, or all workers if it is shared, close its descriptor."""

@@ -160,6 +160,7 @@ READDIR_REQUEST = Struct("=40xQQI")  # fh, offset, size
 FALLOCATE_REQUEST = Struct("=24xII8xQqqI")  # uid, gid, fh, offset, length, mode
 LSEEK_REQUEST = Struct("=40xQqI")  # fh, offset, whence
 COPY_FILE_RANGE_REQUEST = Struct("=24xII8xQq8xQqQ8x")  # uid, gid, fh_in, off_in, fh_out, off_out, len
+COPY_TARGET = Struct("=56xQ")  # nodeid_out
 MKNOD_REQUEST = Struct("=40xIII4x")  # mode, rdev, umask; then the name
 MKDIR_REQUEST = Struct("=40xII")  # mode, umask; then the name
 LINK_REQUEST = Struct("=40xQ")  # oldnodeid; then the name

@@ -81,6 +81,12 @@ def increase_epoch(device: int) -> None:
     os.write(device, fuse.OUT_HEADER.pack(fuse.OUT_HEADER_SIZE, fuse.FUSE_NOTIFY_INC_EPOCH, 0))
 
 
+def expire_all_entries(device: int) -> None:
+    """Do `increase_epoch` if the kernel can; on older kernels, nothing happens."""
+    with suppress(OSError):
+        increase_epoch(device)
+
+
 def resend(device: int) -> None:
     """Make the kernel send every unanswered request again (Linux 6.9, FUSE_HAS_RESEND)."""
     os.write(device, fuse.OUT_HEADER.pack(fuse.OUT_HEADER_SIZE, fuse.FUSE_NOTIFY_RESEND, 0))

@@ -123,6 +123,12 @@ class PayloadPipes:
         _read_all(spare[0], buffer)
         self._free(spare)
 
+    def discard(self, spare: tuple[int, int]) -> None:
+        """Close a *spare* pipe with the payload in it."""
+        self.lent -= 1
+        for end in spare:
+            os.close(end)
+
     def _free(self, spare: tuple[int, int]) -> None:
         self.lent -= 1
         if len(self._spare) < _KEPT_SPARE:

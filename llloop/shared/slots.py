@@ -256,6 +256,10 @@ class Slots:
         """Return whether a worker has *slot*."""
         return 0 < self.states[slot] < _HELD
 
+    def is_done(self, slot: int) -> bool:
+        """Return whether the worker that has *slot* has done a request that must not be done twice."""
+        return self.stages[slot] != 0 and self.results[slot] < 0
+
     def give_back(self, slot: int) -> None:
         """Mark *slot* as free."""
         self.states[slot] = 0

@@ -20,10 +20,10 @@ from llloop.control import client
 from tests import filesystems
 from tests.conftest import Serve
 from tests.server import Server
-from tests.server_processes import front_report, wait_until, workers
+from tests.server_processes import descriptors, front_report, stop_process, titles, wait_until, workers
 from tests.syscalls import opened
 
-pytestmark = [pytest.mark.mounted, pytest.mark.own_loop, pytest.mark.by_workers, pytest.mark.user]
+pytestmark = [pytest.mark.mounted, pytest.mark.own_loop, pytest.mark.user]
 
 LARGE = 1 << 20  # bytes; more than the front does by itself
 FATAL = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
@@ -33,7 +33,7 @@ FATAL = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 def stopped_worker(server: Server) -> Iterator[None]:
     """Nothing that the only worker has to do is done in the block."""
     (pid,) = workers(server).values()
-    os.kill(pid, signal.SIGSTOP)
+    stop_process(pid)
     try:
         yield
     finally:
@@ -48,10 +48,25 @@ def used_slots(server: Server) -> int:
 def program(server: Server, code: str, *fds: int) -> subprocess.Popen[bytes]:
     """Runs Python code that makes a call in which it waits when this returns; Ctrl-C ends it as it ends others."""
     before = used_slots(server)
-    default = "import os, signal; signal.signal(signal.SIGINT, signal.SIG_DFL)"
-    process = subprocess.Popen([sys.executable, "-c", f"{default}\n{code}"], pass_fds=fds)
+    process = waiting_program(code, *fds)
     assert wait_until(lambda: waits(process) and used_slots(server) > before), process.poll()
     return process
+
+
+def waiting_program(code: str, *fds: int) -> subprocess.Popen[bytes]:
+    """Like `program`, for a request that need not occupy a slot."""
+    default = "import os, signal; signal.signal(signal.SIGINT, signal.SIG_DFL)"
+    process = subprocess.Popen([sys.executable, "-c", f"{default}\n{code}"], pass_fds=fds)
+    assert wait_until(lambda: waits(process)), process.poll()
+    return process
+
+
+def kill_front(server: Server) -> None:
+    """Kills the front and waits for the next one."""
+    before = titles(server)["llloop-front"]
+    os.kill(before, signal.SIGKILL)
+    assert wait_until(lambda: titles(server).get("llloop-front", before) != before)
+    os.stat(server.mountpoint)
 
 
 def waits(process: subprocess.Popen[bytes]) -> bool:
@@ -104,9 +119,7 @@ def test_parked_requests_end_too(serve: Serve) -> None:
         with stopped_worker(server):
             # Half of the slots; further requests are parked.
             waiting = [program(server, f"os.fsync({fd})", fd) for fd in fds[:4]]
-            for fd in fds[4:]:
-                waiting.append(subprocess.Popen([sys.executable, "-c", f"import os; os.fsync({fd})"], pass_fds=[fd]))
-            assert wait_until(lambda: all(waits(process) for process in waiting))
+            waiting += [waiting_program(f"os.fsync({fd})", fd) for fd in fds[4:]]
             for process in waiting:
                 process.kill()
             for process in waiting:
@@ -116,6 +129,7 @@ def test_parked_requests_end_too(serve: Serve) -> None:
         assert wait_until(lambda: is_idle(server))
 
 
+@pytest.mark.by_workers
 @pytest.mark.at_once("the kernel writes by itself")
 def test_data_that_is_written_later_is_seen(serve: Serve) -> None:
     server = serve("--workers", "1", "--metadata", "front", "--cache", "auto")
@@ -134,6 +148,8 @@ def test_data_that_is_written_later_is_seen(serve: Serve) -> None:
         assert os.pread(fd, 3 * LARGE, 0) == (server.source / "file").read_bytes()
 
 
+@pytest.mark.by_workers
+@pytest.mark.at_once("the kernel writes by itself")
 def test_files_that_were_open_are_not_mixed_up(serve: Serve) -> None:
     """The kernel closes the file of a killed program, although a worker still has to write into it."""
     server = serve("--workers", "1", "--metadata", "front")
@@ -159,6 +175,56 @@ def test_files_that_were_open_are_not_mixed_up(serve: Serve) -> None:
     for name in names[1:]:
         assert (server.source / name).read_bytes() == b"x" * LARGE
     assert wait_until(lambda: front_report(server).handles == 0)
+
+
+@pytest.mark.by_workers
+@pytest.mark.at_once("the kernel writes by itself")
+@pytest.mark.parametrize("deaths", [0, 1])
+@pytest.mark.parametrize("change", ["os.pwrite({0}, b'newer', 0)", "os.ftruncate({0}, 0)"])
+def test_killed_write_undoes_nothing(serve: Serve, deaths: int, change: str) -> None:
+    """What a program does after the death of another one stays, although a worker has not done the other's write."""
+    server = serve("--workers", "1", "--metadata", "front")
+    if deaths:
+        server.expect_log("takes over")
+    path = server.mountpoint / "file"
+    path.write_bytes(b"old" * LARGE)
+    with opened(path, os.O_RDWR) as fd:
+        with stopped_worker(server):
+            writer = program(server, f"os.pwrite({fd}, b'x' * {LARGE}, 0)", fd)
+            writer.kill()
+            assert writer.wait(30) == -signal.SIGKILL
+            for _ in range(deaths):
+                kill_front(server)
+            cancelled = waiting_program(f"os.pwrite({fd}, b'cancelled', 0)", fd)
+            cancelled.kill()
+            assert cancelled.wait(30) == -signal.SIGKILL
+            later = waiting_program(f"{change.format(fd)}\nos._exit(7)", fd)
+            for _ in range(deaths):
+                kill_front(server)
+        assert later.wait(30) == 7
+        content = (server.source / "file").read_bytes()
+        assert content == b"" if "truncate" in change else content.startswith(b"newerxxx")
+        assert wait_until(lambda: is_idle(server))
+        assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("order", ["front, then program", "program, then front"])
+def test_front_dies(serve: Serve, order: str) -> None:
+    server = serve("--workers", "1", "--metadata", "front")
+    server.expect_log("takes over")
+    with stopped_worker(server):
+        waiting = program(server, f"os.fsync(os.open({str(server.mountpoint / 'file')!r}, os.O_RDWR | os.O_CREAT))")
+        if order.startswith("front"):
+            kill_front(server)
+        waiting.kill()
+        assert waiting.wait(30) == -signal.SIGKILL
+        if order.startswith("program"):
+            kill_front(server)
+    (server.mountpoint / "other").mkdir()
+    assert wait_until(lambda: is_idle(server))
+    assert wait_until(lambda: front_report(server).handles == 0)
+    (worker,) = workers(server).values()
+    assert wait_until(lambda: str(server.source / "file") not in descriptors(worker))
 
 
 def test_names_wait_for_workers(serve: Serve) -> None:
@@ -191,4 +257,26 @@ def test_frozen_source(serve: Serve, tmp_path: Path, made: str) -> None:
         (server.mountpoint / "other").mkdir()
         assert wait_until(lambda: is_idle(server))
         assert front_report(server).handles == 0
+        server.stop()
+
+
+@pytest.mark.root
+def test_names_change_in_order(serve: Serve, tmp_path: Path) -> None:
+    """A file that is created after the death of a program that was removing its predecessor stays."""
+    with filesystems.ext4(tmp_path) as source:
+        server = serve("--workers", "1", "--metadata", "front", source=source)
+        file = server.mountpoint / "file"
+        file.write_bytes(b"old")
+        with filesystems.frozen(source):
+            killed = program(server, f"os.unlink({str(file)!r})")
+            killed.kill()
+            assert killed.wait(30) == -signal.SIGKILL
+            cancelled = waiting_program(f"os.mkdir({str(server.mountpoint / 'cancelled')!r})")
+            cancelled.kill()
+            assert cancelled.wait(30) == -signal.SIGKILL
+            later = waiting_program(f"os.write(os.open({str(file)!r}, os.O_CREAT | os.O_WRONLY), b'new')\nos._exit(7)")
+        assert later.wait(30) == 7
+        assert (source / "file").read_bytes() == b"new"
+        assert not (source / "cancelled").exists()
+        assert wait_until(lambda: is_idle(server))
         server.stop()

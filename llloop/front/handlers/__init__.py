@@ -12,7 +12,6 @@ from llloop.front.handlers.base import Replies
 from llloop.front.handlers.directories import DirectoryRequests
 from llloop.front.handlers.file_attributes import FileAttributeRequests
 from llloop.front.handlers.files import FileRequests
-from llloop.front.handlers.interrupts import InterruptRequests
 from llloop.front.handlers.mutations import MutationRequests
 from llloop.front.handlers.names import NameRequests
 from llloop.front.handlers.recent_lookups import RecentLookups
@@ -45,7 +44,6 @@ class Handlers:
         self.files = FileRequests(context, device)
         self.xattrs = XattrRequests(context, device)
         self.file_attributes = FileAttributeRequests(context, device)
-        self.interrupts = InterruptRequests(context, device)
         self.responders: tuple[Replies, ...] = (
             self.names,
             self.mutations,
@@ -53,7 +51,6 @@ class Handlers:
             self.files,
             self.xattrs,
             self.file_attributes,
-            self.interrupts,
         )
         self.table: dict[Opcode, Handler] = {
             Opcode.LOOKUP: self.names.lookup,
@@ -94,7 +91,6 @@ class Handlers:
             Opcode.COPY_FILE_RANGE: self.files.copy_file_range,
             Opcode.SYNCFS: self.files.syncfs,
             Opcode.IOCTL: self.file_attributes.ioctl,
-            Opcode.INTERRUPT: self.interrupts.interrupt,
         }
         if context.config.deny:
             deny(self.table, context.config.deny, context.tree, context.router.slots.memory)

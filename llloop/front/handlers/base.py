@@ -11,7 +11,6 @@ from llloop.front.inodes import GENERATION
 from llloop.linux import fuse
 from llloop.linux.syscalls import Attributes
 from llloop.shared.negotiation import Feature
-from llloop.shared.notifications import expire_all_entries
 
 
 class Replies:
@@ -105,8 +104,6 @@ class Responder(Replies):
             inodes.count(nodeid)
         else:
             self._tree.forget(nodeid, 0)
-            # If the caller was killed, the kernel may have cached that there is no such name.
-            expire_all_entries(self._device)
 
     def _attributes_reply(self, unique: int, nodeid: int, attributes: Attributes, *, lasting: bool = True) -> bytes:
         """Return the reply to GETATTR and SETATTR; if not *lasting*, the attributes are not valid."""

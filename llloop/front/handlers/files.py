@@ -29,7 +29,7 @@ from llloop.shared.messages import (
 )
 from llloop.shared.metrics import ERRORS, Gauge
 from llloop.shared.negotiation import Feature
-from llloop.shared.notifications import expire_all_entries, expire_attributes
+from llloop.shared.notifications import expire_attributes
 
 # The counter of an open, by the flags of its reply.
 _DECISIONS = {
@@ -134,7 +134,6 @@ class FileRequests(Responder):
         else:
             self._files.release(number)
             self._tree.forget(nodeid, 0)
-            expire_all_entries(self._device)
 
     def release(self, request: FuseRequest) -> None:
         """FUSE_RELEASE and FUSE_RELEASEDIR."""

@@ -160,6 +160,8 @@ class Intents:
         # A dead front's notes by the request's `unique`, and the thread of each note.
         self._left: dict[int, Intent] = {}
         self._threads: dict[int, int] = {}
+        # Which of them the kernel has sent again.
+        self._resent: set[int] = set()
         for thread in range(MAX_THREADS):
             cells = self._cells[journal.note_of(thread) :]
             unique = cells[_UNIQUE] & ~RESENT
@@ -184,9 +186,15 @@ class Intents:
 
     def note_of(self, unique: int) -> Note:
         """Return the note for a request that is sent again: its own one, or one that is not needed."""
+        self._resent.add(unique & ~RESENT)
         noted = self._threads.values()
         free = next((thread for thread in range(MAX_THREADS) if thread not in noted), 0)
         return self.note(self._threads.get(unique & ~RESENT, free))
+
+    @property
+    def unasked(self) -> bool:
+        """Whether there are notes of requests that the kernel has not sent again."""
+        return not self._resent.issuperset(self._left)
 
     def of(self, unique: int) -> Intent | None:
         """Return a dead front's note about a request that is sent again, or None."""

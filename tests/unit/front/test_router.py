@@ -638,3 +638,23 @@ def test_worker_gets_parked_payloads_when_another_one_has_all_pipes(pipes: Pipes
         assert done == list(range(20, 26))
     finally:
         payload_pipes.close()
+
+
+def test_withdrawn_request_is_not_sent(router: Router, pipes: Pipes, slots: Slots) -> None:
+    opened = handle()
+    pipes.fill(0)
+    for unique in range(1, 4):
+        park(router, opened, unique, Operation.WRITE, length=8)
+    assert router.caller_of_parked(2) == 0
+    router.unpark(2)
+    assert router.caller_of_parked(2) is None
+    pipes.take(0)
+    router.wait(timeout=0)
+    assert [request.unique for request in pipes.take(0)] == [1, 3]
+    found = router.find(3 | fuse.FUSE_UNIQUE_RESEND)
+    assert found is not None and found.unique == 3 and found.message is not None
+    assert router.find(2) is None
+    slots.stages[found.message.slot] = 3
+    assert not router.is_done(found)
+    slots.results[found.message.slot] = ~8
+    assert router.is_done(found)

@@ -22,6 +22,7 @@ from llloop.linux.credentials import SetidGuard
 from llloop.linux.fuse import FUSE_UNIQUE_RESEND, Opcode
 from llloop.shared.leadership import Leadership
 from llloop.shared.messages import MAX_MESSAGE
+from llloop.shared.messages import Request as WorkerRequest
 from llloop.shared.metrics import ProcessCounters
 from llloop.shared.slots import Slots
 from llloop.workers.descriptors import Descriptors
@@ -112,6 +113,18 @@ class Answers(KernelReplies):
         self._moment.step()
 
 
+class DropsAtOnce(Invalidations):
+    """A kernel that drops pages at once, so that no request has to wait for that."""
+
+    def __init__(self, moment: Moment) -> None:
+        super().__init__(-1)
+        self._moment = moment
+
+    def hold(self, request: WorkerRequest, nodeid: int, offset: int, length: int) -> WorkerRequest:
+        self._moment.step()
+        return request
+
+
 class Mount:
     """A front, a worker's pipe, and the kernel; workers and fronts succeed each other."""
 
@@ -139,7 +152,7 @@ class Mount:
         """Be a worker until nothing is left in the pipe, or until it dies."""
         slots = self.line.slots
         watched = _watched(slots, moment)
-        invalidations = Invalidations(-1)
+        invalidations = DropsAtOnce(moment)
         operations = Operations(
             watched, FrontsFiles(), Answers(self, moment), SetidGuard(), OwnIdentity(), ProcessCounters(), invalidations
         )
