@@ -19,14 +19,9 @@ from llloop.watch.events import Event, Operation
 # What is asked for.
 EVENTS = FAN_CREATE | FAN_DELETE | FAN_RENAME | FAN_MODIFY | FAN_ATTRIB | FAN_CLOSE_WRITE | FAN_ONDIR
 
-# struct fanotify_event_metadata: event_len, mask, pid; the first record: info_type, len, fsid, the first 12 bytes of
-# the handle behind its length and type. An event without records is shorter; a buffer must have room behind it.
-_EVENT = Struct("=I4xQ4xiBxHQ8xIII")
-_METADATA_SIZE = 24
-_RECORD = Struct("=BxHQIiIII")  # info_type, len, fsid, handle_bytes, handle_type, the first 12 bytes
+_METADATA = Struct("=I4xQ4xi")  # struct fanotify_event_metadata: event_len, mask, pid; then the records
+_RECORD = Struct("=BxHQIiIII")  # info_type, len, fsid, handle_bytes, handle_type, the first 12 bytes of the handle
 _HANDLE_OFFSET = 20  # in a record
-_WORDS = Struct("=20xIII")  # the first 12 bytes of a record's handle
-SLACK = _EVENT.size
 
 _ORDER = (
     (FAN_CREATE, Operation.CREATE),
@@ -50,6 +45,31 @@ class Layout(Enum):
         if self is Layout.FIRST_32:
             return first
         return first | second << 32 if self is Layout.FIRST_64 else second | third << 32
+
+
+class _Glance(NamedTuple):
+    """What tells whether the kernel may know the inodes of an event. Most events go no further.
+
+    Only the lower half of a number is looked at, because `NUMBER_MASK` has no more bits.
+
+    Attributes:
+        event: event_len; of the first record info_type, len, fsid, and the inode number.
+        second: the inode number of the second record.
+    """
+
+    event: Struct
+    second: Struct
+
+
+_AT_START = _Glance(Struct("=I20xBxHQ8xI"), Struct("=20xI"))
+_AFTER_GENERATION = _Glance(Struct("=I20xBxHQ12xI"), Struct("=24xI"))
+_GLANCES = {
+    Layout.FIRST_32: _AT_START,
+    Layout.FIRST_64: _AT_START,
+    Layout.AFTER_GENERATION: _AFTER_GENERATION,
+}
+# An event without records is shorter than what is unpacked, so a buffer must have room behind it.
+SLACK = _METADATA.size + _RECORD.size
 
 
 # The layout by type and length of a handle: include/linux/exportfs.h, mm/shmem.c, fs/xfs/xfs_export.h,
@@ -117,27 +137,28 @@ def parse(
     events: list[Event] = []
     ignored = position = 0
     overflow = False
-    event, words, rename = _EVENT.unpack_from, _WORDS.unpack_from, FAN_RENAME
-    after_generation, first_32 = Layout.AFTER_GENERATION, Layout.FIRST_32
+    event, second = _AT_START
+    unpack, unpack_second = event.unpack_from, second.unpack_from
+    current = -1  # no f_fsid
+    mask, renamed, records = NUMBER_MASK, fanotify.INFO_OLD_DFID_NAME, _METADATA.size
     while position < length:
-        size, mask, pid, _, record, fsid, first, second, third = event(data, position)
-        file_system = file_systems.get(fsid)
-        if file_system is not None:
-            layout = file_system.layout  # `Layout.number`, inlined: most events go no further
-            if layout is after_generation:
-                number = second | third << 32
-            else:
-                number = first if layout is first_32 else first | second << 32
-            if known[number & NUMBER_MASK] or mask & rename:
-                _add(events, data, position, size, mask, pid, file_system, known)
-            else:
-                following = _METADATA_SIZE + record
-                if following < size and known[layout.number(*words(data, position + following)) & NUMBER_MASK]:
-                    _add(events, data, position, size, mask, pid, file_system, known)
+        size, kind, record, fsid, number = unpack(data, position)
+        if fsid != current:
+            found = file_systems.get(fsid)
+            if found is None:
+                if _METADATA.unpack_from(data, position)[1] & fanotify.FAN_Q_OVERFLOW:
+                    overflow = True
                 else:
                     ignored += 1
-        elif mask & fanotify.FAN_Q_OVERFLOW:
-            overflow = True
+                position += size
+                continue
+            current = fsid
+            event, second = _GLANCES[found.layout]
+            unpack, unpack_second = event.unpack_from, second.unpack_from
+            continue
+        # If there is no second record, this looks at other bytes. A rename has three. `_add` looks at all of them.
+        if known[number & mask] or kind >= renamed or known[unpack_second(data, position + records + record)[0] & mask]:
+            _add(events, data, position, size, file_systems[fsid], known)
         else:
             ignored += 1
         position += size
@@ -149,15 +170,14 @@ def _add(
     data: bytearray | memoryview,
     start: int,
     size: int,
-    mask: int,
-    pid: int,
     file_system: FileSystem,
     known: memoryview,
 ) -> None:
     """Append the operations of one event, if the kernel may know one of its inodes."""
+    _, mask, pid = _METADATA.unpack_from(data, start)
     directory = new_directory = number = 0
     name = new_name = b""
-    position = start + _METADATA_SIZE
+    position = start + _METADATA.size
     while position < start + size:
         kind, length, _, handle_bytes, _, *words = _RECORD.unpack_from(data, position)
         found = file_system.layout.number(*words)

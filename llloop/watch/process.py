@@ -34,9 +34,9 @@ _BUFFER = 256 * 1024
 _GROUP = fanotify.FAN_CLOEXEC | fanotify.FAN_NONBLOCK | fanotify.FAN_REPORT_DFID_NAME_TARGET
 _CAPABILITIES = 1 << syscalls.CAP_SYS_ADMIN | 1 << syscalls.CAP_DAC_READ_SEARCH
 # After a read that has brought so many bytes, wait for so many seconds: more events then come with one wake-up, and the
-# kernel merges those of one file.
+# kernel merges those of one file. The second number is for reads that have brought nothing of interest.
 _MANY = 4096
-_PAUSE = 0.002
+_PAUSE, _IDLE_PAUSE = 0.002, 0.006
 # How long to wait if all threads wait for requests that hang in the source, in seconds.
 _STUCK_PAUSE = 0.05
 
@@ -215,7 +215,7 @@ class Watcher:
             state.count_delay(time.monotonic_ns() - began, len(foreign))
             self._relay.tell(foreign)
         if length > _MANY:
-            self._leadership.wait(time.sleep, _PAUSE)
+            self._leadership.wait(time.sleep, _PAUSE if foreign else _IDLE_PAUSE)
 
     def _drop_everything(self) -> None:
         try:

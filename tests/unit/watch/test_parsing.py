@@ -106,6 +106,32 @@ def test_what_the_kernel_does_not_know_is_ignored() -> None:
     assert (len(batch.events), batch.ignored) == (1, 3)
 
 
+def test_events_of_several_file_systems_come_mixed() -> None:
+    other_fsid, large = FSID + 1, FileSystem(DEVICE + 1, Layout.AFTER_GENERATION)
+
+    def both(number: int) -> bytes:
+        return event(fanotify.FAN_DELETE, record(fanotify.INFO_DFID_NAME, number, b"a")) + event(
+            fanotify.FAN_DELETE,
+            record(fanotify.INFO_DFID_NAME, number, b"b", large.layout, other_fsid),
+            record(fanotify.INFO_FID, FILE, layout=large.layout, fsid=other_fsid),
+        )
+
+    state = WatchState()
+    state.count_known(DIRECTORY)
+    data = both(DIRECTORY) + both(OTHER) + both(DIRECTORY)
+    batch = parse(bytearray(data + bytes(SLACK)), len(data), {FSID: SMALL, other_fsid: large}, state.known)
+    assert [(one.device, one.name) for one in batch.events] == [(DEVICE, b"a"), (DEVICE + 1, b"b")] * 2
+    assert batch.ignored == 2
+
+
+@pytest.mark.parametrize("layout", [Layout.FIRST_64, Layout.AFTER_GENERATION])
+def test_numbers_of_more_than_32_bits_are_told_apart(layout: Layout) -> None:
+    file_system = FileSystem(DEVICE, layout)
+    large = DIRECTORY + (1 << 40)
+    data = event(fanotify.FAN_DELETE, record(fanotify.INFO_DFID_NAME, large, b"a", layout))
+    assert [one.directory for one in parsed(data, known=(large,), file_system=file_system).events] == [large]
+
+
 def test_overflow_is_noticed() -> None:
     known = event(fanotify.FAN_DELETE, record(fanotify.INFO_DFID_NAME, DIRECTORY, b"a"))
     batch = parsed(known, event(fanotify.FAN_Q_OVERFLOW), known)
