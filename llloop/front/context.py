@@ -115,7 +115,7 @@ def build_context(
     inodes = Inodes(fstatx(root), table, births=kind not in STACKED, count=gauge(Gauge.INODES))
     shares = Shares(limits.open_files, (0, os.geteuid()))
     handles = Handles(journal, slots.generation + 1, shares, gauge(Gauge.HANDLES), writeback=writeback)
-    pins = Pins(inodes, journal, shares, leadership, closing)
+    pins = Pins(inodes, shares, leadership, closing)
     directory_fds = DirectoryFds(inodes, root, limits.directories, pins, leadership, closing)
     router = Router(slots, pipes, leadership)
 

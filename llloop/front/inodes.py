@@ -24,12 +24,12 @@ from llloop.shared.table import (
     NAMES,
     OWN_NAME,
     PARENT,
+    PIN,
     ROOT,
     ROW_SHIFT,
     SETTLED,
     STAMP,
     Table,
-    hash_of,
 )
 
 __all__ = ["GENERATION", "ROOT", "Inode", "Inodes", "birth_of", "mix", "stale"]
@@ -228,19 +228,29 @@ class Inodes:
         return 0 if is_alike else mount
 
     def known(self, parent: int, name: bytes, attributes: Attributes) -> int | None:
-        """Return the nodeid by which the kernel knows this very file, found under a name, or None."""
-        number, device = attributes.ino, attributes.device
-        if attributes.mount == self._root_mount:
-            inode = self._read_by_number.get(number)
-            if inode is not None and inode.is_same(attributes):
-                return inode.nodeid
-        mount = self._mount_of(parent, name, attributes)
-        place = self._table.find(hash_of(number, device), number, device, mount)
-        if place:
-            inode = self.get(self._cells[place << CELLS_SHIFT])
-            if inode.is_same(attributes):
-                return inode.nodeid
-        return None
+        """Return the nodeid of a file that the kernel has been told of under this very name, or None.
+
+        Args:
+            parent, name: where the file was found now.
+            attributes: what statx(2) says of it.
+        """
+        number = attributes.ino
+        inode = self._read_by_number.get(number)
+        if inode is not None and inode.name == name and inode.parent == parent and inode.is_same(attributes):
+            return inode.nodeid
+        device, mount = attributes.device, attributes.mount
+        if attributes.mode & _TYPE != _DIRECTORY:
+            mount = 0 if mount == self._root_mount else self._mount_of(parent, name, attributes)
+        place = self._find(hash((number, device)) & HASH, number, device, mount)  # hash_of(number, device)
+        if not place:
+            return None
+        cells = self._cells
+        row = place << CELLS_SHIFT
+        birth = cells[row + BIRTH]
+        if birth and birth != attributes.btime * 1_000_000_000 + attributes.btime_nsec & _MASK:
+            return None
+        is_own = cells[row + NAMES] == place and _unpack_name(self._memory, 8 * (row + PARENT)) == (parent, name)
+        return cells[row] if is_own or self._table.has_name(place, parent, name) else None
 
     def remember(self, parent: int, name: bytes, attributes: Attributes, directory: int = 0) -> int:
         """Note an inode that the kernel is about to be told of, and return the nodeid to tell it.
@@ -374,7 +384,23 @@ class Inodes:
                 return False
         return nodeid in self and self._table.drop_name(place, parent, name)
 
+    def drop_names(self, nodeid: int) -> None:
+        """Note that no known name leads to an inode any more."""
+        self._changes(nodeid)
+        self._table.drop_names(nodeid & self._mask)
+
     # Cells for other modules
+
+    def set_pin(self, nodeid: int, pin: int) -> None:
+        """Note the descriptor that keeps an inode without names, -1 for none."""
+        row = (nodeid & self._mask) << CELLS_SHIFT
+        cells = self._cells
+        if cells[row] == nodeid and not cells[row + NAMES]:
+            cells[row + PIN] = pin + 1
+
+    def pins(self) -> list[tuple[int, int]]:
+        """Return what `set_pin` was given, as (nodeid, pin). It may also contain what was never a pin."""
+        return [(self._cells[place << CELLS_SHIFT], pin) for place, pin in self._table.pins()]
 
     def stamp(self, nodeid: int) -> int:
         """Return what `set_stamp` was given last for an inode, 0 for nothing."""

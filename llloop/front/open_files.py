@@ -11,7 +11,7 @@ from llloop.front.page_cache import PageCache
 from llloop.front.recovery.snapshots import is_snapshot
 from llloop.linux.credentials import is_mandatory_lock_mode
 from llloop.linux.syscalls import Attributes, DirectoryEntry
-from llloop.shared.journal import HANDLE, Journal
+from llloop.shared.journal import Journal
 from llloop.shared.messages import HANDLES_PER_FRONT
 from llloop.shared.metrics import own_cell
 
@@ -176,9 +176,7 @@ class Handles:
         self._next = number + 1
         uid, gid = handle.opener
         opener = uid << 32 | gid
-        handle.place = self._journal.add(
-            HANDLE, number, handle.nodeid, handle.descriptor, handle.flags, 0, 0, opener, 0
-        )
+        handle.place = self._journal.add(number, handle.nodeid, handle.descriptor, handle.flags, 0, 0, opener, 0)
         self._enter(number, handle)
         return number
 

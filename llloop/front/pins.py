@@ -14,7 +14,6 @@ from collections.abc import Container, Iterable, Iterator
 from llloop.front.descriptor_shares import Shares
 from llloop.front.inodes import Inodes
 from llloop.linux.syscalls import fstatx
-from llloop.shared.journal import PIN, Journal, Record
 from llloop.shared.leadership import Leadership
 
 
@@ -22,24 +21,18 @@ class Pins:
     """The descriptors of removed files by inode.
 
     Args:
-        inodes: the inode table.
-        journal: keeps a record of each pin for the next front.
+        inodes: the inode table, which also keeps each pin for the next front.
         shares: limits each user's descriptors.
         leadership: decides which thread serves.
         closing: a list for descriptors to close later, because closing a removed file may take long.
     """
 
-    def __init__(
-        self, inodes: Inodes, journal: Journal, shares: Shares, leadership: Leadership, closing: list[int]
-    ) -> None:
+    def __init__(self, inodes: Inodes, shares: Shares, leadership: Leadership, closing: list[int]) -> None:
         self._leadership = leadership
         self._closing = closing
         self._inodes = inodes
-        self._journal = journal
         self._shares = shares
         self._table: dict[int, int] = {}
-        # Where the journal has the record of each.
-        self._places: dict[int, int] = {}
         # The owner of each pin, and each user's pins, the oldest first. An OrderedDict finds its first item in
         # constant time, a dict skips all deleted ones.
         self._users: dict[int, int] = {}
@@ -74,30 +67,28 @@ class Pins:
             if not self.drop_oldest(uid):
                 self._closing.append(fd)
                 return
-        self._keep(nodeid, fd, uid, self._journal.add(PIN, nodeid, fd, 0, 0, 0, 0, 0, 0))
+        self._keep(nodeid, fd, uid)
+        self._inodes.set_pin(nodeid, fd)
 
-    def _keep(self, nodeid: int, fd: int, uid: int, place: int) -> None:
+    def _keep(self, nodeid: int, fd: int, uid: int) -> None:
         self._table[nodeid] = fd
-        self._places[nodeid] = place
         self._users[nodeid] = uid
         self._of_user.setdefault(uid, OrderedDict())[nodeid] = None
         self._shares.take(uid)
 
-    def take_over(self, record: Record, left: set[int]) -> None:
-        """Take over a pin of a dead front, unless its descriptor is lost or its inode is forgotten.
+    def take_over(self, left: set[int]) -> None:
+        """Take over the pins of a dead front, except those whose descriptors are lost.
 
         Args:
-            record: the journal's record of the pin.
-            left: the descriptors that the front has left; this one is removed from it.
+            left: the descriptors that the front has left; the pins are removed from it.
         """
-        nodeid, fd = record.fields[:2]
-        is_path = fd in left and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH
-        attributes = fstatx(fd) if is_path and nodeid in self._inodes else None
-        if attributes is not None and self._inodes.get(nodeid).is_same(attributes):
-            left.discard(fd)
-            self._keep(nodeid, fd, attributes.uid, record.place)
-        else:
-            self._journal.remove(record.place)
+        for nodeid, fd in self._inodes.pins():
+            is_path = fd in left and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH
+            if is_path and self._inodes.get(nodeid).is_same(attributes := fstatx(fd)):
+                left.discard(fd)
+                self._keep(nodeid, fd, attributes.uid)
+            else:
+                self._inodes.set_pin(nodeid, -1)
 
     def drop(self, nodeid: int) -> bool:
         """Unpin an inode; return whether it was pinned."""
@@ -119,7 +110,7 @@ class Pins:
         if not mine:
             del self._of_user[uid]
         self._shares.give_back(uid)
-        self._journal.remove(self._places.pop(nodeid))
+        self._inodes.set_pin(nodeid, -1)
         return fd
 
     def drop_oldest(self, uid: int) -> bool:

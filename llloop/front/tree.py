@@ -209,7 +209,13 @@ class Tree:
         check_name(name)
         with who.note.begin():
             attributes = self._retry_without_pins(lambda: self._link(nodeid, parent, name, who), nodeid)
-        return self.inodes.remember(parent, name, attributes), attributes
+        nodeid = self.inodes.remember(parent, name, attributes)
+        self.note_new_name(nodeid)
+        return nodeid, attributes
+
+    def note_new_name(self, nodeid: int) -> None:
+        """Unpin a file that had no name, because a name leads to it now."""
+        self.directory_fds.pins.drop(nodeid)
 
     def _link(self, nodeid: int, parent: int, name: bytes, who: Requester) -> Attributes:
         with self._reach(nodeid) as reached:
@@ -274,16 +280,18 @@ class Tree:
             OSError: ESTALE if it is another file; the kernel then looks up the name again.
         """
         nodeid = self.inodes.known(parent, name, attributes)
-        if nodeid is None or not self.inodes.has_name(nodeid, parent, name):
+        if nodeid is None:
             raise stale()
         return nodeid
 
     def note_removed_name(self, nodeid: int, parent: int, name: bytes, pin: int, uid: int) -> None:
         """Note that *name* was removed; pin the inode with *pin* if no other name leads to it, else close *pin*."""
-        if self.inodes.unlinked(nodeid, parent, name) and self.directory_fds.is_reachable(nodeid):
-            os.close(pin)
-        else:
-            self.directory_fds.pins.add(nodeid, pin, uid)
+        if self.inodes.unlinked(nodeid, parent, name):
+            if self.directory_fds.is_reachable(nodeid):
+                os.close(pin)
+                return
+            self.inodes.drop_names(nodeid)
+        self.directory_fds.pins.add(nodeid, pin, uid)
 
     def rename(self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, who: Requester) -> None:
         """Rename with RENAME_ flags (renameat2(2)).

@@ -1,8 +1,8 @@
 """The journal: records of open files in shared memory, which outlive the front.
 
-A front keeps its open files in objects of its own, which die with it. For each open file, and for each descriptor of a
-removed file, there is a *record* here, from which the next front makes its objects. A process can be killed at any
-moment, but each change of a record is either done or not done:
+A front keeps its open files in objects of its own, which die with it. For each open file there is a *record* here, from
+which the next front makes its object. A process can be killed at any moment, but each change of a record is either done
+or not done:
 
 * A record appears or disappears by one store to its first cell.
 * A field changes by one store to its cell.
@@ -29,7 +29,7 @@ DEFAULT_CAPACITY = 1 << 24
 _CELL = 8
 _CELLS = RECORD_SIZE // _CELL
 _FIELDS = 8
-# The cells of a record after the first one, which contains its kind.
+# The cells of a record after the first one, which says whether the record is used.
 RECORD_BODY = struct.Struct(f"={_FIELDS}Q")
 
 _NOTES = MAX_THREADS
@@ -42,21 +42,15 @@ FORGETTING = _CELLS + 13  # how far a FORGET request has come
 _FIRST = 2  # the first place for a record
 
 
-# The kinds of records: an open file, and the descriptor of a removed file.
-HANDLE, PIN = 1, 2
-
-
 class Record(NamedTuple):
     """A record that a front has left.
 
     Attributes:
         place: its index in the journal.
-        kind: HANDLE or PIN.
-        fields: eight numbers; see `llloop.front.open_files` and `llloop.front.pins`.
+        fields: eight numbers; see `llloop.front.open_files`.
     """
 
     place: int
-    kind: int
     fields: tuple[int, ...]
 
 
@@ -80,17 +74,16 @@ class Journal:
         self.cells.release()
         self.memory.close()
 
-    def add(self, kind: int, *fields: int) -> int:
+    def add(self, *fields: int) -> int:
         """Add a record and return its place; 0 if the journal is full.
 
         Args:
-            kind: HANDLE or PIN.
             fields: eight numbers of 64 bits.
         """
         place = self._free.pop() if self._free else self._take_new_place()
         if place:
             RECORD_BODY.pack_into(self.memory, place * RECORD_SIZE + _CELL, *fields)
-            self.cells[place * _CELLS] = kind
+            self.cells[place * _CELLS] = 1
         return place
 
     def _take_new_place(self) -> int:
@@ -133,10 +126,10 @@ class Journal:
     def recover(self) -> list[Record]:
         """Return all records that an earlier front has left."""
         used = self.cells[_HIGH_WATER]
-        kinds = self.cells[: used * _CELLS : _CELLS].tolist()
-        self._free = array("Q", (place for place in range(used - 1, _FIRST - 1, -1) if not kinds[place]))
+        is_used = self.cells[: used * _CELLS : _CELLS].tolist()
+        self._free = array("Q", (place for place in range(used - 1, _FIRST - 1, -1) if not is_used[place]))
         return [
-            Record(place, kinds[place], RECORD_BODY.unpack_from(self.memory, place * RECORD_SIZE + _CELL))
+            Record(place, RECORD_BODY.unpack_from(self.memory, place * RECORD_SIZE + _CELL))
             for place in range(_FIRST, used)
-            if kinds[place]
+            if is_used[place]
         ]

@@ -60,6 +60,8 @@ INODE_ROW = Struct("=QQQQQQQ40p")
 # ..., lookups, hash and next place of the bucket's chain, stamp, accessed.
 WHOLE_ROW = Struct("=QQQQQQQ40pQQQQ")
 _NUMBER, _DEVICE, _MOUNT, BIRTH, NAMES, PARENT = range(1, 7)
+# The row of an inode without names has the descriptor that it is pinned with, plus 1, in the place of its name.
+PIN = PARENT
 LOOKUPS, _CHAIN, STAMP, ACCESSED = 12, 13, 14, 15
 OWN_NAME = Struct("=Q40p")  # at the cell PARENT
 _LONGEST_OWN_NAME = 39
@@ -610,6 +612,29 @@ class Table:
                 self._unlink(place, before, entry)
         self._bring_home(place)
         return bool(self.cells[cell])
+
+    def drop_names(self, place: int) -> None:
+        """Remove all names of an inode."""
+        rows = self._name_rows(place)
+        for row in rows:
+            self.states[row] = _UNSETTLED_NAME
+        self.cells[(place << CELLS_SHIFT) + NAMES] = 0
+        for row in rows:
+            self._give_back(row)
+
+    def pins(self) -> list[tuple[int, int]]:
+        """Return the place and the pin of each inode that has no name and may have a pin."""
+        cells = self.cells
+        first_names = cells[NAMES : self._used << CELLS_SHIFT : 1 << CELLS_SHIFT].tolist()
+        found = []
+        place = ROOT
+        with suppress(ValueError):  # index() raises it at the end
+            while True:
+                place = first_names.index(0, place + 1)
+                pin = cells[(place << CELLS_SHIFT) + PIN]
+                if pin and self.states[place] in (UNSETTLED, SETTLED):
+                    found.append((place, pin - 1))
+        return found
 
     def _unlink(self, place: int, before: int, entry: int) -> None:
         """Remove a name from the chain; the cell *before* leads to it."""

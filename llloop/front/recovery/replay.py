@@ -94,7 +94,9 @@ class Replay(Responder):
         there = self._find(request.nodeid, name)
         if there is None or not _is_same(there, self._tree.getattr(nodeid)):
             return False
-        self._reply_entry(request.unique, *self._tree.lookup(request.nodeid, name))
+        nodeid, attributes = self._tree.lookup(request.nodeid, name)
+        self._tree.note_new_name(nodeid)
+        self._reply_entry(request.unique, nodeid, attributes)
         return True
 
     def _remove(self, request: FuseRequest, intent: Intent) -> bool:

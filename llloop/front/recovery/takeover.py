@@ -8,7 +8,7 @@ from collections.abc import Collection
 
 from llloop.front.context import Context
 from llloop.linux.syscalls import open_descriptors
-from llloop.shared.journal import HANDLE, PIN, Journal, Record
+from llloop.shared.journal import Journal, Record
 
 _log = logging.getLogger(__name__)
 
@@ -26,13 +26,10 @@ def begin_takeover(context: Context, journal: Journal, own: Collection[int]) -> 
     # died as well, new descriptors get numbers that records contain.
     left = open_descriptors().difference(own)
     context.intents.find_pins(left)
+    context.tree.directory_fds.pins.take_over(left)
+    _reserve({record.fields[2] for record in records} - left)
     for record in records:
-        if record.kind == PIN:
-            context.tree.directory_fds.pins.take_over(record, left)
-    _reserve({record.fields[2] for record in records if record.kind == HANDLE} - left)
-    for record in records:
-        if record.kind == HANDLE:
-            _take_over_handle(context, journal, record, left)
+        _take_over_handle(context, journal, record, left)
     context.intents.adopt(left)
     context.router.slots.free_held()
     context.router.take_over()

@@ -12,7 +12,6 @@ from llloop.front.descriptor_shares import DIRECTORY_WEIGHT, Shares
 from llloop.front.inodes import ROOT, Inodes
 from llloop.front.pins import Pins
 from llloop.linux.syscalls import fstatx
-from llloop.shared.journal import PIN, Journal, Record
 from llloop.shared.leadership import Leadership
 from llloop.shared.table import Table
 from tests.expect import fails
@@ -59,7 +58,7 @@ class Place:
         self.inodes = Inodes(attributes(2), Table(1 << 10))
         self.shares = Shares(32)
         self.closing: list[int] = []
-        self.pins = Pins(self.inodes, Journal(64), self.shares, Leadership(), self.closing)
+        self.pins = Pins(self.inodes, self.shares, Leadership(), self.closing)
 
     def add(self, path: Path, how_many: int, uid: int) -> list[int]:
         """Pin so many new inodes of a user, and return their nodeids."""
@@ -109,12 +108,33 @@ def test_removed_files_are_closed_if_open_files_use_the_share(place: Place, tmp_
     assert open_descriptors() == before
 
 
+def test_next_front_takes_over_nothing_but_pins(place: Place, tmp_path: Path) -> None:
+    """A descriptor of another file, one that was opened for I/O, and that of a file with a name are no pins."""
+    (tmp_path / "file").touch()
+    (tmp_path / "other").touch()
+    pin, other = (os.open(tmp_path / name, os.O_PATH) for name in ("file", "other"))
+    opened = os.open(tmp_path / "file", os.O_RDONLY)
+    left = {pin, other, opened}
+    named = place.inodes.remember(ROOT, b"file", fstatx(pin))
+    place.inodes.set_pin(named, pin)
+    place.pins.take_over(left)
+    place.inodes.unlinked(named, ROOT, b"file")
+    for fd in (other, opened, 1000):
+        place.inodes.set_pin(named, fd)
+        place.pins.take_over(left)
+    assert len(place.pins) == 0 and left == {pin, other, opened}
+    for fd in left:
+        os.close(fd)
+
+
 def test_next_front_counts_inherited_descriptors(place: Place, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     fd = os.open(tmp_path / "file", os.O_PATH)
     nodeid = place.inodes.remember(ROOT, b"file", fstatx(fd))
+    place.inodes.unlinked(nodeid, ROOT, b"file")
+    place.inodes.set_pin(nodeid, fd)
     left = {fd}
-    place.pins.take_over(Record(5, PIN, (nodeid, fd, 0, 0, 0, 0, 0, 0)), left)
+    place.pins.take_over(left)
     assert left == set()
     assert place.shares.held(os.geteuid()) == 1
     assert place.pins.drop(nodeid)

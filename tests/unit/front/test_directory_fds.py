@@ -32,7 +32,7 @@ class Place:
         self.journal, self.table = Journal(1 << 10), Table(1 << 12)
         self.inodes = Inodes(fstatx(self.root), self.table)
         leadership, closing = Leadership(), ClosedAtOnce()
-        self.pins = Pins(self.inodes, self.journal, Shares(1000), leadership, closing)
+        self.pins = Pins(self.inodes, Shares(1000), leadership, closing)
         self.directory_fds = DirectoryFds(self.inodes, self.root, capacity, self.pins, leadership, closing)
 
     def look_up(self, parent: int, name: str) -> int:

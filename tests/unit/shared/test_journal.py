@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import pytest
 
-from llloop.shared.journal import HANDLE, PIN, Journal
+from llloop.shared.journal import Journal
 from tests.unit.killable_front import Killed, Life, killable_journal, living
 from tests.unit.support import Heir, close_journal
 
@@ -15,14 +14,9 @@ FIELDS = 8
 MOST = 2**64 - 1
 
 
-class Content(NamedTuple):
-    kind: int
-    fields: tuple[int, ...]
-
-
-def content(journal: Journal) -> dict[int, Content]:
+def content(journal: Journal) -> dict[int, tuple[int, ...]]:
     """What the next process finds, by place."""
-    return {record.place: Content(*record[1:]) for record in Heir(journal).recover()}
+    return {record.place: record.fields for record in Heir(journal).recover()}
 
 
 @pytest.fixture
@@ -34,23 +28,23 @@ def journal() -> Iterator[Journal]:
 
 def test_a_record_is_found_as_it_was_made(journal: Journal) -> None:
     fields = (0, 1, MOST, 2**63, 5, 6, 7, 8)
-    place = journal.add(PIN, *fields)
-    assert content(journal) == {place: Content(PIN, fields)}
+    place = journal.add(*fields)
+    assert content(journal) == {place: fields}
     assert [journal.get(place, field) for field in range(FIELDS)] == list(fields)
 
 
 def test_a_number_is_changed_and_the_others_are_not(journal: Journal) -> None:
-    first, second = (journal.add(HANDLE, *range(FIELDS)) for _ in range(2))
+    first, second = (journal.add(*range(FIELDS)) for _ in range(2))
     for field in range(FIELDS):
         journal.set(first, field, MOST - field)
-    assert content(journal)[first].fields == tuple(MOST - field for field in range(FIELDS))
-    assert content(journal)[second].fields == tuple(range(FIELDS))
+    assert content(journal)[first] == tuple(MOST - field for field in range(FIELDS))
+    assert content(journal)[second] == tuple(range(FIELDS))
 
 
 def test_places_are_used_again(journal: Journal) -> None:
     """However many come and go, and through however many processes, no more is taken than is needed at a time."""
     for number in range(2000):
-        places = [journal.add(PIN, *[number] * FIELDS), journal.add(HANDLE, *[0] * FIELDS)]
+        places = [journal.add(*[number] * FIELDS), journal.add(*[0] * FIELDS)]
         assert all(places)
         if number % 50 == 0:
             journal = Heir(journal)
@@ -63,7 +57,7 @@ def test_places_are_used_again(journal: Journal) -> None:
 def test_what_finds_no_room_is_not_there_and_harms_nobody() -> None:
     journal = Journal(50)
     places: list[int] = []
-    while place := journal.add(HANDLE, *[len(places)] * FIELDS):
+    while place := journal.add(*[len(places)] * FIELDS):
         places.append(place)
     before = content(journal)
     assert list(before) == places
@@ -71,7 +65,7 @@ def test_what_finds_no_room_is_not_there_and_harms_nobody() -> None:
     journal.remove(0)
     assert content(journal) == before
     journal.remove(places[0])
-    assert journal.add(PIN, *[7] * FIELDS) == places[0], "the room that was freed is not used"
+    assert journal.add(*[7] * FIELDS) == places[0], "the room that was freed is not used"
     close_journal(journal)
 
 
@@ -82,7 +76,7 @@ def test_of_a_request_sent_again_its_tries_are_counted(journal: Journal) -> None
 
 
 CHANGES: dict[str, Callable[[Journal, list[int]], object]] = {
-    "add": lambda journal, places: journal.add(HANDLE, *[9] * FIELDS),
+    "add": lambda journal, places: journal.add(*[9] * FIELDS),
     "remove": lambda journal, places: journal.remove(places[0]),
     "change": lambda journal, places: journal.set(places[0], 4, 2**40),
 }
@@ -95,9 +89,9 @@ def test_a_change_is_done_or_not_wherever_it_is_cut(
 ) -> None:
     def prepared() -> tuple[Journal, list[int]]:
         journal = Journal(64)
-        places = [journal.add(HANDLE, *[number] * FIELDS) for number in range(1, 4)]
+        places = [journal.add(*[number] * FIELDS) for number in range(1, 4)]
         if not fresh:  # what comes lies where something has been before
-            journal.remove(journal.add(PIN, *[MOST] * FIELDS))
+            journal.remove(journal.add(*[MOST] * FIELDS))
         return journal, places
 
     journal, places = prepared()
