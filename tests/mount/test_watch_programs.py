@@ -174,3 +174,67 @@ def test_uvicorn_reloads(tree: Tree, place: Path) -> None:
             assert any(change_and_ask(f"new {number}") for number in range(6))
         finally:
             server.terminate()
+
+
+def test_tail_follows(tree: Tree, place: Path) -> None:
+    (tree.mnt / "file").write_bytes(b"content\n")
+    with lines_of("tail", "-n", "+1", "-F", str(tree.mnt / "file")) as lines:
+        assert comes(lines, "content")
+        with open(place / "file", "ab") as file:
+            file.write(b"appended\n")
+        assert comes(lines, "appended")
+        (place / "new").write_bytes(b"replaced\n")
+        (place / "new").rename(place / "file")
+        assert comes(lines, "replaced")
+
+
+_CHOKIDAR = """
+const watcher = require("chokidar").watch(process.argv[1], {usePolling: false});
+watcher.on("ready", () => console.log("ready"));
+watcher.on("all", (event, path) => console.log(event, path));
+"""
+
+
+def _has_chokidar() -> bool:
+    node = shutil.which("node")
+    return node is not None and not subprocess.call([node, "-e", "require('chokidar')"], stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.skipif(not _has_chokidar(), reason="needs Node with chokidar in NODE_PATH")
+def test_chokidar(tree: Tree, place: Path) -> None:
+    with lines_of("node", "-e", _CHOKIDAR, str(tree.mnt)) as lines:
+        assert comes(lines, "ready")
+        (place / "new").write_bytes(b"data")
+        assert comes(lines, f"add {tree.mnt / 'new'}")
+        (place / "file").write_bytes(b"more")
+        assert comes(lines, f"change {tree.mnt / 'file'}")
+        (place / "directory" / "deep").mkdir()
+        assert comes(lines, f"addDir {tree.mnt / 'directory' / 'deep'}")
+        (place / "new").unlink()
+        assert comes(lines, f"unlink {tree.mnt / 'new'}")
+
+
+# Waits for IN_CLOSE_WRITE (8) in /data and shows the file.
+_IN_SANDBOX = """
+import ctypes, os, struct
+libc = ctypes.CDLL(None)
+inotify = libc.inotify_init()
+assert libc.inotify_add_watch(inotify, b"/data", 8) > 0
+print("ready", flush=True)
+event = os.read(inotify, 4096)
+name = event[16:16 + struct.unpack_from("I", event, 12)[0]].rstrip(b"\\0").decode()
+print(name, open("/data/" + name, "rb").read(), flush=True)
+"""
+
+
+@pytest.mark.parametrize("how", ["--bind", "--ro-bind"])
+def test_sandbox_that_has_the_mount_bound(tree: Tree, how: str) -> None:
+    bwrap, python = shutil.which("bwrap"), "/usr/bin/python3"
+    if bwrap is None or not os.path.exists(python):
+        pytest.skip("needs bubblewrap and Python in /usr")
+    links = [part for name in ("bin", "lib", "lib64") for part in ("--symlink", f"usr/{name}", f"/{name}")]
+    places = ["--ro-bind", "/usr", "/usr", *links, "--dev", "/dev", how, str(tree.mnt), "/data"]
+    with lines_of(bwrap, "--unshare-all", "--die-with-parent", *places, python, "-c", _IN_SANDBOX) as lines:
+        assert comes(lines, "ready")
+        (tree.src / "new").write_bytes(b"data")
+        assert comes(lines, "new b'data'")
