@@ -39,6 +39,12 @@ class DeadMountError(LlloopError):
     exit_code = 6
 
 
+class BusyError(LlloopError):
+    """Programs use what should be released. Exit code 7."""
+
+    exit_code = 7
+
+
 def of_code(code: int, text: str) -> LlloopError:
     """Return the error of the class that has this exit code, with *text*."""
     kinds = (UsageError, SourceError, MountpointError, HostError, DeadMountError)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from types import TracebackType
 
 from llloop.front.inodes import ROOT, Inode, Inodes, stale
@@ -267,6 +268,18 @@ class DirectoryFds:
         directory = self._directories.pop(nodeid, None)
         if directory is not None:
             self._closing.append(directory)
+
+    @property
+    def root(self) -> int:
+        """The descriptor of the source."""
+        return self._root
+
+    def close_where(self, condition: Callable[[int], bool]) -> None:
+        """Close the directories whose descriptors meet a condition, after the current request is answered."""
+        for nodeid, fd in list(self._directories.items()):
+            if condition(fd):
+                del self._directories[nodeid]
+                self._closing.append(fd)
 
     def shrink(self) -> None:
         """Close all directories that can be reopened. Called when descriptors run out."""

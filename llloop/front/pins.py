@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections import OrderedDict
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 
 from llloop.front.descriptor_shares import Shares
 from llloop.front.inodes import Inodes
@@ -117,6 +117,12 @@ class Pins:
         """Unpin the oldest pin of the user *uid*; return whether there was one."""
         mine = self._of_user.get(uid)
         return mine is not None and self.drop(next(iter(mine)))
+
+    def close_where(self, condition: Callable[[int], bool], used: Container[int]) -> None:
+        """Unpin removed files whose descriptors meet a condition, except *used* inodes, which are open."""
+        for nodeid, fd in list(self._table.items()):
+            if nodeid not in used and condition(fd):
+                self.drop(nodeid)
 
     def release_unused(self, used: Container[int], needed: int = 0) -> bool:
         """Unpin removed files that are not open, so that their space becomes free.

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from llloop.front.context import Context
 from llloop.front.handlers.base import Replies
 from llloop.front.handlers.directories import DirectoryRequests
-from llloop.front.handlers.file_attributes import FileAttributeRequests
 from llloop.front.handlers.files import FileRequests
+from llloop.front.handlers.ioctls import IoctlRequests
 from llloop.front.handlers.mutations import MutationRequests
 from llloop.front.handlers.names import NameRequests
 from llloop.front.handlers.recent_lookups import RecentLookups
@@ -43,14 +43,14 @@ class Handlers:
         self.directories = DirectoryRequests(context, device, recent)
         self.files = FileRequests(context, device)
         self.xattrs = XattrRequests(context, device)
-        self.file_attributes = FileAttributeRequests(context, device)
+        self.ioctls = IoctlRequests(context, device)
         self.responders: tuple[Replies, ...] = (
             self.names,
             self.mutations,
             self.directories,
             self.files,
             self.xattrs,
-            self.file_attributes,
+            self.ioctls,
         )
         self.table: dict[Opcode, Handler] = {
             Opcode.LOOKUP: self.names.lookup,
@@ -90,7 +90,7 @@ class Handlers:
             Opcode.LSEEK: self.files.lseek,
             Opcode.COPY_FILE_RANGE: self.files.copy_file_range,
             Opcode.SYNCFS: self.files.syncfs,
-            Opcode.IOCTL: self.file_attributes.ioctl,
+            Opcode.IOCTL: self.ioctls.ioctl,
         }
         if context.config.deny:
             deny(self.table, context.config.deny, context.tree, context.router.slots.memory)
