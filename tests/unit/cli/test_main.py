@@ -193,6 +193,7 @@ KINDS = [
     (errors.MountpointError, 4),
     (errors.HostError, 5),
     (errors.DeadMountError, 6),
+    (errors.BusyError, 7),
 ]
 
 
