@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 from llloop.control import client, protocol
 from llloop.errors import LlloopError
 from llloop.linux import mounts
 from llloop.linux.mounts import MountEntry
+from llloop.linux.process import Process, fork
 
 # How long to wait for a mount's statfs(2), and for its server's check of the source, in seconds.
 _TIMEOUT = 1.0
@@ -212,22 +213,19 @@ def _statfs_all(entries: Sequence[MountEntry]) -> list[int | None]:
     """
     found: list[int | None] = [None] * len(entries)
     waiting = list(enumerate(entries))[::-1]
-    running: dict[int, int] = {}
+    running: dict[Process, int] = {}
     deadline = time.monotonic() + _TIMEOUT
     while (waiting or running) and time.monotonic() < deadline:
         while waiting and len(running) < _MAX_CONCURRENT:
             index, entry = waiting.pop()
-            child = os.fork()
-            if child == 0:
-                os._exit(_statfs_as_owner(entry))
-            running[child] = index
-        for child in list(running):
-            done, status = os.waitpid(child, os.WNOHANG)
-            if done:
-                found[running.pop(child)] = os.waitstatus_to_exitcode(status)
+            running[fork(partial(_statfs_as_owner, entry), "llloop-statfs")] = index
+        for process in list(running):
+            code = process.wait(0)
+            if code is not None:
+                found[running.pop(process)] = code
         time.sleep(0.005)
-    for child in running:
-        os.kill(child, signal.SIGKILL)  # do not wait for it: it may hang in the kernel
+    for process in running:
+        process.end(0)  # it may hang in the kernel
     return found
 
 

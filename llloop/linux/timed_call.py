@@ -11,6 +11,7 @@ import msgpack
 
 from llloop import errors
 from llloop.linux import syscalls
+from llloop.linux.process import fork
 from llloop.linux.stdio import redirect_standard_descriptors
 
 T = TypeVar("T")
@@ -38,9 +39,7 @@ def call_with_timeout(function: Callable[[], T], timeout: float, timeout_error: 
     except OSError as error:
         raise errors.HostError(f"no pipe can be made: {error.strerror}; allow more open files (ulimit -n)") from None
     try:
-        child = os.fork()
-        if child == 0:
-            _answer(function, writer)
+        process = fork(lambda: _answer(function, writer), "llloop-check")
     except OSError as error:
         os.close(reader)
         raise errors.HostError(f"no process can be started: {error.strerror}; allow more (ulimit -u)") from None
@@ -48,13 +47,12 @@ def call_with_timeout(function: Callable[[], T], timeout: float, timeout_error: 
         os.close(writer)
     try:
         if not syscalls.is_readable(reader, timeout):
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, os.WNOHANG)
+            process.end(0)
             raise timeout_error
         data = os.read(reader, _MAX_ANSWER)
     finally:
         os.close(reader)
-    os.waitpid(child, 0)
+    process.wait()
     answer: dict[str, Any] = msgpack.unpackb(data, unicode_errors="surrogateescape") if data else {}
     if "code" in answer:
         raise errors.of_code(answer["code"], answer["text"])
@@ -67,24 +65,21 @@ def call_with_timeout(function: Callable[[], T], timeout: float, timeout_error: 
 
 
 def _answer(function: Callable[[], Any], writer: int) -> None:
-    """Run *function* in the child, write the result to *writer*, and end without Python's exit handlers."""
+    """Run *function* in the child, and write the result to *writer*."""
+    # Keep no inherited descriptor open: a program that reads such a pipe until its end must not wait for a child
+    # that hangs.
+    output = os.dup2(writer, 3, inheritable=False) if writer != 3 else writer
+    os.closerange(4, os.sysconf("SC_OPEN_MAX"))
+    syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    signal.set_wakeup_fd(-1)
+    answer: dict[str, Any]
     try:
-        # Keep no inherited descriptor open: a program that reads such a pipe until its end must not wait for a child
-        # that hangs.
-        output = os.dup2(writer, 3, inheritable=False) if writer != 3 else writer
-        os.closerange(4, os.sysconf("SC_OPEN_MAX"))
-        syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
-        signal.set_wakeup_fd(-1)
-        answer: dict[str, Any]
-        try:
-            redirect_standard_descriptors()
-            answer = {"result": function()}
-        except errors.LlloopError as error:
-            answer = {"code": error.exit_code, "text": str(error)}
-        except OSError as error:
-            answer = {"errno": error.errno or 0, "path": os.fsdecode(error.filename) if error.filename else None}
-        os.write(output, msgpack.packb(answer, unicode_errors="surrogateescape"))
-    finally:
-        os._exit(0)
+        redirect_standard_descriptors()
+        answer = {"result": function()}
+    except errors.LlloopError as error:
+        answer = {"code": error.exit_code, "text": str(error)}
+    except OSError as error:
+        answer = {"errno": error.errno or 0, "path": os.fsdecode(error.filename) if error.filename else None}
+    os.write(output, msgpack.packb(answer, unicode_errors="surrogateescape"))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llloop.linux import syscalls
 from llloop.linux.id_maps import IDS, IdMap, IdRange
+from llloop.linux.process import fork
 
 _CLONE_NEWUSER = 0x10000000  # <linux/sched.h>
 
@@ -27,8 +28,8 @@ def user_namespace(users: IdMap, groups: IdMap) -> int:
     """
     made, make = os.pipe2(os.O_CLOEXEC)
     done, finish = os.pipe2(os.O_CLOEXEC)
-    child = os.fork()
-    if child == 0:
+
+    def enter() -> None:
         number = 0
         try:
             os.close(finish)
@@ -38,21 +39,22 @@ def user_namespace(users: IdMap, groups: IdMap) -> int:
             number = error.errno or 1
         os.write(make, bytes([number]))
         os.read(done, 1)  # until the parent has the descriptor, or has ended
-        os._exit(0)
+
+    process = fork(enter, "llloop-namespace")
     try:
         os.close(make)
         os.close(done)
         number = os.read(made, 1)[0]
         if number:
             raise OSError(number, os.strerror(number))
-        process = Path("/proc") / str(child)
+        directory = Path("/proc") / str(process.pid)
         for name, ids in (("uid_map", users), ("gid_map", groups)):
-            (process / name).write_text(_lines(ids.ranges))
-        return os.open(process / "ns/user", os.O_RDONLY | os.O_CLOEXEC)
+            (directory / name).write_text(_lines(ids.ranges))
+        return os.open(directory / "ns/user", os.O_RDONLY | os.O_CLOEXEC)
     finally:
         os.close(made)
         os.close(finish)
-        os.waitpid(child, 0)
+        process.wait()
 
 
 def _lines(ranges: Iterable[IdRange]) -> str:

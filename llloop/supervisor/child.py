@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
-from multiprocessing.process import BaseProcess
 
 from setproctitle import setproctitle, setthreadtitle
 
 from llloop.linux import syscalls
+from llloop.linux.process import Process, fork
 from llloop.linux.stdio import redirect_standard_descriptors
 from llloop.logging.escape import printable
 from llloop.logging.stacks import Stacks
 from llloop.supervisor.signals import ignore_signals
 
 _log = logging.getLogger(__name__)
-
-# Fork, not spawn: a child must inherit llfuse's session, descriptors and shared memory.
-fork = multiprocessing.get_context("fork")
 
 # How long to wait for the end of a killed process, in seconds. It takes longer only if the source hangs.
 TIMEOUT = 5.0
@@ -34,32 +29,6 @@ _SHORT_LIFE = 0.25
 _SHORT_LIVES = 10
 _FIRST_PAUSE = 0.05
 LONGEST_PAUSE = 5.0
-_JOIN_PAUSE = 0.005  # seconds between two checks
-
-
-class ClonedProcess:
-    """A child that was not forked by `multiprocessing`, with a part of the interface of its processes."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-        self.exitcode: int | None = None
-
-    def join(self, timeout: float | None = None) -> None:
-        """Wait until the process has ended, or for *timeout* seconds."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while self.exitcode is None:
-            pid, status = os.waitpid(self.pid, 0 if deadline is None else os.WNOHANG)
-            if pid:
-                self.exitcode = os.waitstatus_to_exitcode(status)
-            elif deadline is not None and time.monotonic() > deadline:
-                return
-            else:
-                time.sleep(_JOIN_PAUSE)
-
-    def kill(self) -> None:
-        """Send SIGKILL, unless it has ended."""
-        if self.exitcode is None:
-            os.kill(self.pid, signal.SIGKILL)
 
 
 @dataclass
@@ -70,7 +39,6 @@ class Child:
         name: its role, which is also its title in ps(1).
         launch: starts the process.
         process: the running process; None in the pause before the next.
-        sentinel: a pidfd of the process.
         started: when it was started (monotonic clock, seconds).
         due: when to start the next one (monotonic clock, seconds).
         short_lives: how many successive processes had a short life.
@@ -80,9 +48,8 @@ class Child:
     """
 
     name: str
-    launch: Callable[[Stacks], BaseProcess | ClonedProcess]
-    process: BaseProcess | ClonedProcess | None = None
-    sentinel: int = -1
+    launch: Callable[[Stacks], Process]
+    process: Process | None = None
     started: float = 0.0
     due: float = 0.0
     short_lives: int = 0
@@ -96,29 +63,22 @@ class Child:
     @property
     def pid(self) -> int | None:
         """The process id; None if the process has ended, because the kernel may reuse the id."""
-        return self.process.pid if self.process is not None and not syscalls.is_readable(self.sentinel) else None
+        return self.process.pid if self.process is not None and self.process.is_alive() else None
 
-    def start(self) -> None:
-        """Start the process.
+    def start(self) -> Process:
+        """Start the process, and return it.
 
         Raises:
             OSError: there are no free processes or descriptors. No process was started.
         """
         self.started = time.monotonic()
-        process = self.launch(self.stacks)
-        assert process.pid is not None
-        try:
-            self.sentinel = os.pidfd_open(process.pid)
-        except OSError:  # it must not run beside its successor
-            end(process)
-            raise
-        self.process = process
+        self.process = self.launch(self.stacks)
+        return self.process
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the process if it is running."""
         if self.process is not None:
-            with suppress(ProcessLookupError):  # it has ended
-                signal.pidfd_send_signal(self.sentinel, number)
+            self.process.signal(number)
 
     def replace(self) -> None:
         """Kill the process on purpose; `schedule_restart` does not count this as a short life."""
@@ -126,22 +86,11 @@ class Child:
             self.ending_on_purpose = True
             self.signal(signal.SIGKILL)
 
-    def reap(self) -> int:
-        """Clean up after a process that has ended, and return its exit code."""
-        assert self.process is not None
-        self.process.join()
-        os.close(self.sentinel)
-        code = self.process.exitcode
-        self.process, self.sentinel = None, -1
-        return code or 0
-
     def end(self) -> None:
         """Kill the process and wait for its end."""
-        if self.process is not None:
-            if not end(self.process):
-                _log.warning("%s waits for the source and ends only when the source answers", self.name)
-            os.close(self.sentinel)
-            self.process, self.sentinel = None, -1
+        process, self.process = self.process, None
+        if process is not None and not process.end(TIMEOUT):
+            _log.warning("%s waits for the source and ends only when the source answers", self.name)
 
     def close(self) -> None:
         """End the process for good."""
@@ -150,6 +99,7 @@ class Child:
 
     def schedule_restart(self) -> float:
         """Set when to start the next process; return the pause until then in seconds."""
+        self.process = None
         now = time.monotonic()
         young = now - self.started < _SHORT_LIFE and not self.ending_on_purpose
         self.short_lives = self.short_lives + 1 if young else 0
@@ -161,27 +111,13 @@ class Child:
         return pause
 
 
-def end(process: BaseProcess | ClonedProcess) -> bool:
-    """Kill a process; return whether it has ended. If the source hangs, the process ends when the source answers."""
-    process.kill()
-    process.join(TIMEOUT)
-    if process.exitcode is None:
-        do_not_wait_for(process)
-    return process.exitcode is not None
-
-
-def do_not_wait_for(process: BaseProcess | ClonedProcess) -> None:
-    """Prevent that this process waits for *process* when it exits; multiprocessing has no public way to do so."""
-    multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]  # noqa: SLF001
-
-
 def show_title(name: str, mountpoint: str) -> None:
     """Set the title of this process: ps(1) shows role and mount point, top(1) and pgrep(1) only the role."""
     setproctitle(f"{name} {printable(mountpoint)}".rstrip())
     setthreadtitle(name)
 
 
-def forked(
+def start_child(
     name: str,
     target: Callable[[], None],
     stacks: Stacks,
@@ -189,12 +125,10 @@ def forked(
     detached: bool,
     outlives: bool = False,
     mountpoint: str = "",
-) -> BaseProcess:
-    """Fork a process that runs *target*; for the other arguments see `child_main`."""
-    arguments = (name, target, os.getpid(), detached, stacks, outlives, mountpoint)
-    process = fork.Process(target=child_main, args=arguments, name=name)
-    process.start()
-    return process
+) -> Process:
+    """Start a process that runs *target*; for the other arguments see `child_main`."""
+    supervisor = os.getpid()
+    return fork(lambda: child_main(name, target, supervisor, detached, stacks, outlives, mountpoint), name)
 
 
 def child_main(

@@ -25,7 +25,7 @@ from contextlib import suppress
 
 from llloop.linux import syscalls
 from llloop.linux.pidfds import open_process, start_time
-from llloop.supervisor.child import ClonedProcess, fork
+from llloop.linux.process import Process, run_as_child
 
 _CLONE_FILES = 0x00000400  # <linux/sched.h>
 _CLONE_PARENT = 0x00008000
@@ -88,15 +88,15 @@ class DescriptorKeeper:
     Args:
         front: runs in each front; takes the descriptors that every front starts with; does not return.
         on_supervisor_death: runs in the keeper after the supervisor has died.
-        sentinel: returns a pidfd of the keeper, or -1 if there is none. Without it, the supervisor does not notice that
-            the keeper dies during a command.
+        keeper: returns the keeper process, None if there is none. Without it, the supervisor does not notice that the
+            keeper dies during a command.
     """
 
     def __init__(
         self,
         front: Callable[[Collection[int]], None],
         on_supervisor_death: Callable[[], None],
-        sentinel: Callable[[], int] | None = None,
+        keeper: Callable[[], Process | None] | None = None,
     ) -> None:
         self._supervisor = os.getpid()
         self._front = front
@@ -105,7 +105,7 @@ class DescriptorKeeper:
         self._answer_reader, self._answer_writer = os.pipe2(os.O_CLOEXEC)
         self._last_command = 0  # the number of the last command
         self.descriptors = (self._command_reader, self._command_writer, self._answer_reader, self._answer_writer)
-        self.sentinel = sentinel
+        self.keeper = keeper
         # The descriptors that every front starts with. A later keeper inherits more, but their numbers may be those of
         # the front's files by then.
         self.initial_descriptors: Collection[int] = ()
@@ -141,16 +141,17 @@ class DescriptorKeeper:
         except OSError as error:
             return -(error.errno or 1)
         if pid == 0:
-            self._wait_for_admission()
-            process = fork.Process(target=self._front, args=(own,), name="llloop-front")
-            # What a process of multiprocessing does after the fork that this clone replaces.
-            os._exit(process._bootstrap())  # type: ignore[attr-defined]  # noqa: SLF001
+            run_as_child(lambda: self._run_front(own), "llloop-front")
         return pid
 
     @property
     def can_share(self) -> bool:
         """Whether fronts can be cloned on this architecture. Otherwise they are forked and share no descriptors."""
         return SYS_CLONE is not None
+
+    def _run_front(self, own: Collection[int]) -> None:
+        self._wait_for_admission()
+        self._front(own)
 
     def _wait_for_admission(self) -> None:
         pid = os.getpid()
@@ -160,13 +161,13 @@ class DescriptorKeeper:
                 os._exit(1)
             time.sleep(_PAUSE)
 
-    def start_front(self) -> ClonedProcess:
+    def start_front(self) -> Process:
         """Make the keeper start a front, which is a child of this process.
 
         Raises:
-            OSError: the keeper failed, has died, or does not answer.
+            OSError: the keeper failed, has died, or does not answer, or there are no free descriptors.
         """
-        front = ClonedProcess(self._send_command(_START))
+        front = Process(self._send_command(_START))
         self._admitted[0] = front.pid
         return front
 
@@ -181,11 +182,11 @@ class DescriptorKeeper:
     def _send_command(self, what: bytes, pid: int = 0, started: int = 0) -> int:
         poll = select.poll()
         poll.register(self._answer_reader, select.POLLIN)
-        if self.sentinel is not None:
-            sentinel = self.sentinel()
-            if sentinel < 0:
+        if self.keeper is not None:
+            keeper = self.keeper()
+            if keeper is None or not keeper.is_alive():
                 raise ProcessLookupError(errno.ESRCH, "there is no keeper")
-            poll.register(sentinel, select.POLLIN)
+            poll.register(keeper.pidfd, select.POLLIN)
         self._last_command += 1
         os.write(self._command_writer, _COMMAND.pack(what, self._last_command, pid, started))
         deadline = time.monotonic() + TIMEOUT

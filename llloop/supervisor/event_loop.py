@@ -6,7 +6,8 @@ import os
 import selectors
 import time
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
+
+from llloop.linux.process import Process
 
 Callback = Callable[[], None]
 
@@ -64,25 +65,16 @@ class EventLoop:
         if fd in self._selector.get_map():
             self._selector.unregister(fd)
 
-    def watch_process(self, process: BaseProcess, callback: Callback) -> int:
-        """Call *callback* once when a child process has ended.
-
-        Returns:
-            A pidfd of the process, which the loop closes before that call.
-
-        Raises:
-            OSError: there are no free descriptors.
-        """
+    def watch_process(self, process: Process, callback: Callable[[int], None]) -> None:
+        """Reap a child process when it has ended, and call *callback* once with its exit code."""
 
         def ended() -> None:
-            self.close(pidfd)
-            callback()
+            self.forget(process.pidfd)
+            code = process.wait()
+            assert code is not None
+            callback(code)
 
-        assert process.pid is not None
-        # Not multiprocessing's sentinel: it shows that the process has closed a descriptor, maybe long before its end.
-        pidfd = os.pidfd_open(process.pid)
-        self.watch(pidfd, ended)
-        return pidfd
+        self.watch(process.pidfd, ended)
 
     def close(self, fd: int) -> None:
         """Stop watching *fd*, and close it."""

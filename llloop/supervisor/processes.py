@@ -7,16 +7,16 @@ import signal
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from functools import partial
-from multiprocessing.process import BaseProcess
 
 from llloop.config import ServeConfig
 from llloop.front.llfuse.operations import Operations
 from llloop.front.process import FrontSetup, run_front
 from llloop.linux import syscalls
 from llloop.linux.mount_identity import MountIdentity
+from llloop.linux.process import Process
 from llloop.logging.stacks import Stacks
 from llloop.shared.negotiation import Feature
-from llloop.supervisor.child import Child, ClonedProcess, child_main, forked
+from llloop.supervisor.child import Child, child_main, start_child
 from llloop.supervisor.connection import Connection
 from llloop.supervisor.descriptor_keeper import DescriptorKeeper
 from llloop.supervisor.invalidator import InvalidatorSetup, run_invalidator
@@ -70,7 +70,7 @@ class Processes:
         own_loop = connection.capabilities is not None
         if own_loop:
             resources.open_payload_pipes()
-        fork = partial(forked, detached=detached, mountpoint=mountpoint)
+        start = partial(start_child, detached=detached, mountpoint=mountpoint)
         supervisor = os.getpid()
         front_setup = FrontSetup(
             config=config,
@@ -101,16 +101,16 @@ class Processes:
             stacks = self.front.stacks
             child_main("llloop-front", lambda: serve(own), supervisor, detached, stacks, mountpoint=mountpoint)
 
-        def start_keeper(stacks: Stacks) -> BaseProcess:
-            return fork("llloop-keeper", self.descriptor_keeper.run, stacks, outlives=True)
+        def start_keeper(stacks: Stacks) -> Process:
+            return start("llloop-keeper", self.descriptor_keeper.run, stacks, outlives=True)
 
-        def start_front(stacks: Stacks) -> BaseProcess | ClonedProcess:
+        def start_front(stacks: Stacks) -> Process:
             if self.descriptor_keeper.can_share:
                 return self.descriptor_keeper.start_front()
             own = syscalls.open_descriptors()
-            return fork("llloop-front", lambda: serve(own), stacks)
+            return start("llloop-front", lambda: serve(own), stacks)
 
-        def start_worker(shard: int, stacks: Stacks) -> BaseProcess:
+        def start_worker(shard: int, stacks: Stacks) -> Process:
             setup = WorkerSetup(
                 shard=shard,
                 slots=resources.slots,
@@ -122,10 +122,10 @@ class Processes:
                 wanted=resources.wanted[shard][1],
                 trace=resources.trace,
             )
-            return fork(f"llloop-worker-{shard}", lambda: run_worker(setup), stacks)
+            return start(f"llloop-worker-{shard}", lambda: run_worker(setup), stacks)
 
-        def start_invalidator(stacks: Stacks) -> BaseProcess:
-            return fork("llloop-invalidator", lambda: run_invalidator(invalidator_setup), stacks)
+        def start_invalidator(stacks: Stacks) -> Process:
+            return start("llloop-invalidator", lambda: run_invalidator(invalidator_setup), stacks)
 
         def passes_on() -> Relay:
             if resources.events is None or resources.relay is None:
@@ -135,12 +135,12 @@ class Processes:
             data = Feature.PASSTHROUGH not in connection.capabilities.features
             return Telling(resources.events, resources.watch, known, data=data)
 
-        def start_relay(stacks: Stacks) -> BaseProcess:
+        def start_relay(stacks: Stacks) -> Process:
             assert resources.events is not None and resources.relay is not None
             setup = RelaySetup(resources.events, resources.relay, connection.device, mount, config.writeback)
-            return fork("llloop-relay", lambda: run_relay(setup), stacks)
+            return start("llloop-relay", lambda: run_relay(setup), stacks)
 
-        def start_watcher(stacks: Stacks) -> BaseProcess:
+        def start_watcher(stacks: Stacks) -> Process:
             assert resources.watch is not None and connection.capabilities is not None
             setup = WatcherSetup(
                 source=source,
@@ -152,14 +152,14 @@ class Processes:
                 table=resources.table,
                 relay=passes_on,
             )
-            return fork("llloop-watcher", lambda: run_watcher(setup), stacks)
+            return start("llloop-watcher", lambda: run_watcher(setup), stacks)
 
-        def child(name: str, launch: Callable[[Stacks], BaseProcess | ClonedProcess]) -> Child:
+        def child(name: str, launch: Callable[[Stacks], Process]) -> Child:
             one = Child(name, launch)
             cleanup.callback(one.close)
             return one
 
-        self.descriptor_keeper = DescriptorKeeper(front_of_keeper, on_supervisor_death, lambda: self.keeper.sentinel)
+        self.descriptor_keeper = DescriptorKeeper(front_of_keeper, on_supervisor_death, lambda: self.keeper.process)
         cleanup.callback(self.descriptor_keeper.close)
         self.keeper = child("llloop-keeper", start_keeper)
         self.workers = [

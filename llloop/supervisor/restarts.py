@@ -10,6 +10,7 @@ from contextlib import suppress
 from functools import partial
 
 from llloop.linux import fuse, syscalls
+from llloop.linux.process import exit_in_words
 from llloop.shared import notifications
 from llloop.shared.watch_state import Method
 from llloop.supervisor.child import LONGEST_PAUSE, Child
@@ -63,13 +64,11 @@ class Restarts:
             self._start(child)
 
     def _start(self, child: Child) -> None:
-        child.start()
-        self._loop.watch(child.sentinel, partial(self._ended, child))
+        process = child.start()
+        self._loop.watch_process(process, partial(self._ended, child))
 
-    def _ended(self, child: Child) -> None:
-        self._loop.forget(child.sentinel)
-        code = child.reap()
-        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+    def _ended(self, child: Child, code: int) -> None:
+        how = exit_in_words(code)
         if child is self._processes.front:
             self._slots.clear_front()
             if self._ends_with_front(code, how):
@@ -120,7 +119,7 @@ class Restarts:
     def _share_descriptors_with_keeper(self) -> None:
         """Make a new keeper fetch the front's descriptors, and replace the front by one that shares them with it."""
         front, keeper = self._processes.front, self._processes.descriptor_keeper
-        if front.process is None or front.process.pid is None or not keeper.can_share:
+        if front.process is None or not keeper.can_share:
             return
         if self._connection.capabilities is None:  # with --loop llfuse, another front cannot take over
             return
@@ -129,7 +128,7 @@ class Restarts:
             keeper.fetch(front.process.pid)
         except OSError as error:
             front.signal(signal.SIGCONT)
-            if not syscalls.is_readable(front.sentinel):  # otherwise it has ended, and the loop handles that next
+            if front.process.is_alive():  # otherwise it has ended, and the loop handles that next
                 _log.warning(
                     "the keeper could not fetch the front's descriptors: %s; "
                     "if the front dies now, programs lose the deleted files that they have open",

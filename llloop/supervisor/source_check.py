@@ -7,17 +7,19 @@ import os
 import signal
 import time
 from contextlib import suppress
-from multiprocessing.process import BaseProcess
 from typing import Any
 
 from llloop.linux import syscalls
-from llloop.supervisor.child import do_not_wait_for, fork
+from llloop.linux.process import Process, fork
 from llloop.supervisor.event_loop import EventLoop
 from llloop.supervisor.signals import ignore_signals
 
 # How long a result stays valid, in seconds.
 _FRESH = 0.5
+# How long to wait for the end of the killed process, in seconds.
+_KILL_TIMEOUT = 0.1
 # Exit codes of the process, above every errno.
+_MAX_ERRNO = 199
 _DELETED, _MISSING, _REPLACED = range(200, 203)
 _PROBLEMS = {
     _DELETED: "the source has been deleted",
@@ -44,15 +46,13 @@ class SourceCheck:
         self._source = source
         self._root = root
         self._changes = changes
-        self._process: BaseProcess | None = None
-        self._pidfd = -1
+        self._process: Process | None = None
         self._begun = 0.0
         self._ended = float("-inf")
         self._code = 0
 
-    def _note_end(self, process: BaseProcess) -> None:
-        process.join()
-        self._code = process.exitcode or 0
+    def _note_end(self, code: int) -> None:
+        self._code = code
         self._process = None
         self._ended = time.monotonic()
 
@@ -66,18 +66,12 @@ class SourceCheck:
         now = time.monotonic()
         if self._process is None and now - self._ended > _FRESH:
             self._begun = now
-            process = fork.Process(target=self._look, name="llloop-source-check")
-            process.start()
-            try:
-                self._pidfd = self._loop.watch_process(process, lambda: self._note_end(process))
-            except OSError:
-                process.kill()
-                raise
-            self._process = process
+            self._process = fork(self._look, "llloop-source-check")
+            self._loop.watch_process(self._process, self._note_end)
         waiting = now - self._begun if self._process is not None else None
         return {"waiting": waiting, "problem": _problem(self._code)}
 
-    def _look(self) -> None:
+    def _look(self) -> int:
         """Check the source in the separate process; the exit code is the result."""
         ignore_signals()
         with suppress(OSError):
@@ -86,18 +80,15 @@ class SourceCheck:
         os.closerange(0, self._root)
         os.closerange(self._root + 1, os.sysconf("SC_OPEN_MAX"))
         try:
-            os._exit(look(self._source, self._root, self._changes))
+            return look(self._source, self._root, self._changes)
         except OSError as error:
-            os._exit(min(error.errno or errno.EIO, 199))
+            return min(error.errno or errno.EIO, _MAX_ERRNO)
 
     def close(self) -> None:
         """Kill the process, but do not wait for its end if the source hangs."""
         if self._process is not None:
-            self._process.kill()
-            if syscalls.is_readable(self._pidfd, 0.1):
-                self._process.join()
-            self._loop.close(self._pidfd)
-            do_not_wait_for(self._process)
+            self._loop.forget(self._process.pidfd)
+            self._process.end(_KILL_TIMEOUT)
             self._process = None
 
 

@@ -13,8 +13,8 @@ from setproctitle import setproctitle
 
 from llloop.errors import LlloopError
 from llloop.linux import mount_identity
+from llloop.linux.process import fork
 from llloop.linux.stdio import redirect_standard_descriptors
-from llloop.supervisor.child import fork
 from llloop.supervisor.signals import ignore_signals
 
 # fusermount may outlive the supervisor and mount after its death. How long to check, and how often, in seconds.
@@ -35,11 +35,8 @@ class StartGuard:
     def __init__(self, mountpoint: str) -> None:
         self._closed = False
         reader, self._writer = os.pipe2(os.O_CLOEXEC)
-        self._process = fork.Process(
-            target=_guard, args=(mountpoint, reader, self._writer), name="llloop-start-guard", daemon=True
-        )
         try:
-            self._process.start()
+            self._process = fork(lambda: _guard(mountpoint, reader, self._writer), "llloop-start-guard")
         except BaseException:
             os.close(self._writer)
             raise
@@ -54,8 +51,7 @@ class StartGuard:
         with suppress(BrokenPipeError):  # it was killed
             os.write(self._writer, b"!")
         os.close(self._writer)
-        self._process.join()
-        self._process.close()
+        self._process.wait()
 
 
 def _guard(mountpoint: str, reader: int, writer: int) -> None:
@@ -64,7 +60,7 @@ def _guard(mountpoint: str, reader: int, writer: int) -> None:
     setproctitle("llloop-start-guard")
     redirect_standard_descriptors()
     if os.read(reader, 1):
-        os._exit(0)
+        return
     # All processes that inherited the other end have ended, so the mount has no server.
     deadline = time.monotonic() + _TIMEOUT
     while time.monotonic() < deadline:
@@ -74,4 +70,3 @@ def _guard(mountpoint: str, reader: int, writer: int) -> None:
         except (OSError, LlloopError):
             pass
         time.sleep(_PAUSE)
-    os._exit(0)

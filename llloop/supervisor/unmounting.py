@@ -9,13 +9,13 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from multiprocessing.process import BaseProcess
 
 from llloop.errors import LlloopError
 from llloop.linux import syscalls
 from llloop.linux.mount_identity import MountIdentity
+from llloop.linux.process import Process, fork
 from llloop.logging.escape import printable
-from llloop.supervisor.child import TIMEOUT, end, fork
+from llloop.supervisor.child import TIMEOUT
 from llloop.supervisor.event_loop import EventLoop
 from llloop.supervisor.signals import ignore_signals
 
@@ -43,7 +43,7 @@ class Unmounting:
         self._device = device
         self._finish = finish
         self._deadline = loop.deadline(self._time_is_up)
-        self._process: BaseProcess | None = None
+        self._process: Process | None = None
         self._lazy = False
         self.begun = False
 
@@ -63,14 +63,10 @@ class Unmounting:
         self._lazy = lazy
         if lazy:  # it accesses the mount, and so hangs if the source does
             self._deadline.set_in(2 * GRACE)
-        process = fork.Process(target=_unmount, args=(self._mount, self._device, lazy), name="llloop-unmount")
-        process.start()
-        self._process = process
-        self._loop.watch_process(process, lambda: self._ended(process))
+        self._process = fork(lambda: _unmount(self._mount, self._device, lazy), "llloop-unmount")
+        self._loop.watch_process(self._process, self._ended)
 
-    def _ended(self, process: BaseProcess) -> None:
-        process.join()
-        code = process.exitcode
+    def _ended(self, code: int) -> None:
         self._process = None
         place = self._mount.mountpoint
         if code == errno.EBUSY and not self._lazy:
@@ -92,8 +88,8 @@ class Unmounting:
         process, self._process = self._process, None  # with it go its descriptors
         if process is not None:
             if not self._mount.is_reachable(self._device):
-                process.join(TIMEOUT)  # it is about to end; if it were killed, its fusermount would remain
-            end(process)
+                process.wait(TIMEOUT)  # it is about to end; if it were killed, its fusermount would remain
+            process.end(TIMEOUT)
 
 
 def detach(mount: MountIdentity, device: int) -> None:
@@ -105,8 +101,8 @@ def detach(mount: MountIdentity, device: int) -> None:
         _log.error("%s could not be detached: %s", mount.mountpoint, error)
 
 
-def _unmount(mount: MountIdentity, device: int, lazy: bool) -> None:
-    """Unmount, in a separate process; the exit code is 0 or an errno.
+def _unmount(mount: MountIdentity, device: int, lazy: bool) -> int:
+    """Unmount, in a separate process; return its exit code, 0 or an errno.
 
     Args:
         mount: the mount.
@@ -119,18 +115,19 @@ def _unmount(mount: MountIdentity, device: int, lazy: bool) -> None:
     os.close(device)
     if place is None and mount.is_covered():
         _log.error("%s cannot be unmounted: another mount covers it; unmount that one first", mount.mountpoint)
-        sys.exit(1)
+        return 1
     if place is None:
-        sys.exit(0)
+        return 0
     if lazy:
         _start_writing_back(place)
     try:
         mount.unmount(lazy=lazy)
     except OSError as error:
-        os._exit(error.errno or 1)
+        return error.errno or 1
     except LlloopError as error:
         _log.error("%s", error)
-        sys.exit(1)
+        return 1
+    return 0
 
 
 def _start_writing_back(mountpoint: str) -> None:

@@ -13,16 +13,14 @@ SCRIPT = """
 import logging, multiprocessing, sys
 from pathlib import Path
 from llloop.logging import setup as log
-from llloop.supervisor.child import fork
+from llloop.linux.process import fork
 
 given = sys.argv[2]
 if given != "unset":
     multiprocessing.set_start_method(given)
 log.configure("info", Path(sys.argv[1]))
 log.start_collecting()
-child = fork.Process(target=lambda: logging.info("from the child"), name="the-child")
-child.start()
-child.join()
+fork(lambda: logging.info("from the child"), "the-child").wait()
 log.stop_collecting()
 left = multiprocessing.get_start_method(allow_none=True)
 assert left == (None if given == "unset" else given), left

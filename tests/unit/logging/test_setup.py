@@ -9,12 +9,13 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from llloop.linux.process import fork
 from llloop.logging import setup as log
-from llloop.supervisor.child import fork
 from tests.as_user import Child
 from tests.server_processes import wait_until
 from tests.unit.support import open_descriptors
@@ -194,9 +195,7 @@ def test_limit_applies_to_all_processes_together(tmp_path: Path) -> None:
             LOGGER.warning("again")
 
     for _ in range(3):
-        process = fork.Process(target=flood)
-        process.start()
-        process.join()
+        fork(flood, "flood").wait()
     LOGGER.warning("the end")
     assert wait_until(lambda: "the end" in (tmp_path / "log").read_text())
     found = lines(tmp_path / "log")
@@ -240,9 +239,7 @@ def test_once_records_with_another_traceback_are_logged(tmp_path: Path) -> None:
     log.start_collecting()
     for error in (KeyError("a"), KeyError("a"), ValueError("b"), ValueError("b")):
         # A process of `fork` sends its records before it ends.
-        process = fork.Process(target=fail, args=(error,), name="front")
-        process.start()
-        process.join()
+        fork(partial(fail, error), "front").wait()
     assert wait_until(lambda: "ValueError" in (tmp_path / "log").read_text())
     log.stop_collecting()
     assert len([line for line in lines(tmp_path / "log") if line.endswith("it ends")]) == 2

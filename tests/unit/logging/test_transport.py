@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import signal
 import time
 from collections.abc import Iterator
 
 import pytest
 
+from llloop.linux.process import fork
 from llloop.logging.transport import LogTransport
-from llloop.supervisor.child import fork
 
 
 @pytest.fixture
@@ -69,13 +67,10 @@ def test_killing_a_sender_does_not_block_others(records: LogTransport) -> None:
                 records.put_nowait(record("flood"))
 
     for _ in range(5):
-        process = fork.Process(target=flood)
-        process.start()
+        process = fork(flood, "flood")
         for _ in range(20):
             assert records.get(10).getMessage() == "flood"
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
+        assert process.end(10)
     while records.qsize():
         assert records.get(1).getMessage() == "flood"
     records.put_nowait(record("still there"))

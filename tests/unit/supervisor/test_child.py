@@ -2,52 +2,22 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import time
 from collections.abc import Iterator
-from multiprocessing.process import BaseProcess
 
 import pytest
 
-from llloop.logging.stacks import Stacks
-from llloop.supervisor.child import LONGEST_PAUSE, Child, fork
+from llloop.linux.process import fork
+from llloop.supervisor.child import LONGEST_PAUSE, Child
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 
 @pytest.fixture
-def started() -> list[BaseProcess]:
-    return []
-
-
-@pytest.fixture
-def child(started: list[BaseProcess]) -> Iterator[Child]:
-    def launch(stacks: Stacks) -> BaseProcess:
-        process = fork.Process(target=time.sleep, args=(60,))
-        process.start()
-        started.append(process)
-        return process
-
-    own = Child("llloop-test", launch)
+def child() -> Iterator[Child]:
+    own = Child("llloop-test", lambda stacks: fork(lambda: time.sleep(60), "llloop-test"))
     yield own
     own.close()
-
-
-def test_a_process_without_a_pidfd_does_not_stay(
-    child: Child, started: list[BaseProcess], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The supervisor starts another, and two workers of one shard must never run."""
-
-    def no_descriptors(pid: int, flags: int = 0) -> int:
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "pidfd_open", no_descriptors)
-        with pytest.raises(OSError):
-            child.start()
-    assert child.process is None
-    assert [process.exitcode for process in started] == [-9]
 
 
 def test_a_process_that_ends_at_once_is_restarted_with_growing_pauses(child: Child) -> None:

@@ -10,15 +10,15 @@ import stat
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 
-from llloop.linux.syscalls import open_descriptors
+from llloop.linux.process import Process
+from llloop.linux.syscalls import is_readable, open_descriptors
 from llloop.logging.stacks import Stacks
 from llloop.supervisor import descriptor_keeper as keeper_module
-from llloop.supervisor.child import Child, ClonedProcess, forked
+from llloop.supervisor.child import Child, start_child
 from llloop.supervisor.descriptor_keeper import DescriptorKeeper
 from tests.as_user import MYSELF, run_as
 
@@ -63,26 +63,25 @@ class Processes:
 
     def __init__(self, front: Callable[[Collection[int]], None], on_supervisor_death: Callable[[], None]) -> None:
         self.keeper = DescriptorKeeper(front, on_supervisor_death)
-        self.processes: list[BaseProcess | ClonedProcess] = []
+        self.processes: list[Process] = []
 
-    def start_keeper(self) -> BaseProcess:
-        process = forked("llloop-keeper", self.keeper.run, Stacks("llloop-keeper"), detached=False, outlives=True)
+    def start_keeper(self) -> Process:
+        process = start_child("llloop-keeper", self.keeper.run, Stacks("llloop-keeper"), detached=False, outlives=True)
         self.processes.append(process)
         return process
 
-    def start_front(self) -> ClonedProcess:
+    def start_front(self) -> Process:
         front = self.keeper.start_front()
         self.processes.append(front)
         return front
 
-    def end(self, process: BaseProcess | ClonedProcess) -> None:
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
+    def end(self, process: Process) -> None:
+        assert process.end(TIMEOUT)
+        assert process.exit_code == -signal.SIGKILL
 
     def close(self) -> None:
         for process in self.processes:
-            if process.exitcode is None:
+            if process.exit_code is None:
                 self.end(process)
         self.keeper.close()
 
@@ -164,9 +163,9 @@ def test_supervisor_has_no_descriptors_of_the_front(tmp_path: Path, pipe: Pipe) 
     with household(opener(tmp_path, pipe)) as own:
         own.start_keeper()
         before = open_descriptors()
-        own.start_front()
+        front = own.start_front()
         pipe.hear()
-        assert open_descriptors() == before
+        assert open_descriptors() == before | {front.pidfd}
 
 
 def test_exit_code_of_a_front_is_reported(pipe: Pipe) -> None:
@@ -178,8 +177,7 @@ def test_exit_code_of_a_front_is_reported(pipe: Pipe) -> None:
         own.start_keeper()
         process = own.start_front()
         pipe.hear()
-        process.join(TIMEOUT)
-        assert process.exitcode == 3
+        assert process.wait(TIMEOUT) == 3
 
 
 def test_only_shared_mappings_are_shared(pipe: Pipe) -> None:
@@ -277,16 +275,12 @@ def test_front_can_be_watched_by_pidfd(tmp_path: Path, pipe: Pipe) -> None:
     with household(opener(tmp_path, pipe)) as own:
         own.start_keeper()
         front = Child("llloop-front", lambda stacks: own.start_front())
-        front.start()
+        process = front.start()
         pipe.hear()
-        poll = select.poll()
-        poll.register(front.sentinel, select.POLLIN)
-        assert not poll.poll(0)
-        assert front.process is not None
-        front.process.kill()
-        assert poll.poll(TIMEOUT * 1000)
-        assert front.reap() == -signal.SIGKILL
+        front.signal(signal.SIGKILL)
+        assert is_readable(process.pidfd, TIMEOUT)
         assert front.pid is None
+        assert process.wait() == -signal.SIGKILL
         front.start()
         assert pipe.hear()[3:] == ["content-0"]
         front.end()
@@ -297,7 +291,7 @@ def test_front_can_be_watched_by_pidfd(tmp_path: Path, pipe: Pipe) -> None:
 def test_keeper_runs_its_callback_after_death_of_supervisor(pipe: Pipe, how: str) -> None:
     def supervisor() -> None:
         keeper = DescriptorKeeper(lambda own: rest(), lambda: pipe.tell("on_supervisor_death", os.getpid()))
-        process = forked("llloop-keeper", keeper.run, Stacks("llloop-keeper"), detached=False, outlives=True)
+        process = start_child("llloop-keeper", keeper.run, Stacks("llloop-keeper"), detached=False, outlives=True)
         front = keeper.start_front()
         pipe.tell("started", process.pid, front.pid)
         if how == "killed":

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from llloop.linux.pidfds import start_time
+from llloop.linux.process import Process
 from llloop.supervisor import descriptor_keeper as keeper_module
-from llloop.supervisor.child import ClonedProcess
 from llloop.supervisor.descriptor_keeper import _ANSWER, _COMMAND, _START, DescriptorKeeper
 from tests.expect import fails
 
@@ -24,9 +24,8 @@ class Processes:
 
     def __init__(self) -> None:
         self.reports, self.report = os.pipe()
-        self.sentinel = -1
-        self.keeper = DescriptorKeeper(self._front, lambda: None)
-        self.keeper.sentinel = lambda: self.sentinel
+        self._keeper_process: Process | None = None
+        self.keeper = DescriptorKeeper(self._front, lambda: None, lambda: self._keeper_process)
         self.pids: list[int] = []
 
     def _front(self, own: Collection[int]) -> None:
@@ -41,10 +40,10 @@ class Processes:
             finally:
                 os._exit(0)
         self.pids.append(pid)
-        self.sentinel = os.pidfd_open(pid)
+        self._keeper_process = Process(pid)
         return pid
 
-    def start_front(self) -> ClonedProcess:
+    def start_front(self) -> Process:
         front = self.keeper.start_front()
         self.pids.append(front.pid)
         return front

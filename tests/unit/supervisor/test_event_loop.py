@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 
-from llloop.supervisor.child import fork
+from llloop.linux.process import fork
 from llloop.supervisor.event_loop import EventLoop
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -155,19 +155,18 @@ def test_the_end_of_a_process(loop: EventLoop, pipe: tuple[int, int]) -> None:
         os.closerange(reader + 1, 1000)
         os.read(reader, 1)
 
-    process = fork.Process(target=closes_all)
-    process.start()
-    calls: list[str] = []
     descriptors = len(os.listdir("/proc/self/fd"))
-    pidfd = loop.watch_process(process, lambda: calls.append("ended"))
+    process = fork(closes_all, "llloop-test")
+    pidfd = process.pidfd
+    codes: list[int] = []
+    loop.watch_process(process, codes.append)
     assert not loop.run_once(0.05)
     os.write(writer, b"!")
     assert loop.run_once(SECONDS)
-    assert calls == ["ended"]
+    assert codes == [0]
     assert len(os.listdir("/proc/self/fd")) == descriptors
     with pytest.raises(OSError):
         os.fstat(pidfd)
-    process.join()
 
 
 def test_a_forked_child_does_not_keep_it_awake(loop: EventLoop) -> None:
@@ -176,11 +175,10 @@ def test_a_forked_child_does_not_keep_it_awake(loop: EventLoop) -> None:
     loop.watch(reader, lambda: pytest.fail("it was closed"))
     os.write(writer, b"!")
     hold_reader, hold_writer = os.pipe()
-    process = fork.Process(target=os.read, args=(hold_reader, 1))
-    process.start()
+    process = fork(lambda: len(os.read(hold_reader, 1)), "llloop-test")
     loop.close(reader)
     assert not loop.run_once(0.05)
     os.write(hold_writer, b"!")
-    process.join()
+    process.wait()
     for fd in (writer, hold_reader, hold_writer):
         os.close(fd)
