@@ -14,11 +14,11 @@ import llfuse
 
 from llloop.config import ServeConfig
 from llloop.front.context import Context, build_context
+from llloop.front.llfuse.exchange import Exchange
 from llloop.front.llfuse.operations import Operations
 from llloop.front.loop import Loop
 from llloop.front.preflight import Preflight
 from llloop.front.recovery.takeover import begin_takeover
-from llloop.front.router import Exchange
 from llloop.front.tracing import Tracer, TraceSwitch
 from llloop.linux import syscalls
 from llloop.linux.credentials import FRONT_CAPABILITIES, drop_capabilities_except

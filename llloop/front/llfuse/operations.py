@@ -19,9 +19,9 @@ from llfuse import EntryAttributes, FUSEError, RequestContext, SetattrFields
 
 from llloop.front.context import Context
 from llloop.front.inodes import ROOT
+from llloop.front.llfuse.exchange import Exchange
 from llloop.front.llfuse.invalidation import Invalidator
 from llloop.front.requester import Requester
-from llloop.front.router import Exchange
 from llloop.front.tree import Changes
 from llloop.linux import fuse
 from llloop.linux.fuse import Opcode

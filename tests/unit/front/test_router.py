@@ -12,10 +12,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from llloop.front.llfuse.exchange import Exchange
 from llloop.front.open_files import Handle
 from llloop.front.recovery.intents import NOWHERE
 from llloop.front.request import FuseRequest
-from llloop.front.router import Exchange, Router
+from llloop.front.router import Router
 from llloop.linux import fuse
 from llloop.shared.messages import MAX_MESSAGE, PIPED, Operation, Request, decode, encode
 from llloop.shared.slots import Slots

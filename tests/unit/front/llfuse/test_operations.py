@@ -16,8 +16,8 @@ import llfuse
 import pytest
 
 from llloop.front.inodes import ROOT
+from llloop.front.llfuse.exchange import Exchange
 from llloop.front.llfuse.operations import Operations
-from llloop.front.router import Exchange
 from llloop.shared.slots import Slots
 from tests.unit.source import Source
 
