@@ -421,7 +421,7 @@ class Inodes:
     # Directories have no such pages, and use the cell for the time until which the kernel's listing is valid.
     valid_until, set_valid_until = accessed, set_accessed
 
-    def settle(self, delivered: bool) -> list[int]:
+    def finish_takeover(self, delivered: bool) -> list[int]:
         """Keep or remove the inodes of which a dead front had not noted that the kernel was told.
 
         Args:

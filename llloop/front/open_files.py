@@ -36,8 +36,8 @@ class Handle:
         pages: the state of the inode's cached pages; None if the inode was not opened for writing since its first
             handle.
         backing: the backing id with which the kernel does the I/O itself, or 0.
-        lent: whether that worker may have the descriptor too, so that it must get the release.
-        shared: whether any worker may have it, because data was copied from the file.
+        in_worker: whether that worker may have the descriptor too, so that it must get the release.
+        in_all_workers: whether any worker may have it, because data was copied from the file.
         read_flags, write_flags: the RWF_ flags (preadv2(2)) with which the front may try a small read or write, or None
             if it must not.
         unsized: whether the file's size is meaningless (see `llloop.front.unsized_files`).
@@ -61,7 +61,8 @@ class Handle:
         "entries",
         "file",
         "flags",
-        "lent",
+        "in_all_workers",
+        "in_worker",
         "locking_group",
         "mount",
         "nodeid",
@@ -70,7 +71,6 @@ class Handle:
         "place",
         "read_flags",
         "shard",
-        "shared",
         "snapshot",
         "uncached",
         "unsized",
@@ -88,10 +88,10 @@ class Handle:
         self.direct = bool(flags & os.O_DIRECT)
         self.pages: PageCache | None = None
         self.backing = 0
-        self.lent = False
+        self.in_worker = False
         self.read_flags: int | None = None
         self.write_flags: int | None = None
-        self.shared = False
+        self.in_all_workers = False
         self.opener = opener
         self.locking_group = -1
         self.uncached = False

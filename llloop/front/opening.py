@@ -289,7 +289,7 @@ class Files:
         try:
             if handle.backing:
                 self._passthrough.release(handle)
-            if handle.lent or handle.shared:
+            if handle.in_worker or handle.in_all_workers:
                 self._router.release(number, handle)
         finally:
             self._closing.append(handle.descriptor)

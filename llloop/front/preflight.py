@@ -24,7 +24,7 @@ from llloop.shared.messages import ASK_SERVER, PROBED, Operation
 
 _ANSWERS_AT_ONCE = 512
 # The maximum length of all paths together, in bytes, that fits into a message. Deeper paths are not probed.
-_LONGEST = 3800
+_MAX_PATHS_LENGTH = 3800
 
 # A descriptor of the front's, or -1 for the source, and a path from there.
 _Place = tuple[int, bytes]
@@ -46,7 +46,8 @@ _ON_INODES = (
     Opcode.REMOVEXATTR,
     Opcode.IOCTL,
 )
-_BY_CACHE = frozenset({Opcode.LOOKUP, Opcode.GETATTR, Opcode.STATX})
+# A network file system may answer these from its cache.
+_MAY_USE_CACHE = frozenset({Opcode.LOOKUP, Opcode.GETATTR, Opcode.STATX})
 
 
 class Preflight:
@@ -100,9 +101,9 @@ class Preflight:
             places = self._finders[kind](request)
         except OSError:  # an unknown inode or an invalid name; the handler reports it
             return False
-        if not places or sum(len(path) for _, path in places) > _LONGEST:
+        if not places or sum(len(path) for _, path in places) > _MAX_PATHS_LENGTH:
             return False
-        flags = 0 if kind in _BY_CACHE else ASK_SERVER
+        flags = 0 if kind in _MAY_USE_CACHE else ASK_SERVER
         router = self._router
         self._asked[request.unique] = Received(request.data(), request.taken)
         # Choose the worker by path: if it hangs, all requests on one object wait for the same worker, and requests on
@@ -164,7 +165,8 @@ class Preflight:
             if not inode.parent:
                 return self._descriptor(number), b"/".join(reversed(names))
             length += len(inode.name) + 1
-            if length > _LONGEST:  # also ends a cycle: moves in the source can put two directories below each other
+            # This also ends a cycle: moves in the source can put two directories below each other.
+            if length > _MAX_PATHS_LENGTH:
                 raise stale()
             names.append(inode.name)
             number = inode.parent

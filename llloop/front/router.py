@@ -236,7 +236,7 @@ class Router:
             handle.file,
             handle.nodeid,
         )
-        handle.lent = True
+        handle.in_worker = True
         if in_order and self._parked_large[shard]:
             self._park(request, shard, message, self._parked_large)
         elif self.submit(request, shard, message):
@@ -461,7 +461,7 @@ class Router:
 
     def release(self, number: int, handle: Handle) -> None:
         """Make the worker of *handle*, or all workers if it is shared, close its descriptor."""
-        for shard in range(self._shards) if handle.shared else (handle.shard,):
+        for shard in range(self._shards) if handle.in_all_workers else (handle.shard,):
             self._waiting[shard].append((Operation.RELEASE, number))
             self._flush(shard)
 

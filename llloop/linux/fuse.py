@@ -189,7 +189,7 @@ NAME_OFFSETS = {
 
 _NAME = 2  # bytes of the shortest name with its NUL
 # The minimum size of each request in bytes. In a shorter one, the end would be read from an older request's bytes.
-_SHORTEST: dict[Opcode, int] = {
+_MIN_SIZES: dict[Opcode, int] = {
     Opcode.LOOKUP: IN_HEADER_SIZE + _NAME,
     Opcode.FORGET: FORGET_REQUEST.size,
     Opcode.BATCH_FORGET: BATCH_FORGET_REQUEST.size,
@@ -229,7 +229,7 @@ _SHORTEST: dict[Opcode, int] = {
     Opcode.INTERRUPT: INTERRUPT_REQUEST.size,
 }
 # Indexed by opcode. Of an opcode without an entry above, llloop only reads the header.
-MIN_REQUEST_SIZES = [_SHORTEST.get(number, IN_HEADER_SIZE) for number in range(max(Opcode) + 1)]  # type: ignore[call-overload]
+MIN_REQUEST_SIZES = [_MIN_SIZES.get(number, IN_HEADER_SIZE) for number in range(max(Opcode) + 1)]  # type: ignore[call-overload]
 
 # Replies, including struct fuse_out_header
 OUT_HEADER = Struct("=IiQ")  # length, error (negative errno), unique

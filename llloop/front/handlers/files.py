@@ -328,7 +328,7 @@ class FileRequests(Responder):
             self._memory, request.base
         )
         source_handle = self._handles.get(source)
-        source_handle.shared = True
+        source_handle.in_all_workers = True
         handle = self._handles.get(number)
         if uid == NO_ID:
             uid, gid = handle.opener

@@ -7,7 +7,7 @@ that has just looked up each name (``git status``) does not need them. So lookup
 from __future__ import annotations
 
 # The maximum time of counting, in nanoseconds, so that the counters stay small.
-_LONGEST = 2_000_000_000
+_MAX_VALIDITY = 2_000_000_000
 
 
 class RecentLookups:
@@ -19,7 +19,7 @@ class RecentLookups:
     """
 
     def __init__(self, validity: int) -> None:
-        self._half = min(validity, _LONGEST) // 2
+        self._half = min(validity, _MAX_VALIDITY) // 2
         self._end = 0
         self._counts: dict[int, int] = {}
         self._earlier: dict[int, int] = {}

@@ -68,7 +68,7 @@ class Exchange:
             handle.file,
             handle.nodeid,
         )
-        handle.lent = True
+        handle.in_worker = True
         if not router.submit(request, handle.shard, message):
             raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         while True:

@@ -58,7 +58,7 @@ def _take_over_handle(context: Context, journal: Journal, record: Record, left: 
         if descriptor not in left:
             os.close(descriptor)
         return
-    handle.lent = True  # its worker may have it
+    handle.in_worker = True  # its worker may have it
     if backing:
         context.passthrough.take_over(handle, backing)
     if snapshot:
@@ -80,5 +80,5 @@ def finish_takeover(context: Context, delivered: bool) -> None:
         context.closing.append(pin)
     context.closing.extend(intents.finish_takeover())
     context.router.finish_takeover()
-    for nodeid in context.inodes.settle(delivered):
+    for nodeid in context.inodes.finish_takeover(delivered):
         context.tree.directory_fds.drop(nodeid)

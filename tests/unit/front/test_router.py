@@ -91,7 +91,7 @@ def test_request_reaches_the_worker_of_its_handle(router: Router, pipes: Pipes, 
     assert pipes.take(1) == [expected]
     assert pipes.take(0) == []
     assert slots.lent_to(1) == [(0, encode(expected))]
-    assert opened.lent, "else the worker would not be told of the release"
+    assert opened.in_worker, "else the worker would not be told of the release"
     assert given == (0, request.taken)
     assert request.dispatched and request.slot == 1
 
@@ -131,7 +131,7 @@ def test_release_contains_the_handle(router: Router, pipes: Pipes) -> None:
 
 def test_release_of_a_shared_handle_goes_to_all_workers(router: Router, pipes: Pipes) -> None:
     opened = handle(shard=1)
-    opened.shared = True
+    opened.in_all_workers = True
     router.release(77, opened)
     assert [request.extra for shard in range(2) for request in pipes.take(shard)] == [(77,), (77,)]
 

@@ -578,7 +578,7 @@ def test_copy_is_sent_to_the_worker_of_the_target(source: Source, kernel: Kernel
     handles = source.context.handles
     assert (request[0], request[3], request[5], request[6]) == (Operation.COPY_FILE_RANGE, to_handle, 4, 5)
     assert request[10] == (from_handle, handles.get(from_handle).descriptor, 3, file, handles.get(from_handle).file)
-    assert handles.get(from_handle).shared
+    assert handles.get(from_handle).in_all_workers
 
 
 def test_buffered_io_on_a_direct_file_is_marked(source: Source, kernel: Kernel, file: int) -> None:

@@ -90,7 +90,7 @@ def test_everything_is_as_it_was(line: Line) -> None:
             number: (one.descriptor, one.nodeid, one.flags, one.shard, one.write_flags, one.read_flags)
             for number, one in open_handles(line).items()
         }
-        assert all(handle.lent for handle in open_handles(line).values()), "a worker may hold it"
+        assert all(handle.in_worker for handle in open_handles(line).values()), "a worker may hold it"
     # The pin is removed as without the death of the front.
     for number in handles:
         assert release(line, number) == 0
