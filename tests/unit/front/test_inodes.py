@@ -171,7 +171,7 @@ class TableMachine(RuleBasedStateMachine):
         before = state_of(self.table)
         self.table = new_table(heir_of_table(self.table._table))
         assert state_of(self.table) == before
-        assert self.table.settle(True) == []
+        assert self.table.finish_takeover(True) == []
 
     @rule(nodeid=st.sampled_from([0, 2, 77, 1 << 28, _MASK]), count=st.integers(1, 5))
     def forget_what_is_not_known(self, nodeid: int, count: int) -> None:
