@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -379,6 +380,58 @@ def test_overflow_drops_everything(serve: Serve) -> None:
     shutil.rmtree(server.source / "many")
     assert is_seen(tree)
     assert stats(server)["watch"]["dropped"] >= 2
+
+
+# Changes 100,000 times a second, or as often as it can, the times of files in argv[1].
+_STORM = """
+import os, sys, time
+os.chdir(sys.argv[1])
+names = os.listdir()
+began, done = time.monotonic(), 0
+while (passed := time.monotonic() - began) < 10:
+    for _ in range(min(int(passed * 100_000) - done, 10_000)):
+        os.utime(names[done % len(names)])
+        done += 1
+    time.sleep(0.001)
+"""
+
+
+@pytest.mark.slow
+def test_storm_of_changes_leaves_memory_bounded_and_all_right(serve: Serve) -> None:
+    server = heard(serve("--watch"))
+    (server.source / "storm").mkdir()
+    for number in range(2000):
+        (server.source / "storm" / f"{number}").touch()
+    calm = server.source / "calm"
+    calm.mkdir()
+    tree = Tree(calm, server.mountpoint / "calm", server)
+    made(tree)
+    names = [path.name for path in (server.mountpoint / "storm").iterdir() if path.stat()]
+    (watcher,) = process_ids(server, "watcher")
+    before = resident(watcher)
+    with subprocess.Popen([sys.executable, "-c", _STORM, str(server.source / "storm")]) as storm:
+        number = 0
+        while storm.poll() is None:  # reading and writing through the mount goes on
+            number += 1
+            (server.mountpoint / "written").write_bytes(b"%d" % number)
+            assert (server.mountpoint / "written").read_bytes() == b"%d" % number
+            (calm / "file").write_bytes(b"%d" % number)
+    assert storm.returncode == 0
+    assert resident(watcher) - before < 64 << 20
+    assert process_ids(server, "watcher") == [watcher]
+    assert wait_until(
+        lambda: all(
+            (server.mountpoint / "storm" / name).stat().st_mtime_ns
+            == (server.source / "storm" / name).stat().st_mtime_ns
+            for name in names
+        )
+    )
+    assert is_seen(tree)
+
+
+def resident(pid: int) -> int:
+    """The resident memory of a process, in bytes."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_killed_front_loses_no_change(serve: Serve) -> None:
