@@ -307,7 +307,7 @@ class Loop:
         while True:
             if interrupts.waiting:
                 interrupts.look()
-            if (first := self._first_behind()) is not None:
+            if set_aside.behind and (first := self._first_behind()) is not None:
                 self._unordered = self._table_for_new
                 return self._take_set_aside(request, first)
             if set_aside.postponed and not self._leadership.in_last_thread:
