@@ -37,7 +37,8 @@ def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
         try:
             yield place
         finally:
-            subprocess.run(["umount", "-q", place], check=False)  # the test has done it, unless it failed
+            # The test has unmounted it, unless it failed; then the server still uses it.
+            subprocess.run(["umount", "-q", "-l", place], check=False)
 
 
 def use(server: Server) -> None:
