@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from llloop import id_ranges, mount_options
 from llloop.errors import MountpointError, SourceError, UsageError
 from llloop.linux.id_maps import SAME_IDS, IdMap
+from llloop.mode_changes import ModeChange
 from llloop.shared.slots import DEFAULT_SLOTS, MAX_SHARDS
 
 MAX_WORKERS = min(128, MAX_SHARDS)
@@ -204,6 +205,45 @@ class ServeConfig:
     map_groups: tuple[str, ...] = _option(
         (), "SRC:MNT:COUNT. The same for groups. Default: all groups are the same on both sides."
     )
+    force_user: str = _option(
+        "",
+        "Show all files as those of this user (a name or an id). Effect: this user has the owner's rights to every "
+        "file in the mount, whoever owns it in the source, and the true owners lose them. Risk: the user can read and "
+        "change files of others, also those of root. Set-ID bits of files and ACLs are neither shown nor used. Who "
+        "lacks the rights for it in the source cannot give files away, set set-ID bits or file flags. Excludes "
+        "--map-users and --map-groups. Default: the owners of the source.",
+    )
+    force_group: str = _option(
+        "",
+        "Show all files as those of this group. Risk: its members have the group's rights to every file. What "
+        "--force-user says of set-ID bits, ACLs and other options applies here, too. Default: the groups of the "
+        "source.",
+    )
+    mode: str = _option(
+        "",
+        "Show all files and directories with other permissions, such as 0644,a+X or u=rwX,go=rX: the syntax of bindfs "
+        "and mostly that of chmod(1). Clauses are separated by commas or colons. X is x for directories and for files "
+        "that somebody can execute in the source, D is x for directories, f or d before the sign restrict a clause to "
+        "files or directories. Risk: users have the rights that the mount shows, not those of the source. What "
+        "--force-user says of set-ID bits, ACLs and other options applies here, too. Default: the permissions of the "
+        "source.",
+    )
+    create_user: str = _option(
+        "",
+        "Let all new files belong to this user in the source. This needs root. New files get no set-ID bits. Risk: "
+        "quotas count the files of all as those of this user. Without --force-user, their creators have only the "
+        "rights of other users to them. Excludes --map-users and --map-groups. Default: the user who creates the file.",
+    )
+    create_group: str = _option(
+        "",
+        "The same for the group, except in set-group-ID directories, whose group new files get. Default: the group of "
+        "the user who creates the file.",
+    )
+    create_mode: str = _option(
+        "",
+        "Change the permissions of new files and directories, in the syntax of --mode, after the umask of the program. "
+        "Risk: files can get permissions that the program did not want. Default: no change.",
+    )
     chown: Policy = _option(
         Policy.REAL,
         "What happens when a program changes the owner or the group of a file. real: they change in the source. "
@@ -252,10 +292,14 @@ class ServeConfig:
         LoopKind.OWN,
         "Which request loop serves the mount. own: the loop of llloop. llfuse: the loop of the library llfuse, for "
         f"comparison. Risk of llfuse: it is slower, and the mount lacks {WITHOUT_OWN_LOOP}. It excludes --io kernel, "
-        "--writeback, --watch, --metadata workers, --map-users, --map-groups, --chown, --chmod and --deny. Default: "
-        "own.",
+        "--writeback, --watch, --metadata workers and all options of views (--map-users to --deny). Default: own.",
     )
     slots: int = _option(DEFAULT_SLOTS, "How many requests the workers may have at the same time; for tests.")
+
+    @property
+    def shows_other_attributes(self) -> bool:
+        """Whether the mount shows other owners or modes than the source, other than by maps of ids."""
+        return bool(self.force_user or self.force_group or self.mode)
 
     @property
     def id_maps(self) -> tuple[IdMap, IdMap] | None:
@@ -274,6 +318,13 @@ class ServeConfig:
         object.__setattr__(self, "options", mount_options.checked((options,) if isinstance(options, str) else options))
         object.__setattr__(self, "map_users", id_ranges.checked(self.map_users, "--map-users", id_ranges.user))
         object.__setattr__(self, "map_groups", id_ranges.checked(self.map_groups, "--map-groups", id_ranges.group))
+        for name, number in _IDS.items():
+            if getattr(self, name) != "":
+                option = "--" + name.replace("_", "-")
+                object.__setattr__(self, name, id_ranges.checked_id(getattr(self, name), option, number))
+        for name in ("mode", "create_mode"):
+            if getattr(self, name) != "":
+                ModeChange(str(getattr(self, name)), "--" + name.replace("_", "-"))
         object.__setattr__(self, "deny", _denials(self.deny))
         for name, kind in _ENUMS.items():
             object.__setattr__(self, name, _member(kind, name, getattr(self, name)))
@@ -290,6 +341,11 @@ class ServeConfig:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         self._check()
+
+    def _views(self) -> list[tuple[bool, str]]:
+        """Return the options that show or give other owners or modes, and whether each is set."""
+        names = ("force_user", "force_group", "mode", "create_user", "create_group", "create_mode")
+        return [(getattr(self, name) != "", "--" + name.replace("_", "-")) for name in names]
 
     def unheard_timeouts(self) -> tuple[float, float, float]:
         """Return the longest timeouts of entries, attributes and missing names where `watch` does not hear changes."""
@@ -325,6 +381,7 @@ class ServeConfig:
                 (self.metadata is MetadataKind.WORKERS, "--metadata workers"),
                 (bool(self.map_users), "--map-users"),
                 (bool(self.map_groups), "--map-groups"),
+                *self._views(),
                 (self.chown is not Policy.REAL, "--chown"),
                 (self.chmod is not Policy.REAL, "--chmod"),
                 (bool(self.deny), "--deny"),
@@ -333,6 +390,10 @@ class ServeConfig:
                     raise UsageError(
                         f"{option} and --loop llfuse exclude each other: the loop of llfuse does not support {option}"
                     )
+        for maps, map_option in ((self.map_users, "--map-users"), (self.map_groups, "--map-groups")):
+            for is_set, option in self._views():
+                if maps and is_set:
+                    raise UsageError(f"{option} and {map_option} exclude each other; give one of them")
         if self.writeback and self.io is IoKind.KERNEL:
             raise UsageError("--writeback and --io kernel exclude each other; give one of them")
         for name in ("attr_timeout", "entry_timeout", "negative_timeout"):
@@ -342,6 +403,12 @@ class ServeConfig:
                 raise UsageError(f"{option} must be a number of seconds from 0 to {2**31}, not {seconds!r}")
 
 
+_IDS = {
+    "force_user": id_ranges.user,
+    "force_group": id_ranges.group,
+    "create_user": id_ranges.user,
+    "create_group": id_ranges.group,
+}
 _ENUMS: dict[str, type[Enum]] = {
     "cache": Cache,
     "io": IoKind,

@@ -1,4 +1,4 @@
-"""The values of --map-users and --map-groups: parsing and validation."""
+"""The values of options that name users and groups: parsing and validation."""
 
 from __future__ import annotations
 
@@ -40,6 +40,23 @@ def checked(ranges: Iterable[str], option: str, number: Callable[[str], int]) ->
     if len(found) > MAX_RANGES:
         raise UsageError(f"{option} can be given at most {MAX_RANGES} times, not {len(found)} times")
     return tuple(map(str, found))
+
+
+def checked_id(value: str | int, option: str, number: Callable[[str], int]) -> str:
+    """Return a single id as digits.
+
+    Args:
+        value: an id or a name.
+        option: the option, for messages.
+        number: returns the id for a name.
+
+    Raises:
+        UsageError: it is too large, or names nobody.
+    """
+    found = _id(str(value), option, str(value), number)
+    if found >= IDS:
+        raise UsageError(f"{option} {value}: the largest id is {IDS - 1}")
+    return str(found)
 
 
 def parsed(text: str) -> IdRange:

@@ -6,10 +6,9 @@ import os
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
-from llloop.config import Policy, ServeConfig
+from llloop.config import ServeConfig
 from llloop.front.cache_policy import CachePolicy
 from llloop.front.descriptor_shares import Shares
 from llloop.front.directory_fds import DirectoryFds
@@ -19,17 +18,17 @@ from llloop.front.killpriv import KillPriv
 from llloop.front.open_files import Handles
 from llloop.front.opening import Files
 from llloop.front.passthrough import Passthrough
-from llloop.front.permissions import Permissions
 from llloop.front.pins import Pins
 from llloop.front.recovery.forget import Forgetting
 from llloop.front.recovery.intents import Intents
 from llloop.front.router import Router
 from llloop.front.tree import Tree
-from llloop.front.views.tree import PolicyTree
+from llloop.front.views.selection import view_of
+from llloop.front.views.shown import Shown
 from llloop.linux import fuse
 from llloop.linux.credentials import Caller, SetidGuard
 from llloop.linux.process_credentials import Callers
-from llloop.linux.syscalls import CLOSE_CAN_FAIL, STACKED, file_system_type, fstatx
+from llloop.linux.syscalls import CLOSE_CAN_FAIL, STACKED, Attributes, file_system_type, fstatx
 from llloop.shared.journal import Journal
 from llloop.shared.leadership import Leadership
 from llloop.shared.metrics import Gauge
@@ -57,6 +56,8 @@ class Context:
         close_can_fail: whether close(2) in the source can return an error of an earlier write.
         leadership: decides which thread serves.
         heard: decides what the kernel may cache for long; None without `--watch`.
+        shown: converts attributes; None if the mount shows those of the source.
+        attribute_fields: returns the fields of struct fuse_attr for an inode number and attributes of the source.
         closing: descriptors to close after the current request is answered, because close(2) may take long.
     """
 
@@ -76,6 +77,8 @@ class Context:
     close_can_fail: bool
     leadership: Leadership
     heard: Heard | None
+    shown: Shown | None
+    attribute_fields: Callable[[int, Attributes], tuple[int, ...]]
     closing: list[int]
 
 
@@ -122,17 +125,20 @@ def build_context(
     setid = SetidGuard()
     caller = Caller(setid)
     callers = Callers(config.id_maps)
-    permissions = Permissions(caller, root, callers, acl=Feature.POSIX_ACL in features, suid="suid" in config.options)
+    view = view_of(config)
+    shown = view.shown
+    permissions = view.permissions(
+        caller, root, callers, acl=Feature.POSIX_ACL in features, suid="suid" in config.options
+    )
     killpriv = KillPriv(setid, caller, handles, permissions, leadership, writeback=writeback)
     clears_setid = Feature.HANDLE_KILLPRIV_V2 not in features
-    make_tree: Callable[..., Tree] = Tree
-    if config.chown is not Policy.REAL or config.chmod is not Policy.REAL:
-        make_tree = partial(PolicyTree, chown=config.chown, chmod=config.chmod)
-    tree = make_tree(
+    tree = view.tree(
         root, inodes, directory_fds, handles, permissions, setid, killpriv, leadership, clears_setid=clears_setid
     )
     passthrough = Passthrough(device, handles, caller, setid, Feature.PASSTHROUGH in features)
-    files = Files(tree, handles, router, passthrough, killpriv, writeback, device, leadership, closing)
+    if shown is not None:
+        passthrough.shown = shown.of
+    files = view.files(tree, handles, router, passthrough, killpriv, writeback, device, leadership, closing)
 
     epochs = capabilities is not None and capabilities.minor >= fuse.EPOCH_SINCE
     policy = CachePolicy(config, Feature.DIRECT_IO_ALLOW_MMAP in features, slots.generation, epochs=epochs)
@@ -157,6 +163,8 @@ def build_context(
         close_can_fail=kind in CLOSE_CAN_FAIL,
         leadership=leadership,
         heard=heard,
+        shown=shown,
+        attribute_fields=fuse.attribute_fields if shown is None else shown.fields,
         closing=closing,
     )
 

@@ -104,7 +104,9 @@ class Loop:
         if relay is not None and context.callers.are_mapped:
             raise ValueError("the event relay is recognised by the uid in each request, which an id-mapped mount lacks")
         if relay is not None:
-            relayed = RelayedRequests(relay, device, self._slots.memory, context.inodes, context.tree.getattr)
+            relayed = RelayedRequests(
+                relay, device, self._slots.memory, context.inodes, context.tree.getattr, context.attribute_fields
+            )
             self._handlers.responders += (relayed,)
             self._table = relayed.before(self._table)
         self._preflight = preflight

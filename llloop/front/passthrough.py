@@ -12,6 +12,7 @@ import logging
 import os
 import stat
 import struct
+from collections.abc import Callable
 from contextlib import suppress
 
 from llloop.front.killpriv import has_capability
@@ -84,12 +85,21 @@ class Passthrough:
         wanted: whether to use passthrough at all.
     """
 
-    def __init__(self, device: int, handles: Handles, caller: Caller, setid: SetidGuard, wanted: bool) -> None:
+    def __init__(
+        self,
+        device: int,
+        handles: Handles,
+        caller: Caller,
+        setid: SetidGuard,
+        wanted: bool,
+    ) -> None:
         self._device = device
         self._handles = handles
         self._caller = caller
         self._setid = setid
         self._wanted = wanted
+        # Returns the attributes that the mount shows, which decide who can open a file.
+        self.shown: Callable[[Attributes], Attributes] = lambda attributes: attributes
         # By inode: the backing id, and the number of open files that use it.
         self._registered: dict[int, tuple[int, int]] = {}
         self._refused: set[int] = set()
@@ -117,7 +127,7 @@ class Passthrough:
                 return 0
             if any(other is not handle for other in self._handles.of_inode(nodeid)):
                 return 0  # earlier opens of this inode do not use passthrough, so this one must not either
-            identity = self._identity(handle, attributes)
+            identity = self._identity(handle, self.shown(attributes))
             if identity is None or _is_privileged(handle, attributes, is_new):
                 return 0
             self._setid.clear(identity[0] != 0)

@@ -97,6 +97,23 @@ class Permissions:
             exactly = by_group is not False or any(attributes.uid != who.uid for attributes in files)
         return self._exactly_as(who, *needing) if exactly else self._caller(who.uid, who.gid, (), 0)
 
+    # A mount that shows other attributes checks these by what it shows (`llloop.front.views`): changes of names, and of
+    # modes and times.
+    changing_names = changing_attributes = acting
+
+    def setting_xattr(self, who: Requester, fd: int, name: bytes) -> AbstractContextManager[None]:
+        """Act with the requester's credentials in a ``with`` block that sets or removes an extended attribute.
+
+        If a user who is not a member of the file's group sets an access ACL, the set-group-ID bit is cleared. File
+        capabilities need a capability, which root of a user namespace has for its own files.
+
+        Args:
+            who: the requester.
+            fd: a descriptor of the file.
+            name: the attribute's name with its namespace.
+        """
+        return self.acting(who, fd, by_group=None if name.startswith(b"user.") else True)
+
     def setting_file_attributes(self, who: Requester, fd: int) -> AbstractContextManager[None]:
         """Act with the requester's credentials in a ``with`` block that sets flags of a file (ioctl_iflags(2)).
 
@@ -165,6 +182,9 @@ class Permissions:
         if who.uid == attributes.uid or self.is_trusted(who):
             return True
         return bool(self._capabilities(self._credentials(who), attributes) >> syscalls.CAP_FOWNER & 1)
+
+    # Whether a new file with these attributes can be the requester's.
+    may_have_created = owns
 
     def is_member(self, who: Requester, gid: int) -> bool:
         """Return whether the requester is a member of a group."""

@@ -230,7 +230,7 @@ class Tree:
 
     def _link_as(self, who: Requester, fd: int, parent: int, name: bytes) -> None:
         directory = self.directory_fds.directory(parent)
-        with self.permissions.acting(who, directory, fd):
+        with self.permissions.changing_names(who, directory, fd):
             self._call(_link, fd, directory, name)
 
     def _link_on_mount(self, nodeid: int, parent: int, name: bytes, who: Requester) -> bool:
@@ -263,7 +263,7 @@ class Tree:
             nodeid = self._known_nodeid(parent, name, attributes)
             with (
                 who.note.begin(attributes.ino, nodeid, pin=pin, victim=attributes.ino),
-                self.permissions.acting(who, directory, owned=(attributes,)),
+                self.permissions.changing_names(who, directory, owned=(attributes,)),
             ):
                 self._call(remove, name, dir_fd=directory)
         except BaseException:
@@ -368,7 +368,7 @@ class Tree:
         by_group: bool | None,
     ) -> None:
         old, new = self.directory_fds.directory(parent), self.directory_fds.directory(new_parent)
-        with self.permissions.acting(who, old, new, owned=owned, by_group=by_group):
+        with self.permissions.changing_names(who, old, new, owned=owned, by_group=by_group):
             if flags:
                 self._call(syscalls.renameat2, old, name, new, new_name, flags)
             else:  # every file system supports this call
@@ -443,10 +443,7 @@ class Tree:
         if valid & (fuse.FATTR_UID | fuse.FATTR_GID):
             uid = changes.uid if valid & fuse.FATTR_UID else -1
             gid = changes.gid if valid & fuse.FATTR_GID else -1
-            self._setid.clear(who.uid != 0)
-            # In mandatory lock mode, the source checks the caller's groups before it clears the set-group-ID bit.
-            with self.permissions.acting(who, fd, by_group=True):
-                self._call(syscalls.chown, fd, uid, gid)
+            self._change_owner(fd, uid, gid, who)
             return fuse.FATTR_UID | fuse.FATTR_GID
         if valid & fuse.FATTR_MODE:
             self._setid.clear(False)
@@ -462,12 +459,18 @@ class Tree:
         self._change_times(fd, changes, handle, who)
         return _TIMES
 
+    def _change_owner(self, fd: int, uid: int, gid: int, who: Requester) -> None:
+        self._setid.clear(who.uid != 0)
+        # In mandatory lock mode, the source checks the caller's groups before it clears the set-group-ID bit.
+        with self.permissions.acting(who, fd, by_group=True):
+            self._call(syscalls.chown, fd, uid, gid)
+
     def _change_mode(self, reached: Reached, mode: int, who: Requester) -> None:
         fd = reached.fd
         chmod = syscalls.chmod if reached.is_path else os.fchmod
         try:
             # Only a member of the file's group can set its set-group-ID bit; for others the source ignores the bit.
-            with self.permissions.acting(who, fd, by_group=bool(mode & stat.S_ISGID)):
+            with self.permissions.changing_attributes(who, fd, by_group=bool(mode & stat.S_ISGID)):
                 self._call(chmod, fd, mode)
         except PermissionError:
             if not self._clears_setid or not self._leadership.is_leader:
@@ -497,7 +500,7 @@ class Tree:
         else:
             attributes = fstatx(fd)
             try:
-                with self.permissions.acting(who, fd, by_group=False):
+                with self.permissions.changing_attributes(who, fd, by_group=False):
                     self._call(syscalls.utimens, fd, atime, mtime)
             except PermissionError:
                 # With --writeback, the kernel writes back cached times as the user whose call triggered it. The source
@@ -539,7 +542,7 @@ class Tree:
             return _has_xattr(reached.target, name)
 
     def _setxattr(self, nodeid: int, name: bytes, value: bytes, flags: int, who: Requester) -> None:
-        with self._reach(nodeid) as reached, self.permissions.acting(who, reached.fd, by_group=_by_group(name)):
+        with self._reach(nodeid) as reached, self.permissions.setting_xattr(who, reached.fd, name):
             self._call(os.setxattr, reached.target, name, value, flags)
 
     def getxattr(self, nodeid: int, name: bytes, who: Requester) -> bytes:
@@ -569,7 +572,7 @@ class Tree:
                     # kernel has checked the user's capability.
                     self._call(os.removexattr, reached.target, name)
                 else:
-                    with self.permissions.acting(who, reached.fd, by_group=_by_group(name)):
+                    with self.permissions.setting_xattr(who, reached.fd, name):
                         self._call(os.removexattr, reached.target, name)
 
     def clears_capability(self, nodeid: int, who: Requester) -> bool:
@@ -640,15 +643,6 @@ def _can_be_kept(changes: Changes, attributes: Attributes) -> bool:
 def _link(fd: int, directory: int, name: bytes) -> None:
     """Give the file of *fd* (O_PATH suffices) another name (linkat(2))."""
     os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=directory, follow_symlinks=True)
-
-
-def _by_group(name: bytes) -> bool | None:
-    """Return whether the requester's groups matter for a change of an extended attribute, for `Permissions.acting`.
-
-    If a user who is not a member of the file's group sets an access ACL, the set-group-ID bit is cleared. File
-    capabilities need a capability, which root of a user namespace has for its own files.
-    """
-    return None if name.startswith(b"user.") else True
 
 
 def _has_xattr(target: int | str, name: bytes) -> bool:

@@ -73,7 +73,7 @@ def initialise(device: int, config: ServeConfig, source: str) -> Connection:
     try:
         answer, capabilities = negotiation.negotiate(
             request,
-            posix_acl=config.xattr and _has_acls(source),
+            posix_acl=config.xattr and not config.shows_other_attributes and _has_acls(source),
             writeback=config.writeback,
             passthrough=config.io is not IoKind.WORKERS and not config.writeback,
             stack_depth=2 if _type_of(source) in syscalls.STACKED else 1,

@@ -28,6 +28,8 @@ TIMEOUT = 20.0
 # The first kernel that does the I/O of FUSE files itself, and the first that maps their owners.
 _PASSTHROUGH_SINCE = (6, 9)
 _ID_MAPS_SINCE = (6, 12)
+# The first kernel that says with each write whether it clears set-ID bits, even if the mount does not show them.
+_KILLPRIV_SINCE = (5, 12)
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +237,11 @@ def check_host(config: ServeConfig) -> None:
             f"{DEVICE} is not the FUSE device (character device 10, 229); create it with: mknod {DEVICE} c 10 229"
         )
     mount_options.check_user(config)
+    for option, value in (("--create-user", config.create_user), ("--create-group", config.create_group)):
+        if value and os.geteuid() != 0:
+            raise HostError(f"{option}: only root may use it; the files that an ordinary user's mount creates are his")
+    if config.shows_other_attributes and kernel.release() < _KILLPRIV_SINCE:
+        raise HostError("--force-user, --force-group and --mode need Linux 5.12")
     if config.io is IoKind.KERNEL:
         _check_passthrough()
     cpu_latency.check(config.wake_latency)

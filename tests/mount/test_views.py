@@ -185,3 +185,17 @@ def test_python(tmp_path: Path) -> None:
             (tmp_path / "mnt/file").unlink()
         with fails(errno.EPERM):
             (tmp_path / "mnt/file").chmod(0o600)
+
+
+def test_shown_attributes_in_a_mount_of_any_user(serve: Serve) -> None:
+    server = serve("--force-user=7001", "--force-group=7002", "--mode=a+rX,go-w")
+    (server.source / "file").write_bytes(b"content")
+    (server.source / "file").chmod(0o600)
+    file = server.mountpoint / "file"
+    assert attributes(file) == (0o644, 7001, 7002)
+    assert file.read_bytes() == b"content"
+    if os.geteuid() != 0:
+        with fails(errno.EACCES):  # the user who mounts is not the owner in the mount
+            file.write_bytes(b"changed")
+        with fails(errno.EPERM):
+            file.chmod(0o666)

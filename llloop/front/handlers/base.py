@@ -62,6 +62,7 @@ class Responder(Replies):
         self._inodes = context.inodes
         self._handles = context.handles
         self._files = context.files
+        self._attr = context.attribute_fields
         self._validity = context.policy.validity
         self._heard = context.heard
         self._written = context.handles.written
@@ -83,7 +84,9 @@ class Responder(Replies):
             nodeid,
             GENERATION,
             *(validity.both if self._attributes_last(nodeid) else validity.only_entry),
-            *_attr(self._inodes.shown(attributes.device, attributes.ino), self._with_dirty_pages(nodeid, attributes)),
+            *self._attr(
+                self._inodes.shown(attributes.device, attributes.ino), self._with_dirty_pages(nodeid, attributes)
+            ),
         )
 
     def _reply_entry(self, unique: int, nodeid: int, attributes: Attributes, *, lasting: bool = True) -> None:
@@ -98,7 +101,7 @@ class Responder(Replies):
             nodeid,
             GENERATION,
             *(validity.both if lasting and nodeid not in self._written else validity.only_entry),
-            *_attr(inodes.shown(attributes.device, attributes.ino), self._with_dirty_pages(nodeid, attributes)),
+            *self._attr(inodes.shown(attributes.device, attributes.ino), self._with_dirty_pages(nodeid, attributes)),
         )
         if self._send(reply):
             inodes.count(nodeid)
@@ -115,7 +118,9 @@ class Responder(Replies):
             0,
             unique,
             *(validity.attributes if lasting and self._attributes_last(nodeid) else (0, 0)),
-            *_attr(self._inodes.shown(attributes.device, attributes.ino), self._with_dirty_pages(nodeid, attributes)),
+            *self._attr(
+                self._inodes.shown(attributes.device, attributes.ino), self._with_dirty_pages(nodeid, attributes)
+            ),
         )
 
     def _attributes_last(self, nodeid: int) -> bool:
@@ -137,7 +142,6 @@ class Responder(Replies):
         return (bool(size) or Feature.WRITEBACK_CACHE in self._context.features) and self._handles.may_be_dirty(nodeid)
 
 
-_attr = fuse.attribute_fields
 _pack_entry = fuse.ENTRY.pack
 _pack_entry_reply = fuse.ENTRY_REPLY.pack
 _ENTRY_REPLY_SIZE = fuse.ENTRY_REPLY.size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from itertools import chain
 
 from llloop.front.context import Context
@@ -36,6 +37,7 @@ class DirectoryRequests(Responder):
         self._table = StatxTable(_ROWS)
         self._listings: dict[int, Listing] = {}
         self._device_of_root = context.inodes.get(ROOT).device
+        self._entries = entries if context.shown is None else self._shown_entries
 
     def opendir(self, request: FuseRequest) -> None:
         """FUSE_OPENDIR: reply with a handle, and whether the kernel may use its cached listing."""
@@ -123,6 +125,14 @@ class DirectoryRequests(Responder):
             for nodeid in looked_up:
                 self._tree.forget(nodeid, 0)
 
+    def _shown_entries(
+        self, table: StatxTable, nodeids: Sequence[int], shown: Iterable[int], validity: tuple[int, int, int, int]
+    ) -> list[bytes]:
+        """Return what `entries` returns, with the attributes that the mount shows."""
+        assert self._context.shown is not None
+        self._context.shown.convert(table.memory, len(nodeids))
+        return entries(table, nodeids, shown, validity)
+
     def _look_up(self, handle: Handle, records: list[bytes], among: int, now: int) -> tuple[list[int], list[bytes]]:
         """Look up the entries of a part of a listing.
 
@@ -172,7 +182,7 @@ class DirectoryRequests(Responder):
                     looked_up.append(nodeid)
                 nodeids.append(nodeid)
                 numbers.append(number)
-            found = entries(table, nodeids, numbers, validity.both)
+            found = self._entries(table, nodeids, numbers, validity.both)
             for position, nodeid, entry in zip(positions, nodeids, found, strict=True):
                 if nodeid:
                     result[position] = entry

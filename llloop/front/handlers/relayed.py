@@ -69,6 +69,7 @@ class RelayedRequests(Replies):
         memory: the memory of the slots.
         inodes: counts the kernel's lookups.
         attributes_of: returns the attributes of an inode; OSError if no name leads to it and it is not open.
+        attribute_fields: see `Context`.
     """
 
     def __init__(
@@ -78,12 +79,14 @@ class RelayedRequests(Replies):
         memory: mmap.mmap,
         inodes: Inodes,
         attributes_of: Callable[[int], Attributes],
+        attribute_fields: Callable[[int, Attributes], tuple[int, ...]] = fuse.attribute_fields,
     ) -> None:
         super().__init__(device)
         self._state = state
         self._memory = memory
         self._inodes = inodes
         self._attributes_of = attributes_of
+        self._attribute_fields = attribute_fields
 
     def before(self, table: Sequence[_Handler]) -> list[_Handler]:
         """Return handlers by opcode that serve the relay's requests here, and call those of *table* for all others."""
@@ -187,7 +190,7 @@ class RelayedRequests(Replies):
             true = self._attributes_of(nodeid)
         except OSError:
             return attributes
-        return fuse.ATTR.pack(*fuse.attribute_fields(self._inodes.shown(true.device, true.ino), true))
+        return fuse.ATTR.pack(*self._attribute_fields(self._inodes.shown(true.device, true.ino), true))
 
     def _create(self, request: FuseRequest) -> None:
         """MKNOD and MKDIR: the new inode is a phantom."""

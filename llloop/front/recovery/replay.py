@@ -208,7 +208,7 @@ class Replay(Responder):
         with Reached(pin, is_path=True, is_own=True):
             there = fstatx(pin)
             # Another process may have created one since, which the requester must not get.
-            is_own = stat.S_ISREG(there.mode) and self._tree.permissions.owns(request.caller(), there)
+            is_own = stat.S_ISREG(there.mode) and self._tree.permissions.may_have_created(request.caller(), there)
             if not (intent.made(there) and is_own):
                 return None
             orphan = self._intents.take_orphan(there)
