@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,8 @@ OTHER = Caller(7009, 7009)
 FORCED = ("--force-user=7001", "--force-group=7002")
 # Attributes in the kernel's cache are as old as these tests; nothing but llloop's own check can refuse.
 STALE = ("--attr-timeout=1000", "--entry-timeout=1000")
+
+FS_IOC_SETFLAGS, FS_NODUMP_FL = 0x40086602, 0x40  # <linux/fs.h>
 
 
 def mode(path: Path) -> int:
@@ -103,7 +107,8 @@ def test_the_shown_owner_has_the_rights(serve: Serve) -> None:
 
 
 def set_flags(file: Path) -> None:
-    subprocess.run(["chattr", "+d", file], check=True, capture_output=True)
+    with opened(file, os.O_RDONLY) as fd:
+        fcntl.ioctl(fd, FS_IOC_SETFLAGS, FS_NODUMP_FL.to_bytes(8, sys.byteorder))
 
 
 @pytest.mark.parametrize(
@@ -113,8 +118,9 @@ def set_flags(file: Path) -> None:
         lambda file: os.setxattr(file, "security.name", b"value"),
         lambda file: os.setxattr(file, "trusted.name", b"value"),
         lambda file: os.chown(file, 0, -1),
+        set_flags,
     ],
-    ids=["chgrp", "security", "trusted", "chown"],
+    ids=["chgrp", "security", "trusted", "chown", "flags"],
 )
 def test_rights_that_outlast_the_mount_need_the_true_owner(serve: Serve, act: Callable[[Path], Any]) -> None:
     server = serve(*FORCED)
@@ -295,8 +301,8 @@ def test_new_files_belong_to_somebody_else(serve: Serve) -> None:
     run_as(TRUE_OWNER, create_named, mnt / "given-directory")
     for name in NEW[:-1]:
         assert owner(src / "given-directory" / name) == owner(mnt / "given-directory" / name) == (7001, 7002), name
-    for act in (lambda: os.open(mnt / "setid", os.O_CREAT, 0o6777), lambda: os.mknod(mnt / "made", 0o106777)):
-        act()
+    with opened(mnt / "setid", os.O_CREAT, 0o6777):
+        os.mknod(mnt / "made", 0o106777)
     assert [mode(src / name) for name in ("setid", "made")] == [0o755, 0o755]
     with fails(errno.EACCES):
         run_as(OTHER, create_named, mnt / "given-directory")
