@@ -20,7 +20,7 @@ from tests.conftest import Serve
 from tests.expect import fails, outcome
 from tests.mount.command_line import llloop as run_llloop
 from tests.mount.test_id_maps import Holding, make, owner
-from tests.server import reachable_directory
+from tests.server import Server, reachable_directory
 from tests.server_processes import process_ids, wait_until
 from tests.syscalls import link_descriptor, opened, statx
 
@@ -35,6 +35,18 @@ FORCED = ("--force-user=7001", "--force-group=7002")
 STALE = ("--attr-timeout=1000", "--entry-timeout=1000")
 
 FS_IOC_SETFLAGS, FS_NODUMP_FL = 0x40086602, 0x40  # <linux/fs.h>
+
+
+@pytest.fixture
+def serve(serve: Serve) -> Serve:
+    """Starts mounts whose root the kernel knows: with --watch, it may drop the first attributes that it gets."""
+
+    def start(*arguments: str, **how: Any) -> Server:
+        server = serve(*arguments, **how)
+        server.mountpoint.stat()
+        return server
+
+    return start
 
 
 def mode(path: Path) -> int:
