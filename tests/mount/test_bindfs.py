@@ -20,7 +20,12 @@ from tests.expect import outcome
 from tests.mount.test_id_maps import make
 from tests.server import reachable_directory
 
-pytestmark = [pytest.mark.root, pytest.mark.mounted, pytest.mark.own_loop]
+pytestmark = [
+    pytest.mark.root,
+    pytest.mark.mounted,
+    pytest.mark.own_loop,
+    pytest.mark.at_once("the source has its sizes later"),
+]
 
 _PAGE = Path(__file__).parents[2] / "docs/views.md"
 _ROW = re.compile(r"^\| `(-[^`]+)` \| `(--[^`]+)` \|$", re.MULTILINE)
