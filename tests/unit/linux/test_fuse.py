@@ -93,6 +93,8 @@ LAYOUTS = [
     request("OPCODE", "", "len opcode"),
     request("UNIQUE", "", "unique"),
     request("PID", "", "pid"),
+    request("UNIQUE_AND_PID", "", "unique pid"),
+    request("INTERRUPT_REQUEST", "fuse_interrupt_in", "in.unique"),
     request("SHORT_SETXATTR_REQUEST", "fuse_setxattr_in", "in.size in.flags"),
     request("REQUEST_HEAD", "", "len opcode unique nodeid"),
     request("CALLER", "", "uid gid pid"),
@@ -116,6 +118,7 @@ LAYOUTS = [
     request("READDIR_REQUEST", "fuse_read_in", "in.fh in.offset in.size"),
     request("FALLOCATE_REQUEST", "fuse_fallocate_in", "uid gid in.fh in.offset in.length in.mode"),
     request("IOCTL_REQUEST", "fuse_ioctl_in", "in.fh in.cmd in.in_size in.out_size"),
+    request("COPY_TARGET", "fuse_copy_file_range_in", "in.nodeid_out", since=28),
     request("LSEEK_REQUEST", "fuse_lseek_in", "in.fh in.offset in.whence", since=24),
     request(
         "COPY_FILE_RANGE_REQUEST",
