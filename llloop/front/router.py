@@ -5,11 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import select
-from collections import deque
 from collections.abc import Iterator
-from itertools import chain
 from typing import Any, NamedTuple
 
+from llloop.front.fair_queue import FairQueue, ParkedRequest
 from llloop.front.inodes import mix
 from llloop.front.open_files import Handle
 from llloop.front.request import FuseRequest
@@ -52,24 +51,6 @@ def _kind_of(message: Request) -> int:
     return _LARGE_READ if message.operation == Operation.READ else _LARGE_OTHER
 
 
-class _Parked(NamedTuple):
-    """A parked request.
-
-    Attributes:
-        message: the message to the worker, whose slot is invalid.
-        taken: when the request was received (monotonic clock, nanoseconds).
-        caller: the id of the calling thread, 0 if it is outside of the server's PID namespace.
-        payload: the payload of a WRITE, unless it is in `spare`.
-        spare: a spare pipe with the payload, or None.
-    """
-
-    message: Request
-    taken: int
-    caller: int
-    payload: bytes = b""
-    spare: tuple[int, int] | None = None
-
-
 class Served(NamedTuple):
     """A request that a worker or another thread of the front serves.
 
@@ -87,61 +68,6 @@ class Served(NamedTuple):
     shard: int
     message: Request | None
     base: int
-
-
-class _Queue:
-    """Parked requests, served by user in turn. Requests on one inode stay in order, also those of different users."""
-
-    def __init__(self) -> None:
-        self._of_user: dict[int, deque[_Parked]] = {}  # the user whose turn it is comes first
-        # With which user's the requests of an inode are, and how many there are.
-        self._inodes: dict[int, tuple[int, int]] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._of_user)
-
-    def __iter__(self) -> Iterator[_Parked]:
-        return chain.from_iterable(self._of_user.values())
-
-    def append(self, uid: int, parked: _Parked) -> None:
-        """Park a request of the user *uid*."""
-        nodeid = parked.message.nodeid
-        uid, count = self._inodes.get(nodeid, (uid, 0))
-        self._inodes[nodeid] = uid, count + 1
-        self._of_user.setdefault(uid, deque()).append(parked)
-
-    @property
-    def first(self) -> _Parked:
-        """The request whose turn it is."""
-        return next(iter(self._of_user.values()))[0]
-
-    @first.setter
-    def first(self, parked: _Parked) -> None:
-        next(iter(self._of_user.values()))[0] = parked
-
-    def remove_first(self) -> None:
-        """Take out the request whose turn it is; another user has the next turn."""
-        uid, queue = next(iter(self._of_user.items()))
-        self._discount(queue.popleft())
-        del self._of_user[uid]
-        if queue:
-            self._of_user[uid] = queue
-
-    def remove(self, parked: _Parked) -> None:
-        """Take out any request; the turns of the users stay the same."""
-        for uid, queue in self._of_user.items():
-            if parked in queue:
-                queue.remove(parked)
-                self._discount(parked)
-                if not queue:
-                    del self._of_user[uid]
-                return
-
-    def _discount(self, parked: _Parked) -> None:
-        nodeid = parked.message.nodeid
-        uid, count = self._inodes.pop(nodeid)
-        if count > 1:
-            self._inodes[nodeid] = uid, count - 1
 
 
 class Router:
@@ -167,10 +93,10 @@ class Router:
         self._shards = len(pipes)
         # RELEASE and RESUME messages that could not be sent yet, because the worker's pipe was full.
         self._waiting: list[list[tuple[Operation, int]]] = [[] for _ in pipes]
-        self._parked = [_Queue() for _ in pipes]
-        self._parked_large = [_Queue() for _ in pipes]
+        self._parked = [FairQueue() for _ in pipes]
+        self._parked_large = [FairQueue() for _ in pipes]
         # Large READs have their own queue, because large writes can all be blocked in the source.
-        self._parked_reads = [_Queue() for _ in pipes]
+        self._parked_reads = [FairQueue() for _ in pipes]
         self._kinds = bytearray(slots.count)
         self._piped_slots = 0 if slots.pipes is None else len(slots.pipes)
         self._parked_bytes = 0
@@ -305,31 +231,31 @@ class Router:
         """
         self._park(request, shard, message, self._queue_of(message))
 
-    def _queue_of(self, message: Request) -> list[_Queue]:
+    def _queue_of(self, message: Request) -> list[FairQueue]:
         return (self._parked, self._parked_reads, self._parked_large)[_kind_of(message)]
 
-    def _park(self, request: FuseRequest, shard: int, message: Request, parked: list[_Queue]) -> None:
+    def _park(self, request: FuseRequest, shard: int, message: Request, parked: list[FairQueue]) -> None:
         # The caller of a write from the page cache is the kernel.
         uid = message.uid if message.operation == Operation.WRITE else request.caller().uid
         parked[shard].append(uid, self._parked_request(request.taken, request.pid(), message))
         self.backlog = True
 
-    def _parked_request(self, taken: int, caller: int, message: Request) -> _Parked:
+    def _parked_request(self, taken: int, caller: int, message: Request) -> ParkedRequest:
         if message.operation != Operation.WRITE:
-            return _Parked(message, taken, caller)
+            return ParkedRequest(message, taken, caller)
         slot, length, flags = message.slot, message.length, message.flags
         if flags & PIPED:
             assert self.slots.pipes is not None
             spare = self.slots.pipes.set_aside(slot, length)
             if spare is not None:
-                return _Parked(message, taken, caller, spare=spare)
+                return ParkedRequest(message, taken, caller, spare=spare)
         if self._parked_bytes + length > MAX_PARKED:
             if flags & PIPED:
                 self.slots.discard(slot)
             raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
         return self._copy_payload(taken, caller, message)
 
-    def _copy_payload(self, taken: int, caller: int, message: Request) -> _Parked:
+    def _copy_payload(self, taken: int, caller: int, message: Request) -> ParkedRequest:
         slots = self.slots
         slot, length, flags = message.slot, message.length, message.flags
         payload = slots.payload(slot, length)
@@ -337,7 +263,7 @@ class Router:
             assert slots.pipes is not None
             slots.pipes.take_all(slot, payload)
         self._parked_bytes += length
-        return _Parked(message._replace(flags=flags & ~PIPED), taken, caller, bytes(payload))
+        return ParkedRequest(message._replace(flags=flags & ~PIPED), taken, caller, bytes(payload))
 
     def _deliver(self, shard: int) -> None:
         """Send parked requests to a worker as far as possible."""
@@ -404,7 +330,7 @@ class Router:
             return True
         return any(parked.taken == taken for queue in self._queues() for parked in queue)
 
-    def _queues(self) -> tuple[_Queue, ...]:
+    def _queues(self) -> tuple[FairQueue, ...]:
         return (*self._parked, *self._parked_reads, *self._parked_large)
 
     def caller_of_parked(self, unique: int) -> int | None:
