@@ -141,16 +141,18 @@ class ServeConfig:
     watch: bool = _option(
         False,
         "Hear of changes that are made directly in the source, and show them in the mount at once. Until then, the "
-        "kernel caches names, attributes, data and listings without a time limit. This needs root and Linux 5.17 "
-        "(fanotify). Where changes cannot be heard, the timeouts of --cache apply, and `llloop status` says so. Risk: "
-        "the mount shows writes through a shared mapping in the source only after the writer has closed the file. "
-        "Excludes --loop llfuse. Default: off.",
+        "kernel caches names, attributes, data and listings without a time limit. As root with Linux 5.17, llloop uses "
+        "fanotify. Otherwise it uses inotify on the directories that the kernel knows, within "
+        "fs.inotify.max_user_watches. Where changes cannot be heard, the timeouts of --cache apply. `llloop status` "
+        "says which of these is in use. Risk: the mount shows writes through a shared mapping in the source only after "
+        "the writer has closed the file. Excludes --loop llfuse. Default: off.",
     )
     events: bool = _option(
         True,
         "With --watch, tell programs that watch the mount (inotify, fanotify) of changes that are made directly in the "
-        "source, too. This does not work with --read-only, --map-users and --map-groups, and not for writes with --io "
-        "kernel. With --no-events, programs only hear of changes that are made through the mount. Default: on.",
+        "source, too. This needs fanotify, that is root. It does not work with --read-only, --map-users and "
+        "--map-groups, and not for writes with --io kernel. With --no-events, programs only hear of changes that are "
+        "made through the mount. Default: on.",
     )
     io: IoKind = _option(
         IoKind.WORKERS,

@@ -81,7 +81,7 @@ class CachePolicy:
         # How long both the entry and its attributes stay valid, in nanoseconds.
         self.both_ns = int(min(unheard[:2]) * 1_000_000_000)
         # Returns what changes whenever others change a file in the source; None if such changes are not heard.
-        self.changes_of: Callable[[Attributes], tuple[int, int] | None] = _unheard
+        self.changes_of: Callable[[int, Attributes], tuple[int, int] | None] = _unheard
         self._always = config.cache is Cache.ALWAYS
         self._never = config.cache is Cache.NEVER
         self._direct = self._never and direct_mmap
@@ -99,7 +99,7 @@ class CachePolicy:
             return fuse.FOPEN_DIRECT_IO
         if self._never:
             return 0
-        changes = self.changes_of(attributes)
+        changes = self.changes_of(nodeid, attributes)
         stamp = self._stamp(attributes, attributes.size, changes)
         if inodes.stamp(nodeid) == stamp:
             return fuse.FOPEN_KEEP_CACHE
@@ -115,7 +115,7 @@ class CachePolicy:
         if self._never:
             return 0
         now = time.monotonic_ns()
-        changes = self.changes_of(attributes)
+        changes = self.changes_of(nodeid, attributes)
         stamp = self._stamp(attributes, 0, changes)
         is_known = inodes.stamp(nodeid) == stamp
         if changes is not None:
@@ -133,7 +133,7 @@ class CachePolicy:
         return hash((self._front, size, *times, *(changes or ()))) & _MASK or 1
 
 
-def _unheard(attributes: Attributes) -> None:
+def _unheard(nodeid: int, attributes: Attributes) -> None:
     """Nobody hears of changes."""
 
 

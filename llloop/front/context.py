@@ -6,6 +6,7 @@ import os
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from llloop.config import ServeConfig
@@ -13,6 +14,7 @@ from llloop.front.cache_policy import CachePolicy
 from llloop.front.descriptor_shares import Shares
 from llloop.front.directory_fds import DirectoryFds
 from llloop.front.heard import Heard
+from llloop.front.heard_by_directory import HeardByDirectory
 from llloop.front.inodes import Inodes
 from llloop.front.killpriv import KillPriv
 from llloop.front.open_files import Handles
@@ -36,6 +38,7 @@ from llloop.shared.negotiation import Capabilities, Feature
 from llloop.shared.slots import Slots
 from llloop.shared.table import Table
 from llloop.shared.watch_state import WatchState
+from llloop.shared.watches import Watches
 
 # Descriptors for directories: this fraction (1/8) of the limit, with a maximum. Most descriptors are for open files.
 _DIRECTORIES_FRACTION = 8
@@ -93,6 +96,7 @@ def build_context(
     device: int,
     closing: list[int] | None = None,
     watch: WatchState | None = None,
+    watches: Watches | None = None,
 ) -> Context:
     """Create the objects that a front works with.
 
@@ -106,6 +110,7 @@ def build_context(
         device: a descriptor of /dev/fuse.
         closing: the list for descriptors to close after a request is answered; None for a new one.
         watch: what the front and the watcher tell each other, or None.
+        watches: the inotify watches, or None.
     """
     features = capabilities.features if capabilities is not None else Feature(0)
     writeback = Feature.WRITEBACK_CACHE in features
@@ -142,7 +147,10 @@ def build_context(
 
     epochs = capabilities is not None and capabilities.minor >= fuse.EPOCH_SINCE
     policy = CachePolicy(config, Feature.DIRECT_IO_ALLOW_MMAP in features, slots.generation, epochs=epochs)
-    heard = None if watch is None else Heard(watch, fstatx(root), inodes, leadership, policy.validity, policy.unheard)
+    heard = None
+    if watch is not None:
+        make_heard = Heard if watches is None else partial(HeardByDirectory, watches, root, directory_fds.open_name)
+        heard = make_heard(watch, fstatx(root), inodes, leadership, policy.validity, policy.unheard)
     if heard is not None:
         policy.changes_of = heard.changes_of
         tree.on_forgotten = heard.forgotten

@@ -20,7 +20,7 @@ from llloop.linux.syscalls import Attributes
 from llloop.shared.leadership import Leadership
 from llloop.shared.watch_state import NUMBER_MASK, WatchState
 
-_TYPE, _DIRECTORY = 0o170000, 0o040000  # of st_mode
+TYPE, DIRECTORY = 0o170000, 0o040000  # of st_mode
 _NEVER = -1  # no time of the clock
 
 
@@ -86,7 +86,7 @@ class Heard:
         validity = self.of_attributes(nodeid, attributes)
         if validity is self._short or not self._is_undisturbed():
             return self._short
-        if is_new and attributes.nlink > 1 and attributes.mode & _TYPE != _DIRECTORY:
+        if is_new and attributes.nlink > 1 and attributes.mode & TYPE != DIRECTORY:
             return self.only_entry
         return validity
 
@@ -106,12 +106,12 @@ class Heard:
         """Return whether the watcher has read no events since the request began."""
         return self._begun == self._clock[0] and not self._leadership.stalled
 
-    def forgotten(self, number: int) -> None:
-        """Note that the kernel does not know an inode of this number (st_ino) any more."""
+    def forgotten(self, nodeid: int, number: int) -> None:
+        """Note that the kernel does not know the inode *nodeid*, of this number (st_ino), any more."""
         self._state.count_forgotten(number)
 
-    def changes_of(self, attributes: Attributes) -> tuple[int, int] | None:
+    def changes_of(self, nodeid: int, attributes: Attributes) -> tuple[int, int] | None:
         """Return what changes whenever others change a file in the source; None if such changes are not heard."""
-        if not self.is_heard(attributes.device):
+        if self.of_attributes(nodeid, attributes) is self._short:
             return None
         return self._generation, self._changes[attributes.ino & NUMBER_MASK]

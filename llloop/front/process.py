@@ -29,6 +29,7 @@ from llloop.shared.slots import Slots
 from llloop.shared.table import Table
 from llloop.shared.trace import Trace
 from llloop.shared.watch_state import WatchState
+from llloop.shared.watches import Watches
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class FrontSetup:
         answers: the read end of the pipe for workers' answers with `--loop llfuse`.
         probed: the read end of the pipe for workers' answers to PROBE, or None without preflight checks.
         watch: what the front and the watcher tell each other; None without `--watch`.
+        watches: the inotify watches; None without inotify.
         trace: the trace of requests.
         trace_switch: the read end of the pipe that tells when readers of the trace come and leave.
         relay: what the event relay does; None without one.
@@ -68,6 +70,7 @@ class FrontSetup:
     answers: int
     probed: int | None
     watch: WatchState | None
+    watches: Watches | None
     trace: Trace
     trace_switch: int
     relay: RelayState | None
@@ -96,6 +99,7 @@ def run_front(setup: FrontSetup, own: Collection[int], ready: Callable[[], None]
         setup.root,
         setup.device,
         watch=setup.watch,
+        watches=setup.watches,
     )
     is_successor = slots.generation > 0
     if is_successor:

@@ -118,8 +118,8 @@ class Tree:
         self._setid = setid
         self._killpriv = killpriv
         self._clears_setid = clears_setid
-        # Called with the number of an inode (st_ino) that the kernel does not know any more.
-        self.on_forgotten: Callable[[int], None] | None = None
+        # Called with nodeid and number (st_ino) of an inode that the kernel does not know any more.
+        self.on_forgotten: Callable[[int, int], None] | None = None
 
     # Names
 
@@ -145,7 +145,7 @@ class Tree:
         if self.inodes.forget(nodeid, lookups):
             self.directory_fds.drop(nodeid)
             if self.on_forgotten is not None:
-                self.on_forgotten(number)
+                self.on_forgotten(nodeid, number)
 
     def mknod(self, parent: int, name: bytes, mode: int, device: int, who: Requester) -> tuple[int, Attributes]:
         """Create a file, FIFO, socket or device (mknod(2)); *device* is the result of makedev(3)."""

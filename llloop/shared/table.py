@@ -351,6 +351,16 @@ class Table:
             return None
         return [nodeid for nodeid in found if nodeid]
 
+    def __contains__(self, nodeid: int) -> bool:
+        """Return whether there is an inode *nodeid*."""
+        return self.cells[(nodeid & self.mask) << CELLS_SHIFT] == nodeid
+
+    def identity(self, nodeid: int) -> tuple[int, int]:
+        """Return device and number of an inode, (0, 0) if there is none."""
+        row = (nodeid & self.mask) << CELLS_SHIFT
+        found = self.cells[row + _DEVICE], self.cells[row + _NUMBER]
+        return found if nodeid in self else (0, 0)  # a row is only written while it belongs to no inode
+
     def all_names(self) -> list[tuple[int, bytes]]:
         """Return at least the names of all inodes, as (parent, name). Those that are changing may be missing."""
         found = []

@@ -50,6 +50,9 @@ class _Cell(IntEnum):
     OVERFLOWS = 9
     DELAY = 10
     LEFT_OUT = 11  # file systems below the source that cannot be heard
+    WATCHED = 12  # inotify watches of directories that the front has added and not removed
+    MISSED = 13  # directories that the kernel knows and that have no watch
+    ENDED = 14  # watches that ended by themselves; the watcher counts them
 
 
 _DELAYS = 64  # the first cell of the histogram
@@ -125,7 +128,21 @@ class WatchState:
         """Return the devices that are heard, as in `Attributes.device`."""
         return frozenset(self._cells[_DEVICE_CELLS : _DEVICE_CELLS + self._cells[_Cell.DEVICES]])
 
+    @property
+    def directories(self) -> int:
+        """The number of directories that are watched with inotify."""
+        return max(self._cells[_Cell.WATCHED] - self._cells[_Cell.ENDED], 0)
+
+    def count_directories(self, *, watched: int = 0, missed: int = 0) -> None:
+        """Add to the numbers of directories that are watched with inotify, and that could not be watched."""
+        for cell, change in ((_Cell.WATCHED, watched), (_Cell.MISSED, missed)):
+            self._cells[cell] = max(self._cells[cell] + change, 0)
+
     # The watcher
+
+    def count_ended(self) -> None:
+        """Count a watch of a directory that has ended by itself."""
+        self._cells[_Cell.ENDED] += 1
 
     @property
     def method(self) -> Method:
@@ -205,6 +222,11 @@ class WatchState:
             Method.OFF: "off",
             Method.STARTING: "starting, by timeouts until then",
             Method.FANOTIFY: "fanotify" + rest,
-            Method.INOTIFY: "inotify" + rest,
+            Method.INOTIFY: self._describe_inotify() + rest,
             Method.TIMEOUTS: "by timeouts, because the source cannot be heard",
         }[self.method]
+
+    def _describe_inotify(self) -> str:
+        missed = self._cells[_Cell.MISSED]
+        by_timeouts = f", {missed} by timeouts" if missed else ""
+        return f"inotify, {self.directories} {'directory' if self.directories == 1 else 'directories'}{by_timeouts}"

@@ -86,6 +86,7 @@ class Processes:
             answers=resources.answers[0],
             probed=resources.probed[0] if connection.preflight else None,
             watch=resources.watch,
+            watches=resources.watches,
             trace=resources.trace,
             trace_switch=resources.trace_switch[0],
             relay=resources.relay,
@@ -146,10 +147,11 @@ class Processes:
                 source=source,
                 root=resources.root,
                 device=connection.device,
-                mount_device=mount.device,
+                mount=mount,
                 minor=connection.capabilities.minor,
                 state=resources.watch,
                 table=resources.table,
+                watches=resources.watches,
                 relay=passes_on,
             )
             return start("llloop-watcher", lambda: run_watcher(setup), stacks)

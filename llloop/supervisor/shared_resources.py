@@ -15,6 +15,8 @@ from llloop.shared.slots import Slots
 from llloop.shared.table import Table
 from llloop.shared.trace import Trace
 from llloop.shared.watch_state import WatchState
+from llloop.shared.watches import Watches
+from llloop.watch import fanotify
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +41,7 @@ class SharedResources:
         answers: the pipe for workers' answers to the front with `--loop llfuse`.
         probed: the pipe for workers' answers to PROBE.
         watch: what the front and the watcher tell each other; None without `--watch`.
+        watches: the inotify watches; None if `--watch` uses fanotify.
         trace: the trace of requests.
         trace_switch: the pipe that tells the front when readers of the trace come and leave.
         events: the pipe to the event relay; None without one.
@@ -60,17 +63,33 @@ class SharedResources:
             self.awake = self._pipe(os.O_NONBLOCK)
             self.answers = self._pipe(os.O_DIRECT)
             self.probed = self._pipe()
+            self.table = Table()
             self.watch = WatchState() if config.watch else None
+            self.watches = self._watches(source) if config.watch else None
             self.trace_switch = self._pipe()
-            relays = _relays_events(config)
+            relays = _relays_events(config) and self.watches is None
             self.events = RelayPipe(self._pipe()) if relays else None
             self.relay = RelayState() if relays else None
             self.journal = Journal()
-            self.table = Table()
             self.trace = Trace(config.workers)
         except BaseException:
             self._close_descriptors()
             raise
+
+    def _watches(self, source: str) -> Watches | None:
+        """Return inotify watches, if fanotify cannot be used."""
+        assert self.watch is not None
+        reason = fanotify.why_not(source)
+        if reason is None:
+            return None
+        try:
+            watches = Watches(self.watch, self.table)
+        except OSError as error:
+            _log.warning("inotify cannot be used (%s); see fs.inotify.max_user_instances", error.strerror)
+            return None
+        self._descriptors.append(watches.fd)
+        _log.info("--watch uses inotify instead of fanotify: %s", reason)
+        return watches
 
     def _pipe(self, flags: int = 0) -> Pipe:
         ends = os.pipe2(os.O_CLOEXEC | flags)

@@ -13,25 +13,29 @@ import os
 import select
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
-from llloop.linux import fanotify, fuse, syscalls
+from llloop.errors import HostError
+from llloop.linux import fuse, syscalls
 from llloop.linux.credentials import drop_capabilities_except
+from llloop.linux.mount_identity import MountIdentity
 from llloop.shared.leadership import Leadership, Postponed
 from llloop.shared.table import Table
 from llloop.shared.watch_state import Method, WatchState
+from llloop.shared.watches import Watches
 from llloop.watch.coherence import Coherence
 from llloop.watch.events import Event
+from llloop.watch.fanotify import FanotifyQueue
 from llloop.watch.file_systems import CannotHear, FileSystems, mounts_or_nothing
+from llloop.watch.inotify import InotifyQueue
 from llloop.watch.known import Known
 from llloop.watch.own_processes import OwnProcesses
-from llloop.watch.parsing import SLACK, parse
+from llloop.watch.parsing import Batch
 
 _log = logging.getLogger(__name__)
 
-_BUFFER = 256 * 1024
-_GROUP = fanotify.FAN_CLOEXEC | fanotify.FAN_NONBLOCK | fanotify.FAN_REPORT_DFID_NAME_TARGET
 _CAPABILITIES = 1 << syscalls.CAP_SYS_ADMIN | 1 << syscalls.CAP_DAC_READ_SEARCH
 # After a read that has brought so many bytes, wait for so many seconds: more events then come with one wake-up, and the
 # kernel merges those of one file. The second number is for reads that have brought nothing of interest.
@@ -39,6 +43,31 @@ _MANY = 4096
 _PAUSE, _IDLE_PAUSE = 0.002, 0.006
 # How long to wait if all threads wait for requests that hang in the source, in seconds.
 _STUCK_PAUSE = 0.05
+
+
+class Queue(Protocol):
+    """Where events come from.
+
+    Attributes:
+        method: how they are heard.
+        fd: the descriptor that becomes readable when there are events.
+        file_systems: the file systems that are heard.
+    """
+
+    method: Method
+    fd: int
+
+    @property
+    def file_systems(self) -> FileSystems: ...
+
+    def read(self) -> int:
+        """Read events; return how many bytes, 0 if there are none."""
+
+    def batch(self) -> Batch:
+        """Return the events that were read."""
+
+    def forget(self) -> None:
+        """Forget what earlier events have told, because events were lost."""
 
 
 class Relay(Protocol):
@@ -71,20 +100,22 @@ class WatcherSetup:
         source: the absolute path of the source.
         root: an O_PATH descriptor of the source.
         device: a descriptor of /dev/fuse.
-        mount_device: st_dev of the mount, as (major, minor).
+        mount: the mount.
         minor: the minor version of the FUSE protocol.
         state: what front and watcher tell each other.
         table: the inode table.
+        watches: the inotify watches; None to hear with fanotify.
         relay: makes the object that passes events on.
     """
 
     source: str
     root: int
     device: int
-    mount_device: tuple[int, int]
+    mount: MountIdentity
     minor: int
     state: WatchState
     table: Table
+    watches: Watches | None = None
     relay: Callable[[], Relay] = Silent
 
 
@@ -110,7 +141,7 @@ def run_watcher(setup: WatcherSetup) -> None:
 
 
 class Watcher:
-    """Hears with fanotify.
+    """Hears, and makes the kernel drop what has changed.
 
     Args:
         setup: what the watcher inherits.
@@ -123,12 +154,9 @@ class Watcher:
     def __init__(self, setup: WatcherSetup, leadership: Leadership) -> None:
         self._state = setup.state
         self._leadership = leadership
-        try:
-            self._group = fanotify.fanotify_init(_GROUP)
-        except OSError as error:
-            raise CannotHear(_why_not(error)) from None
-        self._file_systems = FileSystems(self._group, setup.source, setup.mount_device)
-        self._file_systems.add_source()
+        self._queue = _queue(setup)
+        self._mount = setup.mount
+        self._file_systems = self._queue.file_systems
         self._mounts = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
         known = Known(setup.state, setup.table)
         self._relay = setup.relay()
@@ -141,20 +169,30 @@ class Watcher:
             epochs=setup.minor >= fuse.EPOCH_SINCE,
         )
         self._own = OwnProcesses(os.getppid())
-        self._buffer = bytearray(_BUFFER + SLACK)
-        self._view = memoryview(self._buffer)[:_BUFFER]
         self._poll = select.poll()
-        self._poll.register(self._group, select.POLLIN)
+        self._poll.register(self._queue.fd, select.POLLIN)
         self._poll.register(self._mounts, select.POLLPRI)
 
     def begin(self) -> None:
         """Tell the front that it may cache for long from now on, and drop what it has cached before."""
         mounts_or_nothing(self._file_systems)
+        self._let_kernel_know_root()
         self._publish()
         self._drop_everything()
 
+    def _let_kernel_know_root(self) -> None:
+        """Make the kernel ask for the root's attributes before the first notification.
+
+        A notification makes the kernel ignore attributes for which it is just asking. It then uses those that it has,
+        and it starts with a root that nobody but root may use.
+        """
+        with suppress(OSError, HostError):  # unmounted meanwhile, or no list of mounts
+            path = self._mount.current_path()
+            if path is not None:
+                os.stat(path)
+
     def _publish(self) -> None:
-        self._state.publish(Method.FANOTIFY, self._file_systems.devices(), len(self._file_systems.left_out))
+        self._state.publish(self._queue.method, self._file_systems.devices(), len(self._file_systems.left_out))
 
     def lead(self, thread: int) -> bool:
         """Read events as the leader; return False if another thread has become the leader."""
@@ -183,15 +221,14 @@ class Watcher:
 
     def _read(self) -> None:
         """Read what has happened, and act on it."""
-        try:
-            length = os.readv(self._group, [self._view])
-        except BlockingIOError:
+        length = self._queue.read()
+        if not length:
             return
         began = time.monotonic_ns()
         state = self._state
         state.clock[0] += 1
         syscalls.synchronise()
-        events, ignored, overflow = parse(self._buffer, length, self._file_systems.heard, state.known)
+        events, ignored, overflow = self._queue.batch()
         own = self._own
         own.refresh()
         foreign = [event for event in events if not own.include(event.pid)]
@@ -218,6 +255,7 @@ class Watcher:
             self._leadership.wait(time.sleep, _PAUSE if foreign else _IDLE_PAUSE)
 
     def _drop_everything(self) -> None:
+        self._queue.forget()
         try:
             self._coherence.drop_everything()
         except Postponed:
@@ -236,9 +274,7 @@ class Watcher:
                 pass
 
 
-def _why_not(error: OSError) -> str:
-    if error.errno == errno.EPERM:
-        return "this needs root (CAP_SYS_ADMIN)"
-    if error.errno in (errno.EINVAL, errno.ENOSYS):
-        return "this needs Linux 5.17 with fanotify"
-    return error.strerror or str(error)
+def _queue(setup: WatcherSetup) -> Queue:
+    if setup.watches is not None:
+        return InotifyQueue(setup.watches, setup.table, setup.source, setup.mount.device)
+    return FanotifyQueue(setup.state, setup.source, setup.mount.device)

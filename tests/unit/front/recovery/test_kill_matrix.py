@@ -64,7 +64,7 @@ CHANGES_NOTHING = {
     *("fcntl.F_ADD_SEALS", "fcntl.F_GET_SEALS", "fcntl.F_SEAL_GROW", "fcntl.F_SEAL_SHRINK"),
 }
 # Modules that read /proc with other calls than those listed here.
-READS_PROC = {("llloop.linux.pidfds", "pathlib")}
+READS_PROC = {("llloop.linux.pidfds", "pathlib"), ("llloop.linux.inotify", "pathlib")}
 # Functions that do not call the operating system; of fcntl(2), each command is in the lists.
 CALLS_NOTHING = {
     "fcntl.fcntl",
