@@ -31,6 +31,8 @@ Exit codes:
   5  this machine or user cannot mount with FUSE
   6  a dead mount is at the mount point
 """
+# With that of `llloop control MNT release`.
+ALL_EXIT_CODES = EXIT_CODES + "  7  programs use what should be released\n"
 
 
 def report_errors(command: Callable[..., Any]) -> Callable[..., Any]:

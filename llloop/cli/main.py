@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from llloop.cli import systemd_unit
-from llloop.cli.common import EXIT_CODES, UntouchedPath, report_errors
+from llloop.cli.common import ALL_EXIT_CODES, EXIT_CODES, UntouchedPath, report_errors
 from llloop.cli.control import control
 from llloop.cli.daemon import Daemon
 from llloop.cli.stats import stats
@@ -65,7 +65,7 @@ class _Commands(click.Group):
         return super().main(*arguments, **options)
 
 
-@click.group(cls=_Commands, context_settings=_CONTEXT, epilog=EXIT_CODES)
+@click.group(cls=_Commands, context_settings=_CONTEXT, epilog=ALL_EXIT_CODES)
 @click.version_option(__version__, prog_name="llloop", message="%(prog)s %(version)s")
 def main() -> None:
     """Mirror a directory at a mount point through FUSE. Several worker processes read and write the data.

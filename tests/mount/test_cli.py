@@ -540,8 +540,9 @@ def test_server_survives_a_closed_standard_output(place: Ground) -> None:
     """A script may have closed the pipe; the mount must still serve."""
     reading, writing = os.pipe()
     os.close(reading)
+    log = place.state / "log"
     process = subprocess.Popen(
-        [sys.executable, "-m", "llloop", "serve", *place.loop, place.source, place.mountpoint],
+        [sys.executable, "-m", "llloop", "serve", *place.loop, "--log-file", log, place.source, place.mountpoint],
         stdin=subprocess.DEVNULL,
         stdout=writing,
         stderr=subprocess.DEVNULL,
@@ -551,11 +552,12 @@ def test_server_survives_a_closed_standard_output(place: Ground) -> None:
     )
     os.close(writing)
     try:
-        wait_until(lambda: mount_entry(str(place.mountpoint)) is not None, "mounted")
+        # A signal that comes before the server is ready gives another exit code.
+        wait_until(lambda: log.exists() and f"serving {place.source}" in log.read_text(), "ready")
         (place.mountpoint / "file").write_text("content")
         assert (place.source / "file").read_text() == "content"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        assert process.wait(30) == 0, log.read_text()
     finally:
         kill_session(process.pid)
         process.wait()
