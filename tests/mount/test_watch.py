@@ -483,7 +483,7 @@ def test_killed_watcher_is_replaced_and_everything_dropped(serve: Serve) -> None
             assert wait_until(lambda: os.pread(fd, 1, 0) == f"{number}".encode())  # noqa: B023
             assert wait_until(lambda: process_ids(server, "watcher") not in ([], [watcher]))  # noqa: B023
             heard(server)
-    # Two deaths in a row may be one loss for the watcher that comes after both.
+    # As an ordinary user (inotify) only 4 of the 5 deaths were counted; everything was seen all the same.
     assert wait_until(lambda: stats(server)["watch"]["dropped"] > 0)
 
 
