@@ -276,7 +276,7 @@ def test_opens_and_closes_leak_nothing(serve: Serve, times: int) -> None:
     open_and_close(times)
     assert wait_until(lambda: descriptor_counts(server) == before), (before, descriptor_counts(server))
     grown = {title: private_memory(pid) - memory[title] for title, pid in pids.items()}
-    assert all(growth < 2 << 20 for growth in grown.values()), grown
+    assert all(growth < 1 << 20 for growth in grown.values()), grown
 
 
 def test_no_process_outlives_the_supervisor(serve: Serve) -> None:
