@@ -11,14 +11,13 @@ Writes, allocations, truncations and changes of the owner clear them. The kernel
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 from contextlib import AbstractContextManager, nullcontext
 
 from llloop.front.directory_fds import Reached
 from llloop.front.open_files import Handle, Handles
-from llloop.front.permissions import Permissions
+from llloop.front.permissions import Permissions, not_permitted
 from llloop.front.requester import Requester
 from llloop.linux import fuse, syscalls
 from llloop.linux.credentials import Caller, SetidGuard, is_mandatory_lock_mode
@@ -118,7 +117,7 @@ class KillPriv:
                 self._leadership.call(os.removexattr, reached.target, CAPABILITY)
         elif writing and not may_take:
             if any(handle.backing for handle in writing):  # the kernel would write with the opener's credentials
-                raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+                raise not_permitted()
             _have_writes_clear(writing)
             return
         if writing:
@@ -126,7 +125,7 @@ class KillPriv:
             if who.uid == 0 and self._stripped == (nodeid, who.pid):
                 bits = 0
         elif (bits or has_capability(reached.target)) and not self._permissions.owns(who, attributes):
-            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+            raise not_permitted()
         self._stripped = (0, 0)
         if bits:
             self._setid.clear(False)

@@ -164,7 +164,7 @@ class Permissions:
         if flags & _FMODE_EXEC and not self._may_run_here(fd, attributes):
             raise denied()
         if flags & os.O_NOATIME and not self.owns(who, attributes):
-            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+            raise not_permitted()
 
     def _may_run_here(self, fd: int, attributes: Attributes) -> bool:
         """Return whether the mount flags of the program's file system below the source allow running it.
@@ -247,6 +247,11 @@ def _has_privileges(fd: int, attributes: Attributes) -> bool:
 def denied() -> OSError:
     """Return the error EACCES."""
     return OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def not_permitted() -> OSError:
+    """Return the error EPERM."""
+    return OSError(errno.EPERM, os.strerror(errno.EPERM))
 
 
 def _has_acl(fd: int) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from llloop.front.context import Context
 from llloop.front.handlers.file_attributes import FileAttributeRequests
 from llloop.front.inodes import ROOT
+from llloop.front.permissions import not_permitted
 from llloop.front.request import FuseRequest
 from llloop.linux import fuse
 from llloop.shared.notifications import expire_all_entries
@@ -29,7 +30,7 @@ class IoctlRequests(FileAttributeRequests):
             super().ioctl(request)
             return
         if request.caller().uid not in (0, os.geteuid()):
-            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+            raise not_permitted()
         if in_size != PATH_SIZE or self._handles.get(number).nodeid != ROOT:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         path = request.payload(fuse.IOCTL_REQUEST.size, in_size).rstrip(b"\0")

@@ -31,6 +31,7 @@ from collections.abc import Callable, Sequence
 
 from llloop.front.handlers.base import Replies
 from llloop.front.inodes import GENERATION, ROOT, Inodes, stale
+from llloop.front.permissions import not_permitted
 from llloop.front.request import FuseRequest
 from llloop.linux import fuse
 from llloop.linux.fuse import Opcode
@@ -279,4 +280,4 @@ def _missing() -> OSError:
 
 
 def _refuse(request: FuseRequest) -> None:
-    raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+    raise not_permitted()

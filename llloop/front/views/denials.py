@@ -5,13 +5,12 @@ The handlers of these requests are replaced at the start, so the other requests 
 
 from __future__ import annotations
 
-import errno
 import mmap
-import os
 from collections.abc import Callable, Iterable
 
 from llloop.config import Denial
 from llloop.front.killpriv import CAPABILITY
+from llloop.front.permissions import not_permitted
 from llloop.front.request import FuseRequest
 from llloop.front.tree import Tree, check_name
 from llloop.linux import fuse, syscalls
@@ -51,7 +50,7 @@ def deny(table: dict[Opcode, _Handler], denied: Iterable[Denial], tree: Tree, me
 
 
 def _refuse(request: FuseRequest) -> None:
-    raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+    raise not_permitted()
 
 
 def _except_capability(handler: _Handler) -> _Handler:

@@ -8,13 +8,12 @@ user.*, needs the rights for that in the source.
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from llloop.front.permissions import Permissions, denied
+from llloop.front.permissions import Permissions, denied, not_permitted
 from llloop.front.requester import Requester
 from llloop.front.views.shown import Shown
 from llloop.linux import syscalls
@@ -88,10 +87,10 @@ class ShownPermissions(CreatorPermissions):
             needed = _WRITE | _EXECUTE if is_directory else _READ | _WRITE
             # Only the owner can give a file a name that he can neither read nor write (proc(5), protected_hardlinks).
             if not self._allows(who, needed, self._shown.of(one)) and (is_directory or not self.owns(who, one)):
-                raise denied() if is_directory else _not_permitted()
+                raise denied() if is_directory else not_permitted()
         for directory, one in zip(files, owned, strict=False):
             if directory.mode & stat.S_ISVTX and not self.owns(who, one) and not self.owns(who, directory):
-                raise _not_permitted()
+                raise not_permitted()
         # A directory that gets another parent must be writable itself.
         if by_group and stat.S_ISDIR(owned[0].mode) and not self._allows(who, _WRITE, self._shown.of(owned[0])):
             raise denied()
@@ -103,7 +102,7 @@ class ShownPermissions(CreatorPermissions):
         """See `Permissions.acting`. What the owner in the source may do is done as him."""
         files = [fstatx(fd) for fd in fds]
         if not all(self.owns(who, one) for one in files):
-            raise _not_permitted()
+            raise not_permitted()
         if all(self.owns_in_source(who, one) for one in files):
             return self.acting(who, *fds, by_group=by_group)
         return _OWN_RIGHTS
@@ -119,7 +118,7 @@ class ShownPermissions(CreatorPermissions):
     def setting_file_attributes(self, who: Requester, fd: int) -> AbstractContextManager[None]:
         """See `Permissions.setting_file_attributes`."""
         if not self.owns_in_source(who, fstatx(fd)):
-            raise _not_permitted()
+            raise not_permitted()
         return super().setting_file_attributes(who, fd)
 
     def _allows(self, who: Requester, needed: int, shown: Attributes) -> bool:
@@ -141,7 +140,3 @@ class ShownPermissions(CreatorPermissions):
             or (capabilities >> syscalls.CAP_DAC_READ_SEARCH & 1 and not needed & _WRITE and stat.S_ISDIR(mode))
             or (capabilities >> syscalls.CAP_DAC_READ_SEARCH & 1 and needed == _READ)
         )
-
-
-def _not_permitted() -> OSError:
-    return OSError(errno.EPERM, os.strerror(errno.EPERM))

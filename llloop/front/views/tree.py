@@ -10,6 +10,7 @@ from typing import Any
 from llloop.config import Policy
 from llloop.front.directory_fds import Reached
 from llloop.front.open_files import Handle
+from llloop.front.permissions import not_permitted
 from llloop.front.requester import Requester
 from llloop.front.tree import CHANGES, Changes, Tree
 from llloop.front.views.new_files import NewModes
@@ -87,7 +88,7 @@ class ViewTree(Tree):
             OSError: EPERM if it is denied.
         """
         if policy is Policy.DENY:
-            raise _not_permitted()
+            raise not_permitted()
         return policy is Policy.REAL
 
 
@@ -113,7 +114,7 @@ class ShownTree(ViewTree):
             if uid == gid == -1:  # it is shown like that already
                 return
             if not self.permissions.owns_in_source(who, attributes):
-                raise _not_permitted()
+                raise not_permitted()
         super()._change_owner(fd, uid, gid, who)
 
     def _change_mode(self, reached: Reached, mode: int, who: Requester) -> None:
@@ -152,7 +153,3 @@ class ShownTree(ViewTree):
 def _refuse_acl(name: bytes) -> None:
     if name.startswith(_ACLS):
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
-
-
-def _not_permitted() -> OSError:
-    return PermissionError(errno.EPERM, os.strerror(errno.EPERM))
