@@ -20,6 +20,7 @@ from llloop.shared.messages import (
     APPEND,
     BUFFERED,
     CACHED,
+    DATA_CHANGES,
     DATA_ONLY,
     INVALIDATE,
     KILL_PRIVILEGES,
@@ -59,9 +60,6 @@ _BEGUN, _APPENDING, _SHIFTING, _DONE, _COPYING = range(5)
 # fallocate(2) modes that shift the data after the range (<linux/falloc.h>).
 _FALLOC_FL_COLLAPSE_RANGE, _FALLOC_FL_INSERT_RANGE = 0x08, 0x20
 
-
-# The requests that change data of a file.
-_CHANGES = frozenset({Operation.WRITE, Operation.FALLOCATE, Operation.COPY_FILE_RANGE})
 
 _UNCHANGED = nullcontext()
 _Result = TypeVar("_Result")
@@ -202,7 +200,7 @@ class Operations:
             A request that the caller must still resume, because it may take long; or None.
         """
         request = held.request
-        if request.operation in _CHANGES:
+        if request.operation in DATA_CHANGES:
             self._give_back(request)
         for follower in held.followers:
             self._resume(follower)
@@ -222,7 +220,7 @@ class Operations:
 
         Such a WRITE is answered before, because the kernel may keep its last page locked until it has the answer.
         """
-        if request.operation in _CHANGES and request.flags & INVALIDATE:
+        if request.operation in DATA_CHANGES and request.flags & INVALIDATE:
             # In the previous worker, this request may have waited for the ranges of other writes, too.
             offset, length = (0, 0) if all_pages else (request.offset, request.length)
             nodeid = request.extra[0] if request.operation == Operation.WRITE else request.nodeid
@@ -274,7 +272,7 @@ class Operations:
 
         If its caller was killed meanwhile, the kernel does not know that the file has changed.
         """
-        has_changed = request.operation in _CHANGES and self._slots.is_done(request.slot)
+        has_changed = request.operation in DATA_CHANGES and self._slots.is_done(request.slot)
         if not has_changed or request.flags & CACHED:
             return request
         extra = (request.nodeid,) if request.operation == Operation.WRITE else request.extra

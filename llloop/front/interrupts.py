@@ -35,7 +35,7 @@ from llloop.front.set_aside import SetAside
 from llloop.linux import fuse
 from llloop.linux.fuse import Opcode
 from llloop.linux.process_credentials import is_being_killed
-from llloop.shared.messages import Operation, Request
+from llloop.shared.messages import DATA_CHANGES, Operation, Request
 from llloop.shared.negotiation import Feature
 from llloop.shared.notifications import expire_all_entries, expire_attributes
 
@@ -63,8 +63,6 @@ _SECOND = {
 }
 # Those that change data of a file.
 CHANGES_DATA = frozenset({Opcode.SETATTR, Opcode.WRITE, Opcode.FALLOCATE, Opcode.COPY_FILE_RANGE})
-# What a worker does that changes a file.
-_WORKERS_CHANGES = frozenset({Operation.WRITE, Operation.FALLOCATE, Operation.COPY_FILE_RANGE})
 
 
 class _Left(NamedTuple):
@@ -213,7 +211,7 @@ class Interrupts(Replies):
             _, opcode = fuse.OPCODE.unpack_from(self._memory, base)
             truncates = opcode in (Opcode.SETATTR, Opcode.OPEN) and bool(_changed_by(self._memory, base, opcode))
             return not (self._writeback and truncates)
-        if message.operation in _WORKERS_CHANGES and self._writeback:
+        if message.operation in DATA_CHANGES and self._writeback:
             return False
         return message.operation == Operation.GETATTR or 0 not in _identities(message)
 
@@ -223,7 +221,7 @@ class Interrupts(Replies):
             _, opcode = fuse.OPCODE.unpack_from(self._memory, found.base)
             changed = _changed_by(self._memory, found.base, opcode)
             return _Left((*changed, *_changed_names(self._memory, found.base, opcode)), (), (), -1)
-        changes = (message.nodeid,) if message.operation in _WORKERS_CHANGES else ()
+        changes = (message.nodeid,) if message.operation in DATA_CHANGES else ()
         if message.operation == Operation.GETATTR:  # the reply is ready
             return _Left((), (), (), found.shard)
         source = message.extra[:2] if message.operation == Operation.COPY_FILE_RANGE else ()

@@ -38,6 +38,9 @@ class Operation(IntEnum):
     TRACE = 14
 
 
+# Those that change data of a file.
+DATA_CHANGES = frozenset({Operation.WRITE, Operation.FALLOCATE, Operation.COPY_FILE_RANGE})
+
 # Flags of a request.
 # WRITE, FALLOCATE, COPY_FILE_RANGE: clear set-user-ID, set-group-ID and file capabilities; the caller lacks CAP_FSETID.
 KILL_PRIVILEGES = 1 << 0

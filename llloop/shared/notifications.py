@@ -82,7 +82,7 @@ def increase_epoch(device: int) -> None:
 
 
 def expire_all_entries(device: int) -> None:
-    """Do `increase_epoch` if the kernel can; on older kernels, nothing happens."""
+    """Do `increase_epoch` if the kernel can. On older kernels, and after the unmount, nothing happens."""
     with suppress(OSError):
         increase_epoch(device)
 

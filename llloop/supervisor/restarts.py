@@ -6,10 +6,9 @@ import logging
 import signal
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 
-from llloop.linux import fuse, syscalls
+from llloop.linux import syscalls
 from llloop.linux.process import exit_in_words
 from llloop.shared import notifications
 from llloop.shared.watch_state import Method
@@ -88,12 +87,9 @@ class Restarts:
 
     def _drop_cached(self) -> None:
         """Make the kernel drop what it has cached. Without a watcher, nobody hears of changes in the source."""
-        capabilities = self._connection.capabilities
-        assert self._watch is not None and capabilities is not None
+        assert self._watch is not None
         self._watch.publish(Method.STARTING, frozenset())
-        if capabilities.minor >= fuse.EPOCH_SINCE:
-            with suppress(OSError):  # unmounted
-                notifications.increase_epoch(self._connection.device)
+        notifications.expire_all_entries(self._connection.device)
 
     def _set_next(self) -> None:
         due = min((child.due for child in self._processes.all if child.process is None), default=None)
