@@ -6,6 +6,8 @@ import ctypes
 import os
 from struct import Struct
 
+from llloop.linux.syscalls import last_error
+
 FAN_CLOEXEC = 0x1
 FAN_NONBLOCK = 0x2
 FAN_REPORT_FID = 0x200
@@ -43,11 +45,6 @@ _fanotify_mark = _libc.fanotify_mark
 _fanotify_mark.argtypes = (ctypes.c_int, ctypes.c_uint, ctypes.c_uint64, ctypes.c_int, ctypes.c_char_p)
 
 
-def _last_error(path: bytes | None = None) -> OSError:
-    number = ctypes.get_errno()
-    return OSError(number, os.strerror(number), path)
-
-
 def fanotify_init(flags: int) -> int:
     """Return the descriptor of a new group (fanotify_init(2)).
 
@@ -56,7 +53,7 @@ def fanotify_init(flags: int) -> int:
     """
     fd: int = _libc.fanotify_init(flags, os.O_RDONLY)
     if fd < 0:
-        raise _last_error()
+        raise last_error()
     return fd
 
 
@@ -67,7 +64,7 @@ def mark_filesystem(group: int, mask: int, path: bytes) -> None:
         OSError: EOPNOTSUPP, ENODEV or EXDEV if the file system has no file handles or no identity of its own.
     """
     if _fanotify_mark(group, _FAN_MARK_ADD | _FAN_MARK_FILESYSTEM, mask, _AT_FDCWD, path):
-        raise _last_error(path)
+        raise last_error(path)
 
 
 def file_handle(path: bytes) -> tuple[int, bytes]:
@@ -80,6 +77,6 @@ def file_handle(path: bytes) -> tuple[int, bytes]:
     _HANDLE.pack_into(buffer, 0, _MAX_HANDLE, 0)
     mount = ctypes.c_int()
     if _libc.name_to_handle_at(_AT_FDCWD, path, buffer, ctypes.byref(mount), 0):
-        raise _last_error(path)
+        raise last_error(path)
     size, kind = _HANDLE.unpack_from(buffer)
     return kind, buffer.raw[_HANDLE.size : _HANDLE.size + size]

@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from struct import Struct
 
+from llloop.linux.syscalls import last_error
+
 IN_MODIFY = 0x2
 IN_ATTRIB = 0x4
 IN_CLOSE_WRITE = 0x8
@@ -31,11 +33,6 @@ _inotify_add_watch = _libc.inotify_add_watch
 _inotify_add_watch.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_uint32)
 
 
-def _last_error() -> OSError:
-    number = ctypes.get_errno()
-    return OSError(number, os.strerror(number))
-
-
 def inotify_init() -> int:
     """Return the descriptor of a new instance, which does not block (inotify_init1(2)).
 
@@ -44,7 +41,7 @@ def inotify_init() -> int:
     """
     fd: int = _libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
     if fd < 0:
-        raise _last_error()
+        raise last_error()
     return fd
 
 
@@ -58,7 +55,7 @@ def add_watch(instance: int, fd: int, mask: int) -> int:
     """
     watch: int = _inotify_add_watch(instance, b"/proc/self/fd/%d" % fd, mask)
     if watch < 0:
-        raise _last_error()
+        raise last_error()
     return watch
 
 

@@ -11,6 +11,8 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 
+from llloop.linux.syscalls import last_error
+
 # The same numbers on every architecture, <asm-generic/unistd.h>.
 _SYS_MOVE_MOUNT, _SYS_FSOPEN, _SYS_FSCONFIG, _SYS_FSMOUNT, _SYS_MOUNT_SETATTR = 429, 430, 431, 432, 442
 _FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = 1  # <linux/mount.h>
@@ -40,7 +42,7 @@ class _MountAttr(ctypes.Structure):
 def _call(number: int, *arguments: object) -> int:
     result: int = _libc.syscall(ctypes.c_long(number), *arguments)
     if result < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        raise last_error()
     return result
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
+from llloop.linux.stdio import flush_standard_streams, redirect_standard_descriptors
 from llloop.linux.syscalls import is_readable
 
 # The exit code of a process that another part of this program has reaped.
@@ -114,7 +115,7 @@ def fork(target: Callable[[], int | None], name: str) -> Process:
     Raises:
         OSError: there are no free processes or descriptors. No process remains.
     """
-    _flush()  # otherwise the child would write what is buffered, too
+    flush_standard_streams()  # otherwise the child would write what is buffered, too
     pid = os.fork()
     if pid == 0:
         run_as_child(target, name)
@@ -128,7 +129,7 @@ def run_as_child(target: Callable[[], int | None], name: str) -> NoReturn:
         multiprocessing.current_process().name = name  # `logging` takes it from there
         if sys.stdin is not None:
             with suppress(OSError):  # there is no /dev/null
-                _close_standard_input()
+                redirect_standard_descriptors(0)  # a child must not read what is typed into the terminal
         code = target() or 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -136,20 +137,6 @@ def run_as_child(target: Callable[[], int | None], name: str) -> NoReturn:
         traceback.print_exc()
     finally:
         try:
-            _flush()
+            flush_standard_streams()
         finally:
             os._exit(code)
-
-
-def _close_standard_input() -> None:
-    """Connect standard input to /dev/null: a child must not read what is typed into the terminal."""
-    null = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-    if null != 0:
-        os.dup2(null, 0)
-        os.close(null)
-
-
-def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError, AttributeError):  # its reader is gone, or the stream is closed
-            stream.flush()

@@ -45,15 +45,25 @@ class CapturedStderr:
         self.text = "; ".join(line for line in lines if line)
 
 
-def redirect_standard_descriptors() -> None:
-    """Connect standard input, output and error to /dev/null, so that a program that reads them sees their end."""
+def flush_standard_streams() -> None:
+    """Write out what Python has buffered for standard output and error."""
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, AttributeError):  # its reader is gone, or the stream is closed
+        with suppress(OSError, ValueError, AttributeError):  # its reader is gone, or the stream is closed
             stream.flush()
-    null = os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1, 2):
+
+
+def redirect_standard_descriptors(*fds: int) -> None:
+    """Connect standard input, output and error to /dev/null, so that a program that reads them sees their end.
+
+    Args:
+        fds: only these of them.
+    """
+    flush_standard_streams()
+    fds = fds or (0, 1, 2)
+    null = _null()
+    for fd in fds:
         os.dup2(null, fd)
-    if null > 2:
+    if null not in fds:
         os.close(null)
 
 

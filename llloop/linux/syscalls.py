@@ -45,7 +45,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc_with_gil = ctypes.PyDLL(None, use_errno=True)
 
 
-def _last_error(path: bytes | None = None) -> OSError:
+def last_error(path: bytes | None = None) -> OSError:
     """Return an `OSError` for the errno of the last call."""
     number = ctypes.get_errno()
     return OSError(number, os.strerror(number), path)
@@ -104,7 +104,7 @@ def statx(directory: int, name: bytes) -> Attributes:
     """
     attributes = statx_or_none(directory, name)
     if attributes is None:
-        raise _last_error(name)
+        raise last_error(name)
     return attributes
 
 
@@ -116,21 +116,21 @@ def statx_or_none(directory: int, name: bytes) -> Attributes | None:
     if _statx(directory, name, _NAME_FLAGS, _STATX_MASK, _statx_buffer):
         if ctypes.get_errno() == errno.ENOENT:
             return None
-        raise _last_error(name)
+        raise last_error(name)
     return _new(Attributes, _statx_unpack(_statx_buffer))
 
 
 def fstatx(fd: int) -> Attributes:
     """Return the attributes of the open file *fd*; O_PATH suffices (statx(2), AT_EMPTY_PATH)."""
     if _statx(fd, b"", AT_EMPTY_PATH, _STATX_MASK, _statx_buffer):
-        raise _last_error()
+        raise last_error()
     return _new(Attributes, _statx_unpack(_statx_buffer))
 
 
 def cached_attributes(fd: int) -> Attributes:
     """Return the attributes of the open file *fd* as the kernel has them, without asking the file system."""
     if _statx(fd, b"", AT_EMPTY_PATH | AT_STATX_DONT_SYNC, _STATX_MASK, _statx_buffer):
-        raise _last_error()
+        raise last_error()
     return _new(Attributes, _statx_unpack(_statx_buffer))
 
 
@@ -179,7 +179,7 @@ def fstatx_raw(fd: int, mask: int, flags: int) -> bytearray:
         flags: the AT_STATX_ synchronisation flags.
     """
     if _statx(fd, b"", AT_EMPTY_PATH | flags, mask, _statx_buffer):
-        raise _last_error()
+        raise last_error()
     return bytearray(_statx_buffer.raw)
 
 
@@ -217,7 +217,7 @@ _renameat2.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_cha
 def renameat2(old_directory: int, old: bytes, new_directory: int, new: bytes, flags: int) -> None:
     """Rename with RENAME_ flags (renameat2(2))."""
     if _renameat2(old_directory, old, new_directory, new, flags):
-        raise _last_error(old)
+        raise last_error(old)
 
 
 _fallocate = _libc.fallocate64
@@ -233,7 +233,7 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
         offset, length: the range in bytes.
     """
     if _fallocate(fd, mode, offset, length):
-        raise _last_error()
+        raise last_error()
 
 
 _syncfs = _libc.syncfs
@@ -243,7 +243,7 @@ _syncfs.argtypes = (ctypes.c_int,)
 def syncfs(fd: int) -> None:
     """Write the file system that contains *fd* to its disk (syncfs(2))."""
     if _syncfs(fd):
-        raise _last_error()
+        raise last_error()
 
 
 _fchownat = _libc.fchownat  # releases the GIL, as does every call that may wait for a frozen file system
@@ -258,7 +258,7 @@ def chown(fd: int, uid: int, gid: int) -> None:
         gid: the new group, or -1 to keep it.
     """
     if _fchownat(fd, b"", uid, gid, AT_EMPTY_PATH):
-        raise _last_error()
+        raise last_error()
 
 
 _TIMES = struct.Struct("@4l")  # two struct timespec
@@ -274,7 +274,7 @@ def utimens(fd: int, atime: tuple[int, int], mtime: tuple[int, int]) -> None:
         mtime: the same for the modification time.
     """
     if _utimensat(fd, b"", _TIMES.pack(*atime, *mtime), AT_EMPTY_PATH):
-        raise _last_error()
+        raise last_error()
 
 
 _chmod_by_descriptor = True
@@ -302,7 +302,7 @@ def pidfd_getfd(pidfd: int, fd: int) -> int:
     """Return a duplicate of descriptor *fd* of the process behind *pidfd* (pidfd_getfd(2), Linux 5.6)."""
     result: int = _syscall(ctypes.c_long(_SYS_PIDFD_GETFD), ctypes.c_long(pidfd), ctypes.c_long(fd), ctypes.c_long(0))
     if result < 0:
-        raise _last_error()
+        raise last_error()
     return result
 
 
@@ -352,7 +352,7 @@ class DirectoryBlocks:
     def __next__(self) -> bytes:
         length = self._call(_getdents64, self._fd, _thread_buffer.buffer, _DIRENT_BUFFER_SIZE)
         if length < 0:
-            raise _last_error()
+            raise last_error()
         if length == 0:
             raise StopIteration
         return ctypes.string_at(_thread_buffer.buffer, length)
@@ -411,7 +411,7 @@ def file_system(fd: int) -> FileSystem:
     """Return type and size of the file system that contains *fd* (fstatfs(2))."""
     result = _Statfs()
     if _fstatfs(fd, ctypes.byref(result)):
-        raise _last_error()
+        raise last_error()
     return FileSystem(int(result.type) & 0xFFFFFFFF, int(result.blocks))
 
 
@@ -433,7 +433,7 @@ def lock_on_fault(address: int, length: int) -> None:
         length: its size in bytes.
     """
     if _mlock2(address, length, _MLOCK_ONFAULT):
-        raise _last_error()
+        raise last_error()
 
 
 _unshare = _libc.unshare
@@ -442,7 +442,7 @@ _unshare = _libc.unshare
 def unshare(flags: int) -> None:
     """Give the calling thread its own copy of what the CLONE_ *flags* name (unshare(2))."""
     if _unshare(flags):
-        raise _last_error()
+        raise last_error()
 
 
 _OPEN_TREE_CLONE = 1  # <linux/mount.h>
@@ -457,7 +457,7 @@ def clone_mount(path: str) -> int:
     flags = _OPEN_TREE_CLONE | os.O_CLOEXEC
     fd: int = _libc.syscall(_SYS_OPEN_TREE, _AT_FDCWD, encoded, ctypes.c_uint(flags))
     if fd < 0:
-        raise _last_error(os.fsencode(path))
+        raise last_error(os.fsencode(path))
     return fd
 
 
@@ -479,7 +479,7 @@ def open_by_handle(kind: int, handle: bytes, flags: int) -> int:
     """
     fd: int = _open_by_handle_at(_AT_FDCWD, _FILE_HANDLE.pack(len(handle), kind) + handle, flags | os.O_CLOEXEC)
     if fd < 0:
-        raise _last_error()
+        raise last_error()
     return fd
 
 
@@ -493,7 +493,7 @@ _umount2.argtypes = (ctypes.c_char_p, ctypes.c_int)
 def umount(mountpoint: str, flags: int) -> None:
     """Unmount *mountpoint* (umount2(2))."""
     if _umount2(os.fsencode(mountpoint), flags):
-        raise _last_error(os.fsencode(mountpoint))
+        raise last_error(os.fsencode(mountpoint))
 
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -512,7 +512,7 @@ def prctl(option: int, argument: int = 0) -> int:
     """Call prctl(2) with one argument and return its result."""
     result: int = _prctl(option, ctypes.c_ulong(argument), _NOTHING, _NOTHING, _NOTHING)
     if result < 0:
-        raise _last_error()
+        raise last_error()
     return result
 
 
@@ -556,7 +556,7 @@ def get_capabilities(pid: int = 0) -> tuple[int, int, int]:
     """
     _CAPABILITY_HEADER.pack_into(_capability_header, 0, _CAPABILITY_VERSION_3, pid)
     if _capget(_capability_header, _capability_sets):
-        raise _last_error()
+        raise last_error()
     low = _CAPABILITIES.unpack(_capability_sets)
     return low[0] | low[3] << 32, low[1] | low[4] << 32, low[2] | low[5] << 32
 
@@ -576,7 +576,7 @@ def set_capabilities(effective: int, permitted: int, inheritable: int) -> None:
         inheritable >> 32,
     )
     if _capset(_capability_header, _capability_sets):
-        raise _last_error()
+        raise last_error()
 
 
 # The open(2) flags that need each combination of R_OK and W_OK. No flag needs the execute permission.
@@ -586,7 +586,7 @@ _ACCESS_FLAGS = {0: os.O_PATH, os.R_OK: os.O_RDONLY, os.W_OK: os.O_WRONLY, os.R_
 def setgroups(groups: tuple[int, ...]) -> None:
     """Set the calling thread's supplementary groups (setgroups(2)). The C library's function changes all threads."""
     if _libc_with_gil.syscall(_SYS_SETGROUPS, len(groups), (ctypes.c_uint * len(groups))(*groups)):
-        raise _last_error()
+        raise last_error()
 
 
 def may_access(fd: int, mode: int) -> bool:
@@ -602,7 +602,7 @@ def may_access(fd: int, mode: int) -> bool:
     if number in (errno.EACCES, errno.EPERM):
         return False
     if number != errno.ENOSYS:
-        raise _last_error()
+        raise last_error()
     try:
         os.close(os.open(f"/proc/self/fd/{fd}", _ACCESS_FLAGS[mode & (os.R_OK | os.W_OK)] | os.O_NONBLOCK))
     except PermissionError:

@@ -56,8 +56,7 @@ def _clone(flags: int) -> int:
     else:
         python.PyOS_AfterFork_Parent()
     if pid < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+        raise syscalls.last_error()
     return pid
 
 
