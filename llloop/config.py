@@ -322,11 +322,10 @@ class ServeConfig:
         object.__setattr__(self, "map_groups", id_ranges.checked(self.map_groups, "--map-groups", id_ranges.group))
         for name, number in _IDS.items():
             if getattr(self, name) != "":
-                option = "--" + name.replace("_", "-")
-                object.__setattr__(self, name, id_ranges.checked_id(getattr(self, name), option, number))
+                object.__setattr__(self, name, id_ranges.checked_id(getattr(self, name), _flag(name), number))
         for name in ("mode", "create_mode"):
             if getattr(self, name) != "":
-                ModeChange(str(getattr(self, name)), "--" + name.replace("_", "-"))
+                ModeChange(str(getattr(self, name)), _flag(name))
         object.__setattr__(self, "deny", _denials(self.deny))
         for name, kind in _ENUMS.items():
             object.__setattr__(self, name, _member(kind, name, getattr(self, name)))
@@ -347,7 +346,7 @@ class ServeConfig:
     def _views(self) -> list[tuple[bool, str]]:
         """Return the options that show or give other owners or modes, and whether each is set."""
         names = ("force_user", "force_group", "mode", "create_user", "create_group", "create_mode")
-        return [(getattr(self, name) != "", "--" + name.replace("_", "-")) for name in names]
+        return [(getattr(self, name) != "", _flag(name)) for name in names]
 
     def unheard_timeouts(self) -> tuple[float, float, float]:
         """Return the longest timeouts of entries, attributes and missing names where `watch` does not hear changes."""
@@ -401,8 +400,7 @@ class ServeConfig:
         for name in ("attr_timeout", "entry_timeout", "negative_timeout"):
             seconds: Any = getattr(self, name)
             if type(seconds) not in (int, float) or not (math.isfinite(seconds) and 0 <= seconds <= 2**31):
-                option = "--" + name.replace("_", "-")
-                raise UsageError(f"{option} must be a number of seconds from 0 to {2**31}, not {seconds!r}")
+                raise UsageError(f"{_flag(name)} must be a number of seconds from 0 to {2**31}, not {seconds!r}")
 
 
 _IDS = {
@@ -422,6 +420,11 @@ _ENUMS: dict[str, type[Enum]] = {
 }
 
 
+def _flag(name: str) -> str:
+    """Return the option of the command line that sets the field *name*."""
+    return "--" + name.replace("_", "-")
+
+
 def _absolute(path: str) -> str:
     """Return *path* as an absolute one, or as it is where the current directory is gone."""
     try:
@@ -436,7 +439,7 @@ def _member(kind: type[_Kind], option: str, value: Any) -> _Kind:
         return kind(value)
     except ValueError:
         known = ", ".join(str(member.value) for member in kind)
-        raise UsageError(f"--{option} must be one of {known}, not {value!r}") from None
+        raise UsageError(f"{_flag(option)} must be one of {known}, not {value!r}") from None
 
 
 def _denials(given: Iterable[str] | str) -> tuple[Denial, ...]:

@@ -108,6 +108,12 @@ def test_valid_timeouts_are_accepted(name: str, seconds: float) -> None:
     assert getattr(make(**{name: seconds}), name) == seconds
 
 
+@pytest.mark.parametrize("name", ["cache", "wake_latency", "chown"])
+def test_unknown_values_are_refused_with_the_name_of_the_option(name: str) -> None:
+    with pytest.raises(UsageError, match=f"^--{name.replace('_', '-')} must be one of "):
+        make(**{name: "nonsense"})
+
+
 def test_writeback_excludes_kernel_io() -> None:
     with pytest.raises(UsageError, match=r"--writeback.*--io kernel"):
         make(writeback=True, io=IoKind.KERNEL)
