@@ -140,9 +140,9 @@ def build_context(
     tree = view.tree(
         root, inodes, directory_fds, handles, permissions, setid, killpriv, leadership, clears_setid=clears_setid
     )
-    passthrough = Passthrough(device, handles, caller, setid, Feature.PASSTHROUGH in features)
-    if shown is not None:
-        passthrough.shown = shown.of
+    passthrough = Passthrough(
+        device, handles, caller, setid, Feature.PASSTHROUGH in features, None if shown is None else shown.of
+    )
     files = view.files(tree, handles, router, passthrough, killpriv, writeback, device, leadership, closing)
 
     epochs = capabilities is not None and capabilities.minor >= fuse.EPOCH_SINCE
@@ -151,7 +151,6 @@ def build_context(
     if watch is not None:
         make_heard = Heard if watches is None else partial(HeardByDirectory, watches, root, directory_fds.open_name)
         heard = make_heard(watch, fstatx(root), inodes, leadership, policy.validity, policy.unheard)
-    if heard is not None:
         policy.changes_of = heard.changes_of
         tree.on_forgotten = heard.forgotten
     return Context(

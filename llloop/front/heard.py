@@ -10,6 +10,7 @@ other's stores in order.)
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Callable
 
 from llloop.front.cache_policy import Validity
@@ -20,7 +21,6 @@ from llloop.linux.syscalls import Attributes
 from llloop.shared.leadership import Leadership
 from llloop.shared.watch_state import NUMBER_MASK, WatchState
 
-TYPE, DIRECTORY = 0o170000, 0o040000  # of st_mode
 _NEVER = -1  # no time of the clock
 
 
@@ -86,7 +86,7 @@ class Heard:
         validity = self.of_attributes(nodeid, attributes)
         if validity is self._short or not self._is_undisturbed():
             return self._short
-        if is_new and attributes.nlink > 1 and attributes.mode & TYPE != DIRECTORY:
+        if is_new and attributes.nlink > 1 and not stat.S_ISDIR(attributes.mode):
             return self.only_entry
         return validity
 

@@ -17,14 +17,14 @@ counted, so the clock shows changes in between (`llloop.front.heard`).
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable
+from typing import Any
 
 from llloop.front.cache_policy import Validity
-from llloop.front.heard import DIRECTORY, TYPE, Heard
-from llloop.front.inodes import ROOT, Inodes
+from llloop.front.heard import Heard
+from llloop.front.inodes import ROOT
 from llloop.linux.syscalls import Attributes, fstatx
-from llloop.shared.leadership import Leadership
-from llloop.shared.watch_state import WatchState
 from llloop.shared.watches import Watches
 
 
@@ -42,19 +42,14 @@ class HeardByDirectory(Heard):
         watches: Watches,
         root_fd: int,
         open_name: Callable[[int, int, bytes], int | None],
-        state: WatchState,
-        root: Attributes,
-        inodes: Inodes,
-        leadership: Leadership,
-        long: Validity,
-        short: Validity,
+        *arguments: Any,
     ) -> None:
-        super().__init__(state, root, inodes, leadership, long, short)
+        super().__init__(*arguments)
         self._watches = watches
         self._open_name = open_name
-        (entry_s, _, entry_ns, _), (_, attr_s, _, attr_ns) = long.both, short.both
+        (entry_s, _, entry_ns, _), (_, attr_s, _, attr_ns) = self._long.both, self._short.both
         # For names that are heard, with attributes that are not.
-        self.only_entry = long._replace(both=(entry_s, attr_s, entry_ns, attr_ns))
+        self.only_entry = self._long._replace(both=(entry_s, attr_s, entry_ns, attr_ns))
         watches.add(ROOT, root_fd)
 
     def of_entry(self, nodeid: int, attributes: Attributes) -> Validity:
@@ -64,7 +59,7 @@ class HeardByDirectory(Heard):
         if not self.is_heard(attributes.device):
             return self._short
         inode = self._inodes.get(nodeid)
-        is_directory = attributes.mode & TYPE == DIRECTORY
+        is_directory = stat.S_ISDIR(attributes.mode)
         is_heard = self._watch(nodeid, inode.parent, inode.name, attributes) if is_directory else attributes.nlink == 1
         watches = self._watches
         if not inode.parent or not watches.is_watched(inode.parent):
@@ -93,7 +88,7 @@ class HeardByDirectory(Heard):
         if not self.is_heard(attributes.device):
             return self._short
         watches = self._watches
-        if attributes.mode & TYPE == DIRECTORY:
+        if stat.S_ISDIR(attributes.mode):
             return self._long if watches.is_watched(nodeid) else self._short
         inode = self._inodes.get(nodeid)
         is_heard = (

@@ -30,6 +30,7 @@ from llloop.shared.table import (
     SETTLED,
     STAMP,
     Table,
+    hash_of,
 )
 
 __all__ = ["GENERATION", "ROOT", "Inode", "Inodes", "birth_of", "mix", "stale"]
@@ -151,7 +152,7 @@ class Inodes:
         return iter(self._table)
 
     def __contains__(self, nodeid: int) -> bool:
-        return self._cells[(nodeid & self._mask) << CELLS_SHIFT] == nodeid
+        return nodeid in self._table
 
     def get(self, nodeid: int) -> Inode:
         """Return the inode that the kernel knows by *nodeid*.
@@ -238,19 +239,12 @@ class Inodes:
         inode = self._read_by_number.get(number)
         if inode is not None and inode.name == name and inode.parent == parent and inode.is_same(attributes):
             return inode.nodeid
-        device, mount = attributes.device, attributes.mount
-        if attributes.mode & _TYPE != _DIRECTORY:
-            mount = 0 if mount == self._root_mount else self._mount_of(parent, name, attributes)
-        place = self._find(hash((number, device)) & HASH, number, device, mount)  # hash_of(number, device)
-        if not place:
-            return None
-        cells = self._cells
+        device = attributes.device
+        place = self._find(hash_of(number, device), number, device, self._mount_of(parent, name, attributes))
         row = place << CELLS_SHIFT
-        birth = cells[row + BIRTH]
-        if birth and birth != attributes.btime * 1_000_000_000 + attributes.btime_nsec & _MASK:
+        if not place or self._cells[row + BIRTH] not in (0, birth_of(attributes)):
             return None
-        is_own = cells[row + NAMES] == place and _unpack_name(self._memory, 8 * (row + PARENT)) == (parent, name)
-        return cells[row] if is_own or self._table.has_name(place, parent, name) else None
+        return self._cells[row] if self._table.has_name(place, parent, name) else None
 
     def remember(self, parent: int, name: bytes, attributes: Attributes, directory: int = 0) -> int:
         """Note an inode that the kernel is about to be told of, and return the nodeid to tell it.

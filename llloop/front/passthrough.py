@@ -83,6 +83,8 @@ class Passthrough:
         caller: sets the credentials with which the kernel will write to a registered file.
         setid: makes the kernel clear set-ID bits with such a write, if the file gets some while it is open.
         wanted: whether to use passthrough at all.
+        shown: returns the attributes that the mount shows, which decide who can open a file; None if it shows those of
+            the source.
     """
 
     def __init__(
@@ -92,14 +94,14 @@ class Passthrough:
         caller: Caller,
         setid: SetidGuard,
         wanted: bool,
+        shown: Callable[[Attributes], Attributes] | None,
     ) -> None:
         self._device = device
         self._handles = handles
         self._caller = caller
         self._setid = setid
         self._wanted = wanted
-        # Returns the attributes that the mount shows, which decide who can open a file.
-        self.shown: Callable[[Attributes], Attributes] = lambda attributes: attributes
+        self._shown = shown
         # By inode: the backing id, and the number of open files that use it.
         self._registered: dict[int, tuple[int, int]] = {}
         self._refused: set[int] = set()
@@ -127,7 +129,7 @@ class Passthrough:
                 return 0
             if any(other is not handle for other in self._handles.of_inode(nodeid)):
                 return 0  # earlier opens of this inode do not use passthrough, so this one must not either
-            identity = self._identity(handle, self.shown(attributes))
+            identity = self._identity(handle, attributes if self._shown is None else self._shown(attributes))
             if identity is None or _is_privileged(handle, attributes, is_new):
                 return 0
             self._setid.clear(identity[0] != 0)

@@ -512,6 +512,8 @@ class Table:
 
     def has_name(self, place: int, parent: int, name: bytes) -> bool:
         """Return whether an inode has this name in *parent*."""
+        if self.cells[(place << CELLS_SHIFT) + NAMES] == place:  # as most: it is the only one, in the inode's own row
+            return self._name_at(place, place) == (parent, name)
         return any(self._name_at(place, entry) == (parent, name) for _, entry in self._entries(place))
 
     def _entries(self, place: int) -> Iterator[tuple[int, int]]:
