@@ -12,6 +12,7 @@ from pathlib import Path
 from llloop.control import client
 from llloop.errors import BusyError, LlloopError, UsageError
 from llloop.linux import mounts
+from llloop.linux.descriptor_paths import is_at_or_below, path_of, without_mark
 from llloop.shared.release import ANSWER, PATH_SIZE, RELEASE
 
 # How long to wait until the server's processes have closed their descriptors, between two checks, and for the close(2)
@@ -111,9 +112,9 @@ def _users(path: str) -> Iterator[tuple[int, str]]:
 def _has_open(pid: int, path: str) -> bool:
     """Return whether a process has a descriptor below *path*; False if this user cannot see that."""
     with suppress(OSError):
-        for name in os.listdir(f"/proc/{pid}/fd"):
+        for fd in os.listdir(f"/proc/{pid}/fd"):
             with suppress(OSError):
-                if _is_below(os.readlink(f"/proc/{pid}/fd/{name}"), path):
+                if is_at_or_below(path_of(int(fd), pid), os.fsencode(path)):
                     return True
     return False
 
@@ -121,14 +122,8 @@ def _has_open(pid: int, path: str) -> bool:
 def _maps(pid: str, path: str) -> bool:
     """Return whether a process has mapped a file below *path*."""
     with suppress(OSError):
-        for line in Path(f"/proc/{pid}/maps").read_text(errors="surrogateescape").splitlines():
+        for line in Path(f"/proc/{pid}/maps").read_bytes().splitlines():
             *_, name = line.split(None, 5)
-            if _is_below(name, path):
+            if is_at_or_below(without_mark(name), os.fsencode(path)):
                 return True
     return False
-
-
-def _is_below(found: str, path: str) -> bool:
-    path = path.rstrip("/")
-    found = found.removesuffix(" (deleted)")
-    return found == path or found.startswith(path + "/")

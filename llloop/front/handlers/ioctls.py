@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
 
 from llloop.front.context import Context
 from llloop.front.handlers.file_attributes import FileAttributeRequests
@@ -12,6 +11,7 @@ from llloop.front.inodes import ROOT
 from llloop.front.permissions import not_permitted
 from llloop.front.request import FuseRequest
 from llloop.linux import fuse
+from llloop.linux.descriptor_paths import is_at_or_below, path_of
 from llloop.shared.notifications import expire_all_entries
 from llloop.shared.release import ANSWER, PATH_SIZE, RELEASE
 
@@ -47,26 +47,14 @@ class IoctlRequests(FileAttributeRequests):
             How many files below the path programs have open, and how many descriptors are yet to be closed.
         """
         fds = self._tree.directory_fds
-        is_below = _below(os.path.join(_path_of(fds.root), path))
+        place = os.path.join(path_of(fds.root), path)
+
+        def is_below(fd: int) -> bool:
+            return is_at_or_below(path_of(fd), place)
+
         fds.close_where(is_below)
         fds.pins.close_where(is_below, self._handles.open_inodes())
         expire_all_entries(self._device)  # what the kernel has cached is wrong when a file system is unmounted
         handles = [self._handles.get(number) for number in self._handles]
         used = sum(1 for handle in handles if is_below(handle.descriptor))
         return used, sum(map(is_below, self._closing))
-
-
-def _path_of(fd: int) -> bytes:
-    """Return the path of a descriptor, as this process sees it."""
-    return os.readlink(b"/proc/self/fd/%d" % fd).removesuffix(b" (deleted)")
-
-
-def _below(path: bytes) -> Callable[[int], bool]:
-    """Return a function that tells whether a descriptor is that of *path* or of something below it."""
-    path = path.rstrip(b"/")
-
-    def is_below(fd: int) -> bool:
-        found = _path_of(fd)
-        return found == path or found.startswith(path + b"/")
-
-    return is_below
