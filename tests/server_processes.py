@@ -149,6 +149,11 @@ def switches(server: Server) -> dict[str, int]:
     return found
 
 
+def is_replaced(server: Server, role: str, old: int, seconds: float = 30.0) -> bool:
+    """Wait until another process than *old* has this role; return whether there is one before *seconds* are over."""
+    return wait_until(lambda: process_ids(server, role) not in ([], [old]), seconds)
+
+
 def wait_until_quiet(server: Server, seconds: float) -> None:
     """Waits until no thread of the server runs for a second. Another user of the machine may request a status."""
     awake = []

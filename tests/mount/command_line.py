@@ -95,6 +95,15 @@ class Ground:
         return check_complaint(ended, code, pattern)
 
 
+def check_refused(place: Path, *cases: tuple[list[str], str]) -> None:
+    """Check that `llloop serve` refuses arguments as invalid; each case has a part of what it says to them."""
+    for name in ("src", "mnt"):
+        (place / name).mkdir()
+    for arguments, part in cases:
+        ended = llloop("serve", place / "src", place / "mnt", *arguments)
+        assert (ended.code, part in ended.complaint()) == (2, True), ended
+
+
 def check_complaint(ended: Ended, code: int, pattern: str) -> str:
     assert ended.code == code, f"exit code {ended.code} instead of {code}:\n{ended.stderr}"
     assert ended.stdout == ""

@@ -14,7 +14,7 @@ from tests.conftest import Serve
 from tests.expect import outcome
 from tests.filesystems import make_image, mounted, tmpfs
 from tests.server import Server, reachable_directory
-from tests.server_processes import process_ids, wait_until
+from tests.server_processes import is_replaced, process_ids, wait_until
 from tests.syscalls import opened
 
 pytestmark = pytest.mark.root
@@ -211,9 +211,9 @@ def test_paths_stay_distinct_after_death_of_the_front(serve: Serve, source: Path
         one, two = (mnt / name / "inner" for name in ("one", "two"))
         here, there = (stack.enter_context(opened(path, os.O_RDONLY)) for path in (one, two))
         pid = stack.enter_context(process_in(one))
-        front = process_ids(server, "front")
-        os.kill(front[0], signal.SIGKILL)
-        assert wait_until(lambda: process_ids(server, "front") not in ([], front))
+        (front,) = process_ids(server, "front")
+        os.kill(front, signal.SIGKILL)
+        assert is_replaced(server, "front", front)
         for path, fd in ((two, there), (one, here)) * 2:
             assert os.listdir(path) == os.listdir(fd) == ["file"]
             assert os.stat("file", dir_fd=fd).st_size == 7

@@ -13,7 +13,7 @@ from tests.conftest import Serve
 from tests.expect import outcome
 from tests.mount.test_scale import with_descriptor_limit
 from tests.server import Server
-from tests.server_processes import process_ids, wait_until
+from tests.server_processes import is_replaced, process_ids, wait_until
 from tests.syscalls import opened
 
 pytestmark = [pytest.mark.root, pytest.mark.mounted]
@@ -137,9 +137,9 @@ def test_shares_survive_the_front(server: Server) -> None:
     server.expect_log("llloop-front was killed by signal 9")
 
     def kill_front() -> None:
-        front = process_ids(server, "front")
-        os.kill(front[0], signal.SIGKILL)
-        assert wait_until(lambda: process_ids(server, "front") not in ([], front))
+        (front,) = process_ids(server, "front")
+        os.kill(front, signal.SIGKILL)
+        assert is_replaced(server, "front", front)
         more = run_as(GREEDY, _error, os.open, server.mountpoint / str(GREEDY.uid) / "file1", os.O_RDONLY)
         assert more == "EMFILE"
 

@@ -18,10 +18,11 @@ import llloop
 from tests.as_user import Caller, run_as
 from tests.conftest import Serve
 from tests.expect import fails, outcome
+from tests.mount.command_line import check_refused
 from tests.mount.command_line import llloop as run_llloop
-from tests.mount.test_id_maps import Holding, make, owner
+from tests.mount.test_id_maps import Holding, check_lost_directory, each_change_of_a_directory, make, owner
 from tests.server import Server, reachable_directory
-from tests.server_processes import process_ids, wait_until
+from tests.server_processes import is_replaced, process_ids
 from tests.syscalls import link_descriptor, opened, statx
 
 pytestmark = [pytest.mark.root, pytest.mark.mounted, pytest.mark.own_loop]
@@ -267,26 +268,9 @@ def test_what_is_shown_now_counts(serve: Serve, act: Callable[[int, Path], Any],
     assert (mode(file), file.stat().st_size) == (0o600, 7)
 
 
-@pytest.mark.parametrize(
-    "act",
-    [
-        lambda fd, path: os.unlink(path / "file"),
-        lambda fd, path: os.rename(path / "file", path / "other"),
-        lambda fd, path: os.link(path / "file", path / "other"),
-        lambda fd, path: os.mkdir(path / "other"),
-        lambda fd, path: (path / "other").touch(),
-    ],
-    ids=["unlink", "rename", "link", "mkdir", "create"],
-)
+@each_change_of_a_directory
 def test_directory_as_shown_now_counts(serve: Serve, act: Callable[[int, Path], Any]) -> None:
-    server = serve("--mode=go=rX", *STALE)
-    directory = make(server.source / "directory", 0o755)
-    make(directory / "file", 0o666)
-    (server.mountpoint / "directory/file").stat()
-    holding = Holding(server.mountpoint / "directory", os.O_RDONLY | os.O_DIRECTORY, act, TRUE_OWNER)
-    os.chown(directory, 4002, 4002)
-    assert holding.act() == "EACCES"
-    assert os.listdir(directory) == ["file"]
+    check_lost_directory(serve("--mode=go=rX", *STALE), act, TRUE_OWNER)
 
 
 def create_named(mnt: Path) -> None:
@@ -340,9 +324,9 @@ def test_modes_of_new_files(serve: Serve) -> None:
 def test_views_survive_the_front(serve: Serve) -> None:
     server = serve(*FORCED, "--create-user=4001", "--mode=o=")
     server.expect_log("llloop-front was killed by signal 9")
-    before = process_ids(server, "front")
-    os.kill(before[0], 9)
-    assert wait_until(lambda: process_ids(server, "front") not in ([], before))
+    (before,) = process_ids(server, "front")
+    os.kill(before, 9)
+    assert is_replaced(server, "front", before)
     run_as(SHOWN, (server.mountpoint / "new").touch)
     assert owner(server.mountpoint / "new") == (7001, 7002)
     assert owner(server.source / "new") == (4001, 7001)
@@ -377,9 +361,8 @@ def test_python() -> None:
 
 
 def test_refusals(tmp_path: Path) -> None:
-    for name in ("src", "mnt"):
-        (tmp_path / name).mkdir()
-    for arguments, part in (
+    check_refused(
+        tmp_path,
         (["--force-user=nosuchuser"], "there is no user called 'nosuchuser'"),
         (["--create-group=nosuchgroup"], "there is no group called 'nosuchgroup'"),
         (["--force-group=4294967295"], "the largest id is 4294967294"),
@@ -388,6 +371,4 @@ def test_refusals(tmp_path: Path) -> None:
         (["--force-user=1", "--map-users=1:1:1"], "exclude each other"),
         (["--create-mode=0600", "--map-groups=1:1:1"], "exclude each other"),
         (["--mode=0600", "--loop=llfuse"], "exclude each other"),
-    ):
-        ended = run_llloop("serve", tmp_path / "src", tmp_path / "mnt", *arguments)
-        assert (ended.code, part in ended.complaint()) == (2, True), ended
+    )

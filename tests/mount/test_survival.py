@@ -24,7 +24,15 @@ from tests.filesystems import make_image, mounted, tmpfs
 from tests.kernel_caches import forget_unused
 from tests.server import Server
 from tests.server_processes import descriptors as descriptors_of
-from tests.server_processes import front_report, private_memory, process_ids, stop_process, titles, wait_until
+from tests.server_processes import (
+    front_report,
+    is_replaced,
+    private_memory,
+    process_ids,
+    stop_process,
+    titles,
+    wait_until,
+)
 from tests.syscalls import opened
 
 pytestmark = [pytest.mark.mounted, pytest.mark.user]
@@ -70,7 +78,7 @@ def replace_front(server: Server) -> None:
     """Kill the front and wait until another is there."""
     (front,) = process_ids(server, "front")
     kill(front)
-    assert wait_until(lambda: process_ids(server, "front") not in ([], [front]), 30), server.all_output()
+    assert is_replaced(server, "front", front), server.all_output()
 
 
 @pytest.mark.at_once("a collected write does not wait for its answer")
@@ -130,7 +138,7 @@ def test_keeper_and_front_die_in_turn(resending: Callable[..., Server]) -> None:
         for number in range(3):
             (keeper,), (front,) = process_ids(server, "keeper"), process_ids(server, "front")
             kill(keeper)
-            assert wait_until(lambda: process_ids(server, "front") not in ([], [front]), 30)  # noqa: B023
+            assert is_replaced(server, "front", front)
             assert os.pwrite(fd, bytes([number]) * LARGE, number * LARGE) == LARGE
             replace_front(server)
             assert os.fstat(fd).st_size == (number + 1) * LARGE
@@ -211,7 +219,7 @@ def test_full_source_and_dying_processes(resending: Callable[..., Server], tmp_p
                 replace_front(server)
                 (worker,) = process_ids(server, "worker")
                 kill(worker)
-                assert wait_until(lambda: process_ids(server, "worker") not in ([], [worker]))  # noqa: B023
+                assert is_replaced(server, "worker", worker)
                 with fails(errno.ENOSPC):
                     os.pwrite(fd, b"f" * LARGE, written)
                 os.ftruncate(fd, 0)

@@ -18,7 +18,7 @@ from llloop.control import client
 from tests.conftest import Serve
 from tests.mount.command_line import llloop
 from tests.server import Server
-from tests.server_processes import process_ids, stop_process, titles, wait_until, wait_until_quiet
+from tests.server_processes import is_replaced, stop_process, titles, wait_until, wait_until_quiet
 
 DEVICE = "/dev/cpu_dma_latency"
 SECONDS = 60.0
@@ -98,7 +98,7 @@ def test_no_other_process_gets_the_device(serve: Serve, role: str) -> None:
         assert wait_until(lambda: stats(server)["awake_seconds"] > 0, SECONDS)
         old = titles(server)[f"llloop-{role}"]
         os.kill(old, signal.SIGKILL)
-        assert wait_until(lambda: process_ids(server, role) not in ([], [old]), SECONDS)
+        assert is_replaced(server, role, old, SECONDS)
         before = stats(server)["awake_seconds"]
         assert wait_until(lambda: stats(server)["awake_seconds"] > before, SECONDS)
     assert wait_until(lambda: not holders(server), SECONDS)

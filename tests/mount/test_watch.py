@@ -22,7 +22,7 @@ from tests import filesystems
 from tests.conftest import Serve, running, skip_contradiction
 from tests.expect import outcome, start_python
 from tests.server import Server, Tree, reachable_directory, remove_tree
-from tests.server_processes import process_ids, stop_process, wait_until
+from tests.server_processes import is_replaced, process_ids, stop_process, wait_until
 from tests.syscalls import opened
 from tests.watchdog import Watchdog
 
@@ -486,7 +486,7 @@ def test_killed_watcher_is_replaced_and_everything_dropped(serve: Serve) -> None
             os.kill(watcher, signal.SIGKILL)
             assert is_seen(tree)
             assert wait_until(lambda: os.pread(fd, 1, 0) == f"{number}".encode())  # noqa: B023
-            assert wait_until(lambda: process_ids(server, "watcher") not in ([], [watcher]))  # noqa: B023
+            assert is_replaced(server, "watcher", watcher)
             heard(server)
             assert wait_until(lambda: drops(server) > before)  # noqa: B023
     assert drops(server) >= 5
@@ -580,7 +580,7 @@ def test_killed_front_loses_no_change(serve: Serve) -> None:
         write(server.source / "file", f"{number}".encode())
         (server.source / "sub" / f"new{number}").touch()
         assert is_seen(tree)
-        assert wait_until(lambda: process_ids(server, "front") not in ([], [front]))  # noqa: B023
+        assert is_replaced(server, "front", front)
 
 
 def test_request_that_hangs_holds_nothing_up(serve: Serve) -> None:
