@@ -50,8 +50,12 @@ def forest() -> Iterator[Path]:
 
 def walk(root: Path) -> int:
     """find -ls: every name is listed and every inode asked for."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
     count = 0
-    for directory, names, files in os.walk(root):
+    for directory, names, files in os.walk(root, onerror=fail):
         for name in names + files:
             os.lstat(f"{directory}/{name}")
             count += 1
