@@ -17,6 +17,7 @@ from llloop.config import ServeConfig
 from llloop.errors import HostError, LlloopError
 from llloop.front.llfuse.operations import Operations
 from llloop.linux import limits, mounts
+from llloop.linux.syscalls import is_readable
 from llloop.logging import setup as log
 from llloop.supervisor import connection, control_server, mounting, start_checks
 from llloop.supervisor.child import show_title
@@ -216,8 +217,10 @@ class Supervisor:
         self._loop.stop()
 
     def _front_is_ready(self) -> None:
+        if not is_readable(self._resources.ready[0]):  # not yet, or `_request_stop` was faster
+            return
         os.read(self._resources.ready[0], 1)
-        if not self._announced and self._signals.stopped_by is None:
+        if not self._announced and not self._unmounting.begun:
             self._announced = True
             self._on_ready(self)
             _log.info("%s", self.description)  # after on_ready: with --daemon, that redirects standard error
@@ -272,6 +275,8 @@ class Supervisor:
         self._request_stop()
 
     def _request_stop(self) -> None:
+        # The front says that it is ready before it serves anything. Who has seen the mount work may stop it at once.
+        self._front_is_ready()
         self._watchdog.stop()
         self._notifier.stopping()
         self._unmounting.request()

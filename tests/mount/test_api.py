@@ -461,6 +461,31 @@ def test_serve_blocks_until_unmounted(place: Ground, how: str) -> None:
         process.communicate()
 
 
+def test_signal_right_after_the_first_answer_is_a_clean_stop(place: Ground) -> None:
+    """The mount has served a program, but the supervisor has not read yet that the front is ready."""
+    (place.source / "file").write_text("content")
+    process = program(
+        "import os, signal, subprocess\n"
+        "from llloop.supervisor.event_loop import EventLoop\n"
+        "run = EventLoop.run\n"
+        "def run_late(loop):\n"
+        "    subprocess.run(['cat', sys.argv[2] + '/file'], check=True)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    run(loop)\n"
+        "EventLoop.run = run_late\n"
+        "llloop.serve(sys.argv[1], sys.argv[2], workers=1)\nprint('returned')",
+        place.source,
+        place.mountpoint,
+    )
+    try:
+        stdout, stderr = process.communicate(timeout=30)
+        assert (process.returncode, stdout) == (0, "contentreturned\n"), stderr
+        assert not is_mounted(place)
+    finally:
+        kill_session(process.pid)
+        process.communicate()
+
+
 def test_serve_raises_exceptions(place: Ground) -> None:
     with pytest.raises(errors.SourceError):
         llloop.serve(place.source / "missing", place.mountpoint)
